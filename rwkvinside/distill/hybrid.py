@@ -1,0 +1,294 @@
+"""The student in training: the teacher's own model with a wrapper in place of each converted layer's attention.
+
+Knows which parameters belong to which group, which of them train, and under which names the exported model holds them. The
+exported model itself is `modeling/modeling_hybrid.py`; both run the same mixers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..data.batch import Batch, attention_mask_4d
+from ..errors import UserError
+from ..modeling.attention import RWKVAttention, identity_rotation
+from ..modeling.carry import MixerCall
+from ..modeling.modeling_hybrid import FAMILIES
+from ..modeling.time_mixer import TimeMixerConfig, init_mixer
+from .transfer import mixer_config, transfer
+from .wrapper import AttentionWrapper
+
+PROJECTIONS = ("receptance", "key", "value", "output", "r_norm", "k_norm")
+GROUPS = {
+    "mixer": "every parameter of the RWKV mixers",
+    "mixer.proj": "receptance, key, value, output and their norms: what was copied from the teacher",
+    "mixer.lora": "decay, in-context rate, gate, residual mixes, bonus: what the teacher does not have",
+    "attention": "the attention of layers that keep it",
+    "mlp": "feed-forward layers",
+    "norms": "norms of the residual stream",
+    "embed": "input embedding",
+    "head": "output head",
+}
+
+
+@dataclass(frozen=True)
+class StudentSpec:
+    """What the student is; see the fields of `student:` in a configuration."""
+
+    preset: str = "cxa079"
+    attention_layers: tuple[int, ...] = ()
+    key_scale: str | None = "decay"
+    key_residual: bool | None = None
+    init: str = "calibrated"
+    detach_first: bool = False
+    backend: str = "auto"
+    attention_rope: bool = True
+    ranks: dict[str, int] = field(default_factory=dict)
+
+    def mixer_overrides(self) -> dict:
+        values = {"detach_first": self.detach_first, "backend": self.backend}
+        # the stock mixer's k_a form is a matter of its equations, not a choice
+        values |= {} if self.key_scale is None or self.preset == "x070" else {"key_scale": self.key_scale}
+        values |= {} if self.key_residual is None else {"key_residual": self.key_residual}
+        return values | {f"rank_{name}": rank for name, rank in self.ranks.items() if rank}
+
+
+class HybridModel(nn.Module):
+    """A teacher whose converted layers can run their attention, their mixer, or both; made by `from_teacher`.
+
+    Attributes:
+        lm: the teacher's causal language model with wrapped layers.
+        spec: what was asked for.
+        mixer_config: of every mixer.
+        rwkv_layers: indices of the converted layers, ascending.
+    """
+
+    def __init__(self, lm: PreTrainedModel, spec: StudentSpec, mixer: TimeMixerConfig, rwkv_layers: list[int], tied: bool):
+        super().__init__()
+        self.lm = lm
+        self.spec = spec
+        self.mixer_config = mixer
+        self.rwkv_layers = rwkv_layers
+        self.teacher_tied = tied
+        self.trained: set[str] = {name for name in self.canonical_parameters() if _group(name, rwkv_layers)[0] == "mixer"}
+        self.requires_grad_(False)
+
+    @classmethod
+    def from_teacher(cls, teacher: PreTrainedModel, spec: StudentSpec) -> HybridModel:
+        """Wrap a loaded teacher, which afterwards belongs to the hybrid (its layers are changed in place).
+
+        Embeddings that the teacher ties to its head are untied by a copy, because both move apart in the distillation.
+        On the meta device only shapes are made, nothing is initialised. Mixers are fp32 whatever the teacher is.
+
+        Raises:
+            UserError: an unsupported architecture, layer indices out of range, no layer left to convert, a preset whose
+                mixer has no place for one of the teacher's tensors.
+        """
+        config = teacher.config
+        if config.model_type not in FAMILIES:
+            raise UserError(
+                f"teacher architecture {config.model_type!r} is not supported",
+                f"supported: {', '.join(FAMILIES)}",
+            )
+        if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+            raise UserError(
+                "the teacher has sliding-window attention layers, which are not supported",
+                "use a teacher whose layers all see the whole context",
+            )
+        count = config.num_hidden_layers
+        if bad := sorted(i for i in spec.attention_layers if not 0 <= i < count):
+            raise UserError(f"student.attention_layers has {bad}", f"the teacher has layers 0 to {count - 1}")
+        rwkv_layers = [i for i in range(count) if i not in spec.attention_layers]
+        if not rwkv_layers:
+            raise UserError(f"student.attention_layers keeps all {count} layers", "leave at least one layer to convert")
+
+        layers = teacher.model.layers
+        try:
+            mixer = mixer_config(layers[rwkv_layers[0]].self_attn, config, spec.preset, **spec.mixer_overrides())
+            for i in range(count):
+                if i in rwkv_layers:
+                    attention = layers[i].self_attn
+                    with torch.device(attention.q_proj.weight.device):
+                        student = RWKVAttention(mixer, layer_idx=i, is_first=i == rwkv_layers[0])
+                    if attention.q_proj.weight.device.type != "meta":
+                        init_mixer(student, i, count, spec.init)
+                    transfer(attention, student)
+                    layers[i].self_attn = AttentionWrapper(attention, student)
+                elif not spec.attention_rope:
+                    layers[i].self_attn.register_forward_pre_hook(_without_rotation, with_kwargs=True)
+        except ValueError as error:
+            raise UserError(f"student.preset={spec.preset!r}: {error}") from error
+
+        tied = config.tie_word_embeddings
+        if tied:
+            teacher.lm_head.weight = nn.Parameter(teacher.model.embed_tokens.weight.detach().clone())
+            config.tie_word_embeddings = False
+        return cls(teacher, spec, mixer, rwkv_layers, tied)
+
+    def forward(
+        self,
+        batch: Batch,
+        mode: str = "student",
+        readout: Callable[[Tensor, nn.Module], object] | None = None,
+        checkpoint: bool = False,
+    ):
+        """Run a packed batch.
+
+        Args:
+            batch: token ids, positions and documents of the rows.
+            mode: "student", "teacher" (the original model as long as only mixers were trained) or "align".
+            readout: what to do with the final hidden states (B, T, D) and the head; it runs inside the forward, so that
+                an engine that shards parameters gathers the head for it. None returns the hidden states.
+            checkpoint: align only: recompute each mixer in the backward.
+
+        Returns:
+            "align": {layer: (squared error, squared norm of the teacher)}, 0-d fp32 sums over real tokens;
+            otherwise the readout's result.
+        """
+        whole_rows = bool((batch.segment_ids == 1).all())  # one document per row: plain causal attention, no resets
+        call = MixerCall(
+            mode=mode,
+            mask=None if whole_rows else batch.mask,
+            cu_seqlens=None if whole_rows else batch.cu_seqlens,
+            checkpoint=checkpoint,
+        )
+        with torch.set_grad_enabled(torch.is_grad_enabled() and mode != "teacher"):
+            hidden = self.lm.model(
+                input_ids=batch.input_ids,
+                attention_mask=None if whole_rows else attention_mask_4d(batch),
+                position_ids=batch.position_ids,
+                use_cache=False,
+                mixer_call=call,
+            ).last_hidden_state
+            if mode == "align":
+                return call.errors
+            return hidden if readout is None else readout(hidden, self.lm.lm_head)
+
+    def release_teacher(self) -> None:
+        """Forget the teacher's attention of converted layers (a separate teacher model provides the targets)."""
+        for i in self.rwkv_layers:
+            self.lm.model.layers[i].self_attn.teacher_attn = None
+
+    @property
+    def mixers(self) -> dict[int, RWKVAttention]:
+        """The mixers by layer index."""
+        return {i: self.lm.model.layers[i].self_attn.student_attn for i in self.rwkv_layers}
+
+    def canonical_parameters(self) -> dict[str, nn.Parameter]:
+        """Every parameter of the student under the name that the exported model gives it; teacher attention is left out."""
+        return {
+            name.removeprefix("lm.").replace(".student_attn", ""): parameter
+            for name, parameter in self.named_parameters()
+            if ".teacher_attn." not in name
+        }
+
+    def set_trainable(self, patterns: Iterable[str]) -> dict[str, int]:
+        """Freeze everything but the parameters that the patterns name.
+
+        Args:
+            patterns: names of `GROUPS`, or regular expressions matched against whole canonical parameter names.
+
+        Returns:
+            Number of trainable parameters by group.
+
+        Raises:
+            UserError: a pattern that matches nothing, or is not a regular expression.
+        """
+        parameters = self.canonical_parameters()
+        chosen: set[str] = set()
+        for pattern in patterns:
+            if pattern in GROUPS:
+                names = {n for n in parameters if pattern in _group(n, self.rwkv_layers)}
+            else:
+                try:
+                    names = {n for n in parameters if re.fullmatch(pattern, n)}
+                except re.error as error:
+                    raise UserError(f"train pattern {pattern!r} is not a regular expression: {error}") from error
+            if not names:
+                raise UserError(
+                    f"train pattern {pattern!r} matches no parameter",
+                    f"groups: {', '.join(GROUPS)}; or a regular expression over names like {next(iter(parameters))}",
+                )
+            chosen |= names
+        counts: dict[str, int] = {}
+        self.requires_grad_(False)
+        for name in chosen:
+            parameters[name].requires_grad_(True)
+            group = _group(name, self.rwkv_layers)[-1]
+            counts[group] = counts.get(group, 0) + parameters[name].numel()
+        self.trained |= chosen
+        return counts
+
+    def group_table(self) -> list[tuple[str, int, int]]:
+        """(group, trainable parameters, all parameters) for every group that the student has."""
+        rows: dict[str, list[int]] = {}
+        for name, parameter in self.canonical_parameters().items():
+            row = rows.setdefault(_group(name, self.rwkv_layers)[-1], [0, 0])
+            row[0] += parameter.numel() * parameter.requires_grad
+            row[1] += parameter.numel()
+        return [(group, *rows[group]) for group in GROUPS if group in rows]
+
+    def trainable_groups(self) -> dict[str, dict[str, nn.Parameter]]:
+        """Trainable parameters as {"mixer": {...}, "rest": {...}} by canonical name: the two learning-rate groups."""
+        groups: dict[str, dict[str, nn.Parameter]] = {"mixer": {}, "rest": {}}
+        for name, parameter in self.canonical_parameters().items():
+            if parameter.requires_grad:
+                groups["mixer" if _group(name, self.rwkv_layers)[0] == "mixer" else "rest"][name] = parameter
+        return groups
+
+    def student_state_dict(self) -> dict[str, Tensor]:
+        """What differs from the teacher, under exported names: all mixers and everything that was ever trained."""
+        return {n: p.detach() for n, p in self.canonical_parameters().items() if n in self.trained}
+
+    @torch.no_grad()
+    def load_student_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `student_state_dict` gave; nothing may be missing, unknown, or of another shape.
+
+        Raises:
+            UserError: names or shapes that do not fit this student.
+        """
+        parameters = self.canonical_parameters()
+        mixers = {n for n in parameters if _group(n, self.rwkv_layers)[0] == "mixer"}
+        wrong = [f"{n} is missing" for n in sorted(mixers - set(tensors))]
+        wrong += [f"{n} is unknown" for n in sorted(set(tensors) - set(parameters))]
+        wrong += [
+            f"{n} has shape {tuple(t.shape)}, not {tuple(parameters[n].shape)}"
+            for n, t in tensors.items()
+            if n in parameters and t.shape != parameters[n].shape
+        ]
+        if wrong:
+            raise UserError(
+                f"the checkpoint does not fit this student: {wrong[0]}" + (f" (and {len(wrong) - 1} more)" if wrong[1:] else ""),
+                "use the student settings that the checkpoint was made with",
+            )
+        for name, tensor in tensors.items():
+            parameters[name].copy_(tensor)
+        self.trained = set(tensors) | mixers
+
+
+def _without_rotation(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Kept attention layers of a NoPE hybrid: no rotation in the student, the teacher's own in the other modes."""
+    if kwargs["mixer_call"].mode != "student":
+        return args, kwargs
+    return args, kwargs | {"position_embeddings": identity_rotation(kwargs["position_embeddings"])}
+
+
+def _group(name: str, rwkv_layers: list[int]) -> tuple[str, ...]:
+    """The groups a canonical parameter name belongs to, from wide to narrow."""
+    if name.startswith("model.embed_tokens."):
+        return ("embed",)
+    if name.startswith("lm_head."):
+        return ("head",)
+    match = re.match(r"model\.layers\.(\d+)\.(\w+)\.(\w+)", name)
+    if match is None or match[2].endswith("norm"):
+        return ("norms",)
+    if match[2] == "self_attn":
+        if int(match[1]) not in rwkv_layers:
+            return ("attention",)
+        return ("mixer", "mixer.proj" if match[3] in PROJECTIONS else "mixer.lora")
+    return (match[2],)

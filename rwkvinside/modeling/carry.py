@@ -1,0 +1,113 @@
+"""What crosses the layers within one forward call: v_first and k_first of the first RWKV layer, and the call's settings.
+
+A new object is made for every forward call of the whole model and handed to each layer as the keyword argument `mixer_call`
+(Hugging Face decoder layers pass unknown keyword arguments on to their attention). Nothing is kept on a module.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class FirstKV(NamedTuple):
+    """Value and key of the first RWKV layer, (B, T, heads, N); k is None for mixers without a key residual."""
+
+    v: Tensor
+    k: Tensor | None
+
+
+class VFirstHolder:
+    """Carries v_first and k_first from the first RWKV layer to the later ones, gradients intact.
+
+    The logical tensor has shape (world_size, B, T, width); each rank holds its own slice, so data parallel and ZeRO runs
+    exchange nothing. `gather` assembles the logical tensor for inspection; `to_tensors` / `from_tensors` are what pipeline
+    stages put into the tuple they exchange; `broadcast` serves inference where one rank computes the first layer.
+
+    The first RWKV layer always writes and the later ones always read. Nothing branches on "was it written": a recomputed
+    activation checkpoint would take the other branch.
+    """
+
+    def __init__(self) -> None:
+        self._first: FirstKV | None = None
+
+    def write(self, first: FirstKV) -> None:
+        """Called by the first RWKV layer; a recomputation in the backward writes the same values again."""
+        self._first = first
+
+    def read(self) -> FirstKV:
+        """The first layer's value and key.
+
+        Raises:
+            RuntimeError: when a later layer runs before the first one, which only a wrongly built model does.
+        """
+        if self._first is None:
+            raise RuntimeError("v_first was read before the first RWKV layer wrote it")
+        return self._first
+
+    def to_tensors(self) -> tuple[Tensor, ...]:
+        """(v,) or (v, k), to be sent to the next pipeline stage; autograd crosses ranks with them."""
+        return tuple(t for t in self.read() if t is not None)
+
+    @classmethod
+    def from_tensors(cls, tensors: tuple[Tensor, ...]) -> VFirstHolder:
+        """The inverse of `to_tensors`, on the receiving stage."""
+        holder = cls()
+        holder.write(FirstKV(tensors[0], tensors[1] if len(tensors) > 1 else None))
+        return holder
+
+    def gather(self, group: dist.ProcessGroup | None = None) -> FirstKV:
+        """The logical tensors (world_size, B, T, width), detached, on every rank; every rank must call it.
+
+        All ranks must hold the same shape (B, T). Without a process group the world size is 1.
+        """
+
+        def assemble(x: Tensor | None) -> Tensor | None:
+            if x is None:
+                return None
+            own = x.detach().flatten(2).contiguous()
+            if not dist.is_initialized():
+                return own[None]
+            slices = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(slices, own, group=group)
+            return torch.stack(slices)
+
+        first = self.read()
+        return FirstKV(assemble(first.v), assemble(first.k))
+
+    def broadcast(self, src: int, group: dist.ProcessGroup | None = None) -> None:
+        """Overwrite this rank's slice with that of global rank `src`, without gradient. Every rank must hold a tensor of
+        the same shape already."""
+        received = []
+        for x in self.to_tensors():
+            x = x.detach().contiguous().clone()
+            dist.broadcast(x, src=src, group=group)
+            received.append(x)
+        self.write(VFirstHolder.from_tensors(tuple(received)).read())
+
+
+@dataclass
+class MixerCall:
+    """One forward call of a hybrid model, seen by every layer.
+
+    Args:
+        mode: "student" (RWKV layers run their mixer), "teacher" (their frozen attention), or "align" (both, the layer's
+            output is the teacher's). Exported models only know "student".
+        mask: (B, T) bool over the tokens of this call, True = real; None when there is no padding.
+        cu_seqlens: (S + 1,) int32 document boundaries over the flattened B*T tokens, rows included; None when every row is
+            one document.
+        checkpoint: align only: recompute each mixer in the backward instead of keeping its activations.
+        errors: align only, written per layer: squared error and squared norm of the teacher, both 0-d sums over real tokens.
+        first: v_first and k_first of this call.
+    """
+
+    mode: str = "student"
+    mask: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    checkpoint: bool = False
+    errors: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    first: VFirstHolder = field(default_factory=VFirstHolder)

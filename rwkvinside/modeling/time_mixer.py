@@ -1,0 +1,414 @@
+"""The RWKV-7 time mixer that stands in for a softmax attention: one class, and a table of the published variants.
+
+The student's equations are those of docs/mixer.md; parameter names and shapes are those of existing cxa079 / hxa079 checkpoints
+and of RWKV-Infer. No state lives on the module. This file travels with exported models: torch only, no I/O.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .carry import FirstKV
+from .wkv7 import wkv7
+
+DECAY_SCALE = math.exp(-0.5)  # log_decay = -DECAY_SCALE * sigmoid(z) lies in (-0.6065, 0)
+
+# What the published mixers differ in. None = as the teacher has it. `hxa` names are the same mixers in a hybrid whose kept
+# attention carries no rotation.
+PRESETS: dict[str, dict] = {
+    "cxa079": dict(rope=True, qk_norm=None, value_path="residual_kv", key_residual=True, bonus=True, key_scale="log"),
+    "hxa07a": dict(rope=True, qk_norm=None, value_path="plain", key_residual=False, bonus=False, key_scale="log"),
+    "hxa07b": dict(rope=True, qk_norm=None, value_path="additive", key_residual=False, bonus=False, key_scale="log"),
+    "hxa07c": dict(rope=True, qk_norm=None, value_path="additive", key_residual=False, bonus=False, key_scale="decay"),
+    "cxa078": dict(rope=True, qk_norm=True, value_path="residual_full", key_residual=False, bonus=True, key_scale="log"),
+    "cxa076r": dict(rope=False, qk_norm=True, value_path="residual_full", key_residual=False, bonus=True, key_scale="log"),
+    "rad": dict(rope=True, qk_norm=None, value_path="residual_full", key_residual=False, bonus=False, key_scale="decay"),
+    "x070": dict(
+        rope=False,
+        qk_norm=False,
+        value_path="residual_full",
+        key_residual=False,
+        bonus=True,
+        key_scale="k_a",
+        token_shift=True,
+        group_norm=True,
+    ),
+}
+PRESETS["hxa079"] = PRESETS["cxa079"]
+
+
+@dataclass
+class TimeMixerConfig:
+    """Everything that determines a mixer's parameters and equations; plain values, so that it lives in a config.json.
+
+    Args:
+        hidden_size: D, width of the residual stream.
+        num_heads, num_kv_heads, head_size: H, G, N; G divides H; C = H * N may differ from D.
+        rank_decay, rank_iclr, rank_value, rank_key, rank_gate: low-rank sizes; 0 = the published rule (`default_ranks`).
+        rope: rotate r and k exactly as the teacher rotates q and k.
+        qk_norm: RMS norm of r and k per head before the rotation, with epsilon norm_eps.
+        value_path: "plain", "residual_kv" (mix with v_first at G heads), "residual_full" (at H heads),
+            "additive" (+ 0.2 x v1 v2 at H heads).
+        key_residual: mix the key with k_first, at G heads.
+        bonus: add (r . k r_k) v of the current token.
+        key_scale: k * (1 - s + iclr) with s the decay ("decay") or its log-domain value ("log", as older checkpoints were
+            trained); "k_a" is the stock RWKV-7 form with learned k_k and k_a.
+        token_shift, group_norm: stock RWKV-7 only; without the norm the output is scaled by N^-0.5.
+        qkv_bias, output_bias: biases copied from the teacher.
+        detach_first: no gradient from later layers into v_first and k_first.
+        backend: see `wkv7`.
+    """
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    rank_decay: int = 0
+    rank_iclr: int = 0
+    rank_value: int = 0
+    rank_key: int = 0
+    rank_gate: int = 0
+    rope: bool = True
+    qk_norm: bool = False
+    norm_eps: float = 1e-6
+    value_path: str = "residual_kv"
+    key_residual: bool = True
+    bonus: bool = True
+    key_scale: str = "decay"
+    token_shift: bool = False
+    group_norm: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    detach_first: bool = False
+    backend: str = "auto"
+
+    def __post_init__(self):
+        for name, value, allowed in (
+            ("value_path", self.value_path, ("plain", "residual_kv", "residual_full", "additive")),
+            ("key_scale", self.key_scale, ("decay", "log", "k_a")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} is {value!r}, allowed: {', '.join(allowed)}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}")
+        for name, rank in default_ranks(self.hidden_size, self.num_heads * self.head_size).items():
+            if not getattr(self, f"rank_{name}"):
+                setattr(self, f"rank_{name}", rank)
+
+    @classmethod
+    def from_preset(cls, preset: str, *, qk_norm: bool, **overrides) -> TimeMixerConfig:
+        """A published variant for a teacher; `qk_norm` says whether the teacher has q/k norms, other arguments are fields.
+
+        Raises:
+            ValueError: unknown preset, or a field value outside its choices.
+        """
+        if preset not in PRESETS:
+            raise ValueError(f"unknown mixer preset {preset!r}: choose one of {', '.join(sorted(PRESETS))}")
+        values = dict(PRESETS[preset])
+        if values["qk_norm"] is None:
+            values["qk_norm"] = qk_norm
+        return cls(**(values | overrides))
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> TimeMixerConfig:
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"unknown mixer fields {unknown}, known: {sorted(known)}")
+        return cls(**values)
+
+    def replace(self, **changes) -> TimeMixerConfig:
+        return replace(self, **changes)
+
+
+def default_ranks(hidden_size: int, width: int) -> dict[str, int]:
+    """Low-rank sizes of the published format for C = width; the floors of 256 shrink to D/4 for teachers below D = 1024."""
+
+    def round32(x: float) -> int:
+        return 32 * round(x / 32)
+
+    floor = min(256, hidden_size // 4)
+    residual = max(32, round32(1.3 * width**0.5))
+    return dict(
+        decay=max(floor, round32(1.7 * width**0.6)),
+        iclr=max(32, round32(1.8 * width**0.5)),
+        value=residual,
+        key=residual,
+        gate=max(floor, round32(0.35 * width**0.8)),
+    )
+
+
+class MixerState(NamedTuple):
+    """What a mixer carries from token to token: wkv (B, H, N, N) fp32 as (value, key); shift (B, D), the last input, or None."""
+
+    wkv: Tensor
+    shift: Tensor | None
+
+
+class Streams(NamedTuple):
+    """The inputs of the recurrence, (B, T, H, N) each, and what is done to its output; see `TimeMixer.streams`."""
+
+    r: Tensor
+    log_decay: Tensor
+    k: Tensor
+    v: Tensor
+    kk: Tensor
+    iclr: Tensor
+    gate: Tensor
+
+
+class TimeMixer(nn.Module):
+    """RWKV-7 time mixing with the shapes of a softmax attention: (B, T, D) -> (B, T, D).
+
+    Args:
+        config: see `TimeMixerConfig`.
+        is_first: this is the first RWKV layer of the model: it provides v_first and k_first and has no residual mixes.
+    """
+
+    def __init__(self, config: TimeMixerConfig, is_first: bool):
+        super().__init__()
+        self.mixer_config = config
+        self.is_first = is_first
+        D, H, G, N = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_size
+        C, KV = H * N, G * N
+
+        self.receptance = nn.Linear(D, C, bias=config.qkv_bias)
+        self.key = nn.Linear(D, KV, bias=config.qkv_bias)
+        self.value = nn.Linear(D, KV, bias=config.qkv_bias)
+        self.output = nn.Linear(C, D, bias=config.output_bias)
+        if config.qk_norm:
+            self.r_norm = nn.RMSNorm(N, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(N, eps=config.norm_eps)
+
+        def low_rank(name: str, rank: int, width: int, bias: bool = True) -> None:
+            if bias:
+                self.register_parameter(f"{name}0", nn.Parameter(torch.empty(1, 1, width)))
+            self.register_parameter(f"{name}1", nn.Parameter(torch.empty(D, rank)))
+            self.register_parameter(f"{name}2", nn.Parameter(torch.empty(rank, width)))
+
+        low_rank("w", config.rank_decay, C)
+        low_rank("a", config.rank_iclr, C)
+        low_rank("g", config.rank_gate, C, bias=False)
+        if config.value_path == "additive":
+            low_rank("v", config.rank_value, C, bias=False)
+        elif config.value_path != "plain" and not is_first:
+            low_rank("v", config.rank_value, KV if config.value_path == "residual_kv" else C)
+        if config.key_residual and not is_first:
+            low_rank("k", config.rank_key, KV)
+        if config.bonus:
+            self.r_k = nn.Parameter(torch.empty(H, N))
+        if config.key_scale == "k_a":
+            self.k_k = nn.Parameter(torch.empty(1, 1, C))
+            self.k_a = nn.Parameter(torch.empty(1, 1, C))
+        if config.token_shift:
+            for name in "rwkvag":
+                self.register_parameter(f"x_{name}", nn.Parameter(torch.empty(1, 1, D)))
+        if config.group_norm:
+            self.ln_x = nn.GroupNorm(H, C, eps=64e-5)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        first: FirstKV | None,
+        state: MixerState | None = None,
+        rope: tuple[Tensor, Tensor] | None = None,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, FirstKV, MixerState]:
+        """Mix a batch of rows.
+
+        Args:
+            x: (B, T, D), the output of the layer's input norm.
+            first: v_first and k_first of the first RWKV layer; None exactly when this is that layer.
+            state: what the previous tokens left, None at the start of a document.
+            rope: cos and sin, (B or 1, T, N), of the teacher's rotation; None when the mixer does not rotate.
+            mask: (B, T) bool, True = real token; padding leaves the state as it is.
+            cu_seqlens: (S + 1,) document boundaries over the flattened B*T tokens (row ends included).
+
+        Returns:
+            y (B, T, D), the FirstKV to hand to later layers, and the state after the last token, (S, ...) with cu_seqlens.
+        """
+        s, first, shift = self.streams(x, first=first, state=state, rope=rope, mask=mask, cu_seqlens=cu_seqlens)
+        y, wkv = self.recur(s, None if state is None else state.wkv, mask, cu_seqlens)
+        return self.output((y * s.gate).flatten(2).to(x.dtype)), first, MixerState(wkv, shift)
+
+    def streams(self, x, *, first, state=None, rope=None, mask=None, cu_seqlens=None):
+        """All that is computed before the recurrence: (Streams, FirstKV, shift state)."""
+        c = self.mixer_config
+        H, N = c.num_heads, c.head_size
+        if c.token_shift:
+            if mask is not None:
+                x = x * mask[..., None].to(x.dtype)
+            previous, shift = _shift(x, None if state is None else state.shift, mask, cu_seqlens)
+            xr, xw, xk, xv, xa, xg = (x + (previous - x) * getattr(self, f"x_{name}") for name in "rwkvag")
+        else:
+            shift = None
+            xr = xw = xk = xv = xa = xg = x
+
+        r, k, v = self.project(xr, xk, xv, rope if c.rope else None)
+        if c.value_path == "residual_full":
+            v = _to_heads(v, H)
+        if self.is_first:
+            first = FirstKV(v, k if c.key_residual else None)
+        else:
+            v_first, k_first = (t if t is None or not c.detach_first else t.detach() for t in first)
+            if c.value_path in ("residual_kv", "residual_full"):
+                v = v + (v_first - v) * self._low_rank_sigmoid(xv, "v").unflatten(-1, (-1, N)).to(v.dtype)
+            if c.key_residual:
+                k = k + (k_first - k) * self._low_rank_sigmoid(xk, "k").unflatten(-1, (-1, N)).to(k.dtype)
+        v = _to_heads(v, H)
+        if c.value_path == "additive":
+            v = v + 0.2 * ((xv @ self.v1) @ self.v2).unflatten(-1, (H, N))
+
+        # decay and in-context learning rate stay in fp32: near 0 a bf16 log decay is off by 2-3 %
+        z = _fp32(self.w0) + _fp32(torch.tanh(xw @ self.w1) @ self.w2)
+        z = z.unflatten(-1, (H, N))
+        log_decay = -DECAY_SCALE * torch.sigmoid(z)
+        iclr = self._low_rank_sigmoid(xa, "a").unflatten(-1, (H, N))
+        gate = (torch.sigmoid(xg @ self.g1) @ self.g2).unflatten(-1, (H, N))
+
+        if c.key_scale == "k_a":
+            k = _to_heads(k, H)
+            kk = F.normalize(_fp32(k) * _fp32(self.k_k).view(H, N), dim=-1)
+            k = k * (1 + (iclr - 1) * _fp32(self.k_a).view(H, N)).to(k.dtype)
+        else:
+            kk = _to_heads(F.normalize(_fp32(k), dim=-1), H)
+            s = log_decay.exp() if c.key_scale == "decay" else F.logsigmoid(z) - 0.5
+            k = _to_heads(k, H) * (1 - s + iclr).to(k.dtype)
+        return Streams(r, log_decay, k, v, kk, iclr, gate), first, shift
+
+    def project(self, xr: Tensor, xk: Tensor, xv: Tensor, rope: tuple[Tensor, Tensor] | None):
+        """Receptance (B, T, H, N), key and value (B, T, G, N), normed and rotated: with copied weights the teacher's q, k, v."""
+        c = self.mixer_config
+        r = self.receptance(xr).unflatten(-1, (c.num_heads, c.head_size))
+        k = self.key(xk).unflatten(-1, (c.num_kv_heads, c.head_size))
+        v = self.value(xv).unflatten(-1, (c.num_kv_heads, c.head_size))
+        if c.qk_norm:
+            r, k = self.r_norm(r), self.k_norm(k)
+        if rope is not None:
+            r, k = rotate(r, *rope), rotate(k, *rope)
+        return r, k, v
+
+    def recur(self, s: Streams, wkv: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None):
+        """The recurrence, its scale or norm, and the bonus: (y (B, T, H, N) before the gate, final state)."""
+        c = self.mixer_config
+        B, T = s.r.shape[:2]
+        inputs = (s.r, s.log_decay, s.k, s.v, -s.kk, s.kk * s.iclr)
+        if cu_seqlens is not None:
+            inputs = tuple(t.reshape(1, B * T, *t.shape[2:]) for t in inputs)
+            mask = None if mask is None else mask.reshape(1, B * T)
+        y, wkv = wkv7(*inputs, wkv, mask=mask, cu_seqlens=cu_seqlens, backend=c.backend)
+        y = y.view(B, T, *y.shape[2:])
+        if c.group_norm:
+            y = self.ln_x(y.flatten(0, 1).flatten(1)).view_as(y)
+        else:
+            y = y * c.head_size**-0.5
+        if c.bonus:
+            y = y + (s.r * s.k * self.r_k.to(s.k.dtype)).sum(-1, keepdim=True) * s.v
+        return y, wkv
+
+    def _low_rank_sigmoid(self, x: Tensor, name: str) -> Tensor:
+        bias, down, up = (getattr(self, f"{name}{i}") for i in range(3))
+        return torch.sigmoid(_fp32(bias) + _fp32((x @ down) @ up))
+
+
+def _fp32(x: Tensor) -> Tensor:
+    """At least fp32: a float64 tensor stays what it is."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of (B, T, heads, N) in the half-split layout of Llama and Qwen; cos, sin (B or 1, T, N)."""
+    half = x.shape[-1] // 2
+    turned = torch.cat([-x[..., half:], x[..., :half]], -1)
+    return x * cos.unsqueeze(2) + turned * sin.unsqueeze(2)
+
+
+def _to_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, T, G, N) -> (B, T, H, N): head h reads key/value head h // (H / G)."""
+    return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2)
+
+
+def _shift(x, last, mask, cu_seqlens):
+    """The previous real token of each position (0 at the start of a document) and the last real token of each row."""
+    B, T, D = x.shape
+    last = x.new_zeros(B, D) if last is None else last.to(x.dtype)
+    history = torch.cat([last[:, None], x], 1)
+    if mask is None:
+        previous, newest = history[:, :-1], x[:, -1]
+    else:
+        # position (counted from 1) of the newest real token up to t; 0 is what came before this call
+        newest_at = torch.where(mask, torch.arange(1, T + 1, device=x.device), 0).cummax(1).values
+        before = F.pad(newest_at[:, :-1], (1, 0))
+        previous = history.gather(1, before[..., None].expand(-1, -1, D))
+        newest = history.gather(1, newest_at[:, -1:, None].expand(-1, -1, D))[:, 0]
+    if cu_seqlens is not None:
+        starts = torch.ones(B * T, 1, dtype=x.dtype, device=x.device)
+        starts[cu_seqlens[:-1][cu_seqlens.diff() > 0].long()] = 0
+        previous = previous * starts.view(B, T, 1)
+        newest = x.reshape(B * T, D)[cu_seqlens[1:].long() - 1]
+    return previous, newest
+
+
+@torch.no_grad()
+def init_mixer(mixer: TimeMixer, layer: int, num_layers: int, init: str = "calibrated") -> None:
+    """Set everything that is not copied from the teacher, in fp32.
+
+    | parameter | published | calibrated |
+    |---|---|---|
+    | w0 | depth-dependent ramp + 2.5 zz | the same (the calibrate stage replaces it) |
+    | a0 | -0.19 + 0.3 zz + 0.4 lin | the same |
+    | v0, k0 | 0.73: 67.5 % of the first layer | -4: 1.8 % |
+    | r_k | -0.04 | 0 |
+    | w1, a1, v1, k1, g1 | 0 | 0 |
+    | w2, a2, v2, k2 | orthogonal, gain 0.1 max(1, sqrt(rows / cols)) | the same |
+    | g2 | the same orthogonal | and its columns sum to 2, so that the gate starts at 1 |
+    | norms | 1 | 1 |
+
+    Args:
+        layer, num_layers: position in the model, which sets the ramp of w0.
+        init: "published" or "calibrated".
+    """
+    if init not in ("published", "calibrated"):
+        raise ValueError(f"init is {init!r}, allowed: published, calibrated")
+    c = mixer.mixer_config
+    C, N = c.num_heads * c.head_size, c.head_size
+    n = torch.arange(C, dtype=torch.float32)
+    lin = n / max(C - 1, 1) - 0.5
+    z = (n % N - (N - 1) / 2) / max((N - 1) / 2, 0.5)
+    zz = z * z.abs()
+    depth = layer / max(num_layers - 1, 1)
+    values = {
+        "w0": -6 + 6 * (n / max(C - 1, 1)) ** (1 + depth**0.3) + 0.5 + 2.5 * zz,
+        "a0": -0.19 + 0.3 * zz + 0.4 * lin,
+        "v0": 0.73 if init == "published" else -4.0,
+        "k0": 0.73 if init == "published" else -4.0,
+        "r_k": -0.04 if init == "published" else 0.0,
+        "k_k": 0.85,
+        "k_a": 1.0,
+    }
+    for name, parameter in mixer.named_parameters():
+        if name in values:
+            parameter.copy_(torch.as_tensor(values[name]).expand(parameter.numel()).view_as(parameter))
+        elif name in ("w1", "a1", "v1", "k1", "g1") or name.startswith("x_"):
+            parameter.zero_()
+        elif name in ("w2", "a2", "v2", "k2", "g2"):
+            rows, cols = parameter.shape
+            fresh = torch.empty(rows, cols)
+            nn.init.orthogonal_(fresh, gain=0.1 * max(1, math.sqrt(rows / cols)))
+            if name == "g2" and init == "calibrated":
+                fresh += (2 - fresh.sum(0)) / rows
+            parameter.copy_(fresh)
+        elif name in ("r_norm.weight", "k_norm.weight", "ln_x.weight"):
+            parameter.fill_(1)
+        elif name == "ln_x.bias":
+            parameter.zero_()
