@@ -1,1 +1,2 @@
-"""Compiled WKV-7 kernels (Triton, native CPU). None ships in this version: `rwkvinside.modeling.wkv7` runs on PyTorch alone."""
+"""Compiled WKV-7 kernels (Triton, native CPU). None ships in this version: `rwkvinside.modeling.wkv7` runs on PyTorch
+alone."""

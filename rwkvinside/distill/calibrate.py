@@ -1,10 +1,11 @@
-"""The start of a mixer from the teacher's own attention, layer by layer and in closed form: no training, no constant to tune.
+"""The start of a mixer from the teacher's own attention, layer by layer and in closed form: no training, no constant
+to tune.
 
 What copying the projections leaves open, and this fits on a few thousand tokens:
-- how fast each head forgets and how strongly it overwrites (decay w0 and in-context rate a0, one value per head), by a search
-  over half-lives and rates that minimises the squared error to the teacher head's output;
-- the scale of each head's output and the weight of the current token (bonus r_k), by least squares for every candidate of
-  that search, because an unnormalised sum replaces a weighted mean.
+- how fast each head forgets and how strongly it overwrites (decay w0 and in-context rate a0, one value per head), by a
+  search over half-lives and rates that minimises the squared error to the teacher head's output;
+- the scale of each head's output and the weight of the current token (bonus r_k), by least squares for every candidate
+  of that search, because an unnormalised sum replaces a weighted mean.
 """
 
 from __future__ import annotations
@@ -74,8 +75,9 @@ def calibrate(
 
 @torch.no_grad()
 def teacher_power(model: HybridModel, batches: list[Batch]) -> tuple[dict[int, float], dict[int, float]]:
-    """Per converted layer, over all tokens of the batches: the mean squared norm of the teacher's attention output (the weight
-    of the alignment loss), and the student's squared error relative to it (1 is what an output of zeros would get)."""
+    """Per converted layer, over all tokens of the batches: the mean squared norm of the teacher's attention output
+    (the weight of the alignment loss), and the student's squared error relative to it (1 is what an output of zeros
+    would get)."""
     sums: dict[int, list[float]] = {}
     for batch in batches:
         for i, (error, norm) in model(batch, mode="align").items():
@@ -103,9 +105,8 @@ def _layer_inputs(model: HybridModel, batches: list[Batch]) -> Iterator[tuple[in
     ropes = [backbone.rotary_emb(h, batch.position_ids) for h, batch in zip(hidden, batches, strict=True)]
     masks = [attention_mask_4d(batch) for batch in batches]
     for i, layer in enumerate(backbone.layers):
-        yield i, [
-            _Input(layer.input_layernorm(h), *rest) for h, *rest in zip(hidden, ropes, batches, masks, strict=True)
-        ]
+        given = zip(hidden, ropes, batches, masks, strict=True)
+        yield i, [_Input(layer.input_layernorm(h), *rest) for h, *rest in given]
         hidden = [
             layer(
                 h,
@@ -174,7 +175,7 @@ def _teacher_heads(mixer: TimeMixer, given: _Input) -> Tensor:
 
 
 def _regress(mixer, inputs, firsts, targets) -> tuple[Tensor, Tensor]:
-    """Least squares of the teacher heads on [recurrence, bonus]: weights (H, 1 or 2) and relative squared error (H,)."""
+    """Least squares of the teacher heads on [recurrence, bonus]: weights (H, 1 or 2), relative squared error (H,)."""
     c = mixer.mixer_config
     gram = moment = power = 0
     for given, first, target in zip(inputs, firsts, targets, strict=True):

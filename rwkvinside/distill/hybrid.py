@@ -1,7 +1,7 @@
 """The student in training: the teacher's own model with a wrapper in place of each converted layer's attention.
 
-Knows which parameters belong to which group, which of them train, and under which names the exported model holds them. The
-exported model itself is `modeling/modeling_hybrid.py`; both run the same mixers.
+Knows which parameters belong to which group, which of them train, and under which names the exported model holds them.
+The exported model itself is `modeling/modeling_hybrid.py`; both run the same mixers.
 """
 
 from __future__ import annotations
@@ -68,14 +68,18 @@ class HybridModel(nn.Module):
         rwkv_layers: indices of the converted layers, ascending.
     """
 
-    def __init__(self, lm: PreTrainedModel, spec: StudentSpec, mixer: TimeMixerConfig, rwkv_layers: list[int], tied: bool):
+    def __init__(
+        self, lm: PreTrainedModel, spec: StudentSpec, mixer: TimeMixerConfig, rwkv_layers: list[int], tied: bool
+    ):
         super().__init__()
         self.lm = lm
         self.spec = spec
         self.mixer_config = mixer
         self.rwkv_layers = rwkv_layers
         self.teacher_tied = tied
-        self.trained: set[str] = {name for name in self.canonical_parameters() if _group(name, rwkv_layers)[0] == "mixer"}
+        self.trained: set[str] = {
+            name for name in self.canonical_parameters() if _group(name, rwkv_layers)[0] == "mixer"
+        }
         self.requires_grad_(False)
 
     @classmethod
@@ -180,7 +184,7 @@ class HybridModel(nn.Module):
         return {i: self.lm.model.layers[i].self_attn.student_attn for i in self.rwkv_layers}
 
     def canonical_parameters(self) -> dict[str, nn.Parameter]:
-        """Every parameter of the student under the name that the exported model gives it; teacher attention is left out."""
+        """Every parameter of the student under its name in the exported model; teacher attention is left out."""
         return {
             name.removeprefix("lm.").replace(".student_attn", ""): parameter
             for name, parameter in self.named_parameters()
@@ -263,7 +267,8 @@ class HybridModel(nn.Module):
         ]
         if wrong:
             raise UserError(
-                f"the checkpoint does not fit this student: {wrong[0]}" + (f" (and {len(wrong) - 1} more)" if wrong[1:] else ""),
+                f"the checkpoint does not fit this student: {wrong[0]}"
+                + (f" (and {len(wrong) - 1} more)" if wrong[1:] else ""),
                 "use the student settings that the checkpoint was made with",
             )
         for name, tensor in tensors.items():

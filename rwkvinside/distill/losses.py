@@ -13,8 +13,9 @@ IGNORE = -100
 def alignment_loss(errors: dict[int, tuple[Tensor, Tensor]], power: dict[int, float]) -> tuple[Tensor, Tensor]:
     """Sum over tokens of the squared error per layer, each divided by that layer's mean squared teacher norm.
 
-    The per-layer weights 1 / power are those of RADLADS (arXiv 2505.03005, step 1) up to a common factor. They are constants
-    measured before the stage, not statistics of the micro-batch: so the loss does not depend on how a batch is cut.
+    The per-layer weights 1 / power are those of RADLADS (arXiv 2505.03005, step 1) up to a common factor. They are
+    constants measured before the stage, not statistics of the micro-batch: so the loss does not depend on how a batch
+    is cut.
 
     Args:
         errors: {layer: (squared error, squared teacher norm)}, 0-d sums over real tokens.
@@ -41,8 +42,8 @@ def head_losses(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Distillation and cross-entropy from final hidden states, `chunk_tokens` x vocabulary logits at a time.
 
-    KL is KL(teacher || student) at `temperature`, times its square (Hinton et al. 2015, arXiv 1503.02531), over the ids that
-    both vocabularies share (the larger one is cut: families pad it differently). Softmax and sums are fp32.
+    KL is KL(teacher || student) at `temperature`, times its square (Hinton et al. 2015, arXiv 1503.02531), over the
+    ids that both vocabularies share (the larger one is cut: families pad it differently). Softmax and sums are fp32.
 
     Args:
         hidden, teacher_hidden: (B, T, D) each with its own D; no teacher: cross-entropy only.
@@ -50,8 +51,8 @@ def head_losses(
         kl, ce: weights of the two terms.
 
     Returns:
-        The weighted sum over the positions with a label, and detached sums "kl", "ce", "agreement" (top-1 of student and
-        teacher coincide) over the same positions.
+        The weighted sum over the positions with a label, and detached sums "kl", "ce", "agreement" (top-1 of student
+        and teacher coincide) over the same positions.
     """
     chosen = labels != IGNORE
     hidden, labels = hidden[chosen], labels[chosen]
@@ -62,7 +63,13 @@ def head_losses(
     sums: dict[str, Tensor] = {}
     for start in range(0, hidden.shape[0], chunk_tokens):
         part = slice(start, start + chunk_tokens)
-        args = (hidden[part], head, labels[part], None if teacher_hidden is None else teacher_hidden[part], teacher_head)
+        args = (
+            hidden[part],
+            head,
+            labels[part],
+            None if teacher_hidden is None else teacher_hidden[part],
+            teacher_head,
+        )
         args += (kl, ce, temperature)
         # one chunk's logits are kept for the backward as they are; of several, each is recomputed there
         part_loss, parts = checkpoint(_chunk, *args, use_reentrant=False) if several else _chunk(*args)

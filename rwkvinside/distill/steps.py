@@ -1,4 +1,5 @@
-"""One step per objective: a packed batch in, a loss sum and metric sums out. The trainer divides by the global count."""
+"""One step per objective: a packed batch in, a loss sum and metric sums out. The trainer divides by the global
+count."""
 
 from __future__ import annotations
 

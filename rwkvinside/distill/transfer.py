@@ -23,7 +23,7 @@ NAMES = {
 
 
 def mixer_config(attention: nn.Module, teacher_config, preset: str, **overrides) -> TimeMixerConfig:
-    """The configuration of the mixer that replaces `attention` of a teacher with `teacher_config`; overrides are its fields."""
+    """The configuration of the mixer that replaces `attention` of a teacher; overrides are its fields."""
     norm = getattr(attention, "q_norm", None)
     return TimeMixerConfig.from_preset(
         preset,
@@ -44,8 +44,8 @@ def transfer(attention: nn.Module, mixer: TimeMixer) -> None:
     """Copy the teacher's projections and norms into the mixer, bit for bit.
 
     Raises:
-        ValueError: a teacher tensor that has no place in the mixer (q/k norms and a preset without them, say), or a shape
-            that does not fit.
+        ValueError: a teacher tensor that has no place in the mixer (q/k norms and a preset without them, say), or a
+            shape that does not fit.
     """
     targets = dict(mixer.named_parameters())
     for name, source in attention.named_parameters():

@@ -26,8 +26,8 @@ class AttentionWrapper(nn.Module):
     def forward(self, hidden_states: Tensor, *, mixer_call: MixerCall, **kwargs) -> tuple[Tensor, Tensor | None]:
         """(B, T, D) -> (output (B, T, D), attention weights or None), in the attention convention of transformers.
 
-        Mode "align" returns the teacher's output, so that every layer sees the teacher's own activations, and leaves the
-        squared error and the teacher's squared norm (sums over real tokens, fp32) in `mixer_call.errors`.
+        Mode "align" returns the teacher's output, so that every layer sees the teacher's own activations, and leaves
+        the squared error and the teacher's squared norm (sums over real tokens, fp32) in `mixer_call.errors`.
         """
         if mixer_call.mode == "student":
             return self.student_attn(hidden_states, mixer_call=mixer_call, **kwargs)

@@ -1,7 +1,9 @@
-"""What crosses the layers within one forward call: v_first and k_first of the first RWKV layer, and the call's settings.
+"""What crosses the layers within one forward call: v_first and k_first of the first RWKV layer, and the call's
+settings.
 
-A new object is made for every forward call of the whole model and handed to each layer as the keyword argument `mixer_call`
-(Hugging Face decoder layers pass unknown keyword arguments on to their attention). Nothing is kept on a module.
+A new object is made for every forward call of the whole model and handed to each layer as the keyword argument
+`mixer_call` (Hugging Face decoder layers pass unknown keyword arguments on to their attention). Nothing is kept on a
+module.
 """
 
 from __future__ import annotations
@@ -24,12 +26,13 @@ class FirstKV(NamedTuple):
 class VFirstHolder:
     """Carries v_first and k_first from the first RWKV layer to the later ones, gradients intact.
 
-    The logical tensor has shape (world_size, B, T, width); each rank holds its own slice, so data parallel and ZeRO runs
-    exchange nothing. `gather` assembles the logical tensor for inspection; `to_tensors` / `from_tensors` are what pipeline
-    stages put into the tuple they exchange; `broadcast` serves inference where one rank computes the first layer.
+    The logical tensor has shape (world_size, B, T, width); each rank holds its own slice, so data parallel and ZeRO
+    runs exchange nothing. `gather` assembles the logical tensor for inspection; `to_tensors` / `from_tensors` are what
+    pipeline stages put into the tuple they exchange; `broadcast` serves inference where one rank computes the first
+    layer.
 
-    The first RWKV layer always writes and the later ones always read. Nothing branches on "was it written": a recomputed
-    activation checkpoint would take the other branch.
+    The first RWKV layer always writes and the later ones always read. Nothing branches on "was it written": a
+    recomputed activation checkpoint would take the other branch.
     """
 
     def __init__(self) -> None:
@@ -80,8 +83,8 @@ class VFirstHolder:
         return FirstKV(assemble(first.v), assemble(first.k))
 
     def broadcast(self, src: int, group: dist.ProcessGroup | None = None) -> None:
-        """Overwrite this rank's slice with that of global rank `src`, without gradient. Every rank must hold a tensor of
-        the same shape already."""
+        """Overwrite this rank's slice with that of global rank `src`, without gradient. Every rank must hold a tensor
+        of the same shape already."""
         received = []
         for x in self.to_tensors():
             x = x.detach().contiguous().clone()
@@ -98,10 +101,11 @@ class MixerCall:
         mode: "student" (RWKV layers run their mixer), "teacher" (their frozen attention), or "align" (both, the layer's
             output is the teacher's). Exported models only know "student".
         mask: (B, T) bool over the tokens of this call, True = real; None when there is no padding.
-        cu_seqlens: (S + 1,) int32 document boundaries over the flattened B*T tokens, rows included; None when every row is
-            one document.
+        cu_seqlens: (S + 1,) int32 document boundaries over the flattened B*T tokens, rows included; None when every
+            row is one document.
         checkpoint: align only: recompute each mixer in the backward instead of keeping its activations.
-        errors: align only, written per layer: squared error and squared norm of the teacher, both 0-d sums over real tokens.
+        errors: align only, written per layer: squared error and squared norm of the teacher, both 0-d sums over real
+            tokens.
         first: v_first and k_first of this call.
     """
 

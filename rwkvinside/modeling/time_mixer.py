@@ -1,7 +1,7 @@
 """The RWKV-7 time mixer that stands in for a softmax attention: one class, and a table of the published variants.
 
-The student's equations are those of docs/mixer.md; parameter names and shapes are those of existing cxa079 / hxa079 checkpoints
-and of RWKV-Infer. No state lives on the module. This file travels with exported models: torch only, no I/O.
+The student's equations are those of docs/mixer.md; parameter names and shapes are those of existing cxa079 / hxa079
+checkpoints and of RWKV-Infer. No state lives on the module. This file travels with exported models: torch only, no I/O.
 """
 
 from __future__ import annotations
@@ -19,16 +19,22 @@ from .wkv7 import wkv7
 
 DECAY_SCALE = math.exp(-0.5)  # log_decay = -DECAY_SCALE * sigmoid(z) lies in (-0.6065, 0)
 
-# What the published mixers differ in. None = as the teacher has it. `hxa` names are the same mixers in a hybrid whose kept
-# attention carries no rotation.
+# What the published mixers differ in. None = as the teacher has it. `hxa` names are the same mixers in a hybrid whose
+# kept attention carries no rotation.
 PRESETS: dict[str, dict] = {
     "cxa079": dict(rope=True, qk_norm=None, value_path="residual_kv", key_residual=True, bonus=True, key_scale="log"),
     "hxa07a": dict(rope=True, qk_norm=None, value_path="plain", key_residual=False, bonus=False, key_scale="log"),
     "hxa07b": dict(rope=True, qk_norm=None, value_path="additive", key_residual=False, bonus=False, key_scale="log"),
     "hxa07c": dict(rope=True, qk_norm=None, value_path="additive", key_residual=False, bonus=False, key_scale="decay"),
-    "cxa078": dict(rope=True, qk_norm=True, value_path="residual_full", key_residual=False, bonus=True, key_scale="log"),
-    "cxa076r": dict(rope=False, qk_norm=True, value_path="residual_full", key_residual=False, bonus=True, key_scale="log"),
-    "rad": dict(rope=True, qk_norm=None, value_path="residual_full", key_residual=False, bonus=False, key_scale="decay"),
+    "cxa078": dict(
+        rope=True, qk_norm=True, value_path="residual_full", key_residual=False, bonus=True, key_scale="log"
+    ),
+    "cxa076r": dict(
+        rope=False, qk_norm=True, value_path="residual_full", key_residual=False, bonus=True, key_scale="log"
+    ),
+    "rad": dict(
+        rope=True, qk_norm=None, value_path="residual_full", key_residual=False, bonus=False, key_scale="decay"
+    ),
     "x070": dict(
         rope=False,
         qk_norm=False,
@@ -50,15 +56,16 @@ class TimeMixerConfig:
     Args:
         hidden_size: D, width of the residual stream.
         num_heads, num_kv_heads, head_size: H, G, N; G divides H; C = H * N may differ from D.
-        rank_decay, rank_iclr, rank_value, rank_key, rank_gate: low-rank sizes; 0 = the published rule (`default_ranks`).
+        rank_decay, rank_iclr, rank_value, rank_key, rank_gate: low-rank sizes; 0 = the published rule
+            (`default_ranks`).
         rope: rotate r and k exactly as the teacher rotates q and k.
         qk_norm: RMS norm of r and k per head before the rotation, with epsilon norm_eps.
         value_path: "plain", "residual_kv" (mix with v_first at G heads), "residual_full" (at H heads),
             "additive" (+ 0.2 x v1 v2 at H heads).
         key_residual: mix the key with k_first, at G heads.
         bonus: add (r . k r_k) v of the current token.
-        key_scale: k * (1 - s + iclr) with s the decay ("decay") or its log-domain value ("log", as older checkpoints were
-            trained); "k_a" is the stock RWKV-7 form with learned k_k and k_a.
+        key_scale: k * (1 - s + iclr) with s the decay ("decay") or its log-domain value ("log", as older checkpoints
+            were trained); "k_a" is the stock RWKV-7 form with learned k_k and k_a.
         token_shift, group_norm: stock RWKV-7 only; without the norm the output is scaled by N^-0.5.
         qkv_bias, output_bias: biases copied from the teacher.
         detach_first: no gradient from later layers into v_first and k_first.
@@ -103,7 +110,8 @@ class TimeMixerConfig:
 
     @classmethod
     def from_preset(cls, preset: str, *, qk_norm: bool, **overrides) -> TimeMixerConfig:
-        """A published variant for a teacher; `qk_norm` says whether the teacher has q/k norms, other arguments are fields.
+        """A published variant for a teacher; `qk_norm` says whether the teacher has q/k norms, other arguments are
+        fields.
 
         Raises:
             ValueError: unknown preset, or a field value outside its choices.
@@ -130,7 +138,8 @@ class TimeMixerConfig:
 
 
 def default_ranks(hidden_size: int, width: int) -> dict[str, int]:
-    """Low-rank sizes of the published format for C = width; the floors of 256 shrink to D/4 for teachers below D = 1024."""
+    """Low-rank sizes of the published format for C = width; the floors of 256 shrink to D/4 for teachers below D =
+    1024."""
 
     def round32(x: float) -> int:
         return 32 * round(x / 32)
@@ -147,7 +156,8 @@ def default_ranks(hidden_size: int, width: int) -> dict[str, int]:
 
 
 class MixerState(NamedTuple):
-    """What a mixer carries from token to token: wkv (B, H, N, N) fp32 as (value, key); shift (B, D), the last input, or None."""
+    """What a mixer carries from token to token: wkv (B, H, N, N) fp32 as (value, key); shift (B, D), the last input,
+    or None."""
 
     wkv: Tensor
     shift: Tensor | None
@@ -235,7 +245,8 @@ class TimeMixer(nn.Module):
             cu_seqlens: (S + 1,) document boundaries over the flattened B*T tokens (row ends included).
 
         Returns:
-            y (B, T, D), the FirstKV to hand to later layers, and the state after the last token, (S, ...) with cu_seqlens.
+            y (B, T, D), the FirstKV to hand to later layers, and the state after the last token, (S, ...) with
+            cu_seqlens.
         """
         s, first, shift = self.streams(x, first=first, state=state, rope=rope, mask=mask, cu_seqlens=cu_seqlens)
         y, wkv = self.recur(s, None if state is None else state.wkv, mask, cu_seqlens)
@@ -287,7 +298,7 @@ class TimeMixer(nn.Module):
         return Streams(r, log_decay, k, v, kk, iclr, gate), first, shift
 
     def project(self, xr: Tensor, xk: Tensor, xv: Tensor, rope: tuple[Tensor, Tensor] | None):
-        """Receptance (B, T, H, N), key and value (B, T, G, N), normed and rotated: with copied weights the teacher's q, k, v."""
+        """Receptance (B, T, H, N), key and value (B, T, G, N), normed and rotated; as copied, the teacher's q, k, v."""
         c = self.mixer_config
         r = self.receptance(xr).unflatten(-1, (c.num_heads, c.head_size))
         k = self.key(xk).unflatten(-1, (c.num_kv_heads, c.head_size))
@@ -308,10 +319,7 @@ class TimeMixer(nn.Module):
             mask = None if mask is None else mask.reshape(1, B * T)
         y, wkv = wkv7(*inputs, wkv, mask=mask, cu_seqlens=cu_seqlens, backend=c.backend)
         y = y.view(B, T, *y.shape[2:])
-        if c.group_norm:
-            y = self.ln_x(y.flatten(0, 1).flatten(1)).view_as(y)
-        else:
-            y = y * c.head_size**-0.5
+        y = self.ln_x(y.flatten(0, 1).flatten(1)).view_as(y) if c.group_norm else y * c.head_size**-0.5
         if c.bonus:
             y = y + (s.r * s.k * self.r_k.to(s.k.dtype)).sum(-1, keepdim=True) * s.v
         return y, wkv

@@ -4,8 +4,9 @@ Per batch row and head, with the state S of shape (N_v, N_k) in fp32 (RWKV-7 "Go
 
     S_t = S_{t-1} diag(exp(log_decay_t)) + (S_{t-1} a_t) b_t^T + v_t k_t^T          y_t = S_t r_t
 
-`wkv7` is the one public door. Conventions that differ elsewhere: the decay is given as log decay (not as its own logarithm), the
-state is (value, key) (fla stores its transpose), and y is not scaled. This file travels with exported models: torch only, no I/O.
+`wkv7` is the one public door. Conventions that differ elsewhere: the decay is given as log decay (not as its own
+logarithm), the state is (value, key) (fla stores its transpose), and y is not scaled. This file travels with exported
+models: torch only, no I/O.
 """
 
 from __future__ import annotations
@@ -38,17 +39,18 @@ def wkv7(
     Args:
         r, k, v, a, b: (B, T, H, N), any floating dtype; computed in fp32 (fp64 when `r` is fp64). In the RWKV-7 mixer
             a = -kk and b = kk * iclr with kk the L2-normalised key.
-        log_decay: (B, T, H, N), values <= 0, at least -5 for the chunked path; fp32 is advised (bf16 costs 2-3 % near 0).
+        log_decay: (B, T, H, N), values <= 0, at least -5 for the chunked path; fp32 is advised (bf16 costs 2-3 % near
+            0).
         state: initial state (B, H, N, N) as (value, key), or (S, H, N, N) with `cu_seqlens`; None is zero.
         mask: (B, T) bool, True for real tokens. A masked step leaves the state as it is and outputs 0.
-        cu_seqlens: (S + 1,) integers, 0 first and T last: sequence s is [cu[s], cu[s+1]); needs B = 1. Every sequence starts
-            from its own state; empty sequences are allowed.
+        cu_seqlens: (S + 1,) integers, 0 first and T last: sequence s is [cu[s], cu[s+1]); needs B = 1. Every sequence
+            starts from its own state; empty sequences are allowed.
         backend: "reference" (a loop over time), "chunked" (matrix products over chunks, hand-written backward that
             recomputes), or "auto" (reference for a single step, else chunked).
 
     Returns:
-        y (B, T, H, N) in v's dtype, and the final state (B or S, H, N, N) in fp32 (fp64 for fp64 inputs). Both carry gradient
-        to all inputs, the initial state included.
+        y (B, T, H, N) in v's dtype, and the final state (B or S, H, N, N) in fp32 (fp64 for fp64 inputs). Both carry
+        gradient to all inputs, the initial state included.
 
     Raises:
         ValueError: shapes that do not fit, a log decay outside what the chosen path represents, an unknown backend.
@@ -70,7 +72,8 @@ def wkv7(
 
 
 def wkv7_reference(r, log_decay, k, v, a, b, state, cu_seqlens=None) -> tuple[Tensor, Tensor]:
-    """The recurrence as it is written, one step after the other; every faster path is judged by it. Arguments as `wkv7`."""
+    """The recurrence as it is written, one step after the other; every faster path is judged by it. Arguments as
+    `wkv7`."""
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
         ys, states = [], []
@@ -97,7 +100,9 @@ def _check(r, log_decay, k, v, a, b, state, mask, cu_seqlens, backend) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"unknown WKV-7 backend {backend!r}: choose one of {', '.join(BACKENDS)}")
     if backend == "triton":
-        raise RuntimeError("WKV-7 backend 'triton' cannot run: this version ships no Triton kernels; use 'auto' or 'chunked'")
+        raise RuntimeError(
+            "WKV-7 backend 'triton' cannot run: this version ships no Triton kernels; use 'auto' or 'chunked'"
+        )
     for name, x in (("log_decay", log_decay), ("k", k), ("v", v), ("a", a), ("b", b)):
         if x.shape != r.shape:
             raise ValueError(f"{name} has shape {tuple(x.shape)}, r has {tuple(r.shape)}: all must be (B, T, H, N)")
@@ -116,8 +121,9 @@ def _check(r, log_decay, k, v, a, b, state, mask, cu_seqlens, backend) -> None:
 
 
 class _Layout(NamedTuple):
-    """How tokens lie in chunks. Chunks are ordered step by step: first the first chunk of every sequence (longest sequences
-    first), then the second chunk of those that have one, and so on, so that each step of the scan is one contiguous slice."""
+    """How tokens lie in chunks. Chunks are ordered step by step: first the first chunk of every sequence (longest
+    sequences first), then the second chunk of those that have one, and so on, so that each step of the scan is one
+    contiguous slice."""
 
     length: int  # L, tokens per chunk
     counts: list[int]  # sequences that take part in step i; never rises
@@ -200,7 +206,8 @@ def _causal(L: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _local(r, w, k, a, b) -> _Local:
-    # The exponents are taken from the middle of the chunk, which halves their range; rounding is relative and unaffected.
+    # The exponents are taken from the middle of the chunk, which halves their range; rounding is relative and
+    # unaffected.
     L = r.shape[-2]
     c = w.cumsum(-2)
     middle, last = c[..., L // 2 : L // 2 + 1, :], c[..., -1:, :]
@@ -213,15 +220,15 @@ def _local(r, w, k, a, b) -> _Local:
 
 
 def _solve(ab: Tensor, rhs: Tensor, transpose: bool = False) -> Tensor:
-    """(I - ab)^-1 rhs by exact substitution (a Neumann product explodes on repeated keys); `transpose`: (I - ab)^-T rhs."""
+    """(I - ab)^-1 rhs, or with (I - ab)^T, by exact substitution: a Neumann product explodes on repeated keys."""
     system = torch.eye(ab.shape[-1], dtype=ab.dtype, device=ab.device) - ab
     system = system.transpose(-1, -2) if transpose else system
     return torch.linalg.solve_triangular(system, rhs, upper=transpose, unitriangular=True)
 
 
 class _Chunked(torch.autograd.Function):
-    """Affine scan over chunks: S' = S M + D with M, D from chunk-local products. Saves the inputs and the state before each
-    chunk, and recomputes the rest in the backward (docs/wkv7.md has the derivation)."""
+    """Affine scan over chunks: S' = S M + D with M, D from chunk-local products. Saves the inputs and the state before
+    each chunk, and recomputes the rest in the backward (docs/wkv7.md has the derivation)."""
 
     LENGTH_SMALL, LENGTH = 16, 32  # tokens per chunk for N < 32 and above: measured, see docs/benchmarks.md
     BLOCK = 1 << 19  # elements of one (chunks, H, L, N) tensor that are worked on at a time: stays in the cache
@@ -233,8 +240,8 @@ class _Chunked(torch.autograd.Function):
         B, T, H, N = r.shape
         if T and float(w.detach().amin()) < _Chunked.MIN_LOG_DECAY:
             raise ValueError(
-                f"log_decay reaches {float(w.amin()):.3g}, the chunked path represents {_Chunked.MIN_LOG_DECAY} and above: "
-                "clamp it or use backend='reference'"
+                f"log_decay reaches {float(w.amin()):.3g}, the chunked path represents {_Chunked.MIN_LOG_DECAY} "
+                "and above: clamp it or use backend='reference'"
             )
         L = _Chunked.LENGTH if N >= 32 else _Chunked.LENGTH_SMALL
         layout = _layout(B, T, L, cu_seqlens)
@@ -305,7 +312,8 @@ class _Chunked(torch.autograd.Function):
                 carried = (VU @ after) * q.g
                 dcol = dscores.transpose(-1, -2) @ torch.cat([q.r, q.a], -2) + carried  # of k / p and b / p
                 dr, da, dk, db = drow[..., :L, :], drow[..., L:, :], dcol[..., :L, :], dcol[..., L:, :]
-                # A token's decay scales everything that crosses it: the sum over the tokens from it to the end of the chunk.
+                # A token's decay scales everything that crosses it: the sum over the tokens from it to the end of the
+                # chunk.
                 own_a = da * q.a
                 crossing = dr * q.r - dk * q.k - db * q.b + own_a
                 total = (carried[..., :L, :] * q.k + carried[..., L:, :] * q.b).sum(-2, keepdim=True)

@@ -1,4 +1,5 @@
-"""HybridModel: the teacher stays exact, documents stay apart, gradients reach what they should, groups mean what they say."""
+"""HybridModel: the teacher stays exact, documents stay apart, gradients reach what they should, groups mean what they
+say."""
 
 import copy
 
@@ -18,19 +19,31 @@ VOCAB = 50
 
 def teacher(family="qwen3", layers=3, **changes):
     torch.manual_seed(0)
-    config = dict(
-        hidden_size=32, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-        intermediate_size=48, vocab_size=VOCAB, max_position_embeddings=128, tie_word_embeddings=True,
-    ) | changes
+    config = (
+        dict(
+            hidden_size=32,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            intermediate_size=48,
+            vocab_size=VOCAB,
+            max_position_embeddings=128,
+            tie_word_embeddings=True,
+        )
+        | changes
+    )
     kinds = {
-        "llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     }
     if family == "qwen2":
         config.pop("head_dim")
     make_config, make_model = kinds[family]
     model = make_model(make_config(**config)).eval()
     with torch.no_grad():
-        for name, p in model.named_parameters():  # biases and norms away from their neutral start
+        for p in model.parameters():  # biases and norms away from their neutral start
             p.add_(0.3 * torch.randn_like(p) if p.ndim == 1 else 0.1 * torch.randn_like(p))
     return model
 
@@ -44,7 +57,9 @@ def packed(documents, rows=1):
     positions = torch.cat([torch.arange(n) for n in documents])
     labels = torch.full_like(ids, -100)
     labels[:, :-1] = torch.where(segments[1:] == segments[:-1], ids[:, 1:], -100)
-    return Batch(ids, labels, positions.expand(rows, -1).clone(), segments.int().expand(rows, -1).clone(), tuple(range(rows)))
+    return Batch(
+        ids, labels, positions.expand(rows, -1).clone(), segments.int().expand(rows, -1).clone(), tuple(range(rows))
+    )
 
 
 def logits(model, batch, mode):
@@ -77,7 +92,8 @@ def test_packed_documents_equal_the_documents_alone(mode):
         whole = logits(hybrid, batch, mode)
         for row in range(2):
             alone = [
-                logits(hybrid, batch_of(batch.input_ids[row : row + 1, a:b]), mode)[0] for a, b in ((0, 7), (7, 8), (8, 20))
+                logits(hybrid, batch_of(batch.input_ids[row : row + 1, a:b]), mode)[0]
+                for a, b in ((0, 7), (7, 8), (8, 20))
             ]
             assert torch.allclose(torch.cat(alone), whole[row], atol=1e-10)
 
@@ -87,8 +103,11 @@ def test_padding_tail_changes_no_loss():
     batch = packed([9, 6])
     pad = torch.zeros(1, 5, dtype=torch.long)
     padded = Batch(
-        torch.cat([batch.input_ids, pad], 1), torch.cat([batch.labels, pad - 100], 1),
-        torch.cat([batch.position_ids, pad], 1), torch.cat([batch.segment_ids, pad.int()], 1), (0,),
+        torch.cat([batch.input_ids, pad], 1),
+        torch.cat([batch.labels, pad - 100], 1),
+        torch.cat([batch.position_ids, pad], 1),
+        torch.cat([batch.segment_ids, pad.int()], 1),
+        (0,),
     )
     for step in (AlignStep({0: 1.0, 1: 1.0, 2: 1.0}), DistilStep(SameWeights(), ce=0.5), SftStep()):
         assert step.count(batch) == step.count(padded)
@@ -143,7 +162,9 @@ def test_activation_checkpointing_changes_no_gradient(objective):
     gradients = []
     for checkpointing in (False, True):
         hybrid = HybridModel.from_teacher(teacher(), StudentSpec(attention_layers=(1,))).double()
-        hybrid.set_trainable(["mixer"] if objective == "align" else ["mixer", "mlp", "norms", "embed", "head", "attention"])
+        hybrid.set_trainable(
+            ["mixer"] if objective == "align" else ["mixer", "mlp", "norms", "embed", "head", "attention"]
+        )
         separate = SeparateTeacher(teacher().double())
         if objective == "align":
             step = AlignStep({0: 2.0, 2: 3.0}, checkpoint=checkpointing)
@@ -182,7 +203,9 @@ def test_distil_step_equals_brute_force():
     with torch.no_grad():
         from rwkvinside.data.batch import attention_mask_4d
 
-        t = wide(input_ids=batch.input_ids, attention_mask=attention_mask_4d(batch), position_ids=batch.position_ids).logits
+        t = wide(
+            input_ids=batch.input_ids, attention_mask=attention_mask_4d(batch), position_ids=batch.position_ids
+        ).logits
     kl = ce = agree = 0.0
     for b, pos in (batch.labels != -100).nonzero().tolist():
         p = (t[b, pos, :VOCAB] / 2).softmax(-1)
@@ -251,7 +274,9 @@ def test_refusals_of_teachers_and_layers():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     with pytest.raises(UserError, match="'gpt2' is not supported\nsupported: llama, qwen2, qwen3"):
-        HybridModel.from_teacher(GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9)), StudentSpec())
+        HybridModel.from_teacher(
+            GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9)), StudentSpec()
+        )
     with pytest.raises(UserError, match=r"\[7\]"):
         HybridModel.from_teacher(teacher(), StudentSpec(attention_layers=(0, 7)))
     with pytest.raises(UserError, match="all 3 layers"):
@@ -277,7 +302,8 @@ def test_calibration_lowers_the_alignment_error(preset, family):
     assert sorted(fits) == [0, 1, 2]
     for fit in fits.values():
         assert fit.error <= fit.error_before + 1e-6 and fit.error < 1
-    # heads are fitted before the output projection mixes them, so a single layer may gain little; all together must gain
+    # heads are fitted before the output projection mixes them, so a single layer may gain little; all together must
+    # gain
     assert sum(after.values()) < 0.9 * sum(before.values())
 
 

@@ -15,7 +15,14 @@ def make(preset, heads=4, kv_heads=2, is_first=False, **overrides):
     torch.manual_seed(0)
     kv_heads = heads if preset == "x070" else kv_heads
     config = TimeMixerConfig.from_preset(
-        preset, qk_norm=True, hidden_size=D, num_heads=heads, num_kv_heads=kv_heads, head_size=N, qkv_bias=True, **overrides
+        preset,
+        qk_norm=True,
+        hidden_size=D,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_size=N,
+        qkv_bias=True,
+        **overrides,
     )
     mixer = TimeMixer(config, is_first).double()
     init_mixer(mixer, 1, 3, "published")
@@ -64,7 +71,7 @@ def oracle(m, preset, x, first, rope):
             k = p["key.weight"] @ xk + p["key.bias"]
             v = p["value.weight"] @ xv + p["value.bias"]
 
-            def per_head(vector, weight):
+            def per_head(vector, weight, t=t):
                 parts = []
                 for part in vector.split(N):
                     if c.qk_norm:
@@ -173,7 +180,9 @@ def test_padding_on_either_side_and_packed_documents(preset):
     one, _, s1 = mixer(x[:, :5], first=None, rope=rope_of(0, 5))
     two, _, s2 = mixer(x[:, 5:], first=None, rope=rope_of(0, T - 5))
     assert torch.allclose(packed, torch.cat([one, two], 1), atol=1e-12)
-    expected = MixerState(*(None if p is None else torch.stack([p, q], 1).flatten(0, 1) for p, q in zip(s1, s2, strict=True)))
+    expected = MixerState(
+        *(None if p is None else torch.stack([p, q], 1).flatten(0, 1) for p, q in zip(s1, s2, strict=True))
+    )
     assert all(p is None or torch.allclose(p, q, atol=1e-12) for p, q in zip(ends, expected, strict=True))
 
 
@@ -187,7 +196,9 @@ def test_detach_first_cuts_the_gradient_and_only_that():
 
 
 def test_calibrated_init_starts_neutral():
-    config = TimeMixerConfig.from_preset("cxa079", qk_norm=False, hidden_size=128, num_heads=4, num_kv_heads=2, head_size=32)
+    config = TimeMixerConfig.from_preset(
+        "cxa079", qk_norm=False, hidden_size=128, num_heads=4, num_kv_heads=2, head_size=32
+    )
     mixer = TimeMixer(config, is_first=False)
     init_mixer(mixer, 1, 4, "calibrated")
     x = torch.randn(1, 9, 128)

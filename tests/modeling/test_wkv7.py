@@ -81,7 +81,8 @@ def test_repeated_keys():
     x = inputs(1, 130, 2, 64, torch.float32)
     kk = torch.nn.functional.normalize(torch.randn(1, 1, 2, 64), dim=-1).expand(1, 130, 2, 64)
     x[1], x[4], x[5] = torch.full_like(x[1], -1e-3), -kk, 0.99 * kk
-    # a repeated key makes the triangular system as ill-conditioned as it gets; 2e-5 is what exact substitution leaves in fp32
+    # a repeated key makes the triangular system as ill-conditioned as it gets; 2e-5 is what exact substitution leaves
+    # in fp32
     assert worst(run(x, "chunked"), run([t.double() for t in x], "reference")) < 2e-5
 
 
@@ -168,12 +169,19 @@ def test_closed_forms():
     r, w, k, v, _, _, _ = inputs(1, T, 1, N)
     y, _ = wkv7(r, w, k, v, zero, zero, backend="chunked")
     c = w.cumsum(1)[0, :, 0]
-    expected = torch.stack([sum((r[0, t, 0] * (c[t] - c[s]).exp() * k[0, s, 0]).sum() * v[0, s, 0] for s in range(t + 1)) for t in range(T)])
+    expected = torch.stack(
+        [
+            sum((r[0, t, 0] * (c[t] - c[s]).exp() * k[0, s, 0]).sum() * v[0, s, 0] for s in range(t + 1))
+            for t in range(T)
+        ]
+    )
     assert torch.allclose(y[0, :, 0], expected, atol=1e-10)
 
 
 def test_against_flas_naive_recurrence():
-    naive = pytest.importorskip("fla.ops.generalized_delta_rule.dplr.naive", reason="flash-linear-attention is not installed")
+    naive = pytest.importorskip(
+        "fla.ops.generalized_delta_rule.dplr.naive", reason="flash-linear-attention is not installed"
+    )
     x = inputs(2, 50, 3, 32, torch.float32)
     r, w, k, v, a, b = (t.transpose(1, 2) for t in x[:6])
     y, state = naive.dplr_recurrence(r, k, v, a, b, w, initial_state=x[6].transpose(-1, -2), output_final_state=True)

@@ -1,0 +1,6 @@
+"""Exports of a finished run: written into a temporary directory, verified in a fresh process, then renamed."""
+
+from .huggingface import export_hf
+from .verify import verify
+
+__all__ = ["export_hf", "verify"]

@@ -1,0 +1,111 @@
+"""The model card of an export, from its conversion.json and the base model's own card. Writes no files."""
+
+import json
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+COLUMNS = {
+    "tokens": "tokens",
+    "kl": "KL to teacher",
+    "ce": "CE",
+    "ce_teacher": "CE of teacher",
+    "agreement": "top-1 agreement",
+}
+
+BODY = """# {title}
+
+{count} of the {layers} attention layers of {base_link} are replaced by RWKV-7 time
+mixers (`{preset}`); {kept}. The recurrent layers need the same memory and time per token at any context length.
+
+| | |
+|---|---|
+| layers | `{layout}` (`R` RWKV-7, `A` attention) |
+| parameters | {parameters:,} |
+| weights | {dtype}, {embeddings} embeddings |
+| last training stage | `{stage}`, `{checkpoint}` |
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+name = "<this repository or directory>"
+tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
+```
+
+Torch and transformers are all it needs. Greedy decoding, sampling, beams, left-padded batches, chunked prefill and
+streaming work with the default cache; static caches and assisted generation do not.
+
+## Measured on held-out data
+
+{table}
+
+Reloaded in a process without the training code, its fp32 logits differ from the trained model's by at most
+{difference:.2g}. `conversion.json` holds the configuration, the hashes of weights and code, and this verification.
+"""
+
+
+def measurements(metrics: Path) -> dict[str, dict]:
+    """The last evaluation of each stage in a run's metrics.jsonl, {} without one."""
+    last: dict[str, dict] = {}
+    if metrics.exists():
+        for line in metrics.read_text().splitlines():
+            row = json.loads(line)
+            if row.get("kind") == "eval":
+                last[row["stage"]] = {name: row[name] for name in ("step", *COLUMNS) if name in row}
+    return last
+
+
+def model_card(conversion: dict, base_card: Path) -> ModelCard:
+    """The card of an export.
+
+    Args:
+        conversion: conversion.json of the export, verified.
+        base_card: README.md of the base model, whose licence is taken over; it need not exist.
+    """
+    base = ModelCard.load(base_card).data.to_dict() if base_card.exists() else {}
+    data = ModelCardData(
+        base_model=conversion["base_model"],
+        base_model_relation="finetune",
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["rwkv", "rwkv7", "hybrid", "custom_code"],
+        **{name: base[name] for name in ("license", "license_name", "license_link", "language") if name in base},
+    )
+    recurrent, kept = conversion["rwkv_layers"], conversion["attention_layers"]
+    layers = len(recurrent) + len(kept)
+    rotation = "with" if conversion["student"]["attention_rope"] else "without"
+    name = conversion["base_model"]
+    body = BODY.format(
+        title=f"{name.rsplit('/', 1)[-1]} with RWKV-7",
+        base_link=f"[{name}](https://huggingface.co/{name})" if "/" in name else name,
+        count=len(recurrent),
+        layers=layers,
+        preset=conversion["student"]["preset"],
+        kept=f"{len(kept)} keep softmax attention, {rotation} rotary positions"
+        if kept
+        else "none keeps softmax attention",
+        layout="".join("R" if i in recurrent else "A" for i in range(layers)),
+        embeddings="tied" if conversion["tie_word_embeddings"] else "untied",
+        table=_table(conversion["measurements"]),
+        difference=conversion["verification"]["max_difference"],
+        **{field: conversion[field] for field in ("parameters", "dtype", "stage", "checkpoint")},
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
+
+
+def _table(rows: dict[str, dict]) -> str:
+    if not rows:
+        return "The run was not evaluated."
+    names = [name for name in COLUMNS if any(name in row for row in rows.values())]
+    lines = [["after stage", *(COLUMNS[name] for name in names)], ["---"] * (len(names) + 1)]
+    lines += [[stage, *(_number(row.get(name)) for name in names)] for stage, row in rows.items()]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _number(value: float | int | None) -> str:
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

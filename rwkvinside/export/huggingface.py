@@ -1,0 +1,188 @@
+"""A finished run as a Hugging Face model directory that needs torch and transformers only.
+
+Teacher weights and the student's are merged strictly, the directory is built beside its final place, verified in a
+fresh process against the trained model, and only then renamed. The model card is written by `card.py`.
+"""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers import __version__ as transformers_version
+
+from ..distill.hybrid import HybridModel
+from ..errors import UserError
+from ..modeling.modeling_hybrid import FAMILIES
+from .card import measurements, model_card
+from .source import LEGAL_FILES, TOKENIZER_FILES, TrainedRun, open_run, sha256
+from .verify import verify
+from .weights import DTYPES, stored_dtype
+
+
+def export_hf(
+    run: str | Path,
+    out: str | Path,
+    dtype: str | None = None,
+    tie_embeddings: bool | None = None,
+    *,
+    base_model: str | None = None,
+    max_shard_size: str = "5GB",
+) -> dict:
+    """Write the trained model of `run` to `out`, as a `Hybrid<Family>ForCausalLM` to load with trust_remote_code=True.
+
+    Args:
+        run: run directory; its last finished stage is exported.
+        out: directory to create; it may exist only when it is empty.
+        dtype: "float32", "bfloat16" or "float16" of the stored weights; None keeps the teacher's. The biases of decay,
+            in-context rate and residual mixes stay fp32 in any case.
+        tie_embeddings: whether input and output embeddings are one matrix in the result. Training always holds them
+            apart; None ties them when they are still equal bit for bit, True insists on it, False keeps two.
+        base_model: id of the base model for the card; default is the teacher's hub id or its directory's name.
+        max_shard_size: as in `save_pretrained`.
+
+    Returns:
+        conversion.json of the export: source, student, hashes, measurements, and the result of the verification.
+
+    Raises:
+        UserError: `out` is not empty, `run` is not finished, weights do not fit, embeddings differ but shall be tied,
+            not enough disk.
+        VerificationError: the reloaded model does not reproduce the trained one. Nothing is left at `out`.
+    """
+    run, out = open_run(run), Path(out)
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype is {dtype!r}", f"allowed: {', '.join(DTYPES)}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"output directory {out} exists and is not empty", "name a new directory, or remove it first")
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.parent / f".{out.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # what a killed export left behind
+    partial.mkdir()
+    try:
+        trained = run.load_model()
+        # a teacher's configuration that names no dtype means fp32
+        stored = DTYPES[dtype] if dtype else run.teacher_config().dtype or torch.float32
+        model = build_hybrid(trained, run, stored, tie_embeddings)
+        _check_disk(model, out.parent)
+        _save(model, trained.lm.generation_config, run, partial, max_shard_size)
+        report = _conversion(model, trained, run, partial, base_model or run.teacher_id)
+        (partial / "conversion.json").write_text(json.dumps(report, indent=2) + "\n")
+        del trained, model  # verification loads both models itself
+        verify(partial, against=run.path)
+        report = json.loads((partial / "conversion.json").read_text())
+        (partial / "README.md").write_text(str(model_card(report, run.teacher_files() / "README.md")))
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return report
+
+
+def build_hybrid(
+    trained: HybridModel, run: TrainedRun, dtype: torch.dtype, tie_embeddings: bool | None
+) -> PreTrainedModel:
+    """The exported model with every tensor taken from the trained one, which must have exactly these tensors.
+
+    Raises:
+        UserError: a tensor without a source or a source without a target, embeddings that differ but shall be tied.
+    """
+    tensors: dict[str, Tensor] = {name: p.detach() for name, p in trained.canonical_parameters().items()}
+    embeddings, head = tensors["model.embed_tokens.weight"], tensors["lm_head.weight"]
+    equal = embeddings.shape == head.shape and torch.equal(embeddings, head)
+    if tie_embeddings and not equal:
+        raise UserError(
+            f"the embeddings cannot be tied: input and output differ by up to {(embeddings - head).abs().max():.3g}",
+            "training moved them apart; export without tying, or train with embed and head frozen",
+        )
+    config_class, model_class = FAMILIES[trained.lm.config.model_type]
+    fields = run.teacher_config().to_dict()
+    for name in ("model_type", "architectures", "transformers_version", "dtype", "auto_map", "_name_or_path"):
+        fields.pop(name, None)
+    config = config_class(
+        **fields
+        | {
+            "tie_word_embeddings": equal if tie_embeddings is None else tie_embeddings,
+            "rwkv_layers": trained.rwkv_layers,
+            "mixer": trained.mixer_config.replace(backend="auto").to_dict(),
+            "attention_rope": trained.spec.attention_rope,
+            "rwkv_architecture": trained.spec.preset,
+            "teacher_model": run.teacher_id,
+            "dtype": dtype,
+        }
+    )
+    with torch.device("meta"):
+        model = model_class(config)
+    targets = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    sources = {name: tuple(t.shape) for name, t in tensors.items()}
+    if targets != sources:
+        wrong = sorted(name for name in targets | sources if targets.get(name) != sources.get(name))
+        name = wrong[0]
+        raise UserError(
+            f"{len(wrong)} tensors do not fit the exported model, first {name}: "
+            f"target {targets.get(name, 'missing')}, source {sources.get(name, 'missing')}"
+        )
+    stored = {name: t.to(stored_dtype(name, dtype)) for name, t in tensors.items()}
+    model.load_state_dict(stored, strict=True, assign=True)
+    model.tie_weights()
+    return model.eval()
+
+
+def _check_disk(model: PreTrainedModel, folder: Path) -> None:
+    needed = sum(p.numel() * p.element_size() for p in model.parameters())
+    if (free := shutil.disk_usage(folder).free) < needed * 1.02:
+        raise UserError(
+            f"{folder} has {free / 2**30:.1f} GiB free, the export needs {needed / 2**30:.1f}", "free some space"
+        )
+
+
+def _save(
+    model: PreTrainedModel, generation: GenerationConfig, run: TrainedRun, folder: Path, max_shard_size: str
+) -> None:
+    type(model.config).register_for_auto_class()
+    type(model).register_for_auto_class("AutoModelForCausalLM")
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    generation.cache_implementation = None  # a static cache cannot hold a recurrent state
+    # not generation.save_pretrained: it refuses the sampling fields that some teachers ship beside greedy defaults
+    generation.to_json_file(folder / "generation_config.json")
+    source = run.teacher_files()
+    for pattern in (*TOKENIZER_FILES, *LEGAL_FILES):
+        for file in source.glob(pattern):
+            shutil.copyfile(file, folder / file.name)
+    for file in folder.glob("*.safetensors"):  # safetensors makes files that only their owner may read
+        file.chmod((folder / "config.json").stat().st_mode)
+    if (picture := run.path / "report.png").exists():
+        shutil.copyfile(picture, folder / picture.name)
+
+
+def _conversion(model: PreTrainedModel, trained: HybridModel, run: TrainedRun, folder: Path, base_model: str) -> dict:
+    """conversion.json of the export; holds no path of this machine."""
+    config = model.config
+    return {
+        "base_model": base_model,
+        "teacher": run.teacher_id,
+        "teacher_revision": run.config["teacher"].get("revision"),
+        "student": asdict(trained.spec),
+        "mixer": config.mixer,
+        "rwkv_layers": config.rwkv_layers,
+        "attention_layers": [i for i in range(config.num_hidden_layers) if i not in config.rwkv_layers],
+        "stage": run.stage,
+        "checkpoint": run.checkpoint.name,
+        "stages": {name: _without_paths(run.config.get("stages", {}).get(name)) for name in run.config.get("run", [])},
+        "seed": run.config.get("seed"),
+        "dtype": str(config.dtype).removeprefix("torch."),
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "parameters": model.num_parameters(),
+        "measurements": measurements(run.path / "metrics.jsonl"),
+        "files": {file.name: sha256(file) for file in sorted(folder.iterdir())},
+        "versions": {"torch": torch.__version__, "transformers": transformers_version},
+    }
+
+
+def _without_paths(stage: dict | None) -> dict | None:
+    """A stage's configuration without the files of this machine it was trained on."""
+    if not stage or not stage.get("data"):
+        return stage
+    return stage | {"data": {name: value for name, value in stage["data"].items() if name != "train"}}

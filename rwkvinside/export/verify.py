@@ -1,0 +1,163 @@
+"""Whether an exported directory reproduces the model it was made from.
+
+The directory is loaded in a fresh process that cannot import this package (`reload.py`), and its logits on fixed tokens
+are compared with the trained model's in this process.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from ..data.batch import IGNORE, Batch
+from ..distill.hybrid import HybridModel
+from ..errors import UserError, VerificationError
+from .source import open_run
+from .weights import DTYPES, stored_dtype
+
+ROWS, TOKENS, SEED = 2, 41, 0  # 41: no multiple of the chunk of any backend
+SAMPLE = "Once upon a time, 12 naïve dragons\n\tsaid: “{}”"
+
+# Logits of the directory loaded in fp32 against the trained model whose weights were rounded to the directory's dtype.
+# Both run the same operations in the same order with the same number of threads: the usual difference is 0, and a
+# millionth of the largest logit (8 units in its last place) is allowed where that is more than the 1e-5 promised.
+TOLERANCE, RELATIVE_TOLERANCE = 1e-5, 1e-6
+# The same directory read in pieces through its cache: other operations (single steps instead of chunks), whose rounding
+# errors grow with depth. A state that is lost or applied twice is off by the size of the logits themselves.
+CACHE_TOLERANCE = 1e-3
+
+
+def verify(folder: str | Path, against: str | Path) -> dict:
+    """Compare an exported directory with the run it was made from, and note the result in its conversion.json.
+
+    Args:
+        folder: exported directory.
+        against: run directory.
+
+    Returns:
+        The result: `passed`, `max_difference` (of fp32 logits, against the trained weights in the directory's dtype)
+        and its `tolerance`, `cache_difference` and its tolerance, `rounding_kl` (mean KL in nats from the trained fp32
+        model to the directory in its own dtype; a measurement, without a limit).
+
+    Raises:
+        UserError: not an exported directory, or a run that cannot be read.
+        VerificationError: the directory does not load on its own, or a difference exceeds its tolerance.
+    """
+    folder = Path(folder).resolve()
+    try:
+        conversion = json.loads((folder / "conversion.json").read_text())
+        dtype = DTYPES[json.loads((folder / "config.json").read_text())["dtype"]]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{folder} is not an exported model: {error!r}", "name the directory that `export` wrote"
+        ) from error
+    run = open_run(against)
+    model = run.load_model()
+    batch = _fixed_batch(model.lm.config.vocab_size)
+    trained = _logits(model, batch)
+    _round(model, dtype)
+    expected = _logits(model, batch)
+    del model
+
+    sample_ids = _sample_ids(run.teacher_files())
+    got = _reload(folder, batch.input_ids, SAMPLE if sample_ids else "")
+    largest = expected.abs().max().item()
+    result = {
+        "passed": False,
+        "dtype": str(dtype).removeprefix("torch."),
+        "tokens": ROWS * TOKENS,
+        "max_difference": _max_difference(got["full"], expected),
+        "tolerance": max(TOLERANCE, RELATIVE_TOLERANCE * largest),
+        "cache_difference": _max_difference(got["cached"], got["full"]),
+        "cache_tolerance": CACHE_TOLERANCE * max(1.0, largest),
+        "rounding_kl": _mean_kl(trained, got["stored"]),
+    }
+    problems = []
+    if not result["max_difference"] <= result["tolerance"]:
+        problems.append(f"logits differ by {result['max_difference']:.3g}, allowed {result['tolerance']:.3g}")
+    if not result["cache_difference"] <= result["cache_tolerance"]:
+        problems.append(f"through the cache they differ by {result['cache_difference']:.3g}")
+    if not got["stored"].isfinite().all():
+        problems.append(f"logits in {result['dtype']} are not finite")
+    if got["sample_ids"].tolist() != sample_ids:
+        problems.append(f"its tokenizer gives {got['sample_ids'].tolist()} where the teacher's gives {sample_ids}")
+    result["passed"] = not problems
+    conversion["verification"] = result | ({"problems": problems} if problems else {})
+    _write(folder / "conversion.json", conversion)
+    if problems:
+        raise VerificationError(f"{folder} does not reproduce {run.path}: {'; '.join(problems)}")
+    return result
+
+
+def _fixed_batch(vocabulary: int) -> Batch:
+    ids = torch.randint(vocabulary, (ROWS, TOKENS), generator=torch.Generator().manual_seed(SEED))
+    return Batch(
+        input_ids=ids,
+        labels=torch.full_like(ids, IGNORE),
+        position_ids=torch.arange(TOKENS).repeat(ROWS, 1),
+        segment_ids=torch.ones_like(ids, dtype=torch.int32),
+        rows=tuple(range(ROWS)),
+    )
+
+
+@torch.no_grad()
+def _logits(model: HybridModel, batch: Batch) -> Tensor:
+    return model(batch, mode="student", readout=lambda hidden, head: head(hidden))
+
+
+@torch.no_grad()
+def _round(model: HybridModel, dtype: torch.dtype) -> None:
+    """Give the trained model the weights that the export stores, still computing in fp32."""
+    for name, parameter in model.canonical_parameters().items():
+        parameter.copy_(parameter.to(stored_dtype(name, dtype)))
+
+
+def _reload(folder: Path, ids: Tensor, sample: str) -> dict[str, Tensor]:
+    with tempfile.TemporaryDirectory() as scratch:
+        request, result = Path(scratch) / "request.safetensors", Path(scratch) / "result.safetensors"
+        save_file({"input_ids": ids}, request)
+        # a module cache of its own: code left there by an earlier export must not stand in for the directory's
+        environment = os.environ | {"HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        script = Path(__file__).with_name("reload.py")
+        process = subprocess.run(
+            [sys.executable, "-I", *map(str, (script, folder, request, result, torch.get_num_threads())), sample],
+            cwd=scratch,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+        if process.returncode:
+            last = process.stderr.strip().splitlines()[-1:] or [f"exit status {process.returncode}"]
+            raise VerificationError(f"{folder} does not load in a process of its own: {last[0]}")
+        return load_file(result)
+
+
+def _sample_ids(teacher: Path) -> list[int]:
+    """What the teacher's tokenizer makes of the sample; [] for a teacher without tokenizer, whose export has none."""
+    if not any(teacher.glob("tokenizer*")):
+        return []
+    return AutoTokenizer.from_pretrained(teacher)(SAMPLE)["input_ids"]
+
+
+def _max_difference(a: Tensor, b: Tensor) -> float:
+    return (a - b).abs().max().item()
+
+
+def _mean_kl(reference: Tensor, logits: Tensor) -> float:
+    log_p, log_q = F.log_softmax(reference, -1), F.log_softmax(logits, -1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+
+
+def _write(file: Path, value: dict) -> None:
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    partial.replace(file)

@@ -1,0 +1,196 @@
+"""Hybrid causal language models: a teacher family's own decoder in which some layers mix time by RWKV-7.
+
+Embeddings, norms, MLPs and the kept attention layers are transformers' own classes; only `self_attn` of the layers in
+`config.rwkv_layers` is another module. The class names avoid "rwkv" on purpose: transformers gives models with that
+word in their name no default cache, and `generate()` could then neither chunk a prefill nor continue from a cache.
+This file travels with exported models (torch and transformers only) and knows nothing of training.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    LlamaForCausalLM,
+    LlamaModel,
+    PreTrainedModel,
+    Qwen2ForCausalLM,
+    Qwen2Model,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+)
+from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+
+from .attention import RWKVAttention, identity_rotation
+from .carry import MixerCall, VFirstHolder
+from .configuration_hybrid import HybridLlamaConfig, HybridQwen2Config, HybridQwen3Config
+from .time_mixer import TimeMixerConfig, init_mixer
+
+# Parameters that shift a sigmoid or the decay: bf16 is too coarse for them (wl near -8 would be off by 2-3 %), so they
+# stay fp32 in files and in memory whatever dtype the model is loaded in. Searched by transformers as regexes.
+FP32_PARAMETERS = tuple(rf"self_attn\.{name}$" for name in ("w0", "a0", "v0", "k0"))
+
+
+class MixerInitialisation:
+    """Mixin over `PreTrainedModel`: what transformers' initialisation of unloaded weights means for a time mixer."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if not isinstance(module, RWKVAttention) or any(p.is_meta for p in module.parameters()):
+            return
+        loaded = {name for name, p in module.named_parameters() if getattr(p, "_is_hf_initialized", False)}
+        projections = {name for name, _ in module.named_parameters() if "." in name}  # done as modules of their own
+        missing = [name for name, _ in module.named_parameters() if name not in loaded | projections]
+        if missing and loaded - projections:
+            raise ValueError(f"weights of RWKV layer {module.layer_idx} are missing: {', '.join(missing)}")
+        if missing:
+            init_mixer(module, module.layer_idx, self.config.num_hidden_layers)
+
+
+class UnrotatedAttention:
+    """Mixin over a family's attention: queries and keys without positions (`attention_rope` False)."""
+
+    def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], *args, **kwargs):
+        return super().forward(hidden_states, identity_rotation(position_embeddings), *args, **kwargs)
+
+
+class HybridBackbone(MixerInitialisation):
+    """Mixin over a family's `<Family>Model`: swaps the attention of RWKV layers, makes the `MixerCall` of a forward."""
+
+    _keep_in_fp32_modules_strict = FP32_PARAMETERS
+    unrotated_attention_class: type[nn.Module]
+    _is_stateful = True  # a recurrent state cannot be rolled back: assisted generation is refused by transformers
+    _can_compile_fullgraph = False  # the cache slots of RWKV layers are replaced at run time
+
+    def __init__(self, config) -> None:
+        super().__init__(config)
+        for i, layer in enumerate(self.layers):
+            if i in config.rwkv_layers:
+                mixer = TimeMixerConfig.from_dict(config.mixer)
+                layer.self_attn = RWKVAttention(mixer, layer_idx=i, is_first=i == config.rwkv_layers[0])
+            elif not config.attention_rope:
+                layer.self_attn = self.unrotated_attention_class(config, i)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        mixer_call: MixerCall | None = None,
+        **kwargs,
+    ):
+        """As the family's backbone; `attention_mask` is (B, past + T), `mixer_call` replaces what is derived here.
+
+        Without mask and with use_cache=False, `position_ids` that restart inside a row mark packed documents, as they
+        do for the attention layers: each document then starts from an empty state.
+
+        Raises:
+            ValueError: a prepared 4-D mask without `mixer_call`, from which padding could not be told.
+        """
+        if mixer_call is None:
+            batch, tokens = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
+            caching = self.config.use_cache if use_cache is None else use_cache
+            mask = cu_seqlens = None
+            if attention_mask is not None:
+                mask = _current_tokens(attention_mask, tokens)
+            elif position_ids is not None and past_key_values is None and not caching:
+                cu_seqlens = _document_boundaries(position_ids.expand(batch, -1))
+            mixer_call = MixerCall(first=VFirstHolder(), mask=mask, cu_seqlens=cu_seqlens)
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            mixer_call=mixer_call,
+            **kwargs,
+        )
+
+
+class HybridCausalLM(MixerInitialisation):
+    """Mixin over a family's `<Family>ForCausalLM`: the same head on a hybrid backbone (`backbone_class`)."""
+
+    _is_stateful = True
+    _can_compile_fullgraph = False
+    backbone_class: type[PreTrainedModel]
+
+    def __init__(self, config) -> None:
+        PreTrainedModel.__init__(self, config)  # not the family's, which would build its own backbone first
+        self.model = self.backbone_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+def _current_tokens(attention_mask: Tensor, tokens: int) -> Tensor:
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+        shape = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+        raise ValueError(
+            f"RWKV layers need the 2-D padding mask (batch, past + current tokens), got {shape}; static caches, which "
+            "prepare 4-D masks, are not supported"
+        )
+    return attention_mask[:, -tokens:].bool()
+
+
+def _document_boundaries(position_ids: Tensor) -> Tensor | None:
+    starts = torch.ones_like(position_ids, dtype=torch.bool)
+    starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    if not starts[:, 1:].any():
+        return None
+    ends = torch.tensor([position_ids.numel()], device=position_ids.device)
+    return torch.cat([starts.flatten().nonzero().flatten(), ends]).int()
+
+
+class UnrotatedLlamaAttention(UnrotatedAttention, LlamaAttention):
+    pass
+
+
+class HybridLlamaModel(HybridBackbone, LlamaModel):
+    config: HybridLlamaConfig
+    unrotated_attention_class = UnrotatedLlamaAttention
+
+
+class HybridLlamaForCausalLM(HybridCausalLM, LlamaForCausalLM):
+    config: HybridLlamaConfig
+    backbone_class = HybridLlamaModel
+
+
+class UnrotatedQwen2Attention(UnrotatedAttention, Qwen2Attention):
+    pass
+
+
+class HybridQwen2Model(HybridBackbone, Qwen2Model):
+    config: HybridQwen2Config
+    unrotated_attention_class = UnrotatedQwen2Attention
+
+
+class HybridQwen2ForCausalLM(HybridCausalLM, Qwen2ForCausalLM):
+    config: HybridQwen2Config
+    backbone_class = HybridQwen2Model
+
+
+class UnrotatedQwen3Attention(UnrotatedAttention, Qwen3Attention):
+    pass
+
+
+class HybridQwen3Model(HybridBackbone, Qwen3Model):
+    config: HybridQwen3Config
+    unrotated_attention_class = UnrotatedQwen3Attention
+
+
+class HybridQwen3ForCausalLM(HybridCausalLM, Qwen3ForCausalLM):
+    config: HybridQwen3Config
+    backbone_class = HybridQwen3Model
+
+
+# model_type of the teacher -> (configuration class, causal language model class) of its hybrids
+FAMILIES = {
+    "llama": (HybridLlamaConfig, HybridLlamaForCausalLM),
+    "qwen2": (HybridQwen2Config, HybridQwen2ForCausalLM),
+    "qwen3": (HybridQwen3Config, HybridQwen3ForCausalLM),
+}

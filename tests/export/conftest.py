@@ -1,0 +1,108 @@
+"""A finished run, made by hand: a tiny teacher, a student whose every tensor differs from it, one checkpoint."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+
+from rwkvinside.distill.hybrid import HybridModel, StudentSpec
+
+CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+
+
+def save_teacher(path, family="qwen3", dtype=torch.float32, **fields):
+    torch.manual_seed(0)
+    config = CONFIGS[family](
+        **{
+            "vocab_size": 67,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "initializer_range": 0.2,
+            "bos_token_id": 1,
+            "eos_token_id": [2, 3],
+            "pad_token_id": 0,
+            "tie_word_embeddings": True,
+        }
+        | fields
+    )
+    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(path)
+    return path
+
+
+def save_run(path, teacher, train=("mixer", "attention"), student=None, stage="distil"):
+    """A run directory whose student is the teacher plus noise on what `train` names."""
+    torch.manual_seed(1)
+    student = {"preset": "cxa079", "attention_layers": [1], "key_scale": "decay"} | (student or {})
+    lm = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+    spec = StudentSpec(**student | {"attention_layers": tuple(student["attention_layers"])})
+    model = HybridModel.from_teacher(lm, spec)
+    model.set_trainable(train)
+    with torch.no_grad():
+        for p in model.canonical_parameters().values():
+            if p.requires_grad:
+                p += 0.05 * torch.randn_like(p)
+    checkpoint = path / "stages" / stage / "step-00000002"
+    checkpoint.mkdir(parents=True)
+    save_file({n: t.contiguous() for n, t in model.student_state_dict().items()}, checkpoint / "model.safetensors")
+    (checkpoint / "state.json").write_text("{}")
+    stages = {
+        "calibrate": {"tokens": 100},
+        "distil": {"tokens": 200, "data": {"seq_len": 16, "train": ["/secret/place"]}},
+    }
+    config = {
+        "teacher": {"path": str(teacher), "revision": None},
+        "student": student,
+        "run": list(stages),
+        "stages": stages,
+    }
+    (path / "config.yaml").write_text(yaml.safe_dump(config | {"seed": 0, "data": {"train": ["/secret/place.jsonl"]}}))
+    (path / "conversion.json").write_text(json.dumps({"finished_stages": ["calibrate", stage]}))
+    rows = [
+        {"kind": "train", "stage": "distil", "step": 1, "loss": 2.0},
+        {"kind": "eval", "stage": "calibrate", "step": 1, "tokens": 100, "kl": 3.1, "ce": 4.2},
+        {"kind": "eval", "stage": "distil", "step": 1, "tokens": 100, "kl": 0.5, "ce": 1.6},
+        {"kind": "eval", "stage": "distil", "step": 2, "tokens": 200, "kl": 0.25, "ce": 1.5, "agreement": 0.875},
+    ]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_module_cache(tmp_path_factory):
+    """Code of exported models goes to a directory of this session, not to the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = str(tmp_path_factory.mktemp("hf_modules"))
+        patch.setenv("HF_MODULES_CACHE", folder)
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", folder)
+        yield
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory):
+    path = save_teacher(tmp_path_factory.mktemp("teacher") / "tiny-qwen3")
+    (path / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\n# Tiny\n")
+    (path / "LICENSE").write_text("the licence")
+    (path / "chat_template.jinja").write_text("{{ messages }}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory, teacher):
+    return save_run(tmp_path_factory.mktemp("run"), teacher)
+
+
+@pytest.fixture(scope="session")
+def make_teacher():
+    return save_teacher
+
+
+@pytest.fixture(scope="session")
+def make_run():
+    return save_run

@@ -1,0 +1,266 @@
+"""The exported directory: complete, self-contained, verified, or not there at all."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from rwkvinside.errors import UserError, VerificationError
+from rwkvinside.export import export_hf, huggingface, verify
+from rwkvinside.export.huggingface import build_hybrid
+from rwkvinside.export.source import open_run
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("exports") / "student"
+    return out, export_hf(run, out, max_shard_size="20KB")
+
+
+def load(path, **kwargs):
+    return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, **kwargs).eval()
+
+
+def test_directory_is_complete(exported):
+    out, report = exported
+    names = {file.name for file in out.iterdir()}
+    code = {
+        f"{m}.py"
+        for m in ("modeling_hybrid", "configuration_hybrid", "attention", "cache", "carry", "time_mixer", "wkv7")
+    }
+    assert code | {"config.json", "generation_config.json", "conversion.json", "README.md"} <= names
+    assert "model.safetensors.index.json" in names and sum(n.endswith(".safetensors") for n in names) > 2
+    config = json.loads((out / "config.json").read_text())
+    assert config["auto_map"] == {
+        "AutoConfig": "configuration_hybrid.HybridQwen3Config",
+        "AutoModelForCausalLM": "modeling_hybrid.HybridQwen3ForCausalLM",
+    }
+    assert config["rwkv_layers"] == [0, 2, 3] and config["rwkv_architecture"] == "cxa079"
+    assert json.loads((out / "conversion.json").read_text()) == report
+    assert (out / "LICENSE").read_text() == "the licence" and (
+        out / "chat_template.jinja"
+    ).read_text() == "{{ messages }}"
+    assert not list(out.parent.glob(".*")), "the temporary directory is gone"
+
+
+def test_no_local_path_or_data_file_is_named(exported, teacher, run):
+    out, _ = exported
+    for file in out.glob("*.*"):
+        if file.suffix in (".json", ".md"):
+            text = file.read_text()
+            assert "/secret/place" not in text and str(teacher.parent) not in text and str(run) not in text, file.name
+
+
+def test_verification_result(exported):
+    _, report = exported
+    result = report["verification"]
+    assert result["passed"] and result["dtype"] == "float32"
+    # the same fp32 operations in the same order
+    assert result["max_difference"] <= 1e-6
+    assert 0 < result["cache_difference"] < 1e-4
+    assert abs(result["rounding_kl"]) < 1e-6
+
+
+def test_every_tensor_comes_from_the_run(exported, run):
+    out, _ = exported
+    loaded = dict(load(out).named_parameters())
+    trained = open_run(run).load_model().canonical_parameters()
+    overlay = load_file(open_run(run).checkpoint / "model.safetensors")
+    assert set(loaded) == set(trained) - {"lm_head.weight"}, "tied: the head is the embedding"
+    for name, tensor in loaded.items():
+        assert torch.equal(tensor, trained[name]), name
+        if name in overlay:
+            assert torch.equal(tensor, overlay[name]), name
+    assert "model.layers.1.self_attn.q_proj.weight" in loaded and "model.layers.0.self_attn.q_proj.weight" not in loaded
+
+
+def test_generation_config_is_the_teachers(exported, teacher):
+    ours, theirs = GenerationConfig.from_pretrained(exported[0]), GenerationConfig.from_pretrained(teacher)
+    assert ours.eos_token_id == theirs.eos_token_id == [2, 3]
+
+
+def test_card(exported):
+    card = ModelCard.load(exported[0] / "README.md")
+    assert card.data.base_model == "tiny-qwen3" and card.data.library_name == "transformers"
+    assert card.data.license == "apache-2.0"
+    assert card.data.pipeline_tag == "text-generation" and {"rwkv7", "custom_code"} <= set(card.data.tags)
+    assert "| distil | 200 | 0.2500 | 1.5000 | 0.8750 |" in card.text and "`RARR`" in card.text
+
+
+@pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.slow), "qwen2"])
+def test_other_families(tmp_path, family, make_teacher, make_run):
+    bias = {"attention_bias": True} if family == "llama" else {}
+    teacher = make_teacher(tmp_path / "teacher", family, tie_word_embeddings=False, **bias)
+    run = make_run(
+        tmp_path / "run", teacher, student={"preset": "hxa079", "attention_rope": False, "attention_layers": [0, 2]}
+    )
+    report = export_hf(run, tmp_path / "out")
+    assert report["verification"]["max_difference"] <= 1e-6
+    assert load(tmp_path / "out").generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, min_new_tokens=4).shape == (
+        1,
+        7,
+    )
+
+
+def test_bf16_teacher_gives_a_bf16_export_with_fp32_decay(tmp_path, make_teacher, make_run):
+    teacher = make_teacher(tmp_path / "teacher", dtype=torch.bfloat16)
+    report = export_hf(make_run(tmp_path / "run", teacher), tmp_path / "out")
+    assert report["dtype"] == report["verification"]["dtype"] == "bfloat16"
+    assert report["verification"]["max_difference"] <= 1e-6, "against the trained weights rounded to bf16"
+    assert 0 < report["verification"]["rounding_kl"] < 0.05
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    fp32 = {name.rsplit(".", 1)[-1] for name, t in tensors.items() if t.dtype == torch.float32}
+    assert fp32 == {"w0", "a0", "v0", "k0"}
+    loaded = load(tmp_path / "out")
+    assert loaded.dtype == torch.bfloat16 and loaded.model.layers[0].self_attn.w0.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "train, tied", [(("mixer",), True), (("mixer", "head"), False), (("mixer", "embed", "head"), False)]
+)
+def test_embeddings_are_tied_again_only_when_equal(tmp_path, teacher, make_run, train, tied):
+    run = open_run(make_run(tmp_path / "run", teacher, train=train))
+    trained = run.load_model()
+    model = build_hybrid(trained, run, torch.float32, tie_embeddings=None)
+    assert model.config.tie_word_embeddings is tied
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
+    assert torch.equal(model.lm_head.weight, trained.lm.lm_head.weight)
+    apart = build_hybrid(trained, run, torch.float32, tie_embeddings=False)
+    assert not apart.config.tie_word_embeddings and apart.lm_head.weight is not apart.model.embed_tokens.weight
+    apart.save_pretrained(tmp_path / "apart")
+    assert "lm_head.weight" in load_file(tmp_path / "apart" / "model.safetensors")
+    if not tied:
+        with pytest.raises(UserError, match="cannot be tied: input and output differ by up to"):
+            export_hf(run.path, tmp_path / "tied", tie_embeddings=True)
+        assert not (tmp_path / "tied").exists()
+
+
+def test_tensors_without_source_or_target_are_refused(tmp_path, run):
+    opened = open_run(run)
+    trained = opened.load_model()
+    trained.lm.model.register_parameter("extra", torch.nn.Parameter(torch.zeros(2)))
+    with pytest.raises(UserError, match=r"model.extra: target missing, source \(2,\)"):
+        build_hybrid(trained, opened, torch.float32, None)
+    del trained.lm.model.extra, trained.lm.model.layers[2].self_attn.student_attn.w0
+    with pytest.raises(UserError, match=r"layers.2.self_attn.w0: target \(1, 1, 32\), source missing"):
+        build_hybrid(trained, opened, torch.float32, None)
+
+
+def test_reloaded_export_can_be_saved_again(exported, tmp_path):
+    model = load(exported[0])
+    model.save_pretrained(tmp_path / "again")
+    ids = torch.arange(20)[None]
+    assert torch.equal(load(tmp_path / "again")(ids).logits, model(ids).logits)
+
+
+def test_refusals_leave_nothing(tmp_path, run, exported):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match="not empty"):
+        export_hf(run, tmp_path / "full")
+    assert [f.name for f in tmp_path.iterdir()] == ["full"] and (tmp_path / "full" / "thesis.txt").exists()
+    with pytest.raises(UserError, match="dtype is 'int7'"):
+        export_hf(run, tmp_path / "out", dtype="int7")
+    with pytest.raises(UserError, match="config.yaml is missing"):
+        export_hf(tmp_path / "full", tmp_path / "out")
+    with pytest.raises(UserError, match="is not an exported model"):
+        verify(run, against=run)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unfinished_run(tmp_path, run):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "conversion.json").write_text('{"finished_stages": []}')
+    with pytest.raises(UserError, match="no finished stage"):
+        export_hf(tmp_path / "run", tmp_path / "out")
+
+
+def test_a_teacher_that_is_gone(tmp_path, run, teacher):
+    shutil.copytree(run, tmp_path / "run")
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace(str(teacher), str(tmp_path / "nowhere")))
+    with pytest.raises(UserError, match="nowhere cannot be loaded"):
+        export_hf(tmp_path / "run", tmp_path / "out")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "hash", "missing tensor", "unknown tensor", "shape"])
+def test_damaged_checkpoint(tmp_path, run, damage):
+    shutil.copytree(run, tmp_path / "run")
+    checkpoint = open_run(tmp_path / "run").checkpoint
+    file = checkpoint / "model.safetensors"
+    tensors = load_file(file)
+    if damage == "truncated":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif damage == "hash":
+        (checkpoint / "state.json").write_text(json.dumps({"files": {file.name: {"sha256": "0" * 64}}}))
+    else:
+        if damage == "missing tensor":
+            del tensors["model.layers.2.self_attn.w0"]
+        elif damage == "unknown tensor":
+            tensors["model.layers.1.self_attn.w0"] = tensors["model.layers.2.self_attn.w0"].clone()
+        else:
+            tensors["model.layers.2.self_attn.w2"] = torch.zeros(3, 32)
+        save_file(tensors, file)
+    with pytest.raises(UserError):
+        export_hf(tmp_path / "run", tmp_path / "out")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["run"]
+
+
+def test_a_wrong_weight_fails_verification_and_leaves_nothing(tmp_path, run, monkeypatch):
+    save = huggingface._save
+
+    def save_wrongly(model, *args):
+        with torch.no_grad():
+            model.model.layers[3].self_attn.value.weight[0, 0] += 0.1
+        save(model, *args)
+
+    monkeypatch.setattr(huggingface, "_save", save_wrongly)
+    with pytest.raises(VerificationError, match="logits differ by") as error:
+        export_hf(run, tmp_path / "out")
+    assert error.value.exit_code == 3
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "fault", ["imports the package", "lost state", pytest.param("weight changed", marks=pytest.mark.slow)]
+)
+def test_verify_notices(tmp_path, run, exported, fault):
+    out = tmp_path / "out"
+    shutil.copytree(exported[0], out)
+    if fault == "imports the package":
+        source = out / "modeling_hybrid.py"
+        source.write_text(source.read_text().replace("from .carry", "from rwkvinside.modeling.carry"))
+        expected = "rwkvinside"
+    elif fault == "lost state":
+        source = out / "cache.py"
+        source.write_text(source.read_text().replace("self.state = state", "self.state = None"))
+        expected = "through the cache they differ by"
+    else:
+        shard = next(f for f in sorted(out.glob("*.safetensors")) if "model.norm.weight" in load_file(f))
+        tensors = load_file(shard)
+        tensors["model.norm.weight"][3] *= 1.01
+        save_file(tensors, shard, metadata={"format": "pt"})
+        expected = "logits differ by"
+    with pytest.raises(VerificationError, match=expected):
+        verify(out, against=run)
+
+
+@pytest.mark.slow
+def test_verify_again(exported, run):
+    assert verify(exported[0], against=run) == exported[1]["verification"]
+
+
+def test_stories260k(shared, tmp_path, make_run):
+    teacher = shared / "teachers" / "stories260k"
+    run = make_run(tmp_path / "run", teacher, train=("mixer",), student={"attention_layers": []})
+    (tmp_path / "out").mkdir()
+    report = export_hf(run, tmp_path / "out")  # an empty directory may be there already
+    assert report["verification"]["max_difference"] <= 1e-5 and report["tie_word_embeddings"]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    text = "Once upon a time, there was a little girl"
+    assert tokenizer(text)["input_ids"] == AutoTokenizer.from_pretrained(teacher)(text)["input_ids"]
+    assert AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True).model_type == "hybrid_llama"

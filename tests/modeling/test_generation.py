@@ -1,0 +1,299 @@
+"""Stock `generate()` on hybrid models: every way of reaching a token must reach the same token.
+
+One set of checks for all families and layouts: with and without cache, in chunks, left-padded, in beams.
+Models are tiny and random, in float64 so that an argmax cannot flip by rounding.
+"""
+
+import threading
+
+import pytest
+import torch
+from transformers import DynamicCache, GenerationConfig, StaticCache, TextIteratorStreamer
+
+from rwkvinside.modeling.cache import RecurrentLayer
+from rwkvinside.modeling.modeling_hybrid import FAMILIES, FP32_PARAMETERS
+from rwkvinside.modeling.time_mixer import TimeMixerConfig
+
+LAYERS, HEADS, KV_HEADS, HEAD_SIZE, WIDTH, VOCAB = 4, 4, 2, 16, 48, 101
+LAYOUTS = {"all-rwkv": [0, 1, 2, 3], "mixed": [0, 2], "attention-first": [1, 2]}
+NEW = 12
+
+
+def build(family="qwen3", rwkv_layers=(0, 2), preset="cxa079", dtype=torch.float64, mixer=None, **config_fields):
+    """A random hybrid whose every mixer parameter matters: the zeros of the usual start are perturbed."""
+    torch.manual_seed(0)
+    mixer_config = TimeMixerConfig.from_preset(
+        preset,
+        qk_norm=family == "qwen3",
+        hidden_size=WIDTH,
+        num_heads=HEADS,
+        num_kv_heads=KV_HEADS,
+        head_size=HEAD_SIZE,
+        qkv_bias=family == "qwen2",
+        **(mixer or {}),
+    )
+    config_class, model_class = FAMILIES[family]
+    config = config_class(
+        vocab_size=VOCAB,
+        hidden_size=WIDTH,
+        intermediate_size=64,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_SIZE,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=None,
+        pad_token_id=0,
+        rwkv_layers=list(rwkv_layers),
+        mixer=mixer_config.to_dict(),
+        rwkv_architecture=preset,
+        **config_fields,
+    )
+    model = model_class(config).to(dtype).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if ".self_attn." in name and int(name.split(".")[2]) in rwkv_layers and p.ndim > 1:
+                p += 0.2 * torch.randn_like(p)
+    return model
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module", params=list(LAYOUTS))
+def model(request, family):
+    return build(family, LAYOUTS[request.param])
+
+
+@pytest.fixture(scope="module")
+def prompt():
+    return torch.randint(2, VOCAB, (2, 21), generator=torch.Generator().manual_seed(1))
+
+
+def greedy(model, ids, **kwargs):
+    return model.generate(ids, max_new_tokens=NEW, do_sample=False, **kwargs)[:, -NEW:]
+
+
+def check_paths(model, prompt):
+    """Greedy tokens with cache = without = in chunks = from left-padded rows = continued from a returned cache."""
+    expected = greedy(model, prompt, use_cache=False)
+    assert expected.unique().numel() > 3, "a model that repeats one token would pass anything"
+    assert torch.equal(greedy(model, prompt), expected)
+    for chunk in (1, 5, 16):
+        assert torch.equal(greedy(model, prompt, prefill_chunk_size=chunk), expected), f"prefill in chunks of {chunk}"
+
+    short = prompt[:1, 8:]
+    alone = greedy(model, short)
+    padded = torch.cat([torch.cat([torch.zeros(1, 8, dtype=torch.long), short], 1), prompt[1:]])
+    mask = torch.ones_like(padded)
+    mask[0, :8] = 0
+    both = torch.cat([alone, expected[1:]])
+    for kwargs in ({}, {"use_cache": False}, {"prefill_chunk_size": 1}, {"prefill_chunk_size": 6}):
+        assert torch.equal(greedy(model, padded, attention_mask=mask, **kwargs), both), f"left padding, {kwargs}"
+
+    first = model.generate(prompt, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
+    again = model.generate(
+        first.sequences,
+        attention_mask=torch.ones_like(first.sequences),  # generate() would take a generated token 0 for padding
+        past_key_values=first.past_key_values,
+        max_new_tokens=NEW - 5,
+        do_sample=False,
+    )
+    assert torch.equal(again[:, -NEW:], expected), "continued from the returned cache"
+
+
+def test_every_path_gives_the_same_tokens(model, prompt):
+    check_paths(model, prompt)
+
+
+@pytest.mark.parametrize(
+    "layout, preset",
+    [
+        ("all-rwkv", "hxa07b"),
+        ("all-rwkv", "x070"),
+        ("attention-first", "x070"),
+        ("attention-first", "cxa076r"),
+        ("mixed", "rad"),
+    ],
+)
+def test_presets(preset, layout, prompt):
+    check_paths(build("qwen3", LAYOUTS[layout], preset), prompt)
+
+
+def test_attention_without_rotation(prompt):
+    model = build("llama", [0, 2], attention_rope=False)
+    check_paths(model, prompt)
+    rotated = build("llama", [0, 2], attention_rope=True)
+    rotated.load_state_dict(model.state_dict())
+    assert not torch.allclose(model(prompt).logits, rotated(prompt).logits, atol=1e-3)
+
+    # without rotation, attention does not see absolute positions, and the mixer of this preset has no positions at all
+    positionless = build("llama", [0, 2], preset="cxa076r", attention_rope=False)
+    positions = torch.arange(prompt.shape[1])[None]
+    shifted = positionless(prompt, position_ids=positions + 100).logits
+    torch.testing.assert_close(shifted, positionless(prompt, position_ids=positions).logits, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", ["mixed", "attention-first"])
+def test_kept_layers_with_a_sliding_window(layout, prompt):
+    kinds = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]
+    window = {"use_sliding_window": True, "sliding_window": 6, "layer_types": kinds}
+    check_paths(build("qwen2", LAYOUTS[layout], **window), prompt)
+
+
+def test_cached_logits_equal_a_full_pass(model, prompt):
+    full = model(prompt, use_cache=False).logits
+    cache, parts = DynamicCache(config=model.config), []
+    for part in prompt.split([7, 1, 1, 12], dim=1):
+        parts.append(model(part, past_key_values=cache).logits)
+    # float64 all through except nothing: only the order of sums differs between the chunked and the stepwise path
+    torch.testing.assert_close(torch.cat(parts, 1), full, rtol=0, atol=1e-10)
+    assert cache.get_seq_length() == prompt.shape[1]
+    recurrent = [i for i, slot in enumerate(cache.layers) if isinstance(slot, RecurrentLayer)]
+    assert recurrent == model.config.rwkv_layers
+
+
+def test_left_padding_changes_no_logit(model, prompt):
+    expected = model(prompt[:, 5:]).logits
+    mask = torch.ones_like(prompt)
+    mask[:, :5] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    got = model(prompt, attention_mask=mask, position_ids=positions).logits[:, 5:]
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
+    assert not torch.allclose(model(prompt, position_ids=positions).logits[:, 5:], expected, atol=1e-3)
+
+
+def test_right_padding_leaves_the_state_alone(prompt):
+    model = build("qwen3", LAYOUTS["all-rwkv"], preset="x070")
+    mask = torch.ones_like(prompt)
+    mask[:, -4:] = 0
+    padded, plain = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    model(prompt, attention_mask=mask, past_key_values=padded)
+    model(prompt[:, :-4], past_key_values=plain)
+    for a, b in zip(padded.layers, plain.layers, strict=True):
+        for x, y in zip(a.state, b.state, strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
+
+
+def test_beams_with_and_without_cache(model, prompt):
+    kwargs = {"max_new_tokens": NEW, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
+    cached = model.generate(prompt, **kwargs)
+    assert cached.shape[0] == 4
+    assert torch.equal(cached, model.generate(prompt, use_cache=False, **kwargs))
+    assert not torch.equal(cached[0], cached[1])
+
+
+def test_sampling_returns_different_reproducible_sequences(model, prompt):
+    kwargs = {"max_new_tokens": NEW, "do_sample": True, "num_return_sequences": 3, "top_k": 50}
+    torch.manual_seed(7)
+    cached = model.generate(prompt, **kwargs)
+    torch.manual_seed(7)
+    assert torch.equal(cached, model.generate(prompt, use_cache=False, **kwargs))
+    assert not torch.equal(cached[0], cached[1])
+
+
+def test_streaming_gives_the_generated_tokens(model, prompt):
+    class Spelling:
+        """The part of a tokenizer a streamer uses: one word per token."""
+
+        def decode(self, ids, **kwargs):
+            return "".join(f"{i} " for i in torch.as_tensor(ids).tolist())
+
+    streamer = TextIteratorStreamer(Spelling(), skip_prompt=True, timeout=60)
+    kwargs = {"max_new_tokens": NEW, "do_sample": False, "streamer": streamer}
+    worker = threading.Thread(target=model.generate, args=(prompt[:1],), kwargs=kwargs)
+    worker.start()
+    text = "".join(streamer)
+    worker.join()
+    assert [int(word) for word in text.split()] == greedy(model, prompt[:1])[0].tolist()
+
+
+def test_generate_makes_the_default_cache(model, prompt):
+    assert model._supports_default_dynamic_cache()
+    out = model.generate(prompt, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    assert isinstance(out.past_key_values, DynamicCache)
+    assert out.past_key_values.get_seq_length() == prompt.shape[1] + 2
+
+
+def test_cache_rows_can_be_repeated_and_selected(prompt):
+    model = build("llama", LAYOUTS["mixed"], preset="x070")
+    cache = DynamicCache(config=model.config)
+    model(prompt, past_key_values=cache)
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([3, 0]))
+    token = torch.tensor([[5], [5]])
+    swapped = model(token, past_key_values=cache).logits
+    expected = model(torch.cat([prompt.flip(0), token], 1)).logits[:, -1:]
+    torch.testing.assert_close(swapped, expected, rtol=0, atol=1e-10)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    torch.testing.assert_close(model(prompt, past_key_values=cache).logits, model(prompt).logits, rtol=0, atol=1e-12)
+
+
+def test_packed_position_ids_reset_the_state(model, prompt):
+    positions = torch.cat([torch.arange(8), torch.arange(13)])[None]
+    packed = model(prompt, position_ids=positions, use_cache=False).logits
+    apart = torch.cat([model(prompt[:, :8]).logits, model(prompt[:, 8:]).logits], 1)
+    torch.testing.assert_close(packed, apart, rtol=0, atol=1e-10)
+
+
+def test_refusals(prompt):
+    model = build("llama", LAYOUTS["mixed"])
+    with pytest.raises(ValueError, match="2-D padding mask"):
+        model(prompt, attention_mask=torch.ones(2, 1, 21, 21, dtype=torch.bool))
+    with pytest.raises(TypeError, match="StaticCache cannot hold a recurrent state"):
+        model(prompt, past_key_values=StaticCache(config=model.config, max_cache_len=32))
+    with pytest.raises((TypeError, ValueError), match="StaticCache cannot|static caches"):
+        model.generate(prompt, max_new_tokens=2, cache_implementation="static")
+    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+        model.generate(prompt[:1], max_new_tokens=2, assistant_model=model)
+    with pytest.raises(NotImplementedError, match="cannot be cropped"):
+        cache = DynamicCache(config=model.config)
+        model(prompt, past_key_values=cache)
+        cache.crop(-1)
+
+
+def test_gradients_with_checkpointing_equal_those_without(prompt):
+    model = build("qwen3", LAYOUTS["attention-first"]).train()
+
+    def gradients():
+        model.zero_grad()
+        model(prompt, labels=prompt, use_cache=False).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    plain = gradients()
+    assert plain["model.layers.1.self_attn.value.weight"].abs().sum() > 0
+    model.activation_checkpointing_enable()
+    for name, grad in gradients().items():
+        torch.testing.assert_close(grad, plain[name], rtol=0, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("preset", ["cxa079", "x070"])
+def test_decay_parameters_stay_fp32_in_bf16(tmp_path, prompt, preset):
+    model = build("qwen3", LAYOUTS["mixed"], preset, dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    loaded, info = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16, output_loading_info=True)
+    assert not any(info.values()), info
+    kept = {name for name, p in loaded.named_parameters() if p.dtype == torch.float32}
+    names = {pattern.split(".")[-1].rstrip("$") for pattern in FP32_PARAMETERS}
+    expected = {name for name, _ in model.named_parameters() if name.rsplit(".", 1)[-1] in names}
+    assert kept == expected and len(kept) > 4
+    for name in kept:
+        assert torch.equal(loaded.get_parameter(name), model.get_parameter(name))
+    loaded.generation_config = GenerationConfig(pad_token_id=0)
+    assert loaded.generate(prompt, max_new_tokens=3).shape == (2, 24)
+    # weights of 8 bits: logits of magnitude 10 agree to a few tenths
+    error = (loaded(prompt).logits.float() - model(prompt).logits).abs().mean()
+    assert error < 0.05 * model(prompt).logits.abs().mean() + 0.1
+
+
+def test_a_partly_loaded_mixer_is_an_error(tmp_path):
+    model = build("llama", LAYOUTS["mixed"], dtype=torch.float32)
+    state = model.state_dict()
+    del state["model.layers.2.self_attn.w0"]
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(ValueError, match="layer 2 are missing: w0"):
+        type(model).from_pretrained(tmp_path)
