@@ -51,6 +51,6 @@ def check_same_weights(trained: set[str], mixers: set[str]) -> None:
     """
     if shared := sorted(trained - mixers):
         raise UserError(
-            f"teacher: same cannot be used: {shared[0]} (and {len(shared) - 1} more) was trained, the teacher has it too",
+            f"teacher: same cannot be used: {shared[0]} (and {len(shared) - 1} more) was trained, in the teacher too",
             "use teacher: separate, or train only mixer groups",
         )

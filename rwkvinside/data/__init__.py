@@ -1,0 +1,7 @@
+"""Data: readers, tokenisation with a cache, chat templates, packing. Knows nothing of models and training."""
+
+from .batch import Batch, attention_mask_4d
+from .packing import PackedRows, PaddedDocuments
+from .tokens import TokenStore, load_tokens
+
+__all__ = ["Batch", "PackedRows", "PaddedDocuments", "TokenStore", "attention_mask_4d", "load_tokens"]

@@ -1,0 +1,63 @@
+"""A packed batch: token rows, the documents inside them, and the targets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of tokens in which several documents may stand one after another.
+
+    Args:
+        input_ids: (B, T) int64.
+        labels: (B, T) int64, already shifted: labels[t] is the target predicted at t; -100 = no loss.
+        position_ids: (B, T) int64, restarting at 0 in each document.
+        segment_ids: (B, T) int32, 0 = padding, 1, 2, ... = documents of the row.
+        rows: global row numbers, for reports.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    segment_ids: Tensor
+    rows: tuple[int, ...]
+
+    def to(self, device) -> Batch:
+        """The same batch on another device."""
+        return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "rows"})
+
+    @property
+    def mask(self) -> Tensor:
+        """(B, T) bool, True = real token."""
+        return self.segment_ids > 0
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.mask.sum())
+
+    @property
+    def num_targets(self) -> int:
+        return int((self.labels != IGNORE).sum())
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """(S + 1,) int32 over the flattened B*T tokens; a padding tail is a sequence too, a row end always ends one."""
+        starts = torch.ones_like(self.segment_ids, dtype=torch.bool)
+        starts[:, 1:] = self.segment_ids[:, 1:] != self.segment_ids[:, :-1]
+        end = torch.tensor([starts.numel()], device=starts.device)
+        return torch.cat([starts.flatten().nonzero().flatten(), end]).int()
+
+
+def attention_mask_4d(batch: Batch) -> Tensor:
+    """(B, 1, T, T) bool, True = may attend: causal within the same document; a padding query attends itself only."""
+    T = batch.input_ids.shape[1]
+    same = batch.segment_ids[:, :, None] == batch.segment_ids[:, None, :]
+    causal = torch.ones(T, T, dtype=torch.bool, device=same.device).tril()
+    allowed = same & causal & batch.mask[:, :, None]
+    return (allowed | torch.eye(T, dtype=torch.bool, device=same.device))[:, None]

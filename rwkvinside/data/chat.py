@@ -1,0 +1,92 @@
+"""Conversations: the tokenizer's own chat template, and which tokens of the result the assistant wrote."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+from ..errors import UserError
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_STAND_IN = "@@the-answer@@"
+
+
+def encode_conversation(tokenizer, messages: list[dict[str, str]], where: str) -> tuple[list[int], np.ndarray]:
+    """Render and tokenise a conversation.
+
+    The completion is what follows the generation prompt up to and including the end-of-turn marker. Templates with
+    {% generation %} tags say so themselves; for others it is found by rendering again: the conversation before the
+    answer gives its start, the conversation with another text in place of the answer gives its end.
+
+    Args:
+        tokenizer: a fast Hugging Face tokenizer with a chat template.
+        messages: [{"role": ..., "content": ...}, ...].
+        where: file and line, for error messages.
+
+    Returns:
+        (ids, completion): token ids, and bool (len(ids),) True = written by the assistant.
+
+    Raises:
+        UserError: no template, a template that refuses the conversation or hides where answers stand, no answer.
+    """
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{where}: a conversation, but the tokenizer {tokenizer.name_or_path!r} has no chat template",
+            'use a chat tokenizer or {"text": ...} documents',
+        )
+    if not tokenizer.is_fast:
+        raise UserError(f"{where}: conversations need a fast tokenizer, not {type(tokenizer).__name__}")
+    if _GENERATION.search(_template(tokenizer)):
+        encoded = _render(
+            tokenizer, messages, where, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        ids, completion = encoded["input_ids"], np.array(encoded["assistant_masks"], dtype=bool)
+    else:
+        text = _render(tokenizer, messages, where)
+        spans = [
+            _answer_span(tokenizer, messages, i, text, where)
+            for i, message in enumerate(messages)
+            if message["role"] == "assistant"
+        ]
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids = encoded["input_ids"]
+        starts = np.array([start for start, _ in encoded["offset_mapping"]])
+        completion = np.zeros(len(ids), dtype=bool)
+        for start, end in spans:
+            completion |= (start <= starts) & (starts < end)
+    if not completion.any():
+        raise UserError(f"{where}: a conversation without an answer of the assistant", "remove it, or give it as text")
+    return ids, completion
+
+
+def _answer_span(tokenizer, messages: list[dict[str, str]], i: int, text: str, where: str) -> tuple[int, int]:
+    """The characters of `text` from behind the generation prompt of answer i to the end of its turn."""
+    replaced = [*messages[:i], {"role": "assistant", "content": _STAND_IN}]
+    before, found, closing = _render(tokenizer, replaced, where).partition(_STAND_IN)
+    if i:  # many templates refuse an empty conversation; there the answer begins with its content
+        before = _render(tokenizer, messages[:i], where, add_generation_prompt=True)
+    _, found_whole, rest = _render(tokenizer, replaced + messages[i + 1 :], where).partition(_STAND_IN)
+    # `rest` is everything behind the answer; a template may rewrite earlier turns (Qwen3 drops their thoughts), so
+    # only what is the same in both renderings is relied on.
+    end = len(text) - len(rest) + len(closing)
+    if not (found and found_whole and text.startswith(before) and text.endswith(rest) and rest.startswith(closing)):
+        raise UserError(
+            f"{where}: the chat template renders message {i + 1} differently in and out of its conversation",
+            "give the tokenizer a template with {% generation %} tags, or single-turn conversations",
+        )
+    return len(before), end
+
+
+def _template(tokenizer) -> str:
+    template = tokenizer.chat_template
+    return template if isinstance(template, str) else template.get("default", "")
+
+
+def _render(tokenizer, messages: list[dict[str, str]], where: str, *, tokenize: bool = False, **options):
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=tokenize, **options)
+    except (TemplateError, ValueError) as error:
+        raise UserError(f"{where}: the chat template refuses the conversation: {error}") from error

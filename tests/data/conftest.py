@@ -1,0 +1,65 @@
+"""Small tokenizers and token stores of known content."""
+
+import json
+
+import numpy as np
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from rwkvinside.data import TokenStore
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def _tokenizer(chat_template=CHATML):
+    """One id per byte (256 of them) and four special tokens, so that ids can be read back as text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in ("<s>", "</s>", "<|im_start|>", "<|im_end|>")])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", chat_template=chat_template
+    )
+
+
+@pytest.fixture
+def make_tokenizer():
+    return _tokenizer
+
+
+@pytest.fixture
+def tokenizer():
+    return _tokenizer()
+
+
+def _store(documents, loss=None):
+    """A store in memory from lists of ids (and of 0/1)."""
+    return TokenStore(
+        tokens=np.concatenate([np.array(d, dtype=np.uint32) for d in documents]),
+        offsets=np.cumsum([0] + [len(d) for d in documents]),
+        hashes=np.arange(len(documents), dtype=np.uint64),
+        loss=None if loss is None else np.concatenate([np.array(x, dtype=np.uint8) for x in loss]),
+        selected=np.arange(len(documents)),
+        fingerprint="test",
+        max_id=max(map(max, documents)),
+    )
+
+
+def _write_jsonl(path, records):
+    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def make_store():
+    return _store
+
+
+@pytest.fixture
+def write_jsonl():
+    return _write_jsonl
