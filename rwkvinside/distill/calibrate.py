@@ -24,8 +24,8 @@ from ..modeling.time_mixer import DECAY_SCALE, TimeMixer
 from .hybrid import HybridModel
 
 # Candidates: half-lives in tokens from the fastest representable decay on, rates as the mixer's sigmoid gives them.
-HALF_LIVES = tuple(2**e for e in (0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 9, 10, 12))
-RATES = (0.0005, 0.005, 0.02, 0.05, 0.12, 0.27, 0.5, 0.73, 0.88, 0.98)
+HALF_LIVES = tuple(2**e for e in (0.5, 1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12))
+RATES = (0.0005, 0.01, 0.05, 0.15, 0.3, 0.5, 0.7, 0.9)
 ROUNDS = 2  # decay, rate, then both again with the other one's value
 
 

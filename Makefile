@@ -1,0 +1,25 @@
+# Commands for people and CI. Everything runs in .venv, which is made on first use and renewed when its inputs change.
+PYTHON ?= python3
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+VENV := .venv
+STAMP := $(VENV)/.installed
+
+.PHONY: venv demo test lint
+.DEFAULT_GOAL := venv
+
+venv: $(STAMP)
+
+$(STAMP): setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(STAMP)
+	$(VENV)/bin/rwkvinside demo $(ARGS)
+
+# One process per core with one thread each: the tests' tensors are too small to be worth a second thread.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(JOBS) --dist loadfile $(ARGS)
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .

@@ -1,0 +1,123 @@
+"""The text of the demo: the Python standard library's own sources and documentation strings, found on this machine.
+
+Writes train.jsonl and val.jsonl in the format that `--data` reads. Knows nothing of models or tokenizers.
+"""
+
+import ast
+import hashlib
+import json
+import os
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import UserError
+
+# Tests and generated tables are long and repetitive: a model that fits them says little about language.
+SKIPPED_FOLDERS = {
+    *("test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "encodings"),
+    *("site-packages", "dist-packages", "__pycache__"),
+}
+PIECE_CHARACTERS = 1500  # about 500 tokens: most documents fit into a context of 512
+MIN_PIECE_CHARACTERS = 200
+MAX_PIECE_CHARACTERS = 4 * PIECE_CHARACTERS  # longer than this without a blank line is a table of data
+MIN_CHARACTERS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Two lists of documents, no source file in both."""
+
+    train: list[str]
+    val: list[str]
+
+    @property
+    def digest(self) -> str:
+        """A hash of the text (hex), the part of the teacher's cache key that the machine decides."""
+        sha = hashlib.sha256()
+        for part in (self.train, self.val):
+            for document in part:
+                sha.update(document.encode("utf-8"))
+                sha.update(b"\0")
+            sha.update(b"\1")
+        return sha.hexdigest()
+
+    def write(self, folder: Path) -> tuple[Path, Path]:
+        """Write `train.jsonl` and `val.jsonl` (one {"text": ...} per line) and return their paths."""
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = folder / "train.jsonl", folder / "val.jsonl"
+        for path, documents in zip(paths, (self.train, self.val), strict=True):
+            unfinished = path.with_suffix(".tmp")
+            with unfinished.open("w", encoding="utf-8") as file:
+                for document in documents:
+                    file.write(json.dumps({"text": document}) + "\n")
+            os.replace(unfinished, path)
+        return paths
+
+
+def source_files(root: Path) -> Iterator[Path]:
+    """The .py files below `root` in a fixed order, without SKIPPED_FOLDERS."""
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if name not in SKIPPED_FOLDERS)
+        yield from (Path(folder, name) for name in sorted(names) if name.endswith(".py"))
+
+
+def pieces(text: str, size: int = PIECE_CHARACTERS) -> Iterator[str]:
+    """Cut one source file into documents of about `size` characters, at the first blank line after that length."""
+    lines: list[str] = []
+    length = 0
+    for line in text.splitlines(keepends=True):
+        if length >= size and not line.strip():
+            yield "".join(lines).strip("\n") + "\n"
+            lines, length = [], 0
+        lines.append(line)
+        length += len(line)
+    yield "".join(lines).strip("\n") + "\n"
+
+
+def texts(name: str, source: str) -> list[str]:
+    """The readable texts of one source file: itself, or the manual pages that `help()` keeps in one dictionary."""
+    if name != "pydoc_data/topics.py":
+        return [source]
+    assignments = [node for node in ast.parse(source).body if isinstance(node, ast.Assign)]
+    return [page for node in assignments for page in ast.literal_eval(node.value).values()]
+
+
+def collect(root: Path | None = None, *, val_every: int = 40, min_characters: int = MIN_CHARACTERS) -> Corpus:
+    """Read the standard library and split it by source file: one file in `val_every` is for validation.
+
+    Args:
+        root: folder to read; None is the standard library of the running interpreter.
+        val_every: the split is decided by a hash of the file's path, so it does not move when files are added.
+        min_characters: what has to be found.
+
+    Raises:
+        UserError: too little was found (a stripped Python without its sources).
+    """
+    root = Path(sysconfig.get_path("stdlib")) if root is None else root
+    train: list[str] = []
+    val: list[str] = []
+    total = 0
+    for path in source_files(root):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:  # a few sources declare another encoding on purpose
+            continue
+        name = path.relative_to(root).as_posix()
+        is_val = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) % val_every == 0
+        documents = [
+            piece
+            for readable in texts(name, text)
+            for piece in pieces(readable)
+            if MIN_PIECE_CHARACTERS <= len(piece) <= MAX_PIECE_CHARACTERS
+        ]
+        (val if is_val else train).extend(documents)
+        total += sum(map(len, documents))
+    if total < min_characters or not val:
+        raise UserError(
+            f"only {total:,} characters of Python source in {len(val)} validation documents below {root}; "
+            f"the demo needs {min_characters:,}",
+            "run it with a Python that carries its standard library as .py files",
+        )
+    return Corpus(train, val)

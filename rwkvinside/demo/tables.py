@@ -1,0 +1,58 @@
+"""What the demo shows at its end: samples side by side, scores after each stage, time of a generated token."""
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..evaluate.quality import Scores
+from ..evaluate.speed import DecodeSpeed
+
+MAX_CE_GAP = 0.25  # nats between student and teacher that the demo promises
+MAX_SLOWDOWN = 1.2  # of the student's token, from the shortest context to the longest
+
+
+def show_samples(console: Console, samples: dict[str, str], how: str) -> None:
+    """One column per model."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, expand=True)
+    for name in samples:
+        table.add_column(f"{name} ({how})", ratio=1, overflow="fold")
+    table.add_row(*map(escape, samples.values()))
+    console.print(table)
+
+
+def show_scores(console: Console, stages: dict[str, Scores]) -> None:
+    """The teacher and the student after each stage, in the order given; the last one is the result."""
+    table = _table("validation, each document alone", "model", "CE (nats)", "KL (nats)", "agreement")
+    last = list(stages.values())[-1]
+    table.add_row("teacher", f"{last.ce_teacher:.3f}", "0", "100.0%")
+    for stage, scores in stages.items():
+        table.add_row(f"after {stage}", f"{scores.ce:.3f}", f"{scores.kl:.3f}", f"{scores.agreement:.1%}")
+    console.print(table)
+    gap = last.ce - last.ce_teacher
+    console.print(f"cross entropy above the teacher's: {gap:+.3f} nats (promised: at most {MAX_CE_GAP})")
+
+
+def show_speed(console: Console, speed: list[DecodeSpeed]) -> None:
+    """Milliseconds per token: models down, contexts across."""
+    contexts = list(dict.fromkeys(row.context for row in speed))
+    table = _table("time of one generated token", "model", *(f"after {context:,} tokens" for context in contexts))
+    for name in dict.fromkeys(row.model for row in speed):
+        table.add_row(name, *(f"{row.milliseconds:.2f} ms" for row in speed if row.model == name))
+    console.print(table)
+    ratio = slowdown(speed)
+    console.print(f"student, longest against shortest context: x{ratio:.2f} (promised: at most {MAX_SLOWDOWN})")
+
+
+def slowdown(speed: list[DecodeSpeed]) -> float:
+    """Time of the student's token after the longest context, relative to the shortest."""
+    times = {row.context: row.milliseconds for row in speed if row.model == "student"}
+    return times[max(times)] / times[min(times)]
+
+
+def _table(title: str, first: str, *numbers: str) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column(first)
+    for name in numbers:
+        table.add_column(name, justify="right")
+    return table

@@ -1,0 +1,42 @@
+"""`rwkvinside doctor`: devices, memory, and whether the installed packages are the ones that this version needs."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, requires, version
+
+import psutil
+import torch
+from packaging.requirements import Requirement
+
+
+def main() -> int:
+    """Print the findings; 2 when something that this package needs is missing or of another version."""
+    print(f"python {platform.python_version()} on {platform.platform()}")
+    memory, disk = psutil.virtual_memory(), shutil.disk_usage(".")
+    print(f"{psutil.cpu_count(logical=False)} cores, torch uses {torch.get_num_threads()} threads")
+    print(f"memory {memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free")
+    print(f"disk here {disk.free / 2**30:.1f} of {disk.total / 2**30:.1f} GiB free")
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        print(f"cuda:{i} {properties.name}, {properties.total_memory / 2**30:.1f} GiB")
+    if torch.cuda.is_available():
+        print(f"training runs on cuda in {'bf16' if torch.cuda.is_bf16_supported() else 'fp32'}")
+    else:
+        print("training runs on the CPU in fp32: PyTorch finds no CUDA device")
+
+    problems = 0
+    for line in requires("rwkvinside") or ():
+        requirement = Requirement(line)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            found = version(requirement.name)
+        except PackageNotFoundError:
+            found = "missing"
+        good = found != "missing" and requirement.specifier.contains(found, prereleases=True)
+        problems += not good
+        print(f"{'ok ' if good else 'BAD'} {requirement.name} {found} (needs {requirement.specifier})")
+    print("all requirements are met" if not problems else f"{problems} requirements are not met: pip install -e .")
+    return 2 if problems else 0

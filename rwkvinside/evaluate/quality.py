@@ -1,0 +1,224 @@
+"""How close a student is to its teacher on text: KL divergence, cross entropies, agreement, all also by position.
+
+Each document is judged alone. Takes any two Hugging Face causal language models; loads nothing and prints nothing.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..data.batch import IGNORE, Batch
+from ..data.packing import PaddedDocuments
+from ..errors import UserError
+
+CHUNK_ELEMENTS = 2**25  # logits in one fp32 chunk (128 MiB); a vocabulary of 152k gives chunks of 220 tokens
+
+
+Logits = Callable[[Batch], Tensor]
+"""Batch -> (B, T, V) logits, any float dtype, on any device."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Means over `tokens` predicted tokens; KL(teacher || student) and cross entropies in nats."""
+
+    tokens: int
+    kl: float
+    ce: float
+    ce_teacher: float
+    agreement: float
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the student's cross entropy."""
+        return math.exp(self.ce)
+
+    @property
+    def perplexity_teacher(self) -> float:
+        """exp of the teacher's cross entropy."""
+        return math.exp(self.ce_teacher)
+
+    def to_dict(self) -> dict[str, float]:
+        """Plain JSON with the perplexities."""
+        return {**asdict(self), "perplexity": self.perplexity, "perplexity_teacher": self.perplexity_teacher}
+
+
+class PositionBucket(NamedTuple):
+    """Scores of the predictions made after `first` to `last` tokens of the document (both included)."""
+
+    first: int
+    last: int
+    scores: Scores
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One comparison. `by_position` has the buckets 1, 2-3, 4-7, 8-15, ... that hold at least one token."""
+
+    documents: int
+    shared_vocab: int
+    scores: Scores
+    by_position: tuple[PositionBucket, ...]
+
+    def to_dict(self) -> dict:
+        """Plain JSON: the scores at the top level, the buckets under "by_position"."""
+        buckets = [{"first": b.first, "last": b.last, **b.scores.to_dict()} for b in self.by_position]
+        return {
+            "documents": self.documents,
+            "shared_vocab": self.shared_vocab,
+            **self.scores.to_dict(),
+            "by_position": buckets,
+        }
+
+
+def token_scores(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    """Compare two sets of logits token by token, in fp32.
+
+    Args:
+        student, teacher: (tokens, V) logits over the same ids, any float dtype.
+        labels: (tokens,) int64 targets below V.
+
+    Returns:
+        (4, tokens) fp32: KL(teacher || student), CE of the student, CE of the teacher, 1 where the best ids agree.
+    """
+    log_q = student.float().log_softmax(-1)
+    log_p = teacher.float().log_softmax(-1)
+    # A logit of -inf (an id the teacher forbids) has p = 0 and must add 0, not 0 * inf.
+    kl = torch.where(log_p > -math.inf, log_p.exp() * (log_p - log_q), 0.0).sum(-1)
+    picked = labels[:, None]
+    ce = -log_q.gather(-1, picked)[:, 0]
+    ce_teacher = -log_p.gather(-1, picked)[:, 0]
+    agree = (log_q.argmax(-1) == log_p.argmax(-1)).float()
+    return torch.stack([kl, ce, ce_teacher, agree])
+
+
+class _Totals:
+    """Sums per context length in float64: row 0 counts tokens, rows 1-4 are the sums of `token_scores`."""
+
+    def __init__(self) -> None:
+        self.sums = np.zeros((5, 0))
+
+    def add(self, scores: np.ndarray, context: np.ndarray) -> None:
+        longest = int(context.max(initial=0)) + 1
+        if longest > self.sums.shape[1]:
+            self.sums = np.pad(self.sums, ((0, 0), (0, longest - self.sums.shape[1])))
+        for row, values in enumerate((np.ones(len(context)), *scores)):
+            self.sums[row, :longest] += np.bincount(context, weights=values.astype(np.float64), minlength=longest)
+
+    def scores(self, first: int = 0, last: int | None = None) -> Scores:
+        count, kl, ce, ce_teacher, agree = self.sums[:, first : None if last is None else last + 1].sum(1)
+        return Scores(int(count), kl / count, ce / count, ce_teacher / count, agree / count)
+
+    def buckets(self) -> tuple[PositionBucket, ...]:
+        length = self.sums.shape[1]
+        bounds = [(2**k, min(2 ** (k + 1), length) - 1) for k in range(length.bit_length()) if 2**k < length]
+        return tuple(PositionBucket(a, b, self.scores(a, b)) for a, b in bounds if self.sums[0, a : b + 1].any())
+
+
+def evaluate_models(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    batches: Iterable[Batch],
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Compare a student with its teacher, each document alone.
+
+    Both models are put into eval mode for the time of the call.
+
+    Args:
+        student, teacher: any two Hugging Face causal language models, each on its own device.
+        batches: right-padded batches with one document per row, see `document_batches`.
+        progress: called after every batch with its number of documents.
+
+    Raises:
+        UserError: no token can be judged, or a token is not an id of both models.
+        ValueError: a row holds more than one document.
+    """
+    models = (student, teacher)
+    was_training = [model.training for model in models]
+    for model in models:
+        model.eval()
+    try:
+        return compare(
+            lambda batch: _model_logits(student, batch),
+            lambda batch: _model_logits(teacher, batch),
+            _checked(batches, *models),
+            progress=progress,
+        )
+    finally:
+        for model, training in zip(models, was_training, strict=True):
+            model.train(training)
+
+
+@torch.no_grad()
+def compare(
+    student: Logits,
+    teacher: Logits,
+    batches: Iterable[Batch],
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """What `evaluate_models` does, for anything that gives logits (a model in training, stored teacher logits).
+
+    Only the ids that both have are compared: families pad their vocabularies differently, and padding carries no text.
+    """
+    totals, documents, shared = _Totals(), 0, 0
+    for batch in batches:
+        if int(batch.segment_ids.max()) > 1:
+            raise ValueError("a row holds more than one document; each document has to be judged alone")
+        judged = batch.labels != IGNORE
+        rows, columns = judged.nonzero(as_tuple=True)
+        logits = [model(batch) for model in (student, teacher)]
+        shared = min(one.shape[-1] for one in logits)
+        home = logits[0].device
+        for at in zip(*(index.split(max(1, CHUNK_ELEMENTS // shared)) for index in (rows, columns)), strict=True):
+            picked = [one[at[0].to(one.device), at[1].to(one.device), :shared].to(home) for one in logits]
+            scores = token_scores(*picked, batch.labels[at].to(home))
+            totals.add(scores.cpu().numpy(), at[1].cpu().numpy() + 1)
+        count = int(judged.any(1).sum())
+        documents += count
+        if progress is not None:
+            progress(count)
+    if not totals.sums[0].any():
+        raise UserError("the evaluation data has no token to predict", "give documents of at least two tokens")
+    return Evaluation(documents, shared, totals.scores(), totals.buckets())
+
+
+def _model_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    mask = batch.mask.to(model.device).long()
+    return model(input_ids=batch.input_ids.to(model.device), attention_mask=mask, use_cache=False).logits
+
+
+def _checked(batches: Iterable[Batch], student: PreTrainedModel, teacher: PreTrainedModel) -> Iterator[Batch]:
+    sizes = [model.get_input_embeddings().weight.shape[0] for model in (student, teacher)]
+    for batch in batches:
+        largest = max(int(batch.input_ids.max()), int(batch.labels.max()))
+        if largest >= min(sizes):
+            raise UserError(
+                f"token id {largest} is not an id of both models (student {sizes[0]}, teacher {sizes[1]})",
+                "evaluate with the tokenizer that both models were trained with",
+            )
+        yield batch
+
+
+def document_batches(documents: PaddedDocuments, *, batch_tokens: int = 8192) -> Iterator[Batch]:
+    """Batches of documents of similar length, longest first (running out of memory then shows at once).
+
+    Args:
+        documents: one document per row, in their own order (`seed` None).
+        batch_tokens: at most this many positions per batch, padding included; a longer document stands alone.
+    """
+    lengths = np.minimum(documents.tokens.lengths, documents.max_len)
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        count = max(1, batch_tokens // int(lengths[order[start]]))
+        yield documents.batch(order[start : start + count].tolist())
+        start += count

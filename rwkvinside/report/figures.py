@@ -1,0 +1,221 @@
+"""One drawing function per question, each onto a given matplotlib Axes, and figures that are saved as a whole.
+
+Colours are Okabe and Ito's, which people with any colour vision can tell apart; colour maps are perceptually uniform.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .reading import alignment, column, of_kind, stages, tokens_before
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
+LOSS_UNITS = {
+    "align": "alignment loss (relative squared error)",
+    "distil": "KL to the teacher (nats per token)",
+    "long": "loss (nats per token)",
+    "sft": "cross entropy (nats per token)",
+}
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure of a size in inches, drawn without a display."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained", dpi=120)
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Write a PNG under a temporary name and rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    figure.savefig(unfinished, format="png")
+    os.replace(unfinished, path)
+
+
+def _finish(ax: "Axes", title: str, x: str, y: str) -> None:
+    ax.set_title(title, fontsize=10, loc="left")
+    ax.set_xlabel(x)
+    ax.set_ylabel(y)
+    ax.grid(True, which="major", color="#DDDDDD", linewidth=0.6)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def _count_axis(axis) -> None:
+    from matplotlib.ticker import EngFormatter
+
+    axis.set_major_formatter(EngFormatter(sep=""))
+
+
+def _plain_log(ax: "Axes", values: np.ndarray) -> None:
+    """A log axis whose few ticks are plain numbers; matplotlib labels none when all values lie within one decade."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    ax.set_yscale("log")
+    positive = values[np.isfinite(values) & (values > 0)]
+    narrow = len(positive) and positive.max() / positive.min() < 30
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Running mean over the last `window` values (fewer at the start): never looks ahead."""
+    sums = np.cumsum(np.insert(values, 0, 0.0))
+    index = np.arange(1, len(values) + 1)
+    first = np.maximum(index - window, 0)
+    return (sums[index] - sums[first]) / (index - first)
+
+
+def draw_loss(ax: "Axes", rows: Sequence[dict], stage: str) -> None:
+    """Training loss of one stage over its tokens: every step in grey, the mean of the last steps in blue."""
+    train = of_kind(rows, "train", stage)
+    tokens, loss = column(train, "tokens"), column(train, "loss")
+    window = max(1, len(train) // 25)
+    ax.plot(tokens, loss, color=GREY, linewidth=0.7, alpha=0.8, label="each logged step")
+    if window > 1:
+        ax.plot(tokens, smooth(loss, window), color=BLUE, linewidth=1.8, label=f"mean of the last {window}")
+    _plain_log(ax, loss)
+    _count_axis(ax.xaxis)
+    _finish(ax, f"{stage}: training loss", "tokens", LOSS_UNITS.get(stage, "loss"))
+    ax.legend(frameon=False, fontsize=8)
+
+
+def draw_alignment(ax: "Axes", rows: Sequence[dict], stage: str) -> None:
+    """Heat map: relative squared error of every layer over the steps of an alignment, log colour."""
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    steps, layers, errors = alignment(rows, stage)
+    edges = np.concatenate([[0], steps])
+    positive = errors[np.isfinite(errors) & (errors > 0)]
+    if not len(positive):
+        positive = np.ones(1)  # a run that diverged at once: an empty map with its axes
+    norm = LogNorm(positive.min(), max(positive.max(), positive.min() * 1.01))
+    image = ax.pcolormesh(edges, np.arange(len(layers) + 1) - 0.5, errors, norm=norm, cmap="cividis")
+    ax.set_yticks(range(len(layers)), layers)
+    if len(layers) > 16:
+        ax.yaxis.set_major_locator(MaxNLocator(12, integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    bar = ax.figure.colorbar(image, ax=ax, label="relative squared error")
+    bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    bar.ax.yaxis.set_minor_formatter(NullFormatter())
+    _finish(ax, f"{stage}: error of each layer's mixer", "step", "layer")
+    ax.grid(False)
+
+
+def draw_validation(ax: "Axes", rows: Sequence[dict], name: str, unit: str, *, log: bool = False) -> None:
+    """One validation number over all tokens of the run, stages one after another, marked where one begins."""
+    before = tokens_before(rows)
+    measured = of_kind(rows, "eval")
+    tokens = column(measured, "tokens") + np.array([before[row["stage"]] for row in measured])
+    values = column(measured, name)
+    ax.plot(tokens, values, color=BLUE, marker="o", markersize=4, linewidth=1.5, label="student")
+    if name == "ce":
+        ax.plot(tokens, column(measured, "ce_teacher"), color=ORANGE, linestyle="--", linewidth=1.5, label="teacher")
+        ax.legend(frameon=False, fontsize=8)
+    if log:
+        _plain_log(ax, values)
+    top = ax.get_xaxis_transform()
+    for stage in stages(rows, "train"):
+        ax.axvline(before[stage], color=GREY, linewidth=0.8, linestyle=":")
+        ax.text(before[stage], 0.98, f" {stage}", transform=top, va="top", fontsize=8, color="#555555")
+    _count_axis(ax.xaxis)
+    _finish(ax, f"validation: {VALIDATION_TITLES[name]}", "tokens of the run", unit)
+
+
+VALIDATION_TITLES = {"kl": "KL divergence", "ce": "cross entropy", "agreement": "agreement"}
+VALIDATION = (
+    ("kl", "nats per token", True),
+    ("ce", "nats per token", False),
+    ("agreement", "share of tokens", False),
+)
+
+
+def loss_figure(rows: Sequence[dict]) -> "Figure | None":
+    """Training loss, one panel per stage; None if nothing was trained."""
+    names = stages(rows, "train")
+    if not names:
+        return None
+    figure = new_figure(5.2 * len(names), 3.8)
+    for ax, stage in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        draw_loss(ax, rows, stage)
+    return figure
+
+
+def alignment_figure(rows: Sequence[dict]) -> "Figure | None":
+    """Heat maps, one panel per stage that logs errors per layer; None if there is none."""
+    names = [stage for stage in stages(rows, "train") if alignment(rows, stage)[1]]
+    if not names:
+        return None
+    layers = max(len(alignment(rows, stage)[1]) for stage in names)
+    figure = new_figure(7.5, (2.0 + 0.24 * min(max(layers, 4), 40)) * len(names))
+    for ax, stage in zip(figure.subplots(len(names), 1, squeeze=False)[:, 0], names, strict=True):
+        draw_alignment(ax, rows, stage)
+    return figure
+
+
+def validation_figure(rows: Sequence[dict]) -> "Figure | None":
+    """KL, cross entropies and agreement over the run; None if nothing was evaluated."""
+    if not of_kind(rows, "eval"):
+        return None
+    figure = new_figure(13, 3.6)
+    for ax, (name, unit, log) in zip(figure.subplots(1, 3), VALIDATION, strict=True):
+        draw_validation(ax, rows, name, unit, log=log)
+    return figure
+
+
+def overview_figure(rows: Sequence[dict]) -> "Figure | None":
+    """Everything of a run on one page: losses, then heat maps, then validation; None if there is nothing to draw."""
+    trained = stages(rows, "train")
+    aligned = [stage for stage in trained if alignment(rows, stage)[1]]
+    bands = [
+        [lambda ax, stage=stage: draw_loss(ax, rows, stage) for stage in trained],
+        [lambda ax, stage=stage: draw_alignment(ax, rows, stage) for stage in aligned],
+        [lambda ax, one=one: draw_validation(ax, rows, one[0], one[1], log=one[2]) for one in VALIDATION]
+        if of_kind(rows, "eval")
+        else [],
+    ]
+    bands = [band for band in bands if band]
+    if not bands:
+        return None
+    figure = new_figure(13, 3.6 * len(bands))
+    for subfigure, band in zip(np.atleast_1d(figure.subfigures(len(bands), 1)), bands, strict=True):
+        for ax, draw in zip(subfigure.subplots(1, len(band), squeeze=False)[0], band, strict=True):
+            draw(ax)
+    return figure
+
+
+def position_figure(evaluation: dict) -> "Figure":
+    """Perplexity of both models and KL by position, from the JSON that `rwkvinside eval` writes."""
+    figure = new_figure(10.5, 3.8)
+    left, right = figure.subplots(1, 2)
+    buckets = evaluation["by_position"]
+    context = np.array([np.sqrt(bucket["first"] * bucket["last"]) for bucket in buckets])
+    for name, label, color, style in (
+        ("perplexity", "student", BLUE, "o-"),
+        ("perplexity_teacher", "teacher", ORANGE, "s--"),
+    ):
+        left.plot(context, [bucket[name] for bucket in buckets], style, color=color, markersize=4, label=label)
+    values = np.array([[bucket["perplexity"], bucket["perplexity_teacher"]] for bucket in buckets])
+    _plain_log(left, values)
+    left.legend(frameon=False)
+    right.plot(context, [bucket["kl"] for bucket in buckets], "o-", color=BLUE, markersize=4)
+    right.set_ylim(bottom=0)
+    for ax, title, unit in (
+        (left, "perplexity by position", "perplexity"),
+        (right, "divergence by position", "KL to the teacher (nats per token)"),
+    ):
+        ax.set_xscale("log", base=2)
+        _count_axis(ax.xaxis)
+        _finish(ax, title, "tokens of the document already read", unit)
+    return figure

@@ -1,0 +1,1 @@
+"""The training loop: engines, schedule, checkpoints, metrics. Knows a `Step`, nothing of objectives or models."""

@@ -1,0 +1,165 @@
+"""Training in this process alone, and what a step of any engine gives back. Several processes: `engine`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .optimizer import (
+    Groups,
+    OptimizerSettings,
+    build_optimizer,
+    check_names,
+    load_plain_state,
+    plain_state,
+    set_rates,
+    trainable,
+)
+from .step import Step, TrainingBatch
+from .world import World
+
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, the same on every rank except `losses`.
+
+    Args:
+        loss, metrics: sums over all micro-batches and ranks, divided by the denominator; 1-d metrics as lists.
+        grad_norm: global L2 norm before clipping.
+        losses: this rank's loss sum per micro-batch.
+    """
+
+    loss: float
+    metrics: dict[str, float | list[float]]
+    grad_norm: float
+    losses: list[float]
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+class Sums:
+    """Loss and metric sums of one step; one transfer and one reduction for all of them."""
+
+    def __init__(self):
+        self._rows: list[Tensor] = []
+        self._shapes: dict[str, torch.Size] = {}
+
+    def add(self, loss: Tensor, metrics: Mapping[str, Tensor]) -> None:
+        self._shapes = {name: metrics[name].shape for name in sorted(metrics)}
+        parts = [loss.detach(), *(metrics[name].detach() for name in self._shapes)]
+        self._rows.append(torch.cat([part.float().reshape(-1) for part in parts]))
+
+    def reduce(self, world: World, denominator: int) -> tuple[float, dict[str, float | list[float]], list[float]]:
+        local = torch.stack(self._rows).cpu().double()
+        total, *rest = (v / denominator for v in world.all_reduce_sum(local.sum(0).tolist()))
+        metrics: dict[str, float | list[float]] = {}
+        for name, shape in self._shapes.items():
+            values, rest = rest[: shape.numel()], rest[shape.numel() :]
+            metrics[name] = values if shape else values[0]
+        return total, metrics, local[:, 0].tolist()
+
+
+class InProcessEngine:
+    """One process on one CPU or GPU.
+
+    Args:
+        model: moved to the device of `world`. Trainable parameters become fp32 masters in place.
+        groups: {learning-rate group: {name: parameter}} of everything that trains.
+        settings: of AdamW and clipping.
+        world: a single process.
+        precision: "fp32", or "bf16": forward and loss under `torch.autocast`.
+
+    Attributes:
+        module: the model, to be called by steps.
+        trainable: the parameters by name.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Groups,
+        settings: OptimizerSettings,
+        world: World,
+        precision: str = "fp32",
+    ):
+        check_precision(precision)
+        self.world = world
+        self.trainable = trainable(groups)
+        self.precision = precision
+        self._clip = settings.clip
+        for parameter in self.trainable.values():
+            parameter.data = parameter.data.float()
+        self.module = model.to(world.device)
+        self._optimizer = build_optimizer(groups, settings)
+
+    def set_rates(self, rates: Mapping[str, float]) -> None:
+        """Learning rate per group for the next step."""
+        set_rates(self._optimizer, rates)
+
+    def train_step(self, micro_batches: Sequence[TrainingBatch], step: Step, denominator: int) -> StepResult:
+        """Accumulate over the micro-batches, clip, update; leaves the weights alone where a number is not finite.
+
+        Args:
+            micro_batches: at least one, on the engine's device.
+            step: the objective.
+            denominator: what the loss sum is divided by: the count over all micro-batches and ranks.
+        """
+        sums = Sums()
+        for batch in micro_batches:
+            with self._autocast():
+                loss, metrics = step(self.module, batch)
+            (loss / denominator).backward()
+            sums.add(loss, metrics)
+        loss, metrics, losses = sums.reduce(self.world, denominator)
+        for parameter in self.trainable.values():
+            if parameter.grad is None:  # DeepSpeed updates unused parameters too, so that moments decay alike
+                parameter.grad = torch.zeros_like(parameter)
+        norm = nn.utils.clip_grad_norm_(self.trainable.values(), self._clip or math.inf)
+        result = StepResult(loss, metrics, float(norm), losses)
+        if result.finite:
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return result
+
+    def full_parameters(self) -> dict[str, Tensor]:
+        """Trainable parameters by name: fp32 copies on the CPU."""
+        return {n: p.detach().to("cpu", torch.float32, copy=True) for n, p in self.trainable.items()}
+
+    @torch.no_grad()
+    def load_parameters(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set every trainable parameter; names must be exactly those of `trainable`, else `UserError`."""
+        check_names("weights", set(tensors), set(self.trainable))
+        for name, parameter in self.trainable.items():
+            parameter.copy_(tensors[name])
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """ "<name>/exp_avg", "<name>/exp_avg_sq" (fp32, CPU, full shape) and "step" (0-d int64)."""
+        return plain_state(self._optimizer, self.trainable)
+
+    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
+        """Inverse of `optimizer_state`, from any engine and number of ranks."""
+        load_plain_state(self._optimizer, self.trainable, state)
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+    def _autocast(self):
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.world.device.type, dtype=torch.bfloat16)
+
+
+def check_precision(precision: str) -> None:
+    """Refuse what is neither fp32 nor bf16 (`UserError`)."""
+    if precision not in PRECISIONS:
+        raise UserError(f"precision={precision!r}", f"allowed: {', '.join(PRECISIONS)}")

@@ -1,0 +1,98 @@
+"""How long a stage is and which learning rate each step has: pure arithmetic on tokens and steps, without torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..errors import UserError
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A stage's length, cut into optimizer steps of whole rows.
+
+    Args:
+        total_tokens: what the stage may consume; the last step is a full one, so up to one step more is used.
+        batch_tokens: tokens of one optimizer step over all ranks and micro-batches, rounded down to whole rows.
+        seq_len: tokens of a row. Padding counts: a row is always `seq_len` tokens.
+
+    Raises:
+        UserError: a step that holds no row, or no tokens at all.
+    """
+
+    total_tokens: int
+    batch_tokens: int
+    seq_len: int
+
+    def __post_init__(self):
+        if min(self.total_tokens, self.seq_len) < 1:
+            raise UserError(f"tokens={self.total_tokens}, seq_len={self.seq_len}", "both must be at least 1")
+        if self.batch_tokens < self.seq_len:
+            raise UserError(
+                f"batch.tokens={self.batch_tokens} is less than one row of data.seq_len={self.seq_len}",
+                "raise batch.tokens or lower data.seq_len",
+            )
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.batch_tokens // self.seq_len
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.rows_per_step * self.seq_len
+
+    @property
+    def steps(self) -> int:
+        return math.ceil(self.total_tokens / self.tokens_per_step)
+
+    def steps_for(self, tokens: int) -> int:
+        """The nearest number of steps, at least 1, that consume `tokens`."""
+        return max(1, round(tokens / self.tokens_per_step))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate: linear warm-up in steps, constant, decay between two fractions of the tokens, flat.
+
+    Args:
+        peak: learning rate per group ("mixer", "rest").
+        final: value per group that the decay ends at; a group that is not named here stays at its peak.
+        warmup_steps: the n-th step of these has n / warmup_steps of the rate.
+        shape: "cosine" or "linear".
+        start, end: fractions of the stage's tokens between which the rate moves from peak to final. Counted where a
+            step begins; where start equals end the rate drops at once.
+    """
+
+    peak: Mapping[str, float]
+    final: Mapping[str, float]
+    warmup_steps: int = 0
+    shape: str = "cosine"
+    start: float = 0.0
+    end: float = 1.0
+
+    def __post_init__(self):
+        if self.shape not in ("cosine", "linear"):
+            raise UserError(f"optim.decay.shape={self.shape!r}", "allowed: cosine, linear")
+        if not 0 <= self.start <= self.end <= 1:
+            raise UserError(
+                f"optim.decay from start={self.start} to end={self.end}", "fractions with 0 <= start <= end <= 1"
+            )
+
+    def rates(self, step: int, budget: Budget) -> dict[str, float]:
+        """Learning rate of every group for the update number `step`, counted from 1."""
+        seen = (step - 1) * budget.tokens_per_step / budget.total_tokens
+        if seen >= self.end:
+            progress = 1.0
+        elif seen <= self.start:
+            progress = 0.0
+        else:
+            progress = (seen - self.start) / (self.end - self.start)
+        left = 1 - progress if self.shape == "linear" else (1 + math.cos(math.pi * progress)) / 2
+        warm = min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
+        rates = {}
+        for group, peak in self.peak.items():
+            final = self.final.get(group, peak)
+            rates[group] = warm * (final + (peak - final) * left)
+        return rates

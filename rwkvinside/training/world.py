@@ -1,0 +1,50 @@
+"""The processes of a run: who am I, where do I compute, sums and barriers over all of them.
+
+Lives as long as the program; engines come and go with the stages. `engine.launched_world` makes it for several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+
+class World:
+    """A single process without a process group, or one rank of an initialised `torch.distributed` group.
+
+    Args:
+        device: where this process computes.
+        distributed: take rank and size from the initialised process group, which `close` will destroy.
+    """
+
+    def __init__(self, device: torch.device | str, distributed: bool = False):
+        self.device = torch.device(device)
+        self._distributed = distributed
+        self.rank = dist.get_rank() if distributed else 0
+        self.size = dist.get_world_size() if distributed else 1
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that writes files and talks."""
+        return self.rank == 0
+
+    def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
+        """Sum over ranks, in float64; every rank must call it with as many values and gets the same result."""
+        if not self._distributed:
+            return [float(v) for v in values]
+        device = self.device if dist.get_backend() == "nccl" else "cpu"
+        total = torch.tensor(values, dtype=torch.float64, device=device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
+        self.all_reduce_sum([0.0])
+
+    def close(self) -> None:
+        """Leave the process group. Without it two CPU ranks abort now and then when Python exits."""
+        if self._distributed:
+            dist.destroy_process_group()
+            self._distributed = False

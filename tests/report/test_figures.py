@@ -1,0 +1,95 @@
+"""What the figures show: the numbers of the file, labelled axes, and only the panels that a run can fill."""
+
+import json
+from argparse import ArgumentParser
+
+import numpy as np
+import pytest
+
+from rwkvinside.errors import UserError
+from rwkvinside.report.command import add_report_arguments, main, write_report
+from rwkvinside.report.figures import alignment_figure, loss_figure, position_figure, smooth, validation_figure
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def measured(stage: str, tokens: int, kl: float, ce: float, agreement: float) -> dict:
+    scores = {"kl": kl, "ce": ce, "ce_teacher": 3, "agreement": agreement}
+    return {"kind": "eval", "stage": stage, "step": 30, "tokens": tokens, **scores}
+
+
+@pytest.fixture
+def rows() -> list[dict]:
+    found = [measured("calibrate", 0, 2, 5, 0)]
+    for step in range(1, 31):
+        layers = {"0": 1 / step, "1": 0.5 / step}
+        found.append(
+            {"kind": "train", "stage": "align", "step": step, "tokens": 10 * step, "loss": 1 / step, "layers": layers}
+        )
+    found.append(measured("align", 300, 1, 4, 0.5))
+    for step in range(1, 31):
+        found.append({"kind": "train", "stage": "distil", "step": step, "tokens": 20 * step, "loss": 0.3})
+    found.append(measured("distil", 600, 0.5, 3.5, 0.9))
+    return found
+
+
+def write(run, rows) -> None:
+    run.mkdir()
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_loss_has_a_labelled_panel_per_stage_with_every_value(rows):
+    axes = loss_figure(rows).axes
+    assert [ax.get_title("left") for ax in axes] == ["align: training loss", "distil: training loss"]
+    raw = axes[0].lines[0]
+    assert raw.get_xdata().tolist() == [10 * s for s in range(1, 31)]
+    assert np.allclose(raw.get_ydata(), [1 / s for s in range(1, 31)])
+    assert all(ax.get_xlabel() == "tokens" and "(" in ax.get_ylabel() for ax in axes)
+
+
+def test_heat_map_is_logarithmic_and_holds_layers_by_steps(rows):
+    ax, bar = alignment_figure(rows).axes
+    mesh = ax.collections[0]
+    assert mesh.get_array().shape == (2, 30)
+    assert np.allclose(np.asarray(mesh.get_array())[:, 9], [0.1, 0.05])
+    assert (mesh.norm.vmin, mesh.norm.vmax) == pytest.approx((0.5 / 30, 1.0))
+    assert type(mesh.norm).__name__ == "LogNorm"
+    assert (ax.get_xlabel(), ax.get_ylabel(), bar.get_ylabel()) == ("step", "layer", "relative squared error")
+
+
+def test_validation_runs_on_over_the_stages(rows):
+    kl, ce, agreement = validation_figure(rows).axes
+    assert kl.lines[0].get_xdata().tolist() == [0, 300, 900]
+    assert [line.get_label() for line in ce.lines[:2]] == ["student", "teacher"]
+    assert agreement.lines[0].get_ydata().tolist() == [0, 0.5, 0.9]
+
+
+def test_smoothing_never_looks_ahead():
+    assert smooth(np.array([1.0, 3.0, 5.0, 7.0]), 2).tolist() == [1.0, 2.0, 4.0, 6.0]
+
+
+def test_position_figure_shows_both_models():
+    scores = {"perplexity": 9, "perplexity_teacher": 8, "kl": 0.1}
+    buckets = [{"first": 2**k, "last": 2 ** (k + 1) - 1, **scores} for k in range(4)]
+    left, right = position_figure({"by_position": buckets}).axes
+    assert [line.get_ydata().tolist() for line in left.lines] == [[9] * 4, [8] * 4]
+    assert right.lines[0].get_ydata().tolist() == [0.1] * 4
+
+
+def test_report_writes_what_the_run_can_answer(tmp_path, rows, capsys):
+    run = tmp_path / "run"
+    write(run, [row for row in rows if row["stage"] == "distil"])
+    parser = ArgumentParser()
+    add_report_arguments(parser)
+    assert main(parser.parse_args([str(run)])) == 0
+    assert {path.name for path in run.iterdir()} == {"metrics.jsonl", "report.png", "loss.png", "validation.png"}
+    assert all((run / name).read_bytes().startswith(PNG) for name in ("report.png", "loss.png", "validation.png"))
+    assert "report.png" in capsys.readouterr().out
+
+
+def test_a_run_without_steps_is_refused_and_writes_nothing(tmp_path):
+    run = tmp_path / "run"
+    write(run, [])
+    with pytest.raises(UserError, match="no training step"):
+        write_report(run)
+    assert [path.name for path in run.iterdir()] == ["metrics.jsonl"]

@@ -1,0 +1,260 @@
+"""Whole conversions through the commands: kill and resume, two DeepSpeed ranks, stages by hand, export, bad data."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = [
+    "stages.calibrate.tokens=512",
+    "stages.align.tokens=2560",
+    "stages.distil.tokens=2560",
+    *(f"stages.{name}.data.seq_len=64" for name in ("calibrate", "align", "distil")),
+    *(f"stages.{name}.batch.tokens=256" for name in ("calibrate", "align", "distil")),
+    "checkpoint.every_steps=5",
+    "log_every=1",
+]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with a tiny random teacher that has its tokenizer, and texts."""
+    folder = tmp_path_factory.mktemp("world")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>")
+    tokenizer.save_pretrained(folder / "teacher")
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder / "teacher")
+    for name, count in (("train", 60), ("val", 5)):
+        lines = [json.dumps({"text": f"{name} {i}: " + "the quick brown fox " * (i % 7 + 1)}) for i in range(count)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def arguments(world, out, *more):
+    files = ["--data", str(world / "train.jsonl"), "--val", str(world / "val.jsonl")]
+    return ["train_distill.py", "--teacher", str(world / "teacher"), *files, "--out", str(out), *TINY, *more]
+
+
+def run(*command, check=True, **options):
+    result = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, **options)
+    if check:
+        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    return result
+
+
+def rows(out, kind="train", stage=None):
+    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in found if row["kind"] == kind and stage in (None, row["stage"])]
+
+
+def last_checkpoint(out, stage):
+    return sorted((out / "stages" / stage).glob("step-*"))[-1]
+
+
+@pytest.fixture(scope="module")
+def straight(world):
+    """A conversion in one go: 10 steps of align, 10 of distil."""
+    out = world / "straight"
+    run(*arguments(world, out))
+    return out
+
+
+@pytest.mark.slow
+def test_one_go(world, straight):
+    assert json.loads((straight / "conversion.json").read_text())["finished_stages"] == ["calibrate", "align", "distil"]
+    losses = [row["loss"] for row in rows(straight, stage="align")]
+    assert len(losses) == 10 and losses[-1] < losses[0]
+    assert set(rows(straight, stage="align")[0]["layers"]) == {"0", "1", "2"}
+    assert rows(straight, "eval", "distil")[-1]["kl"] < rows(straight, "eval", "calibrate")[0]["kl"]
+    again = run(*arguments(world, straight), check=False)
+    assert again.returncode == 2 and str(straight) in again.stderr and "--resume" in again.stderr
+
+
+@pytest.mark.slow
+def test_kill_and_resume_is_bit_identical(world, straight):
+    out = world / "killed"
+    process = subprocess.Popen(
+        [sys.executable, *arguments(world, out)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    # killed somewhere after step 7 of distil: the checkpoint of step 5 is what is left
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        if (out / "metrics.jsonl").exists() and len(rows(out, stage="distil")) >= 7:
+            break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    run(*arguments(world, out, "--resume"))
+    for stage in ("align", "distil"):
+        a, b = (load_file(last_checkpoint(path, stage) / "model.safetensors") for path in (straight, out))
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a), stage
+        a, b = ([row["loss"] for row in rows(path, stage=stage)] for path in (straight, out))
+        assert a == b
+
+
+@pytest.mark.slow
+def test_one_stage_at_a_time_equals_one_go(world, straight):
+    out = world / "by_hand"
+    run(*arguments(world, out, "--stage", "calibrate"))
+    run(*arguments(world, out, "--stage", "align", "--resume"))
+    run(*arguments(world, out, "--stage", "distil", "--resume"))
+    a, b = (load_file(last_checkpoint(path, "distil") / "model.safetensors") for path in (straight, out))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_exits_75(world):
+    out = world / "terminated"
+    process = subprocess.Popen(
+        [sys.executable, *arguments(world, out, "stages.align.tokens=1M")],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (out / "metrics.jsonl").exists() and rows(out, stage="align"):
+            break
+        time.sleep(0.05)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    done = len(rows(out, stage="align"))
+    assert last_checkpoint(out, "align").name == f"step-{done:08d}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [0, 1, 2])
+def test_two_deepspeed_ranks_give_the_losses_of_one_process(world, straight, zero):
+    out = world / f"zero{zero}"
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    # calibrate and align come from the single process, so that distil starts from the same weights
+    (out / "stages").mkdir(parents=True)
+    for name in ("calibrate", "align"):
+        (out / "stages" / name).symlink_to(straight / "stages" / name)
+    conversion = json.loads((straight / "conversion.json").read_text()) | {"finished_stages": ["calibrate", "align"]}
+    (out / "conversion.json").write_text(json.dumps(conversion))
+    (out / "config.yaml").write_text((straight / "config.yaml").read_text())
+    launcher = ["-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", str(port), "--quiet"]
+    more = ("--stage", "distil", "--resume", f"deepspeed.zero_stage={zero}")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    run(*launcher, *arguments(world, out, *more), env=os.environ | {"PATH": path, "DS_ACCELERATOR": "cpu"})
+    one, two = ([row["loss"] for row in rows(path, stage="distil")] for path in (straight, out))
+    assert two == pytest.approx(one, abs=1e-5)
+    a, b = (load_file(last_checkpoint(path, "distil") / "model.safetensors") for path in (straight, out))
+    # 1e-4: Adam divides by the root of tiny second moments, which lets rounding of the summation order through
+    assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
+
+
+@pytest.mark.slow
+def test_export_of_a_trained_run_and_its_use_elsewhere(world, straight, tmp_path):
+    out = tmp_path / "exported"
+    run("convert_checkpoint.py", "export", str(straight), "--to", "hf", "--out", str(out))
+    run("convert_checkpoint.py", "verify", str(out), "--against", str(straight))
+    conversion = json.loads((out / "conversion.json").read_text())
+    assert conversion["verification"]["max_difference"] <= 1e-5
+    text = str(tmp_path / "eval.json")
+    command = ("-m", "rwkvinside.cli", "eval", str(out), "--teacher", str(world / "teacher"))
+    run(*command, "--data", str(world / "val.jsonl"), "--json", text)
+    found = json.loads(Path(text).read_text())
+    # the exported student, judged document by document, is the one the last evaluation of the run judged
+    assert found["kl"] == pytest.approx(rows(straight, "eval", "distil")[-1]["kl"], abs=1e-4)
+    from_run = run(*(command[:3]), str(straight), "--data", str(world / "val.jsonl"), "--json", text)
+    assert from_run.returncode == 0
+    assert json.loads(Path(text).read_text())["kl"] == pytest.approx(found["kl"], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_attention_freeze_run_in_one_file(world, tmp_path):
+    recipe = tmp_path / "freeze.yaml"
+    recipe.write_text(
+        "run: [calibrate, align_lora, align]\n"
+        "student: {attention_layers: [1]}\n"
+        "stages:\n"
+        "  align_lora: {objective: align, tokens: 1024, train: [mixer.lora], data: {seq_len: 64}, batch: {tokens: 256}}\n"
+    )
+    out = tmp_path / "run"
+    run(*arguments(world, out, "-c", str(recipe)))
+    before, lora, after = (
+        load_file(last_checkpoint(out, name) / "model.safetensors") for name in ("calibrate", "align_lora", "align")
+    )
+    assert not any(name.startswith("model.layers.1.") for name in after)
+    for name in before:
+        copied = name.split(".")[-2] in ("receptance", "key", "value", "output", "r_norm", "k_norm")
+        assert torch.equal(before[name], lora[name]) == copied, name
+    assert not torch.equal(lora["model.layers.0.self_attn.value.weight"], after["model.layers.0.self_attn.value.weight"])
+
+
+@pytest.mark.slow
+def test_sft_trains_on_completions(world, tmp_path):
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    from transformers import AutoTokenizer
+
+    teacher = tmp_path / "teacher"
+    Qwen3ForCausalLM.from_pretrained(world / "teacher").save_pretrained(teacher)
+    tokenizer = AutoTokenizer.from_pretrained(world / "teacher")
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(teacher)
+    talk = {"messages": [{"role": "user", "content": "say fox"}, {"role": "assistant", "content": "fox fox fox"}]}
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(talk) + "\n" for _ in range(30)))
+    out = tmp_path / "run"
+    run(
+        *("train_distill.py", "--teacher", str(teacher), "--data", str(tmp_path / "chat.jsonl"), "--out", str(out)),
+        *("--val", str(tmp_path / "chat.jsonl"), "run=[calibrate,sft]", *TINY[:1], *TINY[3:4], "stages.sft.tokens=2560"),
+        *("stages.calibrate.batch.tokens=256", "stages.sft.data.seq_len=64", "stages.sft.batch.tokens=256"),
+        "stages.sft.optim.lr=3e-3",
+    )
+    losses = [row["loss"] for row in rows(out, stage="sft")]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("missing.jsonl", None, "missing.jsonl"),
+        ("empty.jsonl", b"", "empty.jsonl"),
+        ("latin.txt", "caf\xe9".encode("latin-1"), "UTF-8"),
+    ],
+)
+def test_bad_data_ends_with_exit_code_2_and_leaves_nothing(world, tmp_path, name, content, said):
+    file = tmp_path / name
+    if content is not None:
+        file.write_bytes(content)
+    out = tmp_path / "run"
+    command = ["train_distill.py", "--teacher", str(world / "teacher"), "--data", str(file), "--out", str(out), *TINY]
+    result = run(*command, check=False)
+    assert result.returncode == 2, result.stderr
+    assert said in result.stderr and "Traceback" not in result.stderr
+    assert not out.exists()

@@ -1,0 +1,101 @@
+import pytest
+import torch
+from toy_training import SETTINGS, Losses, Source, ToyStep, in_process, model, trainer
+
+from rwkvinside.errors import UserError
+from rwkvinside.training.engine import InProcessEngine, deepspeed_config
+from rwkvinside.training.optimizer import OptimizerSettings, build_optimizer, trainable
+from rwkvinside.training.world import World
+
+
+def test_weight_decay_spares_vectors():
+    optimizer = build_optimizer(model().groups(), SETTINGS)
+    for group in optimizer.param_groups:
+        assert {p.dim() >= 2 for p in group["params"]} == {group["weight_decay"] > 0}
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(trainable(model().groups()))
+    assert {g["group"] for g in optimizer.param_groups} == {"mixer", "rest"}
+
+
+def test_one_step_is_adamw_on_the_clipped_mean():
+    """Against plain torch, written out: mean over all items, clipping of the global norm, one rate for each group."""
+    engine, plain = in_process(dropout=0.0), model(dropout=0.0)
+    batches = [Source().batch(range(0, 3)), Source().batch(range(3, 8))]
+    step = ToyStep()
+    count = sum(step.count(b) for b in batches)
+    engine.set_rates({"mixer": 0.1, "rest": 0.01})
+    result = engine.train_step(batches, step, count)
+
+    (sum(step(plain, b)[0] for b in batches) / count).backward()
+    norm = torch.nn.utils.clip_grad_norm_([p for p in plain.parameters() if p.grad is not None], SETTINGS.clip)
+    for group, rate in (("mixer", 0.1), ("rest", 0.01)):
+        for parameter in plain.groups()[group].values():
+            decay = SETTINGS.weight_decay if parameter.dim() > 1 else 0.0
+            torch.optim.AdamW([parameter], lr=rate, betas=(0.9, 0.95), eps=1e-8, weight_decay=decay).step()
+    assert norm > SETTINGS.clip and result.grad_norm == pytest.approx(float(norm), rel=1e-5)
+    for name, value in engine.full_parameters().items():
+        # Adam's first step is the sign of the gradient: only rounding of tiny gradients can differ
+        torch.testing.assert_close(value, plain.get_parameter(name).detach(), rtol=0, atol=1e-5)
+
+
+def test_without_clipping_the_norm_is_still_reported():
+    engine = in_process(dropout=0.0)
+    toy = model(dropout=0.0)
+    free = InProcessEngine(toy, toy.groups(), OptimizerSettings(clip=0.0), World("cpu"))
+    batch = [Source().batch(range(4))]
+    a = engine.train_step(batch, ToyStep(), 20)
+    b = free.train_step(batch, ToyStep(), 20)
+    assert a.grad_norm == b.grad_norm > SETTINGS.clip
+
+
+def test_optimizer_state_goes_round():
+    engine = in_process()
+    assert all(not t.any() for t in engine.optimizer_state().values())
+    trainer(engine).fit()
+    state = engine.optimizer_state()
+    assert int(state["step"]) == 8 and state["mixer.weight/exp_avg"].any()
+    other = in_process()
+    other.load_optimizer_state(state)
+    assert all(torch.equal(v, state[k]) for k, v in other.optimizer_state().items())
+    del state["scale/exp_avg"]
+    with pytest.raises(UserError, match="scale/exp_avg is missing"):
+        other.load_optimizer_state(state)
+
+
+def test_full_parameters_are_copies():
+    engine = in_process()
+    before = engine.full_parameters()
+    trainer(engine).fit()
+    assert not torch.equal(before["scale"], engine.full_parameters()["scale"])
+
+
+def test_bf16_computes_in_bf16_over_fp32_masters():
+    toy = model(dropout=0.0).bfloat16()
+    engine = InProcessEngine(toy, toy.groups(), SETTINGS, World("cpu"), "bf16")
+    assert toy.mixer.weight.dtype == torch.float32 and toy.frozen.weight.dtype == torch.bfloat16
+    kinds = []
+    toy.mixer.register_forward_hook(lambda module, args, out: kinds.append(out.dtype))
+    losses, exact = Losses(), Losses()
+    trainer(engine, metrics=losses).fit()
+    assert set(kinds) == {torch.bfloat16}
+    trainer(in_process(dropout=0.0), metrics=exact).fit()
+    # 8 bits of mantissa: 2^-9 relative for each rounding, a few of them in a row
+    assert losses["loss"] == pytest.approx(exact["loss"], rel=2e-2)
+    assert losses["loss"] != exact["loss"]
+
+
+def test_refusals():
+    with pytest.raises(UserError, match="fp16"):
+        in_process(precision="fp16")
+    with pytest.raises(UserError, match="trains no parameter"):
+        trainable({"mixer": {}, "rest": {}})
+    with pytest.raises(UserError, match="optimizer, train_batch_size"):
+        deepspeed_config(1.0, "fp32", 1, {"train_batch_size": 8, "optimizer": {}})
+    with pytest.raises(UserError, match="ZeRO stage 3"):
+        deepspeed_config(1.0, "fp32", 1, {"zero_optimization": {"stage": 3}})
+
+
+def test_deepspeed_settings_of_the_user_are_merged():
+    user = {"zero_optimization": {"overlap_comm": True}, "wall_clock_breakdown": True}
+    merged = deepspeed_config(1.0, "bf16", 2, user)
+    assert merged["zero_optimization"] == {"stage": 2, "overlap_comm": True}
+    assert merged["wall_clock_breakdown"] and merged["bf16"] == {"enabled": True}

@@ -1,0 +1,71 @@
+import io
+import json
+import math
+
+import torch
+
+from rwkvinside.training.metrics import Console, MetricsWriter, memory_mb
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_rows_are_lines_of_json(tmp_path):
+    writer = MetricsWriter(tmp_path / "run")
+    writer.write({"kind": "train", "stage": "align", "step": 1, "loss": 0.5, "layers": {"0": math.nan}})
+    writer.write({"kind": "eval", "stage": "align", "step": 1, "kl": math.inf})
+    assert rows(writer.path) == [
+        {"kind": "train", "stage": "align", "step": 1, "loss": 0.5, "layers": {"0": None}},
+        {"kind": "eval", "stage": "align", "step": 1, "kl": None},
+    ]
+
+
+def test_a_resumed_stage_forgets_what_it_will_write_again(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    for stage in ("align", "distil"):
+        for step in (1, 2, 3):
+            writer.write({"stage": stage, "step": step})
+    with writer.path.open("a") as file:
+        file.write('{"stage": "distil", "st')  # killed while writing
+    writer.begin("distil", 2)
+    left = [(row["stage"], row["step"]) for row in rows(writer.path)]
+    assert left == [("align", 1), ("align", 2), ("align", 3), ("distil", 1), ("distil", 2)]
+    writer.begin("align")
+    assert [(row["stage"], row["step"]) for row in rows(writer.path)] == [("distil", 1), ("distil", 2)]
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+ROW = {"loss": 0.25, "lr": 1e-3, "grad_norm": 0.5, "tokens_per_s": 1234.5, "memory_mb": 99.0}
+
+
+def test_console_lines():
+    stream = io.StringIO()
+    with Console("align", 5, every=2, stream=stream) as console:
+        for step in range(1, 6):
+            console.step(ROW | {"step": step}, eta_s=3725)
+        console.evaluation({"kind": "eval", "stage": "align", "step": 5, "tokens": 10, "kl": 0.125, "time": 1.0})
+    lines = stream.getvalue().splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["align 2/5", "align 4/5", "align 5/5", "align 5/5"]
+    assert lines[0].endswith("loss 0.25  lr 1.00e-03  grad 0.5  1234 tokens/s  99 MB  ETA 1:02:05")
+    assert lines[-1].endswith("eval: kl 0.125")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_has_a_live_bar():
+    stream = Terminal()
+    with Console("align", 2, every=1, stream=stream) as console:
+        console.step(ROW | {"step": 1}, eta_s=1)
+    assert "align 1/2  loss 0.25" in stream.getvalue()
+    assert "\x1b[" in stream.getvalue()  # drawn and redrawn
+
+
+def test_memory_is_that_of_this_process():
+    before = memory_mb(torch.device("cpu"))
+    block = torch.ones(64_000_000 // 4)
+    assert before > 20 and memory_mb(torch.device("cpu")) >= before
+    assert block.numel()

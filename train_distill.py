@@ -1,0 +1,47 @@
+"""Convert a teacher: calibrate, align, distil. Runs alone or under a launcher (deepspeed, torchrun).
+
+python train_distill.py --teacher DIR --data train.jsonl --val val.jsonl --out RUN stages.align.tokens=600k
+deepspeed train_distill.py --teacher Qwen3-14B
+"""
+
+import argparse
+import os
+import sys
+
+from rwkvinside.cli import add_config_arguments, config_from, report_errors
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_config_arguments(parser)
+    parser.add_argument("--stage", metavar="NAME", help="run this stage alone, from what the stages before it left")
+    parser.add_argument("--resume", action="store_true", help="continue the run in the output directory")
+    parser.add_argument(
+        "--resume-from", metavar="STEP", help="continue from this checkpoint, for instance step-00000150"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the plan; load no weights, write nothing")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # appended by the launcher
+    return parser.parse_intermixed_args(argv)
+
+
+@report_errors
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    config = config_from(args)
+    if args.dry_run:
+        from rwkvinside.plan import plan_text
+
+        print(
+            plan_text(config, [args.stage] if args.stage else None, ranks=int(os.environ.get("WORLD_SIZE", "1"))),
+            end="",
+        )
+        return 0
+    from rwkvinside.build import train
+
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    train(config, stage=args.stage, resume=args.resume, resume_from=args.resume_from, launched=launched)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
