@@ -1,6 +1,6 @@
 # Commands for people and CI. Everything runs in .venv, which is made on first use and renewed when its inputs change.
 PYTHON ?= python3
-JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+JOBS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2); [ $$n -gt 4 ] && echo 4 || echo $$n)
 VENV := .venv
 STAMP := $(VENV)/.installed
 

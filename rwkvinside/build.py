@@ -133,15 +133,15 @@ def _run_stage(run: _Run, name: str, resume_from: str | None) -> None:
     judged = judged_batches(val, student.lm.config.max_position_embeddings, vocab)
     evaluate = make_evaluate(student, teacher, judged, run.autocast)
     rows = rows_of(config, name, tokens)
-    move = lambda batch: batch.to(world.device)  # noqa: E731
     student.to(world.device)
     if stage.objective == "calibrate":
-        evaluation = _calibrate(run, name, student, sample(rows, stage.tokens, micro_rows(stage, 1), move), evaluate)
+        batches = sample(rows, stage.tokens, micro_rows(stage, 1), world.device)
+        evaluation = _calibrate(run, name, student, batches, evaluate)
     else:
         power = None
         if stage.objective == "align":
             with run.autocast():
-                power, _ = teacher_power(student, sample(rows, POWER_TOKENS, micro_rows(stage, 1), move))
+                power, _ = teacher_power(student, sample(rows, POWER_TOKENS, micro_rows(stage, 1), world.device))
         step = make_step(stage, student, teacher, power)
         evaluation = _train(run, name, student, step, rows, evaluate, {"data": tokens.fingerprint}, resume_from)
     if world.is_main:

@@ -118,6 +118,16 @@ def _report(argv: Sequence[str]) -> int:
     return main(parser.parse_args(argv))
 
 
+def _bench(argv: Sequence[str]) -> int:
+    from .evaluate.training_speed import add_arguments, main
+
+    parser = argparse.ArgumentParser(
+        prog="rwkvinside bench", description="Speed of align and distil beside plain fine-tuning of the same teacher."
+    )
+    add_arguments(parser)
+    return main(parser.parse_args(argv))
+
+
 def _demo(argv: Sequence[str]) -> int:
     from .demo import main
 
@@ -130,6 +140,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "doctor": (_doctor, "what this machine and installation offer"),
     "eval": (_eval, "compare a student with its teacher on text"),
     "report": (_report, "plots of a run"),
+    "bench": (_bench, "training speed beside plain fine-tuning"),
     "demo": (_demo, "the whole path on this machine, from a tiny teacher to a hybrid that generates"),
 }
 

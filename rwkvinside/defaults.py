@@ -16,9 +16,9 @@ RUN = ("calibrate", "align", "distil")
 def learning_rates(stage: str, objective: str, width: int) -> dict[str, float]:
     """Learning rates as {"lr": mixers, "lr_rest": everything else, "lr_final": where both end}.
 
-    The published rates, 1e-3 to align and 1e-4 to distil, belong to widths around 4096; what was not replaced learns at
-    a tenth of it. Narrower models take larger ones: 1e-3 (4096 / D)^0.67 and 1e-4 (4096 / D)^0.72 pass through these and
-    through the rates found for D = 64 (docs/benchmarks.md), 1.6e-2 and 2e-3.
+    The published rates, 1e-3 to align and 1e-4 to distil, belong to widths around 4096; what was not replaced learns
+    at a tenth of it. Narrower models take larger ones: 1e-3 (4096 / D)^0.67 and 1e-4 (4096 / D)^0.72 pass through
+    these and through the rates found for D = 64 (docs/benchmarks.md), 1.6e-2 and 2e-3.
     """
     if objective == "align":
         lr = 1e-3 * (4096 / width) ** 0.67

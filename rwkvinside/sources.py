@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from .config import Config, StageConfig
@@ -77,10 +77,10 @@ def rows_of(config: Config, name: str, tokens: TokenStore) -> PackedRows | Padde
     return PackedRows(tokens, stage.data.seq_len, seed)
 
 
-def sample(rows: PackedRows, tokens: int, micro_rows: int, move: Callable[[Batch], Batch]) -> list[Batch]:
-    """The first rows that hold this many tokens, at most one epoch, as micro-batches."""
+def sample(rows: PackedRows, tokens: int, micro_rows: int, device: torch.device) -> list[Batch]:
+    """The first rows that hold this many tokens, at most one epoch, as micro-batches on a device."""
     count = min(rows.rows_per_epoch, max(1, tokens // rows.seq_len))
-    return [move(rows.batch(range(i, min(count, i + micro_rows)))) for i in range(0, count, micro_rows)]
+    return [rows.batch(range(i, min(count, i + micro_rows))).to(device) for i in range(0, count, micro_rows)]
 
 
 def judged_batches(val: TokenStore, max_positions: int, vocab: int) -> list[Batch]:

@@ -15,7 +15,8 @@ from .distill.steps import AlignStep, DistilStep, SftStep
 from .distill.teacher import SameWeights, SeparateTeacher, Teacher
 from .evaluate.quality import compare
 from .models import load_teacher, student_spec
-from .training.engine import DeepSpeedEngine, InProcessEngine
+from .training.engine import DeepSpeedEngine
+from .training.in_process import InProcessEngine
 from .training.optimizer import OptimizerSettings
 from .training.schedule import Schedule
 from .training.step import Step
@@ -74,7 +75,7 @@ def make_step(
     if stage.objective == "align":
         return AlignStep(power, checkpoint=stage.activation_checkpointing)
     if stage.activation_checkpointing:
-        student.lm.train().gradient_checkpointing_enable()  # transformers recomputes in training mode only
+        student.lm.train().activation_checkpointing_enable()  # transformers recomputes in training mode only
     if stage.objective == "sft":
         return SftStep(stage.loss.chunk_tokens)
     return DistilStep(teacher, **stage.loss.model_dump())

@@ -1,4 +1,4 @@
-"""Whole conversions through the commands: kill and resume, two DeepSpeed ranks, stages by hand, export, bad data."""
+"""Whole conversions through the commands, as processes of their own: kill and resume, two DeepSpeed ranks, export."""
 
 import json
 import os
@@ -122,16 +122,6 @@ def test_kill_and_resume_is_bit_identical(world, straight):
 
 
 @pytest.mark.slow
-def test_one_stage_at_a_time_equals_one_go(world, straight):
-    out = world / "by_hand"
-    run(*arguments(world, out, "--stage", "calibrate"))
-    run(*arguments(world, out, "--stage", "align", "--resume"))
-    run(*arguments(world, out, "--stage", "distil", "--resume"))
-    a, b = (load_file(last_checkpoint(path, "distil") / "model.safetensors") for path in (straight, out))
-    assert all(torch.equal(a[name], b[name]) for name in a)
-
-
-@pytest.mark.slow
 def test_sigterm_saves_and_exits_75(world):
     out = world / "terminated"
     process = subprocess.Popen(
@@ -194,67 +184,3 @@ def test_export_of_a_trained_run_and_its_use_elsewhere(world, straight, tmp_path
     from_run = run(*(command[:3]), str(straight), "--data", str(world / "val.jsonl"), "--json", text)
     assert from_run.returncode == 0
     assert json.loads(Path(text).read_text())["kl"] == pytest.approx(found["kl"], abs=1e-5)
-
-
-@pytest.mark.slow
-def test_attention_freeze_run_in_one_file(world, tmp_path):
-    recipe = tmp_path / "freeze.yaml"
-    recipe.write_text(
-        "run: [calibrate, align_lora, align]\n"
-        "student: {attention_layers: [1]}\n"
-        "stages:\n"
-        "  align_lora: {objective: align, tokens: 1024, train: [mixer.lora], data: {seq_len: 64}, batch: {tokens: 256}}\n"
-    )
-    out = tmp_path / "run"
-    run(*arguments(world, out, "-c", str(recipe)))
-    before, lora, after = (
-        load_file(last_checkpoint(out, name) / "model.safetensors") for name in ("calibrate", "align_lora", "align")
-    )
-    assert not any(name.startswith("model.layers.1.") for name in after)
-    for name in before:
-        copied = name.split(".")[-2] in ("receptance", "key", "value", "output", "r_norm", "k_norm")
-        assert torch.equal(before[name], lora[name]) == copied, name
-    assert not torch.equal(lora["model.layers.0.self_attn.value.weight"], after["model.layers.0.self_attn.value.weight"])
-
-
-@pytest.mark.slow
-def test_sft_trains_on_completions(world, tmp_path):
-    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
-    from transformers import AutoTokenizer
-
-    teacher = tmp_path / "teacher"
-    Qwen3ForCausalLM.from_pretrained(world / "teacher").save_pretrained(teacher)
-    tokenizer = AutoTokenizer.from_pretrained(world / "teacher")
-    tokenizer.chat_template = template
-    tokenizer.save_pretrained(teacher)
-    talk = {"messages": [{"role": "user", "content": "say fox"}, {"role": "assistant", "content": "fox fox fox"}]}
-    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(talk) + "\n" for _ in range(30)))
-    out = tmp_path / "run"
-    run(
-        *("train_distill.py", "--teacher", str(teacher), "--data", str(tmp_path / "chat.jsonl"), "--out", str(out)),
-        *("--val", str(tmp_path / "chat.jsonl"), "run=[calibrate,sft]", *TINY[:1], *TINY[3:4], "stages.sft.tokens=2560"),
-        *("stages.calibrate.batch.tokens=256", "stages.sft.data.seq_len=64", "stages.sft.batch.tokens=256"),
-        "stages.sft.optim.lr=3e-3",
-    )
-    losses = [row["loss"] for row in rows(out, stage="sft")]
-    assert losses[-1] < 0.9 * losses[0]
-
-
-@pytest.mark.parametrize(
-    "name, content, said",
-    [
-        ("missing.jsonl", None, "missing.jsonl"),
-        ("empty.jsonl", b"", "empty.jsonl"),
-        ("latin.txt", "caf\xe9".encode("latin-1"), "UTF-8"),
-    ],
-)
-def test_bad_data_ends_with_exit_code_2_and_leaves_nothing(world, tmp_path, name, content, said):
-    file = tmp_path / name
-    if content is not None:
-        file.write_bytes(content)
-    out = tmp_path / "run"
-    command = ["train_distill.py", "--teacher", str(world / "teacher"), "--data", str(file), "--out", str(out), *TINY]
-    result = run(*command, check=False)
-    assert result.returncode == 2, result.stderr
-    assert said in result.stderr and "Traceback" not in result.stderr
-    assert not out.exists()

@@ -59,9 +59,10 @@ def head_losses(
     if teacher_hidden is not None:
         teacher_hidden = teacher_hidden[chosen].detach()
     several = hidden.shape[0] > chunk_tokens
-    loss = hidden.new_zeros((), dtype=torch.float32)
+    loss: Tensor | float = 0.0
     sums: dict[str, Tensor] = {}
-    for start in range(0, hidden.shape[0], chunk_tokens):
+    # once even without a single position: the loss still needs a graph and all names, or ranks would fall out of step
+    for start in range(0, max(hidden.shape[0], 1), chunk_tokens):
         part = slice(start, start + chunk_tokens)
         args = (
             hidden[part],

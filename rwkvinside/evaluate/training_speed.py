@@ -1,4 +1,4 @@
-"""Training speed of the stages beside plain fine-tuning of the same teacher, on the same machine and batch, in one run."""
+"""Training speed of the stages beside plain fine-tuning of the same teacher, on one machine and batch, in one run."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def training_speed(teacher: str | Path, *, rows: int, seq_len: int, repeats: int
         repeats: steps of each kind; they take turns, so that what else the machine does hits all alike.
 
     Returns:
-        {"finetune" | "align" | "distil": median tokens/s, "align_ratio", "distil_ratio": relative to fine-tuning, "rows",
-        "seq_len", "device", "threads"}.
+        {"finetune" | "align" | "distil": median tokens/s, "align_ratio", "distil_ratio": relative to fine-tuning,
+        "rows", "seq_len", "device", "threads"}.
     """
     torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -88,7 +88,7 @@ def _stepper(model: nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[],
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `rwkvinside bench training`."""
+    """Flags of `rwkvinside bench`."""
     parser.add_argument("--teacher", required=True, help="local directory or hub id")
     parser.add_argument("--rows", type=int, default=8, help="rows of the batch (default 8)")
     parser.add_argument("--seq-len", type=int, default=512, help="tokens per row (default 512)")

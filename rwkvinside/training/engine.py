@@ -1,4 +1,4 @@
-"""Who computes an optimizer step: this process alone, or DeepSpeed over several. The only file that imports deepspeed.
+"""Training steps over several processes with DeepSpeed, which no other file imports; in one process: `in_process`.
 
 Both give the same numbers for the same rows, whatever the number of ranks and micro-batches, and both hand out weights
 and optimizer state as full fp32 tensors by name, so that a checkpoint does not depend on how it was trained.

@@ -313,3 +313,15 @@ def test_meta_device_makes_shapes_only():
     hybrid = HybridModel.from_teacher(model, StudentSpec())
     assert all(p.is_meta for p in hybrid.parameters())
     assert hybrid.set_trainable(["mixer"])["mixer.proj"] > 0
+
+
+def test_a_batch_without_targets_has_a_zero_loss_with_a_graph():
+    hybrid = HybridModel.from_teacher(teacher(), StudentSpec())
+    hybrid.set_trainable(["mixer", "head"])
+    batch = packed([1], rows=2)  # a document of one token predicts nothing
+    for step in (DistilStep(SameWeights()), SftStep()):
+        assert step.count(batch) == 0
+        loss, metrics = step(hybrid, batch)
+        assert loss.item() == 0 and "ce" in metrics
+        loss.backward()
+    assert not hybrid.lm.lm_head.weight.grad.any()
