@@ -176,7 +176,7 @@ def test_export_of_a_trained_run_and_its_use_elsewhere(world, straight, tmp_path
     conversion = json.loads((out / "conversion.json").read_text())
     assert conversion["verification"]["max_difference"] <= 1e-5
     text = str(tmp_path / "eval.json")
-    command = ("-m", "rwkvinside.cli", "eval", str(out), "--teacher", str(world / "teacher"))
+    command = ("-m", "rwkvinside", "eval", str(out), "--teacher", str(world / "teacher"))
     run(*command, "--data", str(world / "val.jsonl"), "--json", text)
     found = json.loads(Path(text).read_text())
     # the exported student, judged document by document, is the one the last evaluation of the run judged
