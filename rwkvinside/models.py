@@ -8,7 +8,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -22,8 +21,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def student_spec(config: Config) -> StudentSpec:
     """What the student is."""
-    fields = config.student.model_dump()
-    return StudentSpec(**fields | {"ranks": {name: rank for name, rank in fields["ranks"].items() if rank}})
+    return StudentSpec.from_fields(config.student.model_dump())
 
 
 def device_and_precision(config: Config) -> tuple[str, str]:
@@ -65,27 +63,6 @@ def meta_student(config: Config) -> HybridModel:
     with torch.device("meta"):
         teacher = AutoModelForCausalLM.from_config(teacher_config(config))
     return HybridModel.from_teacher(teacher, student_spec(config))
-
-
-def load_teacher(config: Config, dtype: torch.dtype) -> PreTrainedModel:
-    """The teacher with its weights, on the CPU, in evaluation mode.
-
-    Raises:
-        UserError: weights that are missing, damaged, incomplete or not all used.
-    """
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            config.teacher.path, revision=config.teacher.revision, dtype=dtype, output_loading_info=True
-        )
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"the weights of teacher {config.teacher.path} cannot be loaded: {reason}",
-            "check the directory or the hub id, the network and your access",
-        ) from error
-    if problems := {kind: sorted(map(str, names)) for kind, names in info.items() if names}:
-        raise UserError(f"the weights of teacher {config.teacher.path} do not fit its configuration: {problems}")
-    return model.eval()
 
 
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:

@@ -12,9 +12,9 @@ from .config import Config, StageConfig
 from .data import Batch
 from .distill.hybrid import HybridModel
 from .distill.steps import AlignStep, DistilStep, SftStep
-from .distill.teacher import SameWeights, SeparateTeacher, Teacher
+from .distill.teacher import SameWeights, SeparateTeacher, Teacher, load_teacher
 from .evaluate.quality import compare
-from .models import load_teacher, student_spec
+from .models import student_spec
 from .training.engine import DeepSpeedEngine
 from .training.in_process import InProcessEngine
 from .training.optimizer import OptimizerSettings
@@ -31,15 +31,17 @@ def make_student(config: Config, dtype: torch.dtype, before: dict[str, Tensor] |
         before: the student's tensors after the stage before; None at the start of a conversion.
     """
     torch.manual_seed(config.seed)
-    student = HybridModel.from_teacher(load_teacher(config, dtype), student_spec(config)).eval()
-    for mixer in student.mixers.values():
-        mixer.float()
+    student = HybridModel.from_teacher(_load(config, dtype), student_spec(config)).eval()
     if before is not None:
         parameters = student.canonical_parameters()
         for name in before.keys() & parameters.keys():  # keep what training gained over the teacher's precision
             parameters[name].data = parameters[name].data.to(before[name].dtype)
         student.load_student_state_dict(before)
     return student
+
+
+def _load(config: Config, dtype: torch.dtype):
+    return load_teacher(config.teacher.path, config.teacher.revision, dtype)
 
 
 def fingerprint(student: HybridModel) -> dict:
@@ -60,7 +62,7 @@ def make_teacher(config: Config, source: str | None, student: HybridModel, world
     if source == "same":
         return SameWeights()
     student.release_teacher()
-    return SeparateTeacher(load_teacher(config, dtype).to(world.device)) if source == "separate" else None
+    return SeparateTeacher(_load(config, dtype).to(world.device)) if source == "separate" else None
 
 
 def make_step(

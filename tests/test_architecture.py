@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "data": {"data"},
     "training": {"training", "data"},
     "distill": {"distill", "modeling", "data"},
-    "export": {"export", "distill", "modeling", "data"},
+    "export": {"export", "training", "distill", "modeling", "data"},
     "evaluate": {"evaluate", "report", "export", "distill", "modeling", "data"},
     "report": {"report"},
 }

@@ -50,6 +50,13 @@ class StudentSpec:
     attention_rope: bool = True
     ranks: dict[str, int] = field(default_factory=dict)
 
+    @classmethod
+    def from_fields(cls, fields: dict) -> StudentSpec:
+        """From the `student:` part of a configuration as plain values."""
+        ranks = {name: rank for name, rank in (fields.get("ranks") or {}).items() if rank}
+        layers = tuple(fields.get("attention_layers") or ())
+        return cls(**fields | {"attention_layers": layers, "ranks": ranks})
+
     def mixer_overrides(self) -> dict:
         values = {"detach_first": self.detach_first, "backend": self.backend}
         # the stock mixer's k_a form is a matter of its equations, not a choice

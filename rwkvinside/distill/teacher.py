@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..data.batch import Batch, attention_mask_4d
 from ..errors import UserError
@@ -54,3 +54,27 @@ def check_same_weights(trained: set[str], mixers: set[str]) -> None:
             f"teacher: same cannot be used: {shared[0]} (and {len(shared) - 1} more) was trained, in the teacher too",
             "use teacher: separate, or train only mixer groups",
         )
+
+
+def load_teacher(path: str, revision: str | None, dtype: torch.dtype) -> PreTrainedModel:
+    """The teacher with its weights, on the CPU, in evaluation mode.
+
+    Args:
+        path: local directory or hub id; revision: branch, tag or commit of the hub repository.
+
+    Raises:
+        UserError: weights that are missing, damaged, incomplete or not all used.
+    """
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, revision=revision, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"the weights of teacher {path} cannot be loaded: {reason}",
+            "check the directory or the hub id, the network and your access",
+        ) from error
+    if problems := {kind: sorted(map(str, names)) for kind, names in info.items() if names}:
+        raise UserError(f"the weights of teacher {path} do not fit its configuration: {problems}")
+    return model.eval()

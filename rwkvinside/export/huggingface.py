@@ -17,8 +17,9 @@ from transformers import __version__ as transformers_version
 from ..distill.hybrid import HybridModel
 from ..errors import UserError
 from ..modeling.modeling_hybrid import FAMILIES
+from ..training.checkpoint import measure
 from .card import measurements, model_card
-from .source import LEGAL_FILES, TOKENIZER_FILES, TrainedRun, open_run, sha256
+from .source import LEGAL_FILES, TOKENIZER_FILES, TrainedRun, open_run
 from .verify import verify
 from .weights import DTYPES, stored_dtype
 
@@ -176,7 +177,7 @@ def _conversion(model: PreTrainedModel, trained: HybridModel, run: TrainedRun, f
         "tie_word_embeddings": config.tie_word_embeddings,
         "parameters": model.num_parameters(),
         "measurements": measurements(run.path / "metrics.jsonl"),
-        "files": {file.name: sha256(file) for file in sorted(folder.iterdir())},
+        "files": {file.name: measure(file)["sha256"] for file in sorted(folder.iterdir())},
         "versions": {"torch": torch.__version__, "transformers": transformers_version},
     }
 

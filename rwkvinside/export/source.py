@@ -3,7 +3,6 @@
 The one place that decides which checkpoint of a run is "the trained model".
 """
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +10,12 @@ from pathlib import Path
 import torch
 import yaml
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from ..distill.hybrid import HybridModel, StudentSpec
+from ..distill.teacher import load_teacher
 from ..errors import UserError
+from ..training.checkpoint import open_checkpoint
 
 # Everything of a teacher's repository that a release passes on unchanged, beside the weights.
 TOKENIZER_FILES = (
@@ -63,10 +62,7 @@ class TrainedRun:
 
     @property
     def spec(self) -> StudentSpec:
-        student = dict(self.config["student"])
-        student["attention_layers"] = tuple(student.get("attention_layers") or ())
-        student["ranks"] = {name: rank for name, rank in (student.get("ranks") or {}).items() if rank}
-        return StudentSpec(**student)
+        return StudentSpec.from_fields(self.config["student"])
 
     def teacher_config(self):
         """The teacher's transformers configuration."""
@@ -86,17 +82,7 @@ class TrainedRun:
             UserError: a teacher that is gone, incomplete, or not used up; a checkpoint that is damaged or of another
                 student.
         """
-        try:
-            lm, info = AutoModelForCausalLM.from_pretrained(
-                self.teacher, revision=self._revision, dtype=torch.float32, output_loading_info=True
-            )
-        except OSError as error:
-            raise UserError(
-                f"teacher {self.teacher} cannot be loaded: {str(error).splitlines()[0]}",
-                "the export needs the teacher's weights where they were in training, or the hub",
-            ) from error
-        if problems := {kind: sorted(map(str, names)) for kind, names in info.items() if names}:
-            raise UserError(f"the weights of teacher {self.teacher} do not fit its configuration: {problems}")
+        lm = load_teacher(self.teacher, self._revision, torch.float32)
         model = HybridModel.from_teacher(lm, self.spec)
         model.load_student_state_dict(self.load_student())
         return model.eval()
@@ -107,16 +93,7 @@ class TrainedRun:
         Raises:
             UserError: the file is missing, truncated, or not what its state.json says.
         """
-        file = self.checkpoint / "model.safetensors"
-        try:
-            recorded = _json(self.checkpoint / "state.json").get("files", {}).get(file.name, {}).get("sha256")
-            if recorded is not None and recorded != sha256(file):
-                raise UserError(
-                    f"{file} is not the file that was saved (its SHA-256 differs)", "use another checkpoint"
-                )
-            return load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"checkpoint {file} cannot be read: {error}", "use another checkpoint") from error
+        return open_checkpoint(self.checkpoint).tensors()
 
     @property
     def _revision(self) -> str | None:
@@ -142,15 +119,6 @@ def open_run(path: str | Path) -> TrainedRun:
     raise UserError(
         f"{path} has no finished stage with a checkpoint", "train first; --resume continues an interrupted run"
     )
-
-
-def sha256(file: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _json(file: Path) -> dict:

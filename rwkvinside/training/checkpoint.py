@@ -123,7 +123,7 @@ class Checkpointer:
             temporary.mkdir()
             for name, content in files.items():
                 save_file({k: t.detach().cpu().contiguous() for k, t in content.items()}, temporary / name)
-            digests = {name: _measure(temporary / name) for name in files}
+            digests = {name: measure(temporary / name) for name in files}
             _write_state(temporary / STATE, {"fingerprint": self.fingerprint, "files": digests, "state": dict(state)})
             for path in [*temporary.iterdir(), temporary]:
                 _flush(path)
@@ -153,7 +153,7 @@ class Checkpointer:
         if chosen not in names:
             raise UserError(f"no checkpoint {chosen} in {self.directory}", f"there are: {', '.join(names)}")
         try:
-            content = self._read(chosen)
+            content = _read(self.directory / chosen)
         except CorruptCheckpoint as error:
             raise CorruptCheckpoint(error.cause, self._other(chosen)) from error
         if differences := _differences(content["fingerprint"], self.fingerprint):
@@ -163,26 +163,12 @@ class Checkpointer:
             )
         return Checkpoint(self.directory / chosen, content["state"])
 
-    def _read(self, name: str) -> dict:
-        path = self.directory / name
-        content = _read_state(path / STATE)
-        for file, wanted in content["files"].items():
-            if not (path / file).is_file():
-                raise CorruptCheckpoint(f"checkpoint {path} is corrupt: {file} is missing")
-            if (size := (path / file).stat().st_size) != wanted["bytes"]:
-                raise CorruptCheckpoint(
-                    f"checkpoint {path} is corrupt: {file} has {size} bytes, {wanted['bytes']} were written"
-                )
-            if _measure(path / file) != wanted:
-                raise CorruptCheckpoint(f"checkpoint {path} is corrupt: the SHA-256 of {file} is not the one written")
-        return content
-
     def _other(self, corrupt: str) -> str:
         """The way out of a corrupt checkpoint: the newest intact one."""
         for name in reversed(self.names()):
             if name != corrupt:
                 try:
-                    self._read(name)
+                    _read(self.directory / name)
                 except CorruptCheckpoint:
                     continue
                 return f"the newest intact one is {name}: use --resume-from {name}"
@@ -205,6 +191,15 @@ class Checkpointer:
         logger.warning("%s; training goes on to the next one", cause)
 
 
+def open_checkpoint(path: Path) -> Checkpoint:
+    """A checkpoint of any student, for those who only read it.
+
+    Raises:
+        UserError: it is not what was written (`CorruptCheckpoint`), or of another format.
+    """
+    return Checkpoint(path, _read(path)["state"])
+
+
 def free_bytes(directory: Path) -> int:
     """Free space on the disk of a directory."""
     return shutil.disk_usage(directory).free
@@ -214,7 +209,23 @@ def _number(name: str) -> int:
     return int(name.removeprefix("step-"))
 
 
-def _measure(path: Path) -> dict:
+def _read(path: Path) -> dict:
+    """state.json of a checkpoint, after its files were compared with what state.json says of them."""
+    content = _read_state(path / STATE)
+    for file, wanted in content["files"].items():
+        if not (path / file).is_file():
+            raise CorruptCheckpoint(f"checkpoint {path} is corrupt: {file} is missing")
+        if (size := (path / file).stat().st_size) != wanted["bytes"]:
+            raise CorruptCheckpoint(
+                f"checkpoint {path} is corrupt: {file} has {size} bytes, {wanted['bytes']} were written"
+            )
+        if measure(path / file) != wanted:
+            raise CorruptCheckpoint(f"checkpoint {path} is corrupt: the SHA-256 of {file} is not the one written")
+    return content
+
+
+def measure(path: Path) -> dict:
+    """Size and SHA-256 of a file: {"bytes": ..., "sha256": ...}."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**22):

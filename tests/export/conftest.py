@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from rwkvinside.distill.hybrid import HybridModel, StudentSpec
+from rwkvinside.training.checkpoint import Checkpointer
 
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 
@@ -48,10 +48,7 @@ def save_run(path, teacher, train=("mixer", "attention"), student=None, stage="d
         for p in model.canonical_parameters().values():
             if p.requires_grad:
                 p += 0.05 * torch.randn_like(p)
-    checkpoint = path / "stages" / stage / "step-00000002"
-    checkpoint.mkdir(parents=True)
-    save_file({n: t.contiguous() for n, t in model.student_state_dict().items()}, checkpoint / "model.safetensors")
-    (checkpoint / "state.json").write_text("{}")
+    Checkpointer(path / "stages" / stage, {}).save(2, model.student_state_dict(), None, {"stage": stage})
     stages = {
         "calibrate": {"tokens": 100},
         "distil": {"tokens": 200, "data": {"seq_len": 16, "train": ["/secret/place"]}},

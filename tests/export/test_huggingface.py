@@ -6,13 +6,14 @@ import shutil
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from rwkvinside.errors import UserError, VerificationError
 from rwkvinside.export import export_hf, huggingface, verify
 from rwkvinside.export.huggingface import build_hybrid
 from rwkvinside.export.source import open_run
+from rwkvinside.training.checkpoint import Checkpointer
 
 
 @pytest.fixture(scope="module")
@@ -187,16 +188,27 @@ def test_a_teacher_that_is_gone(tmp_path, run, teacher):
         export_hf(tmp_path / "run", tmp_path / "out")
 
 
-@pytest.mark.parametrize("damage", ["truncated", "hash", "missing tensor", "unknown tensor", "shape"])
-def test_damaged_checkpoint(tmp_path, run, damage):
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        ("truncated", "is corrupt: model.safetensors has"),
+        ("changed", "is corrupt: the SHA-256 of model.safetensors"),
+        ("missing tensor", "w0 is missing"),
+        ("unknown tensor", "w0 is unknown"),
+        ("shape", "has shape"),
+    ],
+)
+def test_damaged_checkpoint(tmp_path, run, damage, said):
     shutil.copytree(run, tmp_path / "run")
     checkpoint = open_run(tmp_path / "run").checkpoint
     file = checkpoint / "model.safetensors"
     tensors = load_file(file)
     if damage == "truncated":
         file.write_bytes(file.read_bytes()[:-100])
-    elif damage == "hash":
-        (checkpoint / "state.json").write_text(json.dumps({"files": {file.name: {"sha256": "0" * 64}}}))
+    elif damage == "changed":
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
     else:
         if damage == "missing tensor":
             del tensors["model.layers.2.self_attn.w0"]
@@ -204,8 +216,8 @@ def test_damaged_checkpoint(tmp_path, run, damage):
             tensors["model.layers.1.self_attn.w0"] = tensors["model.layers.2.self_attn.w0"].clone()
         else:
             tensors["model.layers.2.self_attn.w2"] = torch.zeros(3, 32)
-        save_file(tensors, file)
-    with pytest.raises(UserError):
+        Checkpointer(checkpoint.parent, {}).save(2, tensors, None, {})
+    with pytest.raises(UserError, match=said):
         export_hf(tmp_path / "run", tmp_path / "out")
     assert sorted(f.name for f in tmp_path.iterdir()) == ["run"]
 
