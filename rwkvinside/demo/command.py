@@ -47,8 +47,10 @@ class DemoSettings:
         "stages.calibrate.tokens=16k",
         "stages.align.tokens=400k",
         "stages.align.data.seq_len=256",
+        "stages.align.evaluate_every_tokens=100k",
         "stages.distil.tokens=400k",
         "stages.distil.data.seq_len=512",
+        "stages.distil.evaluate_every_tokens=100k",
         "data.val_tokens=10k",
         "checkpoint.keep=1",
     )

@@ -42,7 +42,7 @@ class TeacherSettings:
     tokens: int = 2_200_000
     seq_len: int = 512
     rows_per_step: int = 2
-    learning_rate: float = 3e-3
+    learning_rate: float = 5e-3
     warmup_steps: int = 100
     weight_decay: float = 0.1
     seed: int = 0
