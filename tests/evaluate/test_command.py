@@ -14,6 +14,7 @@ from rwkvinside.distill.hybrid import HybridModel, StudentSpec
 from rwkvinside.errors import UserError
 from rwkvinside.evaluate.command import add_eval_arguments, main
 from rwkvinside.evaluate.models import load_run
+from rwkvinside.training.checkpoint import Checkpointer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -43,11 +44,8 @@ def run(tmp_path_factory, teacher):
         AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32), StudentSpec(attention_layers=(0, 1, 2, 3))
     )
     for stage, scale in (("align", 0.0), ("distil", 1.0)):
-        checkpoint = path / "stages" / stage / "step-00000001"
-        checkpoint.mkdir(parents=True)
-        tensors = {name: scale * tensor.contiguous() for name, tensor in model.student_state_dict().items()}
-        save_file(tensors, checkpoint / "model.safetensors")
-        (checkpoint / "state.json").write_text("{}")
+        tensors = {name: scale * tensor for name, tensor in model.student_state_dict().items()}
+        Checkpointer(path / "stages" / stage, {}).save(1, tensors, None, {"stage": stage})
     (path / "config.yaml").write_text(
         yaml.safe_dump({"teacher": {"path": str(teacher)}, "student": spec, "run": ["align", "distil"], "stages": {}})
     )
