@@ -39,12 +39,12 @@ class TeacherSettings:
     num_heads: int = 4
     num_kv_heads: int = 2
     head_dim: int = 32
-    tokens: int = 2_200_000
+    tokens: int = 1_600_000
     seq_len: int = 512
     rows_per_step: int = 2
     learning_rate: float = 5e-3
-    warmup_steps: int = 100
-    weight_decay: float = 0.1
+    warmup_steps: int = 150
+    weight_decay: float = 0.05
     seed: int = 0
 
     def config(self, vocab_size: int, bos: int, eos: int) -> Qwen3Config:

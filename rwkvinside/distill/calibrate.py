@@ -148,7 +148,8 @@ def _fit(mixer: TimeMixer, inputs: list[_Input], firsts: list[FirstKV | None]) -
     scale = weights[:, 0]
     # folded into the output projection: the gate and the copied value stay what they are
     mixer.output.weight.view(-1, H, N).mul_(scale.to(mixer.output.weight)[:, None])
-    bonus = weights[:, 1] / scale if c.bonus else torch.zeros_like(scale)
+    # a head whose values are all zero has nothing to fit: its scale is 0 and any bonus is right
+    bonus = (weights[:, 1] / scale).nan_to_num(0, 0, 0) if c.bonus else torch.zeros_like(scale)
     if c.bonus:
         mixer.r_k.copy_(bonus[:, None].expand(H, N))
     fit = LayerFit(
@@ -188,6 +189,8 @@ def _regress(mixer, inputs, firsts, targets) -> tuple[Tensor, Tensor]:
         gram = gram + torch.einsum("bthni,bthnj->hij", features, features)
         moment = moment + torch.einsum("bthni,bthnj->hi", features, target)
         power = power + target.square().sum((0, 1, 3, 4))
-    ridge = 1e-9 * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * torch.eye(gram.shape[-1]).to(gram)
+    smallest = torch.finfo(torch.float64).tiny  # keeps a head without any output solvable
+    ridge = smallest + 1e-9 * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    ridge = ridge * torch.eye(gram.shape[-1]).to(gram)
     weights = torch.linalg.solve(gram + ridge, moment)
-    return weights.float(), (1 - (weights * moment).sum(-1) / power).float()
+    return weights.float(), (1 - (weights * moment).sum(-1) / power.clamp(min=smallest)).float()

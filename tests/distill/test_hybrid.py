@@ -307,6 +307,16 @@ def test_calibration_lowers_the_alignment_error(preset, family):
     assert sum(after.values()) < 0.9 * sum(before.values())
 
 
+def test_calibration_survives_a_dead_head():
+    model = teacher()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight[:16] = 0  # the first key/value head, which two heads read
+    hybrid = HybridModel.from_teacher(model, StudentSpec())
+    fit = calibrate(hybrid, [packed([30, 14])])[1]
+    assert fit.scale[:2] == [0, 0] and fit.bonus[:2] == [0, 0] and all(abs(x) > 0 for x in fit.scale[2:])
+    assert all(p.isfinite().all() for p in hybrid.parameters())
+
+
 def test_meta_device_makes_shapes_only():
     with torch.device("meta"):
         model = Qwen3ForCausalLM(teacher().config)
