@@ -44,16 +44,17 @@ class DemoSettings:
 
     teacher: TeacherSettings = TeacherSettings()
     overrides: tuple[str, ...] = (
-        "stages.calibrate.tokens=16k",
+        "stages.calibrate.tokens=8k",
         "stages.align.tokens=250k",
         "stages.align.data.seq_len=256",
-        "stages.align.evaluate_every_tokens=80k",
+        "stages.align.evaluate_every_tokens=125k",
         "stages.distil.tokens=250k",
         "stages.distil.data.seq_len=512",
-        "stages.distil.evaluate_every_tokens=80k",
+        "stages.distil.evaluate_every_tokens=125k",
         "data.val_tokens=10k",
         "checkpoint.keep=1",
     )
+    judged_documents: int = 64
     max_length: int = 512
     contexts: tuple[int, ...] = (512, 4096)
     new_tokens: int = 64
@@ -97,9 +98,8 @@ def main(args: argparse.Namespace) -> int:
             promised (not with --quick).
     """
     disable_progress_bar()  # transformers' bars for loading weights
-    # For matrices this small a second thread gains a third on an idle machine, and costs a factor of ten as soon as
-    # anything else runs: OpenMP's threads spin while they wait for the one that has no core. One thread is also the
-    # same arithmetic everywhere.
+    # With matrices this small a second thread is worth 1.5 on an idle machine but costs a factor of ten as soon as
+    # anything else runs, because OpenMP's threads spin while they wait for one that has no core.
     torch.set_num_threads(1)
     demo = Demo(args.out, QUICK if args.quick else FULL, Console(highlight=False))
     result = demo.run()
@@ -130,7 +130,8 @@ class Demo:
         student = load_pretrained(self.student_folder, "cpu", trust_remote_code=True)
         models = {"teacher": teacher, "student": student}
         with self._step("evaluate"):
-            documents = read_documents([str(val)], tokenizer, self.out / "cache", self.settings.max_length)
+            limits = self.settings.max_length, self.settings.judged_documents
+            documents = read_documents([str(val)], tokenizer, self.out / "cache", *limits)
             stages = self._evaluate(student, teacher, documents)
         with self._step("generate"):
             samples = {name: self._sample(model, tokenizer) for name, model in models.items()}

@@ -39,7 +39,7 @@ class TeacherSettings:
     num_heads: int = 4
     num_kv_heads: int = 2
     head_dim: int = 32
-    tokens: int = 1_600_000
+    tokens: int = 1_500_000
     seq_len: int = 512
     rows_per_step: int = 2
     learning_rate: float = 5e-3

@@ -1,0 +1,1 @@
+"""How good a student is: quality beside its teacher, speed of decoding and of training."""
