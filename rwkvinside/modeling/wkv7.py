@@ -77,7 +77,7 @@ def wkv7_reference(r, log_decay, k, v, a, b, state, cu_seqlens=None) -> tuple[Te
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
         ys, states = [], []
-        for s, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for s, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
             part = (x[:, start:end] for x in (r, log_decay, k, v, a, b))
             y, final = wkv7_reference(*part, state[s : s + 1])
             ys.append(y)

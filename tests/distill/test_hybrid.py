@@ -171,7 +171,7 @@ def test_activation_checkpointing_changes_no_gradient(objective):
         else:
             step = DistilStep(separate, chunk_tokens=7 if checkpointing else 1000)
             if checkpointing:
-                hybrid.lm.train().gradient_checkpointing_enable()
+                hybrid.lm.train().activation_checkpointing_enable()
         step(hybrid, packed([8, 5], rows=2))[0].backward()
         gradients.append({n: p.grad for n, p in hybrid.canonical_parameters().items() if p.requires_grad})
     for name, gradient in gradients[0].items():
