@@ -15,7 +15,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	touch $@
 
 demo: $(STAMP)
-	$(VENV)/bin/rwkvinside demo $(ARGS)
+	DS_ACCELERATOR=cpu $(VENV)/bin/rwkvinside demo $(ARGS)
 
 # One process per core with one thread each: the tests' tensors are too small to be worth a second thread.
 test: $(STAMP)

@@ -133,7 +133,7 @@ class OptimConfig(_Model):
         None, description="Learning rate after the decay, of what was above it; null: from lr."
     )
     warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="Steps of linear warm-up; null: 50, at most a tenth of the stage; 3 % for sft."
+        None, description="Steps of linear warm-up; null: 50, in a short stage a tenth, at least 10; sft 3 %."
     )
     decay: DecayConfig = Field(DecayConfig(), description="Decay of the learning rate.")
     clip: Rate = Field(1.0, description="Largest norm of the gradient; 0: no limit.")

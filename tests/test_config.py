@@ -135,6 +135,9 @@ def test_short_stages_have_short_warm_up(teacher):
     assert config.stages["align"].steps == 147
     assert config.stages["align"].optim.warmup_steps == 14
     assert config.stages["sft"].optim.warmup_steps == 4
+    tiny = load_config(teacher=teacher, overrides=["stages.align.tokens=50k", "stages.distil.tokens=20k"])
+    assert tiny.stages["align"].optim.warmup_steps == 10
+    assert tiny.stages["distil"].optim.warmup_steps == tiny.stages["distil"].steps == 5
     given = load_config(teacher=teacher, overrides=["stages.align.optim.warmup_steps=0"])
     assert given.stages["align"].optim.warmup_steps == 0
 
