@@ -70,5 +70,5 @@ def _decay(kind: str, small: bool) -> dict:
 
 
 def warmup_steps(objective: str, steps: int) -> int:
-    """50 steps, of a short stage a tenth but at least 10 (a mixer's first steps at the full rate diverge); 3 % for sft."""
+    """50 steps, in a short stage a tenth, at least 10 (mixers diverge if started at the full rate); 3 % for sft."""
     return max(1, round(0.03 * steps)) if objective == "sft" else min(50, max(10, steps // 10), steps)
