@@ -4,12 +4,30 @@ The kernels and the recipes live at the top of the repository and are installed 
 package named `kernels` would hide Hugging Face's package of that name.
 """
 
+import importlib.util
 import re
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
+KERNELS = ["rwkvinside.kernels", "rwkvinside.kernels.gpu", "rwkvinside.kernels.native"]
+spec = importlib.util.spec_from_file_location("wkv7_native_build", ROOT / "kernels" / "wkv7" / "native" / "build.py")
+native = importlib.util.module_from_spec(spec)  # by its path: the package that it belongs to is not installed yet
+spec.loader.exec_module(native)
+
+
+class BuildKernels(build_ext):
+    """Compiles the CPU kernels, which are no Python module: a library behind a plain C interface. Without a compiler the
+    installation goes on; what needs the kernels says so (`rwkvinside doctor`)."""
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            native.compile_library(Path(self.get_ext_fullpath(ext.name)))
+        except native.CompileError as error:
+            self.warn(f"the native WKV-7 kernels were not built: {error}")
+
 
 setup(
     name="rwkvinside",
@@ -27,9 +45,17 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
     python_requires=">=3.10",
-    packages=[*find_packages(include=["rwkvinside", "rwkvinside.*"]), "rwkvinside.kernels", "rwkvinside.recipes"],
+    packages=[*find_packages(include=["rwkvinside", "rwkvinside.*"]), *KERNELS, "rwkvinside.recipes"],
     package_dir={"rwkvinside.kernels": "kernels/wkv7", "rwkvinside.recipes": "configs"},
-    package_data={"rwkvinside.recipes": ["*.yaml"]},
+    ext_modules=[
+        Extension("rwkvinside.kernels.native._wkv7", [f"kernels/wkv7/native/{name}" for name in native.SOURCES])
+    ],
+    cmdclass={"build_ext": BuildKernels},
+    package_data={
+        "rwkvinside.kernels.gpu": ["*.json"],
+        "rwkvinside.kernels.native": ["*.cpp", "*.h"],
+        "rwkvinside.recipes": ["*.yaml"],
+    },
     install_requires=[
         "torch>=2.11",  # GPU users bring the build for their machine; `make venv` pins it in constraints.txt
         "transformers==5.23.*",  # attention and cache interfaces differ between minor versions

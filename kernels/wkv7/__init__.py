@@ -1,2 +1,86 @@
-"""Compiled WKV-7 kernels (Triton, native CPU). None ships in this version: `rwkvinside.modeling.wkv7` runs on PyTorch
-alone."""
+"""Compiled WKV-7 kernels: C++ for CPUs (`native`), Triton for GPUs (`gpu`), chosen by `rwkvinside.modeling.wkv7`.
+
+Importing this imports neither; exported models that find it installed use it as well.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("native", "triton")
+
+
+def unavailable(backend: str) -> str | None:
+    """Why a backend cannot run on this machine, with what to install; None when it can.
+
+    The first question about "native" may compile it, once, into the user's cache.
+    """
+    if backend == "native":
+        from .native import unavailable
+
+        return unavailable()
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed: pip install triton"
+    if not torch.cuda.is_available() and not _interpreted():
+        return "PyTorch finds no GPU (or set TRITON_INTERPRET=1 to check kernels on a CPU, very slowly)"
+    return None
+
+
+def unfit(backend: str, x: Tensor) -> str | None:
+    """Why a backend does not take tensors like x (B, T, H, N), whatever the machine; None when it does."""
+    if x.dtype == torch.float64:
+        return f"'{backend}' computes in fp32 and was given float64"
+    if x.shape[-1] % 8 or not 8 <= x.shape[-1] <= 256:
+        return f"'{backend}' takes head sizes that are multiples of 8 from 8 to 256, not {x.shape[-1]}"
+    device = "cpu" if backend == "native" or _interpreted() else "cuda"
+    return None if x.device.type == device else f"'{backend}' runs on {device} tensors, not on {x.device.type}"
+
+
+def run(
+    backend: str,
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor | None,
+    *,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    precision: str,
+    inplace: bool,
+) -> tuple[Tensor, Tensor]:
+    """Run a backend that is available and fit; arguments and results as `rwkvinside.modeling.wkv7.wkv7`, w is the log
+    decay."""
+    if backend == "native":
+        from .native import wkv7
+
+        return wkv7(r, w, k, v, a, b, state, mask, cu_seqlens, inplace)
+    if r.shape[1] == 1 and cu_seqlens is None and not _tracked(r, w, k, v, a, b, state):
+        from .gpu.decode import step
+
+        if state is None:
+            state = r.new_zeros(r.shape[0], r.shape[2], r.shape[3], r.shape[3], dtype=torch.float32)
+        elif not inplace:
+            state = state.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        y = step(*(x[:, 0] for x in (r, w, k, v, a, b)), state, None if mask is None else mask[:, 0])
+        return y[:, None], state
+    from .gpu import wkv7
+
+    return wkv7(r, w, k, v, a, b, state, mask, cu_seqlens, precision)
+
+
+def _tracked(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _interpreted() -> bool:
+    if importlib.util.find_spec("triton") is None:
+        return False
+    import triton
+
+    return triton.knobs.runtime.interpret

@@ -1,4 +1,5 @@
-"""The WKV-7 recurrence: its contract, a slow reference, and a chunked path that is fast on any torch device.
+"""The WKV-7 recurrence: its contract, a slow reference, a chunked path for any torch device, and the way to the compiled
+kernels of `rwkvinside.kernels` where that package is installed.
 
 Per batch row and head, with the state S of shape (N_v, N_k) in fp32 (RWKV-7 "Goose", arXiv 2503.14456, eq. 1-3)
 
@@ -12,13 +13,20 @@ models: torch only, no I/O.
 from __future__ import annotations
 
 import math
+import warnings
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BACKENDS = ("auto", "reference", "chunked", "triton")
+try:
+    from rwkvinside import kernels
+except ImportError:  # an exported model on a machine without the package
+    kernels = None
+
+BACKENDS = ("auto", "reference", "chunked", "native", "triton")
+PRECISIONS = ("auto", "fp32", "high", "balanced", "fast")
 
 
 def wkv7(
@@ -33,20 +41,28 @@ def wkv7(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
+    precision: str = "auto",
+    inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Run the WKV-7 recurrence over a batch of sequences.
 
     Args:
-        r, k, v, a, b: (B, T, H, N), any floating dtype; computed in fp32 (fp64 when `r` is fp64). In the RWKV-7 mixer
-            a = -kk and b = kk * iclr with kk the L2-normalised key.
-        log_decay: (B, T, H, N), values <= 0, at least -5 for the chunked path; fp32 is advised (bf16 costs 2-3 % near
-            0).
+        r: (B, T, H, N), any floating dtype; computed in fp32 (fp64 when `r` is fp64). In the RWKV-7 mixer a = -kk and
+            b = kk * iclr with kk the L2-normalised key.
+        log_decay: (B, T, H, N), values <= 0; at least -5 for chunked and triton. fp32 is advised (bf16 costs 2-3 %
+            near 0).
+        k, v, a, b: (B, T, H, N), or (B, T, G, N) each with its own G dividing H: head h reads head h // (H / G).
         state: initial state (B, H, N, N) as (value, key), or (S, H, N, N) with `cu_seqlens`; None is zero.
         mask: (B, T) bool, True for real tokens. A masked step leaves the state as it is and outputs 0.
         cu_seqlens: (S + 1,) integers, 0 first and T last: sequence s is [cu[s], cu[s+1]); needs B = 1. Every sequence
-            starts from its own state; empty sequences are allowed.
+            starts from its own state; empty sequences are allowed. On a GPU its values are not checked.
         backend: "reference" (a loop over time), "chunked" (matrix products over chunks, hand-written backward that
-            recomputes), or "auto" (reference for a single step, else chunked).
+            recomputes), "native" (C++ on a CPU), "triton" (GPU), or "auto": the compiled kernel of the device where
+            it can run, else the reference for a single step and chunked for more.
+        precision: of triton: "fp32", "high", "balanced" or "fast" (docs/wkv7.md); "auto" is fp32 for fp32 inputs and
+            balanced otherwise. The other backends compute in the dtype of the state whatever it says.
+        inplace: the final state may be written over `state`, which saves a copy per token when decoding. The returned
+            one counts: a backend that has to keep or convert `state` leaves it alone.
 
     Returns:
         y (B, T, H, N) in v's dtype, and the final state (B or S, H, N, N) in fp32 (fp64 for fp64 inputs). Both carry
@@ -54,9 +70,15 @@ def wkv7(
 
     Raises:
         ValueError: shapes that do not fit, a log decay outside what the chosen path represents, an unknown backend.
-        RuntimeError: a backend that is known but cannot run here.
+        RuntimeError: a backend that is known but cannot run here or on these tensors.
     """
-    _check(r, log_decay, k, v, a, b, state, mask, cu_seqlens, backend)
+    _check(r, log_decay, k, v, a, b, state, mask, cu_seqlens, backend, precision)
+    backend = _choose(backend, r)
+    if backend in _COMPILED:
+        mask = None if mask is None else mask.bool()
+        how = dict(mask=mask, cu_seqlens=cu_seqlens, precision=precision, inplace=inplace)
+        return kernels.run(backend, r, log_decay, k, v, a, b, state, **how)
+    k, v, a, b = (x if x.shape[2] == r.shape[2] else _to_heads(x, r.shape[2]) for x in (k, v, a, b))
     if mask is not None:
         pad = ~mask.bool()[:, :, None, None]
         log_decay, k, v, a, b = (x.masked_fill(pad, 0) for x in (log_decay, k, v, a, b))
@@ -64,11 +86,46 @@ def wkv7(
     dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
     if state is None:
         state = r.new_zeros(sequences, r.shape[2], r.shape[3], r.shape[3], dtype=dtype)
-    if backend == "reference" or (backend == "auto" and r.shape[1] == 1):
+    if backend == "reference":
         y, state = wkv7_reference(r, log_decay, k, v, a, b, state, cu_seqlens)
     else:
         y, state = _Chunked.apply(r, log_decay, k, v, a, b, state.to(dtype), cu_seqlens)
     return (y if mask is None else y.masked_fill(pad, 0)), state
+
+
+_COMPILED = ("native", "triton")
+
+
+def _choose(backend: str, r: Tensor) -> str:
+    """What "auto" means for r, or the named backend if it can run."""
+    if backend in _COMPILED:
+        reason = "the package rwkvinside is not installed" if kernels is None else _unavailable(backend)
+        reason = reason or kernels.unfit(backend, r)
+        if reason:
+            raise RuntimeError(f"WKV-7 backend '{backend}' cannot run: {reason}; use 'auto' or 'chunked'")
+    elif backend == "auto":
+        compiled = {"cpu": "native", "cuda": "triton"}.get(r.device.type)
+        if compiled and kernels is not None and not kernels.unfit(compiled, r):
+            reason = _unavailable(compiled)
+            if reason is None:
+                return compiled
+            _warn_once(f"WKV-7 runs on the slower chunked path: {reason}")
+        return "reference" if r.shape[1] == 1 else "chunked"
+    return backend
+
+
+@torch.compiler.assume_constant_result
+def _unavailable(backend: str) -> str | None:
+    return kernels.unavailable(backend)
+
+
+@torch.compiler.disable
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=3)  # Python shows the same warning of the same line once
+
+
+def _to_heads(x: Tensor, heads: int) -> Tensor:
+    return x.repeat_interleave(heads // x.shape[2], dim=2)
 
 
 def wkv7_reference(r, log_decay, k, v, a, b, state, cu_seqlens=None) -> tuple[Tensor, Tensor]:
@@ -96,28 +153,36 @@ def wkv7_reference(r, log_decay, k, v, a, b, state, cu_seqlens=None) -> tuple[Te
     return y.to(out_dtype), S
 
 
-def _check(r, log_decay, k, v, a, b, state, mask, cu_seqlens, backend) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown WKV-7 backend {backend!r}: choose one of {', '.join(BACKENDS)}")
-    if backend == "triton":
-        raise RuntimeError(
-            "WKV-7 backend 'triton' cannot run: this version ships no Triton kernels; use 'auto' or 'chunked'"
-        )
-    for name, x in (("log_decay", log_decay), ("k", k), ("v", v), ("a", a), ("b", b)):
-        if x.shape != r.shape:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}, r has {tuple(r.shape)}: all must be (B, T, H, N)")
+def _check(r, log_decay, k, v, a, b, state, mask, cu_seqlens, backend, precision) -> None:
+    for name, value, allowed in (("backend", backend, BACKENDS), ("precision", precision, PRECISIONS)):
+        if value not in allowed:
+            raise ValueError(f"unknown WKV-7 {name} {value!r}: choose one of {', '.join(allowed)}")
+    if log_decay.shape != r.shape:
+        raise ValueError(f"log_decay has shape {tuple(log_decay.shape)}, r has {tuple(r.shape)}: they must agree")
     B, T, H, N = r.shape
+    for name, x in (("k", k), ("v", v), ("a", a), ("b", b)):
+        if x.dim() != 4 or x.shape[:2] != (B, T) or x.shape[3] != N or not x.shape[2] or H % x.shape[2]:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}, r has {tuple(r.shape)}: all must be (B, T, H, N), or have a number "
+                f"of heads that divides {H}"
+            )
     sequences = B
     if cu_seqlens is not None:
         if B != 1:
             raise ValueError(f"cu_seqlens needs a batch of 1 (concatenate the rows), got {B}")
-        if cu_seqlens.dim() != 1 or cu_seqlens[0] != 0 or cu_seqlens[-1] != T or (cu_seqlens.diff() < 0).any():
+        # values on a GPU are not looked at: every layer would wait for it
+        known = cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()
+        if cu_seqlens.dim() != 1 or known and not _rises(cu_seqlens, T):
             raise ValueError(f"cu_seqlens must rise from 0 to T = {T}, got {cu_seqlens.tolist()[:8]}...")
         sequences = cu_seqlens.numel() - 1
     if state is not None and state.shape != (sequences, H, N, N):
         raise ValueError(f"state has shape {tuple(state.shape)}, expected {(sequences, H, N, N)}")
     if mask is not None and mask.shape != (B, T):
         raise ValueError(f"mask has shape {tuple(mask.shape)}, expected {(B, T)}")
+
+
+def _rises(cu_seqlens: Tensor, T: int) -> bool:
+    return bool(cu_seqlens[0] == 0 and cu_seqlens[-1] == T and (cu_seqlens.diff() >= 0).all())
 
 
 class _Layout(NamedTuple):

@@ -207,6 +207,7 @@ def test_bf16_inputs_keep_state_and_decay_in_fp32():
     "change, message",
     [
         (lambda x: dict(backend="cuda"), "unknown WKV-7 backend 'cuda'"),
+        (lambda x: dict(precision="fp8"), "unknown WKV-7 precision 'fp8'"),
         (lambda x: dict(cu_seqlens=torch.tensor([0, 5])), "batch of 1"),
         (lambda x: dict(mask=torch.ones(2, 3, dtype=torch.bool)), "mask has shape"),
         (lambda x: dict(state=x[6][:1]), "state has shape"),

@@ -1,0 +1,102 @@
+"""The compiled library behind ctypes: finding it, its C structures, and views of tensors for it."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .build import CompileError, cached_library, source_hash
+
+SEGMENT = 16  # tokens between checkpoints, kSegment in wkv7.h
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+class View(ctypes.Structure):
+    """Wkv7View of wkv7.h: (tokens, heads, size) with strides; built by `view`."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("token", ctypes.c_int64),
+        ("head", ctypes.c_int64),
+        ("type", ctypes.c_int32),
+        ("group", ctypes.c_int32),
+    ]
+
+
+class Problem(ctypes.Structure):
+    """Wkv7Problem of wkv7.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("sequences", "heads", "size")),
+        *((name, ctypes.c_void_p) for name in ("bounds", "tokens", "segments")),
+        ("threads", ctypes.c_int32),
+    ]
+
+
+class Forward(ctypes.Structure):
+    """Wkv7Forward of wkv7.h."""
+
+    _fields_ = [
+        *((name, View) for name in ("r", "w", "k", "v", "a", "b", "y")),
+        *((name, ctypes.c_void_p) for name in ("initial", "final", "checkpoints", "removed")),
+    ]
+
+
+class Backward(ctypes.Structure):
+    """Wkv7Backward of wkv7.h."""
+
+    _fields_ = [
+        *((name, View) for name in ("r", "w", "k", "v", "a", "b", "dy")),
+        *((name, ctypes.c_void_p) for name in ("checkpoints", "removed", "d_final")),
+        *((name, View) for name in ("dr", "dw", "dk", "dv", "da", "db")),
+        ("d_initial", ctypes.c_void_p),
+    ]
+
+
+def view(x: Tensor, heads: int) -> View:
+    """How the library reads or writes x (tokens, G, N), fp32 or bf16, last dimension contiguous, G dividing `heads`."""
+    return View(x.data_ptr(), x.stride(0), x.stride(1), _TYPES[x.dtype], heads // x.shape[1])
+
+
+def pointer(x: Tensor | None) -> int | None:
+    """Address of a contiguous tensor's data; None becomes a null pointer."""
+    return None if x is None else x.data_ptr()
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """The library that was built at installation, if it is of these sources, else the one in the user's cache.
+
+    Raises:
+        CompileError: there is none and it cannot be compiled.
+    """
+    current = source_hash()
+    for path in sorted(Path(__file__).parent.glob("_wkv7*.so")):
+        library = _open(path)
+        if library.wkv7_source() == current.encode():
+            return library
+    return _open(cached_library())
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why the library cannot be used on this machine, None when it can. Compiles it when that has not been done yet."""
+    try:
+        load()
+    except CompileError as error:
+        return str(error)
+    return None
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    library.wkv7_source.restype = library.wkv7_instructions.restype = ctypes.c_char_p
+    library.wkv7_choose.argtypes = [ctypes.c_char_p]
+    library.wkv7_forward.argtypes = [ctypes.POINTER(Problem), ctypes.POINTER(Forward)]
+    library.wkv7_backward.argtypes = [ctypes.POINTER(Problem), ctypes.POINTER(Backward)]
+    library.wkv7_forward.restype = library.wkv7_backward.restype = None
+    return library
