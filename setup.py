@@ -12,15 +12,17 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-KERNELS = ["rwkvinside.kernels", "rwkvinside.kernels.gpu", "rwkvinside.kernels.native"]
+KERNELS = ["rwkvinside.kernels", *(f"rwkvinside.kernels.{part}" for part in ("bench", "gpu", "native"))]
 spec = importlib.util.spec_from_file_location("wkv7_native_build", ROOT / "kernels" / "wkv7" / "native" / "build.py")
 native = importlib.util.module_from_spec(spec)  # by its path: the package that it belongs to is not installed yet
 spec.loader.exec_module(native)
 
 
 class BuildKernels(build_ext):
-    """Compiles the CPU kernels, which are no Python module: a library behind a plain C interface. Without a compiler the
-    installation goes on; what needs the kernels says so (`rwkvinside doctor`)."""
+    """Compiles the CPU kernels, which are no Python module but a library behind a plain C interface.
+
+    Without a compiler the installation goes on; `rwkvinside doctor` says what is missing.
+    """
 
     def build_extension(self, ext: Extension) -> None:
         try:

@@ -22,6 +22,7 @@ from .data import Batch
 from .distill.calibrate import calibrate, teacher_power
 from .distill.hybrid import HybridModel
 from .errors import UserError
+from .modeling.wkv7 import refusal
 from .models import device_and_precision, load_tokenizer, meta_student, prepare_stage, teacher_dtype
 from .plan import micro_rows, plan_text, stage_order
 from .rundir import RunDirectory
@@ -67,6 +68,10 @@ def train(
     if not sys.stderr.isatty():
         disable_progress_bar()  # of transformers, for the loading of weights
     plan_text(config, [stage] if stage else None)  # what is wrong with the student shows before anything is loaded
+    if (backend := config.student.backend) != "auto":
+        head_size = meta_student(config).mixer_config.head_size
+        if reason := refusal(backend, device, torch.float32, head_size):
+            raise UserError(f"student.backend {backend} cannot run: {reason}", "use student.backend=auto")
     world = launched_world() if launched else World(device)
     try:
         plan = plan_text(config, [stage] if stage else None, ranks=world.size)

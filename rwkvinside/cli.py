@@ -119,12 +119,20 @@ def _report(argv: Sequence[str]) -> int:
 
 
 def _bench(argv: Sequence[str]) -> int:
-    from .evaluate.training_speed import add_arguments, main
-
-    parser = argparse.ArgumentParser(
-        prog="rwkvinside bench", description="Speed of align and distil beside plain fine-tuning of the same teacher."
-    )
-    add_arguments(parser)
+    about = {
+        "wkv7": "the recurrence: our kernels beside others and attention",
+        "training": "align and distil beside plain fine-tuning of the same teacher",
+    }
+    parser = argparse.ArgumentParser(prog="rwkvinside bench", description="Speed, measured side by side.")
+    commands = parser.add_subparsers(dest="what", required=True)
+    parsers = {name: commands.add_parser(name, help=text, description=text) for name, text in about.items()}
+    if argv[:1] == ["wkv7"]:
+        from .kernels.bench.command import add_arguments, main
+    elif argv[:1] == ["training"]:
+        from .evaluate.training_speed import add_arguments, main
+    else:
+        parser.parse_args(argv)  # --help, or a complaint
+    add_arguments(parsers[argv[0]])
     return main(parser.parse_args(argv))
 
 
@@ -140,7 +148,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "doctor": (_doctor, "what this machine and installation offer"),
     "eval": (_eval, "compare a student with its teacher on text"),
     "report": (_report, "plots of a run"),
-    "bench": (_bench, "training speed beside plain fine-tuning"),
+    "bench": (_bench, "speed of the kernels, and of training beside plain fine-tuning"),
     "demo": (_demo, "the whole path on this machine, from a tiny teacher to a hybrid that generates"),
 }
 

@@ -67,7 +67,12 @@ class StudentConfig(_Model):
         "calibrated", description="Start of the mixers: ready for calibration, or the constants of the published code."
     )
     detach_first: bool = Field(False, description="No gradient from later layers into v_first and k_first.")
-    backend: Literal["auto", "reference", "chunked"] = Field("auto", description="Implementation of the recurrence.")
+    backend: Literal["auto", "reference", "chunked", "native", "triton"] = Field(
+        "auto", description="Implementation of the recurrence; auto: native on a CPU, triton on a GPU, if they can run."
+    )
+    precision: Literal["auto", "fp32", "high", "balanced", "fast"] = Field(
+        "auto", description="Products of the triton backend; auto: fp32 for fp32 inputs, else balanced."
+    )
     attention_rope: bool = Field(True, description="Layers that keep attention go on rotating queries and keys.")
     ranks: RanksConfig = Field(RanksConfig(), description="Ranks of the low-rank parts.")
 

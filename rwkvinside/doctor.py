@@ -10,6 +10,8 @@ import psutil
 import torch
 from packaging.requirements import Requirement
 
+from . import kernels
+
 
 def main() -> int:
     """Print the findings; 2 when something that this package needs is missing or of another version."""
@@ -26,6 +28,9 @@ def main() -> int:
     else:
         print("training runs on the CPU in fp32: PyTorch finds no CUDA device")
 
+    for device, backend in _backends():
+        print(f"WKV-7 on the {device}: {_kernel(backend)}")
+
     problems = 0
     for line in requires("rwkvinside") or ():
         requirement = Requirement(line)
@@ -40,3 +45,13 @@ def main() -> int:
         print(f"{'ok ' if good else 'BAD'} {requirement.name} {found} (needs {requirement.specifier})")
     print("all requirements are met" if not problems else f"{problems} requirements are not met: pip install -e .")
     return 2 if problems else 0
+
+
+def _backends() -> list[tuple[str, str]]:
+    return [("CPU", "native")] + ([("GPU", "triton")] if torch.cuda.is_available() else [])
+
+
+def _kernel(backend: str) -> str:
+    if reason := kernels.unavailable(backend):
+        return f"chunked PyTorch, several times slower than the {backend} kernel: {reason}"
+    return f"the {backend} kernel" + (f" with {kernels.instructions()} code" if backend == "native" else "")

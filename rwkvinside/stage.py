@@ -49,7 +49,7 @@ def fingerprint(student: HybridModel) -> dict:
     sizes = ("model_type", "num_hidden_layers", "vocab_size", "intermediate_size")
     values = {f"teacher.{name}": getattr(student.lm.config, name) for name in sizes}
     mixer = student.mixer_config.to_dict()
-    values |= {name: value for name, value in mixer.items() if name not in ("backend", "detach_first")}
+    values |= {name: value for name, value in mixer.items() if name not in ("backend", "precision", "detach_first")}
     return values | {"rwkv_layers": student.rwkv_layers, "attention_rope": student.spec.attention_rope}
 
 

@@ -25,18 +25,25 @@ def unavailable(backend: str) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed: pip install triton"
     if not torch.cuda.is_available() and not _interpreted():
-        return "PyTorch finds no GPU (or set TRITON_INTERPRET=1 to check kernels on a CPU, very slowly)"
+        return "PyTorch finds no GPU"
     return None
 
 
-def unfit(backend: str, x: Tensor) -> str | None:
-    """Why a backend does not take tensors like x (B, T, H, N), whatever the machine; None when it does."""
-    if x.dtype == torch.float64:
-        return f"'{backend}' computes in fp32 and was given float64"
-    if x.shape[-1] % 8 or not 8 <= x.shape[-1] <= 256:
-        return f"'{backend}' takes head sizes that are multiples of 8 from 8 to 256, not {x.shape[-1]}"
-    device = "cpu" if backend == "native" or _interpreted() else "cuda"
-    return None if x.device.type == device else f"'{backend}' runs on {device} tensors, not on {x.device.type}"
+def instructions() -> str:
+    """What the native kernel runs on this processor: "avx512", "avx2" or "portable"."""
+    from .native import load
+
+    return load().wkv7_instructions().decode()
+
+
+def unfit(backend: str, device: str, dtype: torch.dtype, head_size: int) -> str | None:
+    """Why a backend does not take tensors of this device type, dtype and head size, on any machine; None if it does."""
+    if dtype == torch.float64:
+        return "it computes in fp32 and was given float64"
+    if head_size % 8 or not 8 <= head_size <= 256:
+        return f"it takes head sizes that are multiples of 8 from 8 to 256, not {head_size}"
+    wanted = "cpu" if backend == "native" or _interpreted() else "cuda"
+    return None if device == wanted else f"it runs on {wanted} tensors and was given {device}"
 
 
 def run(

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..data.batch import Batch, attention_mask_4d
 from ..modeling.carry import FirstKV, MixerCall
-from ..modeling.time_mixer import DECAY_SCALE, TimeMixer
+from ..modeling.time_mixer import DECAY_SCALE, TimeMixer, times_shared
 from .hybrid import HybridModel
 
 # Candidates: half-lives in tokens from the fastest representable decay on, rates as the mixer's sigmoid gives them.
@@ -182,7 +182,7 @@ def _regress(mixer, inputs, firsts, targets) -> tuple[Tensor, Tensor]:
     for given, first, target in zip(inputs, firsts, targets, strict=True):
         s, _ = _streams(mixer, given, first)
         y, _ = mixer.recur(s, None, None, given.batch.cu_seqlens)
-        features = [y * s.gate] + ([(s.r * s.k).sum(-1, keepdim=True) * s.v * s.gate] if c.bonus else [])
+        features = [y * s.gate] + ([times_shared((s.r * s.k).sum(-1, keepdim=True), s.v) * s.gate] if c.bonus else [])
         real = given.batch.mask[..., None, None, None]
         features = (torch.stack(features, -1).float() * real).double()
         target = (target.float()[..., None] * real).double()

@@ -47,6 +47,7 @@ class StudentSpec:
     init: str = "calibrated"
     detach_first: bool = False
     backend: str = "auto"
+    precision: str = "auto"
     attention_rope: bool = True
     ranks: dict[str, int] = field(default_factory=dict)
 
@@ -58,7 +59,7 @@ class StudentSpec:
         return cls(**fields | {"attention_layers": layers, "ranks": ranks})
 
     def mixer_overrides(self) -> dict:
-        values = {"detach_first": self.detach_first, "backend": self.backend}
+        values = {"detach_first": self.detach_first, "backend": self.backend, "precision": self.precision}
         # the stock mixer's k_a form is a matter of its equations, not a choice
         values |= {} if self.key_scale is None or self.preset == "x070" else {"key_scale": self.key_scale}
         values |= {} if self.key_residual is None else {"key_residual": self.key_residual}

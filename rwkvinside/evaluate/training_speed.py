@@ -88,7 +88,7 @@ def _stepper(model: nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[],
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `rwkvinside bench`."""
+    """Flags of `rwkvinside bench training`."""
     parser.add_argument("--teacher", required=True, help="local directory or hub id")
     parser.add_argument("--rows", type=int, default=8, help="rows of the batch (default 8)")
     parser.add_argument("--seq-len", type=int, default=512, help="tokens per row (default 512)")

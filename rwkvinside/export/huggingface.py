@@ -107,7 +107,7 @@ def build_hybrid(
         | {
             "tie_word_embeddings": equal if tie_embeddings is None else tie_embeddings,
             "rwkv_layers": trained.rwkv_layers,
-            "mixer": trained.mixer_config.replace(backend="auto").to_dict(),
+            "mixer": trained.mixer_config.replace(backend="auto", precision="auto").to_dict(),
             "attention_rope": trained.spec.attention_rope,
             "rwkv_architecture": trained.spec.preset,
             "teacher_model": run.teacher_id,

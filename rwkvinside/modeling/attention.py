@@ -55,6 +55,7 @@ class RWKVAttention(TimeMixer):
             rope=position_embeddings,
             mask=_to(mixer_call.mask, hidden_states),
             cu_seqlens=_to(mixer_call.cu_seqlens, hidden_states),
+            inplace=not torch.is_grad_enabled(),  # what the cache held is replaced below
         )
         if self.is_first:
             mixer_call.first.write(first)

@@ -69,7 +69,7 @@ class TimeMixerConfig:
         token_shift, group_norm: stock RWKV-7 only; without the norm the output is scaled by N^-0.5.
         qkv_bias, output_bias: biases copied from the teacher.
         detach_first: no gradient from later layers into v_first and k_first.
-        backend: see `wkv7`.
+        backend, precision: see `wkv7`.
     """
 
     hidden_size: int
@@ -94,6 +94,7 @@ class TimeMixerConfig:
     output_bias: bool = False
     detach_first: bool = False
     backend: str = "auto"
+    precision: str = "auto"
 
     def __post_init__(self):
         for name, value, allowed in (
@@ -164,7 +165,8 @@ class MixerState(NamedTuple):
 
 
 class Streams(NamedTuple):
-    """The inputs of the recurrence, (B, T, H, N) each, and what is done to its output; see `TimeMixer.streams`."""
+    """The inputs of the recurrence and what is done to its output, (B, T, H, N) each; v and kk may have the G heads of
+    keys and values, which head h reads as h // (H / G); see `TimeMixer.streams`."""
 
     r: Tensor
     log_decay: Tensor
@@ -233,6 +235,7 @@ class TimeMixer(nn.Module):
         rope: tuple[Tensor, Tensor] | None = None,
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        inplace: bool = False,
     ) -> tuple[Tensor, FirstKV, MixerState]:
         """Mix a batch of rows.
 
@@ -243,13 +246,14 @@ class TimeMixer(nn.Module):
             rope: cos and sin, (B or 1, T, N), of the teacher's rotation; None when the mixer does not rotate.
             mask: (B, T) bool, True = real token; padding leaves the state as it is.
             cu_seqlens: (S + 1,) document boundaries over the flattened B*T tokens (row ends included).
+            inplace: the new state may take the memory of `state`.
 
         Returns:
             y (B, T, D), the FirstKV to hand to later layers, and the state after the last token, (S, ...) with
             cu_seqlens.
         """
         s, first, shift = self.streams(x, first=first, state=state, rope=rope, mask=mask, cu_seqlens=cu_seqlens)
-        y, wkv = self.recur(s, None if state is None else state.wkv, mask, cu_seqlens)
+        y, wkv = self.recur(s, None if state is None else state.wkv, mask, cu_seqlens, inplace)
         return self.output((y * s.gate).flatten(2).to(x.dtype)), first, MixerState(wkv, shift)
 
     def streams(self, x, *, first, state=None, rope=None, mask=None, cu_seqlens=None):
@@ -276,9 +280,8 @@ class TimeMixer(nn.Module):
                 v = v + (v_first - v) * self._low_rank_sigmoid(xv, "v").unflatten(-1, (-1, N)).to(v.dtype)
             if c.key_residual:
                 k = k + (k_first - k) * self._low_rank_sigmoid(xk, "k").unflatten(-1, (-1, N)).to(k.dtype)
-        v = _to_heads(v, H)
         if c.value_path == "additive":
-            v = v + 0.2 * ((xv @ self.v1) @ self.v2).unflatten(-1, (H, N))
+            v = _to_heads(v, H) + 0.2 * ((xv @ self.v1) @ self.v2).unflatten(-1, (H, N))
 
         # decay and in-context learning rate stay in fp32: near 0 a bf16 log decay is off by 2-3 %
         z = _fp32(self.w0) + _fp32(torch.tanh(xw @ self.w1) @ self.w2)
@@ -292,9 +295,9 @@ class TimeMixer(nn.Module):
             kk = F.normalize(_fp32(k) * _fp32(self.k_k).view(H, N), dim=-1)
             k = k * (1 + (iclr - 1) * _fp32(self.k_a).view(H, N)).to(k.dtype)
         else:
-            kk = _to_heads(F.normalize(_fp32(k), dim=-1), H)
+            kk = F.normalize(_fp32(k), dim=-1)
             s = log_decay.exp() if c.key_scale == "decay" else F.logsigmoid(z) - 0.5
-            k = _to_heads(k, H) * (1 - s + iclr).to(k.dtype)
+            k = times_shared((1 - s + iclr).to(k.dtype), k)
         return Streams(r, log_decay, k, v, kk, iclr, gate), first, shift
 
     def project(self, xr: Tensor, xk: Tensor, xv: Tensor, rope: tuple[Tensor, Tensor] | None):
@@ -309,19 +312,30 @@ class TimeMixer(nn.Module):
             r, k = rotate(r, *rope), rotate(k, *rope)
         return r, k, v
 
-    def recur(self, s: Streams, wkv: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None):
-        """The recurrence, its scale or norm, and the bonus: (y (B, T, H, N) before the gate, final state)."""
+    def recur(self, s: Streams, wkv: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None, inplace=False):
+        """The recurrence, its scale or norm, and the bonus: (y (B, T, H, N) before the gate, final state).
+
+        With `inplace` the final state may take the memory of `wkv`.
+        """
         c = self.mixer_config
         B, T = s.r.shape[:2]
-        inputs = (s.r, s.log_decay, s.k, s.v, -s.kk, s.kk * s.iclr)
+        inputs = (s.r, s.log_decay, s.k, s.v, -s.kk, times_shared(s.iclr, s.kk))
         if cu_seqlens is not None:
             inputs = tuple(t.reshape(1, B * T, *t.shape[2:]) for t in inputs)
             mask = None if mask is None else mask.reshape(1, B * T)
-        y, wkv = wkv7(*inputs, wkv, mask=mask, cu_seqlens=cu_seqlens, backend=c.backend)
+        y, wkv = wkv7(
+            *inputs,
+            wkv,
+            mask=mask,
+            cu_seqlens=cu_seqlens,
+            backend=c.backend,
+            precision=c.precision,
+            inplace=inplace,
+        )
         y = y.view(B, T, *y.shape[2:])
         y = self.ln_x(y.flatten(0, 1).flatten(1)).view_as(y) if c.group_norm else y * c.head_size**-0.5
         if c.bonus:
-            y = y + (s.r * s.k * self.r_k.to(s.k.dtype)).sum(-1, keepdim=True) * s.v
+            y = y + times_shared((s.r * s.k * self.r_k.to(s.k.dtype)).sum(-1, keepdim=True), s.v)
         return y, wkv
 
     def _low_rank_sigmoid(self, x: Tensor, name: str) -> Tensor:
@@ -339,6 +353,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     turned = torch.cat([-x[..., half:], x[..., :half]], -1)
     return x * cos.unsqueeze(2) + turned * sin.unsqueeze(2)
+
+
+def times_shared(x: Tensor, shared: Tensor) -> Tensor:
+    """x (B, T, H, N or 1) times what heads share, (B, T, G, N), without a copy of it for every head: (B, T, H, N)."""
+    return (x.unflatten(2, (shared.shape[2], -1)) * shared.unsqueeze(3)).flatten(2, 3)
 
 
 def _to_heads(x: Tensor, heads: int) -> Tensor:

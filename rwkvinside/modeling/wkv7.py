@@ -1,5 +1,5 @@
-"""The WKV-7 recurrence: its contract, a slow reference, a chunked path for any torch device, and the way to the compiled
-kernels of `rwkvinside.kernels` where that package is installed.
+"""The WKV-7 recurrence: its contract, a slow reference, a chunked path for any torch device, and the way to the
+compiled kernels of `rwkvinside.kernels` where that package is installed.
 
 Per batch row and head, with the state S of shape (N_v, N_k) in fp32 (RWKV-7 "Goose", arXiv 2503.14456, eq. 1-3)
 
@@ -96,16 +96,23 @@ def wkv7(
 _COMPILED = ("native", "triton")
 
 
+def refusal(backend: str, device: str, dtype: torch.dtype, head_size: int) -> str | None:
+    """Why a backend cannot run on tensors of this device type, dtype and head size here; None when it can."""
+    if backend not in _COMPILED:
+        return None
+    if kernels is None:
+        return "the package rwkvinside is not installed"
+    return _unavailable(backend) or kernels.unfit(backend, device, dtype, head_size)
+
+
 def _choose(backend: str, r: Tensor) -> str:
     """What "auto" means for r, or the named backend if it can run."""
-    if backend in _COMPILED:
-        reason = "the package rwkvinside is not installed" if kernels is None else _unavailable(backend)
-        reason = reason or kernels.unfit(backend, r)
-        if reason:
-            raise RuntimeError(f"WKV-7 backend '{backend}' cannot run: {reason}; use 'auto' or 'chunked'")
-    elif backend == "auto":
+    given = (r.device.type, r.dtype, r.shape[3])
+    if reason := refusal(backend, *given):
+        raise RuntimeError(f"WKV-7 backend '{backend}' cannot run: {reason}; use 'auto' or 'chunked'")
+    if backend == "auto":
         compiled = {"cpu": "native", "cuda": "triton"}.get(r.device.type)
-        if compiled and kernels is not None and not kernels.unfit(compiled, r):
+        if compiled and kernels is not None and not kernels.unfit(compiled, *given):
             reason = _unavailable(compiled)
             if reason is None:
                 return compiled
@@ -163,8 +170,8 @@ def _check(r, log_decay, k, v, a, b, state, mask, cu_seqlens, backend, precision
     for name, x in (("k", k), ("v", v), ("a", a), ("b", b)):
         if x.dim() != 4 or x.shape[:2] != (B, T) or x.shape[3] != N or not x.shape[2] or H % x.shape[2]:
             raise ValueError(
-                f"{name} has shape {tuple(x.shape)}, r has {tuple(r.shape)}: all must be (B, T, H, N), or have a number "
-                f"of heads that divides {H}"
+                f"{name} has shape {tuple(x.shape)}, r has {tuple(r.shape)}: all must be (B, T, H, N), or have a "
+                f"number of heads that divides {H}"
             )
     sequences = B
     if cu_seqlens is not None:

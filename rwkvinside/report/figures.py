@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
+AMBER, PINK, BLACK = "#E69F00", "#CC79A7", "#222222"
 LOSS_UNITS = {
     "align": "alignment loss (relative squared error)",
     "distil": "KL to the teacher (nats per token)",
@@ -218,4 +219,81 @@ def position_figure(evaluation: dict) -> "Figure":
         ax.set_xscale("log", base=2)
         _count_axis(ax.xaxis)
         _finish(ax, title, "tokens of the document already read", unit)
+    return figure
+
+
+# colour by family, line style by member: a candidate looks the same in every figure
+KERNEL_COLORS = {"triton": BLUE, "native": GREEN, "chunked": ORANGE, "reference": PINK, "loop": GREY, "fla": AMBER}
+KERNEL_STYLES = {"high": "s--", "fast": "^-.", "fp32": "v:", "naive": "s--", "recurrent": "^-."}
+KERNEL_PASSES = {"forward": "forward", "forward_backward": "forward and backward"}
+SHAPE_SIZES = {"B": "batch size B", "T": "tokens T", "H": "heads H", "N": "head size N"}
+
+
+def draw_kernels(ax: "Axes", stage: dict, which: str) -> None:
+    """Milliseconds of every candidate of one stage of `rwkvinside bench wkv7` in one pass.
+
+    The abscissa is the one size in which the shapes differ; where several do, the shapes stand side by side and are not
+    joined by lines.
+    """
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    shapes = stage["shapes"]
+    varying = [size for size in SHAPE_SIZES if len({shape[size] for shape in shapes}) > 1] or ["T"]
+    joined = len(varying) == 1
+    positions = [shape[varying[0]] for shape in shapes] if joined else list(range(len(shapes)))
+    drawn = []
+    for name in dict.fromkeys(result["candidate"] for shape in shapes for result in shape["results"]):
+        found = [next((r for r in shape["results"] if r["candidate"] == name), {}) for shape in shapes]
+        times = column([result.get(which, {}) for result in found], "ms")
+        if np.isnan(times).all():
+            continue
+        family, _, member = name.partition(":")
+        style = KERNEL_STYLES.get(member, "o-")
+        color = KERNEL_COLORS.get(family, BLACK)
+        ax.plot(positions, times, style if joined else style[0], color=color, markersize=5, linewidth=1.5, label=name)
+        drawn.append(times)
+    _plain_log(ax, np.concatenate(drawn))
+    if joined:
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.set_xticks(positions)
+        ax.xaxis.set_minor_locator(NullLocator())
+    else:
+        ax.set_xticks(positions, [", ".join(str(shape[size]) for size in varying) for shape in shapes], fontsize=8)
+        ax.margins(x=0.08)
+    fixed = ", ".join(f"{size} = {shapes[0][size]}" for size in SHAPE_SIZES if size not in varying)
+    title = f"{stage['title']}, {stage['dtype']}: {KERNEL_PASSES[which]}" + (f" ({fixed})" if fixed else "")
+    _finish(ax, title, SHAPE_SIZES[varying[0]] if joined else ", ".join(varying), "milliseconds")
+
+
+def kernel_figure(stages: Sequence[dict], device: str) -> "Figure | None":
+    """Times of `rwkvinside bench wkv7`: a row per stage, forward on the left and with backward on the right.
+
+    Args:
+        stages: as in its JSON: {"title", "dtype", "shapes"}.
+        device: for the title.
+
+    Returns:
+        None if nothing ran.
+    """
+
+    def ran(stage: dict, which: str) -> bool:
+        return any("ms" in result.get(which, {}) for shape in stage["shapes"] for result in shape["results"])
+
+    stages = [stage for stage in stages if ran(stage, "forward")]
+    if not stages:
+        return None
+    passes = [which for which in KERNEL_PASSES if any(ran(stage, which) for stage in stages)]
+    figure = new_figure(1.5 + 6.2 * len(passes), 0.5 + 4.0 * len(stages))
+    figure.suptitle(f"WKV-7 on {device}", fontsize=11, x=0.01, ha="left")
+    lines = {}
+    for stage, row in zip(stages, figure.subplots(len(stages), len(passes), squeeze=False, sharey="row"), strict=True):
+        for ax, which in zip(row, passes, strict=True):
+            ax.set_visible(ran(stage, which))
+            if ax.get_visible():
+                draw_kernels(ax, stage, which)
+                lines |= {line.get_label(): line for line in ax.lines}
+        for ax in row[1:]:
+            ax.set_ylabel("")  # shared
+    figure.legend(lines.values(), lines, loc="outside right upper", frameon=False, fontsize=9)
     return figure

@@ -1,5 +1,7 @@
-"""Compiles the CPU kernels into a shared library: at installation, or once into the user's cache. Standard library only,
-because the installation runs it before anything else is there."""
+"""Compiles the CPU kernels into a shared library: at installation, or once into the user's cache.
+
+Standard library only, because the installation runs it before anything else is there.
+"""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def _run_forward(r, w, k, v, a, b, state, mask, cu_seqlens, save, inplace=False)
     allocate = torch.empty if mask is None else torch.zeros
     y = allocate(B, T, H, N, dtype=v.dtype)
     initial = None if state is None else state.to(torch.float32).contiguous()
-    final = initial if inplace else torch.empty(which.sequences, H, N, N)
+    final = initial if inplace and initial is not None else torch.empty(which.sequences, H, N, N)
     checkpoints = torch.empty(int(which.segments[-1]) if save else 0, H, N, N)
     removed = torch.empty(B * T if save else 0, H, N)
     flat = [_flat(x) for x in (r, w, k, v, a, b, y)]

@@ -1,0 +1,19 @@
+"""`python -m rwkvinside.kernels.bench`, the same command as `rwkvinside bench wkv7`; needs torch alone."""
+
+import argparse
+import sys
+
+from rwkvinside.cli import report_errors
+from rwkvinside.kernels import bench
+from rwkvinside.kernels.bench.command import add_arguments, main
+
+
+@report_errors
+def _command(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m rwkvinside.kernels.bench", description=bench.__doc__)
+    add_arguments(parser)
+    return main(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(_command())
