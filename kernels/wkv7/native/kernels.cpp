@@ -464,8 +464,8 @@ struct Kernel {
         }
       }
       alignas(64) float dots[2 * R];
-      Sums<W, std::min(W, 2 * R)>::write(sums, dots);
-      if constexpr (2 * R > W) Sums<W, W>::write(sums + W, dots + W);
+      constexpr int together = std::min(W, 2 * R);
+      for (int i = 0; i < 2 * R; i += together) Sums<W, together>::write(sums + i, dots + i);
       const float *du = dots + R;
       for (int j = 0; j < R; ++j) x.dv[t * P + row + j] = dots[j];
       for (int c = 0; c < P; c += B * W) {
