@@ -6,7 +6,8 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,25 +15,36 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from ..data.batch import Batch
 from ..distill.calibrate import teacher_power
 from ..distill.hybrid import HybridModel, StudentSpec
 from ..distill.steps import AlignStep, DistilStep
 from ..distill.teacher import SeparateTeacher
+from ..modeling.wkv7 import BACKENDS
 
 
-def training_speed(teacher: str | Path, *, rows: int, seq_len: int, repeats: int = 5, seed: int = 0) -> dict:
+def training_speed(
+    teacher: str | Path,
+    *,
+    rows: int,
+    seq_len: int,
+    repeats: int = 5,
+    backends: Sequence[str] = ("auto",),
+    seed: int = 0,
+) -> dict:
     """Tokens per second of one optimiser step (forward, backward, clip, AdamW) in fp32 on the CPU or the first GPU.
 
     Args:
         teacher: local directory or hub id.
         rows, seq_len: the batch, rows x seq_len random tokens, one document a row.
         repeats: steps of each kind; they take turns, so that what else the machine does hits all alike.
+        backends: of the recurrence, see `wkv7`; align and distil are measured with each.
 
     Returns:
-        {"finetune" | "align" | "distil": median tokens/s, "align_ratio", "distil_ratio": relative to fine-tuning,
-        "rows", "seq_len", "device", "threads"}.
+        {"tokens_per_second": {"finetune", "align BACKEND", "distil BACKEND": median}, "rows", "seq_len", "device",
+        "threads"}.
     """
     torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -46,19 +58,18 @@ def training_speed(teacher: str | Path, *, rows: int, seq_len: int, repeats: int
     positions = torch.arange(seq_len).expand(rows, -1)
     batch = Batch(ids, labels, positions, torch.ones_like(ids, dtype=torch.int32), tuple(range(rows))).to(device)
 
-    aligned = HybridModel.from_teacher(load(), StudentSpec()).to(device)
-    power, _ = teacher_power(aligned, [batch])
-    aligned.set_trainable(["mixer"])
-    distilled = HybridModel.from_teacher(load(), StudentSpec()).to(device)
-    distilled.set_trainable(["mixer", "mlp", "norms", "embed", "head"])
-    distilled.release_teacher()
-    align, distil = AlignStep(power), DistilStep(SeparateTeacher(load()))
-
-    kinds = {
-        "finetune": _stepper(plain, lambda: plain(input_ids=batch.input_ids, labels=batch.input_ids).loss),
-        "align": _stepper(aligned, lambda: align(aligned, batch)[0] / batch.num_tokens),
-        "distil": _stepper(distilled, lambda: distil(distilled, batch)[0] / batch.num_targets),
-    }
+    kinds = {"finetune": _stepper(plain, lambda: plain(input_ids=batch.input_ids, labels=batch.input_ids).loss)}
+    for backend in backends:
+        spec = StudentSpec(backend=backend)
+        aligned = HybridModel.from_teacher(load(), spec).to(device)
+        align = AlignStep(teacher_power(aligned, [batch])[0])
+        aligned.set_trainable(["mixer"])
+        distilled = HybridModel.from_teacher(load(), spec).to(device)
+        distilled.set_trainable(["mixer", "mlp", "norms", "embed", "head"])
+        distilled.release_teacher()
+        distil = DistilStep(SeparateTeacher(load()))
+        kinds[f"align {backend}"] = _stepper(aligned, partial(_loss, align, aligned, batch, batch.num_tokens))
+        kinds[f"distil {backend}"] = _stepper(distilled, partial(_loss, distil, distilled, batch, batch.num_targets))
     times: dict[str, list[float]] = {name: [] for name in kinds}
     for repeat in range(repeats + 1):
         for name, step in kinds.items():
@@ -69,9 +80,13 @@ def training_speed(teacher: str | Path, *, rows: int, seq_len: int, repeats: int
             if repeat:  # the first turn warms up
                 times[name].append(time.perf_counter() - start)
     speed = {name: rows * seq_len / statistics.median(values) for name, values in times.items()}
-    ratios = {f"{name}_ratio": speed[name] / speed["finetune"] for name in ("align", "distil")}
     where = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    return speed | ratios | {"rows": rows, "seq_len": seq_len, "device": where, "threads": torch.get_num_threads()}
+    about = {"rows": rows, "seq_len": seq_len, "device": where, "threads": torch.get_num_threads()}
+    return {"tokens_per_second": speed} | about
+
+
+def _loss(step: AlignStep | DistilStep, model: HybridModel, batch: Batch, count: int) -> torch.Tensor:
+    return step(model, batch)[0] / count
 
 
 def _stepper(model: nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
@@ -93,17 +108,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, default=8, help="rows of the batch (default 8)")
     parser.add_argument("--seq-len", type=int, default=512, help="tokens per row (default 512)")
     parser.add_argument("--repeats", type=int, default=5, help="measured steps of each kind (default 5)")
+    parser.add_argument(
+        "--backend", nargs="+", choices=BACKENDS, default=["auto"], help="of the recurrence; several are compared"
+    )
     parser.add_argument("--json", type=Path, help="write the numbers here")
 
 
 def main(args: argparse.Namespace) -> int:
     """Measure, print a table, write JSON."""
-    result = training_speed(args.teacher, rows=args.rows, seq_len=args.seq_len, repeats=args.repeats)
-    table = Table(title=f"one step of {args.rows} x {args.seq_len} tokens, fp32, {result['device']}")
+    disable_progress_bar()  # of transformers: every kind loads the teacher
+    result = training_speed(
+        args.teacher, rows=args.rows, seq_len=args.seq_len, repeats=args.repeats, backends=args.backend
+    )
+    title = f"one step of {args.rows} x {args.seq_len} tokens, fp32, {result['device']}, {result['threads']} threads"
+    table = Table(title=title)
     for column in ("", "tokens/s", "of fine-tuning"):
         table.add_column(column, justify="left" if not column else "right")
-    for name in ("finetune", "align", "distil"):
-        table.add_row(name, f"{result[name]:,.0f}", f"{result[name] / result['finetune']:.2f}")
+    speed = result["tokens_per_second"]
+    for name, value in speed.items():
+        table.add_row(name, f"{value:,.0f}", f"{value / speed['finetune']:.2f}")
     Console().print(table)
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
