@@ -78,7 +78,13 @@ setup(
         "packaging",
     ],
     extras_require={
-        "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12"],
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.12",
+            "triton>=3.6; platform_system == 'Linux'",  # for its interpreter; torch for CUDA brings its own
+            "flash-linear-attention>=0.6",  # its naive recurrence is an outside oracle
+        ],
         "eval": ["lm-eval>=0.4.9,<0.5"],  # benchmarks on exported directories
     },
     entry_points={"console_scripts": ["rwkvinside = rwkvinside.cli:main"]},

@@ -185,8 +185,9 @@ def test_against_flas_naive_recurrence():
     x = inputs(2, 50, 3, 32, torch.float32)
     r, w, k, v, a, b = (t.transpose(1, 2) for t in x[:6])
     y, state = naive.dplr_recurrence(r, k, v, a, b, w, initial_state=x[6].transpose(-1, -2), output_final_state=True)
-    got, final = wkv7(*x[:6], x[6])
-    assert worst([got, final], [y.transpose(1, 2) * 32**0.5, state.transpose(-1, -2)]) < 2e-6
+    for backend in ("auto", "chunked"):
+        got, final = wkv7(*x[:6], x[6], backend=backend)
+        assert worst([got, final], [y.transpose(1, 2) * 32**0.5, state.transpose(-1, -2)]) < 2e-6
 
 
 def test_bf16_inputs_keep_state_and_decay_in_fp32():
