@@ -4,7 +4,7 @@ JOBS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2); [ $$n 
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo test lint
+.PHONY: venv demo test lint bench-gpu
 .DEFAULT_GOAL := venv
 
 venv: $(STAMP)
@@ -23,3 +23,9 @@ test: $(STAMP)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
+
+# All GPU kernels on the first GPU in under eight minutes. Takes the Python that runs it, which needs torch and triton only.
+bench-gpu:
+	rm -rf build/bench && mkdir -p build/bench
+	cp -r rwkvinside build/bench/ && cp -r kernels/wkv7 build/bench/rwkvinside/kernels
+	cd build/bench && $(PYTHON) -m rwkvinside.kernels.bench --suite gpu --json ../../bench-gpu.json $(ARGS)

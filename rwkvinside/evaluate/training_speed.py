@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from ..data.batch import Batch
@@ -26,7 +26,7 @@ from ..modeling.wkv7 import BACKENDS
 
 
 def training_speed(
-    teacher: str | Path,
+    load_teacher: Callable[[], nn.Module],
     *,
     rows: int,
     seq_len: int,
@@ -37,7 +37,7 @@ def training_speed(
     """Tokens per second of one optimiser step (forward, backward, clip, AdamW) in fp32 on the CPU or the first GPU.
 
     Args:
-        teacher: local directory or hub id.
+        load_teacher: makes a new causal language model in fp32, each time with the same weights.
         rows, seq_len: the batch, rows x seq_len random tokens, one document a row.
         repeats: steps of each kind; they take turns, so that what else the machine does hits all alike.
         backends: of the recurrence, see `wkv7`; align and distil are measured with each.
@@ -50,7 +50,7 @@ def training_speed(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def load() -> nn.Module:
-        return AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).to(device)
+        return load_teacher().to(device)
 
     plain = load()
     ids = torch.randint(0, plain.config.vocab_size, (rows, seq_len))
@@ -102,9 +102,34 @@ def _stepper(model: nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[],
     return step
 
 
+def random_teacher(layers: int, heads: int, head_size: int, seed: int = 0) -> nn.Module:
+    """A Qwen3 of this shape with random weights in fp32: half as many key/value heads, feed-forward three times as wide
+    as the residual stream, 4096 tokens."""
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 2),
+        head_dim=head_size,
+        hidden_size=heads * head_size,
+        intermediate_size=3 * heads * head_size,
+        vocab_size=4096,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    sizes = tuple(int(part) for part in text.split(",") if part.isdecimal())
+    if len(sizes) != 3 or not all(sizes) or text.count(",") != 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not LAYERS,HEADS,HEAD_SIZE, as in 8,8,64")
+    return sizes
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `rwkvinside bench training`."""
-    parser.add_argument("--teacher", required=True, help="local directory or hub id")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--teacher", help="local directory or hub id")
+    source.add_argument("--random", type=_shape, metavar="LAYERS,HEADS,HEAD_SIZE", help="a teacher of random weights")
     parser.add_argument("--rows", type=int, default=8, help="rows of the batch (default 8)")
     parser.add_argument("--seq-len", type=int, default=512, help="tokens per row (default 512)")
     parser.add_argument("--repeats", type=int, default=5, help="measured steps of each kind (default 5)")
@@ -117,9 +142,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Measure, print a table, write JSON."""
     disable_progress_bar()  # of transformers: every kind loads the teacher
-    result = training_speed(
-        args.teacher, rows=args.rows, seq_len=args.seq_len, repeats=args.repeats, backends=args.backend
+    load = (
+        partial(random_teacher, *args.random)
+        if args.random
+        else partial(AutoModelForCausalLM.from_pretrained, args.teacher, dtype=torch.float32)
     )
+    result = training_speed(load, rows=args.rows, seq_len=args.seq_len, repeats=args.repeats, backends=args.backend)
     title = f"one step of {args.rows} x {args.seq_len} tokens, fp32, {result['device']}, {result['threads']} threads"
     table = Table(title=title)
     for column in ("", "tokens/s", "of fine-tuning"):

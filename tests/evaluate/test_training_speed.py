@@ -1,24 +1,36 @@
-"""The training benchmark runs on a saved teacher, with every backend that is asked for."""
+"""The training benchmark, with every backend that is asked for."""
 
-import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+import json
 
-from rwkvinside.evaluate.training_speed import training_speed
+import pytest
+
+from rwkvinside.cli import main
 
 
 def test_measures_all_kinds_with_every_backend(tmp_path):
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        intermediate_size=32,
-        vocab_size=40,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(tmp_path)
-    result = training_speed(tmp_path, rows=2, seq_len=32, repeats=2, backends=("chunked", "reference"))
+    asked = [
+        "--random",
+        "2,2,16",
+        "--rows",
+        "2",
+        "--seq-len",
+        "32",
+        "--repeats",
+        "2",
+        "--backend",
+        "chunked",
+        "reference",
+    ]
+    assert main(["bench", "training", *asked, "--json", str(tmp_path / "speed.json")]) == 0
+    result = json.loads((tmp_path / "speed.json").read_text())
     speed = result["tokens_per_second"]
     names = ["finetune", "align chunked", "distil chunked", "align reference", "distil reference"]
     assert list(speed) == names and min(speed.values()) > 0
+    assert (result["rows"], result["seq_len"]) == (2, 32)
+
+
+@pytest.mark.parametrize("shape", ["8", "8,8", "8,8,64,1", "8,x,64", "8,0,64"])
+def test_a_shape_that_is_none(shape, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", "training", "--random", shape])
+    assert stopped.value.code == 2 and "as in 8,8,64" in capsys.readouterr().err
