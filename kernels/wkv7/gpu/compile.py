@@ -1,0 +1,249 @@
+"""Compile every shipped configuration for GPUs that need not be there, and compare with a baseline.
+
+    python -m rwkvinside.kernels.gpu.compile                      a table: registers, spills, shared memory, MMAs
+    python -m rwkvinside.kernels.gpu.compile --check baseline.json
+    python -m rwkvinside.kernels.gpu.compile --write baseline.json
+    python -m rwkvinside.kernels.gpu.compile --only sm_90/64      only names that begin so
+
+The launches are those that the ops plan, on meta tensors; Triton specialises and compiles them as for a real call, with
+the ptxas that its wheel ships, and past its cache. What this finds: type errors that the interpreter accepts, spilled
+registers, shared memory that does not fit. It runs nothing, so neither results nor times. A baseline holds for the
+Triton that it was written with; another one's register allocation differs, there only the limits count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from rwkvinside.kernels.gpu.decode import plan_step
+from rwkvinside.kernels.gpu.launch import Launch
+from rwkvinside.kernels.gpu.op import NARROW, plan_backward, plan_forward
+from rwkvinside.kernels.gpu.table import PRECISIONS
+
+DESCRIPTION = "Compile every shipped configuration for GPUs that need not be there, and compare with a baseline."
+ARCHITECTURES = (80, 90)
+HEAD_SIZES = (64, 128, 256)
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes per block (CUDA C++ programming guide, compute capabilities)
+SPILL_LIMIT = 512  # bytes of spill stores and loads together; a few spilled registers cost nothing measurable
+# Differences from the baseline that are let pass. Another Triton makes larger ones, see `main`.
+TOLERANCE = {"registers": 8, "spill": 128, "shared": 1024, "mma": 0}
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one compiled kernel needs: registers per thread, bytes of spill stores and loads per thread, bytes of shared
+    memory per block, and how many matrix instructions its code has."""
+
+    registers: int
+    spill: int
+    shared: int
+    mma: int
+
+
+class _AbsentGPU:
+    """The part of a Triton driver that compiling asks for."""
+
+    architecture = 0
+
+    def get_current_device(self) -> int:
+        return self.architecture  # Triton keeps compiled kernels apart by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, 32)
+
+
+def _usage(log: str, kernel) -> Usage:
+    registers = re.search(r"Used (\d+) registers", log)
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
+    if not registers or not spills:
+        raise RuntimeError(f"ptxas printed something else than expected about {kernel.name}:\n{log}")
+    mma = len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async)", kernel.asm["ptx"]))
+    return Usage(int(registers[1]), sum(map(int, spills)), kernel.metadata.shared, mma)
+
+
+def shipped() -> Iterator[tuple[str, int, Launch]]:
+    """Every launch that a configuration of the table can lead to, as (name, architecture, launch)."""
+    for architecture in ARCHITECTURES:
+        capability = divmod(architecture, 10)
+        for size in HEAD_SIZES:
+            for mode in PRECISIONS if size == 64 else PRECISIONS[1:]:
+                prefix = f"sm_{architecture}/{size}/{mode}"
+                yield from _named(prefix, architecture, plan_training(size, mode, capability))
+            prefix = f"sm_{architecture}/{size}"
+            yield from _named(prefix, architecture, plan_decoding(size, capability))
+        # Arguments that change the code but hardly what it needs: one mode and head size stand for all.
+        yield from _named(f"sm_{architecture}/64/packed", architecture, plan_packed(64, "balanced", capability))
+
+
+def _named(prefix: str, architecture: int, launches: list[Launch]) -> Iterator[tuple[str, int, Launch]]:
+    for launch in launches:
+        name = launch.kernel.__name__.strip("_")
+        if "AFFINE" in launch.constants:
+            name += f"_affine_{launch.constants['BV']}" if launch.constants["AFFINE"] else f"_{launch.constants['BV']}"
+        yield f"{prefix}/{name}", architecture, launch
+
+
+def _tokens(heads: int, size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(1, 4096, heads, size, dtype=dtype, device="meta")
+
+
+def plan_training(size: int, mode: str, capability: tuple[int, int]) -> list[Launch]:
+    """Forward and backward, both as they run on a full GPU and with the segments and narrow blocks of a small batch."""
+    x = _tokens(32, size, torch.float32 if mode == "fp32" else torch.bfloat16)
+    inputs = (x, x.float(), x, x, x, x)
+    launches = []
+    for split in ({}, {"block_v": NARROW, "segments": 2}):
+        how = {"precision": mode, "capability": capability, **split}
+        forward, (_, _, starts, rows) = plan_forward(*inputs, **how)
+        backward, _ = plan_backward(*inputs, None, None, starts, rows, x, None, **how)
+        launches += forward[1:] + backward  # the backward begins with a `prepare` that stores more than the forward's
+    return launches
+
+
+def plan_packed(size: int, mode: str, capability: tuple[int, int]) -> list[Launch]:
+    """Inference with several sequences in a row, masked tokens and shared heads."""
+    x, shared = _tokens(32, size), _tokens(8, size)
+    mask = torch.empty(x.shape[:2], dtype=torch.bool, device="meta")
+    bounds = torch.empty(5, dtype=torch.int32, device="meta")
+    state = torch.empty(4, 32, size, size, device="meta")
+    inputs = (x, x.float(), shared, shared, shared, shared)
+    how = {"precision": mode, "capability": capability}
+    return plan_forward(*inputs, state, mask, bounds, save=False, **how)[0]
+
+
+def plan_decoding(size: int, capability: tuple[int, int]) -> list[Launch]:
+    """One token for a batch with shared heads and masked rows."""
+    x, shared = (torch.empty(8, heads, size, dtype=torch.bfloat16, device="meta") for heads in (32, 8))
+    state = torch.empty(8, 32, size, size, device="meta")
+    mask = torch.empty(8, dtype=torch.bool, device="meta")
+    return plan_step(x, x.float(), shared, shared, shared, shared, state, mask, capability=capability)[0]
+
+
+def survey(only: str = "") -> dict[str, Usage]:
+    """Compile what `shipped` yields and whose name begins with `only`; prints a line for each.
+
+    Triton is set up for GPUs that are absent and stays so: the process cannot launch kernels afterwards.
+    """
+    knobs = triton.knobs
+    if knobs.runtime.interpret:
+        raise RuntimeError("nothing is compiled under Triton's interpreter: unset TRITON_INTERPRET")
+    gpu = _AbsentGPU()
+    triton.runtime.driver.set_active(gpu)
+    knobs.compilation.always_compile = True
+    knobs.nvidia.dump_ptxas_log = True
+    found: dict[str, Usage] = {}
+    compiled: dict[str, Usage] = {}  # modes share kernels, which Triton then compiles only once
+    with tempfile.TemporaryDirectory() as knobs.cache.dir:
+        for name, architecture, launch in shipped():
+            if not name.startswith(only) or name in found:  # a repeated launch
+                continue
+            gpu.architecture = architecture
+            log = io.StringIO()
+            with contextlib.redirect_stdout(log):
+                kernel = launch.kernel.run(
+                    grid=launch.grid,
+                    warmup=True,
+                    **launch.args,
+                    **launch.constants,
+                    num_warps=launch.num_warps,
+                    num_stages=launch.num_stages,
+                )
+            if kernel.hash not in compiled:
+                compiled[kernel.hash] = _usage(log.getvalue(), kernel)
+            found[name] = compiled[kernel.hash]
+            print(f"{name:44} {_words(found[name])}", flush=True)
+    return found
+
+
+def problems(found: dict[str, Usage]) -> list[str]:
+    """One line for each kernel that no GPU should run: spills, ptxas' fallback to 32 registers, too much memory."""
+    lines = []
+    for name, usage in found.items():
+        limit = SHARED_LIMIT[int(re.match(r"sm_(\d+)/", name)[1])]
+        if usage.spill > SPILL_LIMIT:
+            lines.append(f"{name}: spills {usage.spill} bytes, the limit is {SPILL_LIMIT}")
+        if usage.registers <= 32 and usage.spill:
+            lines.append(f"{name}: ptxas fell back to {usage.registers} registers, spilling {usage.spill} bytes")
+        if usage.shared > limit:
+            lines.append(f"{name}: {usage.shared} bytes of shared memory per block, the architecture has {limit}")
+    return lines
+
+
+def differences(found: dict[str, Usage], baseline: dict[str, Usage]) -> list[str]:
+    """One line for each kernel that is new, gone, or away from the baseline by more than `TOLERANCE`."""
+    lines = [f"{name}: in the baseline, no longer compiled" for name in baseline.keys() - found.keys()]
+    for name, usage in found.items():
+        if name not in baseline:
+            lines.append(f"{name}: not in the baseline")
+        elif any(abs(getattr(usage, key) - getattr(baseline[name], key)) > TOLERANCE[key] for key in TOLERANCE):
+            lines.append(f"{name}: {_words(usage)}; the baseline has {_words(baseline[name])}")
+    return sorted(lines)
+
+
+def _words(usage: Usage) -> str:
+    return (
+        f"{usage.registers:3} registers, {usage.spill:5} B spilled, {usage.shared / 1024:5.1f} KiB shared, "
+        f"{usage.mma:4} MMAs"
+    )
+
+
+def read_baseline(path: Path) -> tuple[str, dict[str, Usage]]:
+    """Triton's version at the time, and usages by name."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return content["triton"], {name: Usage(**usage) for name, usage in content["kernels"].items()}
+
+
+def write_baseline(path: Path, found: dict[str, Usage]) -> None:
+    kernels = ",\n".join(f"    {json.dumps(name)}: {json.dumps(asdict(usage))}" for name, usage in found.items())
+    text = f'{{\n  "triton": "{triton.__version__}",\n  "kernels": {{\n{kernels}\n  }}\n}}\n'
+    path.write_text(text, encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status 0: fine; 1: a limit is broken or the baseline differs; 2: it cannot run as asked."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rwkvinside.kernels.gpu.compile", description=__doc__.split("\n")[0]
+    )
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--check", type=Path, metavar="BASELINE", help="fail on a difference from this file")
+    action.add_argument("--write", type=Path, metavar="BASELINE", help="write this file")
+    parser.add_argument("--only", default="", metavar="PREFIX", help="names to compile, e.g. sm_90/64/balanced")
+    args = parser.parse_args(arguments)
+    if args.write and args.only:
+        parser.error("--write needs every kernel: leave out --only")
+    try:
+        version, baseline = read_baseline(args.check) if args.check else ("", {})
+        found = survey(args.only)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        print(f"cannot check the kernels: {error}", file=sys.stderr)
+        return 2
+    lines = problems(found)
+    if args.check and version == triton.__version__:
+        lines += differences(found, {name: usage for name, usage in baseline.items() if name.startswith(args.only)})
+    elif args.check:
+        print(f"the baseline is of Triton {version}, this is {triton.__version__}: only limits are checked")
+    for line in lines:
+        print(line, file=sys.stderr)
+    if args.write and not lines:
+        write_baseline(args.write, found)
+    return 1 if lines else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

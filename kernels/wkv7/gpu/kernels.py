@@ -1,0 +1,519 @@
+"""The Triton kernels of WKV-7 training: `prepare`, `scan_forward`, `scan_backward`, `gradient`, `advance`.
+
+They only compute; which of them run, in which order and on which buffers is `op.py`'s business. docs/wkv7.md has the
+derivation. For one chunk of L tokens and one head, with S the state before the chunk, C the decay of the whole chunk,
+c_t the decay from the middle of the chunk to the end of token t, e and g the decays from its start to its middle and
+from its middle to its end (rows are tokens, products with decays are elementwise):
+
+    A = a c_{t-1}   R = r c_t   K = k / c_t   B = b / c_t           X = (I - tril(A B', -1))^-1
+    RX = tril(R B') X   T = X tril(A K', -1)   Z = tril(R K') + RX tril(A K', -1)
+    W = X A e   Q = (R + RX A) e   Bg = B g   Kp = (K + T' B) g
+    forward     y = Q S' + Z V           U = W S' + T V                 S <- S C + (W S')' Bg + V' Kp
+    backward    P = X' E + RX' dY        dV = Z' dY + Kp D'             D <- D C + E' W + dY' Q     with E = Bg D'
+
+where D is the gradient of the state after the chunk, U holds the rows that `b` writes into the state and P is the
+gradient of U. Nothing but U, P, S and D couples the columns of r, w, k, a, b, so `gradient` works on any block of them.
+The recurrence over chunks touches only precomputed tiles; cancellation (repeated keys) stays inside `prepare`, which
+computes in more than bf16.
+
+Token tensors are (batch, token, head, column) with any strides and contiguous columns. Chunk buffers are (chunk, head,
+row, column), contiguous, padded with zeros to K columns. `D` is the head size, `K` that size padded to a power of two.
+
+Loops with several products are unrolled (`tl.static_range`): in the body of a real loop Triton lays all products that
+share an operand out alike, and the [L, L] ones make it compute the others several times over.
+
+Triton's interpreter multiplies the bit patterns of bf16 operands and truncates when it casts to bf16: there (and only
+there) operands are rounded by integer arithmetic and multiplied as fp32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+LOG2_E = tl.constexpr(1.4426950408889634)
+# Plain numbers that change from call to call: no specialised variant of a kernel for each
+RUNTIME = ["T", "mask_b"]
+
+
+@triton.jit
+def _round_to_bf16(x):
+    """fp32 rounded to the nearest bf16 (ties to even), still fp32."""
+    bits = x.to(tl.uint32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _operand(x, MODE: tl.constexpr):
+    """x as a product of this mode reads it."""
+    if MODE == "bf16":
+        if INTERPRETED:
+            return _round_to_bf16(x.to(tl.float32))
+        else:
+            return x.to(tl.bfloat16)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def _dot(x, y, MODE: tl.constexpr):
+    """Matrix product with fp32 accumulation; MODE is "bf16", or "bf16x3" or "bf16x6": so many products of bf16 parts
+    (Triton's fp32 products without tensor cores spill kilobytes of registers here)."""
+    PRECISION: tl.constexpr = "ieee" if MODE == "bf16" or INTERPRETED else MODE
+    return tl.dot(_operand(x, MODE), _operand(y, MODE), input_precision=PRECISION)
+
+
+@triton.jit
+def _store(pointers, value, mask=None):
+    if INTERPRETED and pointers.dtype.element_ty == tl.bfloat16:
+        value = _round_to_bf16(value.to(tl.float32))
+    tl.store(pointers, value.to(pointers.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _sums(w, L: tl.constexpr):
+    """Of rows w: sums from the middle of the chunk through each row, of the first half, and of the second half."""
+    first_half = (tl.arange(0, L) < L // 2)[:, None]
+    middle = tl.sum(tl.where(first_half, w, 0.0), axis=0)
+    end = tl.sum(tl.where(first_half, 0.0, w), axis=0)
+    return tl.cumsum(w, axis=0) - middle[None, :], middle, end
+
+
+@triton.jit
+def _exp2(coarse, fine):
+    """2^(coarse + fine) for a small `fine`, without rounding the sum to the precision of `coarse`."""
+    whole = tl.floor(coarse)
+    return tl.exp2(whole) * tl.exp2((coarse - whole) + fine)
+
+
+@triton.jit
+def _decays(w, L: tl.constexpr, MODE: tl.constexpr):
+    """From log decays [L, columns]: the decay from the middle of the chunk to the end of each token, its inverse, the
+    one to the start of each token, and per column the ones from the start to the middle and from the middle to the end.
+
+    Exponents are taken from the middle because that halves their range: log decays of -5 fit fp32 with L = 32. Rounded
+    to fp32 they would still cost up to 1e-5. Where products have fp32 precision, multiples of 2^-12, whose sums are
+    exact, and the rest are therefore summed apart.
+    """
+    w = w * LOG2_E
+    if MODE == "bf16x6":
+        coarse = tl.floor(w * 4096.0 + 0.5) * (1.0 / 4096.0)
+        fine = w - coarse
+        c, middle, end = _sums(coarse, L)
+        c_fine, middle_fine, end_fine = _sums(fine, L)
+        p = _exp2(c, c_fine)
+        inverse = _exp2(-c, -c_fine)
+        before = _exp2(c - coarse, c_fine - fine)
+        return p, inverse, before, _exp2(middle, middle_fine), _exp2(end, end_fine)
+    else:
+        c, middle, end = _sums(w, L)
+        return tl.exp2(c), tl.exp2(-c), tl.exp2(c - w), tl.exp2(middle), tl.exp2(end)
+
+
+@triton.jit
+def _inverse(A, L: tl.constexpr, MODE: tl.constexpr):
+    """(I - A)^-1 for a strictly lower triangular A by block substitution: blocks of 1, 2, 4, ... rows are merged, [[X,
+    0], [Y M X, Y]] being the inverse of two neighbours X and Y with M between them. Unlike a product of powers of A
+    nothing in it outgrows the inverse, so repeated keys are harmless."""
+    i = tl.arange(0, L)[:, None]
+    j = tl.arange(0, L)[None, :]
+    X = tl.where(i == j, 1.0, tl.where(i // 2 == j // 2, A, 0.0))
+    for level in tl.static_range(1, 5):
+        if (1 << level) < L:
+            between = (i // (2 << level) == j // (2 << level)) & (i // (1 << level) != j // (1 << level))
+            X += _dot(_dot(X, tl.where(between, A, 0.0), MODE), X, MODE)
+    return X
+
+
+@triton.jit
+def _chunk(index, chunks_, T, L: tl.constexpr):
+    """(batch row, first token, end of the sequence) of a chunk."""
+    if chunks_ is None:
+        count = tl.cdiv(T, L)
+        return index // count, (index % count) * L, T + index * 0
+    else:
+        return index * 0, tl.load(chunks_ + 2 * index), tl.load(chunks_ + 2 * index + 1)
+
+
+@triton.jit
+def _real(mask_, mask_b, batch, t, end):
+    """Which of the tokens t belong to the sequence and are not masked."""
+    real = t < end
+    if mask_ is not None:
+        real = real & (tl.load(mask_ + batch * mask_b + t, mask=real, other=0) != 0)
+    return real
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def prepare(
+    r_, r_b, r_t, r_h,
+    w_, w_b, w_t, w_h,
+    k_, k_b, k_t, k_h, k_group,
+    a_, a_b, a_t, a_h, a_group,
+    b_, b_b, b_t, b_h, b_group,
+    mask_, mask_b, chunks_,
+    Q_, W_, Kp_, Bg_, Z_, C_, T_, X_, RX_,
+    T, H,
+    D: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, L: tl.constexpr,
+    LOCAL: tl.constexpr, SQUARE: tl.constexpr,
+):  # fmt: skip
+    """What a chunk needs apart from v and the state; grid (chunks, heads). T_ is for the scan of a forward that will
+    be differentiated, X_ and RX_ for the backward scan; each may be None."""
+    chunk = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    batch, start, end = _chunk(chunk, chunks_, T, L)
+    if start >= end:  # one of the chunks too many of packed sequences
+        return
+    i = tl.arange(0, L)
+    t = start + i
+    real = _real(mask_, mask_b, batch, t, end)
+    r_ += batch * r_b + head * r_h
+    w_ += batch * w_b + head * w_h
+    k_ += batch * k_b + (head // k_group) * k_h
+    a_ += batch * a_b + (head // a_group) * a_h
+    b_ += batch * b_b + (head // b_group) * b_h
+    lower = i[:, None] > i[None, :]
+    lower_or_equal = i[:, None] >= i[None, :]
+
+    AB = tl.zeros((L, L), tl.float32)
+    AK = tl.zeros((L, L), tl.float32)
+    RB = tl.zeros((L, L), tl.float32)
+    RK = tl.zeros((L, L), tl.float32)
+    for k0 in tl.static_range(0, K, BK):
+        j = k0 + tl.arange(0, BK)
+        m = real[:, None] & (j < D)[None, :]
+        w = tl.load(w_ + t[:, None] * w_t + j[None, :], mask=m, other=0.0).to(tl.float32)
+        p, inverse, before, _, _ = _decays(w, L, LOCAL)
+        Rt = tl.load(r_ + t[:, None] * r_t + j[None, :], mask=m, other=0.0).to(tl.float32) * p
+        At = tl.load(a_ + t[:, None] * a_t + j[None, :], mask=m, other=0.0).to(tl.float32) * before
+        Kt = tl.trans(tl.load(k_ + t[:, None] * k_t + j[None, :], mask=m, other=0.0).to(tl.float32) * inverse)
+        Bt = tl.trans(tl.load(b_ + t[:, None] * b_t + j[None, :], mask=m, other=0.0).to(tl.float32) * inverse)
+        AB += _dot(At, Bt, LOCAL)
+        AK += _dot(At, Kt, LOCAL)
+        RB += _dot(Rt, Bt, LOCAL)
+        RK += _dot(Rt, Kt, LOCAL)
+    X = _inverse(tl.where(lower, AB, 0.0), L, SQUARE)
+    AK = tl.where(lower, AK, 0.0)
+    RX = _dot(tl.where(lower_or_equal, RB, 0.0), X, SQUARE)
+    Tm = _dot(X, AK, SQUARE)
+    Z = tl.where(lower_or_equal, RK + _dot(RX, AK, SQUARE), 0.0)
+    row = (chunk * H + head) * L + i
+    square = row[:, None] * L + i[None, :]
+    _store(Z_ + square, Z)
+    if T_ is not None:
+        _store(T_ + square, Tm)
+    if X_ is not None:
+        _store(X_ + square, X)
+        _store(RX_ + square, RX)
+    Tt = tl.trans(Tm)
+    for k0 in tl.static_range(0, K, BK):
+        j = k0 + tl.arange(0, BK)
+        m = real[:, None] & (j < D)[None, :]
+        w = tl.load(w_ + t[:, None] * w_t + j[None, :], mask=m, other=0.0).to(tl.float32)
+        p, inverse, before, e, g = _decays(w, L, LOCAL)
+        At = tl.load(a_ + t[:, None] * a_t + j[None, :], mask=m, other=0.0).to(tl.float32) * before
+        tile = row[:, None] * K + j[None, :]
+        _store(W_ + tile, _dot(X, At, LOCAL) * e[None, :])
+        Rt = tl.load(r_ + t[:, None] * r_t + j[None, :], mask=m, other=0.0).to(tl.float32) * p
+        _store(Q_ + tile, (Rt + _dot(RX, At, LOCAL)) * e[None, :])
+        Bt = tl.load(b_ + t[:, None] * b_t + j[None, :], mask=m, other=0.0).to(tl.float32) * inverse
+        _store(Bg_ + tile, Bt * g[None, :])
+        Kt = tl.load(k_ + t[:, None] * k_t + j[None, :], mask=m, other=0.0).to(tl.float32) * inverse
+        _store(Kp_ + tile, (Kt + _dot(Tt, Bt, LOCAL)) * g[None, :])
+        tl.store(C_ + (chunk * H + head) * K + j, e * g)
+
+
+@triton.jit
+def _span(span, cu_, first_, T, SEGMENTS, L: tl.constexpr):
+    """(batch row, first token, end of the sequence, first chunk, number of chunks) of what one program scans: a
+    sequence, or one of the segments of one."""
+    if cu_ is None:
+        total = tl.cdiv(T, L)
+        per = tl.cdiv(total, SEGMENTS)
+        batch = span // SEGMENTS
+        first = tl.minimum((span % SEGMENTS) * per, total)
+        count = tl.minimum(first + per, total) - first
+        return batch, first * L, T + span * 0, batch * total + first, count.to(tl.int32)
+    else:
+        start = tl.load(cu_ + span).to(tl.int64)
+        end = tl.load(cu_ + span + 1).to(tl.int64)
+        return span * 0, start, end, tl.load(first_ + span), tl.cdiv(end - start, L).to(tl.int32)
+
+
+@triton.jit
+def _initial(initial_, rows, j, identity, D: tl.constexpr):
+    """The state a scan starts from: what the pointer holds; else zero, or the identity where `identity` is true."""
+    inside = (rows < D)[:, None] & (j < D)[None, :]
+    if initial_ is not None:
+        return tl.load(initial_ + rows[:, None] * D + j[None, :], mask=inside, other=0.0).to(tl.float32)
+    else:
+        return tl.where(inside & (rows[:, None] == j[None, :]) & identity, 1.0, 0.0)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def scan_forward(
+    v_, v_b, v_t, v_h, v_group,
+    mask_, mask_b, cu_, first_,
+    Q_, W_, Kp_, Bg_, Z_, C_, T_,
+    initial_, y_, starts_, U_, final_,
+    T, H, SEGMENTS,
+    D: tl.constexpr, K: tl.constexpr, BV: tl.constexpr, L: tl.constexpr,
+    STATE: tl.constexpr, AFFINE: tl.constexpr,
+):  # fmt: skip
+    """Carry BV rows of the state over the chunks of a span; grid (spans * heads * blocks of rows). Rows never meet, so
+    splitting them needs no communication.
+
+    With AFFINE, instead of outputs, the map S -> S M + N of the whole span: `final_` holds N and then M, and there are
+    twice as many blocks of rows. Else y_ is written, and for a later backward the state before each chunk (starts_)
+    and U_, unless they are None.
+    """
+    BLOCKS: tl.constexpr = K // BV
+    PARTS: tl.constexpr = 2 if AFFINE else 1
+    program = tl.program_id(0).to(tl.int64)
+    block = program % BLOCKS
+    identity = (program // BLOCKS) % PARTS == 1
+    part = program // BLOCKS
+    head = (part // PARTS) % H
+    span = part // PARTS // H
+    batch, start, end, chunk, count = _span(span, cu_, first_, T, SEGMENTS, L)
+    i = tl.arange(0, L)
+    j = tl.arange(0, K)
+    rows = block * BV + tl.arange(0, BV)
+    # (a pointer of a state is advanced by span and head here, by row and column where it is used)
+    if initial_ is not None:
+        initial_ += part * D * D
+    S = _initial(initial_, rows, j, identity, D)
+    v_ += batch * v_b + (head // v_group) * v_h
+    for n in range(0, count):
+        t = start + n * L + i
+        real = _real(mask_, mask_b, batch, t, end)
+        base = (chunk + n) * H + head
+        tile = (base * L + i)[:, None] * K + j[None, :]
+        square = (base * L + i)[:, None] * L + i[None, :]
+        takes = (rows < D)[:, None] & real[None, :]
+        if AFFINE:
+            takes = takes & (identity == 0)
+        v = tl.load(v_ + rows[:, None] + t[None, :] * v_t, mask=takes, other=0.0)  # [BV, L]
+        state = _operand(S, STATE)
+        removed = _dot(state, tl.trans(tl.load(W_ + tile)), STATE)  # [BV, L]
+        if not AFFINE:
+            y = _dot(state, tl.trans(tl.load(Q_ + tile)), STATE) + _dot(v, tl.trans(tl.load(Z_ + square)), STATE)
+            inside = (rows < D)[:, None] & (t < end)[None, :]
+            out = ((batch * T + t) * H + head)[None, :] * D + rows[:, None]
+            _store(y_ + out, tl.where(real[None, :], y, 0.0), mask=inside)
+        if starts_ is not None:
+            _store(starts_ + base * K * K + rows[:, None] * K + j[None, :], S)
+            U = removed + _dot(v, tl.trans(tl.load(T_ + square)), STATE)
+            _store(U_ + (base * L + i)[None, :] * K + rows[:, None], U)
+        decay = tl.load(C_ + base * K + j)
+        S = S * decay[None, :]
+        S += _dot(removed, tl.load(Bg_ + tile), STATE) + _dot(v, tl.load(Kp_ + tile), STATE)
+    inside = (rows < D)[:, None] & (j < D)[None, :]
+    if not AFFINE:
+        inside = inside & (span % SEGMENTS == SEGMENTS - 1)
+        part = span // SEGMENTS * H + head
+    tl.store(final_ + part * D * D + rows[:, None] * D + j[None, :], S, mask=inside)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def scan_backward(
+    dy_, dy_b, dy_t, dy_h,
+    mask_, mask_b, cu_, first_,
+    Q_, W_, Kp_, Bg_, Z_, C_, X_, RX_,
+    dfinal_, ends_, P_, dv_, dinitial_,
+    T, H, SEGMENTS,
+    D: tl.constexpr, K: tl.constexpr, BV: tl.constexpr, L: tl.constexpr,
+    STATE: tl.constexpr, AFFINE: tl.constexpr,
+):  # fmt: skip
+    """Carry BV rows of the gradient of the state back over the chunks of a span; grid and AFFINE as in `scan_forward`.
+
+    Writes that gradient after each chunk (ends_), P_, and dv_ (batch, token, head, column), contiguous.
+    """
+    BLOCKS: tl.constexpr = K // BV
+    PARTS: tl.constexpr = 2 if AFFINE else 1
+    program = tl.program_id(0).to(tl.int64)
+    block = program % BLOCKS
+    identity = (program // BLOCKS) % PARTS == 1
+    part = program // BLOCKS
+    head = (part // PARTS) % H
+    span = part // PARTS // H
+    batch, start, end, chunk, count = _span(span, cu_, first_, T, SEGMENTS, L)
+    i = tl.arange(0, L)
+    j = tl.arange(0, K)
+    rows = block * BV + tl.arange(0, BV)
+    if dfinal_ is not None:
+        dfinal_ += part * D * D
+    dS = _initial(dfinal_, rows, j, identity, D)
+    dy_ += batch * dy_b + head * dy_h
+    for step in range(0, count):
+        n = count - 1 - step
+        t = start + n * L + i
+        real = _real(mask_, mask_b, batch, t, end)
+        base = (chunk + n) * H + head
+        tile = (base * L + i)[:, None] * K + j[None, :]
+        square = (base * L + i)[:, None] * L + i[None, :]
+        takes = (rows < D)[:, None] & real[None, :]
+        if AFFINE:
+            takes = takes & (identity == 0)
+        dy = tl.load(dy_ + rows[:, None] + t[None, :] * dy_t, mask=takes, other=0.0)  # [BV, L]
+        state = _operand(dS, STATE)
+        E = _dot(state, tl.trans(tl.load(Bg_ + tile)), STATE)  # [BV, L]
+        if not AFFINE:
+            _store(ends_ + base * K * K + rows[:, None] * K + j[None, :], dS)
+            P = _dot(E, tl.load(X_ + square), STATE) + _dot(dy, tl.load(RX_ + square), STATE)
+            _store(P_ + (base * L + i)[None, :] * K + rows[:, None], P)
+            dv = _dot(state, tl.trans(tl.load(Kp_ + tile)), STATE) + _dot(dy, tl.load(Z_ + square), STATE)
+            inside = (rows < D)[:, None] & (t < end)[None, :]
+            out = ((batch * T + t) * H + head)[None, :] * D + rows[:, None]
+            _store(dv_ + out, tl.where(real[None, :], dv, 0.0), mask=inside)
+        decay = tl.load(C_ + base * K + j)
+        dS = dS * decay[None, :]
+        dS += _dot(E, tl.load(W_ + tile), STATE) + _dot(dy, tl.load(Q_ + tile), STATE)
+    inside = (rows < D)[:, None] & (j < D)[None, :]
+    if not AFFINE:
+        inside = inside & (span % SEGMENTS == 0)
+        part = span // SEGMENTS * H + head
+    tl.store(dinitial_ + part * D * D + rows[:, None] * D + j[None, :], dS, mask=inside)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def gradient(
+    r_, r_b, r_t, r_h,
+    w_, w_b, w_t, w_h,
+    k_, k_b, k_t, k_h, k_group,
+    v_, v_b, v_t, v_h, v_group,
+    a_, a_b, a_t, a_h, a_group,
+    b_, b_b, b_t, b_h, b_group,
+    dy_, dy_b, dy_t, dy_h,
+    mask_, mask_b, chunks_,
+    starts_, U_, ends_, P_,
+    dr_, dw_, dk_, da_, db_,
+    T, H,
+    D: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, L: tl.constexpr,
+    STATE: tl.constexpr, FINAL: tl.constexpr,
+):  # fmt: skip
+    """Gradients of BK columns of r, w, k, a, b in one chunk; grid (chunks * blocks of columns, heads). Outputs are
+    (batch, token, head, column), contiguous.
+
+    The gradient of a decay is a difference of sums over pairs of tokens that cancel almost wholly where decays are
+    strong. The sums within the chunk are therefore taken over the very operands that the products have read, rounded
+    as they were: pairs then cancel exactly, and the error stays as small as that of the other gradients.
+    """
+    BLOCKS: tl.constexpr = K // BK
+    program = tl.program_id(0).to(tl.int64)
+    chunk = program // BLOCKS
+    head = tl.program_id(1).to(tl.int64)
+    batch, start, end = _chunk(chunk, chunks_, T, L)
+    if start >= end:  # one of the chunks too many of packed sequences
+        return
+    i = tl.arange(0, L)
+    j = (program % BLOCKS) * BK + tl.arange(0, BK)
+    t = start + i
+    real = _real(mask_, mask_b, batch, t, end)
+    base = chunk * H + head
+    v_ += batch * v_b + (head // v_group) * v_h
+    dy_ += batch * dy_b + head * dy_h
+
+    dRK = tl.zeros((L, L), tl.float32)
+    dRB = tl.zeros((L, L), tl.float32)
+    dAK = tl.zeros((L, L), tl.float32)
+    dAB = tl.zeros((L, L), tl.float32)
+    dR = tl.zeros((L, BK), tl.float32)  # the parts of the gradients that come through the state
+    dA = tl.zeros((L, BK), tl.float32)
+    dK = tl.zeros((L, BK), tl.float32)
+    dB = tl.zeros((L, BK), tl.float32)
+    carried = tl.zeros((BK,), tl.float32)
+    for v0 in tl.static_range(0, K, BV):
+        rows = v0 + tl.arange(0, BV)
+        takes = real[:, None] & (rows < D)[None, :]
+        tile = (base * L + i)[:, None] * K + rows[None, :]
+        square = base * K * K + rows[:, None] * K + j[None, :]
+        dy = tl.load(dy_ + t[:, None] * dy_t + rows[None, :], mask=takes, other=0.0)
+        P = tl.load(P_ + tile)
+        S = tl.load(starts_ + square)
+        dR += _dot(dy, S, STATE)
+        dA += _dot(P, S, STATE)
+        v = tl.load(v_ + t[:, None] * v_t + rows[None, :], mask=takes, other=0.0)
+        U = tl.load(U_ + tile)
+        dS = tl.load(ends_ + square)
+        dK += _dot(v, dS, STATE)
+        dB += _dot(U, dS, STATE)
+        carried += tl.sum(S.to(tl.float32) * dS.to(tl.float32), axis=0)
+        vt = tl.trans(v)
+        Ut = tl.trans(U)
+        dRK += _dot(dy, vt, FINAL)
+        dRB += _dot(dy, Ut, FINAL)
+        dAK += _dot(P, vt, FINAL)
+        dAB += _dot(P, Ut, FINAL)
+    lower = i[:, None] > i[None, :]
+    lower_or_equal = i[:, None] >= i[None, :]
+    dRK = _operand(tl.where(lower_or_equal, dRK, 0.0), FINAL)
+    dRB = _operand(tl.where(lower_or_equal, dRB, 0.0), FINAL)
+    dAK = _operand(tl.where(lower, dAK, 0.0), FINAL)
+    dAB = _operand(tl.where(lower, dAB, 0.0), FINAL)
+
+    m = real[:, None] & (j < D)[None, :]
+    inside = (t < end)[:, None] & (j < D)[None, :]
+    out = ((batch * T + t) * H + head)[:, None] * D + j[None, :]
+    w = tl.load(w_ + batch * w_b + head * w_h + t[:, None] * w_t + j[None, :], mask=m, other=0.0).to(tl.float32)
+    p, inverse, before, e, g = _decays(w, L, FINAL)
+    k_ += batch * k_b + (head // k_group) * k_h
+    b_ += batch * b_b + (head // b_group) * b_h
+    a_ += batch * a_b + (head // a_group) * a_h
+    Kt = tl.load(k_ + t[:, None] * k_t + j[None, :], mask=m, other=0.0).to(tl.float32) * inverse
+    Bt = tl.load(b_ + t[:, None] * b_t + j[None, :], mask=m, other=0.0).to(tl.float32) * inverse
+    Ko = _operand(Kt, FINAL)
+    Bo = _operand(Bt, FINAL)
+    Rt = tl.load(r_ + batch * r_b + head * r_h + t[:, None] * r_t + j[None, :], mask=m, other=0.0).to(tl.float32) * p
+    Ro = _operand(Rt, FINAL)
+    dR *= e[None, :]
+    within = _dot(dRK, Ko, FINAL) + _dot(dRB, Bo, FINAL)
+    crossing = within * Ro.to(tl.float32) + dR * Rt
+    _store(dr_ + out, (within + dR) * p, mask=inside)
+    At = tl.load(a_ + t[:, None] * a_t + j[None, :], mask=m, other=0.0).to(tl.float32) * before
+    Ao = _operand(At, FINAL)
+    dA *= e[None, :]
+    within = _dot(dAK, Ko, FINAL) + _dot(dAB, Bo, FINAL)
+    own = within * Ao.to(tl.float32) + dA * At
+    crossing += own
+    _store(da_ + out, (within + dA) * before, mask=inside)
+    dK *= g[None, :]
+    within = _dot(tl.trans(dRK), Ro, FINAL) + _dot(tl.trans(dAK), Ao, FINAL)
+    crossing -= within * Ko.to(tl.float32)
+    leaving = dK * Kt
+    _store(dk_ + out, (within + dK) * inverse, mask=inside)
+    dB *= g[None, :]
+    within = _dot(tl.trans(dRB), Ro, FINAL) + _dot(tl.trans(dAB), Ao, FINAL)
+    crossing -= within * Bo.to(tl.float32)
+    leaving += dB * Bt
+    _store(db_ + out, (within + dB) * inverse, mask=inside)
+    # A token's decay scales what enters the chunk and leaves it, what leaves it from an earlier token, and what is
+    # read from its own token on (by `a` from the next one on) but was not written from its own token on.
+    dw = carried[None, :] * (e * g)[None, :] + tl.cumsum(leaving, axis=0) - leaving
+    dw += tl.cumsum(crossing, axis=0, reverse=True) - own
+    _store(dw_ + out, tl.where(m, dw, 0.0), mask=inside)
+
+
+@triton.jit
+def advance(before_, before_b, affine_, affine_b, after_, after_b, H, D: tl.constexpr, BLOCK: tl.constexpr):
+    """after = before M + N in fp32, for `affine_` (batch, head, 2, D, D) holding N and M; grid (batch * heads, blocks
+    of rows, blocks of columns). The states of one batch row are contiguous."""
+    program = tl.program_id(0).to(tl.int64)
+    batch = program // H
+    head = program % H
+    rows = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[:, None]
+    columns = (tl.program_id(2) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    before_ += batch * before_b + head * D * D
+    affine_ += batch * affine_b + head * 2 * D * D
+    after_ += batch * after_b + head * D * D
+    inside = (rows < D) & (columns < D)
+    result = tl.load(affine_ + rows * D + columns, mask=inside, other=0.0)
+    for k0 in range(0, D, BLOCK):
+        along = k0 + tl.arange(0, BLOCK)[None, :]
+        down = k0 + tl.arange(0, BLOCK)[:, None]
+        S = tl.load(before_ + rows * D + along, mask=(rows < D) & (along < D), other=0.0)
+        M = tl.load(affine_ + D * D + down * D + columns, mask=(down < D) & (columns < D), other=0.0)
+        result += _dot(S, M, "bf16x6")
+    tl.store(after_ + rows * D + columns, result, mask=inside)

@@ -1,0 +1,46 @@
+"""A kernel launch as a value: what would run can be run, counted, or compiled for a GPU that is not there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a Triton kernel.
+
+    Args:
+        kernel: the `@triton.jit` function.
+        grid: number of programs along each axis.
+        args: run-time arguments by name (tensors, numbers, None).
+        constants: `tl.constexpr` arguments by name.
+        num_warps, num_stages: as Triton takes them.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: dict[str, Any]
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+    def run(self) -> None:
+        """Launch on the current device and stream; an empty grid launches nothing."""
+        if 0 not in self.grid:
+            self.kernel[self.grid](**self.args, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
+
+
+def run(launches: Iterable[Launch], device: torch.device) -> None:
+    """Launch all of them in order on a device, which need not be the current one."""
+    with torch.cuda.device(device if device.type == "cuda" else -1):
+        for launch in launches:
+            launch.run()
+
+
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """The compute capability of a GPU; None for the CPU, which means Triton's interpreter."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
