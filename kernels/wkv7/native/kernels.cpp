@@ -132,8 +132,8 @@ INLINE uint16_t narrow(float x) {  // round to nearest, ties to even
   return x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-INLINE const float *floats(const Wkv7View &view, int64_t token, int64_t head) {
-  return static_cast<const float *>(view.data) + token * view.token + head / view.group * view.head;
+INLINE float *floats(const Wkv7View &view, int64_t token, int64_t head) {
+  return static_cast<float *>(view.data) + token * view.token + head / view.group * view.head;
 }
 INLINE void read(const Wkv7View &view, int64_t token, int64_t head, int size, float *out) {
   if (view.type == 0) {
@@ -143,20 +143,11 @@ INLINE void read(const Wkv7View &view, int64_t token, int64_t head, int size, fl
     for (int i = 0; i < size; ++i) out[i] = widen(from[i]);
   }
 }
-// No hardware prefetcher follows the short rows of one head: what comes next is asked for while this is worked on.
-INLINE void prefetch(const void *from, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char *>(from) + i, 0, 2);
-}
-INLINE void prefetch(const Wkv7View &view, int64_t token, int64_t head, int size) {
-  const int64_t width = view.type == 0 ? 4 : 2;
-  prefetch(static_cast<const char *>(view.data) + (token * view.token + head / view.group * view.head) * width, size * width);
-}
 INLINE void write(const Wkv7View &view, int64_t token, int64_t head, int size, const float *in) {
-  const int64_t at = token * view.token + head / view.group * view.head;
   if (view.type == 0) {
-    std::memcpy(static_cast<float *>(view.data) + at, in, sizeof(float) * size);
+    std::memcpy(floats(view, token, head), in, sizeof(float) * size);
   } else {
-    uint16_t *to = static_cast<uint16_t *>(view.data) + at;
+    uint16_t *to = static_cast<uint16_t *>(view.data) + token * view.token + head / view.group * view.head;
     for (int i = 0; i < size; ++i) to[i] = narrow(in[i]);
   }
 }
@@ -296,66 +287,71 @@ struct Kernel {
     write(io.y, token, head, N, y);
   }
 
-  typedef const float *Rows[kSegment];  // one input, a row of at least N floats per token
+  typedef float *Rows[kSegment];  // one input or output, a row of at least N floats per token
 
-  // The tokens of a segment for one block of C * W values. S: [key][C * W], as is `change`, which is scratch. Calls
-  // ahead(t) before token t.
-  template <class Ahead>
-  static INLINE void walk(int N, int count, int offset, float *S, float *change, const Rows &r, const Rows &w, const Rows &k,
-                          const Rows &v, const Rows &a, const Rows &b, float *u_out, float *y_out, Ahead ahead) {
+  struct Tokens {
+    Rows r, w, k, v, a, b, u, y;
+  };
+
+  // One token for C * W values from `offset` on. S: [key][C * W], the state before the segment; `change` since then, to be
+  // read but for the first token. The last one leaves the new state in S. u: S a, replaced by that of the next token.
+  template <bool FIRST, bool LAST>
+  static INLINE void token(int N, int offset, float *S, float *change, const Tokens &x, int t, Vec<W> *u) {
+    const float *r = x.r[t], *w = x.w[t], *k = x.k[t], *b = x.b[t], *a_next = LAST ? nullptr : x.a[t + 1];
+    Vec<W> value[C], y[C] = {}, u_next[C] = {};
+    for (int c = 0; c < C; ++c) {
+      value[c] = load<W>(x.v[t] + offset + c * W);
+      store<W>(x.u[t] + offset + c * W, u[c]);
+    }
+    // Sums of sums of a few keys: S a is small where a key repeats, and one long sum would lose digits there.
+    for (int begin = 0; begin < N; begin += 8) {
+      Vec<W> y_part[C] = {}, u_part[C] = {};
+      for (int i = begin; i < begin + 8; ++i) {
+        const Vec<W> wi = all<W>(w[i]), bi = all<W>(b[i]), ki = all<W>(k[i]), ri = all<W>(r[i]);
+        const Vec<W> ai = LAST ? Vec<W>{} : all<W>(a_next[i]);
+        for (int c = 0; c < C; ++c) {
+          float *base_at = S + (i * C + c) * W, *change_at = change + (i * C + c) * W;
+          const Vec<W> base = load<W>(base_at), d = FIRST ? Vec<W>{} : load<W>(change_at);
+          const Vec<W> before = FIRST ? base : base + d, gain = FIRST ? value[c] * ki : value[c] * ki + d;
+          const Vec<W> d_next = before * wi + (u[c] * bi + gain), s = base + d_next;
+          store<W>(LAST ? base_at : change_at, LAST ? s : d_next);
+          y_part[c] += s * ri;
+          if (!LAST) u_part[c] += s * ai;
+        }
+      }
+      for (int c = 0; c < C; ++c) y[c] += y_part[c], u_next[c] += u_part[c];
+    }
+    for (int c = 0; c < C; ++c) {
+      store<W>(x.y[t] + offset + c * W, y[c]);
+      u[c] = u_next[c];
+    }
+  }
+
+  static void walk(int N, int count, int offset, float *S, float *change, const Tokens &x) {
     Vec<W> u[C] = {};
     for (int i = 0; i < N; ++i)
-      for (int c = 0; c < C; ++c) u[c] += load<W>(S + (i * C + c) * W) * a[0][i];
-    std::memset(change, 0, sizeof(float) * N * C * W);
-    static const float zeros[P] = {};
-    for (int t = 0; t < count; ++t) {
-      ahead(t);
-      const float *rt = r[t], *wt = w[t], *kt = k[t], *bt = b[t], *a_next = t + 1 < count ? a[t + 1] : zeros;
-      Vec<W> value[C], y[C] = {}, u_next[C] = {};
-      for (int c = 0; c < C; ++c) {
-        value[c] = load<W>(v[t] + offset + c * W);
-        store<W>(u_out + t * P + offset + c * W, u[c]);
-      }
-      // Sums of sums of a few keys: S a is small where a key repeats, and one long sum would lose digits there.
-      for (int begin = 0; begin < N; begin += 8) {
-        Vec<W> y_part[C] = {}, u_part[C] = {};
-        for (int i = begin; i < begin + 8; ++i) {
-          const Vec<W> wi = all<W>(wt[i]), bi = all<W>(bt[i]), ki = all<W>(kt[i]), ri = all<W>(rt[i]),
-                       ai = all<W>(a_next[i]);
-          for (int c = 0; c < C; ++c) {
-            const Vec<W> base = load<W>(S + (i * C + c) * W), d = load<W>(change + (i * C + c) * W);
-            const Vec<W> d_next = (base + d) * wi + (u[c] * bi + (value[c] * ki + d)), s = base + d_next;
-            store<W>(change + (i * C + c) * W, d_next);
-            y_part[c] += s * ri;
-            u_part[c] += s * ai;
-          }
-        }
-        for (int c = 0; c < C; ++c) y[c] += y_part[c], u_next[c] += u_part[c];
-      }
-      for (int c = 0; c < C; ++c) {
-        store<W>(y_out + t * P + offset + c * W, y[c]);
-        u[c] = u_next[c];
-      }
-    }
-    for (int i = 0; i < N * C * W; i += W) add<W>(S + i, load<W>(change + i));
+      for (int c = 0; c < C; ++c) u[c] += load<W>(S + (i * C + c) * W) * x.a[0][i];
+    if (count == 1) return token<true, true>(N, offset, S, change, x, 0, u);
+    token<true, false>(N, offset, S, change, x, 0, u);
+    for (int t = 1; t < count - 1; ++t) token<false, false>(N, offset, S, change, x, t, u);
+    token<false, true>(N, offset, S, change, x, count - 1, u);
   }
 
   static void forward(const Wkv7Problem &p, const Wkv7Forward &io) {
     const int N = p.size;
     constexpr int blocks = V / C;
-    const Wkv7View *views[] = {&io.r, &io.w, &io.k, &io.v, &io.a, &io.b};
     for_each_task(p, 8 * stride + P * C * W, P * P, [&](const Task &task, float *memory) {
       if (task.count == 1 && !io.checkpoints) {
         for (int64_t h = 0; h < task.heads; ++h) step(p, io, task, task.head + h);
         return;
       }
-      float *x[8], *change = memory + 8 * stride, *states = change + P * C * W;  // a state: [block][key][C * W]
-      for (int i = 0; i < 8; ++i) x[i] = memory + i * stride;
-      Rows rows[6];
-      auto &[r, w, k, v, a, b] = rows;
-      float *const u = x[6], *const y = x[7];
+      float *change = memory + 8 * stride, *states = change + P * C * W;  // a state: [block][key][C * W]
+      Tokens x;
+      Rows *rows[8] = {&x.r, &x.w, &x.k, &x.v, &x.a, &x.b, &x.y, &x.u};
+      Wkv7View removed{io.removed, p.heads * N, N, 0, 1};
+      const Wkv7View *views[8] = {&io.r, &io.w, &io.k, &io.v, &io.a, &io.b, &io.y, io.removed ? &removed : nullptr};
       // Floats are used where they are, but not the decays, nor what several blocks of values would fetch again.
-      auto direct = [&](int i) { return i != 1 && blocks == 1 && N == P && views[i]->type == 0; };
+      auto direct = [&](int i) { return i != 1 && blocks == 1 && N == P && views[i] && views[i]->type == 0; };
       auto outside = [&](int64_t h) { return (task.sequence * p.heads + task.head + h) * N * N; };
       std::memset(states, 0, sizeof(float) * P * P * task.heads);
       if (io.initial)
@@ -369,27 +365,18 @@ struct Kernel {
           const int64_t head = task.head + h;
           if (io.checkpoints)
             save(S, N, io.checkpoints + ((p.segments[task.sequence] + begin / kSegment) * p.heads + head) * N * N);
-          for (int i = 0; i < 6; ++i)
+          for (int i = 0; i < 8; ++i)
             for (int t = 0; t < count; ++t) {
-              const int64_t token = task.token(begin + t);
-              rows[i][t] = direct(i) ? floats(*views[i], token, head) : x[i] + t * P;
-              if (!direct(i)) read(*views[i], token, head, N, x[i] + t * P);
+              float *scratch = memory + i * stride + t * P;
+              (*rows[i])[t] = direct(i) ? floats(*views[i], task.token(begin + t), head) : scratch;
+              if (!direct(i) && i < 6) read(*views[i], task.token(begin + t), head, N, scratch);
             }
-          losses(x[1], count);
-          const bool last = h + 1 == task.heads;
-          for (int block = 0; block < blocks && block * C * W < N; ++block) {
-            const int offset = block * C * W;
-            walk(N, count, offset, S + offset * P, change, r, w, k, v, a, b, u, y, [&](int t) {
-              const int64_t next = begin + t + (last ? kSegment : 0);
-              if (block == 0 && next < task.count)
-                for (const Wkv7View *view : views) prefetch(*view, task.token(next), last ? task.head : head + 1, N);
-            });
-          }
-          for (int t = 0; t < count; ++t) {
-            const int64_t token = task.token(begin + t);
-            write(io.y, token, head, N, y + t * P);
-            if (io.removed) std::memcpy(io.removed + (token * p.heads + head) * N, u + t * P, sizeof(float) * N);
-          }
+          losses(memory + stride, count);
+          for (int block = 0; block < blocks && block * C * W < N; ++block)
+            walk(N, count, block * C * W, S + block * C * W * P, change, x);
+          for (int i = 6; i < 8; ++i)
+            for (int t = 0; t < count && views[i] && !direct(i); ++t)
+              write(*views[i], task.token(begin + t), head, N, (*rows[i])[t]);
         }
       }
       for (int64_t h = 0; h < task.heads; ++h) save(states + h * P * P, N, io.final + outside(h));
@@ -523,21 +510,7 @@ struct Kernel {
           }
           losses(x.w, count);
           std::memset(x.dr, 0, sizeof(float) * 5 * stride);
-          const bool last = h + 1 == task.heads;
-          const int64_t next_segment = last ? segment - 1 : segment, next_head = last ? task.head : head + 1;
-          const int64_t next_end = std::min(task.count, (next_segment + 1) * kSegment);
-          const int share = (kSegment * R + N - 1) / N;  // tokens to ask for with each group of rows
-          for (int row = 0; row < N; row += R) {
-            if (next_segment >= 0) {
-              int64_t t = next_segment * kSegment + row / R * share;
-              for (const int64_t end = std::min(next_end, t + share); t < end; ++t) {
-                for (const Wkv7View *view : inputs) prefetch(*view, task.token(t), next_head, N);
-                prefetch(io.removed + (task.token(t) * p.heads + next_head) * N, 4 * N);
-              }
-              prefetch(checkpoint(next_segment, next_head) + row * N, 4 * N * std::min(R, N - row));
-            }
-            walk_back(count, row, S + row * P, G + row * P, x);
-          }
+          for (int row = 0; row < N; row += R) walk_back(count, row, S + row * P, G + row * P, x);
           for (int i = 0; i < count * P; ++i) x.dw[i] += x.dw[i] * x.w[i];
           for (int i = 0; i < 6; ++i)
             for (int t = 0; t < count; ++t) write(*outputs[i], task.token(begin + t), head, N, *parts[8 + i] + t * P);
