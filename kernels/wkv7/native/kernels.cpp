@@ -178,7 +178,8 @@ struct Task {
 template <class Work>
 void for_each_task(const Wkv7Problem &p, int64_t shared, int64_t per_head, Work work) {
   constexpr int64_t cache = 1 << 18;  // floats that the heads of a task may fill
-  const int64_t enough = std::max<int64_t>(1, p.sequences * p.heads / std::max(1, p.threads));
+  // Several tasks a thread: none waits long for one that the system has put aside.
+  const int64_t share = p.threads > 1 ? 4 * p.threads : 1, enough = std::max<int64_t>(1, p.sequences * p.heads / share);
   const int64_t heads = std::min({p.heads, enough, std::max<int64_t>(1, (cache - shared) / per_head)});
   const int64_t parts = (p.heads + heads - 1) / heads, tasks = p.sequences * parts;
   auto run = [&](int64_t i, float *memory) {
