@@ -50,15 +50,17 @@ def wkv7(
 class _Tokens:
     """Which tokens belong to which sequence, in the form that the library takes; keeps that memory alive."""
 
-    def __init__(self, like: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, work: int):
+    def __init__(self, like: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, work: int, checkpoints: bool):
         B, T, H, N = like.shape
-        edges = torch.arange(B + 1) * T if cu_seqlens is None else cu_seqlens.to(torch.int64)
+        edges = torch.arange(0, (B + 1) * T, T) if cu_seqlens is None else cu_seqlens.to(torch.int64)
         if mask is None:
             self.tokens, self.bounds = None, edges.contiguous()
         else:
             self.tokens = mask.flatten().nonzero().flatten()
             self.bounds = F.pad(mask.flatten().cumsum(0), (1, 0))[edges].contiguous()
-        self.segments = F.pad(((self.bounds.diff() + SEGMENT - 1) // SEGMENT).cumsum(0), (1, 0))
+        self.segments = None
+        if checkpoints:
+            self.segments = F.pad(((self.bounds.diff() + SEGMENT - 1) // SEGMENT).cumsum(0), (1, 0))
         self.sequences = edges.numel() - 1
         # Waking the other threads takes as long as about a quarter of a million multiplications.
         threads = torch.get_num_threads() if work * B * T * H * N * N > 1 << 18 else 1
@@ -74,7 +76,7 @@ def _flat(x: Tensor) -> Tensor:
 
 def _run_forward(r, w, k, v, a, b, state, mask, cu_seqlens, save, inplace=False):
     B, T, H, N = r.shape
-    which = _Tokens(r, mask, cu_seqlens, work=1)
+    which = _Tokens(r, mask, cu_seqlens, work=1, checkpoints=save)
     allocate = torch.empty if mask is None else torch.zeros
     y = allocate(B, T, H, N, dtype=v.dtype)
     initial = None if state is None else state.to(torch.float32).contiguous()
@@ -145,7 +147,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of r, w, k, v, a, b in their dtypes and numbers of heads, and of the initial state in fp32."""
     B, T, H, N = r.shape
-    which = _Tokens(r, mask, cu_seqlens, work=3)
+    which = _Tokens(r, mask, cu_seqlens, work=3, checkpoints=True)
     inputs = (r, w, k, v, a, b)
     allocate = torch.empty if mask is None else torch.zeros
     # heads that share a key or value are added up afterwards, in fp32
