@@ -243,13 +243,51 @@ def _span(span, cu_, first_, T, SEGMENTS, L: tl.constexpr):
 
 
 @triton.jit
-def _initial(initial_, rows, j, identity, D: tl.constexpr):
-    """The state a scan starts from: what the pointer holds; else zero, or the identity where `identity` is true."""
-    inside = (rows < D)[:, None] & (j < D)[None, :]
-    if initial_ is not None:
-        return tl.load(initial_ + rows[:, None] * D + j[None, :], mask=inside, other=0.0).to(tl.float32)
+def _columns(K: tl.constexpr, PARTS: tl.constexpr):
+    """Numbers of the columns of a state: [K], or [PARTS, K / PARTS] where a scan holds it as (part, row, column)."""
+    j = tl.arange(0, K)
+    return j if PARTS == 1 else tl.reshape(j, (PARTS, K // PARTS))
+
+
+@triton.jit
+def _down(rows, PARTS: tl.constexpr):
+    """Numbers of rows, shaped to go with `_along`."""
+    return rows[:, None] if PARTS == 1 else rows[None, :, None]
+
+
+@triton.jit
+def _along(j, PARTS: tl.constexpr):
+    """What belongs to `_columns`, shaped to go with `_down`."""
+    return j[None, :] if PARTS == 1 else j[:, None, :]
+
+
+@triton.jit
+def _from_state(state, tile, MODE: tl.constexpr, PARTS: tl.constexpr):
+    """state tile', [BV, L], for a tile [L, columns]. Of a state in parts every warp multiplies its own ones: otherwise
+    each would hold the whole of it as an operand, which of fp32 columns by the hundred fits no registers."""
+    if PARTS == 1:
+        return _dot(state, tl.trans(tile), MODE)
     else:
-        return tl.where(inside & (rows[:, None] == j[None, :]) & identity, 1.0, 0.0)
+        return tl.sum(_dot(state, tl.permute(tile, (0, 2, 1)), MODE), axis=0)
+
+
+@triton.jit
+def _to_state(x, tile, MODE: tl.constexpr, PARTS: tl.constexpr):
+    """x tile, shaped as the state, for x [BV, L] and a tile [L, columns]."""
+    if PARTS == 1:
+        return _dot(x, tile, MODE)
+    else:
+        return _dot(tl.broadcast_to(x[None, :, :], (PARTS, x.shape[0], x.shape[1])), tile, MODE)
+
+
+@triton.jit
+def _initial(initial_, row, column, identity, D: tl.constexpr):
+    """The state a scan starts from: what the pointer holds; else zero, or the identity where `identity` is true."""
+    inside = (row < D) & (column < D)
+    if initial_ is not None:
+        return tl.load(initial_ + row * D + column, mask=inside, other=0.0).to(tl.float32)
+    else:
+        return tl.where(inside & (row == column) & identity, 1.0, 0.0)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -260,7 +298,7 @@ def scan_forward(
     initial_, y_, starts_, U_, final_,
     T, H, SEGMENTS,
     D: tl.constexpr, K: tl.constexpr, BV: tl.constexpr, L: tl.constexpr,
-    STATE: tl.constexpr, AFFINE: tl.constexpr,
+    STATE: tl.constexpr, AFFINE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Carry BV rows of the state over the chunks of a span; grid (spans * heads * blocks of rows). Rows never meet, so
     splitting them needs no communication.
@@ -270,51 +308,53 @@ def scan_forward(
     and U_, unless they are None.
     """
     BLOCKS: tl.constexpr = K // BV
-    PARTS: tl.constexpr = 2 if AFFINE else 1
+    MAPS: tl.constexpr = 2 if AFFINE else 1
     program = tl.program_id(0).to(tl.int64)
     block = program % BLOCKS
-    identity = (program // BLOCKS) % PARTS == 1
+    identity = (program // BLOCKS) % MAPS == 1
     part = program // BLOCKS
-    head = (part // PARTS) % H
-    span = part // PARTS // H
+    head = (part // MAPS) % H
+    span = part // MAPS // H
     batch, start, end, chunk, count = _span(span, cu_, first_, T, SEGMENTS, L)
     i = tl.arange(0, L)
-    j = tl.arange(0, K)
+    j = _columns(K, PARTS)
     rows = block * BV + tl.arange(0, BV)
+    row = _down(rows, PARTS)
+    column = _along(j, PARTS)
     # (a pointer of a state is advanced by span and head here, by row and column where it is used)
     if initial_ is not None:
         initial_ += part * D * D
-    S = _initial(initial_, rows, j, identity, D)
+    S = _initial(initial_, row, column, identity, D)
     v_ += batch * v_b + (head // v_group) * v_h
     for n in range(0, count):
         t = start + n * L + i
         real = _real(mask_, mask_b, batch, t, end)
         base = (chunk + n) * H + head
-        tile = (base * L + i)[:, None] * K + j[None, :]
+        tile = _down(base * L + i, PARTS) * K + column
         square = (base * L + i)[:, None] * L + i[None, :]
         takes = (rows < D)[:, None] & real[None, :]
         if AFFINE:
             takes = takes & (identity == 0)
         v = tl.load(v_ + rows[:, None] + t[None, :] * v_t, mask=takes, other=0.0)  # [BV, L]
         state = _operand(S, STATE)
-        removed = _dot(state, tl.trans(tl.load(W_ + tile)), STATE)  # [BV, L]
+        removed = _from_state(state, tl.load(W_ + tile), STATE, PARTS)
         if not AFFINE:
-            y = _dot(state, tl.trans(tl.load(Q_ + tile)), STATE) + _dot(v, tl.trans(tl.load(Z_ + square)), STATE)
+            y = _from_state(state, tl.load(Q_ + tile), STATE, PARTS) + _dot(v, tl.trans(tl.load(Z_ + square)), STATE)
             inside = (rows < D)[:, None] & (t < end)[None, :]
             out = ((batch * T + t) * H + head)[None, :] * D + rows[:, None]
             _store(y_ + out, tl.where(real[None, :], y, 0.0), mask=inside)
         if starts_ is not None:
-            _store(starts_ + base * K * K + rows[:, None] * K + j[None, :], S)
+            _store(starts_ + base * K * K + row * K + column, S)
             U = removed + _dot(v, tl.trans(tl.load(T_ + square)), STATE)
             _store(U_ + (base * L + i)[None, :] * K + rows[:, None], U)
         decay = tl.load(C_ + base * K + j)
-        S = S * decay[None, :]
-        S += _dot(removed, tl.load(Bg_ + tile), STATE) + _dot(v, tl.load(Kp_ + tile), STATE)
-    inside = (rows < D)[:, None] & (j < D)[None, :]
+        S = S * _along(decay, PARTS)
+        S += _to_state(removed, tl.load(Bg_ + tile), STATE, PARTS) + _to_state(v, tl.load(Kp_ + tile), STATE, PARTS)
+    inside = (row < D) & (column < D)
     if not AFFINE:
         inside = inside & (span % SEGMENTS == SEGMENTS - 1)
         part = span // SEGMENTS * H + head
-    tl.store(final_ + part * D * D + rows[:, None] * D + j[None, :], S, mask=inside)
+    tl.store(final_ + part * D * D + row * D + column, S, mask=inside)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -325,57 +365,59 @@ def scan_backward(
     dfinal_, ends_, P_, dv_, dinitial_,
     T, H, SEGMENTS,
     D: tl.constexpr, K: tl.constexpr, BV: tl.constexpr, L: tl.constexpr,
-    STATE: tl.constexpr, AFFINE: tl.constexpr,
+    STATE: tl.constexpr, AFFINE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Carry BV rows of the gradient of the state back over the chunks of a span; grid and AFFINE as in `scan_forward`.
 
     Writes that gradient after each chunk (ends_), P_, and dv_ (batch, token, head, column), contiguous.
     """
     BLOCKS: tl.constexpr = K // BV
-    PARTS: tl.constexpr = 2 if AFFINE else 1
+    MAPS: tl.constexpr = 2 if AFFINE else 1
     program = tl.program_id(0).to(tl.int64)
     block = program % BLOCKS
-    identity = (program // BLOCKS) % PARTS == 1
+    identity = (program // BLOCKS) % MAPS == 1
     part = program // BLOCKS
-    head = (part // PARTS) % H
-    span = part // PARTS // H
+    head = (part // MAPS) % H
+    span = part // MAPS // H
     batch, start, end, chunk, count = _span(span, cu_, first_, T, SEGMENTS, L)
     i = tl.arange(0, L)
-    j = tl.arange(0, K)
+    j = _columns(K, PARTS)
     rows = block * BV + tl.arange(0, BV)
+    row = _down(rows, PARTS)
+    column = _along(j, PARTS)
     if dfinal_ is not None:
         dfinal_ += part * D * D
-    dS = _initial(dfinal_, rows, j, identity, D)
+    dS = _initial(dfinal_, row, column, identity, D)
     dy_ += batch * dy_b + head * dy_h
     for step in range(0, count):
         n = count - 1 - step
         t = start + n * L + i
         real = _real(mask_, mask_b, batch, t, end)
         base = (chunk + n) * H + head
-        tile = (base * L + i)[:, None] * K + j[None, :]
+        tile = _down(base * L + i, PARTS) * K + column
         square = (base * L + i)[:, None] * L + i[None, :]
         takes = (rows < D)[:, None] & real[None, :]
         if AFFINE:
             takes = takes & (identity == 0)
         dy = tl.load(dy_ + rows[:, None] + t[None, :] * dy_t, mask=takes, other=0.0)  # [BV, L]
         state = _operand(dS, STATE)
-        E = _dot(state, tl.trans(tl.load(Bg_ + tile)), STATE)  # [BV, L]
+        E = _from_state(state, tl.load(Bg_ + tile), STATE, PARTS)
         if not AFFINE:
-            _store(ends_ + base * K * K + rows[:, None] * K + j[None, :], dS)
+            _store(ends_ + base * K * K + row * K + column, dS)
             P = _dot(E, tl.load(X_ + square), STATE) + _dot(dy, tl.load(RX_ + square), STATE)
             _store(P_ + (base * L + i)[None, :] * K + rows[:, None], P)
-            dv = _dot(state, tl.trans(tl.load(Kp_ + tile)), STATE) + _dot(dy, tl.load(Z_ + square), STATE)
+            dv = _from_state(state, tl.load(Kp_ + tile), STATE, PARTS) + _dot(dy, tl.load(Z_ + square), STATE)
             inside = (rows < D)[:, None] & (t < end)[None, :]
             out = ((batch * T + t) * H + head)[None, :] * D + rows[:, None]
             _store(dv_ + out, tl.where(real[None, :], dv, 0.0), mask=inside)
         decay = tl.load(C_ + base * K + j)
-        dS = dS * decay[None, :]
-        dS += _dot(E, tl.load(W_ + tile), STATE) + _dot(dy, tl.load(Q_ + tile), STATE)
-    inside = (rows < D)[:, None] & (j < D)[None, :]
+        dS = dS * _along(decay, PARTS)
+        dS += _to_state(E, tl.load(W_ + tile), STATE, PARTS) + _to_state(dy, tl.load(Q_ + tile), STATE, PARTS)
+    inside = (row < D) & (column < D)
     if not AFFINE:
         inside = inside & (span % SEGMENTS == 0)
         part = span // SEGMENTS * H + head
-    tl.store(dinitial_ + part * D * D + rows[:, None] * D + j[None, :], dS, mask=inside)
+    tl.store(dinitial_ + part * D * D + row * D + column, dS, mask=inside)
 
 
 @triton.jit(do_not_specialize=RUNTIME)

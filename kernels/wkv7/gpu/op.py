@@ -43,6 +43,7 @@ _MODES = {
     "balanced": _Mode("bf16x3", "bf16x3", "bf16", "bf16", torch.bfloat16, torch.bfloat16),
     "fast": _Mode("bf16", "bf16x3", "bf16", "bf16", torch.bfloat16, torch.bfloat16),
 }
+PARTS = 4
 NARROW = 16  # rows of the state per program of a scan that has few heads: the least that a product takes
 PREPARE_COLUMNS = 64  # columns of r, w, k, a, b that `prepare` works on at a time: more of them spill registers
 MAX_LENGTH = 32  # tokens per chunk: with 64, exponents of log decays near -5 leave fp32
@@ -300,7 +301,8 @@ class _Plan:
         from (None is zero) and of the one it arrives at."""
         first, start, last, arrival = ends
         reads = {**reads, "cu_": self.cu_seqlens, "first_": self.first_chunk, "SEGMENTS": len(order)}
-        constants = {"BV": self.block_v, "STATE": self.mode.state}
+        parts = PARTS if self.mode.state == "bf16x6" and self.padded >= 128 else 1
+        constants = {"BV": self.block_v, "STATE": self.mode.state, "PARTS": parts}
         programs = self.sequences * len(order) * self.heads * (self.padded // self.block_v)
         start = None if start is None else start.float().contiguous()
         launches = []
