@@ -18,6 +18,9 @@ struct Choice {
 
 // Best first.
 const Choice *choices(int &count) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();  // this runs while the library is being loaded
+#endif
   static const Choice all[] = {
 #if defined(__x86_64__)
       {"avx512", &wkv7_avx512,

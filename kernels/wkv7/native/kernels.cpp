@@ -47,61 +47,55 @@ INLINE Vec<W> all(float x) {
   return x - Vec<W>{};
 }
 
-// Lane i of the result is lane index(i) of x followed by y.
+// Lane i of the result is lane Index::at(i) of x followed by y.
 template <int W, class Index, int... I>
-INLINE Vec<W> shuffle(Vec<W> x, Vec<W> y, Index index, std::integer_sequence<int, I...>) {
+INLINE Vec<W> shuffle(Vec<W> x, Vec<W> y, std::integer_sequence<int, I...>) {
 #if defined(__clang__)
-  return __builtin_shufflevector(x, y, index(I)...);
+  return __builtin_shufflevector(x, y, Index::at(I)...);
 #else
-  return __builtin_shuffle(x, y, typename Lanes<W>::Int{index(I)...});
+  return __builtin_shuffle(x, y, typename Lanes<W>::Int{Index::at(I)...});
 #endif
 }
+template <int W, class Index>
+INLINE Vec<W> shuffle(Vec<W> x, Vec<W> y) {
+  return shuffle<W, Index>(x, y, std::make_integer_sequence<int, W>{});
+}
 
-// Sums of the lanes of R vectors, R a power of two <= W: lane i of the result is (a part of) the sum of x[i / (W / R)].
-template <int W, int R>
-struct Sums {
-  // Groups of `size` lanes belong together in a and in b; each is halved by adding its two halves.
-  template <int size>
-  static INLINE Vec<W> halve(Vec<W> a, Vec<W> b) {
-    constexpr int half = size / 2, groups = W / size;
-    auto from = [](int i, int part) constexpr {
-      int group = i / half;  // of the result: first those of a, then those of b
-      return (group < groups ? 0 : W) + (group % groups) * size + part * half + i % half;
-    };
-    auto low = [from](int i) constexpr { return from(i, 0); };
-    auto high = [from](int i) constexpr { return from(i, 1); };
-    constexpr auto lanes = std::make_integer_sequence<int, W>{};
-    return shuffle<W>(a, b, low, lanes) + shuffle<W>(a, b, high, lanes);
-  }
-
-  template <int size, int count>
-  static INLINE Vec<W> reduce(const Vec<W> *x) {
-    if constexpr (count > 1) {
-      Vec<W> next[count / 2];
-      for (int i = 0; i < count / 2; ++i) next[i] = halve<size>(x[2 * i], x[2 * i + 1]);
-      return reduce<size / 2, count / 2>(next);
-    } else if constexpr (size > 1) {
-      Vec<W> once = halve<size>(x[0], x[0]);  // both halves of the result hold all groups
-      return reduce_tail<size / 2>(once);
-    } else {
-      return x[0];
-    }
-  }
-  template <int size>
-  static INLINE Vec<W> reduce_tail(Vec<W> x) {
-    if constexpr (size > 1) return reduce_tail<size / 2>(halve<size>(x, x));
-    else return x;
-  }
-
-  // out[i] = sum of the lanes of x[i].
-  static INLINE void write(const Vec<W> *x, float *out) {
-    Vec<W> sums = reduce<W, R>(x);
-    // After `count` halvings the groups stand in order, W / size of them, and R of them are the sums.
-    float lanes[W];
-    store<W>(lanes, sums);
-    for (int i = 0; i < R; ++i) out[i] = lanes[i];
+// Groups of `size` lanes belong together: the first or second half of each, those of x before those of y.
+template <int W, int size, int part>
+struct Half {
+  static constexpr int at(int i) {
+    const int half = size / 2, groups = W / size, group = i / half;
+    return (group < groups ? 0 : W) + group % groups * size + part * half + i % half;
   }
 };
+template <int W, int size>
+INLINE Vec<W> halve(Vec<W> x, Vec<W> y) {
+  return shuffle<W, Half<W, size, 0>>(x, y) + shuffle<W, Half<W, size, 1>>(x, y);
+}
+
+// Lanes in groups of `size`, one group or more for each of `count` vectors, to sums of groups in the first lanes, in order.
+template <int W, int size, int count>
+INLINE Vec<W> sum_groups(const Vec<W> *x) {
+  if constexpr (size == 1) {
+    return x[0];
+  } else if constexpr (count == 1) {
+    const Vec<W> halved = halve<W, size>(x[0], x[0]);
+    return sum_groups<W, size / 2, 1>(&halved);
+  } else {
+    Vec<W> next[count / 2];
+    for (int i = 0; i < count / 2; ++i) next[i] = halve<W, size>(x[2 * i], x[2 * i + 1]);
+    return sum_groups<W, size / 2, count / 2>(next);
+  }
+}
+
+// out[i] = sum of the lanes of x[i], for `count` vectors, a power of two <= W.
+template <int W, int count>
+INLINE void sum_lanes(const Vec<W> *x, float *out) {
+  float lanes[W];
+  store<W>(lanes, sum_groups<W, W, count>(x));
+  for (int i = 0; i < count; ++i) out[i] = lanes[i];
+}
 
 // e^x - 1 to about one unit in the last place, for x <= 88.
 template <int W>
@@ -199,28 +193,30 @@ void for_each_task(const Wkv7Problem &p, int64_t shared, int64_t per_head, Work 
   }
 }
 
-// W x W transpose of tiles: `rows` rows of `columns` floats (both multiples of W).
-template <int W>
-INLINE void transpose_tile(const float *from, int64_t from_stride, float *to, int64_t to_stride) {
-  Vec<W> x[W], y[W];
-  for (int i = 0; i < W; ++i) x[i] = load<W>(from + i * from_stride);
-  constexpr auto lanes = std::make_integer_sequence<int, W>{};
-  // Butterfly: at distance d, rows i and i + d exchange the off-diagonal d x d blocks.
-  auto exchange = [&](auto distance) __attribute__((always_inline)) {
-    constexpr int d = decltype(distance)::value;
+// Of the rows i and i + d of a matrix: the new row i (`lower` false) or i + d, with off-diagonal d x d blocks exchanged.
+template <int W, int d, bool lower>
+struct Exchange {
+  static constexpr int at(int i) { return lower ? ((i & d) ? W + i : i + d) : ((i & d) ? W + i - d : i); }
+};
+template <int W, int d>
+INLINE void exchange(Vec<W> *x) {
+  if constexpr (d < W) {
     for (int i = 0; i < W; ++i) {
       if (i & d) continue;
-      auto upper = [](int l) constexpr { return (l & d) ? W + l - d : l; };
-      auto lower = [](int l) constexpr { return (l & d) ? W + l : l + d; };
-      y[i] = shuffle<W>(x[i], x[i + d], upper, lanes);
-      y[i + d] = shuffle<W>(x[i], x[i + d], lower, lanes);
+      const Vec<W> upper = x[i], lower = x[i + d];
+      x[i] = shuffle<W, Exchange<W, d, false>>(upper, lower);
+      x[i + d] = shuffle<W, Exchange<W, d, true>>(upper, lower);
     }
-    for (int i = 0; i < W; ++i) x[i] = y[i];
-  };
-  exchange(std::integral_constant<int, 1>{});
-  exchange(std::integral_constant<int, 2>{});
-  if constexpr (W > 4) exchange(std::integral_constant<int, 4>{});
-  if constexpr (W > 8) exchange(std::integral_constant<int, 8>{});
+    exchange<W, 2 * d>(x);
+  }
+}
+
+// W x W transpose.
+template <int W>
+INLINE void transpose_tile(const float *from, int64_t from_stride, float *to, int64_t to_stride) {
+  Vec<W> x[W];
+  for (int i = 0; i < W; ++i) x[i] = load<W>(from + i * from_stride);
+  exchange<W, 1>(x);
   for (int i = 0; i < W; ++i) store<W>(to + i * to_stride, x[i]);
 }
 
@@ -276,7 +272,7 @@ struct Kernel {
         sums[1] += s * load<W>(wr + j * W);
       }
       float dots[2];
-      Sums<W, 2>::write(sums, dots);
+      sum_lanes<W, 2>(sums, dots);
       const float removed = dots[0], value = v[row];
       y[row] = dots[1] + removed * br + value * kr;
       float *out = whole ? to : padded;
@@ -453,7 +449,7 @@ struct Kernel {
       }
       alignas(64) float dots[2 * R];
       constexpr int together = std::min(W, 2 * R);
-      for (int i = 0; i < 2 * R; i += together) Sums<W, together>::write(sums + i, dots + i);
+      for (int i = 0; i < 2 * R; i += together) sum_lanes<W, together>(sums + i, dots + i);
       const float *du = dots + R;
       for (int j = 0; j < R; ++j) x.dv[t * P + row + j] = dots[j];
       for (int c = 0; c < P; c += B * W) {
