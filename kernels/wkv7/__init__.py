@@ -5,6 +5,7 @@ Importing this imports neither; exported models that find it installed use it as
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 BACKENDS = ("native", "triton")
 
 
+@functools.cache
 def unavailable(backend: str) -> str | None:
     """Why a backend cannot run on this machine, with what to install; None when it can.
 
@@ -85,6 +87,7 @@ def _tracked(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
+@functools.cache
 def _interpreted() -> bool:
     if importlib.util.find_spec("triton") is None:
         return False

@@ -82,7 +82,7 @@ def shipped() -> Iterator[tuple[str, int, Launch]]:
     for architecture in ARCHITECTURES:
         capability = divmod(architecture, 10)
         for size in HEAD_SIZES:
-            for mode in PRECISIONS if size == 64 else PRECISIONS[1:]:
+            for mode in PRECISIONS:
                 prefix = f"sm_{architecture}/{size}/{mode}"
                 yield from _named(prefix, architecture, plan_training(size, mode, capability))
             prefix = f"sm_{architecture}/{size}"

@@ -66,6 +66,50 @@ def _dot(x, y, MODE: tl.constexpr):
 
 
 @triton.jit
+def _in_parts(x, PARTS: tl.constexpr):
+    """[rows, columns] as [PARTS, rows, columns / PARTS], where there is more than one part."""
+    if PARTS == 1:
+        return x
+    else:
+        return tl.permute(tl.reshape(x, (x.shape[0], PARTS, x.shape[1] // PARTS)), (1, 0, 2))
+
+
+@triton.jit
+def _inner(x, y, MODE: tl.constexpr, PARTS: tl.constexpr):
+    """x y' for x and y `_in_parts`. Every warp then multiplies a part of its own and the results are added; otherwise
+    each would hold all columns of an operand, and fp32 ones as three of bf16 do not fit into registers by the hundred.
+    """
+    if PARTS == 1:
+        return _dot(x, tl.trans(y), MODE)
+    else:
+        return tl.sum(_dot(x, tl.permute(y, (0, 2, 1)), MODE), axis=0)
+
+
+@triton.jit
+def _outer(x, y, MODE: tl.constexpr, PARTS: tl.constexpr):
+    """x y, in parts as y is; x is not."""
+    if PARTS == 1:
+        return _dot(x, y, MODE)
+    else:
+        return _dot(tl.broadcast_to(x[None, :, :], (PARTS, x.shape[0], x.shape[1])), y, MODE)
+
+
+@triton.jit
+def _down(rows, PARTS: tl.constexpr):
+    """Numbers of rows, shaped to go with `_along`."""
+    return rows[:, None] if PARTS == 1 else rows[None, :, None]
+
+
+@triton.jit
+def _along(columns, PARTS: tl.constexpr):
+    """What belongs to columns, shaped to go with `_down`: together they make a tile that is `_in_parts`."""
+    if PARTS == 1:
+        return columns[None, :]
+    else:
+        return tl.reshape(columns, (PARTS, 1, columns.shape[0] // PARTS))
+
+
+@triton.jit
 def _store(pointers, value, mask=None):
     if INTERPRETED and pointers.dtype.element_ty == tl.bfloat16:
         value = _round_to_bf16(value.to(tl.float32))
@@ -157,7 +201,7 @@ def prepare(
     Q_, W_, Kp_, Bg_, Z_, C_, T_, X_, RX_,
     T, H,
     D: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, L: tl.constexpr,
-    LOCAL: tl.constexpr, SQUARE: tl.constexpr,
+    LOCAL: tl.constexpr, SQUARE: tl.constexpr, UNROLL: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """What a chunk needs apart from v and the state; grid (chunks, heads). T_ is for the scan of a forward that will
     be differentiated, X_ and RX_ for the backward scan; each may be None."""
@@ -181,19 +225,24 @@ def prepare(
     AK = tl.zeros((L, L), tl.float32)
     RB = tl.zeros((L, L), tl.float32)
     RK = tl.zeros((L, L), tl.float32)
-    for k0 in tl.static_range(0, K, BK):
-        j = k0 + tl.arange(0, BK)
-        m = real[:, None] & (j < D)[None, :]
-        w = tl.load(w_ + t[:, None] * w_t + j[None, :], mask=m, other=0.0).to(tl.float32)
-        p, inverse, before, _, _ = _decays(w, L, LOCAL)
-        Rt = tl.load(r_ + t[:, None] * r_t + j[None, :], mask=m, other=0.0).to(tl.float32) * p
-        At = tl.load(a_ + t[:, None] * a_t + j[None, :], mask=m, other=0.0).to(tl.float32) * before
-        Kt = tl.trans(tl.load(k_ + t[:, None] * k_t + j[None, :], mask=m, other=0.0).to(tl.float32) * inverse)
-        Bt = tl.trans(tl.load(b_ + t[:, None] * b_t + j[None, :], mask=m, other=0.0).to(tl.float32) * inverse)
-        AB += _dot(At, Bt, LOCAL)
-        AK += _dot(At, Kt, LOCAL)
-        RB += _dot(Rt, Bt, LOCAL)
-        RK += _dot(Rt, Kt, LOCAL)
+    for block in range(0, K, UNROLL * BK):
+        for k0 in tl.static_range(0, UNROLL * BK, BK):
+            j = block + k0 + tl.arange(0, BK)
+            m = real[:, None] & (j < D)[None, :]
+            w = tl.load(w_ + t[:, None] * w_t + j[None, :], mask=m, other=0.0).to(tl.float32)
+            p, inverse, before, _, _ = _decays(w, L, LOCAL)
+            Rt = tl.load(r_ + t[:, None] * r_t + j[None, :], mask=m, other=0.0).to(tl.float32) * p
+            At = tl.load(a_ + t[:, None] * a_t + j[None, :], mask=m, other=0.0).to(tl.float32) * before
+            Kt = tl.load(k_ + t[:, None] * k_t + j[None, :], mask=m, other=0.0).to(tl.float32) * inverse
+            Bt = tl.load(b_ + t[:, None] * b_t + j[None, :], mask=m, other=0.0).to(tl.float32) * inverse
+            Rp = _in_parts(Rt, PARTS)
+            Ap = _in_parts(At, PARTS)
+            Kp = _in_parts(Kt, PARTS)
+            Bp = _in_parts(Bt, PARTS)
+            AB += _inner(Ap, Bp, LOCAL, PARTS)
+            AK += _inner(Ap, Kp, LOCAL, PARTS)
+            RB += _inner(Rp, Bp, LOCAL, PARTS)
+            RK += _inner(Rp, Kp, LOCAL, PARTS)
     X = _inverse(tl.where(lower, AB, 0.0), L, SQUARE)
     AK = tl.where(lower, AK, 0.0)
     RX = _dot(tl.where(lower_or_equal, RB, 0.0), X, SQUARE)
@@ -208,21 +257,22 @@ def prepare(
         _store(X_ + square, X)
         _store(RX_ + square, RX)
     Tt = tl.trans(Tm)
-    for k0 in tl.static_range(0, K, BK):
-        j = k0 + tl.arange(0, BK)
-        m = real[:, None] & (j < D)[None, :]
-        w = tl.load(w_ + t[:, None] * w_t + j[None, :], mask=m, other=0.0).to(tl.float32)
-        p, inverse, before, e, g = _decays(w, L, LOCAL)
-        At = tl.load(a_ + t[:, None] * a_t + j[None, :], mask=m, other=0.0).to(tl.float32) * before
-        tile = row[:, None] * K + j[None, :]
-        _store(W_ + tile, _dot(X, At, LOCAL) * e[None, :])
-        Rt = tl.load(r_ + t[:, None] * r_t + j[None, :], mask=m, other=0.0).to(tl.float32) * p
-        _store(Q_ + tile, (Rt + _dot(RX, At, LOCAL)) * e[None, :])
-        Bt = tl.load(b_ + t[:, None] * b_t + j[None, :], mask=m, other=0.0).to(tl.float32) * inverse
-        _store(Bg_ + tile, Bt * g[None, :])
-        Kt = tl.load(k_ + t[:, None] * k_t + j[None, :], mask=m, other=0.0).to(tl.float32) * inverse
-        _store(Kp_ + tile, (Kt + _dot(Tt, Bt, LOCAL)) * g[None, :])
-        tl.store(C_ + (chunk * H + head) * K + j, e * g)
+    for block in range(0, K, UNROLL * BK):
+        for k0 in tl.static_range(0, UNROLL * BK, BK):
+            j = block + k0 + tl.arange(0, BK)
+            m = real[:, None] & (j < D)[None, :]
+            w = tl.load(w_ + t[:, None] * w_t + j[None, :], mask=m, other=0.0).to(tl.float32)
+            p, inverse, before, e, g = _decays(w, L, LOCAL)
+            At = tl.load(a_ + t[:, None] * a_t + j[None, :], mask=m, other=0.0).to(tl.float32) * before
+            tile = row[:, None] * K + j[None, :]
+            _store(W_ + tile, _dot(X, At, LOCAL) * e[None, :])
+            Rt = tl.load(r_ + t[:, None] * r_t + j[None, :], mask=m, other=0.0).to(tl.float32) * p
+            _store(Q_ + tile, (Rt + _dot(RX, At, LOCAL)) * e[None, :])
+            Bt = tl.load(b_ + t[:, None] * b_t + j[None, :], mask=m, other=0.0).to(tl.float32) * inverse
+            _store(Bg_ + tile, Bt * g[None, :])
+            Kt = tl.load(k_ + t[:, None] * k_t + j[None, :], mask=m, other=0.0).to(tl.float32) * inverse
+            _store(Kp_ + tile, (Kt + _dot(Tt, Bt, LOCAL)) * g[None, :])
+            tl.store(C_ + (chunk * H + head) * K + j, e * g)
 
 
 @triton.jit
@@ -240,44 +290,6 @@ def _span(span, cu_, first_, T, SEGMENTS, L: tl.constexpr):
         start = tl.load(cu_ + span).to(tl.int64)
         end = tl.load(cu_ + span + 1).to(tl.int64)
         return span * 0, start, end, tl.load(first_ + span), tl.cdiv(end - start, L).to(tl.int32)
-
-
-@triton.jit
-def _columns(K: tl.constexpr, PARTS: tl.constexpr):
-    """Numbers of the columns of a state: [K], or [PARTS, K / PARTS] where a scan holds it as (part, row, column)."""
-    j = tl.arange(0, K)
-    return j if PARTS == 1 else tl.reshape(j, (PARTS, K // PARTS))
-
-
-@triton.jit
-def _down(rows, PARTS: tl.constexpr):
-    """Numbers of rows, shaped to go with `_along`."""
-    return rows[:, None] if PARTS == 1 else rows[None, :, None]
-
-
-@triton.jit
-def _along(j, PARTS: tl.constexpr):
-    """What belongs to `_columns`, shaped to go with `_down`."""
-    return j[None, :] if PARTS == 1 else j[:, None, :]
-
-
-@triton.jit
-def _from_state(state, tile, MODE: tl.constexpr, PARTS: tl.constexpr):
-    """state tile', [BV, L], for a tile [L, columns]. Of a state in parts every warp multiplies its own ones: otherwise
-    each would hold the whole of it as an operand, which of fp32 columns by the hundred fits no registers."""
-    if PARTS == 1:
-        return _dot(state, tl.trans(tile), MODE)
-    else:
-        return tl.sum(_dot(state, tl.permute(tile, (0, 2, 1)), MODE), axis=0)
-
-
-@triton.jit
-def _to_state(x, tile, MODE: tl.constexpr, PARTS: tl.constexpr):
-    """x tile, shaped as the state, for x [BV, L] and a tile [L, columns]."""
-    if PARTS == 1:
-        return _dot(x, tile, MODE)
-    else:
-        return _dot(tl.broadcast_to(x[None, :, :], (PARTS, x.shape[0], x.shape[1])), tile, MODE)
 
 
 @triton.jit
@@ -317,7 +329,7 @@ def scan_forward(
     span = part // MAPS // H
     batch, start, end, chunk, count = _span(span, cu_, first_, T, SEGMENTS, L)
     i = tl.arange(0, L)
-    j = _columns(K, PARTS)
+    j = tl.arange(0, K)
     rows = block * BV + tl.arange(0, BV)
     row = _down(rows, PARTS)
     column = _along(j, PARTS)
@@ -337,9 +349,9 @@ def scan_forward(
             takes = takes & (identity == 0)
         v = tl.load(v_ + rows[:, None] + t[None, :] * v_t, mask=takes, other=0.0)  # [BV, L]
         state = _operand(S, STATE)
-        removed = _from_state(state, tl.load(W_ + tile), STATE, PARTS)
+        removed = _inner(state, tl.load(W_ + tile), STATE, PARTS)
         if not AFFINE:
-            y = _from_state(state, tl.load(Q_ + tile), STATE, PARTS) + _dot(v, tl.trans(tl.load(Z_ + square)), STATE)
+            y = _inner(state, tl.load(Q_ + tile), STATE, PARTS) + _dot(v, tl.trans(tl.load(Z_ + square)), STATE)
             inside = (rows < D)[:, None] & (t < end)[None, :]
             out = ((batch * T + t) * H + head)[None, :] * D + rows[:, None]
             _store(y_ + out, tl.where(real[None, :], y, 0.0), mask=inside)
@@ -349,7 +361,7 @@ def scan_forward(
             _store(U_ + (base * L + i)[None, :] * K + rows[:, None], U)
         decay = tl.load(C_ + base * K + j)
         S = S * _along(decay, PARTS)
-        S += _to_state(removed, tl.load(Bg_ + tile), STATE, PARTS) + _to_state(v, tl.load(Kp_ + tile), STATE, PARTS)
+        S += _outer(removed, tl.load(Bg_ + tile), STATE, PARTS) + _outer(v, tl.load(Kp_ + tile), STATE, PARTS)
     inside = (row < D) & (column < D)
     if not AFFINE:
         inside = inside & (span % SEGMENTS == SEGMENTS - 1)
@@ -381,7 +393,7 @@ def scan_backward(
     span = part // MAPS // H
     batch, start, end, chunk, count = _span(span, cu_, first_, T, SEGMENTS, L)
     i = tl.arange(0, L)
-    j = _columns(K, PARTS)
+    j = tl.arange(0, K)
     rows = block * BV + tl.arange(0, BV)
     row = _down(rows, PARTS)
     column = _along(j, PARTS)
@@ -401,18 +413,18 @@ def scan_backward(
             takes = takes & (identity == 0)
         dy = tl.load(dy_ + rows[:, None] + t[None, :] * dy_t, mask=takes, other=0.0)  # [BV, L]
         state = _operand(dS, STATE)
-        E = _from_state(state, tl.load(Bg_ + tile), STATE, PARTS)
+        E = _inner(state, tl.load(Bg_ + tile), STATE, PARTS)
         if not AFFINE:
             _store(ends_ + base * K * K + row * K + column, dS)
             P = _dot(E, tl.load(X_ + square), STATE) + _dot(dy, tl.load(RX_ + square), STATE)
             _store(P_ + (base * L + i)[None, :] * K + rows[:, None], P)
-            dv = _from_state(state, tl.load(Kp_ + tile), STATE, PARTS) + _dot(dy, tl.load(Z_ + square), STATE)
+            dv = _inner(state, tl.load(Kp_ + tile), STATE, PARTS) + _dot(dy, tl.load(Z_ + square), STATE)
             inside = (rows < D)[:, None] & (t < end)[None, :]
             out = ((batch * T + t) * H + head)[None, :] * D + rows[:, None]
             _store(dv_ + out, tl.where(real[None, :], dv, 0.0), mask=inside)
         decay = tl.load(C_ + base * K + j)
         dS = dS * _along(decay, PARTS)
-        dS += _to_state(E, tl.load(W_ + tile), STATE, PARTS) + _to_state(dy, tl.load(Q_ + tile), STATE, PARTS)
+        dS += _outer(E, tl.load(W_ + tile), STATE, PARTS) + _outer(dy, tl.load(Q_ + tile), STATE, PARTS)
     inside = (row < D) & (column < D)
     if not AFFINE:
         inside = inside & (span % SEGMENTS == 0)
@@ -433,7 +445,7 @@ def gradient(
     starts_, U_, ends_, P_,
     dr_, dw_, dk_, da_, db_,
     T, H,
-    D: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, L: tl.constexpr,
+    D: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, UNROLL: tl.constexpr, L: tl.constexpr,
     STATE: tl.constexpr, FINAL: tl.constexpr,
 ):  # fmt: skip
     """Gradients of BK columns of r, w, k, a, b in one chunk; grid (chunks * blocks of columns, heads). Outputs are
@@ -467,28 +479,29 @@ def gradient(
     dK = tl.zeros((L, BK), tl.float32)
     dB = tl.zeros((L, BK), tl.float32)
     carried = tl.zeros((BK,), tl.float32)
-    for v0 in tl.static_range(0, K, BV):
-        rows = v0 + tl.arange(0, BV)
-        takes = real[:, None] & (rows < D)[None, :]
-        tile = (base * L + i)[:, None] * K + rows[None, :]
-        square = base * K * K + rows[:, None] * K + j[None, :]
-        dy = tl.load(dy_ + t[:, None] * dy_t + rows[None, :], mask=takes, other=0.0)
-        P = tl.load(P_ + tile)
-        S = tl.load(starts_ + square)
-        dR += _dot(dy, S, STATE)
-        dA += _dot(P, S, STATE)
-        v = tl.load(v_ + t[:, None] * v_t + rows[None, :], mask=takes, other=0.0)
-        U = tl.load(U_ + tile)
-        dS = tl.load(ends_ + square)
-        dK += _dot(v, dS, STATE)
-        dB += _dot(U, dS, STATE)
-        carried += tl.sum(S.to(tl.float32) * dS.to(tl.float32), axis=0)
-        vt = tl.trans(v)
-        Ut = tl.trans(U)
-        dRK += _dot(dy, vt, FINAL)
-        dRB += _dot(dy, Ut, FINAL)
-        dAK += _dot(P, vt, FINAL)
-        dAB += _dot(P, Ut, FINAL)
+    for span in range(0, K, UNROLL * BV):
+        for v0 in tl.static_range(0, UNROLL * BV, BV):
+            rows = span + v0 + tl.arange(0, BV)
+            takes = real[:, None] & (rows < D)[None, :]
+            tile = (base * L + i)[:, None] * K + rows[None, :]
+            square = base * K * K + rows[:, None] * K + j[None, :]
+            dy = tl.load(dy_ + t[:, None] * dy_t + rows[None, :], mask=takes, other=0.0)
+            P = tl.load(P_ + tile)
+            v = tl.load(v_ + t[:, None] * v_t + rows[None, :], mask=takes, other=0.0)
+            U = tl.load(U_ + tile)
+            vt = tl.trans(v)
+            Ut = tl.trans(U)
+            dRK += _dot(dy, vt, FINAL)
+            dRB += _dot(dy, Ut, FINAL)
+            dAK += _dot(P, vt, FINAL)
+            dAB += _dot(P, Ut, FINAL)
+            S = tl.load(starts_ + square)
+            dR += _dot(dy, S, STATE)
+            dA += _dot(P, S, STATE)
+            dS = tl.load(ends_ + square)
+            dK += _dot(v, dS, STATE)
+            dB += _dot(U, dS, STATE)
+            carried += tl.sum(S.to(tl.float32) * dS.to(tl.float32), axis=0)
     lower = i[:, None] > i[None, :]
     lower_or_equal = i[:, None] >= i[None, :]
     dRK = _operand(tl.where(lower_or_equal, dRK, 0.0), FINAL)

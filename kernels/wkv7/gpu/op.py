@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rwkvinside.kernels.gpu import kernels
 from rwkvinside.kernels.gpu.launch import Launch, capability, run
-from rwkvinside.kernels.gpu.table import PRECISIONS, Config, lookup
+from rwkvinside.kernels.gpu.table import PRECISIONS, Config, Tuning, lookup
 
 
 class _Mode(NamedTuple):
@@ -43,7 +43,6 @@ _MODES = {
     "balanced": _Mode("bf16x3", "bf16x3", "bf16", "bf16", torch.bfloat16, torch.bfloat16),
     "fast": _Mode("bf16", "bf16x3", "bf16", "bf16", torch.bfloat16, torch.bfloat16),
 }
-PARTS = 4
 NARROW = 16  # rows of the state per program of a scan that has few heads: the least that a product takes
 PREPARE_COLUMNS = 64  # columns of r, w, k, a, b that `prepare` works on at a time: more of them spill registers
 MAX_LENGTH = 32  # tokens per chunk: with 64, exponents of log decays near -5 leave fp32
@@ -211,7 +210,7 @@ def plan_backward(
             "da_": da,
             "db_": db,
         },
-        {"BK": columns, "BV": rows, "STATE": plan.mode.state, "FINAL": plan.mode.final},
+        {"BK": columns, "BV": rows, "UNROLL": plan.unroll(rows), "STATE": plan.mode.state, "FINAL": plan.mode.final},
         plan.config.grad,
     )
     return [plan.prepare(tiles), *scan, gradient], (dr, dw, dk, dv, da, db, dstate)
@@ -287,12 +286,25 @@ class _Plan:
         constants = {"D": self.size, "K": self.padded, "L": self.length, **constants}
         return Launch(kernel, grid, args, constants, tuning.num_warps, tuning.num_stages)
 
+    def unroll(self, block: int) -> int:
+        """How many of the blocks of columns or rows a kernel works on without a loop: all of them, but for fp32, whose
+        products of six make code that takes minutes to compile."""
+        return 1 if self.mode.local == "bf16x6" else self.padded // block
+
+    def parts(self, columns: int, tuning: Tuning) -> int:
+        """Into how many parts products over so many columns are cut: for fp32 one for each warp, as long as that leaves
+        a product its least size. (bf16 operands fit without.)"""
+        return tuning.num_warps if self.mode.local == "bf16x6" and columns >= 16 * tuning.num_warps else 1
+
     def prepare(self, tiles: dict[str, Tensor | None]) -> Launch:
+        columns = min(PREPARE_COLUMNS, self.padded)
+        constants = {"BK": columns, "LOCAL": self.mode.local, "SQUARE": self.mode.square}
+        constants |= {"UNROLL": self.unroll(columns), "PARTS": self.parts(columns, self.config.prep)}
         return self.launch(
             kernels.prepare,
             (self.chunks, self.heads),
             {**self.input("r", "w", "k", "a", "b"), "chunks_": self.chunk_table, **tiles},
-            {"BK": min(PREPARE_COLUMNS, self.padded), "LOCAL": self.mode.local, "SQUARE": self.mode.square},
+            constants,
             self.config.prep,
         )
 
@@ -301,7 +313,7 @@ class _Plan:
         from (None is zero) and of the one it arrives at."""
         first, start, last, arrival = ends
         reads = {**reads, "cu_": self.cu_seqlens, "first_": self.first_chunk, "SEGMENTS": len(order)}
-        parts = PARTS if self.mode.state == "bf16x6" and self.padded >= 128 else 1
+        parts = self.parts(self.padded, self.config.scan)
         constants = {"BV": self.block_v, "STATE": self.mode.state, "PARTS": parts}
         programs = self.sequences * len(order) * self.heads * (self.padded // self.block_v)
         start = None if start is None else start.float().contiguous()

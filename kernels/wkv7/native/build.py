@@ -5,7 +5,6 @@ Standard library only, because the installation runs it before anything else is 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import platform
@@ -90,6 +89,8 @@ def cached_library() -> Path:
     Raises:
         CompileError: it cannot be compiled.
     """
+    import fcntl  # not on Windows, where this module still has to be importable
+
     target = Path.home() / ".cache" / "rwkvinside" / "native" / f"wkv7-{platform.machine()}-{source_hash()}.so"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)

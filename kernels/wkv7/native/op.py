@@ -52,7 +52,7 @@ class _Tokens:
 
     def __init__(self, like: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, work: int, checkpoints: bool):
         B, T, H, N = like.shape
-        edges = torch.arange(0, (B + 1) * T, T) if cu_seqlens is None else cu_seqlens.to(torch.int64)
+        edges = torch.arange(B + 1) * T if cu_seqlens is None else cu_seqlens.to(torch.int64)
         if mask is None:
             self.tokens, self.bounds = None, edges.contiguous()
         else:
