@@ -16,11 +16,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import json
+import multiprocessing
+import os
 import re
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -53,10 +57,11 @@ class Usage:
     mma: int
 
 
+@dataclass(frozen=True)
 class _AbsentGPU:
     """The part of a Triton driver that compiling asks for."""
 
-    architecture = 0
+    architecture: int
 
     def get_current_device(self) -> int:
         return self.architecture  # Triton keeps compiled kernels apart by device
@@ -77,26 +82,24 @@ def _usage(log: str, kernel) -> Usage:
     return Usage(int(registers[1]), sum(map(int, spills)), kernel.metadata.shared, mma)
 
 
-def shipped() -> Iterator[tuple[str, int, Launch]]:
-    """Every launch that a configuration of the table can lead to, as (name, architecture, launch)."""
-    for architecture in ARCHITECTURES:
-        capability = divmod(architecture, 10)
-        for size in HEAD_SIZES:
-            for mode in PRECISIONS:
-                prefix = f"sm_{architecture}/{size}/{mode}"
-                yield from _named(prefix, architecture, plan_training(size, mode, capability))
-            prefix = f"sm_{architecture}/{size}"
-            yield from _named(prefix, architecture, plan_decoding(size, capability))
-        # Arguments that change the code but hardly what it needs: one mode and head size stand for all.
-        yield from _named(f"sm_{architecture}/64/packed", architecture, plan_packed(64, "balanced", capability))
+def shipped(architecture: int) -> Iterator[tuple[str, Launch]]:
+    """Every launch that a configuration of the table can lead to, as (name, launch)."""
+    capability = divmod(architecture, 10)
+    for size in HEAD_SIZES:
+        prefix = f"sm_{architecture}/{size}"
+        for mode in PRECISIONS:
+            yield from _named(f"{prefix}/{mode}", plan_training(size, mode, capability))
+        yield from _named(prefix, plan_decoding(size, capability))
+    # Arguments that change the code but hardly what it needs: one mode and head size stand for all.
+    yield from _named(f"sm_{architecture}/64/packed", plan_packed(64, "balanced", capability))
 
 
-def _named(prefix: str, architecture: int, launches: list[Launch]) -> Iterator[tuple[str, int, Launch]]:
+def _named(prefix: str, launches: list[Launch]) -> Iterator[tuple[str, Launch]]:
     for launch in launches:
         name = launch.kernel.__name__.strip("_")
         if "AFFINE" in launch.constants:
             name += f"_affine_{launch.constants['BV']}" if launch.constants["AFFINE"] else f"_{launch.constants['BV']}"
-        yield f"{prefix}/{name}", architecture, launch
+        yield f"{prefix}/{name}", launch
 
 
 def _tokens(heads: int, size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -138,22 +141,29 @@ def plan_decoding(size: int, capability: tuple[int, int]) -> list[Launch]:
 def survey(only: str = "") -> dict[str, Usage]:
     """Compile what `shipped` yields and whose name begins with `only`; prints a line for each.
 
-    Triton is set up for GPUs that are absent and stays so: the process cannot launch kernels afterwards.
+    Each architecture has a process of its own (they share no kernels), as many at a time as there are processors.
     """
-    knobs = triton.knobs
-    if knobs.runtime.interpret:
+    if triton.knobs.runtime.interpret:
         raise RuntimeError("nothing is compiled under Triton's interpreter: unset TRITON_INTERPRET")
-    gpu = _AbsentGPU()
-    triton.runtime.driver.set_active(gpu)
+    workers = min(len(ARCHITECTURES), os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        parts = pool.map(_survey, ARCHITECTURES, itertools.repeat(only))
+        return {name: usage for part in parts for name, usage in part.items()}
+
+
+def _survey(architecture: int, only: str) -> dict[str, Usage]:
+    """The part of `survey` for one architecture. Triton is set up for an absent GPU and stays so: the process cannot
+    launch kernels afterwards."""
+    knobs = triton.knobs
+    triton.runtime.driver.set_active(_AbsentGPU(architecture))
     knobs.compilation.always_compile = True
     knobs.nvidia.dump_ptxas_log = True
     found: dict[str, Usage] = {}
     compiled: dict[str, Usage] = {}  # modes share kernels, which Triton then compiles only once
     with tempfile.TemporaryDirectory() as knobs.cache.dir:
-        for name, architecture, launch in shipped():
+        for name, launch in shipped(architecture):
             if not name.startswith(only) or name in found:  # a repeated launch
                 continue
-            gpu.architecture = architecture
             log = io.StringIO()
             with contextlib.redirect_stdout(log):
                 kernel = launch.kernel.run(

@@ -19,8 +19,11 @@ computes in more than bf16.
 Token tensors are (batch, token, head, column) with any strides and contiguous columns. Chunk buffers are (chunk, head,
 row, column), contiguous, padded with zeros to K columns. `D` is the head size, `K` that size padded to a power of two.
 
-Loops with several products are unrolled (`tl.static_range`): in the body of a real loop Triton lays all products that
-share an operand out alike, and the [L, L] ones make it compute the others several times over.
+Triton lays out all products of a loop body (or of the code outside of loops) that operands connect as it lays out the
+last of them. A last one of [L, columns] spreads the warps over columns; after one of [L, L] they all compute the same.
+Hence the order of products, and loops unrolled into code that ends with a wide one. Where six products stand for one
+(fp32), unrolled code would take minutes to compile, the time growing with its cube: there loops are real (UNROLL is 1),
+and products whose sum the warps share (PARTS) leave no choice of layout.
 
 Triton's interpreter multiplies the bit patterns of bf16 operands and truncates when it casts to bf16: there (and only
 there) operands are rounded by integer arithmetic and multiplied as fp32.
