@@ -50,7 +50,11 @@ setup(
     packages=[*find_packages(include=["rwkvinside", "rwkvinside.*"]), *KERNELS, "rwkvinside.recipes"],
     package_dir={"rwkvinside.kernels": "kernels/wkv7", "rwkvinside.recipes": "configs"},
     ext_modules=[
-        Extension("rwkvinside.kernels.native._wkv7", [f"kernels/wkv7/native/{name}" for name in native.SOURCES])
+        Extension(
+            "rwkvinside.kernels.native._wkv7",
+            [f"kernels/wkv7/native/{name}" for name in native.SOURCES],
+            optional=True,  # an editable installation copies the result, if there is one
+        )
     ],
     cmdclass={"build_ext": BuildKernels},
     package_data={

@@ -11,7 +11,7 @@ import pytest
 
 import convert_checkpoint
 import train_distill
-from rwkvinside import cli
+from rwkvinside import cli, kernels
 from rwkvinside.errors import Interrupted, UserError, VerificationError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -172,6 +172,24 @@ def test_doctor_says_what_is_installed(capsys):
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "ok  transformers" in out and "all requirements are met" in out
+
+
+def test_doctor_says_which_kernel_runs(capsys, monkeypatch):
+    for reason, said in (
+        (None, "the native kernel with"),
+        ("no C++ compiler", "chunked PyTorch, several times slower than the native kernel: no C++ compiler"),
+    ):
+        monkeypatch.setattr(kernels, "unavailable", lambda backend, reason=reason: reason)
+        monkeypatch.setattr(kernels, "instructions", lambda: "avx2")
+        assert cli.main(["doctor"]) == 0
+        assert f"WKV-7 on the CPU: {said}" in capsys.readouterr().out
+
+
+def test_a_backend_that_cannot_run_is_refused_before_anything_is_loaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(kernels, "unavailable", lambda backend: "PyTorch finds no GPU")
+    given = ["--teacher", "Qwen3-0.6B", "--data", str(tmp_path), "--out", str(tmp_path / "run"), "device=cpu"]
+    assert train_distill.main([*given, "student.backend=triton"]) == 2
+    assert "student.backend triton cannot run: PyTorch finds no GPU" in capsys.readouterr().err
 
 
 def test_unknown_commands_are_refused(capsys):
