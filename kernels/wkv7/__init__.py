@@ -26,8 +26,15 @@ def unavailable(backend: str) -> str | None:
         return unavailable()
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed: pip install triton"
-    if not torch.cuda.is_available() and not _interpreted():
+    if _interpreted():
+        return None
+    if not torch.cuda.is_available():
         return "PyTorch finds no GPU"
+    if torch.version.hip is not None:
+        return "the kernels are made for NVIDIA GPUs"
+    oldest = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+    if oldest < (8, 0):
+        return "the kernels need GPUs of compute capability 8.0 or later, here is one of {}.{}".format(*oldest)
     return None
 
 

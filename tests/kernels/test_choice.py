@@ -1,0 +1,47 @@
+"""Which machines the compiled kernels say they can run on."""
+
+import pytest
+import torch
+
+from rwkvinside import kernels
+
+
+@pytest.mark.parametrize(
+    "found, hip, capabilities, reason",
+    [
+        (False, None, [], "PyTorch finds no GPU"),
+        (True, "6.4", [(9, 4)], "made for NVIDIA GPUs"),
+        (True, None, [(9, 0), (7, 5)], "compute capability 8.0 or later, here is one of 7.5"),
+        (True, None, [(8, 0), (9, 0)], None),
+    ],
+)
+def test_triton(monkeypatch, found, hip, capabilities, reason):
+    monkeypatch.setattr(kernels, "_interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: found)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capabilities[i])
+    got = kernels.unavailable.__wrapped__("triton")
+    assert got is None if reason is None else reason in got
+
+
+def test_without_triton(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install triton" in kernels.unavailable.__wrapped__("triton")
+
+
+@pytest.mark.parametrize(
+    "backend, given, reason",
+    [
+        ("native", ("cpu", torch.float32, 64), None),
+        ("native", ("cuda", torch.float32, 64), "runs on cpu tensors"),
+        ("native", ("cpu", torch.float64, 64), "given float64"),
+        ("triton", ("cuda", torch.bfloat16, 264), "multiples of 8 from 8 to 256"),
+        ("triton", ("cuda", torch.bfloat16, 40), None),
+        ("triton", ("cpu", torch.bfloat16, 64), "runs on cuda tensors"),
+    ],
+)
+def test_tensors(monkeypatch, backend, given, reason):
+    monkeypatch.setattr(kernels, "_interpreted", lambda: False)
+    got = kernels.unfit(backend, *given)
+    assert got is None if reason is None else reason in got
