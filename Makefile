@@ -24,7 +24,7 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 
-# All GPU kernels on the first GPU in under eight minutes. Takes the Python that runs it, which needs torch and triton only.
+# All GPU kernels on the first GPU; starts nothing new after seven minutes. PYTHON needs torch and triton only.
 bench-gpu:
 	rm -rf build/bench && mkdir -p build/bench
 	cp -r rwkvinside build/bench/ && cp -r kernels/wkv7 build/bench/rwkvinside/kernels

@@ -11,8 +11,6 @@ import importlib.util
 import torch
 from torch import Tensor
 
-BACKENDS = ("native", "triton")
-
 
 @functools.cache
 def unavailable(backend: str) -> str | None:

@@ -31,7 +31,16 @@ def test_directory_is_complete(exported):
     names = {file.name for file in out.iterdir()}
     code = {
         f"{m}.py"
-        for m in ("modeling_hybrid", "configuration_hybrid", "attention", "cache", "carry", "time_mixer", "wkv7")
+        for m in (
+            "modeling_hybrid",
+            "configuration_hybrid",
+            "attention",
+            "cache",
+            "carry",
+            "time_mixer",
+            "wkv7",
+            "wkv7_chunked",
+        )
     }
     assert code | {"config.json", "generation_config.json", "conversion.json", "README.md"} <= names
     assert "model.safetensors.index.json" in names and sum(n.endswith(".safetensors") for n in names) > 2

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rwkvinside.modeling.wkv7 import wkv7
+from rwkvinside.modeling.wkv7_chunked import Chunked
 
 MIN_DECAY = -math.exp(-0.5)
 
@@ -57,11 +58,9 @@ def test_chunked_in_float32_against_the_float64_reference(N, shift):
 
 
 def test_many_blocks_of_chunks_give_the_same(monkeypatch):
-    from rwkvinside.modeling import wkv7 as module
-
     x = inputs(2, 200, 3, 16)
     expected = run(x, "reference")
-    monkeypatch.setattr(module._Chunked, "BLOCK", 1)
+    monkeypatch.setattr(Chunked, "BLOCK", 1)
     assert worst(run(x, "chunked"), expected) < 1e-10
     cu = torch.tensor([0, 3, 3, 100, 117, 200])
     x = inputs(1, 200, 3, 16)

@@ -1,9 +1,9 @@
 // The WKV-7 recurrence, step by step, with the state of a head in the cache. Compiled once per instruction set:
 // WKV7_TABLE names the table of entry points and WKV7_LANES is the number of floats in a vector.
 //
-// Forward: the state is held transposed, [key][value], so that a vector is 1..W rows and neither S a nor S r needs a
-// horizontal sum. One pass over the state per token: S a of the next token is summed up while S is being updated.
-// Backward: the state is held as [value][key]. A few rows at a time live in registers over a segment of 16 tokens: they
+// Forward: the state is held transposed, [key][value], so that the lanes of a vector are values and neither S a nor S r
+// needs a horizontal sum. One pass over the state per token: S a of the next token is summed up while S is being updated.
+// Backward: the state is held as [value][key]. A few rows at a time stay in the cache over a segment of 16 tokens: they
 // are recomputed from the checkpoint, then walked back. Sums over rows (dr, dw, dk, da, db) go through small buffers.
 //
 // Rounding: what is carried through all tokens, the state and its gradient, is a base plus the change since the start of
@@ -239,7 +239,7 @@ struct Kernel {
     for (int i = 0; i < count * P; i += W) store<W>(w + i, exponential_minus_1<W>(load<W>(w + i)));
   }
 
-  // A single token: y and the new state, a few rows at a time, without a transposed copy of the state.
+  // A single token: y and the new state, row by row, without a transposed copy of the state.
   static void step(const Wkv7Problem &p, const Wkv7Forward &io, const Task &task, int64_t head) {
     const int N = p.size;
     alignas(64) float r[P] = {}, w[P] = {}, k[P] = {}, v[P] = {}, a[P] = {}, b[P] = {}, y[P] = {};
