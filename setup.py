@@ -69,6 +69,9 @@ setup(
         "safetensors>=0.6",
         "huggingface_hub>=2.0,<3",
         "deepspeed>=0.19.8,<0.20",
+        "peft>=0.21,<0.22",  # adapters; how it marks quantised layers differs between minor versions
+        "bitsandbytes>=0.50",  # quantised frozen weights, 8-bit optimisers
+        "accelerate>=1.10",  # needed by peft and by transformers' loading
         "datasets>=5.0,<6",
         "pyarrow>=20",
         "numpy>=2,<3",
@@ -88,7 +91,11 @@ setup(
             "ruff>=0.12",
             "triton>=3.6; platform_system == 'Linux'",  # for its interpreter; torch for CUDA brings its own
             "flash-linear-attention>=0.6",  # its naive recurrence is an outside oracle
+            "tensorboard>=2.18",
         ],
+        "tensorboard": ["tensorboard>=2.18"],  # loggers, see `loggers:` in the configuration
+        "wandb": ["wandb>=0.19"],
+        "trackio": ["trackio>=0.20"],
         "eval": ["lm-eval>=0.4.9,<0.5"],  # benchmarks on exported directories
     },
     entry_points={"console_scripts": ["rwkvinside = rwkvinside.cli:main"]},

@@ -90,6 +90,29 @@ class StudentConfig(_Model):
         return tuple(sorted(layers))
 
 
+class QuantizeConfig(_Model):
+    groups: list[str] = Field(
+        [], description="Frozen linear layers to quantise: mlp, attention, teacher, mixer.proj, head, adapters' bases."
+    )
+    format: Literal["nf4", "fp4", "int8"] = Field("nf4", description="Type of the quantised weights (bitsandbytes).")
+    double: bool = Field(True, description="Quantise the scales of nf4 and fp4 too.")
+
+
+class AdapterConfig(_Model):
+    kind: Literal["lora", "miss", "bone"] = Field(
+        "lora", description="PEFT method; bone is MiSS in its `bat` form, which is what Bone became."
+    )
+    on: list[str] = Field(["mlp"], min_length=1, description="Groups of linear layers, or regular expressions.")
+    rank: Positive = Field(16, description="Rank (lora) or block size (miss, bone).")
+    alpha: Annotated[float, Field(gt=0)] | None = Field(None, description="Scale of lora; null: twice the rank.")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Dropout in front of the adapter.")
+    rank_stabilized: bool = Field(False, description="lora: divide alpha by the root of the rank (rsLoRA).")
+    dora: bool = Field(False, description="lora: weight-decomposed (DoRA).")
+    init: Literal["default", "pissa"] = Field(
+        "default", description="lora: start at zero, or from principal components of the weight (PiSSA)."
+    )
+
+
 class DataConfig(_Model):
     train: list[str] = Field([], description="Files, directories or hub:NAME[:config] to train on.")
     val: list[str] = Field([], description="The same to validate on; empty: a part of the training documents.")
@@ -134,6 +157,12 @@ class DecayConfig(_Model):
 class OptimConfig(_Model):
     lr: Rate | None = Field(None, description="Learning rate of the mixers; null: by the teacher's width.")
     lr_rest: Rate | None = Field(None, description="Learning rate of all else; null: by the teacher's width.")
+    rates: dict[str, Rate] = Field(
+        {}, description="Learning rates of groups or regular expressions of their own; the first that matches counts."
+    )
+    kind: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = Field(
+        "adamw", description="AdamW with fp32 states, or bitsandbytes' with 8-bit ones, paged: on CUDA only."
+    )
     lr_final: Rate | None = Field(
         None, description="Learning rate after the decay, of what was above it; null: from lr."
     )
@@ -150,10 +179,28 @@ class OptimConfig(_Model):
 
 
 class LossConfig(_Model):
+    divergence: Literal["forward", "reverse", "js"] = Field(
+        "forward", description="KL(teacher || student), KL(student || teacher), or Jensen-Shannon."
+    )
+    top_k: Positive | None = Field(
+        None, description="Compare the teacher's k likeliest tokens and the mass of the rest; null: all tokens."
+    )
     kl: Rate = Field(1.0, description="Weight of the divergence from the teacher.")
     ce: Rate = Field(0.0, description="Weight of the cross-entropy on the text.")
     temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="Temperature of the divergence.")
     chunk_tokens: Positive = Field(1024, description="Tokens whose logits are in memory at a time.")
+
+
+class UnfreezeConfig(_Model):
+    at_tokens: Count = Field(description="Tokens of the stage after which these start to train.")
+    train: list[str] = Field(min_length=1, description="Groups or regular expressions that join `train`.")
+
+
+class TeacherModelConfig(_Model):
+    path: str | None = Field(None, description="Local directory or hub id; null: the model that is converted.")
+    revision: str | None = Field(None, description="Branch, tag or commit of the hub repository.")
+    quantize: Literal["nf4", "fp4", "int8"] | None = Field(None, description="Quantise its linear layers.")
+    shard: bool = Field(False, description="Shard its weights over the ranks (ZeRO-3 inference; needs a launcher).")
 
 
 class StageConfig(_Model):
@@ -164,9 +211,16 @@ class StageConfig(_Model):
     batch: BatchConfig = Field(description="Size of a step.")
     optim: OptimConfig | None = Field(None, description="Optimiser; calibrate has none.")
     loss: LossConfig | None = Field(None, description="Loss; of distil and sft only.")
-    teacher: Literal["auto", "same", "separate"] = Field(
-        "auto", description="The student's frozen weights or a second model; auto: same while only mixers were trained."
+    teacher: Literal["auto", "same", "separate", "cache"] = Field(
+        "auto",
+        description="The student's frozen weights, a second model, or logits on disk; auto: same where it is exact.",
     )
+    teacher_model: TeacherModelConfig = Field(
+        TeacherModelConfig(), description="The second model of teacher: separate."
+    )
+    teacher_cache: str | None = Field(None, description="Directory that `rwkvinside data logits` wrote.")
+    quantize: list[str] | None = Field(None, description="What this stage quantises; null: quantize.groups.")
+    unfreeze: list[UnfreezeConfig] = Field([], description="What starts to train later in the stage.")
     activation_checkpointing: bool = Field(False, description="Recompute activations in the backward.")
     evaluate_every_tokens: Count | None = Field(None, description="Evaluate this often; null: at the end of the stage.")
 
@@ -210,13 +264,19 @@ class CheckpointConfig(_Model):
 
 
 class DeepSpeedConfig(_Model):
-    zero_stage: Literal[0, 1, 2] = Field(1, description="ZeRO shards: 0 nothing, 1 optimiser states, 2 gradients too.")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1, description="ZeRO shards: 0 nothing, 1 optimiser states, 2 gradients too, 3 parameters too."
+    )
+    offload_optimizer: bool = Field(False, description="Keep optimiser states in CPU memory.")
+    offload_parameters: bool = Field(False, description="ZeRO 3: keep parameters in CPU memory.")
     config: dict[str, Any] | None = Field(None, description="More of DeepSpeed's own settings, merged over ours.")
 
 
 class Config(_Model):
     teacher: TeacherConfig = Field(description="The model to convert.")
     student: StudentConfig = Field(StudentConfig(), description="What it becomes.")
+    quantize: QuantizeConfig = Field(QuantizeConfig(), description="Frozen weights in 4 or 8 bits.")
+    adapters: list[AdapterConfig] = Field([], description="Adapters; they train in stages whose train has `adapters`.")
     data: DataConfig = Field(DataConfig(), description="Texts.")
     run: list[str] = Field(description="Stages to run, in order; each starts from the last one's result.")
     stages: dict[str, StageConfig] = Field(description="Settings by stage name; own names need an objective.")
@@ -228,6 +288,9 @@ class Config(_Model):
     )
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="When to save, and how much is kept.")
     deepspeed: DeepSpeedConfig = Field(DeepSpeedConfig(), description="Used when started by a launcher.")
+    loggers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        [], description="Where metrics go beside metrics.jsonl; each is an extra of the installation."
+    )
     log_every: Positive = Field(10, description="Optimiser steps between lines on the console.")
 
     @field_validator("run")

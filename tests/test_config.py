@@ -206,7 +206,7 @@ def test_all_problems_at_once(teacher):
         ("stages.align.batch.token=1", "unknown key; did you mean stages.align.batch.tokens?"),
         ("run=[]", "run = []: is empty"),
         ("run=[align,align]", "has align twice"),
-        ("deepspeed.zero_stage=3", "deepspeed.zero_stage = 3: allowed: 0, 1, 2"),
+        ("deepspeed.zero_stage=4", "deepspeed.zero_stage = 4: allowed: 0, 1, 2, 3"),
         ("checkpoint=null", "checkpoint = None: must be a mapping"),
         ("seed", "'seed' is not of the form key=value"),
         ("a..b=1", "'a..b=1' is not of the form key=value"),
