@@ -25,6 +25,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     tie = export.add_mutually_exclusive_group()
     tie.add_argument("--tie-embeddings", action="store_true", default=None, help="one matrix for embedding and head")
     tie.add_argument("--untie-embeddings", action="store_false", dest="tie_embeddings", help="two matrices")
+    export.add_argument(
+        "--adapters",
+        choices=["merge", "separate"],
+        default="merge",
+        help="merge adapters into the weights (default), or keep them apart, as PEFT stores them",
+    )
+    export.add_argument("--merge", action="store_const", const="merge", dest="adapters", help="as --adapters merge")
     verify = commands.add_parser("verify", help="compare an exported directory with the run it was made from")
     verify.add_argument("directory", metavar="DIR", help="exported directory")
     verify.add_argument("--against", required=True, metavar="RUN", help="run directory")
@@ -35,10 +42,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if args.command == "export":
-        from rwkvinside.export import export_hf
+        from rwkvinside.export import changes, export_hf
 
-        report = export_hf(args.run, args.out, dtype=args.dtype, tie_embeddings=args.tie_embeddings)
+        report = export_hf(
+            args.run, args.out, dtype=args.dtype, tie_embeddings=args.tie_embeddings, adapters=args.adapters
+        )
         print(f"wrote {args.out}: stage {report['stage']}, {report['parameters']} parameters, {report['dtype']}")
+        for line in changes(report):
+            print(line)
         return 0
     from rwkvinside.export import verify
 

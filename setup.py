@@ -60,7 +60,7 @@ setup(
     package_data={
         "rwkvinside.kernels.gpu": ["*.json"],
         "rwkvinside.kernels.native": ["*.cpp", "*.h"],
-        "rwkvinside.recipes": ["*.yaml"],
+        "rwkvinside.recipes": ["*.yaml", "variants/*.yaml"],
     },
     install_requires=[
         "torch>=2.11",  # GPU users bring the build for their machine; `make venv` pins it in constraints.txt

@@ -2,6 +2,7 @@
 
 python train_distill.py --teacher DIR --data train.jsonl --val val.jsonl --out RUN stages.align.tokens=600k
 deepspeed train_distill.py --teacher Qwen3-14B
+python train_distill.py --hostfile hosts --teacher Qwen3-14B
 """
 
 import argparse
@@ -19,6 +20,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--resume-from", metavar="STEP", help="continue from this checkpoint, for instance step-00000150"
     )
+    parser.add_argument(
+        "--hostfile", metavar="FILE", help="start on several machines with DeepSpeed's launcher, once all answer"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the plan; load no weights, write nothing")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # appended by the launcher
     return parser.parse_intermixed_args(argv)
@@ -28,17 +32,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     config = config_from(args)
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    ranks, hosts = int(os.environ.get("WORLD_SIZE", "1")), {}
+    if args.hostfile and not launched:
+        from rwkvinside.launch import check_hosts, launch, read_hostfile
+
+        hosts = read_hostfile(args.hostfile)
+        ranks = sum(hosts.values())
     if args.dry_run:
         from rwkvinside.plan import plan_text
 
-        print(
-            plan_text(config, [args.stage] if args.stage else None, ranks=int(os.environ.get("WORLD_SIZE", "1"))),
-            end="",
-        )
+        print(plan_text(config, [args.stage] if args.stage else None, ranks=ranks), end="")
         return 0
+    if hosts:
+        check_hosts(hosts)
+        launch(args.hostfile, sys.argv if argv is None else [__file__, *argv])
     from rwkvinside.build import train
 
-    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     train(config, stage=args.stage, resume=args.resume, resume_from=args.resume_from, launched=launched)
     return 0
 

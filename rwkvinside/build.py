@@ -9,8 +9,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -21,21 +21,47 @@ from .config import Config
 from .data import Batch
 from .distill.calibrate import calibrate, teacher_power
 from .distill.hybrid import HybridModel
+from .distill.teacher import Teacher
 from .errors import UserError
+from .estimate import micro_rows
+from .evaluate.in_training import judge, share
+from .flops import peak_flops
+from .freezing import Phase, joined, phases, rounded_count, training_table
+from .memory import return_freed_memory
 from .modeling.wkv7 import refusal
-from .models import device_and_precision, load_tokenizer, meta_student, prepare_stage, teacher_dtype
-from .plan import micro_rows, plan_text, stage_order
+from .models import device_and_precision, load_tokenizer, meta_student, prepare_stage, stage_structure, teacher_dtype
+from .plan import plan_text, stage_order
+from .quantization import relative_error
 from .rundir import RunDirectory
-from .sources import judged_batches, rows_of, sample, tokens_of
-from .stage import fingerprint, make_engine, make_evaluate, make_schedule, make_step, make_student, make_teacher
-from .training.checkpoint import Checkpointer
+from .sources import Rows, judged_batches, report, rows_of, sample, tokens_of
+from .stage import (
+    check_adapters,
+    fingerprint,
+    judging,
+    keep_fixed,
+    make_engine,
+    make_schedule,
+    make_step,
+    make_student,
+    make_teacher,
+    numbers,
+    structure_settings,
+    work_of,
+    write_adapters,
+)
+from .teaching import check_teacher
+from .training.checkpoint import Checkpoint, Checkpointer
 from .training.engine import launched_world
+from .training.fixed import fixed_digest
+from .training.in_process import precision_context
+from .training.loggers import Loggers
 from .training.metrics import Console, MetricsWriter
 from .training.schedule import Budget
 from .training.trainer import Trainer
 from .training.world import World
 
 POWER_TOKENS = 16384  # from which the weights of the alignment loss are measured
+ROUNDING_TOKENS = 4096  # whose inputs decide how weights are rounded, where they do
 
 
 def train(
@@ -68,28 +94,35 @@ def train(
     if not sys.stderr.isatty():
         disable_progress_bar()  # of transformers, for the loading of weights
     plan_text(config, [stage] if stage else None)  # what is wrong with the student shows before anything is loaded
-    if (backend := config.student.backend) != "auto":
-        head_size = meta_student(config).mixer_config.head_size
-        if reason := refusal(backend, device, torch.float32, head_size):
-            raise UserError(f"student.backend {backend} cannot run: {reason}", "use student.backend=auto")
+    shapes = meta_student(config)
+    return_freed_memory(sum(p.numel() for p in shapes.parameters()))
+    backend = config.student.backend
+    if backend != "auto" and (reason := refusal(backend, device, torch.float32, shapes.mixer_config.head_size)):
+        raise UserError(f"student.backend {backend} cannot run: {reason}", "use student.backend=auto")
     world = launched_world() if launched else World(device)
+    loggers = Loggers(config.loggers if world.is_main else (), directory.path, config.model_dump(mode="json"))
     try:
         plan = plan_text(config, [stage] if stage else None, ranks=world.size)
-        run = _Run(config, directory, world, precision, launched, load_tokenizer(config), plan)
+        run = _Run(config, directory, world, precision, launched, load_tokenizer(config), shapes, plan, loggers)
         run.say(plan)
-        for name in [stage] if stage else config.run:
+        names = [stage] if stage else config.run
+        for name in names:
+            if name not in directory.finished():
+                check_teacher(config, name, run.tokenizer)
+        for name in names:
             if name in directory.finished():
                 run.say(f"{name} is finished already")
             else:
                 _run_stage(run, name, resume_from)
                 resume_from = None
     finally:
+        loggers.close()
         world.close()
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What all stages of a run share."""
+    """What all stages of a run share; `shapes` is the student on the meta device."""
 
     config: Config
     directory: RunDirectory
@@ -97,61 +130,113 @@ class _Run:
     precision: str
     launched: bool
     tokenizer: PreTrainedTokenizerBase
+    shapes: HybridModel
     plan: str
+    loggers: Loggers
 
     @property
     def dtype(self) -> torch.dtype:
         return teacher_dtype(self.config, self.world.device.type, self.precision)
 
+    @cached_property
+    def peak(self) -> tuple[float, str]:
+        """Operations that the devices of all ranks can do in a second, and where the number is from."""
+        one, origin = peak_flops(self.world.device, self.precision)
+        return one * self.world.size, origin
+
     def say(self, line: str) -> None:
         if self.world.is_main:
             Console("run", 1).say(line)
 
-    def autocast(self) -> AbstractContextManager:
-        """The context of the stage's precision, for what runs outside of an engine."""
-        if self.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.world.device.type, dtype=torch.bfloat16)
-
-    def checkpointer(self, name: str, student: dict) -> Checkpointer:
-        settings = self.config.checkpoint
+    def checkpointer(self, name: str) -> Checkpointer:
+        settings, student = self.config.checkpoint, fingerprint(self.shapes)
         return Checkpointer(self.directory.stage(name), student, settings.keep, settings.on_disk_full)
 
 
 def _run_stage(run: _Run, name: str, resume_from: str | None) -> None:
     config, world = run.config, run.world
-    stage = config.stages[name]
-    before = _stage_before(run, name)
-    student = make_student(config, run.dtype, before and _tensors_of(run, before))
-    source = prepare_stage(student, stage)
-    vocab = student.lm.config.vocab_size
-    tokens, val = tokens_of(config, stage, run.tokenizer, vocab, world)
+    stage, before = config.stages[name], _stage_before(run, name)
+    lm = run.shapes.lm.config
+    checkpointer = run.checkpointer(name)
+    trains = stage.objective != "calibrate"
+    checkpoint = checkpointer.load(resume_from) if trains and checkpointer.names() else None
+    tokens, val = tokens_of(config, stage, run.tokenizer, lm.vocab_size, world)
     world.barrier()  # every process has looked at the directory before one writes into it
     if world.is_main:
         run.directory.describe(config, run.plan)
-        run.directory.note({"rwkvinside": __version__, "teacher": config.teacher.path, "student": fingerprint(student)})
-    run.say(
-        f"{name}: {tokens.num_tokens:,} tokens of {tokens.num_documents:,} documents, {val.num_tokens:,} to validate"
-    )
-
-    teacher = make_teacher(config, source, student, world, run.dtype)
-    judged = judged_batches(val, student.lm.config.max_position_embeddings, vocab)
-    evaluate = make_evaluate(student, teacher, judged, run.autocast)
+        facts = {"rwkvinside": __version__, "teacher": config.teacher.path, "student": fingerprint(run.shapes)}
+        run.directory.note(facts)
+        run.loggers.open()
     rows = rows_of(config, name, tokens)
-    student.to(world.device)
-    if stage.objective == "calibrate":
-        batches = sample(rows, stage.tokens, micro_rows(stage, 1), world.device)
-        evaluation = _calibrate(run, name, student, batches, evaluate)
-    else:
-        power = None
-        if stage.objective == "align":
-            with run.autocast():
-                power, _ = teacher_power(student, sample(rows, POWER_TOKENS, micro_rows(stage, 1), world.device))
-        step = make_step(stage, student, teacher, power)
-        evaluation = _train(run, name, student, step, rows, evaluate, {"data": tokens.fingerprint}, resume_from)
+    lines, read = report(stage, tokens, rows, val)
     if world.is_main:
+        run.directory.note({"data": run.directory.conversion().get("data", {}) | {name: read}})
+    run.say("\n".join([f"{name}: {lines[0]}", *lines[1:]]))
+    given = _Given(rows, judged_batches(val, lm.max_position_embeddings), tokens.fingerprint)
+    *_, last = parts = phases(stage)
+    for phase in parts:
+        if checkpoint is None or checkpoint.step < phase.until or phase is last:
+            evaluation = _run_phase(run, name, phase, given, checkpoint, before)
+            checkpoint = None if phase is last else checkpointer.load()
+    if world.is_main:
+        if stage_structure(config, name).adapters:
+            write_adapters(config, name, run.shapes, checkpointer.load().tensors(), run.directory.stage(name))
         run.directory.note({}, finished=name, evaluation=evaluation)
     world.barrier()
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What a stage works on.
+
+    Args:
+        rows: to train on.
+        judged: batches of validation documents.
+        data: identity of the training data.
+    """
+
+    rows: Rows
+    judged: list[Batch]
+    data: str
+
+
+def _run_phase(
+    run: _Run, name: str, phase: Phase, given: _Given, checkpoint: Checkpoint | None, before: str | None
+) -> dict:
+    """One phase of a stage, with a student built for it, so that a stage that unfreezes goes the way of a resumed one.
+
+    Returns:
+        The last evaluation, {} where there was none.
+    """
+    config, world = run.config, run.world
+    stage, folder = config.stages[name], run.directory.stage(name)
+    start = checkpoint or (before and run.checkpointer(before).load())
+    if start is not None:
+        check_adapters(config, name, start.state)
+
+    def probe(model: HybridModel, mode: str, readout: Callable) -> None:
+        (batch,) = sample(given.rows, ROUNDING_TOKENS, ROUNDING_TOKENS, torch.device("cpu"))
+        # the teacher may be in bf16 still, which the fp32 mixers beside it cannot take
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=run.dtype != torch.float32):
+            model(batch, mode=mode, readout=readout)
+
+    # the first process writes what it quantises, the others read it
+    fixed = stage_structure(config, name).has_fixed_tensors
+    reads = fixed and not world.is_main and fixed_digest(folder) is None
+    if reads:
+        world.barrier()
+    student = make_student(config, name, run.dtype, start and start.tensors(), folder, world.device, probe)
+    if world.is_main:
+        keep_fixed(student, folder)
+    if not reads:
+        world.barrier()
+    if quantized := student.quantized.values():
+        run.say(f"{name}: quantised weights differ from the original ones by {100 * relative_error(quantized):.2g} %")
+    source = prepare_stage(student, stage, phase.train)
+    teacher = make_teacher(config, name, source, student, given.rows, run.tokenizer, world, run.dtype, run.launched)
+    if stage.objective == "calibrate":
+        return _calibrate(run, name, student, teacher, given)
+    return _train(run, name, phase, student, teacher, given, checkpoint)
 
 
 def _stage_before(run: _Run, name: str) -> str | None:
@@ -168,77 +253,100 @@ def _stage_before(run: _Run, name: str) -> str | None:
     return before
 
 
-def _tensors_of(run: _Run, stage: str) -> dict[str, torch.Tensor]:
-    return run.checkpointer(stage, fingerprint(meta_student(run.config))).load().tensors()
-
-
-def _calibrate(run: _Run, name: str, student: HybridModel, batches: list[Batch], evaluate: Callable[[], dict]) -> dict:
+def _calibrate(run: _Run, name: str, student: HybridModel, teacher: Teacher | None, given: _Given) -> dict:
     """Fit and save on the first process; the others go on with what it has saved."""
-    if not run.world.is_main:
-        return {}
-    metrics, console = MetricsWriter(run.directory.path), Console(name, 1)
-    metrics.begin(name)
-    tokens = sum(batch.num_tokens for batch in batches)
+    stage, device = run.config.stages[name], run.world.device
+    metrics, console = MetricsWriter(run.directory.path, run.loggers), Console(name, 1)
+    if run.world.is_main:
+        metrics.begin(name)
+        student.to(device)
+        batches = sample(given.rows, stage.tokens, micro_rows(stage, 1), device)
+        tokens = sum(batch.num_tokens for batch in batches)
 
-    def judge(step: int) -> dict:
-        found = evaluate()
-        row = {"kind": "eval", "stage": name, "step": step, "tokens": step * tokens, **found, "time": time.time()}
-        metrics.write(row)
-        console.evaluation(row)
-        return found
+        def evaluate(step: int) -> dict:
+            with precision_context(run.precision, device):
+                found = numbers(judge(student, teacher, given.judged, device), teacher)
+            row = {"kind": "eval", "stage": name, "step": step, "tokens": step * tokens, **found, "time": time.time()}
+            metrics.write(row)
+            console.evaluation(row)
+            return found
 
-    judge(0)
-    with run.autocast():
-        fits = calibrate(student, batches)
-    row = {"kind": "calibrate", "stage": name, "step": 1, "tokens": tokens, "time": time.time()}
-    fields = ("error", "error_before", "half_life", "rate", "scale", "bonus")
-    metrics.write(row | {field: {str(i): getattr(fit, field) for i, fit in fits.items()} for field in fields})
-    found = judge(1)
-    state = {"stage": name, "step": 1, "finished": True}
-    run.checkpointer(name, fingerprint(student)).save(1, student.student_state_dict(), None, state, required=True)
-    return found
+        evaluate(0)
+        with precision_context(run.precision, device):
+            fits = calibrate(student, batches)
+        row = {"kind": "calibrate", "stage": name, "step": 1, "tokens": tokens, "time": time.time()}
+        fields = ("error", "error_before", "half_life", "rate", "scale", "bonus")
+        metrics.write(row | {field: {str(i): getattr(fit, field) for i, fit in fits.items()} for field in fields})
+        found = evaluate(1)
+        state = {"stage": name, "step": 1, "finished": True}
+        state["settings"] = structure_settings(run.config, name, run.directory.stage(name))
+        run.checkpointer(name).save(1, student.student_state_dict(), None, state, required=True)
+    run.world.barrier()
+    return found if run.world.is_main else {}
 
 
-def _train(run, name, student, step, rows, evaluate, data, resume_from) -> dict:
-    """Train to the end of the stage; returns its last evaluation, {} where it had been made before."""
+def _train(
+    run: _Run,
+    name: str,
+    phase: Phase,
+    student: HybridModel,
+    teacher: Teacher | None,
+    given: _Given,
+    checkpoint: Checkpoint | None,
+) -> dict:
     config, world = run.config, run.world
     stage = config.stages[name]
-    trainable = {n for group in student.trainable_groups().values() for n in group}
-    # copies, because an engine may round what it does not train
-    others = {n: t.to("cpu", copy=True) for n, t in student.student_state_dict().items() if n not in trainable}
+    trainable = {n for n, p in student.canonical_parameters().items() if p.requires_grad}
+    # an engine of several processes may round or cut what it does not train
+    others = {n: t.to("cpu", copy=run.launched) for n, t in student.student_state_dict().items() if n not in trainable}
+    new = joined(student, stage, phase)
+    schedule = make_schedule(stage, phase, student)
+    run.say("\n".join([f"{name} trains from step {phase.first + 1}:", *training_table(student, stage, phase)]))
+    work = work_of(stage, student, teacher)
+    if world.is_main:
+        peak, origin = run.peak
+        run.say(f"{rounded_count(round(work))} operations a token; MFU is of {peak / 1e12:.3g} TFLOP/s ({origin})")
     budget = Budget(stage.tokens, stage.batch.tokens, stage.data.seq_len)
+    own = share(given.judged, world.rank, world.size)
     last: dict = {}
 
-    def judge(done: int) -> dict:
-        if world.is_main:
-            last.clear()
-            last.update(evaluate())
+    def evaluate(done: int) -> dict:
+        with engine.autocast():
+            scores = judge(engine.module, judging(teacher), own, world.device, world.all_reduce_sum)
+        last.update(numbers(scores, judging(teacher)))
         return dict(last)
 
-    checkpointer = run.checkpointer(name, fingerprint(student))
-    engine = make_engine(config, stage, student, world, run.precision, run.launched)
+    engine = make_engine(config, stage, phase, student, world, run.precision, run.launched)
     try:
+        power = None
+        if stage.objective == "align":
+            with engine.autocast():
+                batches = sample(given.rows, POWER_TOKENS, micro_rows(stage, 1), world.device)
+                power, _ = teacher_power(engine.module, batches)
         trainer = Trainer(
             engine,
-            step,
-            rows,
+            make_step(stage, student, teacher, power),
+            given.rows,
             stage=name,
             budget=budget,
-            schedule=make_schedule(stage, student),
+            schedule=schedule,
             micro_rows=micro_rows(stage, world.size),
-            checkpointer=checkpointer,
-            settings={"seed": config.seed} | data,
-            metrics=MetricsWriter(run.directory.path),
+            checkpointer=run.checkpointer(name),
+            settings={"seed": config.seed, "data": given.data}
+            | structure_settings(config, name, run.directory.stage(name)),
+            metrics=MetricsWriter(run.directory.path, run.loggers),
             console=Console(name, budget.steps, config.log_every),
-            evaluate=judge,
+            evaluate=evaluate,
             evaluate_every=budget.steps_for(stage.evaluate_every_tokens) if stage.evaluate_every_tokens else 0,
             save_every=config.checkpoint.every_steps,
             other_tensors=lambda: others,
             labels={"layers": student.rwkv_layers},
+            flops_per_token=work,
+            peak_flops=run.peak[0] if world.is_main else None,
         )
-        if checkpointer.names():
-            trainer.restore(checkpointer.load(resume_from))
-        trainer.fit()
+        if checkpoint is not None:
+            trainer.restore(checkpoint, joined=new if checkpoint.step == phase.first else ())
+        trainer.fit(until=phase.until)
     finally:
         engine.close()
     return last

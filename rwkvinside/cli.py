@@ -38,13 +38,15 @@ def report_errors(main: Callable[..., int]) -> Callable[..., int]:
     return reporting
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that together make a configuration; `config_from` reads them."""
+def add_config_arguments(parser: argparse.ArgumentParser, out: str = "run directory") -> None:
+    """The arguments that together make a configuration; `config_from` reads them. `out` is what --out is said to be."""
     parser.add_argument("-c", "--config", action="append", default=[], metavar="FILE", help="YAML file; may repeat")
     parser.add_argument("--teacher", metavar="NAME", help="preset such as Qwen3-14B, hub id or local directory")
+    parser.add_argument("--variant", action="append", default=[], metavar="NAME", help="such as one-card; may repeat")
     parser.add_argument("--data", action="append", default=[], metavar="PATH", help="file or directory; may repeat")
     parser.add_argument("--val", action="append", default=[], metavar="PATH", help="the same, to validate on")
-    parser.add_argument("--out", metavar="DIR", help="run directory")
+    parser.add_argument("--out", metavar="DIR", help=out)
+    parser.add_argument("--deepspeed", metavar="FILE", help="DeepSpeed's own configuration (JSON), used by launchers")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any field, as in stages.align.tokens=600k")
 
 
@@ -57,7 +59,14 @@ def config_from(args: argparse.Namespace) -> Config:
     from .loading import load_config
 
     return load_config(
-        args.config, teacher=args.teacher, data=args.data, val=args.val, out=args.out, overrides=args.overrides
+        args.config,
+        teacher=args.teacher,
+        variant=args.variant,
+        data=args.data,
+        val=args.val,
+        out=args.out,
+        deepspeed=args.deepspeed,
+        overrides=args.overrides,
     )
 
 
@@ -122,6 +131,7 @@ def _bench(argv: Sequence[str]) -> int:
     about = {
         "wkv7": "the recurrence: our kernels beside others and attention",
         "training": "align and distil beside plain fine-tuning of the same teacher",
+        "head": "memory and time of the distillation loss, all logits at once beside a chunk at a time",
     }
     parser = argparse.ArgumentParser(prog="rwkvinside bench", description="Speed, measured side by side.")
     commands = parser.add_subparsers(dest="what", required=True)
@@ -130,10 +140,36 @@ def _bench(argv: Sequence[str]) -> int:
         from .kernels.bench.command import add_arguments, main
     elif argv[:1] == ["training"]:
         from .evaluate.training_speed import add_arguments, main
+    elif argv[:1] == ["head"]:
+        from .evaluate.head_cost import add_arguments, main
     else:
         parser.parse_args(argv)  # --help, or a complaint
     add_arguments(parsers[argv[0]])
     return main(parser.parse_args(argv))
+
+
+def _data(argv: Sequence[str]) -> int:
+    about = {
+        "inspect": "what is in data: kinds, lengths, padding, masks, ids out of range, samples",
+        "pack": "tokenise data once, into a directory that can be trained on",
+        "logits": "the teacher's likeliest tokens for the rows of a stage, for teacher: cache",
+    }
+    parser = argparse.ArgumentParser(prog="rwkvinside data", description="Data: look at it, pack it, teach it.")
+    commands = parser.add_subparsers(dest="what", required=True)
+    parsers = {name: commands.add_parser(name, help=text, description=text) for name, text in about.items()}
+    if argv[:1] == ["logits"]:
+        from .logits import add_arguments, main
+
+        add_arguments(parsers["logits"])
+        # subparsers cannot mix options and positionals: the first word chooses, the rest is parsed on its own
+        return main(parsers["logits"].parse_intermixed_args(argv[1:]))
+    if argv[:1] not in (["inspect"], ["pack"]):
+        parser.parse_args(argv)  # --help, or a complaint
+    from .data_command import add_arguments, inspect, pack
+
+    add_arguments(parsers[argv[0]], argv[0])
+    args = parsers[argv[0]].parse_intermixed_args(argv[1:])
+    return (inspect if argv[0] == "inspect" else pack)(args)
 
 
 def _demo(argv: Sequence[str]) -> int:
@@ -147,6 +183,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "config": (_config, "show the configuration that results, list all fields"),
     "doctor": (_doctor, "what this machine and installation offer"),
     "eval": (_eval, "compare a student with its teacher on text"),
+    "data": (_data, "look at data, tokenise it for good, store the teacher's logits"),
     "report": (_report, "plots of a run"),
     "bench": (_bench, "speed of the kernels, and of training beside plain fine-tuning"),
     "demo": (_demo, "the whole path on this machine, from a tiny teacher to a hybrid that generates"),

@@ -28,6 +28,12 @@ Count = Annotated[int, BeforeValidator(parse_count)]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0)]
+Weights = list[Annotated[float, Field(gt=0)]]
+
+
+def _check_weights(train: list[str], weights: Weights | None) -> None:
+    if weights is not None and len(weights) != len(train):
+        raise _problem("has {} weights for {} sources in train; give one for each", len(weights), len(train))
 
 
 class _Model(BaseModel):
@@ -39,7 +45,7 @@ class TeacherConfig(_Model):
     revision: str | None = Field(None, description="Branch, tag or commit of the hub repository.")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the tokenizer.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Type of the frozen weights in memory; auto: fp32 on CPU, else bf16."
+        "auto", description="Type the weights are loaded in; fp32 precision makes them fp32. auto: fp32 on CPU, else bf16."
     )
     config: dict[str, Any] | None = Field(
         None, description="The teacher's Hugging Face configuration, so that planning needs no network."
@@ -92,17 +98,20 @@ class StudentConfig(_Model):
 
 class QuantizeConfig(_Model):
     groups: list[str] = Field(
-        [], description="Frozen linear layers to quantise: mlp, attention, teacher, mixer.proj, head, adapters' bases."
+        [], description="Frozen linear layers to quantise: mlp, attention, teacher, mixer.proj, head; or expressions."
     )
     format: Literal["nf4", "fp4", "int8"] = Field("nf4", description="Type of the quantised weights (bitsandbytes).")
     double: bool = Field(True, description="Quantise the scales of nf4 and fp4 too.")
+    rounding: Literal["nearest", "inputs"] = Field(
+        "nearest", description="To the nearest value, or, nf4 and fp4, as suits the inputs that layers see (GPTQ)."
+    )
 
 
 class AdapterConfig(_Model):
     kind: Literal["lora", "miss", "bone"] = Field(
         "lora", description="PEFT method; bone is MiSS in its `bat` form, which is what Bone became."
     )
-    on: list[str] = Field(["mlp"], min_length=1, description="Groups of linear layers, or regular expressions.")
+    groups: list[str] = Field(["mlp"], min_length=1, description="Groups of linear layers, or regular expressions.")
     rank: Positive = Field(16, description="Rank (lora) or block size (miss, bone).")
     alpha: Annotated[float, Field(gt=0)] | None = Field(None, description="Scale of lora; null: twice the rank.")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Dropout in front of the adapter.")
@@ -114,7 +123,16 @@ class AdapterConfig(_Model):
 
 
 class DataConfig(_Model):
-    train: list[str] = Field([], description="Files, directories or hub:NAME[:config] to train on.")
+    train: list[str] = Field(
+        [], description="Files, directories, packed or .idx data, or hub:NAME[:config] to train on."
+    )
+    weights: Weights | None = Field(
+        None, description="Share of the tokens of each entry of train; null: every document once an epoch."
+    )
+    stream: bool = Field(False, description="Read and tokenise train while training runs, block by block.")
+    block_tokens: Count = Field(
+        4_000_000, description="Tokens of a streamed block, in which documents are shuffled; a chunk more at most."
+    )
     val: list[str] = Field([], description="The same to validate on; empty: a part of the training documents.")
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.01, description="Part of the training documents, chosen by their hash, kept for validation when val is empty."
@@ -122,11 +140,33 @@ class DataConfig(_Model):
     val_tokens: Count = Field(100_000, description="At most this many validation tokens are read.")
     cache_dir: str | None = Field(None, description="Where tokenised data is kept; null: the user's cache directory.")
     text_column: str = Field("text", description="Field or column that holds a document's text.")
+    rotate_options: bool = Field(
+        True, description="Every multiple-choice question once with each rotation of its options; false: as it stands."
+    )
+    check_ids: bool = Field(
+        True, description="Refuse token ids in the data that the teacher's tokenizer would not have given."
+    )
+
+    @model_validator(mode="after")
+    def _mixture(self) -> DataConfig:
+        _check_weights(self.train, self.weights)
+        if self.stream and self.weights is None and len(self.train) > 1:
+            raise _problem("stream reads one source after the other; give weights to mix {}", len(self.train))
+        return self
 
 
 class StageData(_Model):
     seq_len: Annotated[int, Field(ge=2)] = Field(description="Tokens of a row.")
     train: list[str] | None = Field(None, description="Data of this stage alone; null: data.train.")
+    weights: Weights | None = Field(None, description="As data.weights, for this stage's own train.")
+    loss_on: Literal["completions", "all"] = Field(
+        "completions", description="Of conversations and prompts with completions; all: every token is a target."
+    )
+
+    @model_validator(mode="after")
+    def _mixture(self) -> StageData:
+        _check_weights(self.train or [], self.weights)
+        return self
 
     @field_validator("seq_len")
     @classmethod
@@ -139,7 +179,7 @@ class StageData(_Model):
 
 class BatchConfig(_Model):
     tokens: Count = Field(description="Tokens of an optimiser step over all ranks.")
-    micro_rows: Positive | None = Field(None, description="Rows that run at a time on a rank; null: about 8192 tokens.")
+    micro_rows: Positive | None = Field(None, description="Rows that run at a time on a rank; null: about 4096 tokens.")
 
 
 class DecayConfig(_Model):
@@ -158,7 +198,7 @@ class OptimConfig(_Model):
     lr: Rate | None = Field(None, description="Learning rate of the mixers; null: by the teacher's width.")
     lr_rest: Rate | None = Field(None, description="Learning rate of all else; null: by the teacher's width.")
     rates: dict[str, Rate] = Field(
-        {}, description="Learning rates of groups or regular expressions of their own; the first that matches counts."
+        {}, description="Learning rates of groups, or regular expressions over names; the first that matches counts."
     )
     kind: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = Field(
         "adamw", description="AdamW with fp32 states, or bitsandbytes' with 8-bit ones, paged: on CUDA only."
@@ -188,11 +228,13 @@ class LossConfig(_Model):
     kl: Rate = Field(1.0, description="Weight of the divergence from the teacher.")
     ce: Rate = Field(0.0, description="Weight of the cross-entropy on the text.")
     temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="Temperature of the divergence.")
-    chunk_tokens: Positive = Field(1024, description="Tokens whose logits are in memory at a time.")
+    chunk_tokens: Positive | None = Field(
+        None, description="Tokens whose logits are in memory at a time; null: 331 of a vocabulary of 152k."
+    )
 
 
 class UnfreezeConfig(_Model):
-    at_tokens: Count = Field(description="Tokens of the stage after which these start to train.")
+    at_tokens: Count = Field(description="Tokens of the stage after which these join, with a warm-up of their own.")
     train: list[str] = Field(min_length=1, description="Groups or regular expressions that join `train`.")
 
 
@@ -218,7 +260,9 @@ class StageConfig(_Model):
     teacher_model: TeacherModelConfig = Field(
         TeacherModelConfig(), description="The second model of teacher: separate."
     )
-    teacher_cache: str | None = Field(None, description="Directory that `rwkvinside data logits` wrote.")
+    teacher_cache: str | None = Field(
+        None, description="For teacher: cache: directory that `rwkvinside data logits` wrote."
+    )
     quantize: list[str] | None = Field(None, description="What this stage quantises; null: quantize.groups.")
     unfreeze: list[UnfreezeConfig] = Field([], description="What starts to train later in the stage.")
     activation_checkpointing: bool = Field(False, description="Recompute activations in the backward.")
@@ -228,12 +272,15 @@ class StageConfig(_Model):
     def _consistent(self) -> StageConfig:
         if self.batch.tokens < self.data.seq_len:
             raise _problem("batch.tokens {} is less than data.seq_len {}", self.batch.tokens, self.data.seq_len)
-        if self.objective == "calibrate" and (self.optim is not None or self.train):
-            raise _problem("objective calibrate does not train: leave out optim and train")
+        if self.objective == "calibrate" and (self.optim is not None or self.train or self.unfreeze):
+            raise _problem("objective calibrate does not train: leave out optim, train and unfreeze")
         if self.objective != "calibrate" and not self.train:
             raise _problem("train is empty; name groups such as mixer, or regular expressions")
         if self.objective != "calibrate" and self.optim is None:
             raise _problem("optim is null; leave it out for the defaults")
+        last = (self.steps - 1) * self.rows * self.data.seq_len
+        if late := [entry.at_tokens for entry in self.unfreeze if entry.at_tokens > last]:
+            raise _problem("unfreeze.at_tokens {} is after {}, where the last step begins", late[0], last)
         if self.objective in ("calibrate", "align") and self.loss is not None:
             raise _problem("objective {} has a fixed loss: leave out loss", self.objective)
         if self.objective in ("distil", "sft") and self.loss is None:
@@ -242,7 +289,21 @@ class StageConfig(_Model):
             raise _problem("loss.kl must be positive; objective sft trains without a teacher")
         if self.objective == "sft" and (self.loss.kl or self.loss.ce != 1):
             raise _problem("objective sft has loss.kl 0 and loss.ce 1; objective distil mixes both")
+        if self.objective == "sft" and self.loss != LossConfig(kl=0, ce=1, chunk_tokens=self.loss.chunk_tokens):
+            raise _problem("objective sft has no divergence: leave out loss.divergence, loss.top_k, loss.temperature")
+        self._check_teacher()
         return self
+
+    def _check_teacher(self) -> None:
+        second = self.teacher_model != TeacherModelConfig()
+        if self.objective != "distil" and (self.teacher != "auto" or second or self.teacher_cache):
+            raise _problem("only objective distil has a choice of teacher: leave out teacher, teacher_model and cache")
+        if self.teacher == "same" and second:
+            raise _problem("teacher same is the student itself: leave out teacher_model")
+        if self.teacher == "cache" and not self.teacher_cache:
+            raise _problem("teacher cache needs teacher_cache: the directory that `rwkvinside data logits` wrote")
+        if self.teacher != "cache" and self.teacher_cache:
+            raise _problem("teacher_cache {} is read by teacher cache only, not {}", self.teacher_cache, self.teacher)
 
     @property
     def rows(self) -> int:
@@ -269,11 +330,15 @@ class DeepSpeedConfig(_Model):
     )
     offload_optimizer: bool = Field(False, description="Keep optimiser states in CPU memory.")
     offload_parameters: bool = Field(False, description="ZeRO 3: keep parameters in CPU memory.")
-    config: dict[str, Any] | None = Field(None, description="More of DeepSpeed's own settings, merged over ours.")
+    bf16_weights: bool = Field(
+        False, description="In bf16: DeepSpeed's own bf16 weights with fp32 masters; false: fp32 weights, autocast."
+    )
+    config: dict[str, Any] | None = Field(None, description="DeepSpeed's own settings (--deepspeed FILE), over ours.")
 
 
 class Config(_Model):
     teacher: TeacherConfig = Field(description="The model to convert.")
+    variant: list[str] = Field([], description="Shipped variants of the recipe, such as one-card; later beat earlier.")
     student: StudentConfig = Field(StudentConfig(), description="What it becomes.")
     quantize: QuantizeConfig = Field(QuantizeConfig(), description="Frozen weights in 4 or 8 bits.")
     adapters: list[AdapterConfig] = Field([], description="Adapters; they train in stages whose train has `adapters`.")

@@ -12,6 +12,9 @@ from packaging.requirements import Requirement
 
 from . import kernels
 
+MISSING = "missing"
+EXTRAS = ("tensorboard", "wandb", "trackio")  # loggers, which nobody has to have
+
 
 def main() -> int:
     """Print the findings; 2 when something that this package needs is missing or of another version."""
@@ -32,19 +35,37 @@ def main() -> int:
         print(f"WKV-7 on the {device}: {_kernel(backend)}")
 
     problems = 0
-    for line in requires("rwkvinside") or ():
-        requirement = Requirement(line)
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
-            continue
-        try:
-            found = version(requirement.name)
-        except PackageNotFoundError:
-            found = "missing"
-        good = found != "missing" and requirement.specifier.contains(found, prereleases=True)
+    for requirement in _requirements():
+        found, good = _installed(requirement)
         problems += not good
         print(f"{'ok ' if good else 'BAD'} {requirement.name} {found} (needs {requirement.specifier})")
+    for extra in EXTRAS:
+        for requirement in _requirements(extra):
+            found, good = _installed(requirement)
+            state = "ok " if good else "-  " if found == MISSING else "BAD"
+            print(f"{state} {requirement.name} {found} (extra {extra})")
     print("all requirements are met" if not problems else f"{problems} requirements are not met: pip install -e .")
     return 2 if problems else 0
+
+
+def _requirements(extra: str = "") -> list[Requirement]:
+    """What this package needs here; of an extra, what it adds."""
+    found = []
+    for requirement in map(Requirement, requires("rwkvinside") or ()):
+        marker = requirement.marker
+        base = marker is None or marker.evaluate({"extra": ""})
+        if base == (not extra) and (marker is None or marker.evaluate({"extra": extra})):
+            found.append(requirement)
+    return found
+
+
+def _installed(requirement: Requirement) -> tuple[str, bool]:
+    """The version that is there, and whether it is the one that is needed."""
+    try:
+        found = version(requirement.name)
+    except PackageNotFoundError:
+        return MISSING, False
+    return found, requirement.specifier.contains(found, prereleases=True)
 
 
 def _backends() -> list[tuple[str, str]]:

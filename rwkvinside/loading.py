@@ -1,11 +1,13 @@
 """From recipe, files, flags and `key=value` to one checked configuration; every problem is reported, all at once.
 
-Later beats earlier: defaults by the teacher's width < the teacher's recipe < -c files in order < flags < key=value.
+Later beats earlier: defaults by the teacher's width < the teacher's recipe < its variants < -c files in order < flags <
+key=value.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -18,7 +20,7 @@ from pydantic_core import ErrorDetails
 from .config import Config, StageConfig, inner_model
 from .defaults import RUN, STAGES, learning_rates, stage_defaults, warmup_steps
 from .errors import UserError
-from .teachers import Teacher, find_teacher
+from .teachers import Teacher, find_teacher, variants
 
 DEFAULT_DATA = "hub:HuggingFaceFW/fineweb-edu:sample-10BT"  # for teachers from the hub when no data is named
 REFERENCE = "all fields: rwkvinside config fields"
@@ -28,9 +30,11 @@ def load_config(
     files: Sequence[str | os.PathLike] = (),
     *,
     teacher: str | None = None,
+    variant: Sequence[str] = (),
     data: Sequence[str] = (),
     val: Sequence[str] = (),
     out: str | None = None,
+    deepspeed: str | None = None,
     overrides: Sequence[str] = (),
 ) -> Config:
     """Read, merge and check a configuration.
@@ -38,7 +42,9 @@ def load_config(
     Args:
         files: YAML files, later ones beat earlier ones.
         teacher: name of a recipe, local directory or hub id.
+        variant: names of shipped variants (one-card, quantised, ...), later ones beat earlier ones.
         data, val, out: the fields data.train, data.val and out.
+        deepspeed: JSON file with a configuration of DeepSpeed's own, the field deepspeed.config.
         overrides: `path.of.field=value`, values in YAML syntax.
 
     Raises:
@@ -47,10 +53,16 @@ def load_config(
     flags: list[dict] = []
     flags += [{"teacher": {"path": teacher}}] if teacher else []
     flags += [{"data": {name: list(paths)}} for name, paths in (("train", data), ("val", val)) if paths]
+    flags += [{"variant": list(variant)}] if variant else []
     flags += [{"out": out}] if out else []
+    flags += [{"deepspeed": {"config": _read_json(deepspeed)}}] if deepspeed else []
     given = _merge([*map(_read_yaml, files), *flags, *map(_override, overrides)])
     found = _find(given)
-    merged = _merge([found.recipe, given])
+    if isinstance(given.get("variant"), str):
+        given["variant"] = [given["variant"]]
+    own = given.pop("variants", found.recipe.get("variants"))
+    merged = _merge([found.recipe, *_variants(given.get("variant"), own), given])
+    merged.pop("variants", None)
     merged["teacher"]["path"] = found.path
     if not found.local:
         merged = _merge([{"data": {"train": [DEFAULT_DATA]}}, merged])
@@ -104,6 +116,25 @@ def _find(given: dict) -> Teacher:
             "use --teacher with a preset such as Qwen3-14B, a local directory or a hub id",
         )
     return find_teacher(path, revision=teacher.get("revision"), fields=fields if isinstance(fields, dict) else None)
+
+
+def _variants(names: object, own: object) -> list[dict]:
+    """Settings of the named variants, each followed by what the recipe says of it for its own model.
+
+    Args:
+        names: list of names; anything else is left to the validation.
+        own: the recipe's key `variants`, {name: settings}.
+
+    Raises:
+        UserError: a variant of no known name.
+    """
+    shipped, layers = variants(), []
+    for name in names if isinstance(names, list) else []:
+        if name not in shipped:
+            cause = f"variant {_show(name)} is not known{_nearest(str(name), shipped)}"
+            raise UserError(cause, f"variants: {', '.join(shipped)}")
+        layers += [shipped[name], _mapping(_mapping(own).get(name))]
+    return layers
 
 
 def _with_stage_defaults(given: object, found: Teacher) -> tuple[dict, dict[tuple[str, ...], str]]:
@@ -179,6 +210,19 @@ def _read_yaml(file: str | os.PathLike) -> dict:
     except (UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"configuration {file} is not valid YAML: {reason}", "correct the file") from error
+
+
+def _read_json(file: str | os.PathLike) -> dict:
+    try:
+        with open(file, encoding="utf-8") as stream:
+            values = json.load(stream)
+    except OSError as error:
+        raise UserError(f"configuration {file} cannot be read: {error.strerror}", "check the path") from error
+    except ValueError as error:
+        raise UserError(f"configuration {file} is not valid JSON: {error}", "correct the file") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{file} holds no mapping of settings", "see DeepSpeed's documentation of its configuration")
+    return values
 
 
 def _override(text: str) -> dict:

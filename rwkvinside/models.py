@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from transformers import (
     AutoConfig,
@@ -11,10 +13,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .config import Config, StageConfig
+from .config import Config, StageConfig, TeacherConfig
 from .distill.hybrid import HybridModel, StudentSpec
+from .distill.structure import Structure
 from .distill.teacher import check_same_weights
 from .errors import UserError
+from .training.deepspeed_config import ZeroSettings
+from .training.optimizer import OptimizerSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -36,10 +41,16 @@ def device_and_precision(config: Config) -> tuple[str, str]:
 
 
 def teacher_dtype(config: Config, device: str, precision: str) -> torch.dtype:
-    """Type of the frozen weights in memory."""
+    """Type in which the teacher is loaded."""
     if config.teacher.dtype != "auto":
         return DTYPES[config.teacher.dtype]
     return torch.bfloat16 if device == "cuda" and precision == "bf16" else torch.float32
+
+
+def frozen_dtype(config: Config, device: str, precision: str) -> torch.dtype:
+    """Type of the frozen weights that are not quantised, once a model is complete: training in fp32 computes in fp32,
+    whatever the teacher was loaded in before its layers were quantised."""
+    return torch.float32 if precision == "fp32" else teacher_dtype(config, device, precision)
 
 
 def teacher_config(config: Config) -> PretrainedConfig:
@@ -66,12 +77,16 @@ def meta_student(config: Config) -> HybridModel:
 
 
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    """The teacher's tokenizer.
+    """The teacher's tokenizer, see `open_tokenizer`."""
+    return open_tokenizer(config.teacher)
+
+
+def open_tokenizer(teacher: TeacherConfig) -> PreTrainedTokenizerBase:
+    """A teacher's tokenizer.
 
     Raises:
         UserError: there is none, or it needs code of its own that was not allowed.
     """
-    teacher = config.teacher
     try:
         return AutoTokenizer.from_pretrained(
             teacher.path, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code
@@ -84,28 +99,59 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def mixer_names(model: HybridModel) -> set[str]:
-    """Canonical names of all parameters of the mixers."""
-    prefix = "model.layers.{}.self_attn.{}"
-    return {prefix.format(i, name) for i, mixer in model.mixers.items() for name, _ in mixer.named_parameters()}
+def stage_structure(config: Config, name: str) -> Structure:
+    """What a stage quantises, and the adapters."""
+    return Structure.from_fields(config.model_dump(), name)
 
 
-def prepare_stage(model: HybridModel, stage: StageConfig) -> str | None:
+def optimizer_settings(stage: StageConfig) -> OptimizerSettings:
+    """The optimizer of a training stage."""
+    optim = stage.optim
+    return OptimizerSettings(optim.betas, optim.eps, optim.weight_decay, optim.clip, optim.kind)
+
+
+def zero_settings(config: Config) -> ZeroSettings:
+    """How DeepSpeed is to shard, when a launcher starts the run."""
+    zero = config.deepspeed
+    return ZeroSettings(
+        zero.zero_stage, zero.offload_optimizer, zero.offload_parameters, zero.bf16_weights, zero.config
+    )
+
+
+def prepare_stage(model: HybridModel, stage: StageConfig, train: Sequence[str] | None = None) -> str | None:
     """Set what the stage trains and say which exact teacher it has: the student's own frozen weights ("same"), a second
-    model ("separate"), or none (None).
+    model ("separate"), its logits on disk ("cache"), or none (None).
+
+    Args:
+        train: patterns of a later phase of the stage (`freezing.phases`); None: those that it starts with.
 
     Raises:
         UserError: a pattern that matches nothing; the student's own weights are needed as teacher and were trained.
     """
-    model.set_trainable(stage.train)
-    mixers = mixer_names(model)
-    if stage.objective in ("calibrate", "align") and (others := sorted(model.trained - mixers)):
+    model.set_trainable(stage.train if train is None else train)
+    changed = model.teacher_changes()
+    if stage.objective in ("calibrate", "align"):
+        if changed:
+            raise UserError(
+                f"objective {stage.objective} needs the teacher's own weights, but {changed[0]} is trained here or "
+                "before",
+                "train mixer groups only, and run this stage before those that train more",
+            )
+        if adapters := model.adapters_beside_mixers():
+            raise UserError(
+                f"objective {stage.objective} runs all but the mixers without adapters: {adapters[0]} learns nothing",
+                "leave adapters out of the stage's train, or put them on mixers",
+            )
+    if stage.objective == "calibrate" and (fitted := model.mixer_names() - set(model.canonical_parameters())):
         raise UserError(
-            f"objective {stage.objective} needs the teacher's own weights, but {others[0]} is trained here or before",
-            "train mixer groups only, and run this stage before those that train more",
+            f"objective calibrate fits the mixers, but {min(fitted)} is quantised",
+            "set stages.<name>.quantize of this stage to groups without mixers",
         )
     if stage.objective == "distil" and stage.teacher == "same":
-        check_same_weights(model.trained, mixers)
-    if model.trained <= mixers and (stage.objective != "distil" or stage.teacher != "separate"):
-        return "same"
-    return "separate" if stage.objective == "distil" else None
+        check_same_weights(changed)
+    if stage.objective != "distil":
+        return None if changed else "same"
+    if stage.teacher == "cache":
+        return "cache"
+    other = stage.teacher == "separate" or stage.teacher_model.path is not None
+    return "separate" if changed or other else "same"

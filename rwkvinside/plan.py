@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
+import json
+
+import psutil
+import torch
+
 from .config import Config, StageConfig
+from .distill import structure
 from .distill.hybrid import HybridModel
-from .memory import MICRO_TOKENS, Shape, checkpoint_bytes, memory_bytes
-from .models import device_and_precision, meta_student, prepare_stage
+from .estimate import second_teacher, stage_memory, step_shape, trained_bytes
+from .flops import training_flops
+from .freezing import phases, rate_groups, rounded_count, training_table
+from .memory import Memory, card_for, checkpoint_bytes
+from .models import (
+    device_and_precision,
+    meta_student,
+    optimizer_settings,
+    prepare_stage,
+    stage_structure,
+    zero_settings,
+)
+from .quantization import check_optimizer
+from .sources import describe
+from .training.deepspeed_config import deepspeed_config
+from .training.loggers import check_loggers
 
 NEW = "mixer.lora"  # the one group that the teacher does not have
+LOSSES = {"forward": "KL(teacher || student)", "reverse": "KL(student || teacher)", "js": "Jensen-Shannon"}
+TEACHERS = {
+    "same": "the student's own frozen weights",
+    "separate": "a second model",
+    "cache": "logits on disk",
+}
 
 
 def plan_text(config: Config, stages: list[str] | None = None, ranks: int = 1) -> str:
@@ -19,33 +45,48 @@ def plan_text(config: Config, stages: list[str] | None = None, ranks: int = 1) -
         ranks: processes that share the work; more than one means DeepSpeed.
 
     Raises:
-        UserError: whatever of the student can only be seen with its parameters, such as a pattern that matches nothing.
+        UserError: whatever of the student can only be seen with its parameters, such as a pattern that matches nothing;
+            a logger whose package is missing.
     """
+    check_loggers(config.loggers)
     device, precision = device_and_precision(config)
     model = meta_student(config)
-    teacher = _teacher_parameters(model)
+    teacher = teacher_parameters(model)
     table = model.group_table()
     total = sum(count for *_, count in table)
     new = dict((group, count) for group, _, count in table).get(NEW, 0)
     c = model.lm.config
     layer_map = "".join("R" if i in model.rwkv_layers else "A" for i in range(c.num_hidden_layers))
-    engine = f"DeepSpeed, ZeRO {config.deepspeed.zero_stage}" if ranks > 1 else "one process"
-    untied = ", head copied from the tied embedding" if model.teacher_tied else ""
+    engine = f"DeepSpeed, ZeRO {zero_settings(config).settled().stage}" if ranks > 1 else "one process"
     mixer = model.mixer_config
     lines = [
         f"teacher   {config.teacher.path}: {c.model_type}, {c.num_hidden_layers} layers, width {c.hidden_size}, "
-        f"{mixer.num_heads} heads of {mixer.head_size} ({mixer.num_kv_heads} for keys), {_count(teacher)} parameters",
+        f"{mixer.num_heads} heads of {mixer.head_size} ({mixer.num_kv_heads} for keys), "
+        f"{rounded_count(teacher)} parameters",
+        *([f"variant   {', '.join(config.variant)}"] if config.variant else []),
         f"student   {config.student.preset}, key scale {mixer.key_scale}, {config.student.init} start, "
-        f"{_count(total)} parameters: {_count(total - new)} copied from the teacher{untied}, {_count(new)} new",
+        f"{rounded_count(total)} parameters: {rounded_count(total - new)} copied from the teacher, "
+        f"{rounded_count(new)} new",
         f"layers    {layer_map}   ({len(model.rwkv_layers)} R = RWKV, {layer_map.count('A')} A = attention)",
         f"device    {device}, {precision}, {ranks} {'ranks' if ranks > 1 else 'rank'}, {engine}",
+        f"loggers   {', '.join(['metrics.jsonl', *config.loggers])}",
         f"run       {' -> '.join(config.run)}, into {config.out}",
     ]
+    shown, made = {}, None
     for name in stage_order(config, stages):
         stage = config.stages[name]
-        source = prepare_stage(model, stage)
+        if (wanted := stage_structure(config, name)) != made:  # otherwise nothing of it has changed
+            structure.apply(model, wanted)
+            made = wanted
+        if stage.optim is not None:
+            check_optimizer(stage.optim.kind, device)
+        source = prepare_stage(model, stage, phases(stage)[-1].train if stage.unfreeze else None)
         if stages is None or name in stages:
-            lines += ["", *_stage_lines(name, stage, config, model, source, precision, ranks, teacher)]
+            text, settings = _stage_lines(name, config, model, source, device, precision, ranks)
+            lines += ["", *text]
+            if settings and settings not in shown.values():
+                shown[name] = settings
+                lines.append(f"  deepspeed {json.dumps(settings)}")
     return "\n".join(lines) + "\n"
 
 
@@ -54,110 +95,109 @@ def stage_order(config: Config, stages: list[str] | None) -> list[str]:
     return [*config.run, *(name for name in stages or () if name not in config.run)]
 
 
-def micro_rows(stage: StageConfig, ranks: int) -> int:
-    """Rows of a micro-batch on one rank."""
-    share = -(-stage.rows // ranks)
-    return min(share, stage.batch.micro_rows or max(1, MICRO_TOKENS // stage.data.seq_len))
+def teacher_parameters(model: HybridModel) -> int:
+    """Parameters of the teacher that a fresh student was made from."""
+    mixers = {id(p) for mixer in model.mixers.values() for p in mixer.parameters()}
+    return sum(p.numel() for p in model.parameters() if id(p) not in mixers)
 
 
 def _stage_lines(
-    name: str,
-    stage: StageConfig,
-    config: Config,
-    model: HybridModel,
-    source: str | None,
-    precision: str,
-    ranks: int,
-    teacher: int,
-) -> list[str]:
-    seq_len, rows = stage.data.seq_len, micro_rows(stage, ranks)
-    data = ", ".join(stage.data.train or config.data.train) or "none given yet (--data)"
+    name: str, config: Config, model: HybridModel, source: str | None, device: str, precision: str, ranks: int
+) -> tuple[list[str], dict | None]:
+    """The text on a stage, and what DeepSpeed is given for it where it runs."""
+    stage = config.stages[name]
     title = name if name == stage.objective else f"{name} ({stage.objective})"
-    lines = [f"{title}: {_count(stage.tokens)} tokens in rows of {seq_len}", f"  data      {data}"]
-    table = model.group_table()
+    lines = [f"{title}: {rounded_count(stage.tokens)} tokens in rows of {stage.data.seq_len}"]
+    lines.append(f"  data      {describe(config, stage)}")
+    lines += [f"  {line}" for line in structure.structure_lines(model, stage_structure(config, name))]
+    settings = None
+    teacher = second_teacher(config, stage) if source == "separate" else None
     if stage.objective == "calibrate":
-        lines += _table([(group, "fitted" if group.startswith("mixer.") else "frozen", n) for group, _, n in table])
+        lines += _calibrated(model)
     else:
+        shape = step_shape(stage, ranks)
         lines.append(
-            f"  steps     {stage.steps} of {stage.rows} rows ({stage.rows * seq_len} tokens), "
-            f"{rows} rows at a time on each rank"
+            f"  steps     {stage.steps} of {stage.rows} rows ({stage.rows * stage.data.seq_len} tokens), "
+            f"{shape.micro_rows} rows at a time on each rank"
         )
         lines += _optim_lines(stage, model)
-        if stage.objective == "distil":
-            lines.append(f"  teacher   {'the frozen weights of the student' if source == 'same' else 'a second model'}")
-        trains = [(g, "trains" if t == n else f"{_count(t)} train" if t else "frozen", n) for g, t, n in table]
-        lines += _table(trains)
-    lines += _memory_lines(stage, config, model, source, precision, ranks, teacher, rows * seq_len)
+        lines += _loss_lines(stage, source)
+        lines += [f"  {line}" for line in training_table(model, stage, phases(stage)[0])]
+        flops = training_flops(model, stage, source, teacher).total
+        lines.append(f"  work      {flops / 1e9:.3g} GFLOP a token, {flops * stage.tokens / 1e15:.4g} PFLOP in all")
+        if ranks > 1:
+            settings = deepspeed_config(zero_settings(config), optimizer_settings(stage), precision, shape)
+    memory = stage_memory(config, stage, model, source, teacher, device, precision, ranks)
+    lines += _memory_lines(memory, device)
+    saved, trainable = trained_bytes(model)
+    size = checkpoint_bytes(saved, trainable)
+    fixed = sum(layer.nbytes for layer in model.quantized.values())
+    more = f", and {_bytes(fixed)} of quantised weights once" if fixed else ""
+    lines.append(
+        f"  disk      {_bytes(size)} a checkpoint, {config.checkpoint.keep} kept{more}: "
+        f"{_bytes((config.checkpoint.keep + 1) * size + fixed)} at most"
+    )
+    return lines, settings
+
+
+def _calibrated(model: HybridModel) -> list[str]:
+    lines = [f"  {'group':<12}{'parameters':>12}  in this stage"]
+    for group, _, count in model.group_table():
+        lines.append(f"  {group:<12}{rounded_count(count):>12}  {'fitted' if group.startswith('mixer.') else 'frozen'}")
     return lines
 
 
 def _optim_lines(stage: StageConfig, model: HybridModel) -> list[str]:
-    optim, groups = stage.optim, model.trainable_groups()
-    given = {"mixer": ("mixers", optim.lr), "rest": ("rest", optim.lr_rest)}
-    rates = [f"{label} {rate:.3g}" for group, (label, rate) in given.items() if groups[group]]
+    optim = stage.optim
+    groups = rate_groups(model, stage, phases(stage)[-1])
+    rates = [f"{label} {group.rate:.3g}" for label, group in groups.items()]
     d = optim.decay
     decay = f"{d.shape} to {optim.lr_final:.3g} between {100 * d.start:.3g} % and {100 * d.end:.3g} % of the tokens"
-    return [f"  rates     {', '.join(rates)}; warm-up {optim.warmup_steps} steps, {decay}, clip {optim.clip:g}"]
+    kind = "" if optim.kind == "adamw" else f"{optim.kind}; "
+    return [f"  rates     {kind}{', '.join(rates)}; warm-up {optim.warmup_steps} steps, {decay}, clip {optim.clip:g}"]
 
 
-def _table(rows: list[tuple[str, str, int]]) -> list[str]:
-    lines = [f"  {'group':<12}{'parameters':>12}  {'in this stage':<16}start"]
-    for group, state, count in rows:
-        start = "new" if group == NEW else "copied from the teacher"
-        lines.append(f"  {group:<12}{_count(count):>12}  {state:<16}{start}")
+def _loss_lines(stage: StageConfig, source: str | None) -> list[str]:
+    loss = stage.loss
+    if loss is None:
+        return []
+    parts = [f"{loss.kl:g} {LOSSES[loss.divergence]}"] if loss.kl else []
+    parts[-1:] = [f"{part} of its {loss.top_k} likeliest tokens" if loss.top_k else part for part in parts]
+    parts += [f"{loss.ce:g} cross-entropy"] if loss.ce else []
+    heat = f" at temperature {loss.temperature:g}" if loss.kl and loss.temperature != 1 else ""
+    lines = [f"  loss      {' + '.join(parts)}{heat}"]
+    if stage.objective == "distil":
+        given, text = stage.teacher_model, TEACHERS[source]
+        if source == "separate":
+            text = f"{text}, {given.path}" if given.path else f"{text} of the same weights"
+            text += f", in {given.quantize}" if given.quantize else ""
+            text += ", sharded over the ranks" if given.shard else ""
+        elif source == "cache":
+            text += f" in {stage.teacher_cache}"
+        lines.append(f"  teacher   {text}")
     return lines
 
 
-def _memory_lines(stage, config, model, source, precision, ranks, teacher, tokens) -> list[str]:
-    table = model.group_table()
-    trainable = sum(t for _, t, _ in table)
-    c, mixer = model.lm.config, model.mixer_config
-    attention = sum(
-        p.numel() for i in model.rwkv_layers for p in model.lm.model.layers[i].self_attn.teacher_attn.parameters()
-    )
-    shape = Shape(
-        trainable=trainable,
-        frozen=sum(n for *_, n in table) - trainable,
-        kept_attention=attention if source == "same" else 0,
-        teacher=teacher if source == "separate" else 0,
-        layers=c.num_hidden_layers,
-        width=c.hidden_size,
-        inner=c.intermediate_size,
-        mixer=mixer.num_heads * mixer.head_size,
-        vocab=c.vocab_size if stage.loss is not None else 0,
-        mixers_only=stage.objective in ("calibrate", "align"),
-        held=stage.tokens if stage.objective == "calibrate" else 0,
-    )
-    parts = memory_bytes(
-        shape,
-        tokens=tokens,
-        chunk_tokens=stage.loss.chunk_tokens if stage.loss is not None else 0,
-        bf16=precision == "bf16",
-        launcher=ranks > 1,
-        zero=config.deepspeed.zero_stage,
-        ranks=ranks,
-        checkpointing=stage.activation_checkpointing,
-    )
-    shown = " + ".join(f"{name} {_bytes(size)}" for name, size in parts.items() if size)
-    saved = sum(p.numel() for n, p in model.canonical_parameters().items() if n in model.trained)
-    disk = _bytes(checkpoint_bytes(saved, trainable))
-    return [
-        f"  memory    about {_bytes(sum(parts.values()))} a rank: {shown}",
-        f"  disk      {disk} a checkpoint, {config.checkpoint.keep} kept",
-    ]
+def _memory_lines(memory: Memory, device: str) -> list[str]:
+    training = sum(memory.device.values())
+    moments = {"training": training, "saving": memory.saving, "evaluating": memory.evaluating}
+    largest = max(moments, key=moments.__getitem__)
+    more = "" if largest == "training" else f", while {largest}; {_bytes(training)} while training"
+    shown = " + ".join(f"{name} {_bytes(size)}" for name, size in memory.device.items() if size)
+    lines = [f"  memory    about {_bytes(memory.peak)} a rank{more}", f"            {shown}"]
+    if memory.host:
+        lines.append(f"  host      about {_bytes(memory.host)} of the host's memory a rank")
+    return lines + _fit_lines(memory.peak, device)
 
 
-def _teacher_parameters(model: HybridModel) -> int:
-    mixers = {id(p) for mixer in model.mixers.values() for p in mixer.parameters()}
-    parameters = sum(p.numel() for p in model.parameters() if id(p) not in mixers)
-    return parameters - (model.lm.lm_head.weight.numel() if model.teacher_tied else 0)
-
-
-def _count(number: int) -> str:
-    for size, suffix in ((10**9, " B"), (10**6, " M"), (10**3, " K")):
-        if number >= size:
-            return f"{number / size:.4g}{suffix}"
-    return str(number)
+def _fit_lines(peak: int, device: str) -> list[str]:
+    """Whether it fits: on the device that is here, or on which card where there is none."""
+    if device == "cuda" and not torch.cuda.is_available():
+        card = card_for(peak)
+        return [f"            fits a GPU of {card} GB" if card else "            DOES NOT FIT any common GPU"]
+    total = torch.cuda.get_device_properties(0).total_memory if device == "cuda" else psutil.virtual_memory().total
+    here = "GPU" if device == "cuda" else "machine"
+    return [] if peak <= total else [f"            DOES NOT FIT: this {here} has {_bytes(total)}"]
 
 
 def _bytes(number: int) -> str:

@@ -14,7 +14,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from .config import Config
+from .config import Config, StageConfig
 from .errors import UserError
 from .loading import to_yaml
 
@@ -86,7 +86,9 @@ class RunDirectory:
             update={"train": [_absolute(p) for p in config.data.train], "val": [_absolute(p) for p in config.data.val]}
         )
         teacher = config.teacher.model_copy(update={"path": _absolute(config.teacher.path)})
-        write_text(self.path / CONFIG, to_yaml(config.model_copy(update={"data": data, "teacher": teacher})))
+        stages = {name: _absolute_stage(stage) for name, stage in config.stages.items()}
+        absolute = config.model_copy(update={"data": data, "teacher": teacher, "stages": stages})
+        write_text(self.path / CONFIG, to_yaml(absolute))
         write_text(self.path / PLAN, plan)
 
     def note(self, facts: Mapping, *, finished: str | None = None, evaluation: Mapping | None = None) -> None:
@@ -100,10 +102,26 @@ class RunDirectory:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write under a temporary name and rename, so that a reader sees the old or the new file."""
+    """Write under a temporary name and rename, so that a reader sees the old or the new file.
+
+    Raises:
+        UserError: no space, or the directory cannot be written.
+    """
     partial = file.with_name(f".{file.name}.writing")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, file)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        cure = "free space, or make the directory writable"
+        raise UserError(f"cannot write {file}: {error.strerror}", cure) from error
+
+
+def _absolute_stage(stage: StageConfig) -> StageConfig:
+    train, second, cache = stage.data.train, stage.teacher_model.path, stage.teacher_cache
+    data = stage.data.model_copy(update={"train": train and [_absolute(path) for path in train]})
+    model = stage.teacher_model.model_copy(update={"path": second and _absolute(second)})
+    return stage.model_copy(update={"data": data, "teacher_model": model, "teacher_cache": cache and _absolute(cache)})
 
 
 def _absolute(path: str) -> str:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import sys
+import time
 import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,79 +16,255 @@ from transformers import PreTrainedTokenizerBase
 
 from .config import Config, StageConfig
 from .data import Batch, PackedRows, PaddedDocuments, TokenStore, load_tokens
+from .data.binidx import is_binidx
+from .data.encode import Encoder, check_ids
+from .data.mixture import MixedRows
+from .data.pack import is_pack
 from .data.readers import HUB
+from .data.store import join
+from .data.stream import StreamedRows, TokenStream
 from .errors import UserError
 from .evaluate.quality import document_batches
 from .training.world import World
 
+NOTICE_SECONDS = 10  # between lines that say how far tokenising has come
 JUDGED_TOKENS = 4096  # of a validation document
-JUDGED_LOGITS = 2**28  # elements of a batch's logits (1 GiB in fp32), for student and teacher each
+JUDGED_BATCH = 8192  # tokens that are judged at a time
+
+Rows = PackedRows | PaddedDocuments | StreamedRows | MixedRows
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Several sources of which each has its share of the tokens.
+
+    Args:
+        sources: as the user named them.
+        parts: their tokens.
+        weights: their shares, together 1.
+    """
+
+    sources: tuple[str, ...]
+    parts: tuple[TokenStore | TokenStream, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when any token or share changes."""
+        whole = [[part.fingerprint, f"{weight:.9f}"] for part, weight in zip(self.parts, self.weights, strict=True)]
+        return hashlib.sha256(str(whole).encode()).hexdigest()[:32]
+
+
+Tokens = TokenStore | TokenStream | Mixture
+
+
+def default_cache() -> Path:
+    """Where tokens are kept unless the configuration says otherwise."""
+    return Path.home() / ".cache" / "rwkvinside" / "tokens"
+
+
+def notice() -> Callable[[int, int], None]:
+    """A `progress` for `load_tokens` that speaks now and then, on stderr; what is done at once is not worth a word."""
+    last = time.monotonic()
+
+    def progress(documents: int, tokens: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= NOTICE_SECONDS:
+            last = time.monotonic()
+            print(f"tokenising: {documents:,} documents, {tokens:,} tokens so far", file=sys.stderr)
+
+    return progress
 
 
 def tokens_of(
     config: Config, stage: StageConfig, tokenizer: PreTrainedTokenizerBase, vocab: int, world: World
-) -> tuple[TokenStore, TokenStore]:
+) -> tuple[Tokens, TokenStore]:
     """Training and validation tokens of a stage. The first process reads and tokenises, the others find its result.
 
     Raises:
         UserError: no data is named, or it cannot be used.
     """
-    train = stage.data.train or config.data.train
-    if not train:
+    sources, weights = mixture_of(config, stage)
+    if not sources:
         raise UserError("no training data is given", "name files or directories with --data, or set data.train")
     if not world.is_main:
         world.barrier()
-    cache = Path(config.data.cache_dir) if config.data.cache_dir else Path.home() / ".cache" / "rwkvinside" / "tokens"
-
-    def load(sources: list[str], most: int | None) -> TokenStore:
-        return load_tokens(
-            sources,
-            tokenizer,
-            cache_dir=cache,
-            vocab_size=vocab,
-            text_column=config.data.text_column,
-            max_tokens=most,
-        )
-
-    endless = any(source.startswith(HUB) for source in train)
-    store = load(train, _needed(config) if endless else None)
-    if config.data.val:
-        val = load(config.data.val, config.data.val_tokens)
+    loader = _Loader(config, stage, tokenizer, vocab)
+    fraction = 0.0 if config.data.val else config.data.val_fraction
+    if weights is not None:
+        tokens, val = loader.mixture(sources, weights, fraction)
+    elif config.data.stream and loader.can_stream(sources[0]):
+        tokens = loader.stream(sources[0], fraction)
+        val = tokens.validation() if fraction else None
     else:
-        store, val = store.split(config.data.val_fraction)
+        endless = any(source.startswith(HUB) for source in sources)
+        tokens, val = loader.load(sources, loader.needed if endless else None).split(fraction)
+    if config.data.val:
+        val = loader.load(config.data.val, config.data.val_tokens)
+    elif val is None or not val.num_documents:
+        raise UserError(
+            f"a validation split of {fraction:g} takes nothing of the data that is there at the beginning",
+            "give a validation source (--val), or raise data.val_fraction",
+        )
     if world.is_main:
         world.barrier()
-    return store, _at_most(val, config.data.val_tokens)
+    return tokens, val.first(config.data.val_tokens)
 
 
-def _needed(config: Config) -> int:
-    """Tokens of an endless source that the longest stage reads, and those it gives away for validation."""
-    longest = max(stage.steps * stage.rows * stage.data.seq_len for stage in config.stages.values())
-    return int(longest / (1 - config.data.val_fraction)) + config.data.val_tokens
+def mixture_of(config: Config, stage: StageConfig) -> tuple[list[str], list[float] | None]:
+    """(sources, shares) that a stage trains on; shares are None where every document counts once an epoch.
+
+    Raises:
+        UserError: several sources are streamed without shares.
+    """
+    given = stage.data if stage.data.train else config.data
+    if given.weights is None:
+        if config.data.stream and len(given.train) > 1:
+            raise UserError(
+                f"data.stream reads one source after the other, and a stage names {len(given.train)}",
+                "mix them: give weights beside train",
+            )
+        return given.train, None
+    return given.train, [weight / sum(given.weights) for weight in given.weights]
 
 
-def _at_most(store: TokenStore, tokens: int) -> TokenStore:
-    """The first documents that hold this many tokens together, at least one."""
-    count = int(np.searchsorted(np.cumsum(store.lengths), tokens, side="right"))
-    return store if count >= store.num_documents else store.select(np.arange(max(1, count)))
+class _Loader:
+    """How this stage loads a source."""
+
+    def __init__(self, config: Config, stage: StageConfig, tokenizer: PreTrainedTokenizerBase, vocab: int):
+        self.data, self.tokenizer, self.vocab = config.data, tokenizer, vocab
+        self.cache = Path(config.data.cache_dir) if config.data.cache_dir else default_cache()
+        self.masks = stage.data.loss_on == "completions"
+        # Tokens of an endless source that the longest stage reads, and those it gives away for validation.
+        longest = max(stage.steps * stage.rows * stage.data.seq_len for stage in config.stages.values())
+        self.needed = int(longest / (1 - self.data.val_fraction)) + self.data.val_tokens
+
+    def load(self, sources: Sequence[str], most: int | None) -> TokenStore:
+        store = load_tokens(
+            sources,
+            self.tokenizer,
+            cache_dir=self.cache,
+            vocab_size=self.vocab,
+            text_column=self.data.text_column,
+            rotate=self.data.rotate_options,
+            trust_ids=not self.data.check_ids,
+            max_tokens=most,
+            progress=notice(),
+        )
+        return store if self.masks else store.without_masks()
+
+    def can_stream(self, source: str) -> bool:
+        """Ids that lie on disk already need no stream."""
+        return not is_pack(source) and not is_binidx(source)
+
+    def stream(self, source: str, fraction: float) -> TokenStream:
+        def check(first: TokenStore) -> None:
+            first.check_vocab(self.vocab)
+            if self.data.check_ids and first.facts.get("kind tokens"):
+                check_ids(first, self.tokenizer, source)
+
+        return TokenStream(
+            source,
+            Encoder(self.tokenizer, rotate=self.data.rotate_options),
+            cache_dir=self.cache,
+            block_tokens=self.data.block_tokens,
+            text_column=self.data.text_column,
+            val_fraction=fraction,
+            masks=self.masks,
+            check=check,
+        )
+
+    def mixture(self, sources: list[str], weights: list[float], fraction: float) -> tuple[Mixture, TokenStore | None]:
+        """The sources with their shares, and validation documents of each in proportion."""
+        parts, judged = [], []
+        for source, weight in zip(sources, weights, strict=True):
+            if self.data.stream and self.can_stream(source):
+                part = self.stream(source, fraction)
+                val = part.validation() if fraction else None
+            else:
+                store = self.load([source], int(self.needed * weight) + 1 if source.startswith(HUB) else None)
+                held = store.held_out(fraction)
+                if held.all():
+                    raise UserError(
+                        f"a validation split of {fraction:g} takes all of {source}", "give a validation source (--val)"
+                    )
+                part, val = store.select(np.flatnonzero(~held)), store.select(np.flatnonzero(held))
+            parts.append(part)
+            if val is not None and val.num_documents:
+                judged.append(val.first(int(weight * self.data.val_tokens)))
+        return Mixture(tuple(sources), tuple(parts), tuple(weights)), join(judged) if judged else None
 
 
-def rows_of(config: Config, name: str, tokens: TokenStore) -> PackedRows | PaddedDocuments:
+def rows_of(config: Config, name: str, tokens: Tokens) -> Rows:
     """The rows a stage trains on, in an order of its own: packed, for sft one document a row."""
     stage = config.stages[name]
     seed = zlib.crc32(f"{config.seed} {name}".encode())
-    if stage.objective == "sft":
-        return PaddedDocuments(tokens, stage.data.seq_len, seed=seed)
-    return PackedRows(tokens, stage.data.seq_len, seed)
+
+    def of_documents(store: TokenStore, seed: int) -> PackedRows | PaddedDocuments:
+        kind = PaddedDocuments if stage.objective == "sft" else PackedRows
+        return kind(store, stage.data.seq_len, seed)
+
+    def of_part(part: TokenStore | TokenStream) -> Rows:
+        return StreamedRows(part, of_documents, seed) if isinstance(part, TokenStream) else of_documents(part, seed)
+
+    if isinstance(tokens, Mixture):
+        return MixedRows([of_part(part) for part in tokens.parts], tokens.weights, seed)
+    return of_part(tokens)
 
 
-def sample(rows: PackedRows, tokens: int, micro_rows: int, device: torch.device) -> list[Batch]:
+def describe(config: Config, stage: StageConfig) -> str:
+    """What a stage trains on, in words, without a look at it.
+
+    Raises:
+        UserError: see `mixture_of`.
+    """
+    sources, weights = mixture_of(config, stage)
+    if not sources:
+        return "none given yet (--data)"
+    text = ", ".join(sources)
+    if weights is not None:
+        shares = [f"{source} {100 * weight:.3g} %" for source, weight in zip(sources, weights, strict=True)]
+        text = f"{', '.join(shares)} of the tokens"
+    if config.data.stream:
+        text += f"; streamed in blocks of {config.data.block_tokens:,} tokens"
+    if stage.data.loss_on == "all":
+        text += "; every token of conversations is a target"
+    return text
+
+
+def report(stage: StageConfig, tokens: Tokens, rows: Rows, val: TokenStore) -> tuple[list[str], dict]:
+    """What a stage will read, for people and as JSON values: tokens, epochs, the realised shares of a mixture."""
+    wanted = stage.steps * stage.rows
+    judged = f"{val.num_tokens:,} to validate"
+    if isinstance(rows, MixedRows):
+        read = rows.tokens_of(wanted)
+        lines, facts = [f"{sum(read):,} tokens of {len(read)} sources, {judged}"], []
+        width = max(map(len, tokens.sources))
+        for source, part, weight, count in zip(tokens.sources, tokens.parts, tokens.weights, read, strict=True):
+            share = count / sum(read)
+            facts.append({"source": source, "weight": weight, "share": share, "tokens": count, **_epochs(part, count)})
+            lines.append(f"  {source:<{width}}  {share:7.2%} (asked for {weight:.2%}), {_amount(part, count)}")
+        return lines, {"tokens": sum(read), "sources": facts}
+    count = rows.tokens_in(wanted)
+    return [f"{_amount(tokens, count)}, {judged}"], {"tokens": count, **_epochs(tokens, count)}
+
+
+def _epochs(part: TokenStore | TokenStream, read: int) -> dict[str, float]:
+    return {} if isinstance(part, TokenStream) else {"epochs": read / part.num_tokens}  # its length is not known yet
+
+
+def _amount(part: TokenStore | TokenStream, read: int) -> str:
+    if isinstance(part, TokenStream):
+        return f"{read:,} tokens streamed"
+    return f"{read:,} tokens, {read / part.num_tokens:.3g} epochs of {part.num_documents:,} documents"
+
+
+def sample(rows: Rows, tokens: int, micro_rows: int, device: torch.device) -> list[Batch]:
     """The first rows that hold this many tokens, at most one epoch, as micro-batches on a device."""
     count = min(rows.rows_per_epoch, max(1, tokens // rows.seq_len))
     return [rows.batch(range(i, min(count, i + micro_rows))).to(device) for i in range(0, count, micro_rows)]
 
 
-def judged_batches(val: TokenStore, max_positions: int, vocab: int) -> list[Batch]:
+def judged_batches(val: TokenStore, max_positions: int) -> list[Batch]:
     """The validation documents, each alone in its row."""
-    documents = PaddedDocuments(val, min(JUDGED_TOKENS, max_positions))
-    return list(document_batches(documents, batch_tokens=max(1, JUDGED_LOGITS // vocab)))
+    return list(document_batches(PaddedDocuments(val, min(JUDGED_TOKENS, max_positions)), batch_tokens=JUDGED_BATCH))

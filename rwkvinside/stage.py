@@ -2,42 +2,103 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from .adapters import GradientWatch, adapter_directory, is_adapter, write_peft
 from .config import Config, StageConfig
-from .data import Batch
 from .distill.hybrid import HybridModel
+from .distill.losses import Objective
 from .distill.steps import AlignStep, DistilStep, SftStep
-from .distill.teacher import SameWeights, SeparateTeacher, Teacher, load_teacher
-from .evaluate.quality import compare
-from .models import student_spec
+from .distill.structure import Probe, adapters_of, assemble, fixed_tensors
+from .distill.teacher import CachedLogits, SameWeights, SeparateTeacher, Teacher, load_teacher
+from .errors import UserError
+from .estimate import step_shape
+from .evaluate.quality import Scores
+from .flops import training_flops
+from .freezing import Phase, rate_groups
+from .models import device_and_precision, optimizer_settings, stage_structure, student_spec, zero_settings
+from .sources import Rows
+from .teaching import cached_teacher, separate_teacher
 from .training.engine import DeepSpeedEngine
+from .training.fixed import fixed_digest, read_fixed, write_fixed
 from .training.in_process import InProcessEngine
-from .training.optimizer import OptimizerSettings
 from .training.schedule import Schedule
 from .training.step import Step
 from .training.world import World
 
 
-def make_student(config: Config, dtype: torch.dtype, before: dict[str, Tensor] | None) -> HybridModel:
+def make_student(
+    config: Config,
+    name: str,
+    dtype: torch.dtype,
+    before: dict[str, Tensor] | None,
+    directory: Path,
+    device: torch.device,
+    probe: Probe | None = None,
+) -> HybridModel:
     """The student at the start of a stage, on the CPU.
 
     Args:
-        dtype: of the teacher's weights; mixers and all that was trained are fp32.
+        name: of the stage, which says what is quantised.
+        dtype: of the teacher's weights when they are loaded; mixers and all that was trained are fp32, with precision
+            fp32 all that is not quantised.
         before: the student's tensors after the stage before; None at the start of a conversion.
+        directory: of the stage; what it quantised when it began is read from there.
+        device, probe: with what to quantise otherwise, see `structure.assemble`.
     """
     torch.manual_seed(config.seed)
-    student = HybridModel.from_teacher(_load(config, dtype), student_spec(config)).eval()
-    if before is not None:
-        parameters = student.canonical_parameters()
-        for name in before.keys() & parameters.keys():  # keep what training gained over the teacher's precision
-            parameters[name].data = parameters[name].data.to(before[name].dtype)
-        student.load_student_state_dict(before)
-    return student
+    lm = _load(config, dtype)
+    structure = stage_structure(config, name)
+    student = assemble(lm, student_spec(config), structure, before, read_fixed(directory), device, probe)
+    return student.float() if device_and_precision(config)[1] == "fp32" else student
+
+
+def keep_fixed(student: HybridModel, directory: Path) -> None:
+    """Write down what a stage has quantised, if that was not done before; for one process, before anything trains."""
+    tensors = fixed_tensors(student)
+    if tensors and fixed_digest(directory) is None:
+        write_fixed(directory, tensors)
+
+
+def structure_settings(config: Config, name: str, directory: Path) -> dict:
+    """JSON values that a resumed stage must share, so that its adapters and quantised weights mean the same."""
+    return {"adapters": _adapter_settings(config, name), "frozen": fixed_digest(directory)}
+
+
+def check_adapters(config: Config, name: str, state: Mapping) -> None:
+    """Refuse a checkpoint whose adapters would compute something else under the settings of a stage (`UserError`).
+
+    Args:
+        state: of the checkpoint.
+    """
+    there = state.get("settings", {}).get("adapters")
+    here = _adapter_settings(config, name)
+    if there and there != here:
+        raise UserError(
+            f"the weights to start from were trained with other adapters: {there} there, {here} here",
+            "leave `adapters` as it was, or start a new run",
+        )
+
+
+def _adapter_settings(config: Config, name: str) -> list[dict]:
+    return [spec.to_dict() for spec in stage_structure(config, name).adapters]
+
+
+def write_adapters(config: Config, name: str, student: HybridModel, tensors: Mapping[str, Tensor], run: Path) -> None:
+    """The adapters of a finished stage as PEFT directories `adapter`, `adapter-2`, ... in the stage's own.
+
+    Args:
+        student: has the adapters; its weights are not read.
+        tensors: of the stage's last checkpoint.
+        run: directory of the stage.
+    """
+    for i, (spec, own) in enumerate(adapters_of(student, stage_structure(config, name), tensors)):
+        write_peft(run / adapter_directory(i), spec, own)
 
 
 def _load(config: Config, dtype: torch.dtype):
@@ -53,16 +114,36 @@ def fingerprint(student: HybridModel) -> dict:
     return values | {"rwkv_layers": student.rwkv_layers, "attention_rope": student.spec.attention_rope}
 
 
-def make_teacher(config: Config, source: str | None, student: HybridModel, world: World, dtype: torch.dtype):
+def make_teacher(
+    config: Config,
+    name: str,
+    source: str | None,
+    student: HybridModel,
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    world: World,
+    dtype: torch.dtype,
+    launched: bool,
+) -> Teacher | None:
     """Where the teacher's side of a stage comes from, by what `prepare_stage` said; the rest of it is let go.
 
+    Args:
+        rows, tokenizer: which a cache of logits must be of.
+
     Returns:
-        A `Teacher`, or None when no exact one is at hand.
+        None when no exact one is at hand.
     """
     if source == "same":
         return SameWeights()
     student.release_teacher()
-    return SeparateTeacher(_load(config, dtype).to(world.device)) if source == "separate" else None
+    if source == "cache":
+        return cached_teacher(config, name, tokenizer, rows)
+    return separate_teacher(config, config.stages[name], world, dtype, launched) if source == "separate" else None
+
+
+def judging(teacher: Teacher | None) -> Teacher | None:
+    """The teacher that an evaluation can ask: one on disk knows nothing but the rows of its stage."""
+    return None if isinstance(teacher, CachedLogits) else teacher
 
 
 def make_step(
@@ -74,71 +155,64 @@ def make_step(
         teacher: of distil.
         power: of align: mean squared norm of the teacher's attention output by layer.
     """
+    step = _objective(stage, student, teacher, power)
+    trainable = {name: p for name, p in student.canonical_parameters().items() if p.requires_grad}
+    return GradientWatch(step, trainable) if any(map(is_adapter, trainable)) else step
+
+
+def _objective(stage, student, teacher, power) -> Step:
     if stage.objective == "align":
         return AlignStep(power, checkpoint=stage.activation_checkpointing)
     if stage.activation_checkpointing:
         student.lm.train().activation_checkpointing_enable()  # transformers recomputes in training mode only
+    objective = Objective(**stage.loss.model_dump())
     if stage.objective == "sft":
-        return SftStep(stage.loss.chunk_tokens)
-    return DistilStep(teacher, **stage.loss.model_dump())
+        return SftStep(objective)
+    return DistilStep(teacher, objective)
 
 
 def make_engine(
-    config: Config, stage: StageConfig, student: HybridModel, world: World, precision: str, launched: bool
+    config: Config,
+    stage: StageConfig,
+    phase: Phase,
+    student: HybridModel,
+    world: World,
+    precision: str,
+    launched: bool,
 ) -> InProcessEngine | DeepSpeedEngine:
-    """The engine of a stage, with an optimizer over what `prepare_stage` has made trainable."""
-    groups = {name: members for name, members in student.trainable_groups().items() if members}
-    optim = stage.optim
-    settings = OptimizerSettings(optim.betas, optim.eps, optim.weight_decay, optim.clip)
+    """The engine of a phase of a stage, with an optimizer over what `prepare_stage` has made trainable."""
+    groups = {name: group.parameters for name, group in rate_groups(student, stage, phase).items()}
+    settings = optimizer_settings(stage)
     if not launched:
         return InProcessEngine(student, groups, settings, world, precision)
-    zero = config.deepspeed
-    return DeepSpeedEngine(student, groups, settings, world, precision, zero.zero_stage, zero.config)
+    return DeepSpeedEngine(
+        student, groups, settings, world, precision, zero_settings(config), step_shape(stage, world.size)
+    )
 
 
-def make_schedule(stage: StageConfig, student: HybridModel) -> Schedule:
-    """Learning rates of the groups that train; a group that starts below lr_final stays where it is."""
-    optim = stage.optim
-    rates = {"mixer": optim.lr, "rest": optim.lr_rest}
-    peak = {name: rates[name] for name, members in student.trainable_groups().items() if members}
-    final = {name: min(rate, optim.lr_final) for name, rate in peak.items()}
-    return Schedule(peak, final, optim.warmup_steps, optim.decay.shape, optim.decay.start, optim.decay.end)
+def work_of(stage: StageConfig, student: HybridModel, teacher: Teacher | None) -> float:
+    """Operations for a token of a stage with what `prepare_stage` has made trainable; asked before an engine is."""
+    source = "same" if isinstance(teacher, SameWeights) else None
+    second = teacher.module if isinstance(teacher, SeparateTeacher) else None
+    return training_flops(student, stage, source, second).total
 
 
-def make_evaluate(
-    student: HybridModel,
-    teacher: Teacher | None,
-    batches: Sequence[Batch],
-    autocast: Callable[[], AbstractContextManager],
-) -> Callable[[], dict[str, float]]:
-    """A function that judges the student on whole documents.
+def make_schedule(stage: StageConfig, phase: Phase, student: HybridModel) -> Schedule:
+    """Learning rates of the groups that train in a phase; a group that starts below lr_final stays where it is."""
+    optim, groups = stage.optim, rate_groups(student, stage, phase)
+    return Schedule(
+        peak={name: group.rate for name, group in groups.items()},
+        final={name: min(group.rate, optim.lr_final) for name, group in groups.items()},
+        first={name: group.first for name, group in groups.items()},
+        warmup_steps=optim.warmup_steps,
+        shape=optim.decay.shape,
+        start=optim.decay.start,
+        end=optim.decay.end,
+    )
 
-    Args:
-        teacher: None when the student's own weights are the teacher's no more and there is no second model.
-        batches: from `judged_batches`; moved to the student's device one at a time.
-        autocast: makes the context of the precision that the stage trains in.
 
-    Returns:
-        kl, ce, ce_teacher and agreement by name; ce alone without a teacher.
-    """
-    last: list[Tensor] = []
-
-    def of_student(batch: Batch) -> Tensor:
-        batch = batch.to(next(student.parameters()).device)
-        last[:] = [student(batch, mode="student", readout=lambda hidden, head: head(hidden))]
-        return last[0]
-
-    def of_teacher(batch: Batch) -> Tensor:
-        if teacher is None:
-            return last[0]
-        hidden, head = teacher(student, batch.to(last[0].device))
-        return head(hidden)
-
-    def evaluate() -> dict[str, float]:
-        with autocast():
-            found = compare(of_student, of_teacher, batches).scores
-        if teacher is None:
-            return {"ce": found.ce}
-        return {"kl": found.kl, "ce": found.ce, "ce_teacher": found.ce_teacher, "agreement": found.agreement}
-
-    return evaluate
+def numbers(scores: Scores, teacher: Teacher | None) -> dict[str, float]:
+    """What an evaluation of a student in training reports by name; without a teacher, its cross-entropy alone."""
+    if teacher is None:
+        return {"ce": scores.ce}
+    return {"kl": scores.kl, "ce": scores.ce, "ce_teacher": scores.ce_teacher, "agreement": scores.agreement}

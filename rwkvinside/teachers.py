@@ -47,8 +47,18 @@ class Teacher:
 
 @cache
 def recipes() -> dict[str, dict]:
-    """The shipped recipes by name, Qwen3-14B and so on."""
-    entries = sorted(files("rwkvinside.recipes").iterdir(), key=lambda entry: entry.name)
+    """The shipped recipes by name, Qwen3-14B and so on; under `variants` what a variant needs for that model."""
+    return _shipped()
+
+
+@cache
+def variants() -> dict[str, dict]:
+    """The shipped variants by name: settings for any teacher, laid over its recipe."""
+    return _shipped("variants")
+
+
+def _shipped(*folder: str) -> dict[str, dict]:
+    entries = sorted(files("rwkvinside.recipes").joinpath(*folder).iterdir(), key=lambda entry: entry.name)
     return {
         entry.name.removesuffix(".yaml"): yaml.safe_load(entry.read_text(encoding="utf-8"))
         for entry in entries

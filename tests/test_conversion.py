@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -143,29 +144,88 @@ def test_sigterm_saves_and_exits_75(world):
     assert last_checkpoint(out, "align").name == f"step-{done:08d}"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("zero", [0, 1, 2])
-def test_two_deepspeed_ranks_give_the_losses_of_one_process(world, straight, zero):
-    out = world / f"zero{zero}"
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    # calibrate and align come from the single process, so that distil starts from the same weights
+def distil_only(straight, out):
+    """A run whose calibrate and align are those of the single process, so that distil starts from the same weights."""
     (out / "stages").mkdir(parents=True)
     for name in ("calibrate", "align"):
         (out / "stages" / name).symlink_to(straight / "stages" / name)
     conversion = json.loads((straight / "conversion.json").read_text()) | {"finished_stages": ["calibrate", "align"]}
     (out / "conversion.json").write_text(json.dumps(conversion))
     (out / "config.yaml").write_text((straight / "config.yaml").read_text())
-    launcher = ["-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", str(port), "--quiet"]
-    more = ("--stage", "distil", "--resume", f"deepspeed.zero_stage={zero}")
+    return out
+
+
+def two_ranks(launcher, world, out, *more):
+    """Command and environment of distil on two ranks."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    start = {
+        "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", port, "--quiet"],
+        "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port],
+    }
+    command = [*start[launcher], *arguments(world, out, "--stage", "distil", "--resume", *more)]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    run(*launcher, *arguments(world, out, *more), env=os.environ | {"PATH": path, "DS_ACCELERATOR": "cpu"})
-    one, two = ([row["loss"] for row in rows(path, stage="distil")] for path in (straight, out))
-    assert two == pytest.approx(one, abs=1e-5)
-    a, b = (load_file(last_checkpoint(path, "distil") / "model.safetensors") for path in (straight, out))
+    return command, os.environ | {"PATH": path, "DS_ACCELERATOR": "cpu"}
+
+
+def assert_same(a, b, loss, weights):
+    """Losses and weights of distil of two runs."""
+    assert [row["loss"] for row in rows(b, stage="distil")] == pytest.approx(
+        [row["loss"] for row in rows(a, stage="distil")], abs=loss
+    )
+    a, b = (load_file(last_checkpoint(path, "distil") / "model.safetensors") for path in (a, b))
+    assert a.keys() == b.keys() and all(torch.allclose(a[name], b[name], rtol=0, atol=weights) for name in a)
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(world, straight):
+    out = distil_only(straight, world / "two")
+    command, environment = two_ranks("deepspeed", world, out)
+    run(*command, env=environment)
+    return out
+
+
+@pytest.mark.slow
+def test_two_deepspeed_ranks_are_one_process(straight, on_two_ranks):
     # 1e-4: Adam divides by the root of tiny second moments, which lets rounding of the summation order through
-    assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
+    assert_same(straight, on_two_ranks, 1e-5, 1e-4)
+    one, two = (rows(path, "eval", "distil") for path in (straight, on_two_ranks))
+    assert [row["step"] for row in one] == [row["step"] for row in two]
+    for name in ("kl", "ce", "agreement"):
+        assert [row[name] for row in two] == pytest.approx([row[name] for row in one], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_two_torchrun_ranks_with_a_deepspeed_file(world, straight, tmp_path):
+    out, file = distil_only(straight, world / "file"), tmp_path / "deepspeed.json"
+    cpu = {"device": "cpu"}
+    zero = {"stage": 3, "offload_optimizer": cpu, "offload_param": cpu, "stage3_param_persistence_threshold": 0}
+    file.write_text(json.dumps({"zero_optimization": zero, "train_batch_size": "auto"}))
+    command, environment = two_ranks("torchrun", world, out, "--deepspeed", str(file))
+    run(*command, env=environment)
+    assert_same(straight, out, 1e-5, 1e-4)
+
+
+@pytest.mark.slow
+def test_one_rank_killed_and_all_restarted(world, straight, on_two_ranks):
+    out = distil_only(straight, world / "one-killed")
+    command, environment = two_ranks("deepspeed", world, out)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    launcher = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, **quiet)
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and launcher.poll() is None:
+        # the checkpoint of step 5 is what is left
+        if (out / "metrics.jsonl").exists() and len(rows(out, stage="distil")) >= 7:
+            break
+        time.sleep(0.02)
+    (rank,) = (p for p in psutil.Process(launcher.pid).children(recursive=True) if p.environ().get("RANK") == "1")
+    rank.kill()
+    assert launcher.wait(timeout=60) != 0  # the launcher ends the other rank, which would wait for ever
+    assert last_checkpoint(out, "distil").name == "step-00000005"
+    command, environment = two_ranks("deepspeed", world, out)
+    run(*command, env=environment)
+    assert_same(on_two_ranks, out, 1e-6, 1e-6)
 
 
 @pytest.mark.slow

@@ -12,17 +12,21 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _STAND_IN = "@@the-answer@@"
 
 
-def encode_conversation(tokenizer, messages: list[dict[str, str]], where: str) -> tuple[list[int], np.ndarray]:
+def encode_conversation(
+    tokenizer, messages: list[dict], where: str, tools: list[dict] | None = None
+) -> tuple[list[int], np.ndarray]:
     """Render and tokenise a conversation.
 
     The completion is what follows the generation prompt up to and including the end-of-turn marker. Templates with
     {% generation %} tags say so themselves; for others it is found by rendering again: the conversation before the
-    answer gives its start, the conversation with another text in place of the answer gives its end.
+    answer gives its start, the conversation with another text in place of the answer gives its end. Calls of tools
+    belong to the completion, what the tools answer does not.
 
     Args:
         tokenizer: a fast Hugging Face tokenizer with a chat template.
-        messages: [{"role": ..., "content": ...}, ...].
+        messages: [{"role": ..., "content": ...}, ...], those of the assistant with "tool_calls" where it calls.
         where: file and line, for error messages.
+        tools: descriptions of functions, for the template.
 
     Returns:
         (ids, completion): token ids, and bool (len(ids),) True = written by the assistant.
@@ -37,15 +41,21 @@ def encode_conversation(tokenizer, messages: list[dict[str, str]], where: str) -
         )
     if not tokenizer.is_fast:
         raise UserError(f"{where}: conversations need a fast tokenizer, not {type(tokenizer).__name__}")
-    if _GENERATION.search(_template(tokenizer)):
+    if _GENERATION.search(tokenizer.get_chat_template(tools=tools)):
         encoded = _render(
-            tokenizer, messages, where, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            tokenizer,
+            messages,
+            where,
+            tools=tools,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
         )
         ids, completion = encoded["input_ids"], np.array(encoded["assistant_masks"], dtype=bool)
     else:
-        text = _render(tokenizer, messages, where)
+        text = _render(tokenizer, messages, where, tools=tools)
         spans = [
-            _answer_span(tokenizer, messages, i, text, where)
+            _answer_span(tokenizer, messages, tools, i, text, where)
             for i, message in enumerate(messages)
             if message["role"] == "assistant"
         ]
@@ -60,13 +70,22 @@ def encode_conversation(tokenizer, messages: list[dict[str, str]], where: str) -
     return ids, completion
 
 
-def _answer_span(tokenizer, messages: list[dict[str, str]], i: int, text: str, where: str) -> tuple[int, int]:
+def _answer_span(tokenizer, messages: list[dict], tools, i: int, text: str, where: str) -> tuple[int, int]:
     """The characters of `text` from behind the generation prompt of answer i to the end of its turn."""
-    replaced = [*messages[:i], {"role": "assistant", "content": _STAND_IN}]
-    before, found, closing = _render(tokenizer, replaced, where).partition(_STAND_IN)
+
+    def split(replaced: list[dict]) -> tuple[str, str, str]:
+        return _render(tokenizer, replaced, where, tools=tools).partition(_STAND_IN)
+
+    stand_in = {"role": "assistant", "content": _STAND_IN}
+    if calls := messages[i].get("tool_calls"):  # where the template shows a text beside the calls, keep them
+        with_calls = [*messages[:i], stand_in | {"tool_calls": calls}]
+        if split(with_calls)[1]:
+            stand_in = with_calls[-1]
+    replaced = [*messages[:i], stand_in]
+    before, found, closing = split(replaced)
     if i:  # many templates refuse an empty conversation; there the answer begins with its content
-        before = _render(tokenizer, messages[:i], where, add_generation_prompt=True)
-    _, found_whole, rest = _render(tokenizer, replaced + messages[i + 1 :], where).partition(_STAND_IN)
+        before = _render(tokenizer, messages[:i], where, tools=tools, add_generation_prompt=True)
+    _, found_whole, rest = split(replaced + messages[i + 1 :])
     # `rest` is everything behind the answer; a template may rewrite earlier turns (Qwen3 drops their thoughts), so
     # only what is the same in both renderings is relied on.
     end = len(text) - len(rest) + len(closing)
@@ -78,15 +97,14 @@ def _answer_span(tokenizer, messages: list[dict[str, str]], i: int, text: str, w
     return len(before), end
 
 
-def _template(tokenizer) -> str:
-    template = tokenizer.chat_template
-    return template if isinstance(template, str) else template.get("default", "")
-
-
-def _render(tokenizer, messages: list[dict[str, str]], where: str, *, tokenize: bool = False, **options):
+def _render(tokenizer, messages: list[dict], where: str, *, tokenize: bool = False, **options):
     from jinja2 import TemplateError
 
     try:
         return tokenizer.apply_chat_template(messages, tokenize=tokenize, **options)
-    except (TemplateError, ValueError) as error:
+    except (
+        TemplateError,
+        ValueError,
+        TypeError,
+    ) as error:  # TypeError: not the field it expects
         raise UserError(f"{where}: the chat template refuses the conversation: {error}") from error

@@ -59,6 +59,16 @@ class PackedRows:
             pieces.append((document, max(start - begin, 0), min(stop, end) - begin))
         return pieces
 
+    @property
+    def tokens_per_row(self) -> float:
+        """Mean tokens of a row, without padding."""
+        return self.tokens_in(self.rows_per_epoch) / self.rows_per_epoch
+
+    def tokens_in(self, rows: int) -> int:
+        """Tokens of the first so many rows."""
+        epochs, rest = divmod(rows, self.rows_per_epoch)
+        return epochs * self.tokens.num_tokens + min(rest * self.seq_len, self.tokens.num_tokens)
+
     def row(self, i: int) -> Row:
         """Arrays (seq_len,) of row i: input_ids, labels, position_ids int64, segment_ids int32; see `Batch`."""
         return _lay_out(self.tokens, self.pieces(i), self.seq_len)
@@ -66,7 +76,7 @@ class PackedRows:
     def batch(self, rows: Iterable[int]) -> Batch:
         """The rows with these numbers, (len(rows), seq_len)."""
         rows = tuple(rows)
-        return _collate([self.row(i) for i in rows], rows)
+        return collate([self.row(i) for i in rows], rows)
 
 
 class PaddedDocuments:
@@ -83,7 +93,7 @@ class PaddedDocuments:
     def __init__(self, tokens: TokenStore, max_len: int, seed: int | None = None):
         if max_len < 2:
             raise ValueError(f"max_len {max_len} leaves no token to predict")
-        self.tokens, self.max_len, self.seed = tokens, max_len, seed
+        self.tokens, self.seq_len, self.seed = tokens, max_len, seed
         self.rows_per_epoch = tokens.num_documents
         excess = np.maximum(tokens.lengths - max_len, 0)
         self.num_truncated = int((excess > 0).sum())
@@ -101,7 +111,19 @@ class PaddedDocuments:
             document = int(self._order(epoch)[place])
         elif not 0 <= i < self.rows_per_epoch:
             raise IndexError(f"row {i} of {self.rows_per_epoch} documents")
-        return [(document, 0, self.max_len)]
+        return [(document, 0, self.seq_len)]
+
+    @property
+    def tokens_per_row(self) -> float:
+        """Mean tokens of a row, without padding."""
+        return self.tokens_in(self.rows_per_epoch) / self.rows_per_epoch
+
+    def tokens_in(self, rows: int) -> int:
+        """Tokens of the first so many rows, without padding."""
+        lengths = np.minimum(self.tokens.lengths, self.seq_len)
+        epochs, rest = divmod(rows, self.rows_per_epoch)
+        order = slice(None) if self.seed is None else self._order(epochs)
+        return epochs * int(lengths.sum()) + int(lengths[order][:rest].sum())
 
     def row(self, i: int) -> Row:
         """Arrays of the document's own length (at most max_len), as `PackedRows.row`."""
@@ -110,7 +132,7 @@ class PaddedDocuments:
     def batch(self, rows: Iterable[int]) -> Batch:
         """The rows with these numbers, padded to the longest of them."""
         rows = tuple(rows)
-        return _collate([self.row(i) for i in rows], rows)
+        return collate([self.row(i) for i in rows], rows)
 
 
 def document_order(seed: int, epoch: int, count: int) -> np.ndarray:
@@ -140,7 +162,8 @@ def _pad(row: Row, length: int) -> Row:
     return {name: np.pad(values, (0, missing), constant_values=fill.get(name, 0)) for name, values in row.items()}
 
 
-def _collate(rows: Sequence[Row], numbers: tuple[int, ...]) -> Batch:
+def collate(rows: Sequence[Row], numbers: tuple[int, ...]) -> Batch:
+    """A batch of these rows, padded to the longest of them."""
     length = max(len(row["input_ids"]) for row in rows)
     padded = [_pad(row, length) for row in rows]
     return Batch(**{name: torch.from_numpy(np.stack([r[name] for r in padded])) for name in rows[0]}, rows=numbers)

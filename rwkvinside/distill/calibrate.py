@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..adapters import disabled
 from ..data.batch import Batch, attention_mask_4d
 from ..modeling.carry import FirstKV, MixerCall
 from ..modeling.time_mixer import DECAY_SCALE, TimeMixer, times_shared
@@ -107,16 +108,17 @@ def _layer_inputs(model: HybridModel, batches: list[Batch]) -> Iterator[tuple[in
     for i, layer in enumerate(backbone.layers):
         given = zip(hidden, ropes, batches, masks, strict=True)
         yield i, [_Input(layer.input_layernorm(h), *rest) for h, *rest in given]
-        hidden = [
-            layer(
-                h,
-                attention_mask=mask,
-                position_ids=batch.position_ids,
-                position_embeddings=rope,
-                mixer_call=MixerCall(mode="teacher"),
-            )
-            for h, rope, batch, mask in zip(hidden, ropes, batches, masks, strict=True)
-        ]
+        with disabled(layer, but="student_attn."):
+            hidden = [
+                layer(
+                    h,
+                    attention_mask=mask,
+                    position_ids=batch.position_ids,
+                    position_embeddings=rope,
+                    mixer_call=MixerCall(mode="teacher"),
+                )
+                for h, rope, batch, mask in zip(hidden, ropes, batches, masks, strict=True)
+            ]
 
 
 def _fit(mixer: TimeMixer, inputs: list[_Input], firsts: list[FirstKV | None]) -> tuple[list[FirstKV], LayerFit]:

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..adapters import disabled, is_adapter, is_start, module_of
 from ..data.batch import Batch, attention_mask_4d
 from ..errors import UserError
 from ..modeling.attention import RWKVAttention, identity_rotation
 from ..modeling.carry import MixerCall
 from ..modeling.modeling_hybrid import FAMILIES
 from ..modeling.time_mixer import TimeMixerConfig, init_mixer
+from ..quantization import QuantizedLinear
+from .readout import Readout, open_head
 from .transfer import mixer_config, transfer
 from .wrapper import AttentionWrapper
 
@@ -33,7 +37,9 @@ GROUPS = {
     "norms": "norms of the residual stream",
     "embed": "input embedding",
     "head": "output head",
+    "adapters": "every adapter, wherever it sits",
 }
+TEACHER = "teacher"  # the group of the frozen attention beside the mixers, which can be quantised and nothing else
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,8 @@ class HybridModel(nn.Module):
         spec: what was asked for.
         mixer_config: of every mixer.
         rwkv_layers: indices of the converted layers, ascending.
+        trained: canonical names of what was ever trained, and so differs from the teacher.
+        carried: full-precision weights that were trained before and are quantised now, by canonical name.
     """
 
     def __init__(
@@ -81,20 +89,21 @@ class HybridModel(nn.Module):
     ):
         super().__init__()
         self.lm = lm
+        self.readout = Readout(lm.lm_head)
         self.spec = spec
         self.mixer_config = mixer
         self.rwkv_layers = rwkv_layers
         self.teacher_tied = tied
-        self.trained: set[str] = {
-            name for name in self.canonical_parameters() if _group(name, rwkv_layers)[0] == "mixer"
-        }
+        self.trained: set[str] = self.mixer_names()
+        self.carried: dict[str, Tensor] = {}
         self.requires_grad_(False)
 
     @classmethod
     def from_teacher(cls, teacher: PreTrainedModel, spec: StudentSpec) -> HybridModel:
         """Wrap a loaded teacher, which afterwards belongs to the hybrid (its layers are changed in place).
 
-        Embeddings that the teacher ties to its head are untied by a copy, because both move apart in the distillation.
+        Embeddings that the teacher ties to its head stay one matrix until one of them trains, which gives the head
+        a copy.
         On the meta device only shapes are made, nothing is initialised. Mixers are fp32 whatever the teacher is.
 
         Raises:
@@ -137,9 +146,7 @@ class HybridModel(nn.Module):
             raise UserError(f"student.preset={spec.preset!r}: {error}") from error
 
         tied = config.tie_word_embeddings
-        if tied:
-            teacher.lm_head.weight = nn.Parameter(teacher.model.embed_tokens.weight.detach().clone())
-            config.tie_word_embeddings = False
+        config.tie_word_embeddings = False
         return cls(teacher, spec, mixer, rwkv_layers, tied)
 
     def forward(
@@ -153,7 +160,8 @@ class HybridModel(nn.Module):
 
         Args:
             batch: token ids, positions and documents of the rows.
-            mode: "student", "teacher" (the original model as long as only mixers were trained) or "align".
+            mode: "student", "teacher" (the original model as long as only mixers and adapters were trained) or "align".
+                But in mode "student", adapters outside of the mixers are off.
             readout: what to do with the final hidden states (B, T, D) and the head; it runs inside the forward, so that
                 an engine that shards parameters gathers the head for it. None returns the hidden states.
             checkpoint: align only: recompute each mixer in the backward.
@@ -169,7 +177,8 @@ class HybridModel(nn.Module):
             cu_seqlens=None if whole_rows else batch.cu_seqlens,
             checkpoint=checkpoint,
         )
-        with torch.set_grad_enabled(torch.is_grad_enabled() and mode != "teacher"):
+        adapters = nullcontext() if mode == "student" else disabled(self.lm, but=".student_attn.")
+        with torch.set_grad_enabled(torch.is_grad_enabled() and mode != "teacher"), adapters:
             hidden = self.lm.model(
                 input_ids=batch.input_ids,
                 attention_mask=None if whole_rows else attention_mask_4d(batch),
@@ -179,7 +188,14 @@ class HybridModel(nn.Module):
             ).last_hidden_state
             if mode == "align":
                 return call.errors
-            return hidden if readout is None else readout(hidden, self.lm.lm_head)
+            return hidden if readout is None else self.readout(hidden, readout)
+
+    @property
+    def teacher_logits(self) -> Callable[[Tensor], Tensor]:
+        """From the teacher's final hidden states to its logits: the head without adapters, ready for many chunks; to be
+        used inside a readout."""
+        head = getattr(self.readout.head, "base_layer", self.readout.head)
+        return open_head(head).forward if type(head) is nn.Linear else head.forward
 
     def release_teacher(self) -> None:
         """Forget the teacher's attention of converted layers (a separate teacher model provides the targets)."""
@@ -192,80 +208,147 @@ class HybridModel(nn.Module):
         return {i: self.lm.model.layers[i].self_attn.student_attn for i in self.rwkv_layers}
 
     def canonical_parameters(self) -> dict[str, nn.Parameter]:
-        """Every parameter of the student under its name in the exported model; teacher attention is left out."""
+        """Every parameter of the student under its name in the exported model, to which adapters add theirs.
+
+        Left out are the teacher's attention and the weights of quantised layers. A head that is still the embedding
+        stands under both names.
+        """
         return {
-            name.removeprefix("lm.").replace(".student_attn", ""): parameter
-            for name, parameter in self.named_parameters()
-            if ".teacher_attn." not in name
+            _canonical(name): parameter
+            for name, parameter in self.named_parameters(remove_duplicate=False)
+            if name.startswith("lm.") and ".teacher_attn." not in name and not name.endswith(".packed")
         }
+
+    def linear_layers(self) -> dict[str, str]:
+        """Linear layers that can be quantised or adapted: {canonical name: name below `lm`}, also of the teacher's
+        attention, whose canonical names have `.teacher_attn`."""
+        found = (name for name, module in self.lm.named_modules() if isinstance(module, nn.Linear))
+        return {_canonical(name): name for name in found if not is_adapter(f"{name}.weight")}
+
+    @property
+    def quantized(self) -> dict[str, QuantizedLinear]:
+        """Quantised layers by canonical name."""
+        layers = {name: self.lm.get_submodule(path) for name, path in self.linear_layers().items()}
+        return {name: layer for name, layer in layers.items() if isinstance(layer, QuantizedLinear)}
+
+    @property
+    def tied(self) -> bool:
+        """Whether embedding and head are one matrix in memory."""
+        head = getattr(self.lm.lm_head, "base_layer", self.lm.lm_head)
+        return head._parameters.get("weight") is self.lm.model.embed_tokens.weight
+
+    def untie(self) -> None:
+        """Give the head a matrix of its own where it is still the embedding."""
+        if self.tied:
+            head = getattr(self.lm.lm_head, "base_layer", self.lm.lm_head)
+            head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+
+    def group_of(self, name: str) -> tuple[str, ...]:
+        """The groups of a canonical parameter name, from wide to narrow."""
+        return _group(name, self.rwkv_layers)
+
+    def mixer_names(self) -> set[str]:
+        """Canonical names of all parameters of the mixers, quantised ones included, adapters on them not."""
+        names = [*self.canonical_parameters(), *_weights(self.quantized)]
+        return {name for name in names if self.group_of(name)[0] == "mixer"}
+
+    def adapters_beside_mixers(self) -> list[str]:
+        """Trainable tensors of adapters on layers that mode "align" and the teacher run without them."""
+        names = [n for n, p in self.canonical_parameters().items() if p.requires_grad and is_adapter(n)]
+        return [n for n in names if self.group_of(f"{module_of(n)}.weight")[0] != "mixer"]
+
+    def teacher_changes(self) -> list[str]:
+        """What was trained that runs in mode "teacher" too: empty as long as that mode is the teacher."""
+        return sorted(self.trained - self.mixer_names() - {n for n in self.trained if is_adapter(n)})
+
+    def matching(self, pattern: str) -> set[str]:
+        """Canonical names of the parameters that can train and that a pattern names.
+
+        Args:
+            pattern: a name of `GROUPS`, or a regular expression matched against whole canonical parameter names.
+
+        Raises:
+            UserError: it names neither these nor quantised weights, or is not a regular expression.
+        """
+        parameters = {name for name in self.canonical_parameters() if not is_start(name)}
+        quantized = _weights(self.quantized)
+        names = self._named(pattern, parameters | quantized)
+        if not names:
+            raise UserError(
+                f"train pattern {pattern!r} matches no parameter",
+                f"groups: {', '.join(GROUPS)}; or a regular expression over names like {min(parameters)}",
+            )
+        return names - quantized
 
     def set_trainable(self, patterns: Iterable[str]) -> dict[str, int]:
         """Freeze everything but the parameters that the patterns name.
 
         Args:
-            patterns: names of `GROUPS`, or regular expressions matched against whole canonical parameter names.
+            patterns: see `matching`.
 
         Returns:
             Number of trainable parameters by group.
 
         Raises:
-            UserError: a pattern that matches nothing, or is not a regular expression.
+            UserError: a pattern that matches nothing, is not a regular expression, or names what is quantised.
         """
-        parameters = self.canonical_parameters()
         chosen: set[str] = set()
+        quantized = _weights(self.quantized)
         for pattern in patterns:
-            if pattern in GROUPS:
-                names = {n for n in parameters if pattern in _group(n, self.rwkv_layers)}
-            else:
-                try:
-                    names = {n for n in parameters if re.fullmatch(pattern, n)}
-                except re.error as error:
-                    raise UserError(f"train pattern {pattern!r} is not a regular expression: {error}") from error
-            if not names:
+            chosen |= self.matching(pattern)
+            if both := sorted(self._named(pattern, quantized)):
                 raise UserError(
-                    f"train pattern {pattern!r} matches no parameter",
-                    f"groups: {', '.join(GROUPS)}; or a regular expression over names like {next(iter(parameters))}",
+                    f"train pattern {pattern!r} matches {both[0]} (and {len(both) - 1} more), which is quantised",
+                    "quantised weights stay frozen: take them out of `train`, or out of `quantize` of this stage",
                 )
-            chosen |= names
+        if chosen & {"lm_head.weight", "model.embed_tokens.weight"}:
+            self.untie()
+        parameters = self.canonical_parameters()
         counts: dict[str, int] = {}
         self.requires_grad_(False)
         for name in chosen:
             parameters[name].requires_grad_(True)
-            group = _group(name, self.rwkv_layers)[-1]
+            group = self.group_of(name)[-1]
             counts[group] = counts.get(group, 0) + parameters[name].numel()
         self.trained |= chosen
         return counts
 
+    def _named(self, pattern: str, names: Iterable[str]) -> set[str]:
+        if pattern in GROUPS:
+            return {name for name in names if pattern in self.group_of(name)}
+        try:
+            return {name for name in names if re.fullmatch(pattern, name)}
+        except re.error as error:
+            raise UserError(f"train pattern {pattern!r} is not a regular expression: {error}") from error
+
     def group_table(self) -> list[tuple[str, int, int]]:
-        """(group, trainable parameters, all parameters) for every group that the student has."""
+        """(group, trainable parameters, all parameters) for every group that the student has, but quantised weights."""
         rows: dict[str, list[int]] = {}
         for name, parameter in self.canonical_parameters().items():
-            row = rows.setdefault(_group(name, self.rwkv_layers)[-1], [0, 0])
+            row = rows.setdefault(self.group_of(name)[-1], [0, 0])
             row[0] += parameter.numel() * parameter.requires_grad
             row[1] += parameter.numel()
         return [(group, *rows[group]) for group in GROUPS if group in rows]
 
-    def trainable_groups(self) -> dict[str, dict[str, nn.Parameter]]:
-        """Trainable parameters as {"mixer": {...}, "rest": {...}} by canonical name: the two learning-rate groups."""
-        groups: dict[str, dict[str, nn.Parameter]] = {"mixer": {}, "rest": {}}
-        for name, parameter in self.canonical_parameters().items():
-            if parameter.requires_grad:
-                groups["mixer" if _group(name, self.rwkv_layers)[0] == "mixer" else "rest"][name] = parameter
-        return groups
-
     def student_state_dict(self) -> dict[str, Tensor]:
-        """What differs from the teacher, under exported names: all mixers and everything that was ever trained."""
-        return {n: p.detach() for n, p in self.canonical_parameters().items() if n in self.trained}
+        """What differs from the teacher, under exported names: mixers, all that was ever trained, and adapters."""
+        named = {n: p.detach() for n, p in self.canonical_parameters().items() if n in self.trained or is_adapter(n)}
+        return named | self.carried
 
     @torch.no_grad()
     def load_student_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """Take over what `student_state_dict` gave; nothing may be missing, unknown, or of another shape.
 
+        Parameters take on the dtype of what they get, so that nothing that training gained over the teacher's precision
+        is lost. Adapters of the student that are not among the tensors stay as they are.
+
         Raises:
             UserError: names or shapes that do not fit this student.
         """
+        if tensors.keys() & {"lm_head.weight", "model.embed_tokens.weight"}:
+            self.untie()
         parameters = self.canonical_parameters()
-        mixers = {n for n in parameters if _group(n, self.rwkv_layers)[0] == "mixer"}
+        mixers = self.mixer_names()
         wrong = [f"{n} is missing" for n in sorted(mixers - set(tensors))]
         wrong += [f"{n} is unknown" for n in sorted(set(tensors) - set(parameters))]
         wrong += [
@@ -280,7 +363,7 @@ class HybridModel(nn.Module):
                 "use the student settings that the checkpoint was made with",
             )
         for name, tensor in tensors.items():
-            parameters[name].copy_(tensor)
+            parameters[name].data = tensor.to(parameters[name].device, copy=True)
         self.trained = set(tensors) | mixers
 
 
@@ -291,8 +374,22 @@ def _without_rotation(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tup
     return args, kwargs | {"position_embeddings": identity_rotation(kwargs["position_embeddings"])}
 
 
+def _canonical(name: str) -> str:
+    """A parameter's or module's name in training -> in the exported model."""
+    return name.removeprefix("lm.").replace(".student_attn", "").replace(".base_layer", "")
+
+
+def _weights(layers: Iterable[str]) -> set[str]:
+    """Names of the weights of the student's own layers."""
+    return {f"{name}.weight" for name in layers if ".teacher_attn." not in name}
+
+
 def _group(name: str, rwkv_layers: list[int]) -> tuple[str, ...]:
     """The groups a canonical parameter name belongs to, from wide to narrow."""
+    if is_adapter(name):
+        return ("adapters",)
+    if ".teacher_attn." in name:
+        return (TEACHER,)
     if name.startswith("model.embed_tokens."):
         return ("embed",)
     if name.startswith("lm_head."):

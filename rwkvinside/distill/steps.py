@@ -5,11 +5,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.batch import Batch
-from .losses import alignment_loss, head_losses
+from .losses import Objective, Targets, alignment_loss, head_losses
 from .teacher import Teacher
 
 
@@ -39,48 +38,34 @@ class DistilStep:
 
     Args:
         teacher: where the targets come from.
-        kl, ce, temperature, chunk_tokens: see `head_losses`.
+        objective: what is compared, and how.
     """
 
     teacher: Teacher
-    kl: float = 1.0
-    ce: float = 0.0
-    temperature: float = 1.0
-    chunk_tokens: int = 1024
+    objective: Objective = Objective()
 
     def count(self, batch: Batch) -> int:
         return batch.num_targets
 
     def __call__(self, model, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        teacher_hidden, teacher_head = self.teacher(model, batch)
-
-        def readout(hidden: Tensor, head: torch.nn.Module):
-            return head_losses(
-                hidden,
-                head,
-                batch.labels,
-                teacher_hidden,
-                teacher_head,
-                kl=self.kl,
-                ce=self.ce,
-                temperature=self.temperature,
-                chunk_tokens=self.chunk_tokens,
-            )
-
-        return model(batch, mode="student", readout=readout)
+        return _judged(model, batch, self.teacher.targets(model, batch), self.objective)
 
 
 @dataclass
 class SftStep:
     """Cross-entropy on the labelled positions (completions), no teacher."""
 
-    chunk_tokens: int = 1024
+    objective: Objective = Objective(kl=0.0, ce=1.0)
 
     def count(self, batch: Batch) -> int:
         return batch.num_targets
 
     def __call__(self, model, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        def readout(hidden: Tensor, head: torch.nn.Module):
-            return head_losses(hidden, head, batch.labels, None, None, kl=0.0, ce=1.0, chunk_tokens=self.chunk_tokens)
+        return _judged(model, batch, None, self.objective)
 
-        return model(batch, mode="student", readout=readout)
+
+def _judged(model, batch: Batch, targets: Targets | None, objective: Objective) -> tuple[Tensor, dict[str, Tensor]]:
+    def readout(hidden: Tensor, head: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+        return head_losses(hidden, head, batch.labels, targets, objective)
+
+    return model(batch, mode="student", readout=readout)

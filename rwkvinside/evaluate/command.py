@@ -71,7 +71,7 @@ def main(args: argparse.Namespace) -> int:
         "student": args.student.name,
         "teacher": Path(teacher_path).name,
         "data": [Path(source).name for source in args.data],
-        "max_length": documents.max_len,
+        "max_length": documents.seq_len,
         "truncated_documents": documents.num_truncated,
         **found.to_dict(),
     }

@@ -4,7 +4,7 @@ Each document is judged alone. Takes any two Hugging Face causal language models
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -98,7 +98,19 @@ def token_scores(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([kl, ce, ce_teacher, agree])
 
 
-class _Totals:
+def means(sums: Sequence[float]) -> Scores:
+    """From the number of tokens and the sums of `token_scores`.
+
+    Raises:
+        UserError: no token.
+    """
+    count, kl, ce, ce_teacher, agree = sums
+    if not count:
+        raise UserError("the evaluation data has no token to predict", "give documents of at least two tokens")
+    return Scores(int(count), kl / count, ce / count, ce_teacher / count, agree / count)
+
+
+class Totals:
     """Sums per context length in float64: row 0 counts tokens, rows 1-4 are the sums of `token_scores`."""
 
     def __init__(self) -> None:
@@ -112,8 +124,7 @@ class _Totals:
             self.sums[row, :longest] += np.bincount(context, weights=values.astype(np.float64), minlength=longest)
 
     def scores(self, first: int = 0, last: int | None = None) -> Scores:
-        count, kl, ce, ce_teacher, agree = self.sums[:, first : None if last is None else last + 1].sum(1)
-        return Scores(int(count), kl / count, ce / count, ce_teacher / count, agree / count)
+        return means(self.sums[:, first : None if last is None else last + 1].sum(1))
 
     def buckets(self) -> tuple[PositionBucket, ...]:
         length = self.sums.shape[1]
@@ -169,7 +180,7 @@ def compare(
 
     Only the ids that both have are compared: families pad their vocabularies differently, and padding carries no text.
     """
-    totals, documents, shared = _Totals(), 0, 0
+    totals, documents, shared = Totals(), 0, 0
     for batch in batches:
         if int(batch.segment_ids.max()) > 1:
             raise ValueError("a row holds more than one document; each document has to be judged alone")
@@ -186,8 +197,6 @@ def compare(
         documents += count
         if progress is not None:
             progress(count)
-    if not totals.sums[0].any():
-        raise UserError("the evaluation data has no token to predict", "give documents of at least two tokens")
     return Evaluation(documents, shared, totals.scores(), totals.buckets())
 
 
@@ -215,7 +224,7 @@ def document_batches(documents: PaddedDocuments, *, batch_tokens: int = 8192) ->
         documents: one document per row, in their own order (`seed` None).
         batch_tokens: at most this many positions per batch, padding included; a longer document stands alone.
     """
-    lengths = np.minimum(documents.tokens.lengths, documents.max_len)
+    lengths = np.minimum(documents.tokens.lengths, documents.seq_len)
     order = np.argsort(-lengths, kind="stable")
     start = 0
     while start < len(order):

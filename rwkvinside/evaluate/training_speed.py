@@ -21,7 +21,7 @@ from ..data.batch import Batch
 from ..distill.calibrate import teacher_power
 from ..distill.hybrid import HybridModel, StudentSpec
 from ..distill.steps import AlignStep, DistilStep
-from ..distill.teacher import SeparateTeacher
+from ..distill.teacher import SeparateTeacher, TeacherModel
 from ..modeling.wkv7 import BACKENDS
 
 
@@ -67,7 +67,7 @@ def training_speed(
         distilled = HybridModel.from_teacher(load(), spec).to(device)
         distilled.set_trainable(["mixer", "mlp", "norms", "embed", "head"])
         distilled.release_teacher()
-        distil = DistilStep(SeparateTeacher(load()))
+        distil = DistilStep(SeparateTeacher(TeacherModel(load())))
         kinds[f"align {backend}"] = _stepper(aligned, partial(_loss, align, aligned, batch, batch.num_tokens))
         kinds[f"distil {backend}"] = _stepper(distilled, partial(_loss, distil, distilled, batch, batch.num_targets))
     times: dict[str, list[float]] = {name: [] for name in kinds}

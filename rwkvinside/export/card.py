@@ -5,6 +5,8 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..adapters import AdapterSpec
+
 COLUMNS = {
     "tokens": "tokens",
     "kl": "KL to teacher",
@@ -95,7 +97,29 @@ def model_card(conversion: dict, base_card: Path) -> ModelCard:
         difference=conversion["verification"]["max_difference"],
         **{field: conversion[field] for field in ("parameters", "dtype", "stage", "checkpoint")},
     )
+    body += "".join(f"\n{line}.\n" for line in changes(conversion))
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
+
+
+def changes(conversion: dict) -> list[str]:
+    """A sentence each on what quantisation cost the weights and on where the adapters are; from conversion.json."""
+    lines = []
+    if quantized := conversion.get("quantized"):
+        lines.append(
+            f"{len(quantized['layers'])} linear layers ({quantized['weights']:,} weights) were frozen in "
+            f"{quantized['format']} during training ({quantized['bytes_in_training'] / 2**20:.4g} MiB) and are stored "
+            f"unpacked, as they were trained with: they differ from the base model's by "
+            f"{100 * quantized['relative_error']:.2g} %, and the rest has adapted to that"
+        )
+    if adapters := conversion.get("adapters"):
+        kinds = ", ".join(AdapterSpec.from_fields(spec).title for spec in adapters["trained"])
+        where = (
+            "merged into the weights"
+            if adapters["merged"]
+            else f"PEFT adapters in {', '.join(adapters['directories'])}"
+        )
+        lines.append(f"Adapters ({kinds}) are {where}")
+    return lines
 
 
 def _table(rows: dict[str, dict]) -> str:

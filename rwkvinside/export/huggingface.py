@@ -14,9 +14,12 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers import __version__ as transformers_version
 
+from ..adapters import adapter_directory, write_peft
 from ..distill.hybrid import HybridModel
+from ..distill.structure import make_plain, take_adapters
 from ..errors import UserError
 from ..modeling.modeling_hybrid import FAMILIES
+from ..quantization import relative_error
 from ..training.checkpoint import measure
 from .card import measurements, model_card
 from .source import LEGAL_FILES, TOKENIZER_FILES, TrainedRun, open_run
@@ -30,6 +33,7 @@ def export_hf(
     dtype: str | None = None,
     tie_embeddings: bool | None = None,
     *,
+    adapters: str = "merge",
     base_model: str | None = None,
     max_shard_size: str = "5GB",
 ) -> dict:
@@ -42,6 +46,8 @@ def export_hf(
             in-context rate and residual mixes stay fp32 in any case.
         tie_embeddings: whether input and output embeddings are one matrix in the result. Training always holds them
             apart; None ties them when they are still equal bit for bit, True insists on it, False keeps two.
+        adapters: "merge" them into the weights, or keep them "separate": ordinary PEFT adapters in `adapter`,
+            `adapter-2`, ... of the directory, to be put on the model that is exported without them.
         base_model: id of the base model for the card; default is the teacher's hub id or its directory's name.
         max_shard_size: as in `save_pretrained`.
 
@@ -50,12 +56,16 @@ def export_hf(
 
     Raises:
         UserError: `out` is not empty, `run` is not finished, weights do not fit, embeddings differ but shall be tied,
-            not enough disk.
+            there are no adapters to keep separate, not enough disk.
         VerificationError: the reloaded model does not reproduce the trained one. Nothing is left at `out`.
     """
     run, out = open_run(run), Path(out)
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}", f"allowed: {', '.join(DTYPES)}")
+    if adapters not in ("merge", "separate"):
+        raise UserError(f"adapters is {adapters!r}", "allowed: merge, separate")
+    if adapters == "separate" and not run.structure.adapters:
+        raise UserError(f"{run.path} was trained without adapters", "leave out --adapters separate")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"output directory {out} exists and is not empty", "name a new directory, or remove it first")
 
@@ -67,10 +77,16 @@ def export_hf(
         trained = run.load_model()
         # a teacher's configuration that names no dtype means fp32
         stored = DTYPES[dtype] if dtype else run.teacher_config().dtype or torch.float32
+        changes = {"quantized": _quantised(trained), "adapters": _adapters(run, adapters)}
+        separate = take_adapters(trained, run.structure) if adapters == "separate" else []
+        if tie_embeddings is None and any(name.startswith("lm_head.") for _, own in separate for name in own):
+            tie_embeddings = False  # an adapter of the head must not reach the embedding when it is merged
         model = build_hybrid(trained, run, stored, tie_embeddings)
         _check_disk(model, out.parent)
         _save(model, trained.lm.generation_config, run, partial, max_shard_size)
-        report = _conversion(model, trained, run, partial, base_model or run.teacher_id)
+        for i, (spec, tensors) in enumerate(separate):
+            write_peft(partial / adapter_directory(i), spec, tensors)
+        report = _conversion(model, trained, run, partial, base_model or run.teacher_id) | changes
         (partial / "conversion.json").write_text(json.dumps(report, indent=2) + "\n")
         del trained, model  # verification loads both models itself
         verify(partial, against=run.path)
@@ -87,9 +103,14 @@ def build_hybrid(
 ) -> PreTrainedModel:
     """The exported model with every tensor taken from the trained one, which must have exactly these tensors.
 
+    The trained one is made plain: quantised weights are unpacked, adapters merged.
+
     Raises:
         UserError: a tensor without a source or a source without a target, embeddings that differ but shall be tied.
     """
+    make_plain(trained)
+    if tie_embeddings is False:
+        trained.untie()  # one storage would be saved once
     tensors: dict[str, Tensor] = {name: p.detach() for name, p in trained.canonical_parameters().items()}
     embeddings, head = tensors["model.embed_tokens.weight"], tensors["lm_head.weight"]
     equal = embeddings.shape == head.shape and torch.equal(embeddings, head)
@@ -177,9 +198,32 @@ def _conversion(model: PreTrainedModel, trained: HybridModel, run: TrainedRun, f
         "tie_word_embeddings": config.tie_word_embeddings,
         "parameters": model.num_parameters(),
         "measurements": measurements(run.path / "metrics.jsonl"),
-        "files": {file.name: measure(file)["sha256"] for file in sorted(folder.iterdir())},
+        "files": {str(f.relative_to(folder)): measure(f)["sha256"] for f in sorted(folder.rglob("*")) if f.is_file()},
         "versions": {"torch": torch.__version__, "transformers": transformers_version},
     }
+
+
+def _quantised(trained: HybridModel) -> dict | None:
+    """What quantisation has cost the exported weights, which are the unpacked ones; None where there was none."""
+    layers = {name: layer for name, layer in trained.quantized.items() if ".teacher_attn." not in name}
+    if not layers:
+        return None
+    weights = sum(layer.weight_numel for layer in layers.values())
+    return {
+        "format": next(iter(layers.values())).format,
+        "layers": list(layers),
+        "weights": weights,
+        "bytes_in_training": sum(layer.nbytes for layer in layers.values()),
+        "relative_error": relative_error(layers.values()),
+    }
+
+
+def _adapters(run: TrainedRun, adapters: str) -> dict | None:
+    specs = run.structure.adapters
+    if not specs:
+        return None
+    separate = [adapter_directory(i) for i in range(len(specs))] if adapters == "separate" else []
+    return {"merged": not separate, "directories": separate, "trained": [spec.to_dict() for spec in specs]}
 
 
 def _without_paths(stage: dict | None) -> dict | None:

@@ -1,8 +1,9 @@
 """Runs in a process of its own to load an exported directory as a user would, with torch and transformers only.
 
-Executed by path (`python -I reload.py DIR REQUEST RESULT THREADS SAMPLE`), never imported. REQUEST is a safetensors
-file with `input_ids` (B, T); RESULT gets the logits of a full pass in fp32, of a pass in pieces through the cache, and
-of the stored dtype, and the token ids of the text SAMPLE (empty: the directory has no tokenizer).
+Executed by path (`python -I reload.py DIR REQUEST RESULT THREADS SAMPLE ADAPTERS`), never imported. REQUEST is a
+safetensors file with `input_ids` (B, T); RESULT gets the logits of a full pass in fp32, of a pass in pieces through the
+cache, with the directories ADAPTERS put on by PEFT, and of the stored dtype, and the token ids of the text SAMPLE
+(empty: the directory has no tokenizer).
 """
 
 import sys
@@ -16,7 +17,7 @@ class Blocked:
             raise ImportError(f"an exported model imported {name}: it must be self-contained")
 
 
-def main(folder: str, request: str, result: str, threads: str, sample: str) -> None:
+def main(folder: str, request: str, result: str, threads: str, sample: str, adapters: str) -> None:
     import torch
     from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
@@ -39,10 +40,16 @@ def main(folder: str, request: str, result: str, threads: str, sample: str) -> N
     pieces = [tokens // 2, 1, 1, tokens - tokens // 2 - 2]
     cached = torch.cat([model(part, past_key_values=cache).logits for part in ids.split(pieces, dim=1)], 1)
     model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4)  # has to run; what it says is not judged
+    for name in adapters.split():
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, f"{folder}/{name}").get_base_model()
+    adapted = model(ids, use_cache=False).logits
     del model
     stored = load("auto")(ids, use_cache=False).logits.float()
     sample_ids = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)(sample)["input_ids"] if sample else []
-    save_file({"full": full, "cached": cached, "stored": stored, "sample_ids": torch.tensor(sample_ids)}, result)
+    results = {"full": full, "cached": cached, "adapted": adapted, "stored": stored}
+    save_file({name: t.clone() for name, t in results.items()} | {"sample_ids": torch.tensor(sample_ids)}, result)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,11 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig
 
 from ..distill.hybrid import HybridModel, StudentSpec
+from ..distill.structure import Structure, assemble
 from ..distill.teacher import load_teacher
 from ..errors import UserError
 from ..training.checkpoint import open_checkpoint
+from ..training.fixed import NAME, fixed_digest, read_fixed
 
 # Everything of a teacher's repository that a release passes on unchanged, beside the weights.
 TOKENIZER_FILES = (
@@ -64,6 +66,11 @@ class TrainedRun:
     def spec(self) -> StudentSpec:
         return StudentSpec.from_fields(self.config["student"])
 
+    @property
+    def structure(self) -> Structure:
+        """What the stage quantised, and its adapters."""
+        return Structure.from_fields(self.config, self.stage)
+
     def teacher_config(self):
         """The teacher's transformers configuration."""
         return AutoConfig.from_pretrained(self.teacher, revision=self._revision)
@@ -76,16 +83,21 @@ class TrainedRun:
         return Path(snapshot_download(self.teacher, revision=self._revision, allow_patterns=patterns))
 
     def load_model(self) -> HybridModel:
-        """Teacher weights and the student's on top, on the CPU in fp32 (4 bytes per parameter), in evaluation mode.
+        """The student as it was trained, on the CPU in evaluation mode: the teacher's weights in fp32 with its own on
+        top; what was quantised and adapted in training is so here, with the same numbers.
 
         Raises:
             UserError: a teacher that is gone, incomplete, or not used up; a checkpoint that is damaged or of another
                 student.
         """
+        checkpoint, folder = open_checkpoint(self.checkpoint), self.checkpoint.parent
+        if checkpoint.state.get("settings", {}).get("frozen") != fixed_digest(folder):
+            raise UserError(
+                f"{folder / NAME} is not the file that {self.checkpoint.name} was trained with",
+                "restore it from a copy of the run",
+            )
         lm = load_teacher(self.teacher, self._revision, torch.float32)
-        model = HybridModel.from_teacher(lm, self.spec)
-        model.load_student_state_dict(self.load_student())
-        return model.eval()
+        return assemble(lm, self.spec, self.structure, checkpoint.tensors(), read_fixed(folder))
 
     def load_student(self) -> dict[str, torch.Tensor]:
         """The student's own tensors, by exported name.

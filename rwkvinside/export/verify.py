@@ -17,8 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from ..adapters import is_adapter
 from ..data.batch import IGNORE, Batch
 from ..distill.hybrid import HybridModel
+from ..distill.structure import adapter_names, make_plain, take_adapters
 from ..errors import UserError, VerificationError
 from .source import open_run
 from .weights import DTYPES, stored_dtype
@@ -45,7 +47,9 @@ def verify(folder: str | Path, against: str | Path) -> dict:
     Returns:
         The result: `passed`, `max_difference` (of fp32 logits, against the trained weights in the directory's dtype)
         and its `tolerance`, `cache_difference` and its tolerance, `rounding_kl` (mean KL in nats from the trained fp32
-        model to the directory in its own dtype; a measurement, without a limit).
+        model to the directory in its own dtype; a measurement, without a limit). Of a run with quantised weights or
+        adapters also `plain_difference` (between the model as it ran in training and with its weights unpacked and
+        adapters merged) and, where adapters are separate, `adapter_difference` (with PEFT's own loading of them).
 
     Raises:
         UserError: not an exported directory, or a run that cannot be read.
@@ -65,12 +69,19 @@ def verify(folder: str | Path, against: str | Path) -> dict:
         mixer.mixer_config = mixer.mixer_config.replace(backend="chunked")
     batch = _fixed_batch(model.lm.config.vocab_size)
     trained = _logits(model, batch)
+    directories = (conversion.get("adapters") or {}).get("directories", [])
+    special = bool(model.quantized or adapter_names(model))
+    make_plain(model, keep_adapters=bool(directories))
+    plain = _logits(model, batch)
     _round(model, dtype)
+    adapted = _logits(model, batch)
+    if directories:
+        take_adapters(model, run.structure)
     expected = _logits(model, batch)
     del model
 
     sample_ids = _sample_ids(run.teacher_files())
-    got = _reload(folder, batch.input_ids, SAMPLE if sample_ids else "")
+    got = _reload(folder, batch.input_ids, SAMPLE if sample_ids else "", directories)
     largest = expected.abs().max().item()
     result = {
         "passed": False,
@@ -83,6 +94,14 @@ def verify(folder: str | Path, against: str | Path) -> dict:
         "rounding_kl": _mean_kl(trained, got["stored"]),
     }
     problems = []
+    if special:
+        result["plain_difference"] = _max_difference(plain, trained)
+        if not result["plain_difference"] <= TOLERANCE * max(1.0, largest):
+            problems.append(f"unpacking and merging changes logits by {result['plain_difference']:.3g}")
+    if directories:
+        result["adapter_difference"] = _max_difference(got["adapted"], adapted)
+        if not result["adapter_difference"] <= TOLERANCE * max(1.0, largest):
+            problems.append(f"with its adapters logits differ by {result['adapter_difference']:.3g}")
     if not result["max_difference"] <= result["tolerance"]:
         problems.append(f"logits differ by {result['max_difference']:.3g}, allowed {result['tolerance']:.3g}")
     if not result["cache_difference"] <= result["cache_tolerance"]:
@@ -119,10 +138,12 @@ def _logits(model: HybridModel, batch: Batch) -> Tensor:
 def _round(model: HybridModel, dtype: torch.dtype) -> None:
     """Give the trained model the weights that the export stores, still computing in fp32."""
     for name, parameter in model.canonical_parameters().items():
+        if is_adapter(name):  # stored in fp32
+            continue
         parameter.copy_(parameter.to(stored_dtype(name, dtype)))
 
 
-def _reload(folder: Path, ids: Tensor, sample: str) -> dict[str, Tensor]:
+def _reload(folder: Path, ids: Tensor, sample: str, adapters: list[str]) -> dict[str, Tensor]:
     with tempfile.TemporaryDirectory() as scratch:
         request, result = Path(scratch) / "request.safetensors", Path(scratch) / "result.safetensors"
         save_file({"input_ids": ids}, request)
@@ -130,7 +151,10 @@ def _reload(folder: Path, ids: Tensor, sample: str) -> dict[str, Tensor]:
         environment = os.environ | {"HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
         script = Path(__file__).with_name("reload.py")
         process = subprocess.run(
-            [sys.executable, "-I", *map(str, (script, folder, request, result, torch.get_num_threads())), sample],
+            [
+                *(sys.executable, "-I", *map(str, (script, folder, request, result, torch.get_num_threads()))),
+                *(sample, " ".join(adapters)),
+            ],
             cwd=scratch,
             env=environment,
             stdin=subprocess.DEVNULL,

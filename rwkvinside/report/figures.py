@@ -3,6 +3,7 @@
 Colours are Okabe and Ito's, which people with any colour vision can tell apart; colour maps are perceptually uniform.
 """
 
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -227,6 +228,25 @@ KERNEL_COLORS = {"triton": BLUE, "native": GREEN, "chunked": ORANGE, "reference"
 KERNEL_STYLES = {"high": "s--", "fast": "^-.", "fp32": "v:", "naive": "s--", "recurrent": "^-."}
 KERNEL_PASSES = {"forward": "forward", "forward_backward": "forward and backward"}
 SHAPE_SIZES = {"B": "batch size B", "T": "tokens T", "H": "heads H", "N": "head size N"}
+
+
+def length_figure(lengths: "dict[str, np.ndarray]") -> "Figure":
+    """How long the documents of each source are, in classes of doubling length.
+
+    Args:
+        lengths: tokens of each document, by source.
+    """
+    figure = new_figure(7, 3.2)
+    ax = figure.subplots()
+    shortest, longest = min(v.min() for v in lengths.values()), max(v.max() for v in lengths.values())
+    edges = 2.0 ** np.arange(np.floor(np.log2(shortest)), np.log2(longest) + 0.5, 0.25)
+    for (source, values), color in zip(lengths.items(), itertools.cycle((BLUE, ORANGE, GREEN, PINK, AMBER, BLACK))):
+        ax.hist(values, bins=edges, histtype="step", linewidth=1.5, color=color, label=Path(source).name)
+    ax.set_xscale("log", base=2)
+    _count_axis(ax.xaxis)
+    _finish(ax, "Lengths of documents", "tokens", "documents")
+    ax.legend(fontsize=8, frameon=False)
+    return figure
 
 
 def draw_kernels(ax: "Axes", stage: dict, which: str) -> None:

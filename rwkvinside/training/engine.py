@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from datetime import timedelta
+from functools import partial
 from io import StringIO
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .in_process import InProcessEngine, StepResult, Sums, check_precision
+from .deepspeed_config import StepShape, ZeroSettings, deepspeed_config
+from .in_process import InProcessEngine, StepResult, Sums, check_precision, precision_context
 from .optimizer import (
     MOMENTS,
     Groups,
@@ -34,33 +36,18 @@ from .optimizer import (
 from .step import Step, TrainingBatch
 from .world import World
 
-# What the recipe decides; two places that know a batch size or an optimizer would sooner or later disagree.
-RECIPE_KEYS = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "optimizer",
-    "scheduler",
-    "bf16",
-    "fp16",
-    "torch_autocast",
-)
-
 
 class DeepSpeedEngine:
-    """Several processes, one device each, with DeepSpeed's ZeRO stages 0, 1 and 2; the interface of `InProcessEngine`.
-
-    `bf16` is DeepSpeed's own: every parameter of the model becomes bf16; the masters, moments and accumulated gradients
-    of the trainable ones are fp32. Weights that were fp32 before keep their full precision in the masters.
+    """Several processes, one device each, with DeepSpeed's ZeRO stages 0 to 3; the interface of `InProcessEngine`.
 
     Args:
         world: from `launched_world`.
-        zero_stage: 0, 1 or 2. bf16 with stage 0 runs as stage 1: DeepSpeed's plain bf16 optimizer starts with an empty
-            step, which shifts Adam's bias correction.
-        config: more DeepSpeed settings, merged over ours (offload, bucket sizes, ...); not those the recipe decides.
+        zero: sharding, offloading, and the user's own DeepSpeed configuration. Its bf16 weights (`bf16_weights`) are
+            rounded ones in the forward; what was fp32 before keeps its full precision in the masters.
+        shape: how the rows of a step are cut; None: one micro-batch a step of one row.
 
-    All methods but `set_rates` must be called on every rank.
+    All methods but `set_rates` must be called on every rank. ZeRO 3 leaves the model in shards: it can be used through
+    `module` only, and not be wrapped again.
     """
 
     def __init__(
@@ -70,25 +57,33 @@ class DeepSpeedEngine:
         settings: OptimizerSettings,
         world: World,
         precision: str = "fp32",
-        zero_stage: int = 1,
-        config: Mapping | None = None,
+        zero: ZeroSettings | None = None,
+        shape: StepShape | None = None,
     ):
-        import deepspeed
-
         check_precision(precision)
         self.world = world
+        self.model = model
         self.trainable = trainable(groups)
         self.precision = precision
-        stage = max(zero_stage, 1) if precision == "bf16" else zero_stage
-        full = deepspeed_config(settings.clip, precision, stage, config)
-        self.zero_stage = full["zero_optimization"]["stage"]
+        self._groups = groups
+        config = deepspeed_config(zero or ZeroSettings(), settings, precision, shape or StepShape(1, 1, world.size))
+        self.zero_stage = config["zero_optimization"]["stage"]
+        self._rounded = "bf16" in config
+        self._offloaded = "offload_optimizer" in config["zero_optimization"]
         # DeepSpeed makes its masters from the already rounded weights
-        exact = {n: p.detach().to("cpu", copy=True) for n, p in self.trainable.items() if precision == "bf16"}
-        self._optimizer = build_optimizer(groups, settings)
-        with redirect_stdout(StringIO()):  # its bf16 optimizer prints memory figures, not to be switched off
-            self.module, self._wrapped, _, _ = deepspeed.initialize(
-                model=model, model_parameters=list(self.trainable.values()), optimizer=self._optimizer, config=full
-            )
+        exact = {n: p.detach().to("cpu", copy=True) for n, p in self.trainable.items()} if self._rounded else {}
+        if not self._rounded:
+            for parameter in self.trainable.values():
+                parameter.data = parameter.data.float()
+        self._optimizer = build_optimizer(groups, settings)  # sees shapes, which shards have not
+        self._used: set[str] = set()
+        self._hooks = [p.register_hook(partial(self._use, name)) for name, p in self.trainable.items()]
+        if self.zero_stage == 3:
+            _shard(model, config, world, self._rounded)
+            self._hooks.append(model.register_forward_hook(_as_items))
+        self.module, self._wrapped = _initialize(model, config, list(self.trainable.values()), self._optimizer)
+        if self.zero_stage == 3:
+            self._hooks.append(model.register_forward_hook(_as_mapping))
         if not self._plain:
             self._make_state()
         if exact:
@@ -99,19 +94,8 @@ class DeepSpeedEngine:
         set_rates(self._optimizer, rates)
 
     def train_step(self, micro_batches: Sequence[TrainingBatch], step: Step, denominator: int) -> StepResult:
-        """As `InProcessEngine.train_step`; every rank brings equally many micro-batches.
-
-        A loss that is not finite leaves the weights alone; with ZeRO a gradient that is not finite under a finite loss
-        is seen only after the update, so the caller must not save after a result that is not `finite`.
-        """
-        sums = Sums()
-        for i, batch in enumerate(micro_batches):
-            self.module.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
-            loss, metrics = step(self.module, batch)
-            # DeepSpeed averages gradients over the ranks, the sums want the sum
-            self.module.backward(loss * (self.world.size / denominator), scale_wrt_gas=False)
-            sums.add(loss, metrics)
-        loss, metrics, losses = sums.reduce(self.world, denominator)
+        """As `InProcessEngine.train_step`; every rank brings equally many micro-batches."""
+        loss, metrics, losses = self._accumulate(micro_batches, step, denominator).reduce(self.world, denominator)
         if not math.isfinite(loss):
             return StepResult(loss, metrics, math.nan, losses)
         if self._plain:  # reports no norm; the gradients are averaged by now and not yet clipped
@@ -120,24 +104,34 @@ class DeepSpeedEngine:
                 return StepResult(loss, metrics, float(norm), losses)
             self.module.step()
         else:
-            self.module.step()
+            self._clear_unused()
+            self.module.step()  # leaves the weights alone where the norm is not finite
             norm = self.module.get_global_grad_norm()
         return StepResult(loss, metrics, float(norm), losses)
+
+    def backward(self, micro_batch: TrainingBatch, step: Step) -> None:
+        """One micro-batch forward and backward, without an update: to look at it with hooks."""
+        self._accumulate([micro_batch], step, 1)
 
     def full_parameters(self) -> dict[str, Tensor]:
         """As `InProcessEngine.full_parameters`, on rank 0; empty on the others."""
         return self._gather({name: (p, None) for name, p in self.trainable.items()})
 
     @torch.no_grad()
-    def load_parameters(self, tensors: Mapping[str, Tensor]) -> None:
-        """Set every trainable parameter, in the weights of the forward and in the masters."""
-        from deepspeed.utils import safe_set_full_fp32_param
+    def load_parameters(self, tensors: Mapping[str, Tensor], absent: Collection[str] = ()) -> None:
+        """As `InProcessEngine.load_parameters`, in the weights of the forward and in the masters."""
+        import deepspeed
 
-        check_names("weights", set(tensors), set(self.trainable))
-        for name, parameter in self.trainable.items():
-            parameter.copy_(tensors[name])
+        check_names("weights", set(tensors), set(self.trainable) - set(absent))
+        for name, parameter in self._but(absent).items():
+            if self.zero_stage == 3:
+                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                    if self.world.is_main:
+                        parameter.copy_(tensors[name])
+            else:
+                parameter.copy_(tensors[name])
             if not self._plain:
-                safe_set_full_fp32_param(parameter, tensors[name].float())
+                self._set_full(parameter, tensors[name], None)
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """As `InProcessEngine.optimizer_state`, on rank 0; empty on the others."""
@@ -145,50 +139,99 @@ class DeepSpeedEngine:
             return plain_state(self._optimizer, self.trainable) if self.world.is_main else {}
         state = self._gather({f"{n}/{m}": (p, m) for n, p in self.trainable.items() for m in MOMENTS})
         if state:
-            state["step"] = self._flat_states()[0]["step"].detach().to("cpu", torch.int64, copy=True)
+            for names, own in self._flat_states():
+                state |= {f"{name}/step": own["step"].detach().to("cpu", torch.int64, copy=True) for name in names}
         return state
 
-    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
+    def load_optimizer_state(self, state: Mapping[str, Tensor], absent: Collection[str] = ()) -> None:
         """Inverse of `optimizer_state`: every rank is given the full state and keeps its part."""
-        from deepspeed.utils import safe_set_full_optimizer_state
-
+        present = self._but(absent)
         if self._plain:
-            load_plain_state(self._optimizer, self.trainable, state)
+            load_plain_state(self._optimizer, present, state)
             return
-        check_state(state, self.trainable)
-        for own in self._flat_states():
-            own["step"].copy_(state["step"])
-        for name, parameter in self.trainable.items():
+        check_state(state, present)
+        for names, own in self._flat_states():
+            (step,) = {int(state.get(f"{name}/step", 0)) for name in names}  # a group joins the training as a whole
+            own["step"].fill_(step)
+        for name, parameter in present.items():
             for moment in MOMENTS:
-                safe_set_full_optimizer_state(parameter, state[f"{name}/{moment}"], moment)
+                self._set_full(parameter, state[f"{name}/{moment}"], moment)
+
+    def autocast(self) -> AbstractContextManager:
+        """As `InProcessEngine.autocast`; rounded weights need none, and copies of whole weights would undo ZeRO 3."""
+        if self._rounded:
+            return nullcontext()
+        return precision_context(self.precision, self.world.device, cache=self.zero_stage < 3)
 
     def close(self) -> None:
         """Remove DeepSpeed's hooks from the model, so that it can be wrapped again. Not a collective call.
 
-        After bf16 the model's weights are rounded ones: the next stage starts from the checkpoint, not from them.
+        After ZeRO 3 the model is left in shards, after `bf16_weights` with rounded ones: the next stage starts from the
+        checkpoint, not from them.
         """
         self.module.destroy()
+        for hook in self._hooks:
+            hook.remove()
 
     @property
     def _plain(self) -> bool:
         """ZeRO 0 in fp32: the optimizer is torch's own and holds the parameters; the safe_* accessors do not work."""
         return self._wrapped is self._optimizer
 
-    def _flat_states(self) -> list[dict[str, Tensor]]:
-        """Optimizer state of this rank's flat fp32 partitions, one for each parameter group."""
-        return [self._optimizer.state[flat] for group in self._optimizer.param_groups for flat in group["params"]]
+    def _use(self, name: str, gradient: Tensor) -> None:
+        self._used.add(name)
+
+    def _clear_unused(self) -> None:
+        """No gradient for what this step did not use: DeepSpeed's buffers still hold the last one there was."""
+        from deepspeed import utils
+
+        for name, parameter in self.trainable.items():
+            if name not in self._used and self.zero_stage == 3:
+                utils.safe_set_local_grad(parameter, torch.zeros_like(parameter.ds_tensor))
+            elif name not in self._used and self._offloaded:
+                utils.safe_set_full_grad(parameter, torch.zeros_like(parameter))
+        self._used.clear()
+
+    def _but(self, absent: Collection[str]) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.trainable.items() if name not in absent}
+
+    def _accumulate(self, micro_batches: Sequence[TrainingBatch], step: Step, denominator: int) -> Sums:
+        sums = Sums()
+        for i, batch in enumerate(micro_batches):
+            self.module.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
+            with self.autocast():
+                loss, metrics = step(self.module, batch)
+            # DeepSpeed averages gradients over the ranks, the sums want the sum
+            self.module.backward(loss * (self.world.size / denominator), scale_wrt_gas=False)
+            sums.add(loss, metrics)
+        return sums
+
+    def _flats(self) -> Iterator[tuple[str, Tensor]]:
+        """This rank's flat fp32 partitions, each with its learning-rate group."""
+        if self.zero_stage == 3:
+            for i, flat in enumerate(self._wrapped.fp32_partitioned_groups_flat):
+                yield self._optimizer.param_groups[self._wrapped.sub_group_to_group_id[i]]["group"], flat
+        else:
+            for group in self._optimizer.param_groups:
+                for flat in group["params"]:
+                    yield group["group"], flat
+
+    def _flat_states(self) -> Iterator[tuple[list[str], dict[str, Tensor]]]:
+        """Optimizer state of this rank's flat partitions, each with the names of its learning-rate group."""
+        for group, flat in self._flats():
+            yield list(self._groups[group]), self._optimizer.state[flat]
 
     def _make_state(self) -> None:
-        """Adam's state, linked to the parameters before the first step.
+        """Adam's state before the first step, and its link to the parameters.
 
-        DeepSpeed links it after the first parameter group's first update, when the other groups have none yet, and
-        never again: their moments could not be read.
+        ZeRO 3 has made one empty step already, which shifts the bias correction. ZeRO 1 and 2 link the state after the
+        first parameter group's first update, when the other groups have none yet, and never again: their moments could
+        not be read.
         """
-        for group in self._optimizer.param_groups:
-            for flat in group["params"]:
-                if not self._optimizer.state.get(flat):
-                    self._optimizer.state[flat] = fresh_state(flat)
-        self._wrapped._lazy_init_hp_params_optimizer_state()
+        for _, flat in self._flats():
+            self._optimizer.state[flat] = fresh_state(flat)
+        if self.zero_stage < 3:
+            self._wrapped._lazy_init_hp_params_optimizer_state()
 
     def _gather(self, wanted: Mapping[str, tuple[nn.Parameter, str | None]]) -> dict[str, Tensor]:
         """Full fp32 masters (None) or moments by key; one tensor at a time, kept on rank 0 only."""
@@ -203,11 +246,52 @@ class DeepSpeedEngine:
             else:
                 full = safe_get_full_optimizer_state(parameter, moment)
             if self.world.is_main:
-                tensors[key] = full.to("cpu", torch.float32, copy=True)
+                tensors[key] = full.to("cpu", torch.float32)
         return tensors
+
+    def _set_full(self, parameter: nn.Parameter, full: Tensor, moment: str | None) -> None:
+        """Set this rank's part of an fp32 master (None) or a moment from the full tensor."""
+        from deepspeed import utils
+
+        full = full.float()
+        if self.zero_stage == 3:  # the setters of full tensors do not know the padding of the last rank's part
+            size = parameter.ds_tensor.numel()
+            own = torch.zeros(size)
+            part = full.flatten()[self.world.rank * size : (self.world.rank + 1) * size]
+            own[: part.numel()] = part
+            if moment is None:
+                utils.safe_set_local_fp32_param(parameter, own)
+            else:
+                utils.safe_set_local_optimizer_state(parameter, own, moment)
+        elif moment is None:
+            utils.safe_set_full_fp32_param(parameter, full)
+        else:
+            utils.safe_set_full_optimizer_state(parameter, full, moment)
 
 
 Engine = InProcessEngine | DeepSpeedEngine
+
+
+def inference_engine(
+    model: nn.Module, parts: Sequence[nn.Parameter], world: World, config: Mapping | None = None
+) -> tuple[nn.Module, Callable[[], AbstractContextManager]]:
+    """Shard a frozen model over the ranks (ZeRO 3).
+
+    Args:
+        model: without gradients, on the CPU; its parameters are moved one at a time.
+        parts: parameters that are also used outside of the model's forward.
+        config: sections of DeepSpeed's configuration, for instance offloading.
+
+    Returns:
+        What to call in place of the model, on every rank equally often, and a context in which `parts` are whole; it is
+        collective too.
+    """
+    import deepspeed
+
+    full = deepspeed_config(ZeroSettings(3, config=config), OptimizerSettings(), "fp32", StepShape(1, 1, world.size))
+    _shard(model, full, world, rounded=False)
+    engine, _ = _initialize(model, full)
+    return engine, lambda: deepspeed.zero.GatheredParameters(list(parts))
 
 
 def launched_world() -> World:
@@ -230,39 +314,47 @@ def launched_world() -> World:
     return World(accelerator.current_device_name(), distributed=True)
 
 
-def deepspeed_config(clip: float, precision: str, zero_stage: int, config: Mapping | None = None) -> dict:
-    """DeepSpeed's configuration, the user's merged over ours.
+def _initialize(model: nn.Module, config: dict, parameters=None, optimizer=None):
+    """DeepSpeed's engine and its optimizer.
 
     Raises:
-        UserError: a key that the recipe decides, or a ZeRO stage other than 0, 1, 2.
+        UserError: DeepSpeed refuses the configuration.
     """
-    user = dict(config or {})
-    if taken := sorted(set(user) & set(RECIPE_KEYS)):
-        raise UserError(
-            f"deepspeed.config sets {', '.join(taken)}",
-            "these follow from the recipe: set them in `stages` or `precision`",
-        )
-    # accumulation is told to DeepSpeed per micro-batch, so the counts here only have to be consistent
-    ours = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": clip,
-        "zero_optimization": {"stage": zero_stage},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 1_000_000_000,
-    }
-    if precision == "bf16":
-        ours |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
-    merged = _merge(ours, user)
-    if (stage := merged["zero_optimization"].get("stage")) not in (0, 1, 2):
-        raise UserError(f"ZeRO stage {stage}", "supported: 0, 1, 2")
-    return merged
+    import deepspeed
+
+    try:
+        with redirect_stdout(StringIO()):  # its bf16 optimizer prints memory figures, not to be switched off
+            engine, wrapped, _, _ = deepspeed.initialize(
+                model=model, model_parameters=parameters, optimizer=optimizer, config=config
+            )
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"DeepSpeed refuses its configuration: {reason}", "correct deepspeed.config") from error
+    return engine, wrapped
 
 
-def _merge(base: Mapping, over: Mapping) -> dict:
-    merged = dict(base)
-    for key, value in over.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return merged
+def _shard(model: nn.Module, config: dict, world: World, rounded: bool) -> None:
+    """Cut the parameters of a model on the CPU into shards, one parameter at a time, so that no device ever holds all;
+    buffers are moved whole."""
+    import deepspeed
+
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(world.device)
+    if rounded:
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.bfloat16()
+    deepspeed.zero.Init(module=model, config_dict_or_path=config)
+
+
+class _Items(list):
+    """A dictionary on its way through DeepSpeed's hooks, which take its keys for names of attributes."""
+
+
+def _as_items(module, args, output):
+    return _Items(output.items()) if isinstance(output, dict) else output
+
+
+def _as_mapping(module, args, output):
+    return dict(output) if isinstance(output, _Items) else output

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -80,7 +80,8 @@ class InProcessEngine:
         precision: "fp32", or "bf16": forward and loss under `torch.autocast`.
 
     Attributes:
-        module: the model, to be called by steps.
+        model: the model itself.
+        module: what steps call; here the same.
         trainable: the parameters by name.
     """
 
@@ -99,7 +100,7 @@ class InProcessEngine:
         self._clip = settings.clip
         for parameter in self.trainable.values():
             parameter.data = parameter.data.float()
-        self.module = model.to(world.device)
+        self.model = self.module = model.to(world.device)
         self._optimizer = build_optimizer(groups, settings)
 
     def set_rates(self, rates: Mapping[str, float]) -> None:
@@ -114,13 +115,7 @@ class InProcessEngine:
             step: the objective.
             denominator: what the loss sum is divided by: the count over all micro-batches and ranks.
         """
-        sums = Sums()
-        for batch in micro_batches:
-            with self._autocast():
-                loss, metrics = step(self.module, batch)
-            (loss / denominator).backward()
-            sums.add(loss, metrics)
-        loss, metrics, losses = sums.reduce(self.world, denominator)
+        loss, metrics, losses = self._accumulate(micro_batches, step, denominator).reduce(self.world, denominator)
         for parameter in self.trainable.values():
             if parameter.grad is None:  # DeepSpeed updates unused parameters too, so that moments decay alike
                 parameter.grad = torch.zeros_like(parameter)
@@ -131,35 +126,61 @@ class InProcessEngine:
         self._optimizer.zero_grad(set_to_none=True)
         return result
 
+    def backward(self, micro_batch: TrainingBatch, step: Step) -> None:
+        """One micro-batch forward and backward, without an update: to look at it with hooks."""
+        self._accumulate([micro_batch], step, 1)
+
     def full_parameters(self) -> dict[str, Tensor]:
-        """Trainable parameters by name: fp32 copies on the CPU."""
-        return {n: p.detach().to("cpu", torch.float32, copy=True) for n, p in self.trainable.items()}
+        """Trainable parameters by name, fp32 on the CPU, to be saved before the next step: not copied if they are."""
+        return {n: p.detach().to("cpu", torch.float32) for n, p in self.trainable.items()}
 
     @torch.no_grad()
-    def load_parameters(self, tensors: Mapping[str, Tensor]) -> None:
-        """Set every trainable parameter; names must be exactly those of `trainable`, else `UserError`."""
-        check_names("weights", set(tensors), set(self.trainable))
-        for name, parameter in self.trainable.items():
-            parameter.copy_(tensors[name])
+    def load_parameters(self, tensors: Mapping[str, Tensor], absent: Collection[str] = ()) -> None:
+        """Set the trainable parameters.
+
+        Args:
+            absent: names that keep what they have; all others must be given, and no more.
+
+        Raises:
+            UserError: other names.
+        """
+        check_names("weights", set(tensors), set(self.trainable) - set(absent))
+        for name, tensor in tensors.items():
+            self.trainable[name].copy_(tensor)
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """ "<name>/exp_avg", "<name>/exp_avg_sq" (fp32, CPU, full shape) and "step" (0-d int64)."""
+        """ "<name>/exp_avg", "<name>/exp_avg_sq" (fp32, CPU, full shape) and "<name>/step" (0-d int64)."""
         return plain_state(self._optimizer, self.trainable)
 
-    def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
-        """Inverse of `optimizer_state`, from any engine and number of ranks."""
-        load_plain_state(self._optimizer, self.trainable, state)
+    def load_optimizer_state(self, state: Mapping[str, Tensor], absent: Collection[str] = ()) -> None:
+        """Inverse of `optimizer_state`, from any engine and number of ranks; `absent` as for `load_parameters`."""
+        load_plain_state(self._optimizer, {n: p for n, p in self.trainable.items() if n not in absent}, state)
+
+    def autocast(self) -> AbstractContextManager:
+        """The context in which steps run, for what calls `module` beside them."""
+        return precision_context(self.precision, self.world.device)
 
     def close(self) -> None:
         """Nothing to release."""
 
-    def _autocast(self):
-        if self.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.world.device.type, dtype=torch.bfloat16)
+    def _accumulate(self, micro_batches: Sequence[TrainingBatch], step: Step, denominator: int) -> Sums:
+        sums = Sums()
+        for batch in micro_batches:
+            with self.autocast():
+                loss, metrics = step(self.module, batch)
+            (loss / denominator).backward()
+            sums.add(loss, metrics)
+        return sums
 
 
 def check_precision(precision: str) -> None:
     """Refuse what is neither fp32 nor bf16 (`UserError`)."""
     if precision not in PRECISIONS:
         raise UserError(f"precision={precision!r}", f"allowed: {', '.join(PRECISIONS)}")
+
+
+def precision_context(precision: str, device: torch.device, cache: bool = True) -> AbstractContextManager:
+    """Autocast for "bf16", nothing for "fp32"; `cache`: keep the bf16 copy of a weight while the context lasts."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=cache)

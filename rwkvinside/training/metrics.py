@@ -12,20 +12,40 @@ from typing import TextIO
 
 import torch
 
+from ..errors import UserError
+from .loggers import Logger
+
 FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Appends rows to RUN/metrics.jsonl, one JSON object a line, each on the disk's way before the next step begins."""
+    """Appends rows to RUN/metrics.jsonl, one JSON object a line, each on the disk's way before the next step begins.
 
-    def __init__(self, run: Path | str):
+    Args:
+        run: the run directory, made if need be.
+        logger: mirrors every row; whoever opened it closes it.
+    """
+
+    def __init__(self, run: Path | str, logger: Logger | None = None):
         self.path = Path(run) / FILE
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._logger = logger
 
     def write(self, row: dict) -> None:
-        """Append a row; numbers that are not finite become null, which JSON has instead."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
+        """Append a row; numbers that are not finite become null, which JSON has instead.
+
+        Raises:
+            UserError: no space.
+        """
+        row = _finite(row)
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, allow_nan=False) + "\n")
+        except OSError as error:
+            cure = "free space, then continue with --resume"
+            raise UserError(f"cannot write {self.path}: {error.strerror}", cure) from error
+        if self._logger is not None:
+            self._logger.write(row)
 
     def begin(self, stage: str, step: int | None = None) -> None:
         """Forget what a run that starts or resumes a stage will write again.
@@ -33,6 +53,8 @@ class MetricsWriter:
         Rows of the stage after `step` go, with None all rows of the stage, and so does a last line that a killed
         process did not finish. Rows of other stages stay.
         """
+        if self._logger is not None:
+            self._logger.begin(stage, step or 0)
         if not self.path.exists():
             return
         lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
@@ -78,10 +100,11 @@ class Console:
         if self._progress is not None:
             self._progress.update(self._task, completed=row["step"])
         if row["step"] % self.every == 0 or row["step"] == self.steps:
+            mfu = f"  MFU {100 * row['mfu']:.1f} %" if "mfu" in row else ""
             self.say(
                 f"{self.stage} {row['step']}/{self.steps}  loss {row['loss']:.4g}  lr {row['lr']:.2e}  "
-                f"grad {row['grad_norm']:.3g}  {row['tokens_per_s']:.0f} tokens/s  {row['memory_mb']:.0f} MB  "
-                f"ETA {_clock(eta_s)}"
+                f"grad {row['grad_norm']:.3g}  {row['tokens_per_s']:.0f} tokens/s{mfu}  "
+                f"{row['memory_mb']:.0f} MB  ETA {_clock(eta_s)}"
             )
 
     def evaluation(self, row: dict) -> None:

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..quantization import adamw8bit, load_moments, moments_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+SCALES = tuple(f"{moment}_scale" for moment in MOMENTS)  # of 8-bit moments, beside them
+STATE = (*MOMENTS, "step")
 Groups = Mapping[str, Mapping[str, nn.Parameter]]
 
 
@@ -19,6 +22,7 @@ class OptimizerSettings:
     """AdamW and gradient clipping.
 
     Args:
+        kind: adamw, adamw8bit or paged_adamw8bit.
         betas, eps: AdamW's own.
         weight_decay: applied to parameters of two or more dimensions only.
         clip: largest global L2 norm of the gradient; 0 switches clipping off (the norm is still reported).
@@ -28,6 +32,7 @@ class OptimizerSettings:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip: float = 1.0
+    kind: str = "adamw"
 
 
 def trainable(groups: Groups) -> dict[str, nn.Parameter]:
@@ -42,11 +47,11 @@ def trainable(groups: Groups) -> dict[str, nn.Parameter]:
     return parameters
 
 
-def build_optimizer(groups: Groups, settings: OptimizerSettings) -> torch.optim.AdamW:
-    """Fused AdamW with up to two parameter groups per learning-rate group (with and without weight decay).
+def build_optimizer(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """AdamW with up to two parameter groups per learning-rate group (with and without weight decay).
 
     Each parameter group carries the name of its learning-rate group under "group"; learning rates start at 0 and are
-    set before every step. Fused: on CPU a fifth of the plain loop's time.
+    set before every step. Without 8-bit states it is fused: on CPU a fifth of the plain loop's time.
     """
     parts = []
     for name, parameters in groups.items():
@@ -54,6 +59,8 @@ def build_optimizer(groups: Groups, settings: OptimizerSettings) -> torch.optim.
             chosen = [p for p in parameters.values() if (p.dim() >= 2) == decay]
             if chosen:
                 parts.append({"params": chosen, "group": name, "weight_decay": settings.weight_decay if decay else 0.0})
+    if settings.kind != "adamw":
+        return adamw8bit(parts, settings.kind, settings.betas, settings.eps)
     return torch.optim.AdamW(parts, lr=0.0, betas=settings.betas, eps=settings.eps, fused=True)
 
 
@@ -86,17 +93,21 @@ def check_names(what: str, given: set[str], wanted: set[str]) -> None:
 
 def check_state(state: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
     """Refuse an optimizer state of other parameters (`UserError`)."""
-    wanted = {f"{name}/{moment}" for name in parameters for moment in MOMENTS} | {"step"}
-    check_names("optimizer tensors", set(state), wanted)
+    given = {key for key in state if key.rpartition("/")[2] not in SCALES}
+    check_names("optimizer tensors", given, {f"{name}/{part}" for name in parameters for part in STATE})
 
 
 def plain_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """State of an optimizer that holds the parameters themselves: "<name>/exp_avg", "<name>/exp_avg_sq", "step"."""
+    """State of an optimizer that holds the parameters themselves: "<name>/exp_avg", "<name>/exp_avg_sq" and
+    "<name>/step", the number of its updates (0-d int64); of 8-bit moments also their scales, "<name>/exp_avg_scale"
+    and "<name>/exp_avg_sq_scale". To be saved before the next step: not copied where they are fp32 on the CPU."""
     state: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         own = optimizer.state.get(parameter) or fresh_state(parameter)
-        state |= {f"{name}/{m}": own[m].detach().to("cpu", torch.float32, copy=True) for m in MOMENTS}
-        state["step"] = own["step"].detach().to("cpu", torch.int64, copy=True)
+        own = moments_of(own) if "state1" in own else own
+        fp32 = [part for part in (*MOMENTS, *SCALES) if part in own]
+        state |= {f"{name}/{part}": own[part].detach().to("cpu", torch.float32) for part in fp32}
+        state[f"{name}/step"] = own["step"].detach().to("cpu", torch.int64, copy=True)
     return state
 
 
@@ -106,8 +117,11 @@ def load_plain_state(
     """Inverse of `plain_state`."""
     check_state(state, parameters)
     for name, parameter in parameters.items():
+        if not isinstance(optimizer, torch.optim.AdamW):
+            given = {part: state[key] for part in (*STATE, *SCALES) if (key := f"{name}/{part}") in state}
+            load_moments(optimizer, parameter, given)
+            continue
         own = fresh_state(parameter)
-        own["step"].copy_(state["step"])
-        for moment in MOMENTS:
-            own[moment].copy_(state[f"{name}/{moment}"])
+        for part in STATE:
+            own[part].copy_(state[f"{name}/{part}"])
         optimizer.state[parameter] = own

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..errors import UserError
 
@@ -57,8 +57,9 @@ class Schedule:
     """Learning rate: linear warm-up in steps, constant, decay between two fractions of the tokens, flat.
 
     Args:
-        peak: learning rate per group ("mixer", "rest").
+        peak: learning rate per group.
         final: value per group that the decay ends at; a group that is not named here stays at its peak.
+        first: steps done when a group began to train, 0 where not named: each has a warm-up of its own.
         warmup_steps: the n-th step of these has n / warmup_steps of the rate.
         shape: "cosine" or "linear".
         start, end: fractions of the stage's tokens between which the rate moves from peak to final. Counted where a
@@ -67,6 +68,7 @@ class Schedule:
 
     peak: Mapping[str, float]
     final: Mapping[str, float]
+    first: Mapping[str, int] = field(default_factory=dict)
     warmup_steps: int = 0
     shape: str = "cosine"
     start: float = 0.0
@@ -90,9 +92,10 @@ class Schedule:
         else:
             progress = (seen - self.start) / (self.end - self.start)
         left = 1 - progress if self.shape == "linear" else (1 + math.cos(math.pi * progress)) / 2
-        warm = min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
         rates = {}
         for group, peak in self.peak.items():
             final = self.final.get(group, peak)
+            own = step - self.first.get(group, 0)
+            warm = min(1.0, own / self.warmup_steps) if self.warmup_steps else 1.0
             rates[group] = warm * (final + (peak - final) * left)
         return rates

@@ -39,6 +39,10 @@ class World:
         dist.all_reduce(total)
         return total.tolist()
 
+    def gather(self, value: float) -> list[float]:
+        """The value of every rank, in their order; every rank must call it."""
+        return self.all_reduce_sum([value if rank == self.rank else 0.0 for rank in range(self.size)])
+
     def barrier(self) -> None:
         """Wait until all ranks are here."""
         self.all_reduce_sum([0.0])

@@ -89,3 +89,70 @@ def test_refusals(make_tokenizer, tokenizer):
     strict = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(UserError, match=r"x\.jsonl:1: .*roles must alternate"):
         completions(make_tokenizer(strict))
+
+
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Bonn"}}}
+ERRAND = [
+    {"role": "user", "content": "weather?"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL, CALL]},
+    {"role": "tool", "content": "rain"},
+    {"role": "tool", "content": "sun"},
+    {"role": "assistant", "content": "Let me see.", "tool_calls": [CALL]},
+    {"role": "tool", "content": "fog"},
+    {"role": "assistant", "content": "It changes."},
+    {"role": "user", "content": "thanks"},
+    {"role": "assistant", "content": "welcome"},
+]
+# As Qwen2.5: calls behind the content, answers of tools together in a turn of the user.
+CALLS = "{% for c in m.tool_calls %}{{ '\n<tool_call>\n' + (c.function | tojson) + '\n</tool_call>' }}{% endfor %}"
+ANSWER = "{% if m.content %}{{ '\n' + m.content }}{% endif %}" + CALLS + "{{ '<|im_end|>\n' }}"
+QWEN = (
+    "{% if tools %}{{ '<|im_start|>system\n' }}{% for t in tools %}{{ t | tojson }}{% endfor %}{{ '<|im_end|>\n' }}"
+    "{% endif %}{% for m in messages %}{% if m.role == 'tool' %}"
+    "{% if messages[loop.index0 - 1].role != 'tool' %}<|im_start|>user{% endif %}"
+    "{{ '\n<tool_response>\n' + m.content + '\n</tool_response>' }}"
+    "{% if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{ '<|im_end|>\n' }}{% endif %}"
+    "{% elif m.role == 'assistant' %}<|im_start|>assistant@"
+    "{% else %}<|im_start|>{{ m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# As Llama 3.1: a call takes the place of the content, there is one at most.
+LLAMA3 = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.tool_calls %}{% if m.tool_calls | length > 1 %}{{ raise_exception('only single tool-calls') }}{% endif %}"
+    "{{ m.tool_calls[0].function | tojson }}{% else %}{{ m.content }}{% endif %}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SHOWN = '{"name": "weather", "arguments": {"city": "Bonn"}}'
+
+
+def answers(tokenizer, messages, tools=TOOLS):
+    ids, mask = encode_conversation(tokenizer, messages, "x.jsonl:1", tools)
+    runs = [[]]
+    for token, wanted in zip(ids, mask, strict=True):
+        if wanted:
+            runs[-1].append(token)
+        elif runs[-1]:
+            runs.append([])
+    return tokenizer.decode(ids), [tokenizer.decode(run) for run in runs if run]
+
+
+@pytest.mark.parametrize("tagged", [False, True])
+def test_tool_calls_are_the_assistants_and_their_answers_are_not(make_tokenizer, tagged):
+    answer = "{% generation %}" + ANSWER + "{% endgeneration %}" if tagged else ANSWER
+    text, runs = answers(make_tokenizer(QWEN.replace("@", answer)), ERRAND)
+    assert '"name": "weather", "parameters"' in text and text.count("<tool_response>") == 3
+    call = f"<tool_call>\n{SHOWN}\n</tool_call>"
+    expected = [f"{call}\n{call}<|im_end|>\n", f"Let me see.\n{call}<|im_end|>\n"]
+    expected += ["It changes.<|im_end|>\n", "welcome<|im_end|>\n"]
+    # what the template puts between its tags counts; the line end belongs to the prompt otherwise
+    assert runs == [("\n" if tagged else "") + answer for answer in expected]
+
+
+def test_a_template_that_shows_calls_in_place_of_the_content(make_tokenizer):
+    errand = [ERRAND[0], {**ERRAND[1], "tool_calls": [CALL]}, *ERRAND[2:3], *ERRAND[4:]]
+    _, runs = answers(make_tokenizer(LLAMA3), errand)
+    assert runs == [f"{SHOWN}<|im_end|>", f"{SHOWN}<|im_end|>", "It changes.<|im_end|>", "welcome<|im_end|>"]
+    with pytest.raises(UserError, match=r"x\.jsonl:1: the chat template refuses .*only single tool-calls"):
+        answers(make_tokenizer(LLAMA3), ERRAND)

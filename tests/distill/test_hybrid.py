@@ -10,8 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from rwkvinside.data.batch import Batch
 from rwkvinside.distill.calibrate import calibrate, teacher_power
 from rwkvinside.distill.hybrid import HybridModel, StudentSpec
+from rwkvinside.distill.losses import Objective
 from rwkvinside.distill.steps import AlignStep, DistilStep, SftStep
-from rwkvinside.distill.teacher import SameWeights, SeparateTeacher, check_same_weights
+from rwkvinside.distill.teacher import SameWeights, SeparateTeacher, TeacherModel, check_same_weights
 from rwkvinside.errors import UserError
 
 VOCAB = 50
@@ -109,7 +110,7 @@ def test_padding_tail_changes_no_loss():
         torch.cat([batch.segment_ids, pad.int()], 1),
         (0,),
     )
-    for step in (AlignStep({0: 1.0, 1: 1.0, 2: 1.0}), DistilStep(SameWeights(), ce=0.5), SftStep()):
+    for step in (AlignStep({0: 1.0, 1: 1.0, 2: 1.0}), DistilStep(SameWeights(), Objective(ce=0.5)), SftStep()):
         assert step.count(batch) == step.count(padded)
         # 1e-6: sums over tokens are fp32 by design
         assert step(hybrid, batch)[0].item() == pytest.approx(step(hybrid, padded)[0].item(), rel=1e-6)
@@ -165,11 +166,11 @@ def test_activation_checkpointing_changes_no_gradient(objective):
         hybrid.set_trainable(
             ["mixer"] if objective == "align" else ["mixer", "mlp", "norms", "embed", "head", "attention"]
         )
-        separate = SeparateTeacher(teacher().double())
+        separate = SeparateTeacher(TeacherModel(teacher().double()))
         if objective == "align":
             step = AlignStep({0: 2.0, 2: 3.0}, checkpoint=checkpointing)
         else:
-            step = DistilStep(separate, chunk_tokens=7 if checkpointing else 1000)
+            step = DistilStep(separate, Objective(chunk_tokens=7 if checkpointing else 1000))
             if checkpointing:
                 hybrid.lm.train().activation_checkpointing_enable()
         step(hybrid, packed([8, 5], rows=2))[0].backward()
@@ -208,7 +209,7 @@ def test_distil_step_equals_brute_force():
     hybrid = HybridModel.from_teacher(teacher(), StudentSpec()).double()
     wide = teacher(vocab_size=VOCAB + 14).double()  # a padded vocabulary: cut to the shared ids
     batch = packed([8, 5], rows=2)
-    step = DistilStep(SeparateTeacher(wide), kl=0.7, ce=0.3, temperature=2.0, chunk_tokens=5)
+    step = DistilStep(SeparateTeacher(TeacherModel(wide)), Objective(kl=0.7, ce=0.3, temperature=2.0, chunk_tokens=5))
     loss, metrics = step(hybrid, batch)
     s = logits(hybrid, batch, "student")
     with torch.no_grad():
@@ -233,23 +234,26 @@ def test_same_weights_teacher_equals_a_separate_one_and_is_refused_when_the_rest
     hybrid = HybridModel.from_teacher(teacher(), StudentSpec())
     batch = packed([8, 5])
     same, _ = DistilStep(SameWeights())(hybrid, batch)
-    separate, _ = DistilStep(SeparateTeacher(teacher()))(hybrid, batch)
+    separate, _ = DistilStep(SeparateTeacher(TeacherModel(teacher())))(hybrid, batch)
     assert same.item() == pytest.approx(separate.item(), rel=1e-6)
-    mixers = set(hybrid.trained)
-    check_same_weights(hybrid.trained, mixers)
+    check_same_weights(hybrid.teacher_changes())
     hybrid.set_trainable(["mixer", "mlp"])
     with pytest.raises(UserError, match="mlp"):
-        check_same_weights(hybrid.trained, mixers)
+        check_same_weights(hybrid.teacher_changes())
+
+
+def trained_names(hybrid):
+    return {name for name, parameter in hybrid.canonical_parameters().items() if parameter.requires_grad}
 
 
 def test_groups():
     hybrid = HybridModel.from_teacher(teacher(), StudentSpec(attention_layers=(1,)))
     assert set(hybrid.set_trainable(["mixer.lora"])) == {"mixer.lora"}
-    names = set(hybrid.trainable_groups()["mixer"])
+    names = trained_names(hybrid)
     assert "model.layers.0.self_attn.w0" in names and "model.layers.2.self_attn.k2" in names
     assert not any(n.split(".")[-2] in ("receptance", "output", "r_norm") for n in names)
     hybrid.set_trainable(["mixer", r"model\.layers\.1\.self_attn\.o_proj\.weight"])
-    assert list(hybrid.trainable_groups()["rest"]) == ["model.layers.1.self_attn.o_proj.weight"]
+    assert trained_names(hybrid) - hybrid.mixer_names() == {"model.layers.1.self_attn.o_proj.weight"}
     table = {group: (trained, total) for group, trained, total in hybrid.group_table()}
     assert table["mlp"][0] == 0 < table["mlp"][1] and table["mixer.proj"][0] == table["mixer.proj"][1]
     # every parameter of the student stands in exactly one row of the table
@@ -296,10 +300,18 @@ def test_refusals_of_teachers_and_layers():
         HybridModel.from_teacher(teacher("qwen3", num_key_value_heads=4), StudentSpec(preset="x070"))
 
 
-def test_untied_head_moves_alone():
+def test_head_and_embedding_are_one_matrix_until_one_trains():
     hybrid = HybridModel.from_teacher(teacher(), StudentSpec())
-    assert hybrid.teacher_tied and hybrid.lm.lm_head.weight is not hybrid.lm.model.embed_tokens.weight
-    assert torch.equal(hybrid.lm.lm_head.weight, hybrid.lm.model.embed_tokens.weight)
+    names = set(hybrid.canonical_parameters())
+    hybrid.set_trainable(["mixer"])
+    assert hybrid.teacher_tied and hybrid.tied
+    hybrid.set_trainable(["head"])
+    head, embedding = hybrid.lm.lm_head.weight, hybrid.lm.model.embed_tokens.weight
+    assert not hybrid.tied and torch.equal(head, embedding) and not embedding.requires_grad
+    assert set(hybrid.canonical_parameters()) == names
+    with torch.no_grad():
+        head.add_(1)
+    assert not torch.equal(head, embedding)
 
 
 @pytest.mark.parametrize("preset", ["cxa079", "hxa07a", "cxa076r"])

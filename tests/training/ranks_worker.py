@@ -1,6 +1,8 @@
-"""Trains the toy on the ranks of a launcher, once for each ZeRO stage and precision: `ranks_worker.py OUT SINGLE`.
+"""Trains the toy and the tiny hybrid on the ranks of a launcher, once for each way to shard them:
+`ranks_worker.py OUT SINGLE`.
 
-SINGLE holds a checkpoint of a single process at half-way. Rank 0 writes OUT/<case>/... and OUT/losses.json.
+SINGLE holds a checkpoint of the toy on a single process at half-way. Rank 0 writes OUT/<case>/... and OUT/results.json.
+On other than two ranks the toy runs in a few ways only.
 """
 
 import argparse
@@ -10,11 +12,14 @@ import signal
 import sys
 from pathlib import Path
 
-from toy_training import SETTINGS, Losses, PoisonStep, Source, model, trainer
+import tiny_hybrid as tiny
+from toy_training import BOUNDARY, SETTINGS, SHAPE, Losses, PoisonStep, Source, model, phase, trainer
 
 from rwkvinside.errors import Interrupted, UserError
+from rwkvinside.evaluate.in_training import judge, share
 from rwkvinside.training.checkpoint import Checkpointer
-from rwkvinside.training.engine import DeepSpeedEngine, launched_world
+from rwkvinside.training.deepspeed_config import StepShape, ZeroSettings
+from rwkvinside.training.engine import DeepSpeedEngine, inference_engine, launched_world
 
 parser = argparse.ArgumentParser()
 parser.add_argument("out", type=Path)
@@ -22,12 +27,20 @@ parser.add_argument("single", type=Path)
 parser.add_argument("--local_rank")
 args = parser.parse_args()
 world = launched_world()
-losses, norms, messages = {}, {}, {}
+losses, norms, messages, evaluations = {}, {}, {}, {}
+SMALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}  # even the smallest parameters are cut
+OFFLOAD = {"offload_optimizer": True}
+BOTH = OFFLOAD | {"offload_parameters": True}
 
 
-def engine_of(stage, precision, toy=None):
+def settings(stage, **zero):
+    return ZeroSettings(stage, config=SMALL if stage == 3 else None, **zero)
+
+
+def engine_of(stage, precision="fp32", toy=None, micro_rows=2, **zero):
     toy = toy or model(dropout=0.0)
-    return DeepSpeedEngine(toy, toy.groups(), SETTINGS, world, precision, stage)
+    shape = SHAPE(micro_rows, world.size)
+    return DeepSpeedEngine(toy, toy.groups(), SETTINGS, world, precision, settings(stage, **zero), shape)
 
 
 def run(case, engine, source=None, resume=None, step=None, micro_rows=2, **options):
@@ -46,38 +59,114 @@ def run(case, engine, source=None, resume=None, step=None, micro_rows=2, **optio
     engine.close()
 
 
-class TermOnRankOne(Source):
+class TermOnLastRank(Source):
     """A signal that only the last rank gets, in step 3."""
 
     def batch(self, rows):
-        if world.rank == world.size - 1 and rows[0] == 17:
+        if rows[0] == 16 + world.size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return super().batch(rows)
 
 
-halfway = Checkpointer(args.single, {}).load("step-00000004")
-for stage in (0, 1, 2):
-    for precision in ("fp32", "bf16") if stage else ("fp32",):
-        case = f"{precision}-zero{stage}"
-        run(case, engine_of(stage, precision), save_every=4)
+def unfreezing(stage):
+    """ "rest" joins after some steps; saved at the end."""
+
+    def make_engine(toy, groups):
+        shape = SHAPE(2, world.size)
+        return DeepSpeedEngine(toy, groups, SETTINGS, world, zero=settings(stage), shape=shape)
+
+    checkpointer = Checkpointer(args.out / f"unfreezing-zero{stage}", {})
+    for joined, until in ((False, BOUNDARY), (True, None)):
+        part = phase(make_engine, checkpointer, joined, micro_rows=2)
+        part.fit(until=until)
+        part.engine.close()
+
+
+def toy_on_two_ranks():
+    halfway = Checkpointer(args.single, {}).load("step-00000004")
+    ways = {
+        "fp32-zero0": (0, "fp32", {}),
+        "fp32-zero1": (1, "fp32", {}),
+        "fp32-zero2": (2, "fp32", {}),
+        "fp32-zero3": (3, "fp32", {}),
+        "fp32-zero1-offload": (1, "fp32", OFFLOAD),
+        "fp32-zero3-offload": (3, "fp32", BOTH),
+        "bf16-zero2": (2, "bf16", {}),
+        "bf16-zero3": (3, "bf16", {}),
+        "rounded-zero1": (1, "bf16", {"bf16_weights": True}),
+        "rounded-zero2": (2, "bf16", {"bf16_weights": True}),
+        "rounded-zero3": (3, "bf16", {"bf16_weights": True}),
+    }
+    for case, (stage, precision, zero) in ways.items():
+        run(case, engine_of(stage, precision, **zero), save_every=4)
         middle = Checkpointer(args.out / case, {}).load("step-00000004")
-        run(f"{case}-resumed", engine_of(stage, precision), resume=middle)
-    run(f"fp32-zero{stage}-from-single", engine_of(stage, "fp32"), resume=halfway)
+        run(f"{case}-resumed", engine_of(stage, precision, **zero), resume=middle)
+        if precision == "fp32":
+            run(f"{case}-from-single", engine_of(stage, **zero), resume=halfway)
 
-run("bf16-zero0", engine_of(0, "bf16"))  # becomes stage 1
-run("fp32-zero2-whole", engine_of(2, "fp32"), micro_rows=4)
-run("stop", engine_of(2, "fp32"), source=TermOnRankOne())
-for stage in (0, 2):
-    run(f"nan-zero{stage}", engine_of(stage, "fp32"), step=PoisonStep(19))  # row 3 of step 3: on the last of two ranks
-    run(f"inf-zero{stage}", engine_of(stage, "fp32"), step=PoisonStep(19, "gradient"))
+    run("rounded-zero0", engine_of(0, "bf16", bf16_weights=True))  # becomes stage 1
+    run("fp32-zero2-whole", engine_of(2, micro_rows=4), micro_rows=4)
+    run("stop", engine_of(2), source=TermOnLastRank())
+    for stage in (0, 2, 3):
+        run(f"nan-zero{stage}", engine_of(stage), step=PoisonStep(19))  # row 3 of step 3: on the last rank
+        run(f"inf-zero{stage}", engine_of(stage), step=PoisonStep(19, "gradient"), save_every=1)
 
-# one model, wrapped twice
-toy = model(dropout=0.0)
-run("first", engine_of(1, "bf16", toy))
-run("second", engine_of(2, "fp32", toy))
+    for stage in (0, 1, 2, 3):
+        unfreezing(stage)
+
+    # one model, wrapped twice
+    toy = model(dropout=0.0)
+    run("first", engine_of(1, "bf16", toy))
+    run("second", engine_of(2, "fp32", toy))
+
+
+def hybrid(case, objective, stage, precision="fp32", **zero):
+    student, make_step = objective
+    shape = StepShape(tiny.ROWS, tiny.MICRO_ROWS, world.size)
+    engine = DeepSpeedEngine(
+        student, tiny.groups(student), tiny.SETTINGS, world, precision, settings(stage, **zero), shape
+    )
+    step, seen, own = make_step(engine.module), Losses(), share(tiny.judged(), world.rank, world.size)
+
+    def evaluate(done):
+        with engine.autocast():
+            teacher = getattr(step, "teacher", None)
+            scores = judge(engine.module, teacher, own, world.device, world.all_reduce_sum)
+        return {"kl": scores.kl, "ce": scores.ce}
+
+    checkpointer = Checkpointer(args.out / case, {})
+    tiny.trainer(
+        engine, step, micro_rows=tiny.MICRO_ROWS, checkpointer=checkpointer, metrics=seen, evaluate=evaluate
+    ).fit()
+    losses[case] = seen["loss"]
+    evaluations[case] = [{name: row[name] for name in ("kl", "ce")} for row in seen.rows if row["kind"] == "eval"]
+    engine.close()
+
+
+def shard(its, parts):
+    return inference_engine(its, parts, world, SMALL)
+
+
+if world.size == 2:
+    toy_on_two_ranks()
+else:
+    for stage in (2, 3):
+        run(f"fp32-zero{stage}", engine_of(stage), save_every=4)
+for stage, economy in ((0, {}), (1, OFFLOAD), (2, OFFLOAD), (3, BOTH)):
+    hybrid(f"align-zero{stage}", tiny.align(), stage)
+    hybrid(f"distil-zero{stage}", tiny.distil(), stage)
+    hybrid(f"align-zero{stage}-economy", tiny.align(checkpointing=True), stage, **economy)
+    hybrid(f"distil-zero{stage}-economy", tiny.distil(checkpointing=True), stage, **economy)
+    if world.size == 2:
+        hybrid(f"quantised-zero{stage}", tiny.quantised(), stage)
+hybrid("distil-zero3-sharded-teacher", tiny.distil(shard=shard), 3)
+if world.size == 2:
+    hybrid("distil-zero1-sharded-teacher", tiny.distil(shard=shard), 1)
+    hybrid("distil-zero1-bf16", tiny.distil(), 1, "bf16")
+    hybrid("distil-zero3-bf16", tiny.distil(), 3, "bf16")
 
 if world.is_main:
-    content = {"losses": losses, "norms": norms, "messages": messages, "ranks": world.size}
-    (args.out / "losses.json").write_text(json.dumps(content))
+    content = {"losses": losses, "norms": norms, "messages": messages, "evaluations": evaluations, "ranks": world.size}
+    (args.out / "results.json").write_text(json.dumps(content))
 world.close()
 sys.exit(Interrupted.exit_code if "stop" in messages else 0)

@@ -1,6 +1,7 @@
 import errno
 import json
 import shutil
+import subprocess
 
 import pytest
 import torch
@@ -125,6 +126,39 @@ def test_a_disk_that_fills_while_writing_leaves_nothing(two, monkeypatch):
     with pytest.raises(UserError, match="No space left"):
         two.save(30, TENSORS, OPTIMIZER, {})
     assert sorted(p.name for p in two.directory.iterdir()) == ["step-00000010", "step-00000020"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small file system is not allowed here")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("large", ["model", "optimizer", "state"])
+def test_a_small_disk_that_fills_in_the_middle(small_disk, monkeypatch, large):
+    """The estimate is fooled, as by another program that writes at the same time."""
+    checkpointer = Checkpointer(small_disk / "stage", {})
+    with pytest.raises(UserError, match="GB free"):
+        checkpointer.save(10, TENSORS, OPTIMIZER, {})
+    monkeypatch.setattr(module, "free_bytes", lambda directory: 10**12)
+    checkpointer.save(10, TENSORS, OPTIMIZER, {"step": 10})
+    much = {"a.w": torch.zeros(2**19)}  # 2 MiB
+    content = {"model": TENSORS, "optimizer": OPTIMIZER, "state": {}} | {large: much}
+    content["state"] = {"filler": "x" * 2**21} if large == "state" else {}
+    with pytest.raises(UserError) as caught:
+        checkpointer.save(20, content["model"], content["optimizer"], content["state"])
+    assert "cannot write checkpoint" in caught.value.cause and "\n" not in caught.value.cause
+    assert "free space" in caught.value.cure
+    assert [path.name for path in (small_disk / "stage").iterdir()] == ["step-00000010"]
+    assert checkpointer.load().state == {"step": 10}
+    checkpointer.save(20, TENSORS, OPTIMIZER, {"step": 20})  # with space again
+    assert checkpointer.load().step == 20
 
 
 def test_what_a_killed_writer_left_is_ignored_and_removed(two):

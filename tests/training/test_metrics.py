@@ -2,8 +2,10 @@ import io
 import json
 import math
 
+import pytest
 import torch
 
+from rwkvinside.errors import UserError
 from rwkvinside.training.metrics import Console, MetricsWriter, memory_mb
 
 
@@ -51,6 +53,13 @@ def test_console_lines():
     assert lines[-1].endswith("eval: kl 0.125")
 
 
+def test_the_console_shows_mfu_where_the_peak_is_known():
+    stream = io.StringIO()
+    with Console("align", 1, stream=stream) as console:
+        console.step(ROW | {"step": 1, "mfu": 0.4237}, eta_s=0)
+    assert "1234 tokens/s  MFU 42.4 %  99 MB" in stream.getvalue()
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True
@@ -69,3 +78,10 @@ def test_memory_is_that_of_this_process():
     block = torch.ones(64_000_000 // 4)
     assert before > 20 and memory_mb(torch.device("cpu")) >= before
     assert block.numel()
+
+
+def test_no_space_for_a_row_is_one_clear_line(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    writer.path.symlink_to("/dev/full")  # a device on which every write finds no space
+    with pytest.raises(UserError, match="metrics.jsonl: No space left on device"):
+        writer.write({"kind": "train", "step": 1})

@@ -51,6 +51,13 @@ def test_linear_decay_and_an_abrupt_one():
     assert [abrupt.rates(s, budget)["mixer"] for s in (5, 6)] == [1.0, 0.0]
 
 
+def test_what_joins_later_warms_up_later():
+    budget = Budget(100, 1, 1)
+    schedule = Schedule({"mixer": 1.0, "rest@40": 2.0}, {}, first={"rest@40": 40}, warmup_steps=10)
+    assert [schedule.rates(step, budget)["rest@40"] for step in (41, 45, 50, 51)] == [0.2, 1.0, 2.0, 2.0]
+    assert [schedule.rates(step, budget)["mixer"] for step in (5, 41)] == [0.5, 1.0]
+
+
 @pytest.mark.parametrize("bad", [{"shape": "cos"}, {"start": 0.9, "end": 0.5}, {"end": 1.5}])
 def test_bad_schedules_are_refused(bad):
     with pytest.raises(UserError):

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_hybrid as tiny
 import torch
 from toy_training import (
     BUDGET,
@@ -21,9 +22,11 @@ from toy_training import (
 from rwkvinside.errors import Interrupted, UserError
 from rwkvinside.training import checkpoint as checkpoint_module
 from rwkvinside.training.checkpoint import Checkpointer
+from rwkvinside.training.in_process import InProcessEngine
 from rwkvinside.training.metrics import MetricsWriter
 from rwkvinside.training.rng import rng_state, set_rng_state
 from rwkvinside.training.schedule import Budget
+from rwkvinside.training.world import World
 
 HERE = Path(__file__).parent
 MEASURED = ("time", "tokens_per_s", "memory_mb")  # differ from run to run
@@ -240,10 +243,10 @@ def test_other_tensors_are_saved_and_handed_back(tmp_path):
     assert same(resumed.engine.full_parameters(), engine.full_parameters())
 
 
-def test_rows_that_ranks_cannot_share_are_refused():
+def test_fewer_rows_than_ranks_are_refused():
     engine = in_process()
-    engine.world.size = 3
-    with pytest.raises(UserError, match="8 rows a step cannot be shared by 3"):
+    engine.world.size = 9
+    with pytest.raises(UserError, match="8 rows a step are too few for 9 processes"):
         trainer(engine)
 
 
@@ -260,3 +263,23 @@ def test_random_states_survive_json():
     draw()
     set_rng_state(state)
     assert draw() == first
+
+
+@pytest.mark.parametrize("poisoned", ["model.layers.1.mlp", "readout"])
+def test_nan_in_a_real_student_names_the_module_and_the_rows(poisoned):
+    student, make_step = tiny.distil()
+    engine = InProcessEngine(student, tiny.groups(student), tiny.SETTINGS, World("cpu"))
+    module = student.readout if poisoned == "readout" else student.lm.get_submodule(poisoned)
+    bad = tiny.Source().batch([9]).input_ids  # in update 2
+
+    def poison(module, args, output):
+        if len(seen.rows) == 1 and torch.equal(ids[-1][:1], bad):
+            return (output[0] * torch.nan, output[1]) if isinstance(output, tuple) else output * torch.nan
+
+    seen, ids = Losses(), []
+    student.register_forward_pre_hook(lambda model, args: ids.append(args[0].input_ids))
+    module.register_forward_hook(poison)
+    with pytest.raises(UserError) as caught:
+        tiny.trainer(engine, make_step(engine.module), micro_rows=2, metrics=seen).fit()
+    name = "readout" if poisoned == "readout" else f"lm.{poisoned}"
+    assert f"beginning in the output of {name}, in rows 9, 10;" in caught.value.cause

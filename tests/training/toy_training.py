@@ -5,11 +5,13 @@ parameter that only every second step uses, a forward without gradient before th
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from rwkvinside.training.deepspeed_config import StepShape
 from rwkvinside.training.engine import InProcessEngine
 from rwkvinside.training.optimizer import OptimizerSettings
 from rwkvinside.training.schedule import Budget, Schedule
@@ -19,6 +21,7 @@ from rwkvinside.training.world import World
 SEQ_LEN, ROWS_PER_STEP, STEPS = 6, 8, 8
 BUDGET = Budget(STEPS * ROWS_PER_STEP * SEQ_LEN, ROWS_PER_STEP * SEQ_LEN, SEQ_LEN)
 SCHEDULE = Schedule({"mixer": 3e-2, "rest": 1e-2}, {"mixer": 3e-3}, warmup_steps=2, end=0.9)
+SHAPE = partial(StepShape, ROWS_PER_STEP)  # (micro_rows, ranks)
 SETTINGS = OptimizerSettings(weight_decay=0.01, clip=0.5)
 
 
@@ -129,3 +132,27 @@ class Losses:
 
     def __getitem__(self, name):
         return [row[name] for row in self.rows if row["kind"] == "train"]
+
+
+# A stage in which "rest" joins after three steps.
+BOUNDARY = 3
+UNFREEZING = Schedule({"mixer": 3e-2, "rest@144": 1e-2}, {"mixer": 3e-3}, {"rest@144": BOUNDARY}, warmup_steps=2)
+
+
+def phase_groups(toy, joined):
+    """What trains before and after the boundary."""
+    groups = toy.groups()
+    for parameter in groups["rest"].values():
+        parameter.requires_grad_(joined)
+    return {"mixer": groups["mixer"]} | ({"rest@144": groups["rest"]} if joined else {})
+
+
+def phase(make_engine, checkpointer, joined, dropout=0.0, restore=True, **options):
+    """A trainer of the first or the second phase on a new model, restored if there is something."""
+    toy = model(dropout)
+    groups = phase_groups(toy, joined)
+    schedule = replace(UNFREEZING, peak={name: UNFREEZING.peak[name] for name in groups})
+    found = trainer(make_engine(toy, groups), checkpointer=checkpointer, schedule=schedule, **options)
+    if restore and checkpointer.names():
+        found.restore(checkpointer.load(), joined=groups.get("rest@144", ()))
+    return found

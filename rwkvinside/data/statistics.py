@@ -1,0 +1,76 @@
+"""What is in tokenised data, in numbers: kinds of documents, targets, lengths, padding, repetitions, unknown ids."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from .batch import IGNORE
+from .store import TokenStore
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Counts over all documents of a store.
+
+    Args:
+        store: the documents.
+    """
+
+    store: TokenStore
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """Documents by kind: text, completion, conversation, tokens, question."""
+        return self._facts("kind")
+
+    @property
+    def answers(self) -> tuple[dict[str, int], dict[str, int]]:
+        """How often each letter is the right answer: as the questions were given, as they are trained on."""
+        return self._facts("given"), self._facts("answer")
+
+    def _facts(self, name: str) -> dict[str, int]:
+        return {key.removeprefix(f"{name} "): n for key, n in self.store.facts.items() if key.startswith(f"{name} ")}
+
+    @cached_property
+    def targets(self) -> int:
+        """Tokens that are predicted: none is at a document's beginning, none is masked."""
+        if self.store.loss is None:
+            return self.store.num_tokens - self.store.num_documents
+        return sum(int((self.store.piece(i)[1] != IGNORE).sum()) for i in range(self.store.num_documents))
+
+    @property
+    def repeated(self) -> int:
+        """Documents that are equal to one before; rotations of a question count as equal."""
+        return self.store.num_documents - len(np.unique(self.store.hashes[self.store.selected]))
+
+    def oversized(self, vocab_size: int) -> Counter[int]:
+        """Ids that are no row of an embedding of this size, and how often they occur."""
+        found: Counter[int] = Counter()
+        if self.store.max_id >= vocab_size:
+            for i in range(self.store.num_documents):
+                ids, _ = self.store.piece(i)
+                found.update(ids[ids >= vocab_size].tolist())
+        return found
+
+    def histogram(self) -> list[tuple[int, int, int]]:
+        """(shortest, longest, documents) in classes of doubling length, from the first that is not empty."""
+        lengths = self.store.lengths
+        classes = np.floor(np.log2(lengths)).astype(int)
+        counts = np.bincount(classes)
+        first = int(classes.min())
+        return [(2**k, 2 ** (k + 1) - 1, int(counts[k])) for k in range(first, len(counts))]
+
+    def padding(self, seq_len: int) -> tuple[float, float]:
+        """Share of padding in one epoch of packed rows, and with one document a row of this length."""
+        tokens, rows = self.store.num_tokens, -(-self.store.num_tokens // seq_len)
+        kept = int(np.minimum(self.store.lengths, seq_len).sum())
+        return 1 - tokens / (rows * seq_len), 1 - kept / (self.store.num_documents * seq_len)
+
+    def cut(self, seq_len: int) -> tuple[int, int]:
+        """(documents, tokens) that rows of one document each cut off."""
+        excess = np.maximum(self.store.lengths - seq_len, 0)
+        return int((excess > 0).sum()), int(excess.sum())

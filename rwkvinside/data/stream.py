@@ -1,0 +1,301 @@
+"""A source that is read while training goes on: blocks of tokens on disk, each made once, in the source's order.
+
+Beside its tokens a block keeps where the source stood behind it, so whoever needs the next one, now or after a kill,
+goes on from there. Any number of processes may use a stream: one writes, the others find what it wrote; a lock that
+dies with its holder decides. Rows are a pure function of the seed, their number and the blocks, and so of the source.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import json
+import threading
+import zlib
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import UserError
+from .batch import Batch
+from .encode import Encoder, chunks
+from .packing import PackedRows, PaddedDocuments, Row, collate
+from .readers import DocumentReader
+from .store import StoreWriter, TokenStore, entry_key, is_whole, open_store, read_meta, writing
+from .tokens import source_identity
+
+AHEAD = 2  # blocks made before they are asked for
+POLL = 0.1  # seconds between looks at the disk
+END = "end.json"  # says how many blocks there are, once that is known
+PATIENCE = 1.0  # seconds for which a process that would first have to find its place in the source lets others write
+
+
+class TokenStream:
+    """The blocks of a source. A thread of this process reads ahead; it ends with `close`, or with the program.
+
+    Args:
+        source: see `DocumentReader`.
+        encoder: makes tokens.
+        cache_dir: where the blocks lie, in a directory of the stream's own.
+        block_tokens: a block ends with the chunk of documents in which this many tokens are reached.
+        text_column: the field that holds a text.
+        val_fraction: part of the documents, by their hash, that is no training data.
+        masks: keep to the loss masks of the documents; False: every token may be a target.
+        check: called with the first block when the stream is opened; raises what is wrong with it.
+
+    Attributes:
+        fingerprint: changes with the source, the tokenizer, what is held out or masked, and the first block's content.
+        closed: whether no more blocks will be made.
+
+    Raises:
+        UserError: the first block cannot be made.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        encoder: Encoder,
+        *,
+        cache_dir: Path,
+        block_tokens: int,
+        text_column: str = "text",
+        val_fraction: float = 0.0,
+        masks: bool = True,
+        check: Callable[[TokenStore], None] | None = None,
+    ):
+        self.source, self.encoder, self.text_column = source, encoder, text_column
+        self.block_tokens, self.val_fraction, self.masks = block_tokens, val_fraction, masks
+        identity = {"source": source_identity(source), "text_column": text_column, "block_tokens": block_tokens}
+        self.directory = cache_dir / f"{entry_key(identity | encoder.identity)}.stream"
+        self._made = 0  # blocks from the first on that are there and whole
+        self._wanted = 0
+        self.closed = False
+        self._change = threading.Condition()
+        self._failure: Exception | None = None
+        self._thread = threading.Thread(target=self._read_ahead, name="read ahead", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)  # a thread that works while Python ends may bring it down
+        try:
+            first = self.block(0)
+            if first is None:
+                raise UserError(
+                    f"the tokenizer finds no token in {source}", "check the data and that the tokenizer fits it"
+                )
+            if check is not None:
+                check(first)
+        except BaseException:
+            self.close()
+            raise
+        content = [read_meta(self.entry(0))["sha256"], val_fraction, masks]
+        self.fingerprint = hashlib.sha256(json.dumps([self.directory.name, content]).encode()).hexdigest()[:32]
+
+    def block(self, number: int) -> TokenStore | None:
+        """All documents of a block, waited for if need be; None behind the end of the source.
+
+        Raises:
+            UserError: the source cannot be read, or the block cannot be written.
+        """
+        with self._change:
+            self._wanted = max(self._wanted, number)
+            self._change.notify_all()
+            while number >= self._count_made():
+                if (end := self._end()) is not None and number >= end:
+                    return None
+                if self._failure is not None:
+                    raise self._failure
+                if self.closed:
+                    raise RuntimeError("the stream is closed")
+                self._change.wait(POLL)
+        block = open_store(self.entry(number))
+        return block if self.masks else block.without_masks()
+
+    def training(self, number: int) -> TokenStore | None:
+        """The documents of a block that are not held out."""
+        block = self.block(number)
+        return block if block is None else block.select(np.flatnonzero(~block.held_out(self.val_fraction)))
+
+    def validation(self) -> TokenStore:
+        """The documents of the first block that are held out; there may be none."""
+        block = self.block(0)
+        return block.select(np.flatnonzero(block.held_out(self.val_fraction)))
+
+    def close(self) -> None:
+        """Stop reading ahead; a block that is not finished is dropped."""
+        with self._change:
+            self.closed = True
+            self._change.notify_all()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout=30)
+        atexit.unregister(self.close)
+
+    def entry(self, number: int) -> Path:
+        """Where a block lies, or will."""
+        return self.directory / f"block-{number:06d}"
+
+    def _count_made(self) -> int:
+        with self._change:  # both threads count
+            while self.entry(self._made).exists() and is_whole(self.entry(self._made)):
+                self._made += 1
+            return self._made
+
+    def _end(self) -> int | None:
+        """How many blocks there are in all, None while that is not known."""
+        try:
+            return json.loads((self.directory / END).read_text(encoding="utf-8"))["blocks"]
+        except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged: the end is found again
+            return None
+
+    def _next(self) -> int | None:
+        """The block to be made now, None if there are enough."""
+        number, end = self._count_made(), self._end()
+        return None if number > self._wanted + AHEAD or (end is not None and number >= end) else number
+
+    def _read_ahead(self) -> None:
+        """What the thread does; its failure is raised where a block is waited for."""
+        writer = _BlockWriter(self)
+        try:
+            while not self.closed:
+                with self._change:
+                    if (number := self._next()) is None:
+                        self._change.wait()
+                        continue
+                    if number and number != writer.position:
+                        self._change.wait(PATIENCE)
+                with _locked(self.directory) as mine:
+                    while mine and not self.closed and (number := self._next()) is not None:
+                        writer.write(number)
+                        with self._change:
+                            self._change.notify_all()
+                if not mine:
+                    with self._change:
+                        self._change.wait(POLL)
+        except Exception as error:
+            self._failure = error
+
+
+class _BlockWriter:
+    """Makes the blocks of a stream; keeps its place in the source from one to the next.
+
+    Attributes:
+        position: the block that can be made without looking for the place, None at first.
+    """
+
+    def __init__(self, stream: TokenStream):
+        self.stream = stream
+        self.position: int | None = None
+        self._reader: DocumentReader | None = None
+        self._chunks: Iterator = iter(())
+
+    def write(self, number: int) -> None:
+        """Make a block, or find that the source ends in front of it; nothing when the stream is closed meanwhile."""
+        stream = self.stream
+        if self.position != number:
+            cursor = read_meta(stream.entry(number - 1))["cursor"] if number else None
+            self._reader = DocumentReader(stream.source, stream.text_column, cursor)
+            self._chunks = chunks(self._reader)
+        self.position, ended = None, False  # no position until all went well
+        with writing(stream.entry(number)) as unfinished, StoreWriter(unfinished) as writer:
+            while writer.tokens < stream.block_tokens and not ended:
+                chunk = next(self._chunks, None)
+                if stream.closed:
+                    return
+                ended = chunk is None
+                for document in stream.encoder(chunk or []):
+                    writer.add(document)
+            if writer.documents:
+                writer.finish({"cursor": self._reader.cursor()})
+        if ended:
+            with writing(stream.directory / END) as unfinished:
+                unfinished.write_text(json.dumps({"blocks": number + bool(writer.documents)}), encoding="utf-8")
+        self.position = number + 1
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[bool]:
+    """Whether this process alone may write into a directory; others may once it has left, or died."""
+    import fcntl
+
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with (directory / "lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
+    except OSError as error:
+        raise UserError(
+            f"tokens cannot be written below {str(directory)!r} ({error.strerror or error})",
+            "free some space or choose another directory: data.cache_dir=DIR",
+        ) from error
+
+
+class StreamedRows:
+    """Rows of a stream: those of its first block, then those of the second, and so on; after the last the next epoch.
+
+    The documents of a block are in an order of their own, new in each epoch.
+
+    Args:
+        stream: the blocks.
+        make: rows of one block from its documents and a seed.
+        seed: decides the order in the blocks.
+
+    Attributes:
+        rows_per_epoch: infinite, because it is not known before the end.
+        tokens_per_row: mean over the first block.
+        seq_len: longest row.
+    """
+
+    rows_per_epoch = float("inf")
+
+    def __init__(self, stream: TokenStream, make: Callable[[TokenStore, int], PackedRows | PaddedDocuments], seed: int):
+        self.stream, self.seed = stream, seed
+        self._make = make
+        self._rows = lru_cache(maxsize=4)(self._rows_of)
+        self._starts = [0]  # number of each block's first row, then that of the block not seen yet
+        self._whole = False  # whether all blocks have been seen
+        if (first := self._rows(0)) is None:
+            raise UserError(
+                f"a validation split of {stream.val_fraction:g} takes all of the first block of {stream.source}",
+                "give a validation source (--val), or raise data.block_tokens",
+            )
+        self.tokens_per_row, self.seq_len = first.tokens_per_row, first.seq_len
+
+    def _rows_of(self, block: int) -> PackedRows | PaddedDocuments | None:
+        """Rows of a block, None if all its documents are held out."""
+        store = self.stream.training(block)
+        seed = zlib.crc32(f"{self.seed} {block}".encode())
+        return self._make(store, seed) if store.num_documents else None
+
+    def _place(self, i: int) -> tuple[PackedRows | PaddedDocuments, int]:
+        """The block that row i lies in, and its number there."""
+        while not self._whole and i >= self._starts[-1]:
+            block = len(self._starts) - 1
+            if self.stream.block(block) is None:
+                self._whole = True
+            else:
+                rows = self._rows(block)
+                self._starts.append(self._starts[-1] + (rows.rows_per_epoch if rows else 0))
+        epoch, i = divmod(i, self._starts[-1]) if self._whole else (0, i)
+        block = bisect_right(self._starts, i) - 1
+        rows = self._rows(block)
+        return rows, epoch * rows.rows_per_epoch + i - self._starts[block]
+
+    def tokens_in(self, rows: int) -> int:
+        """Tokens of the first so many rows, as the first block lets expect."""
+        return round(rows * self.tokens_per_row)
+
+    def row(self, i: int) -> Row:
+        """Arrays of row i, see `PackedRows.row`."""
+        rows, number = self._place(i)
+        return rows.row(number)
+
+    def batch(self, rows: Iterable[int]) -> Batch:
+        """The rows with these numbers, padded to the longest of them."""
+        rows = tuple(rows)
+        return collate([self.row(i) for i in rows], rows)

@@ -1,0 +1,106 @@
+"""From final hidden states to logits, a chunk of tokens at a time: the module that owns that moment, and gradients
+through any head without keeping logits for a backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Readout(nn.Module):
+    """Runs a function of final hidden states and the head, inside the model's forward.
+
+    It owns no weights; its child is the model's head, whose parameters keep their names. To ZeRO 3 it is a leaf: the
+    head's weights stay gathered for the whole function, however many chunks that has on this rank. So the function
+    calls `head.forward`: hooks of the head itself would gather and release for every chunk.
+    """
+
+    _z3_leaf = True  # read by DeepSpeed
+
+    def __init__(self, head: nn.Module):
+        super().__init__()
+        self.head = head
+
+    def forward(self, hidden: Tensor, function: Callable[[Tensor, nn.Module], object]):
+        return function(hidden, self.head)
+
+
+def open_head(head: nn.Module) -> LinearHead | AnyHead:
+    """A head ready for a loop over chunks: a plain linear layer, or anything else from (tokens, D) to (tokens, V)."""
+    return LinearHead(head) if type(head) is nn.Linear else AnyHead(head)
+
+
+class LinearHead:
+    """A plain linear head by its matrix products, which add gradients of its large weight up in place.
+
+    Under autocast the weight is cast once for all chunks. Gradients add up in fp32, in fp64 for fp64 weights.
+
+    Attributes:
+        parameters: those that train.
+        gradients: of `parameters`, what `backward` has added up; empty before.
+    """
+
+    def __init__(self, head: nn.Linear):
+        device = head.weight.device.type
+        mixed = torch.is_autocast_enabled(device) and head.weight.dtype != torch.float64
+        self._dtype = torch.get_autocast_dtype(device) if mixed else head.weight.dtype
+        self._weight = head.weight.detach().to(self._dtype)
+        self._bias = None if head.bias is None else head.bias.detach().to(self._dtype)
+        self._is_bias = [p is head.bias for p in head.parameters() if p.requires_grad]
+        self.parameters = [p for p in head.parameters() if p.requires_grad]
+        self.gradients: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(tokens, D) -> logits (tokens, V), which the next `backward` is about."""
+        self._x = x.to(self._dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(self._x, self._weight, self._bias)
+
+    def backward(self, grad: Tensor, inputs: bool) -> Tensor | None:
+        """From the gradient of the logits: that of `x` where `inputs` asks for it; adds to `gradients`."""
+        if not self.gradients:
+            self.gradients = [torch.zeros_like(p, dtype=wide(p.dtype)) for p in self.parameters]
+        low = grad.to(self._dtype)
+        for total, is_bias in zip(self.gradients, self._is_bias, strict=True):
+            if is_bias:
+                total += grad.sum(0)
+            elif total.dtype == low.dtype:
+                total.addmm_(low.t(), self._x)
+            else:
+                total += low.t() @ self._x
+        return low @ self._weight if inputs else None
+
+
+class AnyHead:
+    """A head of any make (quantised, with adapters) by autograd, one chunk at a time; as `LinearHead`."""
+
+    def __init__(self, head: nn.Module):
+        self._head = head
+        self.parameters = [p for p in head.parameters() if p.requires_grad]
+        self.gradients: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            logits = self._head.forward(self._x)
+        self._dtype, self._edge = logits.dtype, torch.autograd.graph.get_gradient_edge(logits)
+        return logits.detach()
+
+    def backward(self, grad: Tensor, inputs: bool) -> Tensor | None:
+        wanted = [self._x] * inputs + self.parameters
+        if not wanted:
+            return None
+        with torch.autocast(grad.device.type, enabled=False):  # types are those of the forward
+            found = list(torch.autograd.grad(self._edge, wanted, grad.to(self._dtype)))
+        result = found.pop(0) if inputs else None
+        found = [new.to(wide(new.dtype)) for new in found]
+        self.gradients = [a + b for a, b in zip(self.gradients, found, strict=True)] if self.gradients else found
+        return result
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """In which logits are compared and gradients added up: fp32, or fp64 for fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

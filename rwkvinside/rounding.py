@@ -1,0 +1,94 @@
+"""4-bit weights chosen for the inputs that a layer really sees, in bitsandbytes' own format.
+
+bitsandbytes rounds each weight to its nearest value. Two things lower the error of the layer's output at no cost later:
+the scale of a block is searched, and the rounding error of each column is made up for by the columns after it (GPTQ,
+Frantar et al. 2022, arXiv 2210.17323). docs/benchmarks.md says what that is worth.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .quantization import BLOCK, codebook, pack_scales
+
+SHRINK = torch.linspace(0.75, 1.0, 21)  # candidates for a block's scale, in units of its largest magnitude
+DAMPING = 0.01  # of the mean second moment; a few thousand tokens do not determine thousands of inputs
+COLUMNS = 128  # that are rounded before the rest of the matrix hears of it
+
+
+@torch.no_grad()
+def round_to_inputs(weight: Tensor, moments: Tensor, format: str, double: bool) -> dict[str, Tensor]:
+    """The tensors of a `QuantizedLinear` whose output on given inputs is close to the original's.
+
+    Args:
+        weight: (out, in), any float dtype.
+        moments: (in, in), the sum of x x^T over the inputs x.
+        format, double: nf4 or fp4, see `quantization.pack`.
+
+    Returns:
+        As `pack`.
+    """
+    code = codebook(format, weight.device)
+    weight, moments = weight.float(), moments.double()
+    importance = moments.diagonal() / moments.diagonal().mean().clamp_min(1e-30)
+    searched = _searched_scales(weight, importance.float(), code)
+    tensors, scales = pack_scales(searched, double)
+    each = scales.repeat_interleave(BLOCK)[: weight.numel()].view_as(weight)
+    indices = _rounded(weight, each, moments, code).flatten()
+    if indices.numel() % 2:
+        indices = torch.cat([indices, indices.new_zeros(1)])
+    pairs = indices.to(torch.uint8).view(-1, 2)
+    return {"packed": (pairs[:, :1] << 4) | pairs[:, 1:], **tensors}
+
+
+def _searched_scales(weight: Tensor, importance: Tensor, code: Tensor) -> Tensor:
+    """(blocks,) fp32: the scale of each block of consecutive weights with the least weighted squared error."""
+    blocks, weights = (_blocks(x) for x in (weight, importance.expand_as(weight)))
+    largest = blocks.abs().amax(1)
+    best, least = largest, torch.full_like(largest, torch.inf)
+    for shrink in SHRINK.tolist():
+        scale = (shrink * largest).clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+        error = (weights * (code[_nearest(blocks / scale, code)] * scale - blocks).square()).sum(1)
+        best = torch.where(error <= least, scale[:, 0], best)  # of equal ones the largest
+        least = torch.minimum(error, least)
+    return best
+
+
+def _blocks(values: Tensor) -> Tensor:
+    flat = values.flatten()
+    return torch.cat([flat, flat.new_zeros(-flat.numel() % BLOCK)]).view(-1, BLOCK)
+
+
+def _rounded(weight: Tensor, scales: Tensor, moments: Tensor, code: Tensor) -> Tensor:
+    """(out, in) indices into the code; columns of large inputs first, each one's error handed on to those after it."""
+    order = moments.diagonal().argsort(descending=True)
+    left, scales = weight[:, order], scales[:, order].clamp_min(torch.finfo(torch.float32).tiny)
+    indices = torch.empty(weight.shape, dtype=torch.long, device=weight.device)
+    share = _shares(moments[order][:, order]).float()
+    for start in range(0, weight.shape[1], COLUMNS):
+        part = slice(start, min(start + COLUMNS, weight.shape[1]))
+        block, inner = left[:, part].clone(), share[part, part]
+        errors = torch.empty_like(block)
+        for j in range(block.shape[1]):
+            scale = scales[:, start + j]
+            chosen = _nearest(block[:, j] / scale, code)
+            indices[:, start + j] = chosen
+            errors[:, j] = (block[:, j] - code[chosen] * scale) / inner[j, j]
+            block[:, j:] -= errors[:, j, None] * inner[j, j:]
+        left[:, part.stop :] -= errors @ share[part, part.stop :]
+    return indices[:, order.argsort()]
+
+
+def _shares(moments: Tensor) -> Tensor:
+    """Upper Cholesky factor of the inverse moments, fp64: how the error of one column is best spread over later ones."""
+    mean = moments.diagonal().mean()
+    eye = torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
+    damped = moments / mean + DAMPING * eye if mean > 0 else eye
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+
+
+def _nearest(units: Tensor, code: Tensor) -> Tensor:
+    """Indices of the nearest values of the code, which need not be sorted."""
+    ascending, where = code.sort()
+    return where[torch.bucketize(units, (ascending[1:] + ascending[:-1]) / 2)]

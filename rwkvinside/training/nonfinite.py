@@ -1,0 +1,56 @@
+"""Where a number first stopped being finite: in the output of which module, or in the gradient of what."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+
+class Probe:
+    """While entered, watches a model's outputs and gradients; afterwards `found` is where the trouble began.
+
+    Values are checked as they are computed, so that modules are named in the order of the computation, the innermost
+    first. Costs one pass over every value: for a single micro-batch that is known to be bad.
+
+    Attributes:
+        places: what can be named, the same list on every process with the same model.
+        found: index into `places`, None while all is finite. A bad output counts before a bad gradient.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._modules = list(model.named_modules())
+        self._parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        outputs = [f"the output of {name}" if name else "the loss" for name, _ in self._modules]
+        gradients = [f"the gradient that reaches {name or 'the model'}" for name, _ in self._modules]
+        self.places = [*outputs, *gradients, *(f"the gradient of {name}" for name, _ in self._parameters)]
+        self._output: int | None = None
+        self._gradient: int | None = None
+        self._handles = []
+
+    @property
+    def found(self) -> int | None:
+        return self._gradient if self._output is None else self._output
+
+    def __enter__(self) -> Probe:
+        for i, (_, module) in enumerate(self._modules):
+            self._handles.append(module.register_forward_hook(lambda *call, i=i: self._see_output(i, call[-1])))
+        for i, (_, parameter) in enumerate(self._parameters, 2 * len(self._modules)):
+            self._handles.append(parameter.register_hook(lambda gradient, i=i: self._see_gradient(i, gradient)))
+        return self
+
+    def __exit__(self, *exc) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _see_output(self, i: int, output) -> None:
+        for value in tree_leaves(output):
+            if isinstance(value, Tensor) and value.is_floating_point():
+                if self._output is None and not value.isfinite().all():
+                    self._output = i
+                if value.requires_grad:
+                    index = len(self._modules) + i
+                    value.register_hook(lambda gradient, index=index: self._see_gradient(index, gradient))
+
+    def _see_gradient(self, i: int, gradient: Tensor) -> None:
+        if self._gradient is None and not gradient.isfinite().all():
+            self._gradient = i

@@ -1,0 +1,202 @@
+"""From the configuration to the rows of a stage: mixtures, streams, validation documents, masks, contradictions."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from rwkvinside import sources
+from rwkvinside.data import PackedRows, PaddedDocuments, TokenStore
+from rwkvinside.data.mixture import MixedRows
+from rwkvinside.data.pack import write_pack
+from rwkvinside.data.stream import StreamedRows
+from rwkvinside.errors import UserError
+from rwkvinside.loading import load_config
+from rwkvinside.training.world import World
+
+WORLD = World("cpu")
+STAGE = [
+    "run=[align]",
+    "stages.align.tokens=40k",
+    "stages.align.data.seq_len=64",
+    "stages.align.batch.tokens=1024",
+]
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    path = tmp_path / "tiny"
+    path.mkdir()
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    more = {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 260, "max_position_embeddings": 256}
+    (path / "config.json").write_text(json.dumps({"model_type": "qwen3"} | sizes | more))
+    return str(path)
+
+
+@pytest.fixture
+def data(tmp_path, write_jsonl):
+    """Three sources whose texts begin with a letter of their own: 1200 documents, 12, and conversations."""
+    asked = {"role": "user", "content": "c question"}
+    chats = [{"messages": [asked, {"role": "assistant", "content": f"{i}"}]} for i in range(60)]
+    return [
+        str(write_jsonl(tmp_path / "a.jsonl", [{"text": f"a {i} " + "x" * (i % 50)} for i in range(1200)])),
+        str(write_jsonl(tmp_path / "b.jsonl", [{"text": f"b {i} " + "y" * 30} for i in range(12)])),
+        str(write_jsonl(tmp_path / "c.jsonl", chats)),
+    ]
+
+
+@pytest.fixture
+def configure(teacher, tmp_path):
+    def configure(train, *overrides):
+        cache = f"data.cache_dir={tmp_path / 'cache'}"
+        return load_config([], teacher=teacher, data=train, out="run", overrides=[*STAGE, cache, *overrides])
+
+    return configure
+
+
+@pytest.fixture
+def load(configure, tokenizer):
+    """(tokens, val, rows) of stage align, closed at the end."""
+    opened = []
+
+    def load(train, *overrides, stage="align"):
+        config = configure(train, *overrides)
+        tokens, val = sources.tokens_of(config, config.stages[stage], tokenizer, 260, WORLD)
+        opened.extend(tokens.parts if isinstance(tokens, sources.Mixture) else [tokens])
+        return tokens, val, sources.rows_of(config, stage, tokens)
+
+    yield load
+    for part in opened:
+        if not isinstance(part, TokenStore):
+            part.close()
+
+
+def share_of(tokenizer, rows, letter, wanted=600):
+    """Part of the tokens that stand in documents that begin with a letter."""
+    found = []
+    for i in range(wanted):
+        row = rows.row(i)
+        texts = [
+            tokenizer.decode(row["input_ids"][row["segment_ids"] == s]) for s in np.unique(row["segment_ids"]) if s
+        ]
+        found += [(len(text.encode()), letter in text) for text in texts]
+    return sum(n for n, mine in found if mine) / sum(n for n, _ in found)
+
+
+def test_one_pool_without_weights(load, data):
+    tokens, val, rows = load(data[:2])
+    assert isinstance(tokens, TokenStore) and isinstance(rows, PackedRows)
+    assert tokens.num_documents + val.num_documents == 1212
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_weights_are_shares_of_the_tokens(load, configure, data, tokenizer, stream):
+    options = ["data.weights=[1,3]", f"data.stream={str(stream).lower()}", "data.val_fraction=0.1"]
+    tokens, val, rows = load(data[:2], *options)
+    assert isinstance(rows, MixedRows) and isinstance(rows.parts[1], StreamedRows if stream else PackedRows)
+    assert share_of(tokenizer, rows, "y") == pytest.approx(0.75, abs=0.02)
+    lines, facts = sources.report(configure(data[:2], *options).stages["align"], tokens, rows, val)
+    assert [one["share"] for one in facts["sources"]] == pytest.approx([0.25, 0.75], abs=0.03)
+    assert lines[0].endswith(f" tokens of 2 sources, {val.num_tokens:,} to validate")
+    assert "(asked for 75.00%)" in lines[2] and ("streamed" in lines[2] if stream else "epochs of" in lines[2])
+    held = {tokenizer.decode(val.piece(i)[0]) for i in range(val.num_documents)}
+    seen = {tokenizer.decode(row["input_ids"][row["segment_ids"] == 1]) for row in (rows.row(i) for i in range(900))}
+    assert held and not held & seen
+    assert rows.batch([3, 1]).rows == (3, 1)
+    assert [len(part) for part in (sources.sample(rows, 640, 4, torch.device("cpu")),)] == [3]
+
+
+def test_the_fingerprint_knows_the_data_and_the_shares(load, data):
+    prints = [
+        load(data[:2]),
+        load(data[:2], "data.weights=[1,3]"),
+        load(data[:2], "data.weights=[1,2]"),
+        load([data[0], data[2]], "data.weights=[1,2]"),
+        load(data[:1]),
+        load(data[:1], "data.stream=true"),
+        load(data[:1], "data.stream=true", "data.val_fraction=0.2"),
+        load([data[0], data[2]], "data.weights=[1,2]", "stages.align.data.loss_on=all"),
+    ]
+    assert len({tokens.fingerprint for tokens, *_ in prints}) == len(prints)
+    assert load(data[:2], "data.weights=[2,6]")[0].fingerprint == prints[1][0].fingerprint
+
+
+@pytest.mark.parametrize("stream", ["true", "false"])
+def test_loss_on_completions_or_on_all(load, data, stream):
+    masked, _, rows = load(data[2:], f"data.stream={stream}", "data.val_fraction=0.2")
+    batch = rows.batch(range(3))
+    assert 0 < batch.num_targets < batch.num_tokens / 2
+    whole, _, rows = load(data[2:], f"data.stream={stream}", "data.val_fraction=0.2", "stages.align.data.loss_on=all")
+    batch = rows.batch(range(3))
+    assert batch.num_targets > 0.9 * batch.num_tokens
+    assert masked.fingerprint != whole.fingerprint
+
+
+def test_a_stage_has_its_own_mixture(load, data):
+    own = [f"stages.align.data.train=[{data[0]},{data[1]}]", "stages.align.data.weights=[1,1]"]
+    tokens, _, _ = load(data[2:], *own)
+    assert isinstance(tokens, sources.Mixture) and tokens.sources == tuple(data[:2])
+    assert isinstance(load(data[2:], *own, stage="distil")[0], TokenStore)
+
+
+def test_a_document_a_row_for_sft(load, data):
+    sft = ["run=[sft]", "stages.sft.tokens=4k", "stages.sft.data.seq_len=64", "stages.sft.batch.tokens=512"]
+    _, _, rows = load(data[2:], *sft, "data.val_fraction=0.2", stage="sft")
+    assert isinstance(rows, PaddedDocuments)
+    _, _, rows = load(data, *sft, "data.weights=[1,1,2]", "data.stream=true", "data.val_fraction=0.2", stage="sft")
+    tokens = np.array(rows.tokens_of(400))
+    assert tokens / tokens.sum() == pytest.approx([0.25, 0.25, 0.5], abs=0.02)
+    assert int(rows.batch(range(20)).segment_ids.max()) == 1
+
+
+def test_validation_documents_come_from_every_source_in_proportion(load, data, tokenizer):
+    _, val, _ = load(data, "data.weights=[2,1,1]", "data.val_fraction=0.3", "data.val_tokens=800")
+    texts = [tokenizer.decode(val.piece(i)[0]) for i in range(val.num_documents)]
+    assert {letter for letter in "xyq" if any(letter in text for text in texts)} == set("xyq")
+    assert 500 < val.num_tokens <= 800
+
+
+@pytest.mark.parametrize(
+    "overrides, cause",
+    [
+        (["data.weights=[1]"], "has 1 weights for 2 sources in train"),
+        (["data.weights=[1,0]"], "data.weights.1 = 0: must be greater than 0"),
+        (["data.stream=true"], "stream reads one source after the other"),
+        (["stages.align.data.weights=[1,2]"], "has 2 weights for 0 sources in train"),
+    ],
+)
+def test_contradictions_are_refused_when_the_configuration_is_read(configure, data, overrides, cause):
+    with pytest.raises(UserError) as caught:
+        configure(data[:2], *overrides)
+    assert cause in str(caught.value)
+
+
+def test_what_only_the_data_can_say(load, configure, data, tmp_path, write_jsonl):
+    with pytest.raises(UserError, match="data.stream reads one source after the other, and a stage names 2"):
+        load(data[:1], "data.stream=true", f"stages.align.data.train=[{data[0]},{data[1]}]")
+    with pytest.raises(UserError, match="takes nothing of the data that is there at the beginning"):
+        load(data[1:2], "data.stream=true", "data.val_fraction=0.0001")
+    with pytest.raises(UserError, match="takes all of"):
+        load(data[:2], "data.weights=[1,1]", "data.val_fraction=0.9999")
+    write_pack(load(data[:1])[0], tmp_path / "packed", {"tokenizer": "f" * 64, "tokenizer_name": "World"})
+    with pytest.raises(UserError, match=r"packed is of the tokenizer World \(SHA-256 ffffffffffff\), not of"):
+        load([data[0], str(tmp_path / "packed")], "data.weights=[1,1]", "data.stream=true")
+    high = str(write_jsonl(tmp_path / "high.jsonl", [{"input_ids": [1, 2, 300]}]))
+    for options in (["data.weights=[1,1]"], ["data.weights=[1,1]", "data.stream=true"], []):
+        with pytest.raises(UserError, match="id 300, but the teacher's vocabulary has 260 entries"):
+            load([data[0], high], *options)
+
+
+def test_the_plan_describes_the_data(configure, data):
+    def said(train, *overrides):
+        config = configure(train, *overrides)
+        return sources.describe(config, config.stages["align"])
+
+    a, b, _ = data
+    assert said([]) == "none given yet (--data)"
+    assert said([a, b]) == f"{a}, {b}"
+    assert said([a, b], "data.weights=[1,3]", "data.stream=true", "stages.align.data.loss_on=all") == (
+        f"{a} 25 %, {b} 75 % of the tokens; streamed in blocks of 4,000,000 tokens; "
+        "every token of conversations is a target"
+    )
