@@ -45,7 +45,8 @@ class TeacherConfig(_Model):
     revision: str | None = Field(None, description="Branch, tag or commit of the hub repository.")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the tokenizer.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Type the weights are loaded in; fp32 precision makes them fp32. auto: fp32 on CPU, else bf16."
+        "auto",
+        description="Type the weights are loaded in; precision fp32 makes them fp32; auto: fp32 on CPU, else bf16.",
     )
     config: dict[str, Any] | None = Field(
         None, description="The teacher's Hugging Face configuration, so that planning needs no network."

@@ -73,7 +73,8 @@ def stage_memory(
     )
     frozen = frozen_dtype(config, device, precision)
     beside = source == "same" or stage.objective in ("calibrate", "align")
-    weights = _weights(model, frozen.itemsize, beside)
+    in_file = str(model.lm.config.dtype).removeprefix("torch.") == str(frozen).removeprefix("torch.")
+    weights = _weights(model, frozen.itemsize, beside, mapped=device == "cpu" and in_file)
     work = _work(config, stage, model, source, teacher, frozen, device, bf16, ranks)
     return memory_of(weights, work, engine, cpu=device == "cpu")
 
@@ -86,8 +87,14 @@ def trained_bytes(model: HybridModel) -> tuple[int, int]:
     return saved + carried, sum(p.numel() for p in parameters.values() if p.requires_grad)
 
 
-def _weights(model: HybridModel, frozen: int, beside: bool) -> Weights:
-    """Args: frozen: bytes of a weight that never trained; beside: the teacher's attention stays beside the mixers."""
+def _weights(model: HybridModel, frozen: int, beside: bool, mapped: bool) -> Weights:
+    """The student as it is in memory.
+
+    Args:
+        frozen: bytes of a weight that never trained.
+        beside: the teacher's attention stays beside the mixers.
+        mapped: weights that never trained are used from the teacher's file.
+    """
     layers: dict[int | None, int] = {}  # bytes by layer; None: outside of them
     names = {id(p): name for name, p in model.canonical_parameters().items()}
     trainable = parameters = others = cast = 0
@@ -122,6 +129,7 @@ def _weights(model: HybridModel, frozen: int, beside: bool) -> Weights:
         + FP32 * min(PREFETCH, parameters),
         unpacked=max((m.weight_numel for m in quantised), default=0),
         head=sum(p.numel() for p in head.parameters() if p.requires_grad),
+        mapped=frozen * sum(m.weight_numel for m in quantised) if mapped else 0,
     )
 
 

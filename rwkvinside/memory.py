@@ -14,6 +14,8 @@ With t trainable parameters (fp32 masters), f bytes of the student's other weigh
     logits       a chunk of the student's and one of the teacher's, four blocks of them in fp32 (five with a
                  cross-entropy), and the head's weights in bf16
     teacher      its bytes when it is a model of its own; sharded: 1 / W and what is whole at a time
+    file pages   on a CPU, of weights in the type of their file: those that were read to be quantised; the system takes
+                 them back when it has to
 
 The peak is the larger of two moments of a step: when the forward of the last layer is done (of one micro-batch a step,
 no gradients are there yet), and when the backward of the first one is (no activations are left). Beside the step are
@@ -52,6 +54,7 @@ class Weights:
         whole: bytes that ZeRO 3 has to gather at a time: the largest of a layer and the head.
         unpacked: weights of the largest quantised layer.
         head: trainable parameters of the head.
+        mapped: bytes of weights in their file that were quantised, while others are still used from there.
     """
 
     trainable: int
@@ -61,6 +64,7 @@ class Weights:
     whole: int
     unpacked: int
     head: int
+    mapped: int = 0
 
 
 @dataclass(frozen=True)
@@ -155,6 +159,8 @@ def memory_of(weights: Weights, work: Work, engine: Engine, *, cpu: bool) -> Mem
     teacher = work.teacher // W + work.teacher_whole if engine.shard_teacher else work.teacher
     if teacher:
         parts["teacher"] = teacher
+    if weights.mapped:
+        parts["file pages"] = weights.mapped
     offloaded = 0
     if not cpu and engine.offload_optimizer:
         offloaded += parts.pop("optimizer") + parts.pop("masters", 0)

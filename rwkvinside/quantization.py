@@ -9,6 +9,7 @@ a sharding engine nor a checkpoint finds them.
 from __future__ import annotations
 
 import logging
+import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 
@@ -17,6 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import UserError
+
+# it warns of an optional kernel that is not there, whether it is used or not
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 FORMATS = ("nf4", "fp4", "int8")
 BLOCK, OUTER_BLOCK = 64, 256  # weights that share a scale; scales that share one when they are quantised too
