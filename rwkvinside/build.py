@@ -273,7 +273,7 @@ def _calibrate(run: _Run, name: str, student: HybridModel, teacher: Teacher | No
 
         evaluate(0)
         with precision_context(run.precision, device):
-            fits = calibrate(student, batches)
+            fits = calibrate(student, batches, _every(10, lambda i: console.say(f"{name}: layer {i} is fitted")))
         row = {"kind": "calibrate", "stage": name, "step": 1, "tokens": tokens, "time": time.time()}
         fields = ("error", "error_before", "half_life", "rate", "scale", "bonus")
         metrics.write(row | {field: {str(i): getattr(fit, field) for i, fit in fits.items()} for field in fields})
@@ -283,6 +283,19 @@ def _calibrate(run: _Run, name: str, student: HybridModel, teacher: Teacher | No
         run.checkpointer(name).save(1, student.student_state_dict(), None, state, required=True)
     run.world.barrier()
     return found if run.world.is_main else {}
+
+
+def _every(seconds: float, show: Callable[[int], None]) -> Callable[[int], None]:
+    """`show` at most this often."""
+    last = time.monotonic()
+
+    def throttled(value: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= seconds:
+            last = time.monotonic()
+            show(value)
+
+    return throttled
 
 
 def _train(

@@ -9,7 +9,6 @@ a sharding engine nor a checkpoint finds them.
 from __future__ import annotations
 
 import logging
-import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 
@@ -23,7 +22,7 @@ from .errors import UserError
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 FORMATS = ("nf4", "fp4", "int8")
-BLOCK, OUTER_BLOCK = 64, 256  # weights that share a scale; scales that share one when they are quantised too
+BLOCK, OUTER_BLOCK = 64, 256  # weights that share a scale, unless told; scales that share one when they are quantised
 OPTIMIZERS = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit"}
 MOMENT_BLOCK = 256  # moments that share a scale
 _MOMENTS = {"exp_avg": ("state1", "absmax1", "qmap1"), "exp_avg_sq": ("state2", "absmax2", "qmap2")}
@@ -40,6 +39,7 @@ class QuantizedLinear(nn.Linear):
         bias: the layer's own parameter, kept as it is.
         format: nf4, fp4 or int8.
         tensors: what `pack` or `tensors` gave.
+        block: nf4 and fp4: weights with a common scale.
 
     Attributes:
         error: squared norms of what quantisation changed and of the original weight, (0, 0) where they are not known.
@@ -48,10 +48,16 @@ class QuantizedLinear(nn.Linear):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, bias: nn.Parameter | None, format: str, tensors: Mapping[str, Tensor]
+        self,
+        in_features: int,
+        out_features: int,
+        bias: nn.Parameter | None,
+        format: str,
+        tensors: Mapping[str, Tensor],
+        block: int = BLOCK,
     ):
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.format = in_features, out_features, format
+        self.in_features, self.out_features, self.format, self.block = in_features, out_features, format, block
         self.error = (0.0, 0.0)
         self.packed = nn.Parameter(tensors["packed"], requires_grad=False)
         self.register_parameter("bias", bias)
@@ -95,11 +101,12 @@ class QuantizedLinear(nn.Linear):
             )
             nested = {"absmax": self.scales, "offset": self.offset.view(torch.float32)[0], "state2": state}
         # on a CPU, bitsandbytes lets blocks begin anew with each row, whatever its length: give it rows of one block
-        rows = (self.weight_numel // BLOCK, BLOCK) if self.weight_numel % BLOCK == 0 else (1, self.weight_numel)
+        count, rest = divmod(self.weight_numel, self.block)
+        rows = (1, self.weight_numel) if rest else (count, self.block)
         direct = dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
         state = bnb.QuantState(
             shape=torch.Size(rows),
-            blocksize=BLOCK,
+            blocksize=self.block,
             quant_type=self.format,
             dtype=direct,
             **nested,
@@ -130,22 +137,23 @@ class _Product(torch.autograd.Function):
 
 
 @torch.no_grad()
-def pack(weight: Tensor, format: str, double: bool = True) -> dict[str, Tensor]:
+def pack(weight: Tensor, format: str, double: bool = True, block: int = BLOCK) -> dict[str, Tensor]:
     """The tensors of a `QuantizedLinear` for a weight (out, in); on the meta device their shapes.
 
     Args:
-        format: nf4 or fp4: blocks of 64 with a common scale; int8: a scale for each output row.
+        format: nf4 or fp4: blocks with a common scale; int8: a scale for each output row.
         double: nf4 and fp4: scales in 8 bits too, 256 with a common scale.
+        block: nf4 and fp4: consecutive weights with a common scale: 32, 64 or 128.
     """
     rows, columns = weight.shape
     if weight.is_meta:
-        return _shapes(rows, columns, format, double)
+        return _shapes(rows, columns, format, double, block)
     bnb = _library().functional
     weight = weight.detach().float().contiguous()
     if format == "int8":
         packed, scales, _ = bnb.int8_vectorwise_quant(weight)
         return {"packed": packed, "scales": scales.view(torch.int32)}
-    packed, state = bnb.quantize_4bit(weight, blocksize=BLOCK, compress_statistics=False, quant_type=format)
+    packed, state = bnb.quantize_4bit(weight, blocksize=block, compress_statistics=False, quant_type=format)
     return {"packed": packed, **pack_scales(state.absmax, double)[0]}
 
 
@@ -173,6 +181,7 @@ def quantize(
     names: Collection[str],
     format: str,
     double: bool = True,
+    block: int = BLOCK,
     device: torch.device | None = None,
 ) -> list[str]:
     """Replace linear layers by quantised ones, one after the other, so that no second copy of the model is made.
@@ -180,7 +189,7 @@ def quantize(
     Args:
         model: changed in place.
         names: of modules below it.
-        format, double: see `pack`.
+        format, double, block: see `pack`.
         device: where to compute; None: where each weight is.
 
     Returns:
@@ -198,9 +207,9 @@ def quantize(
                 f"{name} is a {type(linear).__name__}, which cannot be quantised", "name linear layers only"
             )
         home = linear.weight.device
-        tensors = {part: t.to(home) for part, t in pack(linear.weight.to(device or home), format, double).items()}
+        packed = pack(linear.weight.to(device or home), format, double, block)
         del linear
-        use(model, name, format, tensors)
+        use(model, name, format, {part: t.to(home) for part, t in packed.items()}, block)
     done = [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
     if missed := set(names) - set(done):
         raise RuntimeError(f"not quantised: {', '.join(sorted(missed))}")
@@ -229,20 +238,21 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def flat_tensors(modules: Mapping[str, QuantizedLinear]) -> dict[str, Tensor]:
-    """The tensors of quantised modules for a file: "<module>/<format>/<part>"."""
-    return {f"{n}/{m.format}/{part}": t for n, m in modules.items() for part, t in m.tensors().items()}
+    """The tensors of quantised modules for a file: "<module>/<format>-<block>/<part>"."""
+    return {f"{n}/{m.format}-{m.block}/{part}": t for n, m in modules.items() for part, t in m.tensors().items()}
 
 
-def read_flat(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, dict[str, Tensor]]]:
-    """Inverse of `flat_tensors`: {module: (format, its tensors)}."""
-    found: dict[str, tuple[str, dict[str, Tensor]]] = {}
+def read_flat(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, dict[str, Tensor], int]]:
+    """Inverse of `flat_tensors`: {module: (format, its tensors, block)}."""
+    found: dict[str, tuple[str, dict[str, Tensor], int]] = {}
     for key, tensor in tensors.items():
-        name, format, part = key.split("/")
-        found.setdefault(name, (format, {}))[1][part] = tensor
+        name, kind, part = key.split("/")
+        format, block = kind.split("-")
+        found.setdefault(name, (format, {}, int(block)))[1][part] = tensor
     return found
 
 
-def restore(model: nn.Module, name: str, format: str, tensors: Mapping[str, Tensor]) -> None:
+def restore(model: nn.Module, name: str, format: str, tensors: Mapping[str, Tensor], block: int = BLOCK) -> None:
     """Replace a linear layer by one that was quantised before.
 
     Raises:
@@ -250,10 +260,10 @@ def restore(model: nn.Module, name: str, format: str, tensors: Mapping[str, Tens
     """
     linear = model.get_submodule(name)
     double = "outer" in tensors
-    wanted = {p: t.shape for p, t in _shapes(linear.out_features, linear.in_features, format, double).items()}
-    if wanted != {part: t.shape for part, t in tensors.items()}:
+    shapes = _shapes(linear.out_features, linear.in_features, format, double, block)
+    if {part: t.shape for part, t in shapes.items()} != {part: t.shape for part, t in tensors.items()}:
         raise UserError(f"the stored {format} tensors of {name} do not fit it", "use the teacher they were made from")
-    use(model, name, format, {part: t.to(linear.weight.device) for part, t in tensors.items()})
+    use(model, name, format, {part: t.to(linear.weight.device) for part, t in tensors.items()}, block)
 
 
 def relative_error(modules: Iterable[QuantizedLinear]) -> float:
@@ -262,11 +272,11 @@ def relative_error(modules: Iterable[QuantizedLinear]) -> float:
     return (difference / norm) ** 0.5 if norm else 0.0
 
 
-def use(model: nn.Module, name: str, format: str, tensors: Mapping[str, Tensor]) -> QuantizedLinear:
+def use(model: nn.Module, name: str, format: str, tensors: Mapping[str, Tensor], block: int = BLOCK) -> QuantizedLinear:
     """Replace a linear layer by a quantised one made of these tensors, which remembers how far they are from its
     weight."""
     linear = model.get_submodule(name)
-    module = QuantizedLinear(linear.in_features, linear.out_features, linear.bias, format, tensors)
+    module = QuantizedLinear(linear.in_features, linear.out_features, linear.bias, format, tensors, block)
     if not linear.weight.is_meta:
         original = linear.weight.detach().float()
         module.error = (float((module.unpack() - original).square().sum()), float(original.square().sum()))
@@ -337,7 +347,7 @@ def _nearest(values: Tensor, scales: Tensor, code: Tensor) -> Tensor:
     return torch.bucketize(units, (code[1:] + code[:-1]) / 2).to(torch.uint8).view_as(values)
 
 
-def _shapes(rows: int, columns: int, format: str, double: bool) -> dict[str, Tensor]:
+def _shapes(rows: int, columns: int, format: str, double: bool, block: int) -> dict[str, Tensor]:
     """What `pack` gives, on the meta device."""
 
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -345,7 +355,7 @@ def _shapes(rows: int, columns: int, format: str, double: bool) -> dict[str, Ten
 
     if format == "int8":
         return {"packed": empty(rows, columns, dtype=torch.int8), "scales": empty(rows, dtype=torch.int32)}
-    blocks = -(-rows * columns // BLOCK)
+    blocks = -(-rows * columns // block)
     packed = {"packed": empty((rows * columns + 1) // 2, 1, dtype=torch.uint8)}
     if not double:
         return packed | {"scales": empty(blocks, dtype=torch.int32)}
@@ -365,7 +375,6 @@ def _dynamic_code(device: torch.device) -> Tensor:
 
 @cache
 def _library():
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # misses a package that we do not use
     import bitsandbytes
 
     return bitsandbytes

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .quantization import BLOCK, codebook, pack_scales
+from .quantization import codebook, pack_scales
 
 SHRINK = torch.linspace(0.75, 1.0, 21)  # candidates for a block's scale, in units of its largest magnitude
 DAMPING = 0.01  # of the mean second moment; a few thousand tokens do not determine thousands of inputs
@@ -18,13 +18,13 @@ COLUMNS = 128  # that are rounded before the rest of the matrix hears of it
 
 
 @torch.no_grad()
-def round_to_inputs(weight: Tensor, moments: Tensor, format: str, double: bool) -> dict[str, Tensor]:
+def round_to_inputs(weight: Tensor, moments: Tensor, format: str, double: bool, block: int) -> dict[str, Tensor]:
     """The tensors of a `QuantizedLinear` whose output on given inputs is close to the original's.
 
     Args:
         weight: (out, in), any float dtype.
         moments: (in, in), the sum of x x^T over the inputs x.
-        format, double: nf4 or fp4, see `quantization.pack`.
+        format, double, block: nf4 or fp4, see `quantization.pack`.
 
     Returns:
         As `pack`.
@@ -32,9 +32,9 @@ def round_to_inputs(weight: Tensor, moments: Tensor, format: str, double: bool) 
     code = codebook(format, weight.device)
     weight, moments = weight.float(), moments.double()
     importance = moments.diagonal() / moments.diagonal().mean().clamp_min(1e-30)
-    searched = _searched_scales(weight, importance.float(), code)
+    searched = _searched_scales(weight, importance.float(), code, block)
     tensors, scales = pack_scales(searched, double)
-    each = scales.repeat_interleave(BLOCK)[: weight.numel()].view_as(weight)
+    each = scales.repeat_interleave(block)[: weight.numel()].view_as(weight)
     indices = _rounded(weight, each, moments, code).flatten()
     if indices.numel() % 2:
         indices = torch.cat([indices, indices.new_zeros(1)])
@@ -42,9 +42,9 @@ def round_to_inputs(weight: Tensor, moments: Tensor, format: str, double: bool) 
     return {"packed": (pairs[:, :1] << 4) | pairs[:, 1:], **tensors}
 
 
-def _searched_scales(weight: Tensor, importance: Tensor, code: Tensor) -> Tensor:
+def _searched_scales(weight: Tensor, importance: Tensor, code: Tensor, block: int) -> Tensor:
     """(blocks,) fp32: the scale of each block of consecutive weights with the least weighted squared error."""
-    blocks, weights = (_blocks(x) for x in (weight, importance.expand_as(weight)))
+    blocks, weights = (_blocks(x, block) for x in (weight, importance.expand_as(weight)))
     largest = blocks.abs().amax(1)
     best, least = largest, torch.full_like(largest, torch.inf)
     for shrink in SHRINK.tolist():
@@ -55,9 +55,9 @@ def _searched_scales(weight: Tensor, importance: Tensor, code: Tensor) -> Tensor
     return best
 
 
-def _blocks(values: Tensor) -> Tensor:
+def _blocks(values: Tensor, block: int) -> Tensor:
     flat = values.flatten()
-    return torch.cat([flat, flat.new_zeros(-flat.numel() % BLOCK)]).view(-1, BLOCK)
+    return torch.cat([flat, flat.new_zeros(-flat.numel() % block)]).view(-1, block)
 
 
 def _rounded(weight: Tensor, scales: Tensor, moments: Tensor, code: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def _rounded(weight: Tensor, scales: Tensor, moments: Tensor, code: Tensor) -> T
 
 
 def _shares(moments: Tensor) -> Tensor:
-    """Upper Cholesky factor of the inverse moments, fp64: how the error of one column is best spread over later ones."""
+    """Upper Cholesky factor of the inverse moments, fp64: how one column's error is best spread over later ones."""
     mean = moments.diagonal().mean()
     eye = torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
     damped = moments / mean + DAMPING * eye if mean > 0 else eye

@@ -427,7 +427,7 @@ def test_quantised_weights_are_written_once_and_adapters_as_peft_stores_them(eco
     assert len(load_file(adapter / "adapter_model.safetensors")) == 2 * 3 * 3
     assert load_config([economical / "config.yaml"]).adapters[0].init == "pissa"
     text = (economical / "plan.txt").read_text()
-    assert "quantised 21 linear layers in nf4, scales quantised too, rounded for their inputs" in text
+    assert "quantised 21 linear layers in nf4 in blocks of 64, scales quantised too, rounded for their inputs" in text
     assert "not exactly the original" in text and "adapters  LoRA PiSSA: rank 4" in text
 
 

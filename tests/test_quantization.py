@@ -24,31 +24,34 @@ from rwkvinside.quantization import (
 )
 
 
-def reference(weight, format, double):
-    """The weight after bitsandbytes' quantisation, 4-bit values put together by hand: 64 in a row share a scale."""
+def reference(weight, format, double, block=64):
+    """The weight after bitsandbytes' quantisation, put together by hand: `block` 4-bit values in a row share a scale."""
     if format == "int8":
         packed, scales, _ = bnb.int8_vectorwise_quant(weight)
         return bnb.int8_vectorwise_dequant(packed, scales)
-    packed, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=double, quant_type=format)
+    packed, state = bnb.quantize_4bit(weight, blocksize=block, compress_statistics=double, quant_type=format)
     scales = state.absmax
     if double:
         scales = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
     indices = torch.cat([packed >> 4, packed & 15], 1).flatten()[: weight.numel()].long()
-    return (bnb.get_4bit_type(format, "cpu")[indices] * scales.repeat_interleave(64)[: weight.numel()]).view_as(weight)
+    return (bnb.get_4bit_type(format, "cpu")[indices] * scales.repeat_interleave(block)[: weight.numel()]).view_as(
+        weight
+    )
 
 
 def small(bias=True):
     return nn.Sequential(nn.Linear(96, 66, bias=bias), nn.GELU(), nn.Linear(66, 33, bias=bias))
 
 
-CASES = [(format, double) for format in FORMATS for double in (True, False) if format != "int8" or double]
+CASES = [(format, double, 64) for format in FORMATS for double in (True, False) if format != "int8" or double]
+CASES += [("nf4", True, 32), ("fp4", False, 128)]
 
 
-@pytest.mark.parametrize("format, double", CASES)
-def test_product_and_gradient_are_those_of_the_unpacked_weight(format, double):
+@pytest.mark.parametrize("format, double, block", CASES)
+def test_product_and_gradient_are_those_of_the_unpacked_weight(format, double, block):
     model = small()
-    wanted = [reference(model[i].weight.detach(), format, double) for i in (0, 2)]
-    assert quantize(model, ["0", "2"], format, double) == ["0", "2"]
+    wanted = [reference(model[i].weight.detach(), format, double, block) for i in (0, 2)]
+    assert quantize(model, ["0", "2"], format, double, block) == ["0", "2"]
     assert all(torch.equal(model[i].weight, w) for i, w in zip((0, 2), wanted, strict=True))
     assert all(not p.requires_grad for p in (model[0].packed, model[2].packed))
     x, again = (torch.randn(5, 96).requires_grad_() for _ in range(2))
@@ -85,10 +88,10 @@ def test_relative_error_is_that_of_the_weights(format, largest):
     assert 0 < found < largest
 
 
-@pytest.mark.parametrize("format, double", CASES)
-def test_conversions_of_the_model_do_not_touch_the_weight(format, double):
+@pytest.mark.parametrize("format, double, block", CASES)
+def test_conversions_of_the_model_do_not_touch_the_weight(format, double, block):
     model = small()
-    quantize(model, ["0"], format, double)
+    quantize(model, ["0"], format, double, block)
     before = model[0].weight
     model.bfloat16()  # as DeepSpeed does
     assert torch.equal(model[0].weight, before)
@@ -97,18 +100,18 @@ def test_conversions_of_the_model_do_not_touch_the_weight(format, double):
     assert torch.allclose(model[0](x), F.linear(x, before.double(), model[0].bias), atol=1e-12)
 
 
-@pytest.mark.parametrize("format, double", CASES)
-def test_stored_tensors_restore_the_layer_and_meta_knows_its_size(format, double):
+@pytest.mark.parametrize("format, double, block", CASES)
+def test_stored_tensors_restore_the_layer_and_meta_knows_its_size(format, double, block):
     one, two = small(), small()
-    quantize(one, ["0"], format, double)
+    quantize(one, ["0"], format, double, block)
     stored = flat_tensors({"0": one[0]})
     assert all(not t.is_floating_point() for t in stored.values())
-    for name, (kind, tensors) in read_flat(stored).items():
-        restore(two, name, kind, tensors)
+    for name, parts in read_flat(stored).items():
+        restore(two, name, *parts)
     assert torch.equal(one[0].weight, two[0].weight) and two[0].format == format
     with torch.device("meta"):
         shapes = small()
-    quantize(shapes, ["0"], format, double)
+    quantize(shapes, ["0"], format, double, block)
     assert shapes[0].nbytes == one[0].nbytes and shapes[0].weight_numel == 96 * 66
     with pytest.raises(UserError, match=r"stored .* tensors of 2 do not fit it"):
         restore(two, "2", *read_flat(stored)["0"])

@@ -8,8 +8,8 @@ from rwkvinside.quantization import QuantizedLinear, codebook, pack
 from rwkvinside.rounding import round_to_inputs
 
 
-def linear(tensors, out_features, in_features, format):
-    return QuantizedLinear(in_features, out_features, None, format, tensors)
+def linear(tensors, out_features, in_features, format, block=64):
+    return QuantizedLinear(in_features, out_features, None, format, tensors, block)
 
 
 def inputs(count, width, seed=0):
@@ -22,13 +22,14 @@ def inputs(count, width, seed=0):
 
 @pytest.mark.parametrize("format", ["nf4", "fp4"])
 @pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("block", [32, 64])
 @pytest.mark.parametrize("shape", [(48, 172), (31, 33), (16, 300)])  # blocks across rows, an odd count, several passes
-def test_output_is_closer_than_with_nearest_values(format, double, shape):
+def test_output_is_closer_than_with_nearest_values(format, double, shape, block):
     torch.manual_seed(0)
     weight, x = torch.randn(shape), inputs(1000, shape[1])
     held_out = inputs(500, shape[1], seed=1)
-    nearest = linear(pack(weight, format, double), *shape, format)
-    chosen = linear(round_to_inputs(weight, x.T @ x, format, double), *shape, format)
+    nearest = linear(pack(weight, format, double, block), *shape, format, block)
+    chosen = linear(round_to_inputs(weight, x.T @ x, format, double, block), *shape, format, block)
     assert {n: (t.shape, t.dtype) for n, t in chosen.tensors().items()} == {
         n: (t.shape, t.dtype) for n, t in nearest.tensors().items()
     }
@@ -40,7 +41,7 @@ def test_output_is_closer_than_with_nearest_values(format, double, shape):
 def test_without_correlations_every_weight_is_a_nearest_value():
     torch.manual_seed(0)
     weight = torch.randn(8, 64)
-    layer = linear(round_to_inputs(weight, torch.eye(64), "nf4", False), 8, 64, "nf4")
+    layer = linear(round_to_inputs(weight, torch.eye(64), "nf4", False, 64), 8, 64, "nf4")
     values = layer.scales.view(torch.float32)[:, None, None] * codebook("nf4", torch.device("cpu"))
     best = (values - weight[:, :, None]).abs().amin(-1)
     torch.testing.assert_close((layer.unpack() - weight).abs(), best, rtol=0, atol=1e-6)
@@ -50,8 +51,8 @@ def test_inputs_that_are_always_zero():
     """A layer that no calibration token reaches (an expert, a dead channel) still gets sensible weights."""
     torch.manual_seed(0)
     weight = torch.randn(8, 64)
-    layer = linear(round_to_inputs(weight, torch.zeros(64, 64), "nf4", True), 8, 64, "nf4")
+    layer = linear(round_to_inputs(weight, torch.zeros(64, 64), "nf4", True, 64), 8, 64, "nf4")
     assert float((layer.unpack() - weight).norm() / weight.norm()) < 0.15
-    zero = linear(round_to_inputs(torch.zeros(8, 64), torch.eye(64), "nf4", True), 8, 64, "nf4")
+    zero = linear(round_to_inputs(torch.zeros(8, 64), torch.eye(64), "nf4", True, 64), 8, 64, "nf4")
     assert not zero.unpack().any()
     assert isinstance(zero, nn.Linear)

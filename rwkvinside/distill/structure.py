@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from ..adapters import AdapterSpec, adapted, inject, is_adapter, is_start, merge, module_of, remove
 from ..errors import UserError
 from ..quantization import (
+    BLOCK,
     QuantizedLinear,
     dequantized,
     flat_tensors,
@@ -45,7 +46,7 @@ class Structure:
 
     Args:
         quantize: groups of linear layers, or regular expressions over their names.
-        format, double: see `quantization.pack`.
+        format, double, block: see `quantization.pack`.
         rounding: "nearest", or "inputs", see `rounding.round_to_inputs`; int8 is rounded to the nearest in any case.
         adapters: on layers that no other entry names.
     """
@@ -53,6 +54,7 @@ class Structure:
     quantize: tuple[str, ...] = ()
     format: str = "nf4"
     double: bool = True
+    block: int = BLOCK
     rounding: str = "nearest"
     adapters: tuple[AdapterSpec, ...] = ()
 
@@ -69,6 +71,7 @@ class Structure:
             tuple(general.get("groups", ()) if own is None else own),
             general.get("format", cls.format),
             general.get("double", cls.double),
+            general.get("block", cls.block),
             general.get("rounding", cls.rounding),
             tuple(AdapterSpec.from_fields(fields) for fields in config.get("adapters") or ()),
         )
@@ -137,7 +140,7 @@ def apply(
             _round_to_inputs(model, names, structure, device, probe)
         rounded = model.quantized
         left = [layers[name] for name in names if name not in rounded]
-        quantize(model.lm, left, structure.format, structure.double, device)
+        quantize(model.lm, left, structure.format, structure.double, structure.block, device)
     if set(model.quantized) != set(names):
         raise RuntimeError(f"quantised {sorted(model.quantized)}, asked for {names}")
     _add_adapters(model, structure.adapters, fixed or {})
@@ -210,7 +213,8 @@ def structure_lines(model: HybridModel, structure: Structure) -> list[str]:
     if quantized := model.quantized:
         weights = sum(layer.weight_numel for layer in quantized.values())
         size = sum(layer.nbytes for layer in quantized.values())
-        scales = ", scales quantised too" if structure.double and structure.format != "int8" else ""
+        scales = "" if structure.format == "int8" else f" in blocks of {structure.block}"
+        scales += ", scales quantised too" if structure.double and scales else ""
         error = relative_error(quantized.values())
         if structure.rounding == "inputs" and structure.format != "int8":
             scales += ", rounded for their inputs"
@@ -306,9 +310,9 @@ def _round_to_inputs(
         if type(layer) is not nn.Linear:  # reached before
             return
         x, weight = (t.detach().to(device or t.device).float() for t in (x.flatten(0, -2), layer.weight))
-        tensors = round_to_inputs(weight, x.t() @ x, structure.format, structure.double)
+        tensors = round_to_inputs(weight, x.t() @ x, structure.format, structure.double, structure.block)
         home = layer.weight.device
-        quantised = use(model.lm, path, structure.format, {name: t.to(home) for name, t in tensors.items()})
+        quantised = use(model.lm, path, structure.format, {n: t.to(home) for n, t in tensors.items()}, structure.block)
         layer.weight = nn.Parameter(quantised.unpack(layer.weight.dtype), requires_grad=False)  # of the call under way
 
     hooks = [
