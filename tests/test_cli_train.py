@@ -10,8 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
+from tiny import byte_tokenizer, save_qwen3
 
 import train_distill
 from rwkvinside.loading import load_config
@@ -23,25 +22,7 @@ from rwkvinside.training.trainer import Trainer
 def material(tmp_path_factory):
     """A tiny Qwen3 with a byte-level tokenizer, and texts; on every file system path of its own."""
     root = tmp_path_factory.mktemp("material")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate([*alphabet, "<eos>"])}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(root / "teacher")
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=257,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=128,
-        initializer_range=0.2,
-        tie_word_embeddings=True,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(root / "teacher")
+    save_qwen3(root / "teacher", byte_tokenizer("<eos>", eos_token="<eos>"))
     words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "sleeps"]
     rng = random.Random(0)
     for name, count in (("train", 120), ("val", 6)):

@@ -13,8 +13,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from tiny import byte_tokenizer, save_qwen3
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = [
@@ -32,27 +31,9 @@ TINY = [
 def world(tmp_path_factory):
     """A folder with a tiny random teacher that has its tokenizer, and texts."""
     folder = tmp_path_factory.mktemp("world")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    bpe.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>")
-    tokenizer.save_pretrained(folder / "teacher")
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(folder / "teacher")
+    tokenizer = byte_tokenizer("<|end|>", eos_token="<|end|>")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    save_qwen3(folder / "teacher", tokenizer, max_position_embeddings=256, eos_token_id=tokenizer.eos_token_id, **sizes)
     for name, count in (("train", 60), ("val", 5)):
         lines = [json.dumps({"text": f"{name} {i}: " + "the quick brown fox " * (i % 7 + 1)}) for i in range(count)]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")

@@ -6,7 +6,7 @@ import struct
 
 import pytest
 from rich.console import Console
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tiny import byte_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from rwkvinside import cli, data_command
@@ -22,12 +22,7 @@ CHATML = (
 def teacher(tmp_path_factory):
     """A directory with a tokenizer of bytes and the configuration of a model with one id too few."""
     path = tmp_path_factory.mktemp("teacher")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    bpe.decoder = decoders.ByteLevel()
-    bpe.add_special_tokens([AddedToken(t, special=True) for t in ("<|im_start|>", "<|im_end|>", "<s>")])
-    PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=CHATML).save_pretrained(path)
+    byte_tokenizer("<|im_start|>", "<|im_end|>", "<s>", chat_template=CHATML).save_pretrained(path)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 64, "vocab_size": 258}
     (path / "config.json").write_text(json.dumps({"model_type": "qwen3"} | sizes))
     return path

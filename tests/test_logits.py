@@ -10,8 +10,8 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
+from tiny import byte_tokenizer, save_qwen3
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import train_distill
 from rwkvinside.cli import main
@@ -33,26 +33,10 @@ STAGE = ["run=[distil]", "stages.distil.tokens=384", "stages.distil.data.seq_len
 def material(tmp_path_factory):
     """A tiny Qwen3 with a tokenizer of bytes, a wider one of the same family, and texts."""
     root = tmp_path_factory.mktemp("material")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate([*alphabet, "<eos>"])}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = byte_tokenizer("<eos>", eos_token="<eos>")
     for name, width, vocab in (("teacher", 16, 257), ("wide", 32, 264)):
-        torch.manual_seed(width)
-        config = Qwen3Config(
-            vocab_size=vocab,
-            hidden_size=width,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=8,
-            max_position_embeddings=128,
-            initializer_range=0.3,
-            tie_word_embeddings=True,
-        )
-        AutoModelForCausalLM.from_config(config).save_pretrained(root / name)
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(root / name)
+        sizes = {"hidden_size": width, "vocab_size": vocab, "num_hidden_layers": 2, "initializer_range": 0.3}
+        save_qwen3(root / name, tokenizer, seed=width, **sizes)
     rng, words = random.Random(0), ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
     for name, count in (("train", 60), ("val", 4), ("other", 60)):
         texts = [" ".join(rng.choices(words, k=9)) for _ in range(count)]

@@ -7,9 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
+from tiny import byte_tokenizer, save_qwen3
 
 from rwkvinside import kernels
 from rwkvinside.distill import structure
@@ -26,13 +24,9 @@ MIB = 2**20
 def material(tmp_path_factory):
     """A teacher whose student has 57 million parameters, 217 MiB, and a little text."""
     root = tmp_path_factory.mktemp("material")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate([*alphabet, "<eos>"])}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(root / "teacher")
-    torch.manual_seed(0)
-    config = Qwen3Config(
+    save_qwen3(
+        root / "teacher",
+        byte_tokenizer(),
         vocab_size=16384,
         hidden_size=512,
         intermediate_size=1536,
@@ -41,9 +35,7 @@ def material(tmp_path_factory):
         num_key_value_heads=2,
         head_dim=64,
         max_position_embeddings=1024,
-        tie_word_embeddings=True,
     )
-    AutoModelForCausalLM.from_config(config).save_pretrained(root / "teacher")
     (root / "train.jsonl").write_text((json.dumps({"text": "the quick brown fox jumps " * 20}) + "\n") * 5)
     (root / "val.jsonl").write_text(json.dumps({"text": "over the lazy dog"}) + "\n")
     return root

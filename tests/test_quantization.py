@@ -25,7 +25,7 @@ from rwkvinside.quantization import (
 
 
 def reference(weight, format, double, block=64):
-    """The weight after bitsandbytes' quantisation, put together by hand: `block` 4-bit values in a row share a scale."""
+    """The weight after bitsandbytes' quantisation, put by hand: `block` values in a row share a scale."""
     if format == "int8":
         packed, scales, _ = bnb.int8_vectorwise_quant(weight)
         return bnb.int8_vectorwise_dequant(packed, scales)

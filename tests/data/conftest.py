@@ -4,8 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tiny import byte_tokenizer
 
 from rwkvinside.data import TokenStore
 
@@ -17,14 +16,8 @@ CHATML = (
 
 def _tokenizer(chat_template=CHATML):
     """One id per byte (256 of them) and four special tokens, so that ids can be read back as text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in ("<s>", "</s>", "<|im_start|>", "<|im_end|>")])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", chat_template=chat_template
-    )
+    special = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
+    return byte_tokenizer(*special, bos_token="<s>", eos_token="</s>", chat_template=chat_template)
 
 
 @pytest.fixture

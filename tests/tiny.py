@@ -1,0 +1,34 @@
+"""Teachers small enough to be made anew by every test file: a tokenizer of bytes, a random Qwen3."""
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+
+def byte_tokenizer(*special, **options):
+    """One id per byte (256 of them), then the special tokens; ids can be read back as text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_special_tokens([AddedToken(token, special=True) for token in special])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, **options)
+
+
+def save_qwen3(folder, tokenizer, seed=0, **changes):
+    """A random teacher of three layers and its tokenizer, with other fields of its configuration on request."""
+    fields = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": True,
+    }
+    torch.manual_seed(seed)
+    Qwen3ForCausalLM(Qwen3Config(**fields | changes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
