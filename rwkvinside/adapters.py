@@ -175,20 +175,29 @@ def adapter_directory(index: int) -> str:
 
 
 def write_peft(directory: Path, spec: AdapterSpec, tensors: Mapping[str, Tensor]) -> None:
-    """Write an adapter as a directory for `PeftModel.from_pretrained`, complete or not at all."""
+    """Write an adapter as a directory for `PeftModel.from_pretrained`, complete or not at all.
+
+    Raises:
+        UserError: no space, or the directory cannot be written.
+    """
     import shutil
 
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     config, stored = peft_files(spec, tensors)
     partial = directory.with_name(f".{directory.name}.writing")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    (partial / FILES[0]).write_text(json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
-    save_file({name: t.detach().cpu().contiguous() for name, t in stored.items()}, partial / FILES[1])
-    (partial / FILES[1]).chmod((partial / FILES[0]).stat().st_mode)
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.rename(directory)
+    try:
+        partial.mkdir(parents=True)
+        (partial / FILES[0]).write_text(json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
+        save_file({name: t.detach().cpu().contiguous() for name, t in stored.items()}, partial / FILES[1])
+        (partial / FILES[1]).chmod((partial / FILES[0]).stat().st_mode)
+        shutil.rmtree(directory, ignore_errors=True)
+        partial.rename(directory)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"cannot write {directory}: {error}", "free space, then do the same again") from error
 
 
 class GradientWatch:

@@ -6,6 +6,7 @@ stage at a time and a resumed one take the same way.
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from .estimate import micro_rows
 from .evaluate.in_training import judge, share
 from .flops import peak_flops
 from .freezing import Phase, joined, phases, rounded_count, training_table
-from .memory import return_freed_memory
+from .memory import MICRO_TOKENS, return_freed_memory
 from .modeling.wkv7 import refusal
 from .models import device_and_precision, load_tokenizer, meta_student, prepare_stage, stage_structure, teacher_dtype
 from .plan import plan_text, stage_order
@@ -159,6 +160,8 @@ def _run_stage(run: _Run, name: str, resume_from: str | None) -> None:
     lm = run.shapes.lm.config
     checkpointer = run.checkpointer(name)
     trains = stage.objective != "calibrate"
+    if resume_from and not checkpointer.names():
+        raise UserError(f"stage {name} has no checkpoint {resume_from}, nor any other", "use --resume alone")
     checkpoint = checkpointer.load(resume_from) if trains and checkpointer.names() else None
     tokens, val = tokens_of(config, stage, run.tokenizer, lm.vocab_size, world)
     world.barrier()  # every process has looked at the directory before one writes into it
@@ -208,6 +211,7 @@ def _run_phase(
     Returns:
         The last evaluation, {} where there was none.
     """
+    gc.collect()  # DeepSpeed's engines are in cycles: the last one, with its model, must go before the next comes
     config, world = run.config, run.world
     stage, folder = config.stages[name], run.directory.stage(name)
     start = checkpoint or (before and run.checkpointer(before).load())
@@ -310,8 +314,9 @@ def _train(
     config, world = run.config, run.world
     stage = config.stages[name]
     trainable = {n for n, p in student.canonical_parameters().items() if p.requires_grad}
-    # an engine of several processes may round or cut what it does not train
-    others = {n: t.to("cpu", copy=run.launched) for n, t in student.student_state_dict().items() if n not in trainable}
+    # an engine of several processes may round or cut what it does not train; one process keeps and saves it
+    kept = student.student_state_dict() if world.is_main else {}
+    others = {n: t.to("cpu", copy=run.launched) for n, t in kept.items() if n not in trainable}
     new = joined(student, stage, phase)
     schedule = make_schedule(stage, phase, student)
     run.say("\n".join([f"{name} trains from step {phase.first + 1}:", *training_table(student, stage, phase)]))
@@ -334,7 +339,8 @@ def _train(
         power = None
         if stage.objective == "align":
             with engine.autocast():
-                batches = sample(given.rows, POWER_TOKENS, micro_rows(stage, 1), world.device)
+                together = max(1, MICRO_TOKENS // stage.data.seq_len)  # without gradients more rows fit than in a step
+                batches = sample(given.rows, POWER_TOKENS, together, world.device)
                 power, _ = teacher_power(engine.module, batches)
         trainer = Trainer(
             engine,
@@ -360,6 +366,8 @@ def _train(
         if checkpoint is not None:
             trainer.restore(checkpoint, joined=new if checkpoint.step == phase.first else ())
         trainer.fit(until=phase.until)
+        if not last and phase.until == budget.steps:  # killed between the last checkpoint and the end of the stage
+            evaluate(phase.until)
     finally:
         engine.close()
     return last

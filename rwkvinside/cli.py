@@ -38,6 +38,17 @@ def report_errors(main: Callable[..., int]) -> Callable[..., int]:
     return reporting
 
 
+def at_least(lowest: int) -> Callable[[str], int]:
+    """A `type` of arguments: whole numbers that are not below `lowest`."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < lowest:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {lowest} on")
+        return int(text)
+
+    return parse
+
+
 def add_config_arguments(parser: argparse.ArgumentParser, out: str = "run directory") -> None:
     """The arguments that together make a configuration; `config_from` reads them. `out` is what --out is said to be."""
     parser.add_argument("-c", "--config", action="append", default=[], metavar="FILE", help="YAML file; may repeat")
@@ -73,7 +84,9 @@ def config_from(args: argparse.Namespace) -> Config:
 def _plan(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="rwkvinside plan", description="Show what a run would do; load no weights.")
     add_config_arguments(parser)
-    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="processes that share the work (default: 1)")
+    parser.add_argument(
+        "--ranks", type=at_least(1), default=1, metavar="N", help="processes that share the work (default: 1)"
+    )
     args = parser.parse_intermixed_args(argv)
     config = config_from(args)
 

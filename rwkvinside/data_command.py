@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from .cli import at_least
 from .config import TeacherConfig, parse_count
 from .data import TokenStore, load_tokens, tokenizer_hash
 from .data.binidx import is_binidx, pair, read_binidx
@@ -19,6 +20,7 @@ from .data.pack import is_pack, write_pack
 from .data.readers import HUB, source_files
 from .data.statistics import Statistics
 from .errors import UserError
+from .memory import rounded_bytes
 from .models import open_tokenizer
 from .report.figures import length_figure, save_figure
 from .sources import notice
@@ -45,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
     parser.add_argument(
         "--seq-len", type=_count, default=2048, metavar="N", help="length of a row, for padding (default: 2048)"
     )
-    parser.add_argument("--samples", type=int, default=3, metavar="N", help="documents to show (default: 3)")
+    parser.add_argument("--samples", type=at_least(0), default=3, metavar="N", help="documents to show (default: 3)")
     parser.add_argument("--sample-tokens", type=_count, default=200, metavar="N", help="of each (default: 200)")
     parser.add_argument("--png", type=Path, metavar="OUT", help="draw the lengths here")
 
@@ -78,7 +80,10 @@ def inspect(args: argparse.Namespace) -> int:
             console.print()
             _show_samples(console, store, tokenizer, args.samples, args.sample_tokens)
     if args.png is not None:
-        save_figure(length_figure(lengths), args.png)
+        try:
+            save_figure(length_figure(lengths), args.png)
+        except OSError as error:
+            raise UserError(f"{args.png} cannot be written ({error.strerror or error})", "name another file") from error
         console.print(f"lengths drawn in {args.png}")
     return 0
 
@@ -93,8 +98,14 @@ def pack(args: argparse.Namespace) -> int:
         raise UserError(f"output {args.out} exists already", "name a new directory with --out")
     tokenizer, vocab = _tokenizer(args)
     console = Console(highlight=False, soft_wrap=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{args.out.name}.", dir=args.out.parent) as folder:
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        cache = tempfile.TemporaryDirectory(prefix=f".{args.out.name}.", dir=args.out.parent)
+    except OSError as error:
+        raise UserError(
+            f"output {args.out} cannot be written ({error.strerror or error})", "name another directory with --out"
+        ) from error
+    with cache as folder:
         store = load_tokens(
             args.sources,
             tokenizer,
@@ -114,7 +125,7 @@ def pack(args: argparse.Namespace) -> int:
     size = sum(file.stat().st_size for file in args.out.iterdir())
     console.print(
         f"{args.out}: {store.num_documents:,} documents, {store.num_tokens:,} tokens, "
-        f"{Statistics(store).targets:,} of them targets, {_bytes(size)}"
+        f"{Statistics(store).targets:,} of them targets, {rounded_bytes(size)}"
     )
     console.print(f"train on it with --data {args.out}")
     return 0
@@ -147,7 +158,7 @@ def _format(source: str) -> str:
         files = source_files(source)
         kind = ", ".join(sorted({file.suffix.lower() for file in files}))
     count = f"{len(files)} files, " if len(files) > 1 else ""
-    return f"{kind}, {count}{_bytes(sum(file.stat().st_size for file in files))}"
+    return f"{kind}, {count}{rounded_bytes(sum(file.stat().st_size for file in files))}"
 
 
 def _summary(
@@ -158,6 +169,8 @@ def _summary(
     documents, tokens = store.num_documents, store.num_tokens
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(found.kinds.items(), key=lambda item: -item[1]))
     first = f" (the first {args.max_tokens:,} tokens)" if tokens >= args.max_tokens else ""
+    if sum(found.kinds.values()) > documents:  # packed data and binidx are counted as a whole
+        kinds = f"of {kinds}"
     packed, padded = found.padding(args.seq_len)
     cut, lost = found.cut(args.seq_len)
     median, longest = int(np.median(store.lengths)), int(store.lengths.max())
@@ -233,10 +246,3 @@ def _runs(tokenizer: PreTrainedTokenizerBase, ids: list[int], masked: np.ndarray
         runs.append((text[shown:], bool(masked[end - 1])))
         shown = len(text)
     return runs
-
-
-def _bytes(number: int) -> str:
-    for size, suffix in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if number >= size:
-            return f"{number / size:.3g} {suffix}"
-    return f"{number} bytes"

@@ -14,7 +14,7 @@ from .memory import MICRO_TOKENS, Engine, Memory, Weights, Work, memory_of, mome
 from .models import frozen_dtype, teacher_config, zero_settings
 from .quantization import QuantizedLinear, linear_names, quantize
 from .sources import JUDGED_BATCH
-from .teachers import find_teacher
+from .teaching import teacher_of
 from .training.deepspeed_config import StepShape
 
 PREFETCH = 50_000_000  # elements that ZeRO 3 gathers ahead
@@ -35,7 +35,9 @@ def second_teacher(config: Config, stage: StageConfig) -> PreTrainedModel:
     """The model of teacher: separate, quantised where the stage says so, on the meta device."""
     given = stage.teacher_model
     with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(_teacher_config(config, given.path, given.revision))
+        lm = AutoModelForCausalLM.from_config(
+            teacher_config(config.model_copy(update={"teacher": teacher_of(config, stage)}))
+        )
     if given.quantize is not None:
         quantize(lm, linear_names(lm, skip=("lm_head",)), given.quantize)
     return lm
@@ -203,12 +205,3 @@ def _teacher_bytes(lm: PreTrainedModel, frozen: torch.dtype) -> tuple[int, int]:
 
 def _scales(module: nn.Module) -> list[torch.Tensor]:
     return list(module.buffers(recurse=False)) if isinstance(module, QuantizedLinear) else []
-
-
-def _teacher_config(config: Config, path: str | None, revision: str | None):
-    if path is None:
-        return teacher_config(config)
-    found = find_teacher(path, revision=revision)
-    fields = found.recipe["teacher"]["config"] if found.recipe else None
-    other = config.teacher.model_copy(update={"path": found.path, "revision": revision, "config": fields})
-    return teacher_config(config.model_copy(update={"teacher": other}))

@@ -59,7 +59,7 @@ PEAKS = (
     ("RTX 3090", 71.0, 35.6),
     ("MI325X", 1307.4, 163.4),
     ("MI300X", 1307.4, 163.4),
-    ("MI250X", 383.0, 95.7),
+    ("MI250X", 191.5, 47.9),  # of one of its two chips, each of which is a device
 )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from .cli import add_config_arguments, config_from
-from .config import Config
+from .config import Config, StageConfig
 from .data import Batch
 from .data.batch import IGNORE
 from .data.logits import SHARD_BYTES, LogitsWriter, position_bytes, row_digests
@@ -22,6 +22,7 @@ from .distill.losses import chunk_tokens
 from .distill.teacher import SeparateTeacher
 from .errors import Interrupted, UserError
 from .estimate import micro_rows
+from .memory import rounded_bytes
 from .models import device_and_precision, load_tokenizer, teacher_dtype
 from .sources import Rows, rows_of, tokens_of
 from .teaching import cache_identity, check_tokenizer, data_hash, separate_teacher, shared_vocab
@@ -40,9 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Write what is still missing."""
     config = config_from(args)
-    out = args.out or (config.stages[args.stage].teacher_cache if args.stage in config.stages else None)
+    out = args.out or _stage(config, args.stage).teacher_cache
     if out is None:
-        raise UserError("nowhere to write the logits to", f"name a directory with --out, or stages.{args.stage}")
+        cure = f"name a directory with --out, or stages.{args.stage}.teacher_cache"
+        raise UserError("nowhere to write the logits to", cure)
     write_logits(config, args.stage, Path(out), args.k)
     return 0
 
@@ -57,10 +59,7 @@ def write_logits(config: Config, name: str, out: Path, k: int, shard_bytes: int 
     Raises:
         UserError: no such stage, other logits in `out`, no space; `Interrupted` by ctrl-C, with whole shards kept.
     """
-    stage = config.stages.get(name)
-    if stage is None or stage.objective != "distil":
-        distil = [other for other, its in config.stages.items() if its.objective == "distil"]
-        raise UserError(f"{name!r} is no stage with objective distil", f"those are: {', '.join(distil)}")
+    stage = _stage(config, name)
     disable_progress_bar()
     device, precision = device_and_precision(config)
     if device == "cuda" and not torch.cuda.is_available():
@@ -86,9 +85,9 @@ def write_logits(config: Config, name: str, out: Path, k: int, shard_bytes: int 
     missing = writer.missing()
     left = sum(map(len, missing))
     console = Console("logits", 1)
-    console.say(f"{name}: {left:,} of {count:,} rows to write, at most {left * row_bytes / 2**30:.3g} GiB, to {out}")
+    console.say(f"{name}: {left:,} of {count:,} rows to write, at most {rounded_bytes(left * row_bytes)}, to {out}")
     if left * row_bytes > (free := shutil.disk_usage(out).free):
-        raise UserError(f"{out} has {free / 2**30:.3g} GiB free", "free some space, or lower --k or the stage's tokens")
+        raise UserError(f"{out} has {rounded_bytes(free)} free", "free some space, or lower --k or the stage's tokens")
     progress = _Progress(console, count, left, stage.data.seq_len)
     try:
         for part in missing:
@@ -96,10 +95,19 @@ def write_logits(config: Config, name: str, out: Path, k: int, shard_bytes: int 
                 size, heat = micro_rows(stage, 1), stage.loss.temperature
                 writer.write(part, *_shard(teacher, rows, part, size, vocab, k, heat, progress.add))
             progress.kept = progress.done
-        progress.say()
+        if missing:
+            progress.say()
     except KeyboardInterrupt as error:
         kept = count - left + progress.kept
         raise Interrupted(f"stopped with {kept:,} of {count:,} rows", "the same command again goes on") from error
+
+
+def _stage(config: Config, name: str) -> StageConfig:
+    stage = config.stages.get(name)
+    if stage is None or stage.objective != "distil":
+        distil = [other for other, its in config.stages.items() if its.objective == "distil"]
+        raise UserError(f"{name!r} is no stage with objective distil", f"those are: {', '.join(distil)}")
+    return stage
 
 
 @dataclass

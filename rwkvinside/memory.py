@@ -232,6 +232,14 @@ def card_for(size: int) -> int | None:
     return next((card for card in CARDS if size + RESERVED <= card * 10**9), None)
 
 
+def rounded_bytes(number: int) -> str:
+    """A number of bytes to three digits, for people: 1.23 GiB."""
+    for size, suffix in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if number >= size:
+            return f"{number / size:.3g} {suffix}"
+    return f"{number} bytes"
+
+
 def return_freed_memory(parameters: int) -> None:
     """For the rest of this process, let glibc give blocks back to the system as soon as they are freed; for a model of
     so many parameters, if that is many.

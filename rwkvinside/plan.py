@@ -10,10 +10,11 @@ import torch
 from .config import Config, StageConfig
 from .distill import structure
 from .distill.hybrid import HybridModel
+from .errors import UserError
 from .estimate import second_teacher, stage_memory, step_shape, trained_bytes
 from .flops import training_flops
 from .freezing import phases, rate_groups, rounded_count, training_table
-from .memory import Memory, card_for, checkpoint_bytes
+from .memory import Memory, card_for, checkpoint_bytes, rounded_bytes
 from .models import (
     device_and_precision,
     meta_student,
@@ -53,7 +54,8 @@ def plan_text(config: Config, stages: list[str] | None = None, ranks: int = 1) -
     model = meta_student(config)
     teacher = teacher_parameters(model)
     table = model.group_table()
-    total = sum(count for *_, count in table)
+    # a head that is still the embedding counts once
+    total = sum({id(p): p.numel() for p in model.canonical_parameters().values()}.values())
     new = dict((group, count) for group, _, count in table).get(NEW, 0)
     c = model.lm.config
     layer_map = "".join("R" if i in model.rwkv_layers else "A" for i in range(c.num_hidden_layers))
@@ -91,7 +93,10 @@ def plan_text(config: Config, stages: list[str] | None = None, ranks: int = 1) -
 
 
 def stage_order(config: Config, stages: list[str] | None) -> list[str]:
-    """The stages of `run`, then those that were asked for by name beyond it."""
+    """The stages of `run`, then those that were asked for by name beyond it; one that there is not is a `UserError`."""
+    for name in stages or ():
+        if name not in config.stages:
+            raise UserError(f"there is no stage {name!r}", f"stages: {', '.join(config.stages)}")
     return [*config.run, *(name for name in stages or () if name not in config.run)]
 
 
@@ -132,10 +137,10 @@ def _stage_lines(
     saved, trainable = trained_bytes(model)
     size = checkpoint_bytes(saved, trainable)
     fixed = sum(layer.nbytes for layer in model.quantized.values())
-    more = f", and {_bytes(fixed)} of quantised weights once" if fixed else ""
+    more = f", and {rounded_bytes(fixed)} of quantised weights once" if fixed else ""
     lines.append(
-        f"  disk      {_bytes(size)} a checkpoint, {config.checkpoint.keep} kept{more}: "
-        f"{_bytes((config.checkpoint.keep + 1) * size + fixed)} at most"
+        f"  disk      {rounded_bytes(size)} a checkpoint, {config.checkpoint.keep} kept{more}: "
+        f"{rounded_bytes((config.checkpoint.keep + 1) * size + fixed)} at most"
     )
     return lines, settings
 
@@ -144,6 +149,12 @@ def _calibrated(model: HybridModel) -> list[str]:
     lines = [f"  {'group':<12}{'parameters':>12}  in this stage"]
     for group, _, count in model.group_table():
         lines.append(f"  {group:<12}{rounded_count(count):>12}  {'fitted' if group.startswith('mixer.') else 'frozen'}")
+    quantised: dict[tuple[str, str], int] = {}
+    for name, layer in model.quantized.items():
+        of = model.group_of(f"{name}.weight")[-1], layer.format
+        quantised[of] = quantised.get(of, 0) + layer.weight_numel
+    for (group, form), count in quantised.items():
+        lines.append(f"  {group:<12}{rounded_count(count):>12}  frozen in {form}")
     return lines
 
 
@@ -182,11 +193,11 @@ def _memory_lines(memory: Memory, device: str) -> list[str]:
     training = sum(memory.device.values())
     moments = {"training": training, "saving": memory.saving, "evaluating": memory.evaluating}
     largest = max(moments, key=moments.__getitem__)
-    more = "" if largest == "training" else f", while {largest}; {_bytes(training)} while training"
-    shown = " + ".join(f"{name} {_bytes(size)}" for name, size in memory.device.items() if size)
-    lines = [f"  memory    about {_bytes(memory.peak)} a rank{more}", f"            {shown}"]
+    more = "" if largest == "training" else f", while {largest}; {rounded_bytes(training)} while training"
+    shown = " + ".join(f"{name} {rounded_bytes(size)}" for name, size in memory.device.items() if size)
+    lines = [f"  memory    about {rounded_bytes(memory.peak)} a rank{more}", f"            {shown}"]
     if memory.host:
-        lines.append(f"  host      about {_bytes(memory.host)} of the host's memory a rank")
+        lines.append(f"  host      about {rounded_bytes(memory.host)} of the host's memory a rank")
     return lines + _fit_lines(memory.peak, device)
 
 
@@ -197,11 +208,4 @@ def _fit_lines(peak: int, device: str) -> list[str]:
         return [f"            fits a GPU of {card} GB" if card else "            DOES NOT FIT any common GPU"]
     total = torch.cuda.get_device_properties(0).total_memory if device == "cuda" else psutil.virtual_memory().total
     here = "GPU" if device == "cuda" else "machine"
-    return [] if peak <= total else [f"            DOES NOT FIT: this {here} has {_bytes(total)}"]
-
-
-def _bytes(number: int) -> str:
-    for size, suffix in ((2**30, "GiB"), (2**20, "MiB")):
-        if number >= size:
-            return f"{number / size:.3g} {suffix}"
-    return f"{number / 2**10:.3g} KiB"
+    return [] if peak <= total else [f"            DOES NOT FIT: this {here} has {rounded_bytes(total)}"]

@@ -38,7 +38,7 @@ def round_to_inputs(weight: Tensor, moments: Tensor, format: str, double: bool, 
     indices = _rounded(weight, each, moments, code).flatten()
     if indices.numel() % 2:
         indices = torch.cat([indices, indices.new_zeros(1)])
-    pairs = indices.to(torch.uint8).view(-1, 2)
+    pairs = indices.view(-1, 2)
     return {"packed": (pairs[:, :1] << 4) | pairs[:, 1:], **tensors}
 
 
@@ -64,7 +64,7 @@ def _rounded(weight: Tensor, scales: Tensor, moments: Tensor, code: Tensor) -> T
     """(out, in) indices into the code; columns of large inputs first, each one's error handed on to those after it."""
     order = moments.diagonal().argsort(descending=True)
     left, scales = weight[:, order], scales[:, order].clamp_min(torch.finfo(torch.float32).tiny)
-    indices = torch.empty(weight.shape, dtype=torch.long, device=weight.device)
+    indices = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     share = _shares(moments[order][:, order]).float()
     for start in range(0, weight.shape[1], COLUMNS):
         part = slice(start, min(start + COLUMNS, weight.shape[1]))

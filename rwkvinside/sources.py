@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .config import Config, StageConfig
 from .data import Batch, PackedRows, PaddedDocuments, TokenStore, load_tokens
-from .data.binidx import is_binidx
+from .data.binidx import is_binidx, pair
 from .data.encode import Encoder, check_ids
 from .data.mixture import MixedRows
 from .data.pack import is_pack
@@ -213,7 +213,7 @@ def rows_of(config: Config, name: str, tokens: Tokens) -> Rows:
 
 
 def describe(config: Config, stage: StageConfig) -> str:
-    """What a stage trains on, in words, without a look at it.
+    """What a stage trains on, in words, without a look at it; but missing files are named.
 
     Raises:
         UserError: see `mixture_of`.
@@ -229,7 +229,14 @@ def describe(config: Config, stage: StageConfig) -> str:
         text += f"; streamed in blocks of {config.data.block_tokens:,} tokens"
     if stage.data.loss_on == "all":
         text += "; every token of conversations is a target"
+    if missing := [source for source in dict.fromkeys((*sources, *config.data.val)) if not _is_there(source)]:
+        text += f"; NOT FOUND: {', '.join(missing)}"
     return text
+
+
+def _is_there(source: str) -> bool:
+    """Whether a source is on this machine, or is not meant to be."""
+    return source.startswith(HUB) or Path(source).exists() or all(file.is_file() for file in pair(source))
 
 
 def report(stage: StageConfig, tokens: Tokens, rows: Rows, val: TokenStore) -> tuple[list[str], dict]:

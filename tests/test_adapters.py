@@ -1,6 +1,7 @@
 """Adapters: no effect at the start, off when told, learn, merge exactly, and are what PEFT itself reads."""
 
 import copy
+import errno
 
 import peft
 import pytest
@@ -199,3 +200,15 @@ def test_adapters_that_get_no_gradient_are_named(both):
     else:
         with pytest.raises(UserError, match="1 of 2 adapters got no gradient in the first step, first down.lora_B"):
             step(model, batch)
+
+
+def test_no_space_for_an_adapter_is_one_clear_line(tmp_path, monkeypatch):
+    def full(tensors, file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    model = Block()
+    inject(model, SPECS["lora"], ["up"])
+    with pytest.raises(UserError, match="cannot write .*adapter: .*No space left on device"):
+        write_peft(tmp_path / "adapter", SPECS["lora"], adapter_tensors(model))
+    assert not list(tmp_path.iterdir())

@@ -196,6 +196,7 @@ def test_unknown_commands_are_refused(capsys):
         (cli.main, ["trian"]),
         (convert_checkpoint.main, ["export", "x"]),
         (train_distill.main, ["--foo"]),
+        (cli.main, ["plan", "--teacher", "x", "--ranks", "0"]),
     ):
         with pytest.raises(SystemExit) as caught:
             main(argv)

@@ -151,6 +151,22 @@ def test_a_crashed_run_resumes_bit_for_bit(material, whole, tmp_path, monkeypatc
     assert losses[0] == losses[1]
 
 
+def test_killed_behind_its_last_checkpoint_a_stage_is_judged_again(material, whole, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    wanted = json.loads((out / "conversion.json").read_text())
+    left = wanted | {"finished_stages": ["calibrate", "align"], "evaluations": {}}
+    (out / "conversion.json").write_text(json.dumps(left))
+    assert train(material, out, "--resume") == 0
+    found = json.loads((out / "conversion.json").read_text())
+    assert found["finished_stages"] == wanted["finished_stages"]
+    assert found["evaluations"]["distil"] == wanted["evaluations"]["distil"]
+    (out / "conversion.json").write_text(json.dumps(left))
+    shutil.rmtree(out / "stages" / "distil")
+    assert train(material, out, "--resume-from", "step-00000003") == 2  # not silently from the beginning
+    assert "stage distil has no checkpoint step-00000003" in capsys.readouterr().err
+
+
 def test_a_streamed_mixture_resumes_bit_for_bit(material, whole, tmp_path, monkeypatch, capsys):
     """The second attempt has another cache, as on another machine: its blocks are made again, with the same rows."""
     out, straight = tmp_path / "run", tmp_path / "straight"

@@ -55,7 +55,7 @@ def test_inspect_says_what_there_is(teacher, data, capsys):
         f"{data}: .jsonl, {data.stat().st_size} bytes",
         "  documents   8: 4 question, 2 text, 1 completion, 1 conversation",
         "  vocabulary  largest id 257, the tokenizer has 259",
-        "  repeated    3 documents are equal to an earlier one (37.5%)",
+        "  repeated    1 documents are equal to an earlier one (12.5%)",  # the text; rotations are none
         "  answers     given B 100.0%; trained on A 50.0% B 50.0%",
         "  samples; what carries no loss is between ‹ and ›",
         "plain text, ü",
@@ -111,7 +111,7 @@ def test_ids_that_the_teacher_has_not(teacher, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "vocabulary  2 tokens have ids that the teacher (258) has not: 258; a run refuses this data" in out
     assert run("pack", path, "--teacher", teacher, "--out", tmp_path / "packed") == 2
-    assert "gives id 258" in capsys.readouterr().err
+    assert "has token id 258" in capsys.readouterr().err
     assert not (tmp_path / "packed").exists()
 
 
@@ -126,6 +126,8 @@ def test_pack_then_inspect_and_load(teacher, data, tmp_path, capsys):
     assert [a.piece(i)[1].tolist() for i in range(8)] == [b.piece(i)[1].tolist() for i in range(8)]
     assert run("inspect", out, "--tokenizer", teacher, "--samples", 0) == 0
     assert f"{out}: packed tokens, 5 files, " in capsys.readouterr().out
+    assert run("inspect", out, "--tokenizer", teacher, "--samples", 0, "--max-tokens", 20) == 0
+    assert "  documents   2 (the first 20 tokens): of 4 question, 2 text, " in capsys.readouterr().out
     assert run("pack", data, "--tokenizer", teacher, "--out", out) == 2
     assert "exists already" in capsys.readouterr().err
     with (out / "tokens.bin").open("r+b") as file:
@@ -165,6 +167,8 @@ def test_bad_input(teacher, tmp_path, monkeypatch, capsys, arguments, cause):
     assert cause in err and len(err.splitlines()) == 2
     assert run("inspect", "a.csv", "--tokenizer", "no-such-directory") == 2
     assert "tokenizer" in capsys.readouterr().err
+    assert run("pack", "a.csv", "--tokenizer", teacher, "--out", "a.csv/packed") == 2
+    assert "output a.csv/packed cannot be written" in capsys.readouterr().err
 
 
 def test_usage(capsys):
@@ -174,6 +178,9 @@ def test_usage(capsys):
     with pytest.raises(SystemExit):
         run("inspect", "x", "--tokenizer", "y", "--max-tokens", "many")
     assert "'many' is no positive number" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("inspect", "x", "--tokenizer", "y", "--samples", "-1")
+    assert "'-1' is no whole number from 0 on" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -270,7 +270,7 @@ def test_a_row_that_has_changed_is_refused_when_it_is_used(material, written):
         teacher.targets(None, batch)
 
 
-def test_what_writing_refuses(material, written, tmp_path):
+def test_what_writing_refuses(material, written, tmp_path, capsys):
     config = configured(material)
     for k in (0, 257):
         with pytest.raises(UserError, match=f"--k {k}\nallowed: 1 to 256"):
@@ -281,6 +281,11 @@ def test_what_writing_refuses(material, written, tmp_path):
         write_logits(configured(material, "seed=1"), "distil", written, K, SHARD_BYTES)
     with pytest.raises(UserError, match="'align' is no stage with objective distil"):
         write_logits(config, "align", tmp_path / "new", K)
+    arguments = ["data", "logits", "--teacher", str(material / "wide"), "--stage"]
+    assert [main([*arguments, name]) for name in ("distil", "nope")] == [2, 2]
+    said = capsys.readouterr().err
+    assert "name a directory with --out, or stages.distil.teacher_cache" in said
+    assert "'nope' is no stage with objective distil" in said
     (tmp_path / "something").write_text("")
     with pytest.raises(UserError, match="not empty, and holds no logits"):
         write_logits(config, "distil", tmp_path, K)

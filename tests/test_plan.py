@@ -103,6 +103,22 @@ def test_ranks_show_what_deepspeed_is_given(teacher):
     assert "  deepspeed" not in planned(teacher)
 
 
+def test_a_stage_that_there_is_not(teacher):
+    with pytest.raises(UserError, match="there is no stage 'distill'"):
+        planned(teacher, stages=["distill"])
+
+
+def test_a_tied_head_counts_once(teacher):
+    lines = planned(teacher).splitlines()
+    copied = lines[1].split(": ")[1].split(" copied from the teacher")[0]
+    assert lines[0].endswith(f", {copied} parameters")
+
+
+def test_calibration_counts_what_is_quantised(teacher):
+    text = planned(teacher, "quantize.groups=[mlp]", "stages.distil.train=[mixer]", stages=["calibrate"])
+    assert f"  {'mlp':<12}{'24.58 K':>12}  frozen in nf4\n" in text
+
+
 def test_the_loss_and_its_teacher_are_named(teacher):
     more = ["stages.distil.loss={divergence: js, top_k: 8, ce: 0.1, temperature: 2}"]
     more += ["stages.distil.teacher_model.quantize=int8", "stages.distil.teacher=separate"]

@@ -171,7 +171,11 @@ def _read_jsonl(path: Path, text_column: str, start: Line) -> Iterator[tuple[Doc
         try:
             record = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
-            reason = f"{error.msg} at column {error.colno}" if isinstance(error, ValueError) else "nested too deeply"
+            reason = (
+                f"{error.msg.removesuffix(' at')} at column {error.colno}"
+                if isinstance(error, ValueError)
+                else "nested too deeply"
+            )
             raise UserError(f"{where}: not JSON ({reason})", "a .jsonl file has one object a line") from None
         yield document_of(record, text_column, where), position
 

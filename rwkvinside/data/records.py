@@ -155,7 +155,7 @@ def no_content(where: str, text_column: str, columns: Iterable[str]) -> UserErro
     known = f"{text_column!r}, 'messages', 'conversations', 'prompt' with 'completion', 'input_ids', 'question'"
     return UserError(
         f"{where}: none of {known} among {sorted(columns)}",
-        "name the field that holds the text: data.text_column=FIELD",
+        "name the field that holds the text: data.text_column=FIELD, or --text-column of `rwkvinside data`",
     )
 
 

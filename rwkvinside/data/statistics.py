@@ -44,8 +44,11 @@ class Statistics:
 
     @property
     def repeated(self) -> int:
-        """Documents that are equal to one before; rotations of a question count as equal."""
-        return self.store.num_documents - len(np.unique(self.store.hashes[self.store.selected]))
+        """Documents that are equal to one before; another rotation of a question is not."""
+        hashes = self.store.hashes[self.store.selected]
+        _, which, counts = np.unique(hashes, return_inverse=True, return_counts=True)
+        alike = np.flatnonzero(counts[which] > 1)
+        return len(alike) - len({(hashes[i], hash(self.store.piece(i)[0].tobytes())) for i in alike})
 
     def oversized(self, vocab_size: int) -> Counter[int]:
         """Ids that are no row of an embedding of this size, and how often they occur."""

@@ -393,6 +393,6 @@ def check_vocab(max_id: int, vocab_size: int) -> None:
     """Raises UserError, with both numbers, if a token id is no row of the teacher's embedding."""
     if max_id >= vocab_size:
         raise UserError(
-            f"the tokenizer gives id {max_id}, but the teacher's vocabulary has {vocab_size} entries",
-            "use the tokenizer that belongs to the teacher",
+            f"the data has token id {max_id}, but the teacher's vocabulary has {vocab_size} entries",
+            "use the tokenizer that belongs to the teacher, also for data that brings its own ids",
         )

@@ -136,7 +136,7 @@ def apply(
     for name, parts in stored.items():
         restore(model.lm, layers[name], *parts)
     if fixed is None:
-        if structure.rounding == "inputs" and structure.format != "int8" and not _is_meta(model):
+        if names and structure.rounding == "inputs" and structure.format != "int8" and not _is_meta(model):
             _round_to_inputs(model, names, structure, device, probe)
         rounded = model.quantized
         left = [layers[name] for name in names if name not in rounded]

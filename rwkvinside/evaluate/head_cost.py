@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..distill.losses import Objective, chunk_tokens, head_losses
 from ..distill.teacher import HeadTargets
+from ..errors import UserError
 
 
 @dataclass(frozen=True)
@@ -49,26 +50,30 @@ def measure(kind: str, problem: Problem, threads: int) -> dict[str, float]:
         the head's gradient, which every way of computing it leaves behind, not counted.
     """
     torch.set_num_threads(threads)
-    torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    student, teacher = (nn.Linear(problem.hidden, problem.vocab, bias=False, device=device) for _ in range(2))
-    teacher.requires_grad_(False)
-    student.requires_grad_(problem.trained)
-    hidden, teacher_hidden = (4 * torch.randn(1, problem.tokens, problem.hidden, device=device) for _ in range(2))
-    labels = torch.randint(0, problem.vocab, (1, problem.tokens), device=device)
-    hidden.requires_grad_()
     loss_of = {"whole": _whole, "chunks": _chunks}[kind]
-    # threads and libraries start with something small
-    loss_of(hidden[:, :1], student, labels[:, :1], teacher_hidden[:, :1], teacher).backward()
-    hidden.grad = student.weight.grad = None
+    # threads and libraries start with something small; a gradient of the whole head would count as memory used before
+    loss_of(*_case(Problem(8, 64, 16, problem.trained), device)).backward()
+    hidden, student, *rest = _case(problem, device)
     before = _peak_bytes(device)
     start = time.perf_counter()
-    loss = loss_of(hidden, student, labels, teacher_hidden, teacher)
+    loss = loss_of(hidden, student, *rest)
     loss.backward()
     norm = hidden.grad.norm().item()
     seconds = time.perf_counter() - start
     kept = 0 if student.weight.grad is None else student.weight.grad.nbytes
     return {"loss": loss.item(), "norm": norm, "seconds": seconds, "bytes": _peak_bytes(device) - before - kept}
+
+
+def _case(problem: Problem, device: torch.device) -> tuple[Tensor, nn.Linear, Tensor, Tensor, nn.Linear]:
+    """Hidden states, student's head, labels, teacher's hidden states, teacher's head."""
+    torch.manual_seed(0)
+    student, teacher = (nn.Linear(problem.hidden, problem.vocab, bias=False, device=device) for _ in range(2))
+    teacher.requires_grad_(False)
+    student.requires_grad_(problem.trained)
+    hidden, teacher_hidden = (4 * torch.randn(1, problem.tokens, problem.hidden, device=device) for _ in range(2))
+    labels = torch.randint(0, problem.vocab, (1, problem.tokens), device=device)
+    return hidden.requires_grad_(), student, labels, teacher_hidden, teacher
 
 
 def _whole(hidden: Tensor, head: nn.Module, labels: Tensor, teacher_hidden: Tensor, teacher: nn.Module) -> Tensor:
@@ -124,6 +129,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Measure, print a table, write JSON."""
+    for name in ("tokens", "vocab", "hidden", "repeats"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}", "give at least 1")
+    if args.json is not None and not args.json.parent.is_dir():  # before minutes of work, not after
+        raise UserError(f"folder {args.json.parent} of the output {args.json.name} does not exist", "make it first")
     result = head_cost(Problem(args.tokens, args.vocab, args.hidden, args.trained), args.repeats)
     head = "trained" if args.trained else "frozen"
     title = (

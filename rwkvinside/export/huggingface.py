@@ -22,7 +22,7 @@ from ..modeling.modeling_hybrid import FAMILIES
 from ..quantization import relative_error
 from ..training.checkpoint import measure
 from .card import measurements, model_card
-from .source import LEGAL_FILES, TOKENIZER_FILES, TrainedRun, open_run
+from .source import LEGAL_FILES, TOKENIZER_FILES, TrainedRun, open_run, public_name
 from .verify import verify
 from .weights import DTYPES, stored_dtype
 
@@ -227,7 +227,12 @@ def _adapters(run: TrainedRun, adapters: str) -> dict | None:
 
 
 def _without_paths(stage: dict | None) -> dict | None:
-    """A stage's configuration without the files of this machine it was trained on."""
-    if not stage or not stage.get("data"):
+    """A stage's configuration without the files of this machine it was trained on; a second teacher keeps its name."""
+    if not stage:
         return stage
-    return stage | {"data": {name: value for name, value in stage["data"].items() if name != "train"}}
+    stage = {name: value for name, value in stage.items() if name != "teacher_cache"}
+    if data := stage.get("data"):
+        stage["data"] = {name: value for name, value in data.items() if name != "train"}
+    if path := (stage.get("teacher_model") or {}).get("path"):
+        stage["teacher_model"] = stage["teacher_model"] | {"path": public_name(path)}
+    return stage

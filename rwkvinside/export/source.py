@@ -59,8 +59,8 @@ class TrainedRun:
 
     @property
     def teacher_id(self) -> str:
-        """The teacher's public name: its hub id, or the last part of a local path (paths of this machine stay here)."""
-        return Path(self.teacher).name if Path(self.teacher).exists() else self.teacher
+        """The teacher's `public_name`."""
+        return public_name(self.teacher)
 
     @property
     def spec(self) -> StudentSpec:
@@ -110,6 +110,11 @@ class TrainedRun:
     @property
     def _revision(self) -> str | None:
         return self.config["teacher"].get("revision")
+
+
+def public_name(model: str) -> str:
+    """A model's hub id, or the last part of a local path, which may be gone (paths of this machine stay here)."""
+    return Path(model).name if Path(model).is_absolute() or Path(model).exists() else model
 
 
 def open_run(path: str | Path) -> TrainedRun:

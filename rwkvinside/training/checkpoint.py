@@ -126,10 +126,10 @@ class Checkpointer:
             digests = {name: measure(temporary / name) for name in files}
             _write_state(temporary / STATE, {"fingerprint": self.fingerprint, "files": digests, "state": dict(state)})
             for path in [*temporary.iterdir(), temporary]:
-                _flush(path)
+                flush(path)
             self._set_aside(step)
             temporary.rename(target)
-            _flush(self.directory)
+            flush(self.directory)
             for name in self.names()[: -self.keep]:
                 shutil.rmtree(self.directory / name)
         except (OSError, SafetensorError) as error:  # safetensors reports a failed write as its own error
@@ -261,7 +261,7 @@ def _differences(written: Mapping, wanted: Mapping) -> str:
     return ", ".join(f"{k} is {written.get(k)!r} there and {wanted.get(k)!r} here" for k in keys)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """To the disk, files and directories, so that a power cut leaves no half of it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

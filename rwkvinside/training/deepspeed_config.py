@@ -11,6 +11,8 @@ from ..errors import UserError
 from .optimizer import OptimizerSettings
 
 AUTO = "auto"
+SECTIONS = ("optimizer", "scheduler", "bf16", "fp16", "torch_autocast", "zero_optimization")
+OFFLOADS = ("offload_optimizer", "offload_param")
 CURE = "set it in the recipe (`stages`, `precision`, `deepspeed`), or write auto in DeepSpeed's file"
 
 
@@ -34,13 +36,15 @@ class ZeroSettings:
     config: Mapping | None = None
 
     def settled(self) -> ZeroSettings:
-        """The same with what `config` says in place of the fields; nothing is checked."""
-        section = _settled(self.config or {}).get("zero_optimization", {})
-        own = _settled(self.config or {}).get("bf16", {}).get("enabled") is True
+        """The same with what `config` says in place of the fields; of that only the form is checked (`UserError`)."""
+        config = _settled(self.config or {})
+        _check_sections(config)
+        section = config.get("zero_optimization", {})
+        own = config.get("bf16", {}).get("enabled") is True
         found = replace(self, bf16_weights=own or self.bf16_weights)
         if "stage" not in section:
             return found
-        cpu = [section.get(name, {}).get("device") == "cpu" for name in ("offload_optimizer", "offload_param")]
+        cpu = [offloads(section, name) for name in OFFLOADS]
         return replace(found, stage=section["stage"], offload_optimizer=cpu[0], offload_parameters=cpu[1])
 
 
@@ -75,9 +79,7 @@ def deepspeed_config(zero: ZeroSettings, settings: OptimizerSettings, precision:
         UserError: a value that contradicts the recipe, a ZeRO stage that does not exist, offloading without sharding.
     """
     user = {key: value for key, value in (zero.config or {}).items() if value != AUTO}
-    for section in ("optimizer", "scheduler", "bf16", "fp16", "torch_autocast", "zero_optimization"):
-        if not isinstance(user.get(section, {}), Mapping):
-            raise UserError(f"DeepSpeed's file sets {section}={user[section]!r}", "this is a mapping of settings")
+    _check_sections(_settled(user))
     bf16 = precision == "bf16"
     _agree(user, "train_batch_size", shape.rows)
     _agree(user, "train_micro_batch_size_per_gpu", shape.micro_rows)
@@ -112,8 +114,8 @@ def deepspeed_config(zero: ZeroSettings, settings: OptimizerSettings, precision:
         ours["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     user = _settled(user)
     if "stage" not in user.get("zero_optimization", {}):
-        offloads = {"offload_optimizer": zero.offload_optimizer, "offload_param": zero.offload_parameters}
-        cpu = {name: {"device": "cpu"} for name, wanted in offloads.items() if wanted}
+        wanted = zip(OFFLOADS, (zero.offload_optimizer, zero.offload_parameters), strict=True)
+        cpu = {name: {"device": "cpu"} for name, chosen in wanted if chosen}
         ours["zero_optimization"] = {"stage": stage} | cpu
     merged = _merge(ours, user)
     _check_zero(merged["zero_optimization"])
@@ -125,6 +127,21 @@ def deepspeed_config(zero: ZeroSettings, settings: OptimizerSettings, precision:
     if own_bf16 and not merged["zero_optimization"]["stage"]:
         raise UserError("DeepSpeed's file combines bf16 with ZeRO 0", "use zero_optimization.stage 1, 2 or 3")
     return merged
+
+
+def offloads(section: Mapping, name: str) -> bool:
+    """Whether a `zero_optimization` moves one of `OFFLOADS` to CPU memory; null and device none do not."""
+    return (section.get(name) or {}).get("device") == "cpu"
+
+
+def _check_sections(config: Mapping) -> None:
+    """Refuse what DeepSpeed wants as a mapping and is none (`UserError`)."""
+    sections = {name: config.get(name, {}) for name in SECTIONS}
+    if isinstance(zero := sections["zero_optimization"], Mapping):
+        sections |= {f"zero_optimization.{name}": zero.get(name) or {} for name in OFFLOADS}
+    for name, section in sections.items():
+        if not isinstance(section, Mapping):
+            raise UserError(f"DeepSpeed's file sets {name}={section!r}", "this is a mapping of settings")
 
 
 def _agree(user: dict, key: str, value: object) -> None:
@@ -147,11 +164,11 @@ def _check_zero(section: Mapping) -> None:
     stage = section.get("stage")
     if stage not in (0, 1, 2, 3):
         raise UserError(f"ZeRO stage {stage!r}", "supported: 0, 1, 2, 3")
-    if "offload_optimizer" in section and not stage:
+    if offloads(section, "offload_optimizer") and not stage:
         raise UserError("offloading the optimizer needs ZeRO", "use deepspeed.zero_stage=1, 2 or 3")
-    if "offload_param" in section and stage != 3:
+    if offloads(section, "offload_param") and stage != 3:
         raise UserError(f"offloading parameters needs ZeRO 3, not {stage}", "use deepspeed.zero_stage=3")
-    for name in ("offload_optimizer", "offload_param"):
+    for name in OFFLOADS:
         if (device := (section.get(name) or {}).get("device", "cpu")) not in ("cpu", "none"):
             raise UserError(f"DeepSpeed's file offloads to {device!r}", "supported: cpu")
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .deepspeed_config import StepShape, ZeroSettings, deepspeed_config
+from .deepspeed_config import StepShape, ZeroSettings, deepspeed_config, offloads
 from .in_process import InProcessEngine, StepResult, Sums, check_precision, precision_context
 from .optimizer import (
     MOMENTS,
@@ -69,7 +69,7 @@ class DeepSpeedEngine:
         config = deepspeed_config(zero or ZeroSettings(), settings, precision, shape or StepShape(1, 1, world.size))
         self.zero_stage = config["zero_optimization"]["stage"]
         self._rounded = "bf16" in config
-        self._offloaded = "offload_optimizer" in config["zero_optimization"]
+        self._offloaded = offloads(config["zero_optimization"], "offload_optimizer")
         # DeepSpeed makes its masters from the already rounded weights
         exact = {n: p.detach().to("cpu", copy=True) for n, p in self.trainable.items()} if self._rounded else {}
         if not self._rounded:
@@ -151,8 +151,13 @@ class DeepSpeedEngine:
             return
         check_state(state, present)
         for names, own in self._flat_states():
-            (step,) = {int(state.get(f"{name}/step", 0)) for name in names}  # a group joins the training as a whole
-            own["step"].fill_(step)
+            steps = {int(state.get(f"{name}/step", 0)) for name in names}  # a group joins the training as a whole
+            if len(steps) > 1:
+                raise UserError(
+                    f"parameters trained together have made {', '.join(map(str, sorted(steps)))} updates",
+                    "under DeepSpeed resume with the `unfreeze` and `optim.rates` that the checkpoint was made with",
+                )
+            own["step"].fill_(*steps)
         for name, parameter in present.items():
             for moment in MOMENTS:
                 self._set_full(parameter, state[f"{name}/{moment}"], moment)
@@ -167,9 +172,10 @@ class DeepSpeedEngine:
         """Remove DeepSpeed's hooks from the model, so that it can be wrapped again. Not a collective call.
 
         After ZeRO 3 the model is left in shards, after `bf16_weights` with rounded ones: the next stage starts from the
-        checkpoint, not from them.
+        checkpoint, not from them. What DeepSpeed holds is in cycles: memory is free after `gc.collect()`.
         """
         self.module.destroy()
+        _let_go(self.model)
         for hook in self._hooks:
             hook.remove()
 
@@ -291,6 +297,7 @@ def inference_engine(
     full = deepspeed_config(ZeroSettings(3, config=config), OptimizerSettings(), "fp32", StepShape(1, 1, world.size))
     _shard(model, full, world, rounded=False)
     engine, _ = _initialize(model, full)
+    _let_go(model)
     return engine, lambda: deepspeed.zero.GatheredParameters(list(parts))
 
 
@@ -346,6 +353,19 @@ def _shard(model: nn.Module, config: dict, world: World, rounded: bool) -> None:
             if parameter.is_floating_point():
                 parameter.data = parameter.data.bfloat16()
     deepspeed.zero.Init(module=model, config_dict_or_path=config)
+
+
+def _let_go(model: nn.Module) -> None:
+    """DeepSpeed leaves what it shards on a stack of modules (the root, and what was recomputed in part only) and in a
+    cache, for ever: take the model off the stack, and empty the cache, which fills again."""
+    from deepspeed.runtime.zero import parameter_offload
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
+
+    stack, own = parameter_offload.FWD_MODULE_STACK, set(model.modules())
+    stack[:] = [module for module in stack if module not in own]
+    for cell in vars(Coordinator)["_PartitionedParameterCoordinator__params_to_release"].__closure__ or ():
+        if hasattr(cell.cell_contents, "cache_clear"):
+            cell.cell_contents.cache_clear()
 
 
 class _Items(list):

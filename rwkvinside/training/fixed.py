@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import UserError
-from .checkpoint import MARGIN, free_bytes, measure
+from .checkpoint import MARGIN, flush, free_bytes, measure
 
 NAME = "frozen.safetensors"
 
@@ -30,7 +30,9 @@ def write_fixed(directory: Path, tensors: Mapping[str, Tensor]) -> None:
         if (free := free_bytes(directory)) < needed:
             raise OSError(f"{needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial)
+        flush(partial)
         partial.replace(target)
+        flush(directory)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
         raise UserError(f"cannot write {target}: {error}", "free space or move --out, then --resume") from error

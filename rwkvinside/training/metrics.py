@@ -42,8 +42,7 @@ class MetricsWriter:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
         except OSError as error:
-            cure = "free space, then continue with --resume"
-            raise UserError(f"cannot write {self.path}: {error.strerror}", cure) from error
+            raise self._unwritten(error) from error
         if self._logger is not None:
             self._logger.write(row)
 
@@ -52,6 +51,9 @@ class MetricsWriter:
 
         Rows of the stage after `step` go, with None all rows of the stage, and so does a last line that a killed
         process did not finish. Rows of other stages stay.
+
+        Raises:
+            UserError: no space.
         """
         if self._logger is not None:
             self._logger.begin(stage, step or 0)
@@ -60,8 +62,15 @@ class MetricsWriter:
         lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
         kept = [line for line in lines if not _repeated(json.loads(line), stage, step)]
         temporary = self.path.with_name(f".{FILE}.writing")
-        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        temporary.replace(self.path)
+        try:
+            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            temporary.replace(self.path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise self._unwritten(error) from error
+
+    def _unwritten(self, error: OSError) -> UserError:
+        return UserError(f"cannot write {self.path}: {error.strerror}", "free space, then continue with --resume")
 
 
 class Console:

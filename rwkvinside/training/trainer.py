@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import time
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -155,7 +156,8 @@ class Trainer:
             pace = Pace()
             while self.done < end:
                 pace.mark()
-                batches, step = self._micro_batches(self.done)
+                with self._heard():
+                    batches, step = self._micro_batches(self.done)
                 count = sum(step.count(batch) for batch in batches)
                 count, stopped = self.world.all_reduce_sum([count, self._signal is not None])
                 if stopped:
@@ -164,7 +166,8 @@ class Trainer:
                 rates = self.schedule.rates(number, self.budget)
                 self.engine.set_rates(rates)
                 # a step in which nothing counts has loss 0
-                result = self.engine.train_step(batches, step, max(int(count), 1))
+                with self._heard():
+                    result = self.engine.train_step(batches, step, max(int(count), 1))
                 if not result.finite:
                     self._refuse(number, result, batches, step)
                 self.done = number
@@ -305,6 +308,16 @@ class Trainer:
             if any(found):
                 return probe.places[int(next(filter(None, found))) - 1], None if probe.found is None else batch
         return None, None
+
+    @contextmanager
+    def _heard(self):
+        """What is wrong with this rank's rows is said by this rank: the first one speaks for what all have found."""
+        try:
+            yield
+        except UserError as error:
+            if not self.world.is_main:
+                print(f"rank {self.world.rank}: {error}", file=sys.stderr, flush=True)
+            raise
 
     @contextmanager
     def _signals(self):

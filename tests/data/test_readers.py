@@ -90,6 +90,7 @@ BAD = {
     "latin.txt": (b"ok\nok\nna\xefve\n", r"latin\.txt:3: not UTF-8 \(byte 0xef at column 3\)"),
     "utf16.txt": ("text".encode("utf-16"), r"utf16\.txt:1: not UTF-8 \(byte 0xff at column 1\)"),
     "cut.jsonl": (b'{"text": "a"}\n{"text": "b', r"cut\.jsonl:2: not JSON \(Unterminated string"),
+    "raw.jsonl": (b'{"text": "a\n', r"raw\.jsonl:1: not JSON \(Invalid control character at column 12\)"),
     "list.jsonl": (b"[1]\n", r"list\.jsonl:1: a list, not an object"),
     "keys.jsonl": (b'{"body": 1}\n', r"keys\.jsonl:1: none of 'text', .* among \['body'\]"),
     "type.jsonl": (b'{"text": 5}\n', r"type\.jsonl:1: 'text' is a int, not a text"),

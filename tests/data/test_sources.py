@@ -196,6 +196,7 @@ def test_the_plan_describes_the_data(configure, data):
     a, b, _ = data
     assert said([]) == "none given yet (--data)"
     assert said([a, b]) == f"{a}, {b}"
+    assert said([a, "hub:x/y", "no.jsonl"]) == f"{a}, hub:x/y, no.jsonl; NOT FOUND: no.jsonl"
     assert said([a, b], "data.weights=[1,3]", "data.stream=true", "stages.align.data.loss_on=all") == (
         f"{a} 25 %, {b} 75 % of the tokens; streamed in blocks of 4,000,000 tokens; "
         "every token of conversations is a target"

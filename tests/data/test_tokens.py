@@ -137,10 +137,10 @@ def test_a_cache_that_cannot_be_written(tmp_path, corpus, tokenizer):
 
 def test_the_vocabulary_of_the_teacher(load, corpus, tmp_path, write_jsonl, tokenizer):
     high = write_jsonl(tmp_path / "b.jsonl", [{"text": "a"}, {"text": "<|im_end|>"}])
-    with pytest.raises(UserError, match="gives id 259, but the teacher's vocabulary has 259 entries"):
+    with pytest.raises(UserError, match="has token id 259, but the teacher's vocabulary has 259 entries"):
         load(high, vocab_size=259)
     load(high, vocab_size=260)
-    with pytest.raises(UserError, match="gives id 259, but the teacher's vocabulary has 259 entries"):
+    with pytest.raises(UserError, match="has token id 259, but the teacher's vocabulary has 259 entries"):
         load(high, vocab_size=259)  # from the cache
 
 

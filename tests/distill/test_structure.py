@@ -123,3 +123,7 @@ def test_rounding_for_inputs_lowers_the_error_of_the_teacher():
             )
             errors[rounding] = (logits(model, batch, "teacher") - wanted).square().mean().item()
     assert errors["inputs"] < 0.7 * errors["nearest"]
+
+
+def test_rounding_for_inputs_needs_no_text_where_nothing_is_quantised():
+    assert not assemble(teacher(), SPEC, Structure(rounding="inputs")).quantized

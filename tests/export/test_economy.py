@@ -14,6 +14,7 @@ from rwkvinside.distill.hybrid import StudentSpec
 from rwkvinside.distill.structure import Structure, assemble, fixed_tensors, make_plain
 from rwkvinside.errors import UserError
 from rwkvinside.export import export_hf
+from rwkvinside.export.huggingface import _without_paths
 from rwkvinside.export.source import open_run
 from rwkvinside.training.checkpoint import Checkpointer
 from rwkvinside.training.fixed import NAME, fixed_digest, write_fixed
@@ -100,6 +101,14 @@ def test_weights_are_dequantised_before_they_are_merged(economical):
         merged = trained.canonical_parameters()[f"{name}.weight"]
         assert torch.allclose(merged, unpacked + 8 / 4**0.5 * b @ a, atol=1e-6)  # rank-stabilised: alpha / sqrt(r)
     assert not any(map(is_adapter, trained.canonical_parameters()))
+
+
+def test_no_path_of_a_second_teacher_or_its_logits_is_exported(tmp_path):
+    stage = {"objective": "distil", "data": {"train": [str(tmp_path)], "seq_len": 8}, "teacher_cache": str(tmp_path)}
+    for path, name in ((tmp_path, tmp_path.name), ("/gone/Qwen3-8B", "Qwen3-8B"), ("owner/model", "owner/model")):
+        shown = _without_paths(stage | {"teacher_model": {"path": str(path), "quantize": "nf4"}})
+        second = {"path": name, "quantize": "nf4"}
+        assert shown == {"objective": "distil", "data": {"seq_len": 8}, "teacher_model": second}
 
 
 def test_refusals(economical, run, tmp_path):

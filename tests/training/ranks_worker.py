@@ -6,10 +6,12 @@ On other than two ranks the toy runs in a few ways only.
 """
 
 import argparse
+import gc
 import json
 import os
 import signal
 import sys
+import weakref
 from pathlib import Path
 
 import tiny_hybrid as tiny
@@ -27,7 +29,7 @@ parser.add_argument("single", type=Path)
 parser.add_argument("--local_rank")
 args = parser.parse_args()
 world = launched_world()
-losses, norms, messages, evaluations = {}, {}, {}, {}
+losses, norms, messages, evaluations, models = {}, {}, {}, {}, {}
 SMALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}  # even the smallest parameters are cut
 OFFLOAD = {"offload_optimizer": True}
 BOTH = OFFLOAD | {"offload_parameters": True}
@@ -55,7 +57,7 @@ def run(case, engine, source=None, resume=None, step=None, micro_rows=2, **optio
         toy.fit()
     except UserError as error:
         messages[case] = str(error)
-    losses[case], norms[case] = seen["loss"], seen["grad_norm"]
+    losses[case], norms[case], models[case] = seen["loss"], seen["grad_norm"], weakref.ref(engine.model)
     engine.close()
 
 
@@ -138,7 +140,7 @@ def hybrid(case, objective, stage, precision="fp32", **zero):
     tiny.trainer(
         engine, step, micro_rows=tiny.MICRO_ROWS, checkpointer=checkpointer, metrics=seen, evaluate=evaluate
     ).fit()
-    losses[case] = seen["loss"]
+    losses[case], models[case] = seen["loss"], weakref.ref(student)
     evaluations[case] = [{name: row[name] for name in ("kl", "ce")} for row in seen.rows if row["kind"] == "eval"]
     engine.close()
 
@@ -165,8 +167,11 @@ if world.size == 2:
     hybrid("distil-zero1-bf16", tiny.distil(), 1, "bf16")
     hybrid("distil-zero3-bf16", tiny.distil(), 3, "bf16")
 
+gc.collect()
+alive = [case for case, model in models.items() if model() is not None]
 if world.is_main:
     content = {"losses": losses, "norms": norms, "messages": messages, "evaluations": evaluations, "ranks": world.size}
+    content["alive"] = alive
     (args.out / "results.json").write_text(json.dumps(content))
 world.close()
 sys.exit(Interrupted.exit_code if "stop" in messages else 0)

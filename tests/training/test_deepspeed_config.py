@@ -136,3 +136,18 @@ def test_8_bit_states_are_not_sharded():
     with pytest.raises(UserError, match="adamw8bit cannot be sharded"):
         config(settings=settings, stage=1)
     assert config(settings=settings, stage=0)["zero_optimization"]["stage"] == 0
+
+
+def test_null_and_none_offload_nothing():
+    for nothing in (None, {"device": "none"}, "auto"):
+        section = {"stage": 0, "offload_optimizer": nothing, "offload_param": nothing}
+        settled = ZeroSettings(config={"zero_optimization": section}).settled()
+        assert (settled.stage, settled.offload_optimizer, settled.offload_parameters) == (0, False, False)
+        assert config({"zero_optimization": section})["zero_optimization"]["stage"] == 0
+
+
+@pytest.mark.parametrize("user", [{"zero_optimization": 3}, {"zero_optimization": {"offload_param": "cpu"}}])
+def test_what_is_no_mapping_is_refused(user):
+    for read in (config, lambda own: ZeroSettings(config=own).settled()):
+        with pytest.raises(UserError, match="this is a mapping of settings"):
+            read(user)

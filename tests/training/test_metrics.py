@@ -85,3 +85,13 @@ def test_no_space_for_a_row_is_one_clear_line(tmp_path):
     writer.path.symlink_to("/dev/full")  # a device on which every write finds no space
     with pytest.raises(UserError, match="metrics.jsonl: No space left on device"):
         writer.write({"kind": "train", "step": 1})
+
+
+def test_no_space_to_begin_a_stage_again_loses_nothing(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    writer.write({"kind": "train", "stage": "align", "step": 1})
+    before = writer.path.read_text()
+    writer.path.with_name(f".{writer.path.name}.writing").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="metrics.jsonl: No space left on device"):
+        writer.begin("distil")
+    assert writer.path.read_text() == before and [p.name for p in tmp_path.iterdir()] == [writer.path.name]

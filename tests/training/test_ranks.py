@@ -239,3 +239,8 @@ def test_a_model_can_be_wrapped_again(two):
 
 def test_nothing_was_compiled(two):
     assert "ninja" not in (two[0] / "log").read_text()
+
+
+def test_nothing_of_a_closed_engine_stays_in_memory(ranks):
+    _, results = ranks
+    assert not results["alive"]

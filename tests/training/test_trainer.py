@@ -283,3 +283,16 @@ def test_nan_in_a_real_student_names_the_module_and_the_rows(poisoned):
         tiny.trainer(engine, make_step(engine.module), micro_rows=2, metrics=seen).fit()
     name = "readout" if poisoned == "readout" else f"lm.{poisoned}"
     assert f"beginning in the output of {name}, in rows 9, 10;" in caught.value.cause
+
+
+def test_what_one_rank_finds_is_said_by_that_rank(capsys):
+    class Damaged:
+        def batch(self, rows):
+            raise UserError("row 3 is damaged")
+
+    for rank in (0, 1):
+        engine = in_process()
+        engine.world.rank = rank
+        with pytest.raises(UserError, match="row 3 is damaged"):
+            trainer(engine, source=Damaged()).fit()
+        assert capsys.readouterr().err == rank * "rank 1: row 3 is damaged\n"
