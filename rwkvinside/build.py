@@ -34,7 +34,7 @@ from .models import device_and_precision, load_tokenizer, meta_student, prepare_
 from .plan import plan_text, stage_order
 from .quantization import relative_error
 from .rundir import RunDirectory
-from .sources import Rows, judged_batches, report, rows_of, sample, tokens_of
+from .sources import Rows, judged_batches, missing_sources, report, rows_of, sample, tokens_of
 from .stage import (
     check_adapters,
     fingerprint,
@@ -107,8 +107,10 @@ def train(
         run = _Run(config, directory, world, precision, launched, load_tokenizer(config), shapes, plan, loggers)
         run.say(plan)
         names = [stage] if stage else config.run
-        for name in names:
+        for name in names:  # what a later stage lacks shows now, not after days
             if name not in directory.finished():
+                if missing := missing_sources(config, config.stages[name]):
+                    raise UserError(f"stage {name}: data {missing[0]!r} does not exist", "correct the path")
                 check_teacher(config, name, run.tokenizer)
         for name in names:
             if name in directory.finished():

@@ -229,9 +229,15 @@ def describe(config: Config, stage: StageConfig) -> str:
         text += f"; streamed in blocks of {config.data.block_tokens:,} tokens"
     if stage.data.loss_on == "all":
         text += "; every token of conversations is a target"
-    if missing := [source for source in dict.fromkeys((*sources, *config.data.val)) if not _is_there(source)]:
+    if missing := missing_sources(config, stage):
         text += f"; NOT FOUND: {', '.join(missing)}"
     return text
+
+
+def missing_sources(config: Config, stage: StageConfig) -> list[str]:
+    """Sources of a stage, for training and validation, that should be on this machine and are not."""
+    sources, _ = mixture_of(config, stage)
+    return [source for source in dict.fromkeys((*sources, *config.data.val)) if not _is_there(source)]
 
 
 def _is_there(source: str) -> bool:

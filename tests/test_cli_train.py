@@ -477,3 +477,9 @@ def test_the_warning_about_adapters_on_mixers_is_in_the_plan(material, tmp_path,
     shown = capsys.readouterr().out
     assert "adapters  Bone, which is MiSS in its bat form: rank 4" in shown
     assert "WARNING: adapters on the mixers' own projections: RADLADS" in shown
+
+
+def test_missing_data_of_a_later_stage_shows_at_once(material, tmp_path, capsys):
+    assert train(material, tmp_path / "run", "stages.distil.data.train=[nowhere.jsonl]") == 2
+    assert "stage distil: data 'nowhere.jsonl' does not exist" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

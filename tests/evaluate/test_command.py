@@ -46,9 +46,9 @@ def run(tmp_path_factory, teacher):
     for stage, scale in (("align", 0.0), ("distil", 1.0)):
         tensors = {name: scale * tensor for name, tensor in model.student_state_dict().items()}
         Checkpointer(path / "stages" / stage, {}).save(1, tensors, None, {"stage": stage})
-    (path / "config.yaml").write_text(
-        yaml.safe_dump({"teacher": {"path": str(teacher)}, "student": spec, "run": ["align", "distil"], "stages": {}})
-    )
+    stages = {name: {"objective": name} for name in ("align", "distil")}
+    config = {"teacher": {"path": str(teacher)}, "student": spec, "run": list(stages), "stages": stages}
+    (path / "config.yaml").write_text(yaml.safe_dump(config))
     (path / "conversion.json").write_text(json.dumps({"finished_stages": ["align", "distil"]}))
     return path
 
