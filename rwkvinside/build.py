@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -94,6 +95,7 @@ def train(
         raise UserError("device is cuda, but PyTorch finds no CUDA device", "use device=cpu, or see rwkvinside doctor")
     if not sys.stderr.isatty():
         disable_progress_bar()  # of transformers, for the loading of weights
+    warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # norms are meant to stay fp32 in bf16
     plan_text(config, [stage] if stage else None)  # what is wrong with the student shows before anything is loaded
     shapes = meta_student(config)
     return_freed_memory(sum(p.numel() for p in shapes.parameters()))
