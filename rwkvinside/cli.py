@@ -140,15 +140,22 @@ def _report(argv: Sequence[str]) -> int:
     return main(parser.parse_args(argv))
 
 
+def _group(
+    name: str, description: str, about: dict[str, str]
+) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser of a command with commands of its own, and theirs by name."""
+    parser = argparse.ArgumentParser(prog=f"rwkvinside {name}", description=description)
+    commands = parser.add_subparsers(dest="what", required=True)
+    return parser, {each: commands.add_parser(each, help=text, description=text) for each, text in about.items()}
+
+
 def _bench(argv: Sequence[str]) -> int:
     about = {
         "wkv7": "the recurrence: our kernels beside others and attention",
         "training": "align and distil beside plain fine-tuning of the same teacher",
         "head": "memory and time of the distillation loss, all logits at once beside a chunk at a time",
     }
-    parser = argparse.ArgumentParser(prog="rwkvinside bench", description="Speed, measured side by side.")
-    commands = parser.add_subparsers(dest="what", required=True)
-    parsers = {name: commands.add_parser(name, help=text, description=text) for name, text in about.items()}
+    parser, parsers = _group("bench", "Speed, measured side by side.", about)
     if argv[:1] == ["wkv7"]:
         from .kernels.bench.command import add_arguments, main
     elif argv[:1] == ["training"]:
@@ -167,9 +174,7 @@ def _data(argv: Sequence[str]) -> int:
         "pack": "tokenise data once, into a directory that can be trained on",
         "logits": "the teacher's likeliest tokens for the rows of a stage, for teacher: cache",
     }
-    parser = argparse.ArgumentParser(prog="rwkvinside data", description="Data: look at it, pack it, teach it.")
-    commands = parser.add_subparsers(dest="what", required=True)
-    parsers = {name: commands.add_parser(name, help=text, description=text) for name, text in about.items()}
+    parser, parsers = _group("data", "Data: look at it, pack it, write down what a teacher makes of it.", about)
     if argv[:1] == ["logits"]:
         from .logits import add_arguments, main
 
