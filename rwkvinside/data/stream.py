@@ -173,7 +173,7 @@ class TokenStream:
                 if not mine:
                     with self._change:
                         self._change.wait(POLL)
-        except Exception as error:
+        except Exception as error:  # raised where a block is waited for
             self._failure = error
 
 
