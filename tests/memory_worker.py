@@ -16,12 +16,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 import rwkvinside.build  # noqa: F401
 import train_distill
 from rwkvinside import kernels
-
-
-def resident(key: str) -> int:
-    """A field of /proc/self/status in bytes: VmRSS now, VmHWM at most."""
-    with open("/proc/self/status", encoding="ascii") as status:
-        return next(1024 * int(line.split()[1]) for line in status if line.startswith(f"{key}:"))
+from rwkvinside.resident import forget_peak, peak_bytes
 
 
 def warm_up() -> None:
@@ -38,10 +33,9 @@ def warm_up() -> None:
 
 if __name__ == "__main__":
     warm_up()
-    with open("/proc/self/clear_refs", "w", encoding="ascii") as reset:
-        reset.write("5")  # VmHWM counts from here
-    before = resident("VmRSS")
+    assert forget_peak()
+    before = peak_bytes()
     with contextlib.redirect_stdout(sys.stderr):
         code = train_distill.main(sys.argv[1:])
-    print(json.dumps({"before": before, "peak": resident("VmHWM")}))
+    print(json.dumps({"before": before, "peak": peak_bytes()}))
     sys.exit(code)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import resource
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from ..distill.losses import Objective, chunk_tokens, head_losses
 from ..distill.teacher import HeadTargets
 from ..errors import UserError
+from ..resident import forget_peak, peak_bytes
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,10 @@ def measure(kind: str, problem: Problem, threads: int) -> dict[str, float]:
     # threads and libraries start with something small; a gradient of the whole head would count as memory used before
     loss_of(*_case(Problem(8, 64, 16, problem.trained), device)).backward()
     hidden, student, *rest = _case(problem, device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        forget_peak()
     before = _peak_bytes(device)
     start = time.perf_counter()
     loss = loss_of(hidden, student, *rest)
@@ -89,7 +93,7 @@ def _peak_bytes(device: torch.device) -> int:
     """Highest memory so far: of the process, or allocated on the GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak_bytes()
 
 
 def head_cost(problem: Problem, repeats: int = 3) -> dict:

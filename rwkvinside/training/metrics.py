@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import sys
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TextIO
 import torch
 
 from ..errors import UserError
+from ..resident import peak_bytes
 from .loggers import Logger
 
 FILE = "metrics.jsonl"
@@ -135,8 +135,7 @@ def memory_mb(device: torch.device) -> float:
     """Peak memory in MB (1e6 bytes): of the CUDA allocator, elsewhere the resident set of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024) / 1e6
+    return peak_bytes() / 1e6
 
 
 class Pace:

@@ -35,5 +35,6 @@ def test_memory_at_a_large_vocabulary(tmp_path, capsys):
     assert "331 tokens at a time" in capsys.readouterr().out
     found = json.loads(out.read_text())
     agree(found["whole"], found["chunks"])
-    assert found["whole"]["bytes"] > 4 * 4 * 2048 * 151936  # four times all logits
+    logits = 4 * 2048 * 151936
+    assert 4.5 * logits < found["whole"]["bytes"] < 5.5 * logits  # five tensors of that size at once
     assert found["memory"] < 0.1

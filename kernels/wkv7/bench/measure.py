@@ -9,7 +9,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -23,6 +22,7 @@ from rwkvinside.kernels.bench.problem import (
     make_state,
     relative_errors,
 )
+from rwkvinside.resident import forget_peak, peak_bytes
 
 TURN = {"cpu": 5e-3, "cuda": 20e-3}  # seconds that one turn lasts at least, so that clock and launch do not matter
 
@@ -251,8 +251,6 @@ def extra_memory_cpu(name: str, setting: str, shape: Shape, dtype: torch.dtype, 
     Returns:
         None where the system does not tell (Linux does, in /proc) or the process was killed.
     """
-    if not Path("/proc/self/clear_refs").exists():
-        return None
     context = multiprocessing.get_context("forkserver")  # imports torch once, and has not computed anything yet
     context.set_forkserver_preload([__name__])
     receiver, sender = context.Pipe(duplex=False)
@@ -282,18 +280,10 @@ def _measure_growth(
     tiny = shape._replace(B=1, T=min(shape.T, 16))
     make_pass(op, which, make_inputs(tiny, dtype, "cpu"), None)()  # loads libraries, starts threads
     run = make_pass(op, which, make_inputs(shape, dtype, "cpu"), make_state(shape, "cpu") if shape.T == 1 else None)
-    try:
-        # Sets the high-water mark back to what is resident now (man 5 proc): making the inputs has pushed it up.
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
+    if not forget_peak():  # making the inputs has pushed it up
         sender.send(None)
         return
-    before = _peak_resident()
+    before = peak_bytes()
     results = run()
-    sender.send(_peak_resident() - before)
+    sender.send(peak_bytes() - before)
     del results
-
-
-def _peak_resident() -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
