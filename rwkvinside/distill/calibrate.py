@@ -11,7 +11,7 @@ What copying the projections leaves open, and this fits on a few thousand tokens
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from ..adapters import disabled
 from ..data.batch import Batch, attention_mask_4d
 from ..modeling.carry import FirstKV, MixerCall
-from ..modeling.time_mixer import DECAY_SCALE, TimeMixer, times_shared
+from ..modeling.time_mixer import DECAY_SCALE, Features, TimeMixer, times_shared
 from .hybrid import HybridModel
 
 # Candidates: half-lives in tokens from the fastest representable decay on, rates as the mixer's sigmoid gives them.
@@ -133,19 +133,16 @@ def _fit(mixer: TimeMixer, inputs: list[_Input], firsts: list[FirstKV | None]) -
         "a0": torch.logit(torch.tensor(RATES)),
     }
 
-    _, before = _regress(mixer, inputs, firsts, targets)
+    ((_, before),) = _regress(mixer, inputs, firsts, targets)
     error = before
     for _ in range(ROUNDS):
         for name, values in candidates.items():
-            parameter = getattr(mixer, name)
-            best = parameter.view(H, N).clone()
-            for value in values:
-                parameter.fill_(float(value))
-                _, tried = _regress(mixer, inputs, firsts, targets)
+            best = getattr(mixer, name).view(H, N).clone()
+            for value, (_, tried) in zip(values, _regress(mixer, inputs, firsts, targets, name, values), strict=True):
                 best[tried < error] = float(value)
                 error = torch.minimum(error, tried)
-            parameter.copy_(best.view_as(parameter))
-    weights, error = _regress(mixer, inputs, firsts, targets)
+            getattr(mixer, name).copy_(best.view_as(getattr(mixer, name)))
+    ((weights, error),) = _regress(mixer, inputs, firsts, targets)
 
     scale = weights[:, 0]
     # folded into the output projection: the gate and the copied value stay what they are
@@ -162,11 +159,11 @@ def _fit(mixer: TimeMixer, inputs: list[_Input], firsts: list[FirstKV | None]) -
         scale=scale.tolist(),
         bonus=bonus.tolist(),
     )
-    return [_streams(mixer, given, first)[1] for given, first in zip(inputs, firsts, strict=True)], fit
+    return [_features(mixer, given, first)[1] for given, first in zip(inputs, firsts, strict=True)], fit
 
 
-def _streams(mixer: TimeMixer, given: _Input, first: FirstKV | None):
-    return mixer.streams(given.x, first=first, rope=given.rope, cu_seqlens=given.batch.cu_seqlens)[:2]
+def _features(mixer: TimeMixer, given: _Input, first: FirstKV | None) -> tuple[Features, FirstKV]:
+    return mixer.features(given.x, first=first, rope=given.rope, cu_seqlens=given.batch.cu_seqlens)[:2]
 
 
 def _teacher_heads(mixer: TimeMixer, given: _Input) -> Tensor:
@@ -177,22 +174,54 @@ def _teacher_heads(mixer: TimeMixer, given: _Input) -> Tensor:
     return torch.cat(heads).transpose(1, 2)
 
 
-def _regress(mixer, inputs, firsts, targets) -> tuple[Tensor, Tensor]:
-    """Least squares of the teacher heads on [recurrence, bonus]: weights (H, 1 or 2), relative squared error (H,)."""
+def _regress(
+    mixer: TimeMixer,
+    inputs: list[_Input],
+    firsts: list[FirstKV | None],
+    targets: list[Tensor],
+    name: str | None = None,
+    values: Sequence[float] = (math.nan,),
+) -> list[tuple[Tensor, Tensor]]:
+    """Least squares of the teacher heads on [recurrence, bonus], for each value of the parameter `name`, which is left
+    at the last one; None: once, as the mixer is. Values share what does not depend on them.
+
+    Returns:
+        For each value the weights (H, 1 or 2) and the relative squared error (H,).
+    """
     c = mixer.mixer_config
-    gram = moment = power = 0
+    sums = [_Sums() for _ in values]
     for given, first, target in zip(inputs, firsts, targets, strict=True):
-        s, _ = _streams(mixer, given, first)
-        y, _ = mixer.recur(s, None, None, given.batch.cu_seqlens)
-        features = [y * s.gate] + ([times_shared((s.r * s.k).sum(-1, keepdim=True), s.v) * s.gate] if c.bonus else [])
-        real = given.batch.mask[..., None, None, None]
-        features = (torch.stack(features, -1).float() * real).double()
-        target = (target.float()[..., None] * real).double()
-        gram = gram + torch.einsum("bthni,bthnj->hij", features, features)
-        moment = moment + torch.einsum("bthni,bthnj->hi", features, target)
-        power = power + target.square().sum((0, 1, 3, 4))
-    smallest = torch.finfo(torch.float64).tiny  # keeps a head without any output solvable
-    ridge = smallest + 1e-9 * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    ridge = ridge * torch.eye(gram.shape[-1]).to(gram)
-    weights = torch.linalg.solve(gram + ridge, moment)
-    return weights.float(), (1 - (weights * moment).sum(-1) / power.clamp(min=smallest)).float()
+        features, _ = _features(mixer, given, first)
+        for value, total in zip(values, sums, strict=True):
+            if name is not None:
+                getattr(mixer, name).fill_(float(value))
+            s = mixer.rated(features)
+            y, _ = mixer.recur(s, None, None, given.batch.cu_seqlens)
+            parts = [y * s.gate] + ([times_shared((s.r * s.k).sum(-1, keepdim=True), s.v) * s.gate] if c.bonus else [])
+            total.add([part.float() for part in parts], target.float(), given.batch.mask)
+    return [total.solve() for total in sums]
+
+
+class _Sums:
+    """Normal equations of every head, in fp64 from the tokens on."""
+
+    def __init__(self):
+        self.gram = self.moment = self.power = 0
+
+    def add(self, parts: list[Tensor], target: Tensor, mask: Tensor) -> None:
+        """Parts that should add up to the target, (B, T, H, N) each, where mask (B, T) is True."""
+
+        def dot(x: Tensor, y: Tensor) -> Tensor:
+            return ((x * y).sum(-1).double() * mask[..., None]).sum((0, 1))
+
+        self.gram = self.gram + torch.stack([torch.stack([dot(x, y) for y in parts], -1) for x in parts], -1)
+        self.moment = self.moment + torch.stack([dot(x, target) for x in parts], -1)
+        self.power = self.power + dot(target, target)
+
+    def solve(self) -> tuple[Tensor, Tensor]:
+        """Weights (H, parts) and relative squared error (H,)."""
+        smallest = torch.finfo(torch.float64).tiny  # keeps a head without any output solvable
+        ridge = smallest + 1e-9 * self.gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+        ridge = ridge * torch.eye(self.gram.shape[-1]).to(self.gram)
+        weights = torch.linalg.solve(self.gram + ridge, self.moment)
+        return weights.float(), (1 - (weights * self.moment).sum(-1) / self.power.clamp(min=smallest)).float()

@@ -177,6 +177,18 @@ class Streams(NamedTuple):
     gate: Tensor
 
 
+class Features(NamedTuple):
+    """Projections of a layer's input: r, gate (B, T, H, N); k, v (B, T, H or G, N); decay and iclr (B, T, H * N), which
+    are added to w0 and a0."""
+
+    r: Tensor
+    k: Tensor
+    v: Tensor
+    decay: Tensor
+    iclr: Tensor
+    gate: Tensor
+
+
 class TimeMixer(nn.Module):
     """RWKV-7 time mixing with the shapes of a softmax attention: (B, T, D) -> (B, T, D).
 
@@ -258,6 +270,11 @@ class TimeMixer(nn.Module):
 
     def streams(self, x, *, first, state=None, rope=None, mask=None, cu_seqlens=None):
         """All that is computed before the recurrence: (Streams, FirstKV, shift state)."""
+        features, first, shift = self.features(x, first=first, state=state, rope=rope, mask=mask, cu_seqlens=cu_seqlens)
+        return self.rated(features), first, shift
+
+    def features(self, x, *, first, state=None, rope=None, mask=None, cu_seqlens=None):
+        """What of it does not depend on w0 and a0: (Features, FirstKV, shift state)."""
         c = self.mixer_config
         H, N = c.num_heads, c.head_size
         if c.token_shift:
@@ -283,12 +300,20 @@ class TimeMixer(nn.Module):
         if c.value_path == "additive":
             v = _to_heads(v, H) + 0.2 * ((xv @ self.v1) @ self.v2).unflatten(-1, (H, N))
 
-        # decay and in-context learning rate stay in fp32: near 0 a bf16 log decay is off by 2-3 %
-        z = _fp32(self.w0) + _fp32(torch.tanh(xw @ self.w1) @ self.w2)
-        z = z.unflatten(-1, (H, N))
-        log_decay = -DECAY_SCALE * torch.sigmoid(z)
-        iclr = self._low_rank_sigmoid(xa, "a").unflatten(-1, (H, N))
+        decay = torch.tanh(xw @ self.w1) @ self.w2
+        iclr = (xa @ self.a1) @ self.a2
         gate = (torch.sigmoid(xg @ self.g1) @ self.g2).unflatten(-1, (H, N))
+        return Features(r, k, v, decay, iclr, gate), first, shift
+
+    def rated(self, features: Features) -> Streams:
+        """The inputs of the recurrence from features, w0 and a0."""
+        c = self.mixer_config
+        H, N = c.num_heads, c.head_size
+        r, k, v, decay, iclr, gate = features
+        # decay and in-context learning rate stay in fp32: near 0 a bf16 log decay is off by 2-3 %
+        z = (_fp32(self.w0) + _fp32(decay)).unflatten(-1, (H, N))
+        log_decay = -DECAY_SCALE * torch.sigmoid(z)
+        iclr = torch.sigmoid(_fp32(self.a0) + _fp32(iclr)).unflatten(-1, (H, N))
 
         if c.key_scale == "k_a":
             k = _to_heads(k, H)
@@ -298,7 +323,7 @@ class TimeMixer(nn.Module):
             kk = F.normalize(_fp32(k), dim=-1)
             s = log_decay.exp() if c.key_scale == "decay" else F.logsigmoid(z) - 0.5
             k = times_shared((1 - s + iclr).to(k.dtype), k)
-        return Streams(r, log_decay, k, v, kk, iclr, gate), first, shift
+        return Streams(r, log_decay, k, v, kk, iclr, gate)
 
     def project(self, xr: Tensor, xk: Tensor, xv: Tensor, rope: tuple[Tensor, Tensor] | None):
         """Receptance (B, T, H, N), key and value (B, T, G, N), normed and rotated; as copied, the teacher's q, k, v."""
