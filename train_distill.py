@@ -31,7 +31,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 @report_errors
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    config = config_from(args)
+    config = config_from(args, args.stage)
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     ranks, hosts = int(os.environ.get("WORLD_SIZE", "1")), {}
     if args.hostfile and not launched:

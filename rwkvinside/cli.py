@@ -61,8 +61,11 @@ def add_config_arguments(parser: argparse.ArgumentParser, out: str = "run direct
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any field, as in stages.align.tokens=600k")
 
 
-def config_from(args: argparse.Namespace) -> Config:
+def config_from(args: argparse.Namespace, stage: str | None = None) -> Config:
     """The checked configuration that the arguments of `add_config_arguments` ask for.
+
+    Args:
+        stage: see `load_config`.
 
     Raises:
         UserError: with all problems found.
@@ -77,6 +80,7 @@ def config_from(args: argparse.Namespace) -> Config:
         val=args.val,
         out=args.out,
         deepspeed=args.deepspeed,
+        stage=stage,
         overrides=args.overrides,
     )
 

@@ -35,6 +35,7 @@ def load_config(
     val: Sequence[str] = (),
     out: str | None = None,
     deepspeed: str | None = None,
+    stage: str | None = None,
     overrides: Sequence[str] = (),
 ) -> Config:
     """Read, merge and check a configuration.
@@ -45,6 +46,7 @@ def load_config(
         variant: names of shipped variants (one-card, quantised, ...), later ones beat earlier ones.
         data, val, out: the fields data.train, data.val and out.
         deepspeed: JSON file with a configuration of DeepSpeed's own, the field deepspeed.config.
+        stage: one that is to run whether `run` names it or not; the teacher need not fit stages that do not run.
         overrides: `path.of.field=value`, values in YAML syntax.
 
     Raises:
@@ -71,7 +73,7 @@ def load_config(
         published = _mapping(merged.get("student")).get("init") == "published"
         merged["run"] = [name for name in RUN if not (published and name == "calibrate")]
     merged["stages"], refused = _with_stage_defaults(merged.get("stages"), found)
-    return _complete(_validate(merged, found, refused), found)
+    return _complete(_validate(merged, found, refused, stage), found)
 
 
 def to_yaml(config: Config) -> str:
@@ -161,15 +163,26 @@ def _with_stage_defaults(given: object, found: Teacher) -> tuple[dict, dict[tupl
     return stages, problems
 
 
-def _validate(merged: dict, found: Teacher, refused: dict[tuple[str, ...], str]) -> Config:
-    config, problems = None, list(refused.values())
-    context = {"num_layers": found.num_layers, "max_positions": found.max_positions}
-    try:
-        config = Config.model_validate(merged, context=context)
-    except ValidationError as error:
-        # what else is missing in a stage that was refused, and so has no defaults, says nothing
-        problems += [_problem(e) for e in error.errors(include_url=False) if e["loc"][:2] not in refused]
-    for name in merged["run"] if isinstance(merged["run"], list) else []:
+def _validate(merged: dict, found: Teacher, refused: dict[tuple[str, ...], str], stage: str | None) -> Config:
+    problems = list(refused.values())
+
+    def read(model: type[BaseModel], values: object, *at: str, **context: int | None) -> BaseModel | None:
+        """The model of these values; None where it refuses them, and `problems` says why."""
+        try:
+            return model.model_validate(values, context=context)
+        except ValidationError as error:
+            problems.extend(_problem(e, at) for e in error.errors(include_url=False))
+            return None
+
+    run = merged["run"] if isinstance(merged["run"], list) else []
+    stages = {}
+    for name, own in merged["stages"].items():
+        if ("stages", name) not in refused:  # what else is missing there, where no defaults are, says nothing
+            longest = found.max_positions if name in (*run, stage) else None
+            stages[name] = read(StageConfig, own, "stages", name, max_positions=longest)
+    fit = {name: own for name, own in stages.items() if own is not None}
+    config = read(Config, merged | {"stages": fit}, num_layers=found.num_layers)
+    for name in run:
         if isinstance(name, str) and name not in merged["stages"]:
             problems.append(f"run names stage {name!r}, which is not in stages{_nearest(name, merged['stages'])}")
     if len(problems) == 1:
@@ -246,9 +259,9 @@ def _mapping(value: object) -> dict:
     return value if isinstance(value, dict) else {}
 
 
-def _problem(error: ErrorDetails) -> str:
-    """One line: path, the value that was given, what is allowed, the nearest known key."""
-    location = [str(part) for part in error["loc"]]
+def _problem(error: ErrorDetails, at: Sequence[str]) -> str:
+    """One line: path (below `at`), the value that was given, what is allowed, the nearest known key."""
+    location = [str(part) for part in (*at, *error["loc"])]
     path = ".".join(location)
     if error["type"] == "extra_forbidden":
         return f"{path}: unknown key{_nearest(location[-1], _keys(location[:-1]), location[:-1])}"

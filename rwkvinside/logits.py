@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Write what is still missing."""
-    config = config_from(args)
+    config = config_from(args, args.stage)
     out = args.out or _stage(config, args.stage).teacher_cache
     if out is None:
         cure = f"name a directory with --out, or stages.{args.stage}.teacher_cache"

@@ -135,8 +135,10 @@ class _Loader:
         self.data, self.tokenizer, self.vocab = config.data, tokenizer, vocab
         self.cache = Path(config.data.cache_dir) if config.data.cache_dir else default_cache()
         self.masks = stage.data.loss_on == "completions"
-        # Tokens of an endless source that the longest stage reads, and those it gives away for validation.
-        longest = max(stage.steps * stage.rows * stage.data.seq_len for stage in config.stages.values())
+        # Tokens of an endless source that the longest stage of the run reads, and those it gives away for validation.
+        # All stages of `run` share these, alone or one after the other; a stage beyond it adds its own need only.
+        runs = [*(config.stages[name] for name in config.run), stage]
+        longest = max(each.steps * each.rows * each.data.seq_len for each in runs)
         self.needed = int(longest / (1 - self.data.val_fraction)) + self.data.val_tokens
 
     def load(self, sources: Sequence[str], most: int | None) -> TokenStore:

@@ -91,24 +91,29 @@ def cached_teacher(config: Config, name: str, tokenizer: PreTrainedTokenizerBase
     Raises:
         UserError: not those of this stage, incomplete or damaged; see `check_cache`.
     """
-    reader = check_cache(config, name, tokenizer)
-    check_identity(reader.path, reader.identity, reader.identity | {"data": data_hash(rows)})
-    return CachedLogits(reader)
+    return CachedLogits(check_cache(config, name, tokenizer, rows))
 
 
-def check_cache(config: Config, name: str, tokenizer: PreTrainedTokenizerBase) -> LogitsReader:
-    """All that can be said of a cache before the rows of the stage are there.
+def check_cache(
+    config: Config, name: str, tokenizer: PreTrainedTokenizerBase, rows: Rows | None = None
+) -> LogitsReader:
+    """A cache that is what a stage needs.
+
+    Args:
+        rows: of the stage; None: they are not there yet, and what can be said without them must do.
 
     Raises:
-        UserError: what the cache is of differs from the stage in teacher, tokenizer, temperature or order of rows; too
-            few tokens of each position, or rows; files that are missing.
+        UserError: what the cache is of differs from the stage in teacher, tokenizer, temperature, data or order of
+            rows; then too few rows, or tokens of each position; files that are missing.
     """
     stage = config.stages[name]
-    reader = LogitsReader(stage.teacher_cache, stage.steps * stage.rows)
-    wanted = cache_identity(config, name, tokenizer)
+    reader, wanted = LogitsReader(stage.teacher_cache), cache_identity(config, name, tokenizer)
     # by its weights, or by its name where it was left on another machine
     wanted.pop("teacher" if wanted["teacher"] is None else "teacher's name")
+    if rows is not None:
+        wanted["data"] = data_hash(rows)
     check_identity(reader.path, reader.identity, reader.identity | wanted)
+    reader.require(stage.steps * stage.rows)  # the rest of other logits would be of no use
     if stage.loss.top_k and stage.loss.top_k > reader.k:
         raise UserError(
             f"the logits in {reader.path} have {reader.k} tokens a position, and stages.{name}.loss.top_k is "

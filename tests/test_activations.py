@@ -65,7 +65,7 @@ def kept_by_autograd(model, *, align, bf16, checkpointing):
             model(batch(), mode="align", checkpoint=checkpointing)
         else:
             if checkpointing:
-                model.lm.train().gradient_checkpointing_enable()
+                model.lm.train().activation_checkpointing_enable()
             model(batch(), mode="student", readout=lambda hidden, head: hidden)
     return sum(n for n, t in found.values() if tuple(t.shape) not in weights) / (ROWS * TOKENS)
 

@@ -105,6 +105,10 @@ def test_dry_run_of_one_stage_knows_what_came_before(teacher, capsys):
     assert "a second model" in plan  # distil, in `run` before it, has trained what the teacher needs
     assert train_distill.main([*argv, "run=[align]"]) == 0
     assert "the student's own frozen weights" in capsys.readouterr().out
+    longer = ["--teacher", teacher, "--dry-run", "stages.long.data.seq_len=9999"]
+    assert train_distill.main(longer) == 0  # does not run
+    assert train_distill.main([*longer, "--stage", "long"]) == 2
+    assert "stages.long.data.seq_len = 9999: is longer than the" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,7 @@ def test_all_problems_at_once(teacher):
         "student.attention_layers=[1,1]",
         "stages.algn.tokens=5",
         "stages.align.tokens=600q",
-        "stages.long.data.seq_len=9999",
+        "stages.calibrate.data.seq_len=9999",
         "stages.distil.loss=null",
         "seed=abc",
         "run=[calibrate,alin]",
@@ -179,7 +179,7 @@ def test_all_problems_at_once(teacher):
         "data = 'foo': must be a mapping of settings",
         "stages.align.tokens = '600q': must be a positive number such as 600k, 100M, 1B or 4096",
         "stages.distil: loss is null; leave it out for the defaults",
-        "stages.long.data.seq_len = 9999: is longer than the 512 positions that the teacher was made for",
+        "stages.calibrate.data.seq_len = 9999: is longer than the 512 positions that the teacher was made for",
         "seed = 'abc': must be a valid integer, unable to parse string as an integer",
         "run names stage 'alin', which is not in stages; did you mean align?",
     ]
@@ -217,6 +217,20 @@ def test_all_problems_at_once(teacher):
 def test_single_problems(teacher, override, cause):
     found = problems(override, teacher=teacher)
     assert len(found) == 1 and cause in found[0]
+
+
+def test_only_stages_that_run_need_rows_that_the_teacher_can_read(teacher, tmp_path):
+    config = load_config(teacher=teacher, variant=["small-machine"])
+    assert config.stages["long"].data.seq_len == 2048  # the variant's, of a teacher with 512 positions
+    own = ["stages.mine={objective: sft, data: {seq_len: 600}}", "stages.long.data.seq_len=700"]
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(load_config(teacher=teacher, overrides=own)))
+    assert [load_config([file]).stages[name].data.seq_len for name in ("mine", "long")] == [600, 700]
+    line = "stages.long.data.seq_len = 2048: is longer than the 512 positions that the teacher was made for"
+    assert problems("run=[align,long]", teacher=teacher, variant=["small-machine"]) == [line]
+    assert problems(teacher=teacher, variant=["small-machine"], stage="long") == [line]
+    for more in ({"overrides": [*own, "run=[mine]"]}, {"overrides": own, "stage": "mine"}):
+        assert "stages.mine.data.seq_len = 600" in problems(*more.pop("overrides"), teacher=teacher, **more)[0]
 
 
 def test_problems_of_files(tmp_path, teacher):

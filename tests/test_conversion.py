@@ -141,9 +141,11 @@ def two_ranks(launcher, world, out, *more):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
+    nodes = ["--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1"]
     start = {
         "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", port, "--quiet"],
         "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port],
+        "torchrun on two nodes": ["-m", "torch.distributed.run", *nodes, "--master_port", port],
     }
     command = [*start[launcher], *arguments(world, out, "--stage", "distil", "--resume", *more)]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -185,6 +187,28 @@ def test_two_torchrun_ranks_with_a_deepspeed_file(world, straight, tmp_path):
     file.write_text(json.dumps({"zero_optimization": zero, "train_batch_size": "auto"}))
     command, environment = two_ranks("torchrun", world, out, "--deepspeed", str(file))
     run(*command, env=environment)
+    assert_same(straight, out, 1e-5, 1e-4)
+
+
+@pytest.mark.slow
+def test_two_nodes_with_a_launcher_each(world, straight):
+    """They find each other by address and port, and share the run directory, as several machines do."""
+    out = distil_only(straight, world / "nodes")
+    command, environment = two_ranks("torchrun on two nodes", world, out)
+    start = [sys.executable, *command[:2], "--node_rank"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    launchers = [
+        subprocess.Popen([*start, node, *command[2:]], cwd=ROOT, env=environment, **pipes) for node in ("1", "0")
+    ]
+    try:
+        said = [launcher.communicate(timeout=240)[0] for launcher in launchers]
+    finally:
+        for launcher in launchers:
+            launcher.terminate()  # one that waits for the other in vain; it ends its rank
+            launcher.wait()
+    assert [launcher.returncode for launcher in launchers] == [0, 0], said[0][-4000:] + said[1][-4000:]
+    assert "2 ranks, DeepSpeed" in (out / "plan.txt").read_text()
+    assert "distil: " not in said[0] and "distil: " in said[1]  # the first node's rank speaks for both
     assert_same(straight, out, 1e-5, 1e-4)
 
 

@@ -174,7 +174,7 @@ def test_more_rows_of_the_same_stage_are_added(material, copied):
     more = configured(material, "stages.distil.tokens=640")
     write_logits(more, "distil", copied, K, SHARD_BYTES)
     assert len(json.loads((copied / "index.json").read_text())["shards"]) == 5
-    LogitsReader(copied, 20)
+    LogitsReader(copied).require(20)
     assert cached(material, copied)  # and the shorter stage can use them too
 
 
@@ -232,6 +232,18 @@ def test_a_cache_of_something_else_is_refused_with_the_reason(material, written,
     assert part in error.value.cause and "\n" not in error.value.cause and "data logits" in error.value.cure
 
 
+@pytest.mark.parametrize("more, kwargs, part", [(["seed=1"], {}, "seed 0 there"), ([], {"data": "other"}, "data '")])
+def test_of_something_else_comes_before_incomplete(material, copied, more, kwargs, part):
+    (copied / "logits-00001.safetensors").unlink()
+    index = json.loads((copied / "index.json").read_text())
+    del index["shards"]["logits-00002.safetensors"]
+    (copied / "index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=f"are not those of this run: {part}"):
+        cached(material, copied, *more, **kwargs)
+    with pytest.raises(UserError, match="missing"):
+        cached(material, copied)
+
+
 def test_more_tokens_a_position_than_there_are(material, written):
     assert cached(material, written, f"stages.distil.loss.top_k={K}")
     with pytest.raises(UserError, match=f"have {K} tokens a position, and stages.distil.loss.top_k is 9"):
@@ -286,6 +298,8 @@ def test_what_writing_refuses(material, written, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "name a directory with --out, or stages.distil.teacher_cache" in said
     assert "'nope' is no stage with objective distil" in said
+    longer = [*arguments, "long", "run=[align]", "stages.long.data.seq_len=9999"]
+    assert main(longer) == 2 and "seq_len = 9999: is longer than the 128 positions" in capsys.readouterr().err
     (tmp_path / "something").write_text("")
     with pytest.raises(UserError, match="not empty, and holds no logits"):
         write_logits(config, "distil", tmp_path, K)

@@ -135,25 +135,28 @@ class _Shard(NamedTuple):
 
 
 class LogitsReader:
-    """What a `LogitsWriter` has finished, for rows [0, rows).
+    """What a `LogitsWriter` has finished.
 
     Args:
         directory: of the writer.
-        rows: that will be asked for.
 
     Attributes:
         identity, k, vocab: as they were given to the writer.
 
     Raises:
-        UserError: nothing there, not all rows there yet, or files damaged.
+        UserError: nothing there, or its index damaged.
     """
 
-    def __init__(self, directory: str | Path, rows: int):
+    def __init__(self, directory: str | Path):
         self.path = Path(directory)
         index = _read_index(self.path)
         self.identity, self.k, self.vocab = index["identity"], index["k"], index["vocab"]
         self._rows_per_shard = index["rows_per_shard"]
         self._shards = {shard["rows"][0]: (name, shard) for name, shard in index["shards"].items()}
+        self._open = lru_cache(maxsize=4)(self._open_shard)
+
+    def require(self, rows: int) -> None:
+        """Refuse (`UserError`) unless rows [0, rows) are all there, in whole files."""
         for first in range(0, rows, self._rows_per_shard):
             last = min(first + self._rows_per_shard, rows)
             if first not in self._shards or self._shards[first][1]["rows"][1] < last:
@@ -162,7 +165,6 @@ class LogitsReader:
             name, shard = self._shards[first]
             if not _whole(self.path, name, shard):
                 raise UserError(f"{self.path / name} is missing or has not the {shard['bytes']} bytes written", AGAIN)
-        self._open = lru_cache(maxsize=4)(self._open_shard)
 
     def batch(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """ids (N, k) int32 and log-probabilities (N, k + 1) fp16 at the batch's positions with a label, row by row.

@@ -113,12 +113,10 @@ def changes(conversion: dict) -> list[str]:
         )
     if adapters := conversion.get("adapters"):
         kinds = ", ".join(AdapterSpec.from_fields(spec).title for spec in adapters["trained"])
-        where = (
-            "merged into the weights"
-            if adapters["merged"]
-            else f"PEFT adapters in {', '.join(adapters['directories'])}"
-        )
-        lines.append(f"Adapters ({kinds}) are {where}")
+        directories = adapters["directories"]
+        where = "merged into the weights" if adapters["merged"] else f"PEFT adapters in {', '.join(directories)}"
+        order = ", each to be merged (`merge_and_unload`) before the next is loaded" if len(directories) > 1 else ""
+        lines.append(f"Adapters ({kinds}) are {where}{order}")
     return lines
 
 

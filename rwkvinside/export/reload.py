@@ -40,10 +40,11 @@ def main(folder: str, request: str, result: str, threads: str, sample: str, adap
     pieces = [tokens // 2, 1, 1, tokens - tokens // 2 - 2]
     cached = torch.cat([model(part, past_key_values=cache).logits for part in ids.split(pieces, dim=1)], 1)
     model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4)  # has to run; what it says is not judged
-    for name in adapters.split():
+    for i, name in enumerate(adapters.split()):
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, f"{folder}/{name}").get_base_model()
+        # two adapters of one name and kind would be one to PEFT, of which each directory holds a part only
+        model = PeftModel.from_pretrained(model.merge_and_unload() if i else model, f"{folder}/{name}")
     adapted = model(ids, use_cache=False).logits
     del model
     stored = load("auto")(ids, use_cache=False).logits.float()

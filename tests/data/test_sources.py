@@ -122,6 +122,26 @@ def test_the_fingerprint_knows_the_data_and_the_shares(load, data):
     assert load(data[:2], "data.weights=[2,6]")[0].fingerprint == prints[1][0].fingerprint
 
 
+def test_an_endless_source_is_read_as_far_as_the_longest_stage_that_runs(load, tmp_path, write_jsonl):
+    (tmp_path / "hub").mkdir()
+    write_jsonl(tmp_path / "hub" / "train.jsonl", [{"text": f"{i} " + "x" * 90} for i in range(4000)])
+
+    def read(*overrides, stage="align"):
+        """Tokens that were made, and the identity of those to train on."""
+        tokens, _, _ = load(
+            [f"hub:{tmp_path / 'hub'}"], "data.val_tokens=1k", "stages.long.tokens=100k", *overrides, stage=stage
+        )
+        return len(tokens.tokens), tokens.fingerprint
+
+    short, both = read(), read("run=[align,long]")
+    assert 40_000 < short[0] < 50_000 and 100_000 < both[0] < 130_000
+    assert read("run=[align,long]", stage="long") == both  # one identity for all that run, so each resumes alone
+    assert read("stages.long.tokens=200k", "stages.sft.tokens=300k") == short  # what does not run changes nothing
+    alone = read(stage="long")
+    assert alone == both and read(stage="long") == alone  # later, by itself: as far as it needs
+    assert read("stages.long.tokens=1k", stage="long") == short  # no less than the run did
+
+
 @pytest.mark.parametrize("stream", ["true", "false"])
 def test_loss_on_completions_or_on_all(load, data, stream):
     masked, _, rows = load(data[2:], f"data.stream={stream}", "data.val_fraction=0.2")

@@ -3,8 +3,8 @@ import torch
 from toy_training import SETTINGS, Losses, Source, ToyStep, in_process, model, trainer
 
 from rwkvinside.errors import UserError
-from rwkvinside.training.engine import InProcessEngine
-from rwkvinside.training.optimizer import OptimizerSettings, build_optimizer, trainable
+from rwkvinside.training.engine import DeepSpeedEngine, InProcessEngine
+from rwkvinside.training.optimizer import OptimizerSettings, build_optimizer, fresh_state, trainable
 from rwkvinside.training.world import World
 
 
@@ -59,6 +59,39 @@ def test_optimizer_state_goes_round():
     del state["scale/exp_avg"]
     with pytest.raises(UserError, match="scale/exp_avg is missing"):
         other.load_optimizer_state(state)
+
+
+class WithoutDeepSpeed(DeepSpeedEngine):
+    """What it needs to load an optimizer state, made by hand: no processes, and no shards to write moments into."""
+
+    def __init__(self, toy):
+        self._groups = toy.groups()
+        self.trainable, self.zero_stage = trainable(self._groups), 1
+        self._optimizer, self._wrapped = build_optimizer(self._groups, SETTINGS), None
+        self._optimizer.state.update({flat: fresh_state(flat) for _, flat in self._flats()})
+
+    def _set_full(self, parameter, full, moment):
+        pass
+
+
+def test_deepspeed_refuses_different_numbers_of_updates_in_a_group():
+    """It has one number for a whole partition of a group, and Adam would correct its bias wrongly."""
+    first = in_process()
+    trainer(first).fit()
+    state, engine = first.optimizer_state(), WithoutDeepSpeed(model())
+    groups = model().groups()
+    state |= {f"{name}/step": torch.tensor(3) for name in groups["mixer"]}
+    engine.load_optimizer_state(state)
+    assert {(tuple(names), int(own["step"])) for names, own in engine._flat_states()} == {
+        (tuple(groups["mixer"]), 3),
+        (tuple(groups["rest"]), 8),
+    }
+    name = next(iter(groups["rest"]))
+    with pytest.raises(UserError, match="trained together have made 5, 8 updates\nunder DeepSpeed resume with"):
+        engine.load_optimizer_state(state | {f"{name}/step": torch.tensor(5)})
+    late = {key: value for key, value in state.items() if key.rpartition("/")[0] != name}
+    with pytest.raises(UserError, match="have made 0, 8 updates"):  # it joins a group that has trained
+        engine.load_optimizer_state(late, absent=[name])
 
 
 def test_bf16_computes_in_bf16_over_fp32_masters():
