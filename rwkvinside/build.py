@@ -226,7 +226,7 @@ def _run_phase(
         (batch,) = sample(given.rows, ROUNDING_TOKENS, ROUNDING_TOKENS, torch.device("cpu"))
         # the teacher may be in bf16 still, which the fp32 mixers beside it cannot take
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=run.dtype != torch.float32):
-            model(batch, mode=mode, readout=readout)
+            model(batch.twice(), mode=mode, readout=readout)
 
     # the first process writes what it quantises, the others read it
     fixed = stage_structure(config, name).has_fixed_tensors

@@ -105,7 +105,8 @@ class QuantizeConfig(_Model):
     double: bool = Field(True, description="Quantise the scales of nf4 and fp4 too.")
     block: Literal[32, 64, 128] = Field(64, description="Weights of nf4 and fp4 that share a scale.")
     rounding: Literal["nearest", "inputs"] = Field(
-        "nearest", description="To the nearest value, or, nf4 and fp4, as suits the inputs that layers see (GPTQ)."
+        "nearest",
+        description="To the nearest value, or, nf4 and fp4, as suits the inputs of layers (GPTQ, GPTAQ).",
     )
 
 

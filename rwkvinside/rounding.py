@@ -1,8 +1,10 @@
 """4-bit weights chosen for the inputs that a layer really sees, in bitsandbytes' own format.
 
-bitsandbytes rounds each weight to its nearest value. Two things lower the error of the layer's output at no cost later:
-the scale of a block is searched, and the rounding error of each column is made up for by the columns after it (GPTQ,
-Frantar et al. 2022, arXiv 2210.17323). docs/benchmarks.md says what that is worth.
+bitsandbytes rounds each weight to its nearest value. Three things lower the error of the model's output at no cost
+later: a layer is fitted to what the original model would give at that place, so that it takes back errors of the layers
+before it (as GPTAQ does, Li et al. 2025, arXiv 2504.02692); the scale of a block is searched; and the rounding error of
+each column is made up for by the columns after it (GPTQ, Frantar et al. 2022, arXiv 2210.17323). docs/benchmarks.md
+says what that is worth.
 """
 
 from __future__ import annotations
@@ -15,6 +17,42 @@ from .quantization import codebook, pack_scales
 SHRINK = torch.linspace(0.75, 1.0, 21)  # candidates for a block's scale, in units of its largest magnitude
 DAMPING = 0.01  # of the mean second moment; a few thousand tokens do not determine thousands of inputs
 COLUMNS = 128  # that are rounded before the rest of the matrix hears of it
+STRENGTHS = (0.01, 0.1, 1.0, 10.0)  # of the pull towards the original weight, in units of the mean second moment
+
+
+@torch.no_grad()
+def refit(weight: Tensor, inputs: Tensor, wanted: Tensor) -> Tensor:
+    """The weight near the given one whose outputs on the inputs are close to what is wanted.
+
+    Ridge regression of what is missing. Its strength is the one that, fitted to one half of the tokens, leaves least
+    missing in the other; where none of them helps there, as with fewer tokens than inputs, the weight stays.
+
+    Args:
+        weight: (out, in).
+        inputs: (tokens, in).
+        wanted: (tokens, out).
+    """
+    missing = wanted - inputs @ weight.t()
+    half = len(inputs) // 2
+    (fitted, judged), (known, left) = ((x[:half], x[half:]) for x in (inputs, missing))
+    moments, products = fitted.t() @ fitted, fitted.t() @ known
+    best, least = None, left.square().sum()
+    for strength in STRENGTHS:
+        error = (left - judged @ _ridge(moments, products, strength).t()).square().sum()
+        if error < least:
+            best, least = strength, error
+    if best is None:
+        return weight
+    return weight + _ridge(moments + judged.t() @ judged, products + judged.t() @ left, best)
+
+
+def _ridge(moments: Tensor, products: Tensor, strength: float) -> Tensor:
+    """(out, in) of least squares, solved in fp64."""
+    moments, products, dtype = moments.double(), products.double(), products.dtype
+    mean = moments.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    eye = torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
+    factor = torch.linalg.cholesky(moments / mean + strength * eye)
+    return torch.cholesky_solve(products / mean, factor).t().to(dtype)
 
 
 @torch.no_grad()

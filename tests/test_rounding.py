@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from rwkvinside.quantization import QuantizedLinear, codebook, pack
-from rwkvinside.rounding import round_to_inputs
+from rwkvinside.rounding import STRENGTHS, refit, round_to_inputs
 
 
 def linear(tensors, out_features, in_features, format, block=64):
@@ -56,3 +56,34 @@ def test_inputs_that_are_always_zero():
     zero = linear(round_to_inputs(torch.zeros(8, 64), torch.eye(64), "nf4", True, 64), 8, 64, "nf4")
     assert not zero.unpack().any()
     assert isinstance(zero, nn.Linear)
+
+
+def test_refit_finds_the_weight_that_was_wanted():
+    torch.manual_seed(0)
+    weight, x = torch.randn(12, 40), inputs(2000, 40)
+    other = weight + 0.1 * torch.randn(12, 40)
+    found = refit(weight, x, x @ other.T + 0.01 * torch.randn(2000, 12))
+    held_out = inputs(500, 40, seed=1)
+    error = [float(((w - other) @ held_out.T).square().mean()) for w in (weight, found)]
+    assert error[1] < 0.01 * error[0]
+
+
+def test_refit_is_the_ridge_regression_of_one_of_its_strengths():
+    torch.manual_seed(0)
+    weight, x = torch.randn(3, 10).double(), inputs(60, 10).double()
+    wanted = x @ (weight + 0.1 * torch.randn(3, 10)).T + torch.randn(60, 3)
+    found = refit(weight, x, wanted)
+    solutions = []
+    for strength in STRENGTHS:  # least squares, with rows that say: stay
+        rows = (strength * x.square().sum(0).mean()).sqrt() * torch.eye(10).double()
+        target = torch.cat([wanted - x @ weight.T, torch.zeros(10, 3).double()])
+        solutions.append(weight + torch.linalg.lstsq(torch.cat([x, rows]), target).solution.T)
+    assert min(float((found - solution).abs().max()) for solution in solutions) < 1e-12
+    assert float((found - weight).norm()) > 0.01
+
+
+def test_refit_leaves_a_weight_that_the_tokens_say_nothing_about():
+    torch.manual_seed(0)
+    weight = torch.randn(8, 64)
+    for x in (inputs(30, 64), torch.zeros(30, 64), inputs(1, 64)):
+        assert torch.equal(refit(weight, x, x @ weight.T + torch.randn(len(x), 8)), weight)

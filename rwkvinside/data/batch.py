@@ -32,6 +32,11 @@ class Batch:
         """The same batch on another device."""
         return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "rows"})
 
+    def twice(self) -> Batch:
+        """All rows, and then the same rows again."""
+        doubled = {f.name: torch.cat(2 * [getattr(self, f.name)]) for f in fields(self) if f.name != "rows"}
+        return replace(self, **doubled, rows=2 * self.rows)
+
     @property
     def mask(self) -> Tensor:
         """(B, T) bool, True = real token."""

@@ -7,11 +7,11 @@ weights of the adapters. So a stage in one go, a resumed one and an export come 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..adapters import AdapterSpec, adapted, inject, is_adapter, is_start, merge, module_of, remove
@@ -26,13 +26,9 @@ from ..quantization import (
     relative_error,
     replace,
     restore,
-    use,
 )
-from ..rounding import round_to_inputs
 from .hybrid import GROUPS, TEACHER, HybridModel, StudentSpec
-
-Probe = Callable[[HybridModel, str, Callable[[Tensor, nn.Module], object]], object]
-"""Runs the model on some text in a mode, with a readout."""
+from .input_rounding import Probe, round_layers
 
 WARNING = (
     "adapters on the mixers' own projections: RADLADS (arXiv 2505.03005) found LoRA there detrimental; "
@@ -137,7 +133,9 @@ def apply(
         restore(model.lm, layers[name], *parts)
     if fixed is None:
         if names and structure.rounding == "inputs" and structure.format != "int8" and not _is_meta(model):
-            _round_to_inputs(model, names, structure, device, probe)
+            if probe is None:
+                raise RuntimeError("rounding to inputs needs a text")
+            round_layers(model, names, probe, structure.format, structure.double, structure.block, device)
         rounded = model.quantized
         left = [layers[name] for name in names if name not in rounded]
         quantize(model.lm, left, structure.format, structure.double, structure.block, device)
@@ -295,37 +293,6 @@ def _load_adapters(model: HybridModel, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         parameters[name].copy_(tensor)
     model.trained |= set(tensors)
-
-
-def _round_to_inputs(
-    model: HybridModel, names: Sequence[str], structure: Structure, device: torch.device | None, probe: Probe | None
-) -> None:
-    """Quantise layers one by one as a text reaches them, so that each is chosen for what the quantised layers before it
-    hand on."""
-    if probe is None:
-        raise RuntimeError("rounding to inputs needs a text")
-    layers = model.linear_layers()
-
-    def choose(path: str, layer: nn.Module, x: Tensor) -> None:
-        if type(layer) is not nn.Linear:  # reached before
-            return
-        x, weight = (t.detach().to(device or t.device).float() for t in (x.flatten(0, -2), layer.weight))
-        tensors = round_to_inputs(weight, x.t() @ x, structure.format, structure.double, structure.block)
-        home = layer.weight.device
-        quantised = use(model.lm, path, structure.format, {n: t.to(home) for n, t in tensors.items()}, structure.block)
-        layer.weight = nn.Parameter(quantised.unpack(layer.weight.dtype), requires_grad=False)  # of the call under way
-
-    hooks = [
-        layer.register_forward_pre_hook(lambda layer, args, path=path: choose(path, layer, args[0]))
-        for path, layer in ((layers[name], model.lm.get_submodule(layers[name])) for name in names)
-    ]
-    groups = {model.group_of(f"{name}.weight")[0] for name in names}
-    modes = [mode for mode, wanted in (("align", "mixer" in groups), ("teacher", groups != {"mixer"})) if wanted]
-    with torch.no_grad():
-        for mode in modes:
-            probe(model, mode, lambda hidden, head: "head" in groups and choose("lm_head", head, hidden))
-    for hook in hooks:
-        hook.remove()
 
 
 def _is_meta(model: HybridModel) -> bool:

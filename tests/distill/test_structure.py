@@ -7,6 +7,7 @@ import torch
 from test_hybrid import logits, packed, teacher
 
 from rwkvinside.adapters import AdapterSpec, is_adapter
+from rwkvinside.distill import input_rounding
 from rwkvinside.distill.hybrid import StudentSpec
 from rwkvinside.distill.steps import AlignStep
 from rwkvinside.distill.structure import Structure, assemble, fixed_tensors, make_plain, structure_lines
@@ -119,10 +120,47 @@ def test_rounding_for_inputs_lowers_the_error_of_the_teacher():
                 teacher(),
                 SPEC,
                 Structure(("mlp", "teacher", "attention", "mixer.proj", "head"), rounding=rounding),
-                probe=lambda model, mode, readout: model(batch, mode=mode, readout=readout),
+                probe=lambda model, mode, readout: model(batch.twice(), mode=mode, readout=readout),
             )
             errors[rounding] = (logits(model, batch, "teacher") - wanted).square().mean().item()
     assert errors["inputs"] < 0.7 * errors["nearest"]
+
+
+def test_rounding_for_inputs_makes_good_what_earlier_layers_did(monkeypatch):
+    """A fit to what the original model has in that place is worth something on text that it has not seen."""
+    batch, other = packed([40], rows=12, seed=1), packed([40], rows=6, seed=2)
+    structure, errors = Structure(("mlp", "attention", "teacher"), rounding="inputs"), {}
+    with torch.no_grad():
+        wanted = logits(assemble(teacher(), SPEC, Structure()), other, "teacher")
+        for name in ("fitted", "not fitted"):
+            model = assemble(teacher(), SPEC, structure, probe=lambda m, mode, read: m(batch.twice(), mode, read))
+            errors[name] = (logits(model, other, "teacher") - wanted).square().mean().item()
+            monkeypatch.setattr(input_rounding, "refit", lambda weight, inputs, wanted: weight)
+    assert errors["fitted"] < 0.9 * errors["not fitted"]
+
+
+def test_the_text_goes_through_the_original_and_the_quantised_model(monkeypatch):
+    """Bit for bit, in fp32 whatever the model computes in."""
+    batch, seen = packed([40], rows=6), {}
+    fit = input_rounding.refit
+
+    def watched(weight, inputs, wanted):
+        assert not torch.is_autocast_enabled("cpu") and inputs.dtype == torch.float32
+        return fit(weight, inputs, wanted)
+
+    def probe(model, mode, readout):
+        seen["both"] = model(batch.twice(), mode=mode)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(batch.twice(), mode=mode, readout=readout)
+
+    monkeypatch.setattr(input_rounding, "refit", watched)
+    with torch.no_grad():
+        original = assemble(teacher(), SPEC, Structure())(batch, mode="teacher")
+        model = assemble(teacher(), SPEC, Structure(("mlp", "teacher"), rounding="inputs"), probe=probe)
+        first, second = seen["both"].chunk(2)
+        assert torch.equal(first, original)
+        torch.testing.assert_close(second, model(batch, mode="teacher"), rtol=1e-5, atol=1e-5)
+        assert (first - second).abs().max() > 1e-3
 
 
 def test_rounding_for_inputs_needs_no_text_where_nothing_is_quantised():
