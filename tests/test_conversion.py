@@ -192,9 +192,11 @@ def test_two_torchrun_ranks_with_a_deepspeed_file(world, straight, tmp_path):
 
 @pytest.mark.slow
 def test_two_nodes_with_a_launcher_each(world, straight):
-    """They find each other by address and port, and share the run directory, as several machines do."""
+    """They find each other by address and port, and share the run directory, as several machines do; here a second
+    teacher is spread over them too, which has the weights of the student's own."""
     out = distil_only(straight, world / "nodes")
-    command, environment = two_ranks("torchrun on two nodes", world, out)
+    sharded = ("stages.distil.teacher=separate", "stages.distil.teacher_model.shard=true")
+    command, environment = two_ranks("torchrun on two nodes", world, out, *sharded)
     start = [sys.executable, *command[:2], "--node_rank"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     launchers = [
@@ -207,7 +209,8 @@ def test_two_nodes_with_a_launcher_each(world, straight):
             launcher.terminate()  # one that waits for the other in vain; it ends its rank
             launcher.wait()
     assert [launcher.returncode for launcher in launchers] == [0, 0], said[0][-4000:] + said[1][-4000:]
-    assert "2 ranks, DeepSpeed" in (out / "plan.txt").read_text()
+    plan = (out / "plan.txt").read_text()
+    assert "2 ranks, DeepSpeed" in plan and "sharded over the ranks" in plan
     assert "distil: " not in said[0] and "distil: " in said[1]  # the first node's rank speaks for both
     assert_same(straight, out, 1e-5, 1e-4)
 
