@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -35,7 +35,7 @@ from .models import device_and_precision, load_tokenizer, meta_student, prepare_
 from .plan import plan_text, stage_order
 from .quantization import relative_error
 from .rundir import RunDirectory
-from .sources import Rows, judged_batches, missing_sources, report, rows_of, sample, tokens_of
+from .sources import Rows, judged_batches, leading_text, missing_sources, report, rows_of, sample, tokens_of
 from .stage import (
     check_adapters,
     fingerprint,
@@ -222,18 +222,14 @@ def _run_phase(
     if start is not None:
         check_adapters(config, name, start.state)
 
-    def probe(model: HybridModel, mode: str, readout: Callable) -> None:
-        (batch,) = sample(given.rows, ROUNDING_TOKENS, ROUNDING_TOKENS, torch.device("cpu"))
-        # the teacher may be in bf16 still, which the fp32 mixers beside it cannot take
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=run.dtype != torch.float32):
-            model(batch.twice(), mode=mode, readout=readout)
-
     # the first process writes what it quantises, the others read it
     fixed = stage_structure(config, name).has_fixed_tensors
     reads = fixed and not world.is_main and fixed_digest(folder) is None
     if reads:
         world.barrier()
-    student = make_student(config, name, run.dtype, start and start.tensors(), folder, world.device, probe)
+    text = partial(leading_text, given.rows, ROUNDING_TOKENS)
+    earlier = before and run.directory.stage(before)
+    student = make_student(config, name, run.dtype, start and start.tensors(), folder, world.device, text, earlier)
     if world.is_main:
         keep_fixed(student, folder)
     if not reads:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 from pathlib import Path
@@ -13,11 +14,11 @@ _CLEAR = Path("/proc/self/clear_refs")
 def peak_bytes() -> int:
     """The most bytes that were in RAM at once, since the process started or since `forget_peak`.
 
-    Linux: VmHWM, because getrusage carries the peak of the process that started this one through exec. Elsewhere
-    getrusage is what there is.
+    Linux: VmHWM, because getrusage carries the peak of the process that started this one through exec. Where there
+    is no such line getrusage has to do.
     """
-    if _STATUS.exists():
-        return 1024 * int(_STATUS.read_text(encoding="ascii").partition("VmHWM:")[2].split()[0])
+    if _STATUS.exists() and (found := re.search(rb"VmHWM:\s+(\d+) kB", _STATUS.read_bytes())):  # gVisor has none
+        return 1024 * int(found[1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .config import Config, StageConfig
@@ -278,6 +279,18 @@ def sample(rows: Rows, tokens: int, micro_rows: int, device: torch.device) -> li
     """The first rows that hold this many tokens, at most one epoch, as micro-batches on a device."""
     count = min(rows.rows_per_epoch, max(1, tokens // rows.seq_len))
     return [rows.batch(range(i, min(count, i + micro_rows))).to(device) for i in range(0, count, micro_rows)]
+
+
+def leading_text(rows: Rows, tokens: int) -> Batch:
+    """The first tokens of the first rows, at most one epoch, as one row of documents without padding, on the CPU."""
+    parts: list[list[Tensor]] = []
+    found = documents = row = 0
+    while found < tokens and row < rows.rows_per_epoch:
+        batch = rows.batch([row])
+        segments = batch.segment_ids[batch.mask] + documents
+        parts.append([*(t[batch.mask] for t in (batch.input_ids, batch.labels, batch.position_ids)), segments])
+        found, documents, row = found + len(segments), int(segments[-1]), row + 1
+    return Batch(*(torch.cat(column)[None, :tokens] for column in zip(*parts, strict=True)), rows=(0,))
 
 
 def judged_batches(val: TokenStore, max_positions: int) -> list[Batch]:

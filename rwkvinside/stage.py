@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -11,10 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from .adapters import GradientWatch, adapter_directory, is_adapter, write_peft
 from .config import Config, StageConfig
+from .data import Batch
 from .distill.hybrid import HybridModel
 from .distill.losses import Objective
 from .distill.steps import AlignStep, DistilStep, SftStep
-from .distill.structure import Probe, adapters_of, assemble, fixed_tensors
+from .distill.structure import adapters_of, assemble, fixed_tensors
 from .distill.teacher import CachedLogits, SameWeights, SeparateTeacher, Teacher, load_teacher
 from .errors import UserError
 from .estimate import step_shape
@@ -39,7 +40,8 @@ def make_student(
     before: dict[str, Tensor] | None,
     directory: Path,
     device: torch.device,
-    probe: Probe | None = None,
+    text: Callable[[], Batch] | None = None,
+    earlier: Path | None = None,
 ) -> HybridModel:
     """The student at the start of a stage, on the CPU.
 
@@ -49,12 +51,14 @@ def make_student(
             fp32 all that is not quantised.
         before: the student's tensors after the stage before; None at the start of a conversion.
         directory: of the stage; what it quantised when it began is read from there.
-        device, probe: with what to quantise otherwise, see `structure.assemble`.
+        device, text: with what to quantise otherwise, see `structure.assemble`.
+        earlier: directory of the stage before; None at the start of a conversion.
     """
     torch.manual_seed(config.seed)
     lm = _load(config, dtype)
     structure = stage_structure(config, name)
-    student = assemble(lm, student_spec(config), structure, before, read_fixed(directory), device, probe)
+    fixed, kept = read_fixed(directory), earlier and read_fixed(earlier)
+    student = assemble(lm, student_spec(config), structure, before, fixed, device, text, kept)
     return student.float() if device_and_precision(config)[1] == "fp32" else student
 
 

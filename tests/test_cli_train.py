@@ -410,8 +410,10 @@ def economical(material, tmp_path_factory):
 
 
 def test_quantised_weights_are_written_once_and_adapters_as_peft_stores_them(economical):
+    begun = load_file(economical / "stages" / "calibrate" / "frozen.safetensors")
     for stage in ("calibrate", "align", "distil"):
         stored = load_file(economical / "stages" / stage / "frozen.safetensors")
+        assert all(torch.equal(tensor, begun[name]) for name, tensor in stored.items() if "/" in name)
         layers = {name.split("/")[0] for name in stored if "/" in name}
         assert len(layers) == 3 * (3 + 4) and all("mlp" in name or "teacher_attn" in name for name in layers)
     trained = tensors(economical, "distil")
@@ -424,7 +426,7 @@ def test_quantised_weights_are_written_once_and_adapters_as_peft_stores_them(eco
     assert len(load_file(adapter / "adapter_model.safetensors")) == 2 * 3 * 3
     assert load_config([economical / "config.yaml"]).adapters[0].init == "pissa"
     text = (economical / "plan.txt").read_text()
-    assert "quantised 21 linear layers in nf4 in blocks of 64, scales quantised too, rounded for their inputs" in text
+    assert "quantised 21 linear layers in nf4 in blocks of 64, scales quantised too, fitted to their inputs" in text
     assert "not exactly the original" in text and "adapters  LoRA PiSSA: rank 4" in text
 
 

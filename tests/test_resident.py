@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from rwkvinside import resident
 from rwkvinside.resident import forget_peak, peak_bytes
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="getrusage elsewhere")
@@ -18,6 +19,7 @@ def touch():
 
 def peaks():
     """Before and after a block was there, after it was forgotten, and after another one twice as large."""
+    assert forget_peak()  # importing may have had its own
     start = peak_bytes()
     touch()
     first = peak_bytes()
@@ -44,3 +46,16 @@ def test_peak_of_the_parent_is_not_inherited():
     """getrusage would report it, and everything measured from there would come out too small."""
     touch()
     assert in_new_process(peak_bytes) < SIZE < peak_bytes()
+
+
+def test_where_the_system_does_not_tell_getrusage_does(tmp_path, monkeypatch):
+    status = tmp_path / "status"
+    for text in (b"Name:\tgvisor\nVmRSS:\t1234 kB\n", None):
+        if text is None:
+            status.unlink()
+        else:
+            status.write_bytes(text)
+        monkeypatch.setattr(resident, "_STATUS", status)
+        assert peak_bytes() > 20e6
+    status.write_bytes("Name:\tPythön\nVmHWM:\t   1234 kB\n".encode("latin-1"))
+    assert peak_bytes() == 1234 * 1024

@@ -8,12 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ..data.batch import Batch
 from ..quantization import QuantizedLinear, use
 from ..rounding import refit, round_to_inputs
 from .hybrid import HybridModel
-
-Probe = Callable[[HybridModel, str, Callable[[Tensor, nn.Module], object]], object]
-"""Runs the model on some text, its rows twice over (`Batch.twice`), in a mode, with a readout."""
 
 # Layers whose output is added to the residual stream, in every family that can be a teacher.
 ENDS_OF_BLOCKS = ("self_attn.o_proj", "teacher_attn.o_proj", "mlp.down_proj")
@@ -23,7 +21,7 @@ ENDS_OF_BLOCKS = ("self_attn.o_proj", "teacher_attn.o_proj", "mlp.down_proj")
 def round_layers(
     model: HybridModel,
     names: Sequence[str],
-    probe: Probe,
+    text: Batch,
     format: str,
     double: bool,
     block: int,
@@ -31,25 +29,29 @@ def round_layers(
 ) -> None:
     """Quantise linear layers for the inputs that a text brings them, in place.
 
-    The first copy of the text goes through the original layers, the second through quantised ones; so each layer is
-    chosen for what the quantised ones before it hand on, and to come close to what the original model has there.
+    One copy of the text goes through the original layers, another through quantised ones; so each layer is chosen for
+    what the quantised ones before it hand on, and to come close to what the original model has there.
 
     Args:
-        names: canonical names of plain layers; one that the text does not reach stays plain.
-        probe: runs the text.
+        names: canonical names of plain layers.
+        text: rows without padding, where the model is.
         format, double, block: nf4 or fp4, see `quantization.pack`.
         device: where to compute; None: where each weight is.
     """
     layers = model.linear_layers()
     walk = _Walk(model.lm, partial(round_to_inputs, format=format, double=double, block=block), format, block, device)
-    hooks = [model.lm.get_submodule(layers[name]).register_forward_hook(walk.hook(layers[name])) for name in names]
+    paths = [layers[name] for name in names]
+    hooks = [model.lm.get_submodule(path).register_forward_hook(walk.layer(path)) for path in paths]
+    if "lm_head" in paths:
+        hooks.append(model.lm.model.norm.register_forward_hook(walk.head))
     for layer in model.lm.model.layers:
         for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-            hooks.append(norm.register_forward_pre_hook(walk.enter))
-    groups = {model.group_of(f"{name}.weight")[0] for name in names}
-    modes = [mode for mode, wanted in (("align", "mixer" in groups), ("teacher", groups != {"mixer"})) if wanted]
-    for mode in modes:
-        probe(model, mode, lambda hidden, head: "head" in groups and walk.quantise("lm_head", head, hidden))
+            hooks.append(norm.register_forward_pre_hook(walk.block_begins))
+    mode = "align" if any(model.group_of(f"{name}.weight")[0] == "mixer" for name in names) else "teacher"
+    # in 16 bits the teacher's weights are that still, which the fp32 mixers beside them cannot take
+    mixed = model.lm.dtype in (torch.bfloat16, torch.float16)
+    with torch.autocast(text.input_ids.device.type, dtype=torch.bfloat16, enabled=mixed):
+        model(text.twice(), mode=mode)
     for hook in hooks:
         hook.remove()
 
@@ -59,19 +61,22 @@ class _Walk:
         self.lm, self.rounding, self.format, self.block, self.device = lm, rounding, format, block, device
         self.stream = torch.empty(0)  # what the block that is running will add its output to
 
-    def enter(self, norm: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """A block begins."""
+    def block_begins(self, norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Pre-hook of a block's norm."""
         self.stream = args[0].detach()
 
-    def hook(self, path: str) -> Callable:
-        """Quantises the layer at a path when it is called; its output for the second copy is then the new one."""
+    def layer(self, path: str) -> Callable:
+        """Hook of a layer: quantises it when it is called; its output for the second copy is then the new one."""
 
-        def called(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            if type(layer) is nn.Linear:  # else the text has been here before
-                quantised = self.quantise(path, layer, args[0])
-                return torch.cat([output.chunk(2)[0], quantised(args[0].chunk(2)[1]).to(output.dtype)])
+        def called(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            quantised = self.quantise(path, layer, args[0])
+            return torch.cat([output.chunk(2)[0], quantised(args[0].chunk(2)[1]).to(output.dtype)])
 
         return called
+
+    def head(self, norm: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        """Hook of the last norm: quantises what reads its output, which a forward without logits does not call."""
+        self.quantise("lm_head", self.lm.lm_head, output)
 
     def quantise(self, path: str, layer: nn.Linear, inputs: Tensor) -> QuantizedLinear:
         home = layer.weight.device

@@ -7,7 +7,7 @@ weights of the adapters. So a stage in one go, a resumed one and an export come 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..adapters import AdapterSpec, adapted, inject, is_adapter, is_start, merge, module_of, remove
+from ..data.batch import Batch
 from ..errors import UserError
 from ..quantization import (
     BLOCK,
@@ -28,7 +29,7 @@ from ..quantization import (
     restore,
 )
 from .hybrid import GROUPS, TEACHER, HybridModel, StudentSpec
-from .input_rounding import Probe, round_layers
+from .input_rounding import round_layers
 
 WARNING = (
     "adapters on the mixers' own projections: RADLADS (arXiv 2505.03005) found LoRA there detrimental; "
@@ -80,7 +81,8 @@ def assemble(
     tensors: Mapping[str, Tensor] | None = None,
     fixed: Mapping[str, Tensor] | None = None,
     device: torch.device | None = None,
-    probe: Probe | None = None,
+    text: Callable[[], Batch] | None = None,
+    earlier: Mapping[str, Tensor] | None = None,
 ) -> HybridModel:
     """The student of a stage, in evaluation mode.
 
@@ -89,7 +91,8 @@ def assemble(
         tensors: `student_state_dict` of the stage before, or of a checkpoint; None at the start of a conversion.
         fixed: `fixed_tensors` of the stage, where it has begun before; None: quantise now.
         device: where to quantise; the student itself stays where `lm` is.
-        probe: runs some text through the student, where rounding is "inputs".
+        text: makes a text of a few thousand tokens, on the model's device, where rounding is "inputs".
+        earlier: `fixed_tensors` of the stage before. What both quantise alike has not trained since: it keeps its bits.
 
     Raises:
         UserError: tensors that do not fit, names that match nothing, a layer that cannot be quantised or adapted.
@@ -97,7 +100,7 @@ def assemble(
     model = HybridModel.from_teacher(lm, spec).eval()
     if tensors is not None:
         model.load_student_state_dict({n: t for n, t in tensors.items() if not is_adapter(n)})
-    apply(model, structure, fixed, device, probe)
+    apply(model, structure, fixed, device, text, earlier)
     if tensors is not None:
         _load_adapters(model, {n: t for n, t in tensors.items() if is_adapter(n)})
     return model.eval()
@@ -108,7 +111,8 @@ def apply(
     structure: Structure,
     fixed: Mapping[str, Tensor] | None = None,
     device: torch.device | None = None,
-    probe: Probe | None = None,
+    text: Callable[[], Batch] | None = None,
+    earlier: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Quantise layers and put adapters on; on the meta device also in place of an earlier structure, to plan a run.
 
@@ -118,7 +122,7 @@ def apply(
         _undo(model)
     layers = model.linear_layers()
     names = _chosen(model, layers, structure.quantize, "quantize")
-    stored = read_flat({key: t for key, t in (fixed or {}).items() if "/" in key})
+    stored = _packed(fixed)
     if fixed is not None and set(stored) != set(names):
         first = min(set(stored) ^ set(names))
         raise UserError(
@@ -129,13 +133,19 @@ def apply(
     trained = (weight for weight in (f"{name}.weight" for name in names) if weight in model.trained)
     model.carried = {weight: parameters[weight].detach() for weight in trained}  # a later stage may want them back
     del parameters
+    if fixed is None:
+        wanted = structure.format, structure.double and structure.format != "int8", structure.block
+        for name, (format, parts, block) in _packed(earlier).items():
+            if name in names and (format, "outer" in parts, block) == wanted:
+                stored[name] = format, parts, block
     for name, parts in stored.items():
         restore(model.lm, layers[name], *parts)
     if fixed is None:
-        if names and structure.rounding == "inputs" and structure.format != "int8" and not _is_meta(model):
-            if probe is None:
+        new = [name for name in names if name not in stored]
+        if new and structure.rounding == "inputs" and structure.format != "int8" and not _is_meta(model):
+            if text is None:
                 raise RuntimeError("rounding to inputs needs a text")
-            round_layers(model, names, probe, structure.format, structure.double, structure.block, device)
+            round_layers(model, new, text(), structure.format, structure.double, structure.block, device)
         rounded = model.quantized
         left = [layers[name] for name in names if name not in rounded]
         quantize(model.lm, left, structure.format, structure.double, structure.block, device)
@@ -215,7 +225,7 @@ def structure_lines(model: HybridModel, structure: Structure) -> list[str]:
         scales += ", scales quantised too" if structure.double and scales else ""
         error = relative_error(quantized.values())
         if structure.rounding == "inputs" and structure.format != "int8":
-            scales += ", rounded for their inputs"
+            scales += ", fitted to their inputs"
         lines.append(
             f"quantised {len(quantized)} linear layers in {structure.format}{scales}: {weights / 1e6:.4g} M weights in "
             f"{size / 2**20:.4g} MiB" + (f", changed by {100 * error:.2g} %" if error else "")
@@ -234,6 +244,11 @@ def structure_lines(model: HybridModel, structure: Structure) -> list[str]:
         if any(model.group_of(f"{name}.weight")[0] == "mixer" for name in names):
             lines.append(f"          WARNING: {WARNING}")
     return lines
+
+
+def _packed(fixed: Mapping[str, Tensor] | None) -> dict[str, tuple[str, dict[str, Tensor], int]]:
+    """The quantised layers among `fixed_tensors`, see `read_flat`."""
+    return read_flat({key: t for key, t in (fixed or {}).items() if "/" in key})
 
 
 def _chosen(model: HybridModel, layers: Collection[str], patterns: Sequence[str], field: str) -> list[str]:

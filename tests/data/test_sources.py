@@ -170,6 +170,24 @@ def test_a_document_a_row_for_sft(load, data):
     assert int(rows.batch(range(20)).segment_ids.max()) == 1
 
 
+@pytest.mark.parametrize("sft", [False, True])
+def test_a_leading_text_is_real_tokens_in_one_row(load, data, sft):
+    """Of short documents as many as it takes, of long rows a part; each document by itself."""
+    more = ["stages.align.objective=sft", "stages.align.train=[mixer]"] if sft else []
+    _, _, rows = load([data[2] if sft else data[0]], *more)
+    for tokens in (50, 200):
+        text = sources.leading_text(rows, tokens)
+        assert text.input_ids.shape == text.labels.shape == (1, tokens) and text.mask.all()
+        ids, positions, segments = text.input_ids[0], text.position_ids[0], text.segment_ids[0]
+        first = rows.batch([0])
+        known = min(tokens, int(first.mask[0].sum()))
+        assert torch.equal(ids[:known], first.input_ids[0, :known])
+        begins = torch.cat([torch.tensor([True]), segments[1:] != segments[:-1]])
+        assert torch.equal(positions == 0, begins) and torch.equal(segments, begins.cumsum(0).int())
+    everything = sources.leading_text(rows, 10**6)
+    assert everything.num_tokens == rows.tokens_in(rows.rows_per_epoch)
+
+
 def test_validation_documents_come_from_every_source_in_proportion(load, data, tokenizer):
     _, val, _ = load(data, "data.weights=[2,1,1]", "data.val_fraction=0.3", "data.val_tokens=800")
     texts = [tokenizer.decode(val.piece(i)[0]) for i in range(val.num_documents)]

@@ -1,6 +1,7 @@
 """Students with quantised layers and adapters: what they compute, what teacher mode stays, what is stored."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -120,7 +121,7 @@ def test_rounding_for_inputs_lowers_the_error_of_the_teacher():
                 teacher(),
                 SPEC,
                 Structure(("mlp", "teacher", "attention", "mixer.proj", "head"), rounding=rounding),
-                probe=lambda model, mode, readout: model(batch.twice(), mode=mode, readout=readout),
+                text=lambda: batch,
             )
             errors[rounding] = (logits(model, batch, "teacher") - wanted).square().mean().item()
     assert errors["inputs"] < 0.7 * errors["nearest"]
@@ -128,39 +129,65 @@ def test_rounding_for_inputs_lowers_the_error_of_the_teacher():
 
 def test_rounding_for_inputs_makes_good_what_earlier_layers_did(monkeypatch):
     """A fit to what the original model has in that place is worth something on text that it has not seen."""
-    batch, other = packed([40], rows=12, seed=1), packed([40], rows=6, seed=2)
     structure, errors = Structure(("mlp", "attention", "teacher"), rounding="inputs"), {}
+    fits = {"fitted": input_rounding.refit, "not fitted": lambda weight, inputs, wanted: weight}
+    texts = [(packed([40], rows=24, seed=seed), packed([40], rows=6, seed=seed + 1)) for seed in (1, 11, 21, 31)]
+    original = assemble(teacher(), SPEC, Structure())
     with torch.no_grad():
-        wanted = logits(assemble(teacher(), SPEC, Structure()), other, "teacher")
-        for name in ("fitted", "not fitted"):
-            model = assemble(teacher(), SPEC, structure, probe=lambda m, mode, read: m(batch.twice(), mode, read))
-            errors[name] = (logits(model, other, "teacher") - wanted).square().mean().item()
-            monkeypatch.setattr(input_rounding, "refit", lambda weight, inputs, wanted: weight)
+        for name, fit in fits.items():
+            monkeypatch.setattr(input_rounding, "refit", fit)
+            errors[name] = 0.0
+            for text, other in texts:
+                model = assemble(teacher(), SPEC, structure, text=lambda text=text: text)
+                difference = logits(model, other, "teacher") - logits(original, other, "teacher")
+                errors[name] += difference.square().mean().item()
     assert errors["fitted"] < 0.9 * errors["not fitted"]
 
 
-def test_the_text_goes_through_the_original_and_the_quantised_model(monkeypatch):
-    """Bit for bit, in fp32 whatever the model computes in."""
-    batch, seen = packed([40], rows=6), {}
-    fit = input_rounding.refit
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("groups", [("mlp", "teacher", "head"), ("mixer.proj", "mlp", "attention", "teacher", "head")])
+def test_the_text_goes_through_the_original_and_the_quantised_model(monkeypatch, dtype, groups):
+    """Layer by layer, the head too: what a layer is fitted to is the original's output, in fp32 whatever the dtype."""
+    batch, fits, weights = packed([20, 20], rows=6), [], []
+    fit, copies = input_rounding.refit, input_rounding._copies
 
     def watched(weight, inputs, wanted):
-        assert not torch.is_autocast_enabled("cpu") and inputs.dtype == torch.float32
+        assert not torch.is_autocast_enabled("cpu") and {inputs.dtype, wanted.dtype} == {torch.float32}
+        fits.append((inputs, wanted))
         return fit(weight, inputs, wanted)
 
-    def probe(model, mode, readout):
-        seen["both"] = model(batch.twice(), mode=mode)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            model(batch.twice(), mode=mode, readout=readout)
+    def inputs_of_original(x, device):
+        weights.append(copies(x, device)[0])
+        return copies(x, device)
 
     monkeypatch.setattr(input_rounding, "refit", watched)
-    with torch.no_grad():
-        original = assemble(teacher(), SPEC, Structure())(batch, mode="teacher")
-        model = assemble(teacher(), SPEC, Structure(("mlp", "teacher"), rounding="inputs"), probe=probe)
-        first, second = seen["both"].chunk(2)
-        assert torch.equal(first, original)
-        torch.testing.assert_close(second, model(batch, mode="teacher"), rtol=1e-5, atol=1e-5)
-        assert (first - second).abs().max() > 1e-3
+    monkeypatch.setattr(input_rounding, "_copies", inputs_of_original)
+    original = assemble(teacher().to(dtype), SPEC, Structure())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        hidden = original(batch, mode="teacher").float().flatten(0, 1)
+    model = assemble(teacher().to(dtype), SPEC, Structure(groups, rounding="inputs"), text=lambda: batch)
+    assert len(fits) == len(model.quantized)
+    assert torch.equal(weights[-1], hidden)  # what the head reads in the original
+    torch.testing.assert_close(fits[-1][1], hidden @ original.lm.lm_head.weight.float().T)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        after = model(batch, mode="teacher").float().flatten(0, 1)
+    torch.testing.assert_close(fits[-1][0], after, rtol=1e-5, atol=1e-5 if dtype == torch.float32 else 0.05)
+    assert (after - hidden).norm() > 0.01 * hidden.norm()
+
+
+def test_what_the_stage_before_quantised_alike_keeps_its_bits():
+    batch, other = packed([40], rows=6), packed([40], rows=6, seed=4)
+    structure = Structure(("mlp",), rounding="inputs")
+    before = assemble(teacher(), SPEC, structure, text=lambda: batch)
+    fixed = fixed_tensors(before)
+    now = assemble(teacher(), SPEC, replace(structure, quantize=("mlp", "teacher")), text=lambda: other, earlier=fixed)
+    assert fixed_tensors(now).keys() > fixed.keys()
+    assert all(torch.equal(tensor, fixed_tensors(now)[name]) for name, tensor in fixed.items())
+    assert relative_error(now.quantized.values()) > 0.01
+    for changed in (replace(structure, block=32), replace(structure, double=False), replace(structure, format="fp4")):
+        model = assemble(teacher(), SPEC, changed, text=lambda: other, earlier=fixed)
+        assert all((layer.format, layer.block) == (changed.format, changed.block) for layer in model.quantized.values())
+        assert all((layer.outer is not None) == changed.double for layer in model.quantized.values())
 
 
 def test_rounding_for_inputs_needs_no_text_where_nothing_is_quantised():
