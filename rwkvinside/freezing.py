@@ -94,7 +94,7 @@ def rate_groups(student: HybridModel, stage: StageConfig, phase: Phase) -> dict[
     rates = {"mixer": optim.lr, "adapters": optim.lr, "rest": optim.lr_rest} | optim.rates
     order = dict.fromkeys(["mixer", "adapters", *optim.rates, "rest"])
     groups: dict[str, RateGroup] = {}
-    for each, names in zip(phases(stage)[: phase.index + 1], begin, strict=False):
+    for each, names in list(zip(phases(stage), begin, strict=True))[: phase.index + 1]:
         for label in order:
             if members := {name: p for name, p in parameters.items() if name in names and labels[name] == label}:
                 later = f"@{short_count(each.tokens)}" if each.index else ""

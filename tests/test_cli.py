@@ -1,6 +1,5 @@
 """The commands as users meet them: help at once, plans without weights, a line of cause and one of cure, exit codes."""
 
-import json
 import os
 import subprocess
 import sys
@@ -8,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tiny import save_configuration
 
 import convert_checkpoint
 import train_distill
@@ -19,22 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def teacher(tmp_path):
-    path = tmp_path / "tiny"
-    path.mkdir()
-    fields = {
-        "model_type": "qwen3",
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "vocab_size": 67,
-        "max_position_embeddings": 256,
-        "tie_word_embeddings": True,
-    }
-    (path / "config.json").write_text(json.dumps(fields))
-    return str(path)
+    return save_configuration(tmp_path / "tiny")
 
 
 def run(*command, **options):

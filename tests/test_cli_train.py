@@ -53,6 +53,21 @@ def train(material, out, *more):
     return train_distill.main(arguments(material, out, *more))
 
 
+def cut_off(monkeypatch, stage, step, material, out, *more):
+    """Train as far as the report of a step, where the power fails."""
+    report = Trainer._report
+
+    def crash(self, *args):
+        report(self, *args)
+        if (self.stage, self.done) == (stage, step):
+            raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_report", crash)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train(material, out, *more)
+
+
 def rows(out, kind, stage):
     lines = (out / "metrics.jsonl").read_text().splitlines()
     return [row for row in map(json.loads, lines) if (row["kind"], row["stage"]) == (kind, stage)]
@@ -129,17 +144,7 @@ def test_a_crashed_run_resumes_bit_for_bit(material, whole, tmp_path, monkeypatc
     shutil.copytree(out, straight)
     assert train(material, straight, "--resume", *more) == 0
 
-    report = Trainer._report
-
-    def crash(self, *args):
-        report(self, *args)
-        if self.done == 13:
-            raise RuntimeError("power cut")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_report", crash)
-        with pytest.raises(RuntimeError, match="power cut"):
-            train(material, out, "--resume", *more)
+    cut_off(monkeypatch, "distil", 13, material, out, "--resume", *more)
     assert train(material, out, *more) == 2
     assert "is not empty" in capsys.readouterr().err
     assert train(material, out, "--resume", *more) == 0
@@ -183,17 +188,7 @@ def test_a_streamed_mixture_resumes_bit_for_bit(material, whole, tmp_path, monke
     assert "(asked for 25.00%)" in capsys.readouterr().out
     shares = json.loads((straight / "conversion.json").read_text())["data"]["align"]["sources"]
     assert [one["share"] for one in shares] == pytest.approx([0.75, 0.25], abs=0.03)
-    report = Trainer._report
-
-    def crash(self, *args):
-        report(self, *args)
-        if self.done == 13:
-            raise RuntimeError("power cut")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_report", crash)
-        with pytest.raises(RuntimeError, match="power cut"):
-            train(material, out, *more)
+    cut_off(monkeypatch, "align", 13, material, out, *more)
     assert train(material, out, "--resume", *more, f"data.cache_dir={tmp_path / 'other-cache'}") == 0
     assert same(tensors(out, "align"), tensors(straight, "align"))
     losses = [[row["loss"] for row in rows(folder, "train", "align")] for folder in (out, straight)]
@@ -296,18 +291,8 @@ def test_unfreezing_resumes_bit_for_bit(material, whole, unfrozen, tmp_path, mon
     straight, _ = unfrozen
     out = tmp_path / "run"
     before_distil(whole, out)
-    report, left = Trainer._report, list(crashes)
-
-    def crash(self, *args):
-        report(self, *args)
-        if self.stage == "distil" and left[:1] == [self.done]:
-            raise RuntimeError("power cut")
-
-    monkeypatch.setattr(Trainer, "_report", crash)
-    while left:
-        with pytest.raises(RuntimeError, match="power cut"):
-            train(material, out, "--resume", *UNFREEZING)
-        del left[0]
+    for step in crashes:
+        cut_off(monkeypatch, "distil", step, material, out, "--resume", *UNFREEZING)
     assert train(material, out, "--resume", *UNFREEZING) == 0
     assert same(tensors(out, "distil"), tensors(straight, "distil"))
     assert same(tensors(out, "distil", "optimizer"), tensors(straight, "distil", "optimizer"))

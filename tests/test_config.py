@@ -7,6 +7,7 @@ from importlib.resources import files
 
 import pytest
 import yaml
+from tiny import save_configuration
 
 from rwkvinside.config import Config, StudentConfig, describe, parse_count
 from rwkvinside.defaults import STAGES, learning_rates
@@ -29,12 +30,10 @@ PARAMETERS = {
 
 @pytest.fixture
 def teacher(tmp_path):
-    """A directory with nothing but a small teacher's config.json."""
     return make_teacher(tmp_path / "tiny")
 
 
 def make_teacher(path, **changes):
-    path.mkdir()
     fields = {
         "model_type": "llama",
         "hidden_size": 64,
@@ -44,9 +43,9 @@ def make_teacher(path, **changes):
         "num_key_value_heads": 4,
         "vocab_size": 512,
         "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
     }
-    (path / "config.json").write_text(json.dumps(fields | changes))
-    return str(path)
+    return save_configuration(path, **fields | changes)
 
 
 def problems(*overrides, **arguments):

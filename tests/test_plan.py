@@ -4,6 +4,7 @@ import json
 from importlib.resources import files
 
 import pytest
+from tiny import save_configuration
 
 from rwkvinside import plan
 from rwkvinside.errors import UserError
@@ -19,22 +20,7 @@ LARGEST = {"Qwen3-0.6B": 24}  # GB of the card that one-card needs at most; the 
 
 @pytest.fixture
 def teacher(tmp_path):
-    """A directory with nothing but a small teacher's config.json."""
-    fields = {
-        "model_type": "qwen3",
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "vocab_size": 67,
-        "max_position_embeddings": 256,
-        "tie_word_embeddings": True,
-    }
-    (tmp_path / "tiny").mkdir()
-    (tmp_path / "tiny" / "config.json").write_text(json.dumps(fields))
-    return str(tmp_path / "tiny")
+    return save_configuration(tmp_path / "tiny", intermediate_size=64)
 
 
 def planned(teacher, *overrides, variant=(), ranks=1, stages=None):

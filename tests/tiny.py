@@ -1,5 +1,7 @@
 """Teachers small enough to be made anew by every test file: a tokenizer of bytes, a random Qwen3."""
 
+import json
+
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -32,3 +34,22 @@ def save_qwen3(folder, tokenizer, seed=0, **changes):
     torch.manual_seed(seed)
     Qwen3ForCausalLM(Qwen3Config(**fields | changes)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def save_configuration(folder, **changes):
+    """A directory with nothing but the config.json of a small teacher; its path as text."""
+    fields = {
+        "model_type": "qwen3",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": 67,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+    }
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(fields | changes))
+    return str(folder)

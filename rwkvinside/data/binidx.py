@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,7 @@ def read_binidx(source: str | Path) -> tuple[np.ndarray, np.ndarray]:
         raise UserError(f"{index}: {len(content)} bytes, but {count} sequences need {ends[-1]}", "the index was cut")
     sizes, pointers, documents = (
         np.frombuffer(content[a:b].tobytes(), dtype=dtype).astype(np.int64)
-        for a, b, dtype in zip(ends, ends[1:], ("<i4", "<i8", "<i8"), strict=False)
+        for (a, b), dtype in zip(pairwise(ends), ("<i4", "<i8", "<i8"), strict=True)
     )
     dtype = np.dtype(DTYPES[code])
     offsets = np.concatenate([[0], np.cumsum(sizes)])
@@ -99,7 +100,7 @@ def scan(
         UserError: a negative id.
     """
     hashes, highest = np.empty(len(offsets) - 1, dtype=np.uint64), 0
-    for i, (a, b) in enumerate(zip(offsets, offsets[1:], strict=False)):
+    for i, (a, b) in enumerate(pairwise(offsets)):
         ids = tokens[a:b]
         if ids.min() < 0:
             raise UserError(f"{where} holds token id {ids.min()}", "token ids are not negative")

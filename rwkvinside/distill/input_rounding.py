@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +38,7 @@ def round_layers(
         device: where to compute; None: where each weight is.
     """
     layers = model.linear_layers()
-    walk = _Walk(model.lm, partial(round_to_inputs, format=format, double=double, block=block), format, block, device)
+    walk = _Walk(model.lm, format, double, block, device)
     paths = [layers[name] for name in names]
     hooks = [model.lm.get_submodule(path).register_forward_hook(walk.layer(path)) for path in paths]
     if "lm_head" in paths:
@@ -57,8 +56,8 @@ def round_layers(
 
 
 class _Walk:
-    def __init__(self, lm: nn.Module, rounding: Callable, format: str, block: int, device: torch.device | None):
-        self.lm, self.rounding, self.format, self.block, self.device = lm, rounding, format, block, device
+    def __init__(self, lm: nn.Module, format: str, double: bool, block: int, device: torch.device | None):
+        self.lm, self.format, self.double, self.block, self.device = lm, format, double, block, device
         self.stream = torch.empty(0)  # what the block that is running will add its output to
 
     def block_begins(self, norm: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -87,7 +86,8 @@ class _Walk:
             wanted = original @ weight.t()
             if path.endswith(ENDS_OF_BLOCKS):  # here the block can make good what is wrong in the stream before it
                 wanted += torch.sub(*_copies(self.stream, device))
-            tensors = self.rounding(refit(weight, seen, wanted), seen.t() @ seen)
+            fitted = refit(weight, seen, wanted)
+            tensors = round_to_inputs(fitted, seen.t() @ seen, self.format, self.double, self.block)
         return use(self.lm, path, self.format, {name: t.to(home) for name, t in tensors.items()}, self.block)
 
 

@@ -1,10 +1,9 @@
 """From the configuration to the rows of a stage: mixtures, streams, validation documents, masks, contradictions."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
+from tiny import save_configuration
 
 from rwkvinside import sources
 from rwkvinside.data import PackedRows, PaddedDocuments, TokenStore
@@ -26,12 +25,7 @@ STAGE = [
 
 @pytest.fixture
 def teacher(tmp_path):
-    path = tmp_path / "tiny"
-    path.mkdir()
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    more = {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 260, "max_position_embeddings": 256}
-    (path / "config.json").write_text(json.dumps({"model_type": "qwen3"} | sizes | more))
-    return str(path)
+    return save_configuration(tmp_path / "tiny", num_hidden_layers=2, vocab_size=260)
 
 
 @pytest.fixture
