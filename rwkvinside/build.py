@@ -238,9 +238,13 @@ def _run_phase(
         run.say(f"{name}: quantised weights differ from the original ones by {100 * relative_error(quantized):.2g} %")
     source = prepare_stage(student, stage, phase.train)
     teacher = make_teacher(config, name, source, student, given.rows, run.tokenizer, world, run.dtype, run.launched)
-    if stage.objective == "calibrate":
-        return _calibrate(run, name, student, teacher, given)
-    return _train(run, name, phase, student, teacher, given, checkpoint)
+    try:
+        if stage.objective == "calibrate":
+            return _calibrate(run, name, student, teacher, given)
+        return _train(run, name, phase, student, teacher, given, checkpoint)
+    finally:
+        if teacher is not None:
+            teacher.close()
 
 
 def _stage_before(run: _Run, name: str) -> str | None:

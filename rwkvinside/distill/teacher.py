@@ -28,8 +28,11 @@ class Teacher(Protocol):
         """Called before the student's forward; its result is used within the student's readout."""
         ...
 
+    def close(self) -> None:
+        """The stage is over."""
 
-class SameWeights:
+
+class SameWeights(Teacher):
     """The hybrid in teacher mode: one model in memory. Exact only while nothing but mixers and adapters trained."""
 
     def targets(self, model, batch: Batch) -> Targets:
@@ -38,16 +41,26 @@ class SameWeights:
         return HeadTargets(hidden, lambda: model.teacher_logits)
 
 
-class SeparateTeacher:
+class SeparateTeacher(Teacher):
     """A frozen model beside the student, of the same tokenizer but possibly another size.
 
     Args:
         module: a `TeacherModel`, or what an engine that shards weights made of it.
         whole: the context in which such an engine keeps the head's weights together.
+        release: what such an engine wants done at the end.
     """
 
-    def __init__(self, module: nn.Module, whole: Callable[[], AbstractContextManager] = nullcontext):
-        self.module, self._whole = module, whole
+    def __init__(
+        self,
+        module: nn.Module,
+        whole: Callable[[], AbstractContextManager] = nullcontext,
+        release: Callable[[], None] | None = None,
+    ):
+        self.module, self._whole, self._release = module, whole, release
+
+    def close(self) -> None:
+        if self._release is not None:
+            self._release()
 
     @torch.no_grad()
     def targets(self, model, batch: Batch) -> Targets:
@@ -113,7 +126,7 @@ def _target(logits: Tensor, rows: slice, vocab: int, temperature: float) -> Targ
     return Target(F.log_softmax(logits, -1), None, best, logits.shape[1])
 
 
-class CachedLogits:
+class CachedLogits(Teacher):
     """The most likely tokens of a teacher that is not here any more; see `rwkvinside data logits`.
 
     Args:

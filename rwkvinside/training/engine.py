@@ -280,7 +280,7 @@ Engine = InProcessEngine | DeepSpeedEngine
 
 def inference_engine(
     model: nn.Module, parts: Sequence[nn.Parameter], world: World, config: Mapping | None = None
-) -> tuple[nn.Module, Callable[[], AbstractContextManager]]:
+) -> tuple[nn.Module, Callable[[], AbstractContextManager], Callable[[], None]]:
     """Shard a frozen model over the ranks (ZeRO 3).
 
     Args:
@@ -289,8 +289,8 @@ def inference_engine(
         config: sections of DeepSpeed's configuration, for instance offloading.
 
     Returns:
-        What to call in place of the model, on every rank equally often, and a context in which `parts` are whole; it is
-        collective too.
+        What to call in place of the model, on every rank equally often; a context in which `parts` are whole, which is
+        collective too; and what to call when the model is not needed any more.
     """
     import deepspeed
 
@@ -298,7 +298,12 @@ def inference_engine(
     _shard(model, full, world, rounded=False)
     engine, _ = _initialize(model, full)
     _let_go(model)
-    return engine, lambda: deepspeed.zero.GatheredParameters(list(parts))
+
+    def close() -> None:
+        engine.destroy()
+        _let_go(model)
+
+    return engine, lambda: deepspeed.zero.GatheredParameters(list(parts)), close
 
 
 def launched_world() -> World:
@@ -318,7 +323,8 @@ def launched_world() -> World:
     # the others wait while rank 0 reads and tokenises
     deepspeed.init_distributed(timeout=timedelta(hours=4), verbose=False)
     accelerator.set_device(deepspeed.comm.get_local_rank())
-    return World(accelerator.current_device_name(), distributed=True)
+    # torch's own would leave what DeepSpeed keeps of the group
+    return World(accelerator.current_device_name(), leave=deepspeed.comm.destroy_process_group)
 
 
 def _initialize(model: nn.Module, config: dict, parameters=None, optimizer=None):

@@ -5,7 +5,8 @@ Lives as long as the program; engines come and go with the stages. `engine.launc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -16,12 +17,13 @@ class World:
 
     Args:
         device: where this process computes.
-        distributed: take rank and size from the initialised process group, which `close` will destroy.
+        leave: leaves the initialised process group, of which this process is a rank; None: it is alone.
     """
 
-    def __init__(self, device: torch.device | str, distributed: bool = False):
+    def __init__(self, device: torch.device | str, leave: Callable[[], None] | None = None):
         self.device = torch.device(device)
-        self._distributed = distributed
+        self._leave = leave
+        distributed = leave is not None
         self.rank = dist.get_rank() if distributed else 0
         self.size = dist.get_world_size() if distributed else 1
 
@@ -32,7 +34,7 @@ class World:
 
     def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
         """Sum over ranks, in float64; every rank must call it with as many values and gets the same result."""
-        if not self._distributed:
+        if self._leave is None:
             return [float(v) for v in values]
         device = self.device if dist.get_backend() == "nccl" else "cpu"
         total = torch.tensor(values, dtype=torch.float64, device=device)
@@ -48,7 +50,11 @@ class World:
         self.all_reduce_sum([0.0])
 
     def close(self) -> None:
-        """Leave the process group. Without it two CPU ranks abort now and then when Python exits."""
-        if self._distributed:
-            dist.destroy_process_group()
-            self._distributed = False
+        """Leave the process group, once all engines are closed.
+
+        Threads of a group that something still holds abort the process now and then when Python exits.
+        """
+        if self._leave is not None:
+            gc.collect()  # engines are in cycles
+            self._leave()
+            self._leave = None
