@@ -7,7 +7,7 @@ python convert_checkpoint.py verify DIR --against RUN
 import argparse
 import sys
 
-from rwkvinside.cli import report_errors
+from rwkvinside.errors import report_errors
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -42,7 +42,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if args.command == "export":
-        from rwkvinside.export import changes, export_hf
+        from rwkvinside.export.card import changes
+        from rwkvinside.export.huggingface import export_hf
 
         report = export_hf(
             args.run, args.out, dtype=args.dtype, tie_embeddings=args.tie_embeddings, adapters=args.adapters

@@ -98,5 +98,5 @@ setup(
         "trackio": ["trackio>=0.20"],
         "eval": ["lm-eval>=0.4.9,<0.5"],  # benchmarks on exported directories
     },
-    entry_points={"console_scripts": ["rwkvinside = rwkvinside.cli:main"]},
+    entry_points={"console_scripts": ["rwkvinside = rwkvinside.cli.main:main"]},
 )

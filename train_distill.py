@@ -9,7 +9,8 @@ import argparse
 import os
 import sys
 
-from rwkvinside.cli import add_config_arguments, config_from, report_errors
+from rwkvinside.cli.arguments import add_config_arguments, config_from
+from rwkvinside.errors import report_errors
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -35,19 +36,19 @@ def main(argv: list[str] | None = None) -> int:
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     ranks, hosts = int(os.environ.get("WORLD_SIZE", "1")), {}
     if args.hostfile and not launched:
-        from rwkvinside.launch import check_hosts, launch, read_hostfile
+        from rwkvinside.training.launch import check_hosts, launch, read_hostfile
 
         hosts = read_hostfile(args.hostfile)
         ranks = sum(hosts.values())
     if args.dry_run:
-        from rwkvinside.plan import plan_text
+        from rwkvinside.planning.plan import plan_text
 
         print(plan_text(config, [args.stage] if args.stage else None, ranks=ranks), end="")
         return 0
     if hosts:
         check_hosts(hosts)
         launch(args.hostfile, sys.argv if argv is None else [__file__, *argv])
-    from rwkvinside.build import train
+    from rwkvinside.conversion.run import train
 
     train(config, stage=args.stage, resume=args.resume, resume_from=args.resume_from, launched=launched)
     return 0

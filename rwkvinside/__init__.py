@@ -6,14 +6,14 @@ What others may rely on is listed in `__all__`; it is imported on first use, so 
 from importlib import import_module
 
 _PUBLIC = {
-    "HybridModel": ".distill.hybrid",
-    "StudentSpec": ".distill.hybrid",
+    "HybridModel": ".hybrid.model",
+    "StudentSpec": ".hybrid.model",
     "TimeMixer": ".modeling.time_mixer",
-    "TimeMixerConfig": ".modeling.time_mixer",
-    "VFirstHolder": ".modeling.carry",
+    "TimeMixerConfig": ".modeling.mixer_presets",
+    "VFirstHolder": ".modeling.first_layer",
     "wkv7": ".modeling.wkv7",
-    "export_hf": ".export",
-    "verify": ".export",
+    "export_hf": ".export.huggingface",
+    "verify": ".export.verify",
 }
 
 __all__ = list(_PUBLIC)

@@ -1,5 +1,12 @@
 """The three ways a command ends early, each with its own exit code. Knows nothing of the rest of the package."""
 
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+
 
 class UserError(Exception):
     """Bad input or configuration: one line of cause, one line of cure; the command exits with 2.
@@ -27,3 +34,23 @@ class Interrupted(UserError):
     """The run was asked to stop and has saved its work; the command exits with 75 (EX_TEMPFAIL: try again)."""
 
     exit_code = 75
+
+
+def report_errors(main: Callable[..., int]) -> Callable[..., int]:
+    """A main function whose `UserError` becomes a line of cause and a line of cure on stderr, and its exit code.
+
+    Under a launcher, which sets RANK, only the first process speaks: all have found the same.
+    """
+
+    @functools.wraps(main)
+    def reporting(argv: list[str] | None = None) -> int:
+        try:
+            return main(argv)
+        except UserError as error:
+            if os.environ.get("RANK", "0") == "0":
+                print(f"error: {error.cause}", file=sys.stderr)
+                if error.cure:
+                    print(error.cure, file=sys.stderr)
+            return error.exit_code
+
+    return reporting

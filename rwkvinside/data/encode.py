@@ -12,7 +12,7 @@ import numpy as np
 from ..errors import UserError
 from .chat import encode_conversation
 from .records import Document, Question, content_hash
-from .store import Encoded, TokenStore
+from .token_store import Encoded, TokenStore
 
 CHUNK_DOCUMENTS = 512
 CHUNK_BYTES = 4 << 20

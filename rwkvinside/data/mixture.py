@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from .batch import Batch
-from .packing import Row, collate
+from .rows import Row, collate
 
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio
 BLOCK = 1 << 16  # rows whose sources are worked out together

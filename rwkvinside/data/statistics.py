@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from .batch import IGNORE
-from .store import TokenStore
+from .token_store import TokenStore
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ import numpy as np
 from ..errors import UserError
 from .batch import Batch
 from .encode import Encoder, chunks
-from .packing import PackedRows, PaddedDocuments, Row, collate
 from .readers import DocumentReader
-from .store import StoreWriter, TokenStore, entry_key, is_whole, open_store, read_meta, writing
-from .tokens import source_identity
+from .rows import PackedRows, PaddedDocuments, Row, collate
+from .token_store import StoreWriter, TokenStore, entry_key, is_whole, open_store, read_meta, writing
+from .tokenize import source_identity
 
 AHEAD = 2  # blocks made before they are asked for
 POLL = 0.1  # seconds between looks at the disk

@@ -5,8 +5,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..evaluate.decode_speed import DecodeSpeed
 from ..evaluate.quality import Scores
-from ..evaluate.speed import DecodeSpeed
 
 MAX_CE_GAP = 0.25  # nats between student and teacher that the demo promises
 MAX_SLOWDOWN = 1.2  # of the student's token, from the shortest context to the longest

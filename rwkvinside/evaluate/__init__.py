@@ -1,1 +1,1 @@
-"""How good a student is: quality beside its teacher, speed of decoding and of training."""
+"""How close a student is to its teacher, and how fast it decodes."""

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batch import IGNORE, Batch
-from ..distill.losses import chunk_tokens
-from ..distill.teacher import Teacher
+from ..losses.distillation import chunk_tokens
+from ..teacher.signals import Teacher
 from .quality import Scores, Totals, means, token_scores
 
 

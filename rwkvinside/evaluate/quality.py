@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..data.batch import IGNORE, Batch
-from ..data.packing import PaddedDocuments
+from ..data.rows import PaddedDocuments
 from ..errors import UserError
 
 CHUNK_ELEMENTS = 2**25  # logits in one fp32 chunk (128 MiB); a vocabulary of 152k gives chunks of 220 tokens

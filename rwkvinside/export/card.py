@@ -5,7 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..adapters import AdapterSpec
+from ..hybrid.adapters import AdapterSpec
 
 COLUMNS = {
     "tokens": "tokens",

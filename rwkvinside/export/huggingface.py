@@ -14,15 +14,15 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers import __version__ as transformers_version
 
-from ..adapters import adapter_directory, write_peft
-from ..distill.hybrid import HybridModel
-from ..distill.structure import make_plain, take_adapters
 from ..errors import UserError
+from ..hybrid.adapters import adapter_directory, write_peft
+from ..hybrid.assemble import make_plain, take_adapters
+from ..hybrid.model import HybridModel
+from ..hybrid.quantized_linear import relative_error
 from ..modeling.modeling_hybrid import FAMILIES
-from ..quantization import relative_error
+from ..runs.trained import LEGAL_FILES, TOKENIZER_FILES, TrainedRun, open_run, public_name
 from ..training.checkpoint import measure
 from .card import measurements, model_card
-from .source import LEGAL_FILES, TOKENIZER_FILES, TrainedRun, open_run, public_name
 from .verify import verify
 from .weights import DTYPES, stored_dtype
 

@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from ..adapters import is_adapter
 from ..data.batch import IGNORE, Batch
-from ..distill.hybrid import HybridModel
-from ..distill.structure import adapter_names, make_plain, take_adapters
 from ..errors import UserError, VerificationError
-from .source import open_run
+from ..hybrid.adapters import is_adapter
+from ..hybrid.assemble import adapter_names, make_plain, take_adapters
+from ..hybrid.model import HybridModel
+from ..runs.trained import open_run
 from .weights import DTYPES, stored_dtype
 
 ROWS, TOKENS, SEED = 2, 41, 0  # 41: no multiple of the chunk of any backend

@@ -21,10 +21,11 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
-from .attention import RWKVAttention, identity_rotation
-from .carry import MixerCall, VFirstHolder
 from .configuration_hybrid import HybridLlamaConfig, HybridQwen2Config, HybridQwen3Config
-from .time_mixer import TimeMixerConfig, init_mixer
+from .first_layer import MixerCall, VFirstHolder
+from .mixer_init import init_mixer
+from .mixer_presets import TimeMixerConfig
+from .rwkv_attention import RWKVAttention, identity_rotation
 
 # Parameters that shift a sigmoid or the decay: bf16 is too coarse for them (wl near -8 would be off by 2-3 %), so they
 # stay fp32 in files and in memory whatever dtype the model is loaded in. Searched by transformers as regexes.

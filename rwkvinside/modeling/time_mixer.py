@@ -7,153 +7,17 @@ checkpoints and of RWKV-Infer. No state lives on the module. This file travels w
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .carry import FirstKV
+from .first_layer import FirstKV
+from .mixer_presets import TimeMixerConfig
 from .wkv7 import wkv7
 
 DECAY_SCALE = math.exp(-0.5)  # log_decay = -DECAY_SCALE * sigmoid(z) lies in (-0.6065, 0)
-
-# What the published mixers differ in. None = as the teacher has it. `hxa` names are the same mixers in a hybrid whose
-# kept attention carries no rotation.
-PRESETS: dict[str, dict] = {
-    "cxa079": dict(rope=True, qk_norm=None, value_path="residual_kv", key_residual=True, bonus=True, key_scale="log"),
-    "hxa07a": dict(rope=True, qk_norm=None, value_path="plain", key_residual=False, bonus=False, key_scale="log"),
-    "hxa07b": dict(rope=True, qk_norm=None, value_path="additive", key_residual=False, bonus=False, key_scale="log"),
-    "hxa07c": dict(rope=True, qk_norm=None, value_path="additive", key_residual=False, bonus=False, key_scale="decay"),
-    "cxa078": dict(
-        rope=True, qk_norm=True, value_path="residual_full", key_residual=False, bonus=True, key_scale="log"
-    ),
-    "cxa076r": dict(
-        rope=False, qk_norm=True, value_path="residual_full", key_residual=False, bonus=True, key_scale="log"
-    ),
-    "rad": dict(
-        rope=True, qk_norm=None, value_path="residual_full", key_residual=False, bonus=False, key_scale="decay"
-    ),
-    "x070": dict(
-        rope=False,
-        qk_norm=False,
-        value_path="residual_full",
-        key_residual=False,
-        bonus=True,
-        key_scale="k_a",
-        token_shift=True,
-        group_norm=True,
-    ),
-}
-PRESETS["hxa079"] = PRESETS["cxa079"]
-
-
-@dataclass
-class TimeMixerConfig:
-    """Everything that determines a mixer's parameters and equations; plain values, so that it lives in a config.json.
-
-    Args:
-        hidden_size: D, width of the residual stream.
-        num_heads, num_kv_heads, head_size: H, G, N; G divides H; C = H * N may differ from D.
-        rank_decay, rank_iclr, rank_value, rank_key, rank_gate: low-rank sizes; 0 = the published rule
-            (`default_ranks`).
-        rope: rotate r and k exactly as the teacher rotates q and k.
-        qk_norm: RMS norm of r and k per head before the rotation, with epsilon norm_eps.
-        value_path: "plain", "residual_kv" (mix with v_first at G heads), "residual_full" (at H heads),
-            "additive" (+ 0.2 x v1 v2 at H heads).
-        key_residual: mix the key with k_first, at G heads.
-        bonus: add (r . k r_k) v of the current token.
-        key_scale: k * (1 - s + iclr) with s the decay ("decay") or its log-domain value ("log", as older checkpoints
-            were trained); "k_a" is the stock RWKV-7 form with learned k_k and k_a.
-        token_shift, group_norm: stock RWKV-7 only; without the norm the output is scaled by N^-0.5.
-        qkv_bias, output_bias: biases copied from the teacher.
-        detach_first: no gradient from later layers into v_first and k_first.
-        backend, precision: see `wkv7`.
-    """
-
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_size: int
-    rank_decay: int = 0
-    rank_iclr: int = 0
-    rank_value: int = 0
-    rank_key: int = 0
-    rank_gate: int = 0
-    rope: bool = True
-    qk_norm: bool = False
-    norm_eps: float = 1e-6
-    value_path: str = "residual_kv"
-    key_residual: bool = True
-    bonus: bool = True
-    key_scale: str = "decay"
-    token_shift: bool = False
-    group_norm: bool = False
-    qkv_bias: bool = False
-    output_bias: bool = False
-    detach_first: bool = False
-    backend: str = "auto"
-    precision: str = "auto"
-
-    def __post_init__(self):
-        for name, value, allowed in (
-            ("value_path", self.value_path, ("plain", "residual_kv", "residual_full", "additive")),
-            ("key_scale", self.key_scale, ("decay", "log", "k_a")),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} is {value!r}, allowed: {', '.join(allowed)}")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}")
-        for name, rank in default_ranks(self.hidden_size, self.num_heads * self.head_size).items():
-            if not getattr(self, f"rank_{name}"):
-                setattr(self, f"rank_{name}", rank)
-
-    @classmethod
-    def from_preset(cls, preset: str, *, qk_norm: bool, **overrides) -> TimeMixerConfig:
-        """A published variant for a teacher; `qk_norm` says whether the teacher has q/k norms, other arguments are
-        fields.
-
-        Raises:
-            ValueError: unknown preset, or a field value outside its choices.
-        """
-        if preset not in PRESETS:
-            raise ValueError(f"unknown mixer preset {preset!r}: choose one of {', '.join(sorted(PRESETS))}")
-        values = dict(PRESETS[preset])
-        if values["qk_norm"] is None:
-            values["qk_norm"] = qk_norm
-        return cls(**(values | overrides))
-
-    def to_dict(self) -> dict:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict) -> TimeMixerConfig:
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"unknown mixer fields {unknown}, known: {sorted(known)}")
-        return cls(**values)
-
-    def replace(self, **changes) -> TimeMixerConfig:
-        return replace(self, **changes)
-
-
-def default_ranks(hidden_size: int, width: int) -> dict[str, int]:
-    """Low-rank sizes of the published format for C = width; the floors of 256 shrink to D/4 for teachers below D =
-    1024."""
-
-    def round32(x: float) -> int:
-        return 32 * round(x / 32)
-
-    floor = min(256, hidden_size // 4)
-    residual = max(32, round32(1.3 * width**0.5))
-    return dict(
-        decay=max(floor, round32(1.7 * width**0.6)),
-        iclr=max(32, round32(1.8 * width**0.5)),
-        value=residual,
-        key=residual,
-        gate=max(floor, round32(0.35 * width**0.8)),
-    )
 
 
 class MixerState(NamedTuple):
@@ -409,58 +273,3 @@ def _shift(x, last, mask, cu_seqlens):
         previous = previous * starts.view(B, T, 1)
         newest = x.reshape(B * T, D)[cu_seqlens[1:].long() - 1]
     return previous, newest
-
-
-@torch.no_grad()
-def init_mixer(mixer: TimeMixer, layer: int, num_layers: int, init: str = "calibrated") -> None:
-    """Set everything that is not copied from the teacher, in fp32.
-
-    | parameter | published | calibrated |
-    |---|---|---|
-    | w0 | depth-dependent ramp + 2.5 zz | the same (the calibrate stage replaces it) |
-    | a0 | -0.19 + 0.3 zz + 0.4 lin | the same |
-    | v0, k0 | 0.73: 67.5 % of the first layer | -4: 1.8 % |
-    | r_k | -0.04 | 0 |
-    | w1, a1, v1, k1, g1 | 0 | 0 |
-    | w2, a2, v2, k2 | orthogonal, gain 0.1 max(1, sqrt(rows / cols)) | the same |
-    | g2 | the same orthogonal | and its columns sum to 2, so that the gate starts at 1 |
-    | norms | 1 | 1 |
-
-    Args:
-        layer, num_layers: position in the model, which sets the ramp of w0.
-        init: "published" or "calibrated".
-    """
-    if init not in ("published", "calibrated"):
-        raise ValueError(f"init is {init!r}, allowed: published, calibrated")
-    c = mixer.mixer_config
-    C, N = c.num_heads * c.head_size, c.head_size
-    n = torch.arange(C, dtype=torch.float32)
-    lin = n / max(C - 1, 1) - 0.5
-    z = (n % N - (N - 1) / 2) / max((N - 1) / 2, 0.5)
-    zz = z * z.abs()
-    depth = layer / max(num_layers - 1, 1)
-    values = {
-        "w0": -6 + 6 * (n / max(C - 1, 1)) ** (1 + depth**0.3) + 0.5 + 2.5 * zz,
-        "a0": -0.19 + 0.3 * zz + 0.4 * lin,
-        "v0": 0.73 if init == "published" else -4.0,
-        "k0": 0.73 if init == "published" else -4.0,
-        "r_k": -0.04 if init == "published" else 0.0,
-        "k_k": 0.85,
-        "k_a": 1.0,
-    }
-    for name, parameter in mixer.named_parameters():
-        if name in values:
-            parameter.copy_(torch.as_tensor(values[name]).expand(parameter.numel()).view_as(parameter))
-        elif name in ("w1", "a1", "v1", "k1", "g1") or name.startswith("x_"):
-            parameter.zero_()
-        elif name in ("w2", "a2", "v2", "k2", "g2"):
-            rows, cols = parameter.shape
-            fresh = torch.empty(rows, cols)
-            nn.init.orthogonal_(fresh, gain=0.1 * max(1, math.sqrt(rows / cols)))
-            if name == "g2" and init == "calibrated":
-                fresh += (2 - fresh.sum(0)) / rows
-            parameter.copy_(fresh)
-        elif name in ("r_norm.weight", "k_norm.weight", "ln_x.weight"):
-            parameter.fill_(1)
-        elif name == "ln_x.bias":
-            parameter.zero_()

@@ -1,1 +1,1 @@
-"""Pictures of what a run has measured: metrics.jsonl -> PNGs. Imports nothing of the models."""
+"""Figures of a run."""

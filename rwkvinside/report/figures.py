@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .reading import alignment, column, of_kind, stages, tokens_before
+from ..runs.metrics_file import alignment, column, of_kind, stages, tokens_before
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

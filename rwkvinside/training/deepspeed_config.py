@@ -3,16 +3,22 @@ DeepSpeed itself, so that a plan can show it."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ..errors import UserError
+from .batching import StepShape
 from .optimizer import OptimizerSettings
 
 AUTO = "auto"
+
+
 SECTIONS = ("optimizer", "scheduler", "bf16", "fp16", "torch_autocast", "zero_optimization")
+
+
 OFFLOADS = ("offload_optimizer", "offload_param")
+
+
 CURE = "set it in the recipe (`stages`, `precision`, `deepspeed`), or write auto in DeepSpeed's file"
 
 
@@ -46,26 +52,6 @@ class ZeroSettings:
             return found
         cpu = [offloads(section, name) for name in OFFLOADS]
         return replace(found, stage=section["stage"], offload_optimizer=cpu[0], offload_parameters=cpu[1])
-
-
-@dataclass(frozen=True)
-class StepShape:
-    """How the rows of an optimizer step are cut.
-
-    Args:
-        rows: of a step, over all ranks.
-        micro_rows: of one forward pass.
-        ranks: processes that share the rows as evenly as possible.
-    """
-
-    rows: int
-    micro_rows: int
-    ranks: int
-
-    @property
-    def micro_batches(self) -> int:
-        """Forward passes of a step, the same on every rank."""
-        return math.ceil(math.ceil(self.rows / self.ranks) / self.micro_rows)
 
 
 def deepspeed_config(zero: ZeroSettings, settings: OptimizerSettings, precision: str, shape: StepShape) -> dict:

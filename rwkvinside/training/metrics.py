@@ -12,7 +12,7 @@ from typing import TextIO
 import torch
 
 from ..errors import UserError
-from ..resident import peak_bytes
+from ..support.process_memory import peak_bytes
 from .loggers import Logger
 
 FILE = "metrics.jsonl"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..quantization import adamw8bit, load_moments, moments_of
+from .optimizer_8bit import adamw8bit, load_moments, moments_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALES = tuple(f"{moment}_scale" for moment in MOMENTS)  # of 8-bit moments, beside them

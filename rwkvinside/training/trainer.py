@@ -18,13 +18,12 @@ from torch import Tensor
 
 from ..errors import Interrupted, UserError
 from .checkpoint import Checkpoint, Checkpointer
-from .engine import Engine
-from .in_process import StepResult
+from .deepspeed_engine import Engine
 from .metrics import Console, MetricsWriter, Pace, memory_mb
-from .nonfinite import Probe
+from .nan_probe import Probe
+from .protocols import RowSource, Step, StepResult, TrainingBatch
 from .rng import rng_state, set_rng_state
 from .schedule import Budget, Schedule
-from .step import RowSource, Step, TrainingBatch
 
 
 class Trainer:

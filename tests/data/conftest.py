@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny import byte_tokenizer
 
-from rwkvinside.data import TokenStore
+from rwkvinside.data.token_store import TokenStore
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"

@@ -1,6 +1,6 @@
 import torch
 
-from rwkvinside.data import Batch, attention_mask_4d
+from rwkvinside.data.batch import Batch, attention_mask_4d
 
 
 def make_batch(segments):

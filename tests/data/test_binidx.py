@@ -5,8 +5,9 @@ import struct
 import numpy as np
 import pytest
 
-from rwkvinside.data import PackedRows, load_tokens
 from rwkvinside.data.binidx import read_binidx
+from rwkvinside.data.rows import PackedRows
+from rwkvinside.data.tokenize import load_tokens
 from rwkvinside.errors import UserError
 
 SEQUENCES = [[5, 6, 7], [8], [9, 10, 11, 12], [13, 14]]

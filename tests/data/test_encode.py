@@ -5,9 +5,9 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from rwkvinside.data import load_tokens
 from rwkvinside.data.encode import Encoder, agreement
 from rwkvinside.data.records import document_of
+from rwkvinside.data.tokenize import load_tokens
 from rwkvinside.errors import UserError
 
 QUESTION = {"question": "Which?", "choices": ["ä", "b", "c"], "answer": 2}

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from rwkvinside.data import PackedRows, PaddedDocuments
 from rwkvinside.data.mixture import BLOCK, MixedRows
+from rwkvinside.data.rows import PackedRows, PaddedDocuments
 
 
 def store_of(make_store, source, lengths):

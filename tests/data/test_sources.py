@@ -5,14 +5,15 @@ import pytest
 import torch
 from tiny import save_configuration
 
-from rwkvinside import sources
-from rwkvinside.data import PackedRows, PaddedDocuments, TokenStore
+from rwkvinside.config.load import load_config
+from rwkvinside.data import sources
 from rwkvinside.data.mixture import MixedRows
-from rwkvinside.data.pack import write_pack
+from rwkvinside.data.rows import PackedRows, PaddedDocuments
 from rwkvinside.data.stream import StreamedRows
+from rwkvinside.data.token_pack import write_pack
+from rwkvinside.data.token_store import TokenStore
 from rwkvinside.errors import UserError
-from rwkvinside.loading import load_config
-from rwkvinside.training.world import World
+from rwkvinside.training.process_group import World
 
 WORLD = World("cpu")
 STAGE = [

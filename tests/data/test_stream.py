@@ -10,9 +10,11 @@ from multiprocessing import get_context
 import numpy as np
 import pytest
 
-from rwkvinside.data import PackedRows, encode, load_tokens
+from rwkvinside.data import encode
 from rwkvinside.data.encode import Encoder
+from rwkvinside.data.rows import PackedRows
 from rwkvinside.data.stream import StreamedRows, TokenStream
+from rwkvinside.data.tokenize import load_tokens
 from rwkvinside.errors import UserError
 
 COUNT = 3000

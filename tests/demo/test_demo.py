@@ -7,11 +7,11 @@ import pytest
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rwkvinside.demo import command
+from rwkvinside.demo import run as command
 from rwkvinside.demo.corpus import Corpus, collect
 from rwkvinside.demo.tables import show_speed, slowdown
 from rwkvinside.errors import UserError
-from rwkvinside.evaluate.speed import DecodeSpeed
+from rwkvinside.evaluate.decode_speed import DecodeSpeed
 
 
 def arguments(*given):
@@ -75,7 +75,7 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path):
 
 def test_full_settings_are_a_valid_configuration(tmp_path, shared):
     """Overrides of both versions name fields that exist; any teacher will do for that."""
-    from rwkvinside.loading import load_config
+    from rwkvinside.config.load import load_config
 
     for settings in (command.FULL, command.QUICK):
         config = load_config(teacher=str(shared / "teachers" / "stories260k"), overrides=settings.overrides)

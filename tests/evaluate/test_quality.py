@@ -8,7 +8,9 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from rwkvinside.data import Batch, PaddedDocuments, TokenStore
+from rwkvinside.data.batch import Batch
+from rwkvinside.data.rows import PaddedDocuments
+from rwkvinside.data.token_store import TokenStore
 from rwkvinside.errors import UserError
 from rwkvinside.evaluate.quality import document_batches, evaluate_models, token_scores
 

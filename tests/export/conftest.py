@@ -7,7 +7,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-from rwkvinside.distill.hybrid import HybridModel, StudentSpec
+from rwkvinside.hybrid.model import HybridModel, StudentSpec
 from rwkvinside.training.checkpoint import Checkpointer
 
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}

@@ -10,15 +10,14 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import convert_checkpoint
-from rwkvinside.adapters import AdapterSpec, is_adapter
-from rwkvinside.distill.hybrid import StudentSpec
-from rwkvinside.distill.structure import Structure, assemble, fixed_tensors, make_plain
 from rwkvinside.errors import UserError
-from rwkvinside.export import export_hf
-from rwkvinside.export.huggingface import _without_paths
-from rwkvinside.export.source import open_run
+from rwkvinside.export.huggingface import _without_paths, export_hf
+from rwkvinside.hybrid.adapters import AdapterSpec, is_adapter
+from rwkvinside.hybrid.assemble import Structure, assemble, fixed_tensors, make_plain
+from rwkvinside.hybrid.model import StudentSpec
+from rwkvinside.runs.trained import open_run
 from rwkvinside.training.checkpoint import Checkpointer
-from rwkvinside.training.fixed import NAME, fixed_digest, write_fixed
+from rwkvinside.training.frozen_weights import NAME, fixed_digest, write_fixed
 
 ADAPTERS = [
     {"kind": "lora", "groups": ["mlp"], "rank": 4, "rank_stabilized": True},

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from rwkvinside.errors import UserError, VerificationError
-from rwkvinside.export import export_hf, huggingface, verify
-from rwkvinside.export.huggingface import build_hybrid
-from rwkvinside.export.source import open_run
+from rwkvinside.export import huggingface, verify
+from rwkvinside.export.huggingface import build_hybrid, export_hf
+from rwkvinside.runs.trained import open_run
 from rwkvinside.training.checkpoint import Checkpointer
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig, StaticCache, TextIteratorStreamer
 
-from rwkvinside.modeling.cache import RecurrentLayer
+from rwkvinside.modeling.mixer_presets import TimeMixerConfig
 from rwkvinside.modeling.modeling_hybrid import FAMILIES, FP32_PARAMETERS
-from rwkvinside.modeling.time_mixer import TimeMixerConfig
+from rwkvinside.modeling.recurrent_cache import RecurrentLayer
 
 LAYERS, HEADS, KV_HEADS, HEAD_SIZE, WIDTH, VOCAB = 4, 4, 2, 16, 48, 101
 LAYOUTS = {"all-rwkv": [0, 1, 2, 3], "mixed": [0, 2], "attention-first": [1, 2]}

@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
-from rwkvinside.modeling.carry import FirstKV
-from rwkvinside.modeling.time_mixer import PRESETS, MixerState, TimeMixer, TimeMixerConfig, default_ranks, init_mixer
+from rwkvinside.modeling.first_layer import FirstKV
+from rwkvinside.modeling.mixer_init import init_mixer
+from rwkvinside.modeling.mixer_presets import PRESETS, TimeMixerConfig, default_ranks
+from rwkvinside.modeling.time_mixer import MixerState, TimeMixer
 
 D, N, T, B = 24, 8, 13, 2
 

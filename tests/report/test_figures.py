@@ -6,9 +6,10 @@ from argparse import ArgumentParser
 import numpy as np
 import pytest
 
+from rwkvinside.cli.report import add_report_arguments, main
 from rwkvinside.errors import UserError
-from rwkvinside.report.command import add_report_arguments, main, write_report
 from rwkvinside.report.figures import alignment_figure, loss_figure, position_figure, smooth, validation_figure
+from rwkvinside.report.write import write_report
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

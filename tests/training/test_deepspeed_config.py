@@ -3,7 +3,8 @@
 import pytest
 
 from rwkvinside.errors import UserError
-from rwkvinside.training.deepspeed_config import StepShape, ZeroSettings, deepspeed_config
+from rwkvinside.training.batching import StepShape
+from rwkvinside.training.deepspeed_config import ZeroSettings, deepspeed_config
 from rwkvinside.training.optimizer import OptimizerSettings
 
 SHAPE = StepShape(rows=12, micro_rows=2, ranks=2)

@@ -3,9 +3,9 @@ import torch
 from toy_training import SETTINGS, Losses, Source, ToyStep, in_process, model, trainer
 
 from rwkvinside.errors import UserError
-from rwkvinside.training.engine import DeepSpeedEngine, InProcessEngine
+from rwkvinside.training.deepspeed_engine import DeepSpeedEngine, InProcessEngine
 from rwkvinside.training.optimizer import OptimizerSettings, build_optimizer, fresh_state, trainable
-from rwkvinside.training.world import World
+from rwkvinside.training.process_group import World
 
 
 def test_weight_decay_spares_vectors():

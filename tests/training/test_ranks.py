@@ -16,11 +16,11 @@ from toy_training import BOUNDARY, SETTINGS, Losses, in_process, phase, trainer
 
 from rwkvinside.evaluate.in_training import judge
 from rwkvinside.training.checkpoint import Checkpointer
-from rwkvinside.training.in_process import InProcessEngine
-from rwkvinside.training.world import World
+from rwkvinside.training.local_engine import InProcessEngine
+from rwkvinside.training.process_group import World
 
 pytestmark = pytest.mark.slow
-HERE = Path(__file__).parent
+HELPERS = Path(__file__).resolve().parents[1] / "helpers"
 ZERO = ("zero0", "zero1", "zero2", "zero3")
 WAYS = (*ZERO, "zero1-offload", "zero3-offload")
 
@@ -70,9 +70,9 @@ def free_port():
 def launch(out, single_run, *command):
     """OUT of the worker and what it has written."""
     bin = Path(sys.executable).parent
-    environment = os.environ | {"PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent.parent}"}
+    environment = os.environ | {"PYTHONPATH": f"{HELPERS}{os.pathsep}{HELPERS.parents[1]}"}
     environment["PATH"] = f"{bin}{os.pathsep}{environment['PATH']}"
-    command = [str(bin / command[0]), *command[1:], "--master_port", free_port(), str(HERE / "ranks_worker.py")]
+    command = [str(bin / command[0]), *command[1:], "--master_port", free_port(), str(HELPERS / "ranks_worker.py")]
     command += [str(out), str(single_run)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
     (out / "log").write_text(done.stdout + done.stderr)

@@ -22,19 +22,19 @@ from toy_training import (
 from rwkvinside.errors import Interrupted, UserError
 from rwkvinside.training import checkpoint as checkpoint_module
 from rwkvinside.training.checkpoint import Checkpointer
-from rwkvinside.training.in_process import InProcessEngine
+from rwkvinside.training.local_engine import InProcessEngine
 from rwkvinside.training.metrics import MetricsWriter
+from rwkvinside.training.process_group import World
 from rwkvinside.training.rng import rng_state, set_rng_state
 from rwkvinside.training.schedule import Budget
-from rwkvinside.training.world import World
 
-HERE = Path(__file__).parent
+HELPERS = Path(__file__).resolve().parents[1] / "helpers"
 MEASURED = ("time", "tokens_per_s", "memory_mb")  # differ from run to run
 
 
 def worker(*args):
-    environment = os.environ | {"PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent.parent}"}
-    command = [sys.executable, str(HERE / "resume_worker.py"), *map(str, args)]
+    environment = os.environ | {"PYTHONPATH": f"{HELPERS}{os.pathsep}{HELPERS.parents[1]}"}
+    command = [sys.executable, str(HELPERS / "resume_worker.py"), *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
 
 

@@ -21,8 +21,8 @@ from toy_training import (
 
 from rwkvinside.errors import UserError
 from rwkvinside.training.checkpoint import Checkpointer
-from rwkvinside.training.engine import InProcessEngine
-from rwkvinside.training.world import World
+from rwkvinside.training.deepspeed_engine import InProcessEngine
+from rwkvinside.training.process_group import World
 
 in_this_process = partial(InProcessEngine, settings=SETTINGS, world=World("cpu"))
 

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from rwkvinside.cli import report_errors
+from rwkvinside.errors import report_errors
 from rwkvinside.kernels import bench
 from rwkvinside.kernels.bench.command import add_arguments, main
 

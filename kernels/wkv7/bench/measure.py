@@ -22,7 +22,7 @@ from rwkvinside.kernels.bench.problem import (
     make_state,
     relative_errors,
 )
-from rwkvinside.resident import forget_peak, peak_bytes
+from rwkvinside.support.process_memory import forget_peak, peak_bytes
 
 TURN = {"cpu": 5e-3, "cuda": 20e-3}  # seconds that one turn lasts at least, so that clock and launch do not matter
 

@@ -1,0 +1,157 @@
+"""What the distillation loss costs in memory and time: all logits at once beside a chunk of tokens at a time.
+
+Every case runs in processes of its own, in turns, so that a peak belongs to it alone. CPU, or the first GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..losses.distillation import Objective, chunk_tokens, head_losses
+from ..support.process_memory import forget_peak, peak_bytes
+from ..teacher.signals import HeadTargets
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Random hidden states of student and teacher, and a head for each.
+
+    Args:
+        trained: the student's head has a gradient too.
+    """
+
+    tokens: int = 2048
+    vocab: int = 151_936
+    hidden: int = 1024
+    trained: bool = False
+
+
+def measure(kind: str, problem: Problem, threads: int) -> dict[str, float]:
+    """One forward and backward of KL(teacher || student) in this process, which should be a new one.
+
+    Args:
+        kind: "whole" or "chunks".
+
+    Returns:
+        "loss"; "norm" of the gradient by the hidden states; "seconds"; "bytes", the peak above what was there before,
+        the head's gradient, which every way of computing it leaves behind, not counted.
+    """
+    torch.set_num_threads(threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loss_of = {"whole": _whole, "chunks": _chunks}[kind]
+    # threads and libraries start with something small; a gradient of the whole head would count as memory used before
+    loss_of(*_case(Problem(8, 64, 16, problem.trained), device)).backward()
+    hidden, student, *rest = _case(problem, device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        forget_peak()
+    before = _peak_bytes(device)
+    start = time.perf_counter()
+    loss = loss_of(hidden, student, *rest)
+    loss.backward()
+    norm = hidden.grad.norm().item()
+    seconds = time.perf_counter() - start
+    kept = 0 if student.weight.grad is None else student.weight.grad.nbytes
+    return {"loss": loss.item(), "norm": norm, "seconds": seconds, "bytes": _peak_bytes(device) - before - kept}
+
+
+def _case(problem: Problem, device: torch.device) -> tuple[Tensor, nn.Linear, Tensor, Tensor, nn.Linear]:
+    """Hidden states, student's head, labels, teacher's hidden states, teacher's head."""
+    torch.manual_seed(0)
+    student, teacher = (nn.Linear(problem.hidden, problem.vocab, bias=False, device=device) for _ in range(2))
+    teacher.requires_grad_(False)
+    student.requires_grad_(problem.trained)
+    hidden, teacher_hidden = (4 * torch.randn(1, problem.tokens, problem.hidden, device=device) for _ in range(2))
+    labels = torch.randint(0, problem.vocab, (1, problem.tokens), device=device)
+    return hidden.requires_grad_(), student, labels, teacher_hidden, teacher
+
+
+def _whole(hidden: Tensor, head: nn.Module, labels: Tensor, teacher_hidden: Tensor, teacher: nn.Module) -> Tensor:
+    target = F.log_softmax(teacher(teacher_hidden), -1)
+    return F.kl_div(F.log_softmax(head(hidden), -1), target, reduction="sum", log_target=True)
+
+
+def _chunks(hidden: Tensor, head: nn.Module, labels: Tensor, teacher_hidden: Tensor, teacher: nn.Module) -> Tensor:
+    return head_losses(hidden, head, labels, HeadTargets(teacher_hidden[0], lambda: teacher.forward), Objective())[0]
+
+
+def _peak_bytes(device: torch.device) -> int:
+    """Highest memory so far: of the process, or allocated on the GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return peak_bytes()
+
+
+def head_cost(problem: Problem, repeats: int = 3) -> dict:
+    """Median seconds and peak bytes of both ways, in new processes that take turns.
+
+    Returns:
+        {"whole": {...}, "chunks": {...}} as `measure` gives them, "memory" and "time": chunks relative to the whole,
+        "chunk_tokens", "threads", "device", and the fields of the problem.
+    """
+    threads = torch.get_num_threads()
+    runs: dict[str, list[dict]] = {"whole": [], "chunks": []}
+    context = multiprocessing.get_context("spawn")
+    for _ in range(repeats):
+        for kind, found in runs.items():
+            with context.Pool(1) as pool:
+                found.append(pool.apply(measure, (kind, problem, threads)))
+    medians = {
+        kind: {name: statistics.median(run[name] for run in found) for name in found[0]} for kind, found in runs.items()
+    }
+    whole, chunks = medians["whole"], medians["chunks"]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    about = {"chunk_tokens": chunk_tokens(problem.vocab), "threads": threads, "device": device}
+    ratios = {"memory": chunks["bytes"] / whole["bytes"], "time": chunks["seconds"] / whole["seconds"]}
+    return medians | ratios | about | asdict(problem)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `rwkvinside bench head`."""
+    shape = Problem()
+    parser.add_argument("--tokens", type=int, default=shape.tokens, help=f"with a label (default {shape.tokens})")
+    parser.add_argument("--vocab", type=int, default=shape.vocab, help=f"rows of the head (default {shape.vocab})")
+    parser.add_argument("--hidden", type=int, default=shape.hidden, help=f"width of the head (default {shape.hidden})")
+    parser.add_argument("--trained", action="store_true", help="the student's head is trained too")
+    parser.add_argument("--repeats", type=int, default=3, help="processes of each kind (default 3)")
+    parser.add_argument("--json", type=Path, help="write the numbers here")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measure, print a table, write JSON."""
+    for name in ("tokens", "vocab", "hidden", "repeats"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}", "give at least 1")
+    if args.json is not None and not args.json.parent.is_dir():  # before minutes of work, not after
+        raise UserError(f"folder {args.json.parent} of the output {args.json.name} does not exist", "make it first")
+    result = head_cost(Problem(args.tokens, args.vocab, args.hidden, args.trained), args.repeats)
+    head = "trained" if args.trained else "frozen"
+    title = (
+        f"KL of {args.tokens} tokens, vocabulary {args.vocab}, width {args.hidden}, head {head}, fp32, "
+        f"{result['device']}, {result['threads']} threads"
+    )
+    table = Table(title=title)
+    for column in ("", "seconds", "extra memory", "loss"):
+        table.add_column(column, justify="left" if not column else "right")
+    for kind, name in (("whole", "all logits at once"), ("chunks", f"{result['chunk_tokens']} tokens at a time")):
+        found = result[kind]
+        table.add_row(name, f"{found['seconds']:.2f}", f"{found['bytes'] / 2**20:,.0f} MiB", f"{found['loss']:.6g}")
+    table.add_row("relative", f"{result['time']:.2f}", f"{result['memory']:.3f}", "")
+    Console().print(table)
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    return 0

@@ -1,0 +1,161 @@
+"""Training speed of the stages beside plain fine-tuning of the same teacher, on one machine and batch, in one run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+from ..data.batch import Batch
+from ..hybrid.calibration import teacher_power
+from ..hybrid.model import HybridModel, StudentSpec
+from ..modeling.wkv7 import BACKENDS
+from ..stages.steps import AlignStep, DistilStep
+from ..teacher.signals import SeparateTeacher, TeacherModel
+
+
+def training_speed(
+    load_teacher: Callable[[], nn.Module],
+    *,
+    rows: int,
+    seq_len: int,
+    repeats: int = 5,
+    backends: Sequence[str] = ("auto",),
+    seed: int = 0,
+) -> dict:
+    """Tokens per second of one optimiser step (forward, backward, clip, AdamW) in fp32 on the CPU or the first GPU.
+
+    Args:
+        load_teacher: makes a new causal language model in fp32, each time with the same weights.
+        rows, seq_len: the batch, rows x seq_len random tokens, one document a row.
+        repeats: steps of each kind; they take turns, so that what else the machine does hits all alike.
+        backends: of the recurrence, see `wkv7`; align and distil are measured with each.
+
+    Returns:
+        {"tokens_per_second": {"finetune", "align BACKEND", "distil BACKEND": median}, "rows", "seq_len", "device",
+        "threads"}.
+    """
+    torch.manual_seed(seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def load() -> nn.Module:
+        return load_teacher().to(device)
+
+    plain = load()
+    ids = torch.randint(0, plain.config.vocab_size, (rows, seq_len))
+    labels = torch.cat([ids[:, 1:], torch.full((rows, 1), -100)], 1)
+    positions = torch.arange(seq_len).expand(rows, -1)
+    batch = Batch(ids, labels, positions, torch.ones_like(ids, dtype=torch.int32), tuple(range(rows))).to(device)
+
+    kinds = {"finetune": _stepper(plain, lambda: plain(input_ids=batch.input_ids, labels=batch.input_ids).loss)}
+    for backend in backends:
+        spec = StudentSpec(backend=backend)
+        aligned = HybridModel.from_teacher(load(), spec).to(device)
+        align = AlignStep(teacher_power(aligned, [batch])[0])
+        aligned.set_trainable(["mixer"])
+        distilled = HybridModel.from_teacher(load(), spec).to(device)
+        distilled.set_trainable(["mixer", "mlp", "norms", "embed", "head"])
+        distilled.release_teacher()
+        distil = DistilStep(SeparateTeacher(TeacherModel(load())))
+        kinds[f"align {backend}"] = _stepper(aligned, partial(_loss, align, aligned, batch, batch.num_tokens))
+        kinds[f"distil {backend}"] = _stepper(distilled, partial(_loss, distil, distilled, batch, batch.num_targets))
+    times: dict[str, list[float]] = {name: [] for name in kinds}
+    for repeat in range(repeats + 1):
+        for name, step in kinds.items():
+            start = time.perf_counter()
+            step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if repeat:  # the first turn warms up
+                times[name].append(time.perf_counter() - start)
+    speed = {name: rows * seq_len / statistics.median(values) for name, values in times.items()}
+    where = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    about = {"rows": rows, "seq_len": seq_len, "device": where, "threads": torch.get_num_threads()}
+    return {"tokens_per_second": speed} | about
+
+
+def _loss(step: AlignStep | DistilStep, model: HybridModel, batch: Batch, count: int) -> torch.Tensor:
+    return step(model, batch)[0] / count
+
+
+def _stepper(model: nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)  # as the training engines do
+
+    def step() -> None:
+        loss().backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def random_teacher(layers: int, heads: int, head_size: int, seed: int = 0) -> nn.Module:
+    """A Qwen3 of this shape with random weights in fp32: half as many key/value heads, feed-forward three times as wide
+    as the residual stream, 4096 tokens."""
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 2),
+        head_dim=head_size,
+        hidden_size=heads * head_size,
+        intermediate_size=3 * heads * head_size,
+        vocab_size=4096,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    sizes = tuple(int(part) for part in text.split(",") if part.isdecimal())
+    if len(sizes) != 3 or not all(sizes) or text.count(",") != 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not LAYERS,HEADS,HEAD_SIZE, as in 8,8,64")
+    return sizes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `rwkvinside bench training`."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--teacher", help="local directory or hub id")
+    source.add_argument("--random", type=_shape, metavar="LAYERS,HEADS,HEAD_SIZE", help="a teacher of random weights")
+    parser.add_argument("--rows", type=int, default=8, help="rows of the batch (default 8)")
+    parser.add_argument("--seq-len", type=int, default=512, help="tokens per row (default 512)")
+    parser.add_argument("--repeats", type=int, default=5, help="measured steps of each kind (default 5)")
+    parser.add_argument(
+        "--backend", nargs="+", choices=BACKENDS, default=["auto"], help="of the recurrence; several are compared"
+    )
+    parser.add_argument("--json", type=Path, help="write the numbers here")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measure, print a table, write JSON."""
+    disable_progress_bar()  # of transformers: every kind loads the teacher
+    load = (
+        partial(random_teacher, *args.random)
+        if args.random
+        else partial(AutoModelForCausalLM.from_pretrained, args.teacher, dtype=torch.float32)
+    )
+    result = training_speed(load, rows=args.rows, seq_len=args.seq_len, repeats=args.repeats, backends=args.backend)
+    title = f"one step of {args.rows} x {args.seq_len} tokens, fp32, {result['device']}, {result['threads']} threads"
+    table = Table(title=title)
+    for column in ("", "tokens/s", "of fine-tuning"):
+        table.add_column(column, justify="left" if not column else "right")
+    speed = result["tokens_per_second"]
+    for name, value in speed.items():
+        table.add_row(name, f"{value:,.0f}", f"{value / speed['finetune']:.2f}")
+    Console().print(table)
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    return 0

@@ -1,0 +1,1 @@
+"""The `rwkvinside` command, one file a verb; arguments and what is printed, no work."""

@@ -1,0 +1,169 @@
+"""From tokenised documents to rows and batches. Any row can be made at any time: its content is a pure function of the
+seed and the row's number, so a data cursor is one integer and ranks need not talk to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from .batch import IGNORE, Batch
+from .tokenize import TokenStore
+
+Piece = tuple[int, int, int]  # document, first token, token behind the last
+Row = dict[str, np.ndarray]
+
+
+class PackedRows:
+    """Rows of `seq_len` tokens that are filled without gaps.
+
+    The documents of an epoch stand one after another in an order drawn from (seed, epoch), and the stream is cut every
+    `seq_len` tokens. A document cut there goes on in the next row as a segment of its own, its positions restart; its
+    last token in the first row still has its target. So in one epoch every token is an input exactly once and every
+    token but the first of a document is a target exactly once. Only the last row of an epoch has padding.
+
+    Args:
+        tokens: the documents.
+        seq_len: tokens of a row.
+        seed: decides the order.
+    """
+
+    def __init__(self, tokens: TokenStore, seq_len: int, seed: int):
+        if seq_len < 2:
+            raise ValueError(f"seq_len {seq_len} leaves no token to predict")
+        self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
+        self.rows_per_epoch = -(-tokens.num_tokens // seq_len)
+        self._lengths = tokens.lengths
+        # Rows of one batch may lie on both sides of the end of an epoch.
+        self._epoch = lru_cache(maxsize=2)(self._make_epoch)
+
+    def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(documents in their order, where each ends in the stream of the epoch), both int64."""
+        order = document_order(self.seed, epoch, self.tokens.num_documents)
+        return order, np.cumsum(self._lengths[order])
+
+    def pieces(self, i: int) -> list[Piece]:
+        """What row i (counted through all epochs from 0) holds, in order."""
+        epoch, row = divmod(i, self.rows_per_epoch)
+        order, ends = self._epoch(epoch)
+        start = row * self.seq_len
+        stop = min(start + self.seq_len, int(ends[-1]))
+        pieces = []
+        for place in range(int(np.searchsorted(ends, start, side="right")), len(order)):
+            document, end = int(order[place]), int(ends[place])
+            begin = end - int(self._lengths[document])
+            if begin >= stop:
+                break
+            pieces.append((document, max(start - begin, 0), min(stop, end) - begin))
+        return pieces
+
+    @property
+    def tokens_per_row(self) -> float:
+        """Mean tokens of a row, without padding."""
+        return self.tokens_in(self.rows_per_epoch) / self.rows_per_epoch
+
+    def tokens_in(self, rows: int) -> int:
+        """Tokens of the first so many rows."""
+        epochs, rest = divmod(rows, self.rows_per_epoch)
+        return epochs * self.tokens.num_tokens + min(rest * self.seq_len, self.tokens.num_tokens)
+
+    def row(self, i: int) -> Row:
+        """Arrays (seq_len,) of row i: input_ids, labels, position_ids int64, segment_ids int32; see `Batch`."""
+        return _lay_out(self.tokens, self.pieces(i), self.seq_len)
+
+    def batch(self, rows: Iterable[int]) -> Batch:
+        """The rows with these numbers, (len(rows), seq_len)."""
+        rows = tuple(rows)
+        return collate([self.row(i) for i in rows], rows)
+
+
+class PaddedDocuments:
+    """One document a row, padded at the right: for evaluation (each document alone) and for sft.
+
+    Documents longer than `max_len` are cut; `num_truncated` and `num_truncated_tokens` say how many.
+
+    Args:
+        tokens: the documents.
+        max_len: longest row.
+        seed: None gives the documents in their order, once; an int an endless order drawn from (seed, epoch).
+    """
+
+    def __init__(self, tokens: TokenStore, max_len: int, seed: int | None = None):
+        if max_len < 2:
+            raise ValueError(f"max_len {max_len} leaves no token to predict")
+        self.tokens, self.seq_len, self.seed = tokens, max_len, seed
+        self.rows_per_epoch = tokens.num_documents
+        excess = np.maximum(tokens.lengths - max_len, 0)
+        self.num_truncated = int((excess > 0).sum())
+        self.num_truncated_tokens = int(excess.sum())
+        self._order = lru_cache(maxsize=2)(lambda epoch: document_order(seed, epoch, tokens.num_documents))
+
+    def __len__(self) -> int:
+        return self.rows_per_epoch
+
+    def pieces(self, i: int) -> list[Piece]:
+        """What row i holds: one piece."""
+        document = i
+        if self.seed is not None:
+            epoch, place = divmod(i, self.rows_per_epoch)
+            document = int(self._order(epoch)[place])
+        elif not 0 <= i < self.rows_per_epoch:
+            raise IndexError(f"row {i} of {self.rows_per_epoch} documents")
+        return [(document, 0, self.seq_len)]
+
+    @property
+    def tokens_per_row(self) -> float:
+        """Mean tokens of a row, without padding."""
+        return self.tokens_in(self.rows_per_epoch) / self.rows_per_epoch
+
+    def tokens_in(self, rows: int) -> int:
+        """Tokens of the first so many rows, without padding."""
+        lengths = np.minimum(self.tokens.lengths, self.seq_len)
+        epochs, rest = divmod(rows, self.rows_per_epoch)
+        order = slice(None) if self.seed is None else self._order(epochs)
+        return epochs * int(lengths.sum()) + int(lengths[order][:rest].sum())
+
+    def row(self, i: int) -> Row:
+        """Arrays of the document's own length (at most max_len), as `PackedRows.row`."""
+        return _lay_out(self.tokens, self.pieces(i))
+
+    def batch(self, rows: Iterable[int]) -> Batch:
+        """The rows with these numbers, padded to the longest of them."""
+        rows = tuple(rows)
+        return collate([self.row(i) for i in rows], rows)
+
+
+def document_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """A permutation of range(count) (int64) from (seed, epoch).
+
+    Made from the raw numbers of the bit generator, which numpy keeps stable over its versions, unlike `permutation`.
+    """
+    return np.argsort(np.random.PCG64([seed, epoch]).random_raw(count), kind="stable")
+
+
+def _lay_out(tokens: TokenStore, pieces: Sequence[Piece], length: int | None = None) -> Row:
+    ids, labels = zip(*(tokens.piece(*piece) for piece in pieces), strict=True)
+    sizes = [len(part) for part in ids]
+    row = {
+        "input_ids": np.concatenate(ids),
+        "labels": np.concatenate(labels),
+        "position_ids": np.concatenate([np.arange(size) for size in sizes]),
+        "segment_ids": np.repeat(np.arange(1, len(sizes) + 1, dtype=np.int32), sizes),
+    }
+    return row if length is None else _pad(row, length)
+
+
+def _pad(row: Row, length: int) -> Row:
+    """Padding: token 0, position 0, segment 0, no target."""
+    missing = length - len(row["input_ids"])
+    fill = {"labels": IGNORE}
+    return {name: np.pad(values, (0, missing), constant_values=fill.get(name, 0)) for name, values in row.items()}
+
+
+def collate(rows: Sequence[Row], numbers: tuple[int, ...]) -> Batch:
+    """A batch of these rows, padded to the longest of them."""
+    length = max(len(row["input_ids"]) for row in rows)
+    padded = [_pad(row, length) for row in rows]
+    return Batch(**{name: torch.from_numpy(np.stack([r[name] for r in padded])) for name in rows[0]}, rows=numbers)

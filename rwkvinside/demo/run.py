@@ -1,0 +1,224 @@
+"""`rwkvinside demo`: text -> teacher -> calibrate, align, distil -> export, verify -> judge, generate, measure speed.
+
+Needs no network and no GPU. Everything is done by the functions that `train_distill.py`, `convert_checkpoint.py` and
+`rwkvinside eval` use; only the teacher is trained by a loop of the demo's own.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from transformers import AutoTokenizer, PreTrainedModel
+
+from ..config.load import load_config
+from ..conversion import run as build
+from ..data.rows import PaddedDocuments
+from ..errors import UserError
+from ..evaluate.compare import evaluate, read_documents
+from ..evaluate.decode_speed import decode_speed
+from ..evaluate.load import load_pretrained, load_run
+from ..evaluate.quality import Scores
+from ..export.huggingface import export_hf
+from ..report.write import write_report
+from ..support.files import write_json
+from ..support.progress import bar
+from .corpus import collect
+from .tables import show_samples, show_scores, show_speed
+from .teacher import TeacherSettings, obtain_teacher
+
+STAGES = ("calibrate", "align", "distil")
+
+
+TEMPERATURE = 0.7
+
+
+PROMPT = '''def read_lines(path, encoding="utf-8"):
+    """Return a list with the lines of the file"""
+'''
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What is trained, on how much, and what is measured afterwards."""
+
+    teacher: TeacherSettings = TeacherSettings()
+    overrides: tuple[str, ...] = (
+        "stages.calibrate.tokens=8k",
+        "stages.align.tokens=250k",
+        "stages.align.data.seq_len=256",
+        "stages.align.evaluate_every_tokens=125k",
+        "stages.distil.tokens=250k",
+        "stages.distil.data.seq_len=512",
+        "stages.distil.evaluate_every_tokens=125k",
+        "data.val_tokens=10k",
+        "checkpoint.keep=1",
+    )
+    judged_documents: int = 64
+    max_length: int = 512
+    contexts: tuple[int, ...] = (512, 4096)
+    new_tokens: int = 64
+    sample_tokens: int = 160
+
+
+FULL = DemoSettings()
+
+
+# Minutes become seconds; the result is a student of a teacher that has learned next to nothing.
+QUICK = DemoSettings(
+    teacher=TeacherSettings(vocab_size=512, hidden_size=64, intermediate_size=128, num_layers=2, tokens=40_000),
+    overrides=(
+        "stages.calibrate.tokens=4k",
+        "stages.align.tokens=24k",
+        "stages.align.data.seq_len=128",
+        "stages.align.batch.tokens=2048",
+        "stages.align.optim.lr=2e-3",  # the default suits a stage of hundreds of steps
+        "stages.distil.tokens=24k",
+        "stages.distil.data.seq_len=128",
+        "stages.distil.batch.tokens=2048",
+        "data.val_tokens=2k",
+    ),
+    max_length=128,
+    contexts=(64, 256),
+    new_tokens=8,
+    sample_tokens=24,
+)
+
+
+class Demo:
+    """One run of the demo in one folder; `run` does everything."""
+
+    def __init__(self, out: Path, settings: DemoSettings, console: Console):
+        self.out, self.settings, self.console = out, settings, console
+        self.teacher_folder, self.run_folder, self.student_folder = out / "teacher", out / "run", out / "student"
+        self.started = time.monotonic()
+        self.seconds: dict[str, float] = {}
+
+    def run(self) -> dict:
+        """All steps in order; returns (and writes to demo.json) what was measured."""
+        self._claim_folder()
+        train, val = self._prepare()
+        self._convert(train, val)
+        with self._step("export and verify"):
+            self._export()
+        tokenizer = AutoTokenizer.from_pretrained(self.teacher_folder)
+        teacher = load_pretrained(self.teacher_folder, "cpu")
+        student = load_pretrained(self.student_folder, "cpu", trust_remote_code=True)
+        models = {"teacher": teacher, "student": student}
+        with self._step("evaluate"):
+            limits = self.settings.max_length, self.settings.judged_documents
+            documents = read_documents([str(val)], tokenizer, self.out / "cache", *limits)
+            stages = self._evaluate(student, teacher, documents)
+        with self._step("generate"):
+            samples = {name: self._sample(model, tokenizer) for name, model in models.items()}
+        with self._step("decode speed"), bar(self.console, "tokens", self.settings.new_tokens) as advance:
+            speed = decode_speed(models, self.settings.contexts, new_tokens=self.settings.new_tokens, progress=advance)
+        show_samples(self.console, samples, f"temperature {TEMPERATURE}, same seed")
+        show_scores(self.console, stages)
+        show_speed(self.console, speed)
+        result = {
+            "stages": {name: scores.to_dict() for name, scores in stages.items()},
+            "decode_speed": [asdict(row) for row in speed],
+            "seconds": self.seconds,
+        }
+        write_json(result, self.out / "demo.json")
+        self._show_files()
+        return result
+
+    def _claim_folder(self) -> None:
+        """Make the folder, or make room in the one of an earlier demo; its teacher stays."""
+        mark = self.out / ".rwkvinside-demo"
+        if self.out.exists() and not mark.is_file() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise UserError(f"{self.out} is not empty and not the folder of a demo", "choose another with --out")
+        self.out.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+        for folder in (self.run_folder, self.student_folder):
+            if folder.exists():
+                shutil.rmtree(folder)
+
+    @contextmanager
+    def _step(self, name: str) -> Iterator[None]:
+        self.console.rule(f"[bold]{name}[/bold]", align="left", style="dim")
+        started = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - started, 1)
+        total = time.monotonic() - self.started
+        self.console.print(f"[dim]{name}: {self.seconds[name]:.0f} s, {total / 60:.1f} min since the start[/dim]")
+
+    def _prepare(self) -> tuple[Path, Path]:
+        with self._step("text"):
+            corpus = collect()
+            files = corpus.write(self.out / "text")
+            counts = f"{len(corpus.train):,} documents to train, {len(corpus.val):,} to validate"
+            size = sum(map(len, corpus.train + corpus.val)) / 1e6
+            self.console.print(f"the Python standard library of this machine: {size:.1f} million characters, {counts}")
+        with self._step("teacher"):
+            settings = self.settings.teacher
+            if obtain_teacher(self.teacher_folder, settings, corpus, _training_lines(self.console)):
+                self.console.print(f"trained a Qwen3 of {settings.num_layers} layers, kept in {self.teacher_folder}")
+            else:
+                self.console.print(f"the teacher of the last demo is still there: {self.teacher_folder}")
+        return files
+
+    def _convert(self, train: Path, val: Path) -> None:
+        with self._step("calibrate, align, distil"):
+            config = load_config(
+                teacher=str(self.teacher_folder),
+                data=[str(train)],
+                val=[str(val)],
+                out=str(self.run_folder),
+                overrides=["device=cpu", *self.settings.overrides, f"data.cache_dir={self.out / 'cache'}"],
+            )
+            build.train(config)
+
+    def _export(self) -> None:
+        write_report(self.run_folder)  # the export takes report.png along
+        report = export_hf(self.run_folder, self.student_folder)
+        self.console.print(f"{self.student_folder}: {report['parameters']:,} parameters, reloaded and compared")
+
+    def _evaluate(
+        self, student: PreTrainedModel, teacher: PreTrainedModel, documents: PaddedDocuments
+    ) -> dict[str, Scores]:
+        scores = {}
+        for stage in STAGES:
+            model = student if stage == STAGES[-1] else load_run(self.run_folder, "cpu", stage)
+            scores[stage] = evaluate(model, teacher, documents, self.console).scores
+        return scores
+
+    def _sample(self, model: PreTrainedModel, tokenizer) -> str:
+        inputs = tokenizer(PROMPT, return_tensors="pt")
+        torch.manual_seed(0)
+        ids = model.generate(
+            **inputs,
+            max_new_tokens=self.settings.sample_tokens,
+            do_sample=True,
+            temperature=TEMPERATURE,
+            top_p=0.9,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        return tokenizer.decode(ids[0], skip_special_tokens=True)
+
+    def _show_files(self) -> None:
+        self.console.print(f"\nplots: {self.run_folder}/report.png, loss.png, alignment.png, validation.png")
+        self.console.print(f"student: {self.student_folder} (transformers, trust_remote_code=True)")
+        self.console.print(f"numbers: {self.out}/demo.json")
+        self.console.print(f"{(time.monotonic() - self.started) / 60:.1f} minutes in all")
+
+
+def _training_lines(console: Console) -> Callable[[int, int, float, float], None]:
+    """A line for every twentieth of the teacher's training."""
+    printed = 0
+
+    def progress(seen: int, total: int, loss: float, speed: float) -> None:
+        nonlocal printed
+        if seen * 20 // total > printed:
+            printed = seen * 20 // total
+            left = (total - seen) / speed
+            done = f"teacher {seen / 1e6:.2f}/{total / 1e6:.2f}M tokens"
+            console.print(f"{done}  loss {loss:.3f}  {speed:,.0f} tokens/s  {left:.0f} s left")
+
+    return progress

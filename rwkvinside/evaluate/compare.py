@@ -1,0 +1,35 @@
+"""Compare two models on documents."""
+
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from ..data.rows import PaddedDocuments
+from ..data.tokenize import load_tokens
+from ..support.progress import bar
+from .quality import Evaluation, document_batches, evaluate_models
+
+LOGITS = 2**28  # elements of a batch's logits (1 GiB in fp32), for each of the two models
+
+
+def read_documents(
+    sources: list[str], tokenizer, cache_dir: Path, max_length: int, max_documents: int | None = None
+) -> PaddedDocuments:
+    """Documents to judge, one per row; the token ids stand in `cache_dir` as long as they are used."""
+    store = load_tokens(sources, tokenizer, cache_dir=cache_dir)
+    if max_documents is not None:
+        store = store.select(np.arange(min(max_documents, store.num_documents)))
+    return PaddedDocuments(store, max_length)
+
+
+def evaluate(
+    student: PreTrainedModel, teacher: PreTrainedModel, documents: PaddedDocuments, notes: Console
+) -> Evaluation:
+    """`evaluate_models` with a bar on `notes`."""
+    batch_tokens = min(8192, max(1, LOGITS // teacher.config.vocab_size))
+    with bar(notes, "documents judged", len(documents)) as advance:
+        return evaluate_models(
+            student, teacher, document_batches(documents, batch_tokens=batch_tokens), progress=advance
+        )

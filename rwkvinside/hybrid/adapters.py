@@ -1,0 +1,289 @@
+"""Low-rank adapters on linear layers, through PEFT; the only file that imports it, and only when it is needed.
+
+LoRA (also rank-stabilised, weight-decomposed, or started from principal components) and MiSS. "Bone" is the name under
+which MiSS was first published; its successor in PEFT is MiSS with `init_weights="bat"`. Bone checkpoints of older
+versions cannot be loaded: their blocks run over inputs, those of MiSS over outputs.
+
+Two adapters may sit on a layer: `default` trains; `start` exists for PiSSA only, is frozen and subtracts what `default`
+began with. So the layer's own weight stays the teacher's, and a layer with its adapters off is the teacher's layer.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .quantized_linear import replace
+
+NAME, START = "default", "start"
+
+
+KINDS = {
+    "lora": "LoRA",
+    "miss": "MiSS",
+    "bone": "Bone, which is MiSS in its bat form",
+}
+
+
+PISSA = "pissa_niter_16"  # randomised SVD; the exact one takes minutes for a large matrix
+
+
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+_TENSOR = re.compile(r"\.(lora_[AB]|lora_magnitude_vector|miss_block)\.(default|start)(\.weight)?$")
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """One entry of `adapters:` in a configuration."""
+
+    kind: str = "lora"
+    groups: tuple[str, ...] = ("mlp",)
+    rank: int = 16
+    alpha: float | None = None
+    dropout: float = 0.0
+    rank_stabilized: bool = False
+    dora: bool = False
+    init: str = "default"
+
+    @classmethod
+    def from_fields(cls, fields: Mapping) -> AdapterSpec:
+        """From plain values."""
+        return cls(**dict(fields) | {"groups": tuple(fields.get("groups", cls.groups))})
+
+    @property
+    def title(self) -> str:
+        """What a reader should call it."""
+        if self.kind != "lora":
+            return KINDS[self.kind]
+        parts = [("rank-stabilised", self.rank_stabilized), ("DoRA", self.dora), ("PiSSA", self.init == "pissa")]
+        return " ".join(["LoRA", *(name for name, there in parts if there)])
+
+    def to_dict(self) -> dict:
+        """JSON values."""
+        return asdict(self) | {"groups": list(self.groups)}
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter's name is that of an adapter's tensor."""
+    return _TENSOR.search(name) is not None
+
+
+def is_start(name: str) -> bool:
+    """Whether a parameter belongs to the frozen start of PiSSA."""
+    return is_adapter(name) and f".{START}" in name
+
+
+def module_of(name: str) -> str:
+    """The linear layer that an adapter's tensor sits on."""
+    return _TENSOR.sub("", name)
+
+
+def inject(model: nn.Module, spec: AdapterSpec, names: Sequence[str]) -> None:
+    """Put adapters around linear layers, in place and without effect at first. Their tensors are fp32 and trainable,
+    nothing else is.
+
+    Args:
+        model: module with the layers; on the meta device adapters are made there too.
+        names: of linear layers below it, quantised or not, none of which has an adapter.
+
+    Raises:
+        UserError: a layer that the kind does not fit.
+    """
+    _check(model, spec, names)
+    device = next(model.parameters()).device
+    with torch.device(device):
+        _inject(model, spec, names, NAME)
+        layers = [model.get_submodule(name) for name in names]
+        if spec.init == "pissa":
+            _inject(model, spec, names, START)
+            for layer in layers:
+                _start_from_principal_components(layer)
+    for layer in layers:
+        if spec.dropout:
+            dropouts = layer.lora_dropout if spec.kind == "lora" else layer.miss_dropout
+            dropouts[NAME] = _TrainingDropout(spec.dropout)
+        for name, parameter in layer.named_parameters():
+            if is_adapter(f".{name}"):
+                parameter.data = parameter.data.float()
+
+
+@contextmanager
+def disabled(model: nn.Module, but: str | None = None) -> Iterator[None]:
+    """Layers work without their adapters in this context.
+
+    Args:
+        but: layers with this in their name keep their adapters.
+    """
+    layers = [layer for name, layer in adapted(model).items() if but is None or but not in name]
+    before = [layer._disable_adapters for layer in layers]  # the public switch also freezes parameters
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, value in zip(layers, before, strict=True):
+            layer._disable_adapters = value
+
+
+def adapted(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that have an adapter, by name."""
+    return {name: m for name, m in model.named_modules() if hasattr(m, "base_layer") and hasattr(m, "merge")}
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> None:
+    """Replace every adapted layer by an ordinary one with the same effect. The layers below must be plain ones."""
+    for name, layer in adapted(model).items():
+        layer.merge()
+        replace(model, name, layer.base_layer)
+
+
+def remove(model: nn.Module) -> None:
+    """Take the adapters off; the layers are again what they were."""
+    for name, layer in adapted(model).items():
+        replace(model, name, layer.base_layer)
+
+
+def peft_files(spec: AdapterSpec, tensors: Mapping[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
+    """An adapter as PEFT stores it.
+
+    PiSSA becomes the ordinary LoRA of twice the rank that has the same effect on the unchanged weights.
+
+    Args:
+        tensors: of this adapter, by the names of the exported model.
+
+    Returns:
+        Contents of adapter_config.json, and of adapter_model.safetensors by name.
+    """
+    config = _config(spec, sorted({module_of(name) for name in tensors})).to_dict()
+    config = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
+    config |= {"inference_mode": True}
+    if spec.init == "pissa":
+        tensors = _as_plain_lora(tensors)
+        scale = 2**0.5 if spec.rank_stabilized else 2
+        config |= {"init_lora_weights": True, "r": 2 * spec.rank, "lora_alpha": scale * config["lora_alpha"]}
+    stored = {f"base_model.model.{name.replace(f'.{NAME}', '')}": t.contiguous() for name, t in tensors.items()}
+    return config, stored
+
+
+def adapter_directory(index: int) -> str:
+    """Name of the directory of an entry of `adapters`."""
+    return f"adapter-{index + 1}" if index else "adapter"
+
+
+def write_peft(directory: Path, spec: AdapterSpec, tensors: Mapping[str, Tensor]) -> None:
+    """Write an adapter as a directory for `PeftModel.from_pretrained`, complete or not at all.
+
+    Raises:
+        UserError: no space, or the directory cannot be written.
+    """
+    import shutil
+
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    config, stored = peft_files(spec, tensors)
+    partial = directory.with_name(f".{directory.name}.writing")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        (partial / FILES[0]).write_text(json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
+        save_file({name: t.detach().cpu().contiguous() for name, t in stored.items()}, partial / FILES[1])
+        (partial / FILES[1]).chmod((partial / FILES[0]).stat().st_mode)
+        shutil.rmtree(directory, ignore_errors=True)
+        partial.rename(directory)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"cannot write {directory}: {error}", "free space, then do the same again") from error
+
+
+class _TrainingDropout(nn.Dropout):
+    """Dropout that is active where gradients are wanted: the model itself is always in evaluation mode, and a
+    recomputation in the backward must drop the same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.p, training=torch.is_grad_enabled())
+
+
+def _config(spec: AdapterSpec, names: Sequence[str]):
+    from peft import LoraConfig, MissConfig
+
+    if spec.kind == "lora":
+        return LoraConfig(
+            r=spec.rank,
+            lora_alpha=2 * spec.rank if spec.alpha is None else spec.alpha,
+            lora_dropout=spec.dropout,
+            use_rslora=spec.rank_stabilized,
+            use_dora=spec.dora,
+            target_modules=list(names),
+        )
+    shape = "bat" if spec.kind == "bone" else True
+    return MissConfig(r=spec.rank, miss_dropout=spec.dropout, init_weights=shape, target_modules=list(names))
+
+
+def _inject(model: nn.Module, spec: AdapterSpec, names: Sequence[str], name: str) -> None:
+    from peft import inject_adapter_in_model
+
+    inject_adapter_in_model(_config(spec, names), model, adapter_name=name)
+    del model.peft_config  # every entry of `adapters` has its own; one that is left behind would be read as this one's
+
+
+def _check(model: nn.Module, spec: AdapterSpec, names: Iterable[str]) -> None:
+    plain = spec.kind == "lora"
+    for field in ("rank_stabilized", "dora"):
+        if getattr(spec, field) and not plain:
+            raise UserError(f"adapters: {field} is a form of lora, not of {spec.kind}", "use kind: lora")
+    if spec.init == "pissa" and (not plain or spec.dora or spec.dropout):
+        raise UserError(
+            f"adapters: init pissa does not go with {'dora or dropout' if plain else spec.kind}",
+            "use kind: lora without dora and dropout, or init: default",
+        )
+    if spec.alpha is not None and not plain:
+        raise UserError(f"adapters: {spec.kind} has no alpha", "leave it out")
+    for name in names:
+        linear = model.get_submodule(name)
+        sizes = (linear.in_features, linear.out_features)
+        if spec.kind == "bone" and any(size % spec.rank for size in sizes):
+            raise UserError(
+                f"adapters: bone of block size {spec.rank} does not divide {name} ({sizes[0]} to {sizes[1]})",
+                "choose a rank that divides both, or kind: miss",
+            )
+        if spec.rank > min(sizes):
+            raise UserError(f"adapters: rank {spec.rank} is more than {name} has ({min(sizes)})", "choose a lower rank")
+
+
+@torch.no_grad()
+def _start_from_principal_components(layer: nn.Module) -> None:
+    """PiSSA (arXiv 2404.02948) by PEFT's own decomposition, on a copy of the weight."""
+    layer.set_adapter([NAME, START])
+    layer.scaling[START] = -layer.scaling[NAME]
+    if layer.lora_A[NAME].weight.is_meta:
+        return
+    base = layer.base_layer
+    copy = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
+    copy.weight = nn.Parameter(base.weight.detach().float().clone(), requires_grad=False)
+    layer.base_layer = copy
+    layer.pissa_init(NAME, PISSA)
+    layer.base_layer = base
+    for part in (layer.lora_A, layer.lora_B):
+        part[START].weight.data = part[NAME].weight.data.clone()
+
+
+def _as_plain_lora(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    plain = {}
+    for name, tensor in tensors.items():
+        if f".{NAME}" in name:
+            start = tensors[name.replace(f".{NAME}", f".{START}")]
+            plain[name] = torch.cat([tensor, start], 0) if ".lora_A." in name else torch.cat([tensor, -start], 1)
+    return plain

@@ -1,0 +1,350 @@
+"""What stands in for linear layers of the student in a stage: quantised weights, and adapters around them.
+
+A student is always assembled in the same order: teacher, mixers, weights of the stage before, quantisation, adapters,
+weights of the adapters. So a stage in one go, a resumed one and an export come to the same model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..data.batch import Batch
+from ..errors import UserError
+from .adapters import AdapterSpec, adapted, inject, is_adapter, is_start, merge, module_of, remove
+from .freezing import GROUPS, TEACHER
+from .gptq_walk import round_layers
+from .model import HybridModel, StudentSpec
+from .quantized_linear import (
+    BLOCK,
+    QuantizedLinear,
+    dequantized,
+    flat_tensors,
+    quantize,
+    read_flat,
+    relative_error,
+    replace,
+    restore,
+)
+
+WARNING = (
+    "adapters on the mixers' own projections: RADLADS (arXiv 2505.03005) found LoRA there detrimental; "
+    "mixers are best trained in full"
+)
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Quantised layers and adapters of one stage.
+
+    Args:
+        quantize: groups of linear layers, or regular expressions over their names.
+        format, double, block: see `quantization.pack`.
+        rounding: "nearest", or "inputs", see `rounding.round_to_inputs`; int8 is rounded to the nearest in any case.
+        adapters: on layers that no other entry names.
+    """
+
+    quantize: tuple[str, ...] = ()
+    format: str = "nf4"
+    double: bool = True
+    block: int = BLOCK
+    rounding: str = "nearest"
+    adapters: tuple[AdapterSpec, ...] = ()
+
+    @property
+    def has_fixed_tensors(self) -> bool:
+        """Whether a stage has `fixed_tensors`."""
+        return bool(self.quantize) or any(spec.init == "pissa" for spec in self.adapters)
+
+    @classmethod
+    def from_fields(cls, config: Mapping, stage: str) -> Structure:
+        """That of a stage, from a whole configuration as plain values; runs older than a field have its default."""
+        general, own = config.get("quantize") or {}, config["stages"][stage].get("quantize")
+        return cls(
+            tuple(general.get("groups", ()) if own is None else own),
+            general.get("format", cls.format),
+            general.get("double", cls.double),
+            general.get("block", cls.block),
+            general.get("rounding", cls.rounding),
+            tuple(AdapterSpec.from_fields(fields) for fields in config.get("adapters") or ()),
+        )
+
+
+def assemble(
+    lm: PreTrainedModel,
+    spec: StudentSpec,
+    structure: Structure,
+    tensors: Mapping[str, Tensor] | None = None,
+    fixed: Mapping[str, Tensor] | None = None,
+    device: torch.device | None = None,
+    text: Callable[[], Batch] | None = None,
+    earlier: Mapping[str, Tensor] | None = None,
+) -> HybridModel:
+    """The student of a stage, in evaluation mode.
+
+    Args:
+        lm: the teacher, which afterwards belongs to the student.
+        tensors: `student_state_dict` of the stage before, or of a checkpoint; None at the start of a conversion.
+        fixed: `fixed_tensors` of the stage, where it has begun before; None: quantise now.
+        device: where to quantise; the student itself stays where `lm` is.
+        text: makes a text of a few thousand tokens, on the model's device, where rounding is "inputs".
+        earlier: `fixed_tensors` of the stage before. What both quantise alike has not trained since: it keeps its bits.
+
+    Raises:
+        UserError: tensors that do not fit, names that match nothing, a layer that cannot be quantised or adapted.
+    """
+    model = HybridModel.from_teacher(lm, spec).eval()
+    if tensors is not None:
+        model.load_student_state_dict({n: t for n, t in tensors.items() if not is_adapter(n)})
+    apply(model, structure, fixed, device, text, earlier)
+    if tensors is not None:
+        _load_adapters(model, {n: t for n, t in tensors.items() if is_adapter(n)})
+    return model.eval()
+
+
+def apply(
+    model: HybridModel,
+    structure: Structure,
+    fixed: Mapping[str, Tensor] | None = None,
+    device: torch.device | None = None,
+    text: Callable[[], Batch] | None = None,
+    earlier: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Quantise layers and put adapters on; on the meta device also in place of an earlier structure, to plan a run.
+
+    Args, raises: see `assemble`.
+    """
+    if model.quantized or adapter_names(model):
+        _undo(model)
+    layers = model.linear_layers()
+    names = _chosen(model, layers, structure.quantize, "quantize")
+    stored = _packed(fixed)
+    if fixed is not None and set(stored) != set(names):
+        first = min(set(stored) ^ set(names))
+        raise UserError(
+            f"this stage began with other quantised layers: {first} is {'' if first in stored else 'not '}among them",
+            "resume with the settings under `quantize` that it began with",
+        )
+    parameters = model.canonical_parameters()
+    trained = (weight for weight in (f"{name}.weight" for name in names) if weight in model.trained)
+    model.carried = {weight: parameters[weight].detach() for weight in trained}  # a later stage may want them back
+    del parameters
+    if fixed is None:
+        wanted = structure.format, structure.double and structure.format != "int8", structure.block
+        for name, (format, parts, block) in _packed(earlier).items():
+            if name in names and (format, "outer" in parts, block) == wanted:
+                stored[name] = format, parts, block
+    for name, parts in stored.items():
+        restore(model.lm, layers[name], *parts)
+    if fixed is None:
+        new = [name for name in names if name not in stored]
+        if new and structure.rounding == "inputs" and structure.format != "int8" and not _is_meta(model):
+            if text is None:
+                raise RuntimeError("rounding to inputs needs a text")
+            round_layers(model, new, text(), structure.format, structure.double, structure.block, device)
+        rounded = model.quantized
+        left = [layers[name] for name in names if name not in rounded]
+        quantize(model.lm, left, structure.format, structure.double, structure.block, device)
+    if set(model.quantized) != set(names):
+        raise RuntimeError(f"quantised {sorted(model.quantized)}, asked for {names}")
+    _add_adapters(model, structure.adapters, fixed or {})
+    model.readout.head = model.lm.lm_head
+    model.requires_grad_(False)
+
+
+def fixed_tensors(model: HybridModel) -> dict[str, Tensor]:
+    """What a stage computes once from the weights it starts with and never changes: quantised weights and the starts
+    of PiSSA. Empty where a stage has neither."""
+    starts = {n: p.detach() for n, p in model.canonical_parameters().items() if is_start(n)}
+    return flat_tensors(model.quantized) | starts
+
+
+def adapter_names(model: HybridModel) -> list[str]:
+    """Canonical names of all tensors of adapters."""
+    return [name for name in model.canonical_parameters() if is_adapter(name)]
+
+
+def adapters_of(
+    model: HybridModel, structure: Structure, tensors: Mapping[str, Tensor] | None = None
+) -> list[tuple[AdapterSpec, dict[str, Tensor]]]:
+    """Each entry of `adapters` with its tensors by canonical name: those given, None: the model's own."""
+    if tensors is None:
+        tensors = {name: p.detach() for name, p in model.canonical_parameters().items()}
+    layers = model.linear_layers()
+    found = []
+    for spec in structure.adapters:
+        names = set(_chosen(model, layers, spec.groups, "adapters"))
+        found.append((spec, {n: t for n, t in tensors.items() if is_adapter(n) and module_of(n) in names}))
+    return found
+
+
+def take_adapters(model: HybridModel, structure: Structure) -> list[tuple[AdapterSpec, dict[str, Tensor]]]:
+    """The adapters as `adapters_of` gives them; afterwards the model has none."""
+    taken = adapters_of(model, structure)
+    remove(model.lm)
+    model.readout.head = model.lm.lm_head
+    return taken
+
+
+def make_plain(model: HybridModel, keep_adapters: bool = False) -> None:
+    """Unpack quantised weights to fp32 and merge adapters, in place: the model computes as before, on plain layers.
+
+    Args:
+        keep_adapters: unpack only; adapters stay around the plain layers.
+    """
+    for path, layer in adapted(model.lm).items():
+        if isinstance(layer.base_layer, QuantizedLinear):
+            layer.base_layer = dequantized(layer.base_layer)
+        if path == "lm_head":
+            model.untie()
+    if not keep_adapters:
+        merge(model.lm)
+    for path, layer in list(model.lm.named_modules()):
+        if isinstance(layer, QuantizedLinear):
+            replace(model.lm, path, dequantized(layer))
+    model.carried.clear()
+    model.readout.head = model.lm.lm_head
+
+
+def quantised_teacher(model: HybridModel) -> bool:
+    """Whether mode "teacher" runs on quantised weights, and so is not exactly the original."""
+    return any(model.group_of(f"{name}.weight")[0] != "mixer" for name in model.quantized)
+
+
+def structure_lines(model: HybridModel, structure: Structure) -> list[str]:
+    """For the plan and the console: exactly which layers are quantised and adapted, and what to know about it."""
+    lines = []
+    if quantized := model.quantized:
+        weights = sum(layer.weight_numel for layer in quantized.values())
+        size = sum(layer.nbytes for layer in quantized.values())
+        scales = "" if structure.format == "int8" else f" in blocks of {structure.block}"
+        scales += ", scales quantised too" if structure.double and scales else ""
+        error = relative_error(quantized.values())
+        if structure.rounding == "inputs" and structure.format != "int8":
+            scales += ", fitted to their inputs"
+        lines.append(
+            f"quantised {len(quantized)} linear layers in {structure.format}{scales}: {weights / 1e6:.4g} M weights in "
+            f"{size / 2**20:.4g} MiB" + (f", changed by {100 * error:.2g} %" if error else "")
+        )
+        lines += [f"          {line}" for line in _summary(quantized)]
+        if quantised_teacher(model):
+            lines.append("          the student's own weights as teacher are quantised too: not exactly the original")
+    for spec, tensors in adapters_of(model, structure):
+        names = sorted({module_of(name) for name in tensors})
+        count = sum(t.numel() for name, t in tensors.items() if not is_start(name))
+        scale = f", alpha {2 * spec.rank if spec.alpha is None else spec.alpha:g}" if spec.kind == "lora" else ""
+        lines.append(
+            f"adapters  {spec.title}: rank {spec.rank}{scale}, {count / 1e6:.4g} M parameters on {len(names)} layers"
+        )
+        lines += [f"          {line}" for line in _summary(names)]
+        if any(model.group_of(f"{name}.weight")[0] == "mixer" for name in names):
+            lines.append(f"          WARNING: {WARNING}")
+    return lines
+
+
+def _packed(fixed: Mapping[str, Tensor] | None) -> dict[str, tuple[str, dict[str, Tensor], int]]:
+    """The quantised layers among `fixed_tensors`, see `read_flat`."""
+    return read_flat({key: t for key, t in (fixed or {}).items() if "/" in key})
+
+
+def _chosen(model: HybridModel, layers: Collection[str], patterns: Sequence[str], field: str) -> list[str]:
+    """Canonical names of linear layers that groups or regular expressions name, in the model's order."""
+    chosen: set[str] = set()
+    groups = {name: model.group_of(f"{name}.weight") for name in layers}
+    if field == "adapters":
+        groups = {name: group for name, group in groups.items() if group != (TEACHER,)}
+    for pattern in patterns:
+        if pattern in GROUPS or pattern == TEACHER:
+            names = {name for name, group in groups.items() if pattern in group}
+        else:
+            try:
+                names = {name for name in groups if re.fullmatch(pattern, name)}
+            except re.error as error:
+                raise UserError(f"{field}: {pattern!r} is not a regular expression: {error}") from error
+        if not names:
+            usable = dict.fromkeys(part for group in groups.values() for part in group)
+            raise UserError(
+                f"{field}: {pattern!r} names no linear layer",
+                f"groups: {', '.join(usable)}; or a regular expression over names like {next(iter(groups))}",
+            )
+        chosen |= names
+    return [name for name in groups if name in chosen]
+
+
+def _add_adapters(model: HybridModel, specs: Iterable[AdapterSpec], fixed: Mapping[str, Tensor]) -> None:
+    layers = model.linear_layers()
+    taken: set[str] = set()
+    for spec in specs:
+        names = _chosen(model, layers, spec.groups, "adapters")
+        if twice := [name for name in names if name in taken]:
+            raise UserError(f"adapters: two entries name {twice[0]}", "a layer can have one adapter")
+        taken |= set(names)
+        inject(model.lm, spec, [layers[name] for name in names])
+    if taken and fixed:
+        parameters = model.canonical_parameters()
+        for name in (name for name in parameters if is_start(name)):
+            for twin in (name, name.replace(".start", ".default")):  # PiSSA begins where it is subtracted
+                parameters[twin].data = fixed[name].clone()
+
+
+@torch.no_grad()
+def _load_adapters(model: HybridModel, tensors: Mapping[str, Tensor]) -> None:
+    if not tensors:
+        return
+    parameters = model.canonical_parameters()
+    there = {name: tuple(parameters[name].shape) for name in adapter_names(model)}
+    given = {name: tuple(t.shape) for name, t in tensors.items()}
+    if there != given:
+        first = min(name for name in there | given if there.get(name) != given.get(name))
+        raise UserError(
+            f"the adapters of the checkpoint do not fit: {first} is {given.get(first, 'missing')} there and "
+            f"{there.get(first, 'missing')} here",
+            "use the settings under `adapters` that the checkpoint was made with",
+        )
+    for name, tensor in tensors.items():
+        parameters[name].copy_(tensor)
+    model.trained |= set(tensors)
+
+
+def _is_meta(model: HybridModel) -> bool:
+    return model.lm.model.embed_tokens.weight.is_meta
+
+
+def _undo(model: HybridModel) -> None:
+    """Back to plain layers; of shapes only, the weights are gone."""
+    if not _is_meta(model):
+        raise RuntimeError("a student with weights gets its structure once")
+    remove(model.lm)
+    quantized = model.quantized
+    for name, path in model.linear_layers().items():
+        if name in quantized:
+            replace(model.lm, path, dequantized(model.lm.get_submodule(path)))
+    model.carried.clear()
+
+
+def _summary(names: Iterable[str]) -> list[str]:
+    """Names with layer numbers drawn together: model.layers.{0-27}.mlp.up_proj."""
+    numbers: dict[str, list[int]] = {}
+    for name in names:
+        match = re.match(r"(model\.layers\.)(\d+)(\..*)", name)
+        if match is None:
+            numbers[name] = []
+        else:
+            numbers.setdefault(f"{match[1]}{{}}{match[3]}", []).append(int(match[2]))
+    return [pattern.format(_ranges(found)) for pattern, found in numbers.items()]
+
+
+def _ranges(numbers: list[int]) -> str:
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1][1:] = [number]
+        else:
+            parts.append([number])
+    text = ",".join("-".join(map(str, part)) for part in parts)
+    return f"{{{text}}}" if numbers[1:] else text

@@ -1,0 +1,56 @@
+"""Groups of a student's parameters, and their names in the exported model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from .adapters import is_adapter
+
+PROJECTIONS = ("receptance", "key", "value", "output", "r_norm", "k_norm")
+
+
+GROUPS = {
+    "mixer": "every parameter of the RWKV mixers",
+    "mixer.proj": "receptance, key, value, output and their norms: what was copied from the teacher",
+    "mixer.lora": "decay, in-context rate, gate, residual mixes, bonus: what the teacher does not have",
+    "attention": "the attention of layers that keep it",
+    "mlp": "feed-forward layers",
+    "norms": "norms of the residual stream",
+    "embed": "input embedding",
+    "head": "output head",
+    "adapters": "every adapter, wherever it sits",
+}
+
+
+TEACHER = "teacher"  # the group of the frozen attention beside the mixers, which can be quantised and nothing else
+
+
+def _canonical(name: str) -> str:
+    """A parameter's or module's name in training -> in the exported model."""
+    return name.removeprefix("lm.").replace(".student_attn", "").replace(".base_layer", "")
+
+
+def _weights(layers: Iterable[str]) -> set[str]:
+    """Names of the weights of the student's own layers."""
+    return {f"{name}.weight" for name in layers if ".teacher_attn." not in name}
+
+
+def _group(name: str, rwkv_layers: list[int]) -> tuple[str, ...]:
+    """The groups a canonical parameter name belongs to, from wide to narrow."""
+    if is_adapter(name):
+        return ("adapters",)
+    if ".teacher_attn." in name:
+        return (TEACHER,)
+    if name.startswith("model.embed_tokens."):
+        return ("embed",)
+    if name.startswith("lm_head."):
+        return ("head",)
+    match = re.match(r"model\.layers\.(\d+)\.(\w+)\.(\w+)", name)
+    if match is None or match[2].endswith("norm"):
+        return ("norms",)
+    if match[2] == "self_attn":
+        if int(match[1]) not in rwkv_layers:
+            return ("attention",)
+        return ("mixer", "mixer.proj" if match[3] in PROJECTIONS else "mixer.lora")
+    return (match[2],)

@@ -1,0 +1,362 @@
+"""The student in training: the teacher's own model with a wrapper in place of each converted layer's attention.
+
+Knows which parameters belong to which group, which of them train, and under which names the exported model holds them.
+The exported model itself is `modeling/modeling_hybrid.py`; both run the same mixers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..data.batch import Batch, attention_mask_4d
+from ..errors import UserError
+from ..modeling.first_layer import MixerCall
+from ..modeling.mixer_init import init_mixer
+from ..modeling.mixer_presets import TimeMixerConfig
+from ..modeling.modeling_hybrid import FAMILIES
+from ..modeling.rwkv_attention import RWKVAttention, identity_rotation
+from .adapters import disabled, is_adapter, is_start, module_of
+from .attention_wrapper import AttentionWrapper
+from .freezing import GROUPS, _canonical, _group, _weights
+from .lm_head import Readout, open_head
+from .quantized_linear import QuantizedLinear
+from .weight_transfer import mixer_config, transfer
+
+
+@dataclass(frozen=True)
+class StudentSpec:
+    """What the student is; see the fields of `student:` in a configuration."""
+
+    preset: str = "cxa079"
+    attention_layers: tuple[int, ...] = ()
+    key_scale: str | None = "decay"
+    key_residual: bool | None = None
+    init: str = "calibrated"
+    detach_first: bool = False
+    backend: str = "auto"
+    precision: str = "auto"
+    attention_rope: bool = True
+    ranks: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def from_fields(cls, fields: dict) -> StudentSpec:
+        """From the `student:` part of a configuration as plain values."""
+        ranks = {name: rank for name, rank in (fields.get("ranks") or {}).items() if rank}
+        layers = tuple(fields.get("attention_layers") or ())
+        return cls(**fields | {"attention_layers": layers, "ranks": ranks})
+
+    def mixer_overrides(self) -> dict:
+        values = {"detach_first": self.detach_first, "backend": self.backend, "precision": self.precision}
+        # the stock mixer's k_a form is a matter of its equations, not a choice
+        values |= {} if self.key_scale is None or self.preset == "x070" else {"key_scale": self.key_scale}
+        values |= {} if self.key_residual is None else {"key_residual": self.key_residual}
+        return values | {f"rank_{name}": rank for name, rank in self.ranks.items() if rank}
+
+
+class HybridModel(nn.Module):
+    """A teacher whose converted layers can run their attention, their mixer, or both; made by `from_teacher`.
+
+    Attributes:
+        lm: the teacher's causal language model with wrapped layers.
+        spec: what was asked for.
+        mixer_config: of every mixer.
+        rwkv_layers: indices of the converted layers, ascending.
+        trained: canonical names of what was ever trained, and so differs from the teacher.
+        carried: full-precision weights that were trained before and are quantised now, by canonical name.
+    """
+
+    def __init__(
+        self, lm: PreTrainedModel, spec: StudentSpec, mixer: TimeMixerConfig, rwkv_layers: list[int], tied: bool
+    ):
+        super().__init__()
+        self.lm = lm
+        self.readout = Readout(lm.lm_head)
+        self.spec = spec
+        self.mixer_config = mixer
+        self.rwkv_layers = rwkv_layers
+        self.teacher_tied = tied
+        self.trained: set[str] = self.mixer_names()
+        self.carried: dict[str, Tensor] = {}
+        self.requires_grad_(False)
+
+    @classmethod
+    def from_teacher(cls, teacher: PreTrainedModel, spec: StudentSpec) -> HybridModel:
+        """Wrap a loaded teacher, which afterwards belongs to the hybrid (its layers are changed in place).
+
+        Embeddings that the teacher ties to its head stay one matrix until one of them trains, which gives the head
+        a copy.
+        On the meta device only shapes are made, nothing is initialised. Mixers are fp32 whatever the teacher is.
+
+        Raises:
+            UserError: an unsupported architecture, layer indices out of range, no layer left to convert, a preset whose
+                mixer has no place for one of the teacher's tensors.
+        """
+        config = teacher.config
+        if config.model_type not in FAMILIES:
+            raise UserError(
+                f"teacher architecture {config.model_type!r} is not supported",
+                f"supported: {', '.join(FAMILIES)}",
+            )
+        if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+            raise UserError(
+                "the teacher has sliding-window attention layers, which are not supported",
+                "use a teacher whose layers all see the whole context",
+            )
+        count = config.num_hidden_layers
+        if bad := sorted(i for i in spec.attention_layers if not 0 <= i < count):
+            raise UserError(f"student.attention_layers has {bad}", f"the teacher has layers 0 to {count - 1}")
+        rwkv_layers = [i for i in range(count) if i not in spec.attention_layers]
+        if not rwkv_layers:
+            raise UserError(f"student.attention_layers keeps all {count} layers", "leave at least one layer to convert")
+
+        layers = teacher.model.layers
+        try:
+            mixer = mixer_config(layers[rwkv_layers[0]].self_attn, config, spec.preset, **spec.mixer_overrides())
+            for i in range(count):
+                if i in rwkv_layers:
+                    attention = layers[i].self_attn
+                    with torch.device(attention.q_proj.weight.device):
+                        student = RWKVAttention(mixer, layer_idx=i, is_first=i == rwkv_layers[0])
+                    if attention.q_proj.weight.device.type != "meta":
+                        init_mixer(student, i, count, spec.init)
+                    transfer(attention, student)
+                    layers[i].self_attn = AttentionWrapper(attention, student)
+                elif not spec.attention_rope:
+                    layers[i].self_attn.register_forward_pre_hook(_without_rotation, with_kwargs=True)
+        except ValueError as error:
+            raise UserError(f"student.preset={spec.preset!r}: {error}") from error
+
+        tied = config.tie_word_embeddings
+        config.tie_word_embeddings = False
+        return cls(teacher, spec, mixer, rwkv_layers, tied)
+
+    def forward(
+        self,
+        batch: Batch,
+        mode: str = "student",
+        readout: Callable[[Tensor, nn.Module], object] | None = None,
+        checkpoint: bool = False,
+    ):
+        """Run a packed batch.
+
+        Args:
+            batch: token ids, positions and documents of the rows.
+            mode: "student", "teacher" (the original model as long as only mixers and adapters were trained) or "align".
+                But in mode "student", adapters outside of the mixers are off.
+            readout: what to do with the final hidden states (B, T, D) and the head; it runs inside the forward, so that
+                an engine that shards parameters gathers the head for it. None returns the hidden states.
+            checkpoint: align only: recompute each mixer in the backward.
+
+        Returns:
+            "align": {layer: (squared error, squared norm of the teacher)}, 0-d fp32 sums over real tokens;
+            otherwise the readout's result.
+        """
+        whole_rows = bool((batch.segment_ids == 1).all())  # one document per row: plain causal attention, no resets
+        call = MixerCall(
+            mode=mode,
+            mask=None if whole_rows else batch.mask,
+            cu_seqlens=None if whole_rows else batch.cu_seqlens,
+            checkpoint=checkpoint,
+        )
+        adapters = nullcontext() if mode == "student" else disabled(self.lm, but=".student_attn.")
+        with torch.set_grad_enabled(torch.is_grad_enabled() and mode != "teacher"), adapters:
+            hidden = self.lm.model(
+                input_ids=batch.input_ids,
+                attention_mask=None if whole_rows else attention_mask_4d(batch),
+                position_ids=batch.position_ids,
+                use_cache=False,
+                mixer_call=call,
+            ).last_hidden_state
+            if mode == "align":
+                return call.errors
+            return hidden if readout is None else self.readout(hidden, readout)
+
+    @property
+    def teacher_logits(self) -> Callable[[Tensor], Tensor]:
+        """From the teacher's final hidden states to its logits: the head without adapters, ready for many chunks; to be
+        used inside a readout."""
+        head = getattr(self.readout.head, "base_layer", self.readout.head)
+        return open_head(head).forward if type(head) is nn.Linear else head.forward
+
+    def release_teacher(self) -> None:
+        """Forget the teacher's attention of converted layers (a separate teacher model provides the targets)."""
+        for i in self.rwkv_layers:
+            self.lm.model.layers[i].self_attn.teacher_attn = None
+
+    @property
+    def mixers(self) -> dict[int, RWKVAttention]:
+        """The mixers by layer index."""
+        return {i: self.lm.model.layers[i].self_attn.student_attn for i in self.rwkv_layers}
+
+    def canonical_parameters(self) -> dict[str, nn.Parameter]:
+        """Every parameter of the student under its name in the exported model, to which adapters add theirs.
+
+        Left out are the teacher's attention and the weights of quantised layers. A head that is still the embedding
+        stands under both names.
+        """
+        return {
+            _canonical(name): parameter
+            for name, parameter in self.named_parameters(remove_duplicate=False)
+            if name.startswith("lm.") and ".teacher_attn." not in name and not name.endswith(".packed")
+        }
+
+    def linear_layers(self) -> dict[str, str]:
+        """Linear layers that can be quantised or adapted: {canonical name: name below `lm`}, also of the teacher's
+        attention, whose canonical names have `.teacher_attn`."""
+        found = (name for name, module in self.lm.named_modules() if isinstance(module, nn.Linear))
+        return {_canonical(name): name for name in found if not is_adapter(f"{name}.weight")}
+
+    @property
+    def quantized(self) -> dict[str, QuantizedLinear]:
+        """Quantised layers by canonical name."""
+        layers = {name: self.lm.get_submodule(path) for name, path in self.linear_layers().items()}
+        return {name: layer for name, layer in layers.items() if isinstance(layer, QuantizedLinear)}
+
+    @property
+    def tied(self) -> bool:
+        """Whether embedding and head are one matrix in memory."""
+        head = getattr(self.lm.lm_head, "base_layer", self.lm.lm_head)
+        return head._parameters.get("weight") is self.lm.model.embed_tokens.weight
+
+    def untie(self) -> None:
+        """Give the head a matrix of its own where it is still the embedding."""
+        if self.tied:
+            head = getattr(self.lm.lm_head, "base_layer", self.lm.lm_head)
+            head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+
+    def group_of(self, name: str) -> tuple[str, ...]:
+        """The groups of a canonical parameter name, from wide to narrow."""
+        return _group(name, self.rwkv_layers)
+
+    def mixer_names(self) -> set[str]:
+        """Canonical names of all parameters of the mixers, quantised ones included, adapters on them not."""
+        names = [*self.canonical_parameters(), *_weights(self.quantized)]
+        return {name for name in names if self.group_of(name)[0] == "mixer"}
+
+    def adapters_beside_mixers(self) -> list[str]:
+        """Trainable tensors of adapters on layers that mode "align" and the teacher run without them."""
+        names = [n for n, p in self.canonical_parameters().items() if p.requires_grad and is_adapter(n)]
+        return [n for n in names if self.group_of(f"{module_of(n)}.weight")[0] != "mixer"]
+
+    def teacher_changes(self) -> list[str]:
+        """What was trained that runs in mode "teacher" too: empty as long as that mode is the teacher."""
+        return sorted(self.trained - self.mixer_names() - {n for n in self.trained if is_adapter(n)})
+
+    def matching(self, pattern: str) -> set[str]:
+        """Canonical names of the parameters that can train and that a pattern names.
+
+        Args:
+            pattern: a name of `GROUPS`, or a regular expression matched against whole canonical parameter names.
+
+        Raises:
+            UserError: it names neither these nor quantised weights, or is not a regular expression.
+        """
+        parameters = {name for name in self.canonical_parameters() if not is_start(name)}
+        quantized = _weights(self.quantized)
+        names = self._named(pattern, parameters | quantized)
+        if not names:
+            raise UserError(
+                f"train pattern {pattern!r} matches no parameter",
+                f"groups: {', '.join(GROUPS)}; or a regular expression over names like {min(parameters)}",
+            )
+        return names - quantized
+
+    def set_trainable(self, patterns: Iterable[str]) -> dict[str, int]:
+        """Freeze everything but the parameters that the patterns name.
+
+        Args:
+            patterns: see `matching`.
+
+        Returns:
+            Number of trainable parameters by group.
+
+        Raises:
+            UserError: a pattern that matches nothing, is not a regular expression, or names what is quantised.
+        """
+        chosen: set[str] = set()
+        quantized = _weights(self.quantized)
+        for pattern in patterns:
+            chosen |= self.matching(pattern)
+            if both := sorted(self._named(pattern, quantized)):
+                raise UserError(
+                    f"train pattern {pattern!r} matches {both[0]} (and {len(both) - 1} more), which is quantised",
+                    "quantised weights stay frozen: take them out of `train`, or out of `quantize` of this stage",
+                )
+        if chosen & {"lm_head.weight", "model.embed_tokens.weight"}:
+            self.untie()
+        parameters = self.canonical_parameters()
+        counts: dict[str, int] = {}
+        self.requires_grad_(False)
+        for name in chosen:
+            parameters[name].requires_grad_(True)
+            group = self.group_of(name)[-1]
+            counts[group] = counts.get(group, 0) + parameters[name].numel()
+        self.trained |= chosen
+        return counts
+
+    def _named(self, pattern: str, names: Iterable[str]) -> set[str]:
+        if pattern in GROUPS:
+            return {name for name in names if pattern in self.group_of(name)}
+        try:
+            return {name for name in names if re.fullmatch(pattern, name)}
+        except re.error as error:
+            raise UserError(f"train pattern {pattern!r} is not a regular expression: {error}") from error
+
+    def group_table(self) -> list[tuple[str, int, int]]:
+        """(group, trainable parameters, all parameters) for every group that the student has, but quantised weights."""
+        rows: dict[str, list[int]] = {}
+        for name, parameter in self.canonical_parameters().items():
+            row = rows.setdefault(self.group_of(name)[-1], [0, 0])
+            row[0] += parameter.numel() * parameter.requires_grad
+            row[1] += parameter.numel()
+        return [(group, *rows[group]) for group in GROUPS if group in rows]
+
+    def student_state_dict(self) -> dict[str, Tensor]:
+        """What differs from the teacher, under exported names: mixers, all that was ever trained, and adapters."""
+        named = {n: p.detach() for n, p in self.canonical_parameters().items() if n in self.trained or is_adapter(n)}
+        return named | self.carried
+
+    @torch.no_grad()
+    def load_student_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `student_state_dict` gave; nothing may be missing, unknown, or of another shape.
+
+        Parameters take on the dtype of what they get, so that nothing that training gained over the teacher's precision
+        is lost. Adapters of the student that are not among the tensors stay as they are.
+
+        Raises:
+            UserError: names or shapes that do not fit this student.
+        """
+        if tensors.keys() & {"lm_head.weight", "model.embed_tokens.weight"}:
+            self.untie()
+        parameters = self.canonical_parameters()
+        mixers = self.mixer_names()
+        wrong = [f"{n} is missing" for n in sorted(mixers - set(tensors))]
+        wrong += [f"{n} is unknown" for n in sorted(set(tensors) - set(parameters))]
+        wrong += [
+            f"{n} has shape {tuple(t.shape)}, not {tuple(parameters[n].shape)}"
+            for n, t in tensors.items()
+            if n in parameters and t.shape != parameters[n].shape
+        ]
+        if wrong:
+            raise UserError(
+                f"the checkpoint does not fit this student: {wrong[0]}"
+                + (f" (and {len(wrong) - 1} more)" if wrong[1:] else ""),
+                "use the student settings that the checkpoint was made with",
+            )
+        for name, tensor in tensors.items():
+            parameters[name].data = tensor.to(parameters[name].device, copy=True)
+        self.trained = set(tensors) | mixers
+
+
+def _without_rotation(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Kept attention layers of a NoPE hybrid: no rotation in the student, the teacher's own in the other modes."""
+    if kwargs["mixer_call"].mode != "student":
+        return args, kwargs
+    return args, kwargs | {"position_embeddings": identity_rotation(kwargs["position_embeddings"])}

@@ -1,0 +1,317 @@
+"""Frozen linear layers in 4 or 8 bits, and AdamW with 8-bit states; the only file that imports bitsandbytes, and only
+when it is needed.
+
+bitsandbytes packs and unpacks. The module that holds the result is ours, because bitsandbytes' own layers repack
+themselves on some CPUs in evaluation mode, round activations to fp16 (int8), and put parts of their state where neither
+a sharding engine nor a checkpoint finds them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable, Mapping
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import UserError
+
+# it warns of an optional kernel that is not there, whether it is used or not
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+FORMATS = ("nf4", "fp4", "int8")
+
+
+BLOCK, OUTER_BLOCK = 64, 256  # weights that share a scale, unless told; scales that share one when they are quantised
+
+
+class QuantizedLinear(nn.Linear):
+    """A frozen linear layer whose weight is unpacked whenever it is used, in the forward and again in the backward.
+
+    Gives gradients to its input and bias, never to its weight. Products run in the dtype of autocast where that is on,
+    else in the input's.
+
+    Args:
+        in_features, out_features: of the weight (out, in).
+        bias: the layer's own parameter, kept as it is.
+        format: nf4, fp4 or int8.
+        tensors: what `pack` or `tensors` gave.
+        block: nf4 and fp4: weights with a common scale.
+
+    Attributes:
+        error: squared norms of what quantisation changed and of the original weight, (0, 0) where they are not known.
+        packed: the weight, uint8 (two values a byte) or int8; a frozen parameter, so that ZeRO 3 shards it. Scales are
+            buffers that hold the bits of fp32 values as int32, because `module.bfloat16()` would round them.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: nn.Parameter | None,
+        format: str,
+        tensors: Mapping[str, Tensor],
+        block: int = BLOCK,
+    ):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.format, self.block = in_features, out_features, format, block
+        self.error = (0.0, 0.0)
+        self.packed = nn.Parameter(tensors["packed"], requires_grad=False)
+        self.register_parameter("bias", bias)
+        for name in ("scales", "outer", "offset"):
+            self.register_buffer(name, tensors.get(name))
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that the layer computes with, unpacked to fp32; a new tensor each time."""
+        return self.unpack()
+
+    @property
+    def weight_numel(self) -> int:
+        """Weights that are stored."""
+        return self.in_features * self.out_features
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that they take, scales included."""
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that the weight is made of, by name; integers only."""
+        parts = {"packed": self.packed.detach(), "scales": self.scales, "outer": self.outer, "offset": self.offset}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    @torch.no_grad()
+    def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight (out, in) in `dtype`."""
+        if self.packed.is_meta:
+            return torch.empty(self.out_features, self.in_features, dtype=dtype, device="meta")
+        bnb = _library().functional
+        if self.format == "int8":
+            return bnb.int8_vectorwise_dequant(self.packed, self.scales.view(torch.float32)).to(dtype)
+        if self.outer is None:
+            nested = {"absmax": self.scales.view(torch.float32)}
+        else:
+            code = _dynamic_code(self.packed.device)
+            state = bnb.QuantState(
+                self.outer.view(torch.float32), code=code, blocksize=OUTER_BLOCK, dtype=torch.float32
+            )
+            nested = {"absmax": self.scales, "offset": self.offset.view(torch.float32)[0], "state2": state}
+        # on a CPU, bitsandbytes lets blocks begin anew with each row, whatever its length: give it rows of one block
+        count, rest = divmod(self.weight_numel, self.block)
+        rows = (1, self.weight_numel) if rest else (count, self.block)
+        direct = dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
+        state = bnb.QuantState(
+            shape=torch.Size(rows),
+            blocksize=self.block,
+            quant_type=self.format,
+            dtype=direct,
+            **nested,
+        )
+        return bnb.dequantize_4bit(self.packed, state).view(self.out_features, self.in_features).to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        y = _Product.apply(x.to(dtype), self)
+        return y if self.bias is None else y + self.bias.to(dtype)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, format={self.format}"
+
+
+class _Product(torch.autograd.Function):
+    """x W^T without keeping W; the module, not its tensors, is remembered, so that ZeRO 3 may gather them anew."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, module: QuantizedLinear) -> Tensor:
+        ctx.module = module
+        return F.linear(x, module.unpack(x.dtype))
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient @ ctx.module.unpack(gradient.dtype), None
+
+
+@torch.no_grad()
+def pack(weight: Tensor, format: str, double: bool = True, block: int = BLOCK) -> dict[str, Tensor]:
+    """The tensors of a `QuantizedLinear` for a weight (out, in); on the meta device their shapes.
+
+    Args:
+        format: nf4 or fp4: blocks with a common scale; int8: a scale for each output row.
+        double: nf4 and fp4: scales in 8 bits too, 256 with a common scale.
+        block: nf4 and fp4: consecutive weights with a common scale: 32, 64 or 128.
+    """
+    rows, columns = weight.shape
+    if weight.is_meta:
+        return _shapes(rows, columns, format, double, block)
+    bnb = _library().functional
+    weight = weight.detach().float().contiguous()
+    if format == "int8":
+        packed, scales, _ = bnb.int8_vectorwise_quant(weight)
+        return {"packed": packed, "scales": scales.view(torch.int32)}
+    packed, state = bnb.quantize_4bit(weight, blocksize=block, compress_statistics=False, quant_type=format)
+    return {"packed": packed, **pack_scales(state.absmax, double)[0]}
+
+
+@torch.no_grad()
+def pack_scales(scales: Tensor, double: bool) -> tuple[dict[str, Tensor], Tensor]:
+    """All of `pack` but the weights themselves, for the scales of all blocks in fp32, and the scales as they will be
+    used."""
+    bnb = _library().functional
+    if not double:
+        return {"scales": scales.view(torch.int32)}, scales
+    offset = scales.mean()
+    packed, state = bnb.quantize_blockwise(scales - offset, blocksize=OUTER_BLOCK)
+    outer = {"outer": state.absmax.view(torch.int32), "offset": offset.reshape(1).view(torch.int32)}
+    return {"scales": packed, **outer}, bnb.dequantize_blockwise(packed, state) + offset
+
+
+def codebook(format: str, device: torch.device) -> Tensor:
+    """What the 16 indices of nf4 or fp4 stand for, in units of their block's scale."""
+    bnb = _library().functional
+    return bnb.get_4bit_type(format, device)
+
+
+def quantize(
+    model: nn.Module,
+    names: Collection[str],
+    format: str,
+    double: bool = True,
+    block: int = BLOCK,
+    device: torch.device | None = None,
+) -> list[str]:
+    """Replace linear layers by quantised ones, one after the other, so that no second copy of the model is made.
+
+    Args:
+        model: changed in place.
+        names: of modules below it.
+        format, double, block: see `pack`.
+        device: where to compute; None: where each weight is.
+
+    Returns:
+        The quantised modules in the model's order, exactly those named.
+
+    Raises:
+        UserError: a name that is no linear layer, or an unknown format.
+    """
+    if format not in FORMATS:
+        raise UserError(f"quantisation format {format!r}", f"allowed: {', '.join(FORMATS)}")
+    for name in names:
+        linear = model.get_submodule(name)
+        if type(linear) is not nn.Linear:
+            raise UserError(
+                f"{name} is a {type(linear).__name__}, which cannot be quantised", "name linear layers only"
+            )
+        home = linear.weight.device
+        packed = pack(linear.weight.to(device or home), format, double, block)
+        del linear
+        use(model, name, format, {part: t.to(home) for part, t in packed.items()}, block)
+    done = [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
+    if missed := set(names) - set(done):
+        raise RuntimeError(f"not quantised: {', '.join(sorted(missed))}")
+    return [name for name in done if name in set(names)]
+
+
+def linear_names(model: nn.Module, skip: Collection[str] = ()) -> list[str]:
+    """Linear layers of a model by name, but those whose last part of the name is in `skip`."""
+    found = (name for name, module in model.named_modules() if type(module) is nn.Linear)
+    return [name for name in found if name.rsplit(".", 1)[-1] not in skip]
+
+
+def dequantized(module: QuantizedLinear, dtype: torch.dtype = torch.float32) -> nn.Linear:
+    """An ordinary linear layer that computes with the same weight."""
+    device = module.packed.device
+    linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+    linear.weight = nn.Parameter(module.unpack(dtype).to(device), requires_grad=False)
+    linear.register_parameter("bias", module.bias)
+    return linear.train(module.training)
+
+
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module into the place of the one called `name`."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def flat_tensors(modules: Mapping[str, QuantizedLinear]) -> dict[str, Tensor]:
+    """The tensors of quantised modules for a file: "<module>/<format>-<block>/<part>"."""
+    return {f"{n}/{m.format}-{m.block}/{part}": t for n, m in modules.items() for part, t in m.tensors().items()}
+
+
+def read_flat(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, dict[str, Tensor], int]]:
+    """Inverse of `flat_tensors`: {module: (format, its tensors, block)}."""
+    found: dict[str, tuple[str, dict[str, Tensor], int]] = {}
+    for key, tensor in tensors.items():
+        name, kind, part = key.split("/")
+        format, block = kind.split("-")
+        found.setdefault(name, (format, {}, int(block)))[1][part] = tensor
+    return found
+
+
+def restore(model: nn.Module, name: str, format: str, tensors: Mapping[str, Tensor], block: int = BLOCK) -> None:
+    """Replace a linear layer by one that was quantised before.
+
+    Raises:
+        UserError: tensors of another shape.
+    """
+    linear = model.get_submodule(name)
+    double = "outer" in tensors
+    shapes = _shapes(linear.out_features, linear.in_features, format, double, block)
+    if {part: t.shape for part, t in shapes.items()} != {part: t.shape for part, t in tensors.items()}:
+        raise UserError(f"the stored {format} tensors of {name} do not fit it", "use the teacher they were made from")
+    use(model, name, format, {part: t.to(linear.weight.device) for part, t in tensors.items()}, block)
+
+
+def relative_error(modules: Iterable[QuantizedLinear]) -> float:
+    """What quantisation has changed: the norm of all differences over the norm of the original weights."""
+    difference, norm = (sum(parts) for parts in zip((0.0, 0.0), *(m.error for m in modules), strict=True))
+    return (difference / norm) ** 0.5 if norm else 0.0
+
+
+def use(model: nn.Module, name: str, format: str, tensors: Mapping[str, Tensor], block: int = BLOCK) -> QuantizedLinear:
+    """Replace a linear layer by a quantised one made of these tensors, which remembers how far they are from its
+    weight."""
+    linear = model.get_submodule(name)
+    module = QuantizedLinear(linear.in_features, linear.out_features, linear.bias, format, tensors, block)
+    if not linear.weight.is_meta:
+        original = linear.weight.detach().float()
+        module.error = (float((module.unpack() - original).square().sum()), float(original.square().sum()))
+    replace(model, name, module)
+    return module
+
+
+def _shapes(rows: int, columns: int, format: str, double: bool, block: int) -> dict[str, Tensor]:
+    """What `pack` gives, on the meta device."""
+
+    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    if format == "int8":
+        return {"packed": empty(rows, columns, dtype=torch.int8), "scales": empty(rows, dtype=torch.int32)}
+    blocks = -(-rows * columns // block)
+    packed = {"packed": empty((rows * columns + 1) // 2, 1, dtype=torch.uint8)}
+    if not double:
+        return packed | {"scales": empty(blocks, dtype=torch.int32)}
+    return packed | {
+        "scales": empty(blocks, dtype=torch.uint8),
+        "outer": empty(-(-blocks // OUTER_BLOCK), dtype=torch.int32),
+        "offset": empty(1, dtype=torch.int32),
+    }
+
+
+@cache
+def _dynamic_code(device: torch.device) -> Tensor:
+    """The 256 values that 8-bit scales stand for."""
+    bnb = _library().functional
+    return bnb.create_dynamic_map().to(device)
+
+
+@cache
+def _library():
+    import bitsandbytes
+
+    return bitsandbytes

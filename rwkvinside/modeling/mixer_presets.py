@@ -1,0 +1,143 @@
+"""Configuration of a time mixer, and the table of the published variants."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+
+# What the published mixers differ in. None = as the teacher has it. `hxa` names are the same mixers in a hybrid whose
+# kept attention carries no rotation.
+PRESETS: dict[str, dict] = {
+    "cxa079": dict(rope=True, qk_norm=None, value_path="residual_kv", key_residual=True, bonus=True, key_scale="log"),
+    "hxa07a": dict(rope=True, qk_norm=None, value_path="plain", key_residual=False, bonus=False, key_scale="log"),
+    "hxa07b": dict(rope=True, qk_norm=None, value_path="additive", key_residual=False, bonus=False, key_scale="log"),
+    "hxa07c": dict(rope=True, qk_norm=None, value_path="additive", key_residual=False, bonus=False, key_scale="decay"),
+    "cxa078": dict(
+        rope=True, qk_norm=True, value_path="residual_full", key_residual=False, bonus=True, key_scale="log"
+    ),
+    "cxa076r": dict(
+        rope=False, qk_norm=True, value_path="residual_full", key_residual=False, bonus=True, key_scale="log"
+    ),
+    "rad": dict(
+        rope=True, qk_norm=None, value_path="residual_full", key_residual=False, bonus=False, key_scale="decay"
+    ),
+    "x070": dict(
+        rope=False,
+        qk_norm=False,
+        value_path="residual_full",
+        key_residual=False,
+        bonus=True,
+        key_scale="k_a",
+        token_shift=True,
+        group_norm=True,
+    ),
+}
+
+
+PRESETS["hxa079"] = PRESETS["cxa079"]
+
+
+@dataclass
+class TimeMixerConfig:
+    """Everything that determines a mixer's parameters and equations; plain values, so that it lives in a config.json.
+
+    Args:
+        hidden_size: D, width of the residual stream.
+        num_heads, num_kv_heads, head_size: H, G, N; G divides H; C = H * N may differ from D.
+        rank_decay, rank_iclr, rank_value, rank_key, rank_gate: low-rank sizes; 0 = the published rule
+            (`default_ranks`).
+        rope: rotate r and k exactly as the teacher rotates q and k.
+        qk_norm: RMS norm of r and k per head before the rotation, with epsilon norm_eps.
+        value_path: "plain", "residual_kv" (mix with v_first at G heads), "residual_full" (at H heads),
+            "additive" (+ 0.2 x v1 v2 at H heads).
+        key_residual: mix the key with k_first, at G heads.
+        bonus: add (r . k r_k) v of the current token.
+        key_scale: k * (1 - s + iclr) with s the decay ("decay") or its log-domain value ("log", as older checkpoints
+            were trained); "k_a" is the stock RWKV-7 form with learned k_k and k_a.
+        token_shift, group_norm: stock RWKV-7 only; without the norm the output is scaled by N^-0.5.
+        qkv_bias, output_bias: biases copied from the teacher.
+        detach_first: no gradient from later layers into v_first and k_first.
+        backend, precision: see `wkv7`.
+    """
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    rank_decay: int = 0
+    rank_iclr: int = 0
+    rank_value: int = 0
+    rank_key: int = 0
+    rank_gate: int = 0
+    rope: bool = True
+    qk_norm: bool = False
+    norm_eps: float = 1e-6
+    value_path: str = "residual_kv"
+    key_residual: bool = True
+    bonus: bool = True
+    key_scale: str = "decay"
+    token_shift: bool = False
+    group_norm: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    detach_first: bool = False
+    backend: str = "auto"
+    precision: str = "auto"
+
+    def __post_init__(self):
+        for name, value, allowed in (
+            ("value_path", self.value_path, ("plain", "residual_kv", "residual_full", "additive")),
+            ("key_scale", self.key_scale, ("decay", "log", "k_a")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} is {value!r}, allowed: {', '.join(allowed)}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}")
+        for name, rank in default_ranks(self.hidden_size, self.num_heads * self.head_size).items():
+            if not getattr(self, f"rank_{name}"):
+                setattr(self, f"rank_{name}", rank)
+
+    @classmethod
+    def from_preset(cls, preset: str, *, qk_norm: bool, **overrides) -> TimeMixerConfig:
+        """A published variant for a teacher; `qk_norm` says whether the teacher has q/k norms, other arguments are
+        fields.
+
+        Raises:
+            ValueError: unknown preset, or a field value outside its choices.
+        """
+        if preset not in PRESETS:
+            raise ValueError(f"unknown mixer preset {preset!r}: choose one of {', '.join(sorted(PRESETS))}")
+        values = dict(PRESETS[preset])
+        if values["qk_norm"] is None:
+            values["qk_norm"] = qk_norm
+        return cls(**(values | overrides))
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> TimeMixerConfig:
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"unknown mixer fields {unknown}, known: {sorted(known)}")
+        return cls(**values)
+
+    def replace(self, **changes) -> TimeMixerConfig:
+        return replace(self, **changes)
+
+
+def default_ranks(hidden_size: int, width: int) -> dict[str, int]:
+    """Low-rank sizes of the published format for C = width; the floors of 256 shrink to D/4 for teachers below D =
+    1024."""
+
+    def round32(x: float) -> int:
+        return 32 * round(x / 32)
+
+    floor = min(256, hidden_size // 4)
+    residual = max(32, round32(1.3 * width**0.5))
+    return dict(
+        decay=max(floor, round32(1.7 * width**0.6)),
+        iclr=max(32, round32(1.8 * width**0.5)),
+        value=residual,
+        key=residual,
+        gate=max(floor, round32(0.35 * width**0.8)),
+    )

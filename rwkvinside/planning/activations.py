@@ -1,0 +1,126 @@
+"""What the backward pass needs of a forward pass, in bytes for each token, from the student's structure.
+
+The counts are those of the code as it runs on a CPU with the native kernel, which `tests/test_memory.py` compares with
+what autograd really keeps. The chunked path and the Triton kernels keep other things beside the recurrence; their
+counts are taken to be the same, which nobody has measured.
+
+Notation: D width, C = heads x head size, K = the same for keys and values, N head size, I inner size of the MLP; `low`
+bytes of a product's type (2 under bf16, else 4), `stream` of the residual stream's. What is named fp32 has 4 bytes.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..hybrid.model import HybridModel
+from ..modeling.time_mixer import TimeMixer
+
+FP32 = 4
+
+
+def kept_bytes(model: HybridModel, *, align: bool, low: int, stream: int) -> list[int]:
+    """Bytes that each layer keeps for one token, in the order of the layers; what trains is read from the model.
+
+    Args:
+        align: only the mixers have a backward pass, each on its own.
+    """
+    layers = model.lm.model.layers
+    if align:
+        width = layers[0].mlp.down_proj.out_features
+        return [
+            _mixer(layer.self_attn.student_attn, low, stream) + FP32 * width if i in model.rwkv_layers else 0
+            for i, layer in enumerate(layers)
+        ]
+    first = _first_trained(model)
+    return [_layer(layer, low, stream) if i >= first else 0 for i, layer in enumerate(layers)]
+
+
+def edge_bytes(model: HybridModel, *, align: bool, checkpointing: bool, stream: int) -> tuple[int, int]:
+    """Bytes a token that are kept whatever the layers keep: (for each layer, for the whole model).
+
+    A layer that is recomputed keeps its input, in align also its target. The whole model keeps what the last norm
+    needs, the hidden states that the head reads, their gradient, and the teacher's.
+    """
+    width = model.lm.config.hidden_size
+    inputs = (2 if align else 1) * stream * width if checkpointing else 0
+    return inputs, 0 if align else (2 * FP32 + 3 * stream) * width
+
+
+def transient_bytes(model: HybridModel, *, align: bool, low: int) -> int:
+    """Bytes a token that the backward pass of one layer has beside what was kept: the gradients that are on their way
+    through the recurrence (r, w, k, b and two more of C), or through the MLP (three of I)."""
+    c, inner = model.mixer_config, model.lm.config.intermediate_size
+    mixer = FP32 * 6 * c.num_heads * c.head_size
+    return mixer if align else max(mixer, 3 * low * inner)
+
+
+def _first_trained(model: HybridModel) -> int:
+    """Index of the lowest layer through which a gradient has to go."""
+    backbone = model.lm.model
+    if any(p.requires_grad for p in backbone.embed_tokens.parameters()):
+        return 0
+    trained = (i for i, layer in enumerate(backbone.layers) if any(p.requires_grad for p in layer.parameters()))
+    return next(trained, len(backbone.layers))
+
+
+def _layer(layer: nn.Module, low: int, stream: int) -> int:
+    mlp, attention = layer.mlp, layer.self_attn
+    total = sum(_norm(norm, stream) for norm in (layer.input_layernorm, layer.post_attention_layernorm))
+    total += _inputs([mlp.gate_proj, mlp.up_proj], low, stream) + _inputs([mlp.down_proj], low, low)
+    total += 3 * low * mlp.down_proj.in_features  # gate, silu of it, up
+    if (mixer := getattr(attention, "student_attn", None)) is not None:
+        return total + _mixer(mixer, low, stream)
+    # attention: query, key and value for every head, the output, and norms of query and key over fp32
+    q, k = attention.q_proj.out_features, attention.k_proj.out_features
+    total += _inputs([attention.q_proj, attention.k_proj, attention.v_proj], low, stream)
+    total += _inputs([attention.o_proj], low, low) + 4 * low * q
+    return total + (2 * FP32 * (q + k) if hasattr(attention, "q_norm") else 0)
+
+
+def _norm(norm: nn.Module, stream: int) -> int:
+    """The input in fp32, and the normed value where the weight trains."""
+    width = norm.weight.numel()
+    return FP32 * (width + 1) + (stream * width if norm.weight.requires_grad else 0)
+
+
+def _inputs(linears: list[nn.Module], low: int, given: int) -> int:
+    """What linear layers keep of their common input: nothing where they are frozen, it once where it has their type
+    already, else a copy for each; and what is between the two factors of their adapters."""
+    trained = [linear for linear in linears if any(p.requires_grad for p in linear.parameters())]
+    copies = len(trained) if given != low else min(len(trained), 1)
+    ranks = sum(p.shape[0] for linear in trained for name, p in linear.named_parameters() if ".lora_A." in f".{name}")
+    return low * (copies * linears[0].in_features + ranks)
+
+
+def _mixer(mixer: TimeMixer, low: int, stream: int) -> int:
+    c, first = mixer.mixer_config, mixer.is_first
+    H, G, N, D = c.num_heads, c.num_kv_heads, c.head_size, c.hidden_size
+    C, K = H * N, G * N
+    values = C if c.value_path in ("residual_full", "additive") else K
+    keys = C if c.key_scale == "k_a" else K
+    turned = stream if c.rope else low  # receptance and key take the rotation's type, and the bonus theirs
+    v_residual = c.value_path in ("residual_kv", "residual_full") and not first
+    k_residual = c.key_residual and not first
+
+    ranks = c.rank_decay + c.rank_iclr + c.rank_gate
+    ranks += c.rank_value * (v_residual or c.value_path == "additive") + c.rank_key * k_residual
+    # x goes into receptance, key, value, decay, rate and gate, and into the residual mixes: it is kept once, or for
+    # each of them where it has to be cast; with the token shift there are six of it, and what they were mixed from
+    uses = 6 + v_residual + k_residual
+    total = low * ranks + low * D * (6 if c.token_shift else 1 if stream == low else uses)
+    total += stream * D * 6 * c.token_shift
+    if c.qk_norm:
+        total += FP32 * 2 * (C + K) + FP32 * (H + G)
+    # sigmoids of decay and rate; the decay itself, or two for its logarithm, or for the stock key; removed; the state
+    # before every 16th token
+    total += FP32 * C * (2 + (1 if c.key_scale == "decay" else 2) + 1 + N / 16)
+    # of the recurrence: log decay and b in fp32, r, k and v, and a; in front of it the scale of the key, behind r k
+    total += FP32 * 2 * C + turned * 2 * C + low * values + FP32 * keys
+    total += turned * C * (1 + c.bonus) + FP32 * 2 * H
+    # the key before and after it is scaled to length one
+    total += FP32 * (2 * keys + 2 * G)
+    total += v_residual * (FP32 + 2 * low if low != FP32 else 2 * FP32) * values
+    total += k_residual * (FP32 + turned) * K
+    total += (turned if c.bonus else low) * C + low * 2 * C  # y, the gate, and their product
+    total += FP32 * (C + 2 * H) * c.group_norm
+    return int(total)

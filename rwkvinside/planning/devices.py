@@ -1,0 +1,84 @@
+"""Sizes and peak speeds of common devices."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import torch
+
+# Peak of dense products in TFLOP/s by words in the device's name, the first that fits: bf16 with fp32 sums, and fp32
+# without TF32 (PyTorch's default). Vendors' data sheets.
+PEAKS = (
+    ("GB200", 2500.0, 80.0),
+    ("B200", 2250.0, 75.0),
+    ("GH200", 989.0, 67.0),
+    ("H200", 989.0, 67.0),
+    ("H100 PCIe", 756.0, 51.0),
+    ("H100 NVL", 835.0, 60.0),
+    ("H100", 989.0, 67.0),
+    ("H800", 989.0, 67.0),
+    ("H20", 148.0, 44.0),
+    ("A100", 312.0, 19.5),
+    ("A800", 312.0, 19.5),
+    ("L40S", 362.0, 91.6),
+    ("L40", 181.0, 90.5),
+    ("L4", 121.0, 30.3),
+    ("A40", 149.7, 37.4),
+    ("A10G", 70.0, 35.0),
+    ("A10", 125.0, 31.2),
+    ("RTX A6000", 154.8, 38.7),
+    ("RTX 6000 Ada", 364.2, 91.1),
+    ("RTX 5090", 209.5, 104.8),
+    ("RTX 4090", 165.2, 82.6),
+    ("RTX 3090", 71.0, 35.6),
+    ("MI325X", 1307.4, 163.4),
+    ("MI300X", 1307.4, 163.4),
+    ("MI250X", 191.5, 47.9),  # of one of its two chips, each of which is a device
+)
+
+
+def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
+    """What one device can do at most in a second, and where the number is from: "data sheet" or "measured".
+
+    Args:
+        precision: "fp32" or "bf16".
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for part, bf16, fp32 in PEAKS:
+            if re.search(rf"\b{part}\b", name) and "Laptop" not in name:
+                return (bf16 if precision == "bf16" else fp32) * 1e12, "data sheet"
+    return measured_flops(device, precision), "measured"
+
+
+def measured_flops(device: torch.device, precision: str, seconds: float = 0.2) -> float:
+    """The best rate of products of square matrices, tried for about `seconds` with PyTorch's threads of now."""
+    size = 8192 if device.type == "cuda" else 1024
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a = torch.full((size, size), 0.5, device=device, dtype=dtype)
+
+    def turn() -> float:
+        start = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    turn()  # starts the library
+    best, spent = turn(), 0.0
+    while spent < seconds:
+        once = turn()
+        best, spent = min(best, once), spent + once
+    return 2 * size**3 / best
+
+
+RESERVED = 2**30  # of a GPU: context, allocator, kernels
+
+
+CARDS = (8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 141, 192, 288)  # GB of common GPUs
+
+
+def card_for(size: int) -> int | None:
+    """GB of the smallest common GPU that a peak of `size` bytes fits on; None: no such GPU."""
+    return next((card for card in CARDS if size + RESERVED <= card * 10**9), None)

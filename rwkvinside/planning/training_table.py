@@ -1,0 +1,46 @@
+"""The table that says what of a student trains, when, and how fast."""
+
+from __future__ import annotations
+
+from ..config.schema import StageConfig
+from ..hybrid.freezing import GROUPS, TEACHER
+from ..hybrid.model import HybridModel
+from ..stages.param_groups import _begin, rate_groups
+from ..stages.phases import Phase, phases
+from ..support.text import rounded_count, short_count
+
+
+def training_table(student: HybridModel, stage: StageConfig, phase: Phase) -> list[str]:
+    """One line for each group of the student: parameters, what of them trains in the phase or later, learning rates.
+
+    Of quantised linear layers the weights before quantisation are counted.
+    """
+    all_phases = phases(stage)
+    begin = _begin(student, stage)
+    rate_of = {n: g.rate for g in rate_groups(student, stage, all_phases[-1]).values() for n in g.parameters}
+    sizes: dict[str, int] = {}
+    parts: dict[str, dict[str, int]] = {}  # by group: parameters by what happens to them
+    rates: dict[str, dict[str, None]] = {}
+
+    def add(group: str, state: str, count: int) -> None:
+        sizes[group] = sizes.get(group, 0) + count
+        states = parts.setdefault(group, {})
+        states[state] = states.get(state, 0) + count
+
+    parameters = student.canonical_parameters()
+    for each, names in zip(all_phases, begin, strict=True):
+        state = "trains" if each.index <= phase.index else f"joins after {short_count(each.tokens)} tokens"
+        for name in (name for name in parameters if name in names):
+            group = student.group_of(name)[-1]
+            add(group, state, parameters[name].numel())
+            rates.setdefault(group, {})[f"{rate_of[name]:.3g}"] = None
+    for name, layer in student.quantized.items():
+        add(student.group_of(f"{name}.weight")[-1], f"frozen in {layer.format}", layer.weight_numel)
+    for name in parameters.keys() - rate_of.keys():
+        add(student.group_of(name)[-1], "frozen", parameters[name].numel())
+    lines = [f"{'group':<12}{'parameters':>12}  {'learning rate':<18}in this stage"]
+    for group in (group for group in (*GROUPS, TEACHER) if group in sizes):
+        states = [f"{rounded_count(n)} {state}" for state, n in parts[group].items()]
+        shown = ", ".join(states if len(states) > 1 else parts[group])
+        lines.append(f"{group:<12}{rounded_count(sizes[group]):>12}  {', '.join(rates.get(group, ['-'])):<18}{shown}")
+    return lines

@@ -1,0 +1,129 @@
+"""The run directory: who may write into it, the files that describe a run, and which stages are finished.
+
+RUN/config.yaml       the resolved configuration
+RUN/plan.txt          what each stage trains, freezes and needs
+RUN/conversion.json   teacher, student, finished stages and their measurements
+RUN/metrics.jsonl     one row for each step and evaluation (training/metrics.py)
+RUN/stages/<stage>/   checkpoints (training/checkpoint.py)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..config.schema import Config, StageConfig
+from ..config.show import to_yaml
+from ..errors import UserError
+
+CONFIG, PLAN, CONVERSION = "config.yaml", "plan.txt", "conversion.json"
+
+
+class RunDirectory:
+    """One run on disk. Reading is for every process, writing for one.
+
+    Args:
+        path: made when something is written.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def claim(self, *, stage: str | None, resume: bool) -> None:
+        """Refuse to touch what is not ours to overwrite; writes nothing.
+
+        Args:
+            stage: the one stage to run, which may join a run that has not begun it; None: the whole run.
+            resume: continue what is there.
+
+        Raises:
+            UserError: the directory is not empty, holds something else, or has nothing to resume.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"output {self.path} is a file", "name a directory with --out")
+        used = self.path.is_dir() and any(self.path.iterdir())
+        if used and not (self.path / CONFIG).is_file():
+            raise UserError(f"output directory {self.path} is not empty, and no run", "name another one with --out")
+        if resume and not used:
+            raise UserError(f"there is no run to resume in {self.path}", "leave out --resume, or correct --out")
+        if used and not resume and (stage is None or self.begun(stage)):
+            what = "is not empty" if stage is None else f"has begun stage {stage} already"
+            raise UserError(f"output directory {self.path} {what}", "go on with --resume, or name another with --out")
+
+    def begun(self, stage: str) -> bool:
+        """Whether the stage has left anything."""
+        folder = self.stage(stage)
+        return stage in self.finished() or (folder.is_dir() and any(folder.iterdir()))
+
+    def stage(self, name: str) -> Path:
+        """Where a stage keeps its checkpoints."""
+        return self.path / "stages" / name
+
+    def finished(self) -> list[str]:
+        """Names of finished stages in the order in which they ended."""
+        return self.conversion().get("finished_stages", [])
+
+    def conversion(self) -> dict:
+        """Contents of conversion.json, {} before the first stage.
+
+        Raises:
+            UserError: it is not what was written.
+        """
+        file = self.path / CONVERSION
+        if not file.exists():
+            return {}
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{file} is damaged: {error}", "use another run directory") from error
+
+    def describe(self, config: Config, plan: str) -> None:
+        """Write config.yaml and plan.txt, paths made absolute so that they mean the same from everywhere."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        data = config.data.model_copy(
+            update={"train": [_absolute(p) for p in config.data.train], "val": [_absolute(p) for p in config.data.val]}
+        )
+        teacher = config.teacher.model_copy(update={"path": _absolute(config.teacher.path)})
+        stages = {name: _absolute_stage(stage) for name, stage in config.stages.items()}
+        absolute = config.model_copy(update={"data": data, "teacher": teacher, "stages": stages})
+        write_text(self.path / CONFIG, to_yaml(absolute))
+        write_text(self.path / PLAN, plan)
+
+    def note(self, facts: Mapping, *, finished: str | None = None, evaluation: Mapping | None = None) -> None:
+        """Update conversion.json: facts about the run, and a stage that has ended with its last evaluation."""
+        conversion = self.conversion() | dict(facts)
+        stages = [name for name in conversion.get("finished_stages", []) if name != finished]
+        conversion["finished_stages"] = stages + ([finished] if finished else [])
+        if finished and evaluation:
+            conversion.setdefault("evaluations", {})[finished] = dict(evaluation)
+        write_text(self.path / CONVERSION, json.dumps(conversion, indent=2) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write under a temporary name and rename, so that a reader sees the old or the new file.
+
+    Raises:
+        UserError: no space, or the directory cannot be written.
+    """
+    partial = file.with_name(f".{file.name}.writing")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, file)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        cure = "free space, or make the directory writable"
+        raise UserError(f"cannot write {file}: {error.strerror}", cure) from error
+
+
+def _absolute_stage(stage: StageConfig) -> StageConfig:
+    train, second, cache = stage.data.train, stage.teacher_model.path, stage.teacher_cache
+    data = stage.data.model_copy(update={"train": train and [_absolute(path) for path in train]})
+    model = stage.teacher_model.model_copy(update={"path": second and _absolute(second)})
+    return stage.model_copy(update={"data": data, "teacher_model": model, "teacher_cache": cache and _absolute(cache)})
+
+
+def _absolute(path: str) -> str:
+    """A path of this machine made absolute; hub names stay."""
+    return str(Path(path).resolve()) if Path(path).exists() else path

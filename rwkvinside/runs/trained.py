@@ -1,0 +1,142 @@
+"""What an export is made from: the teacher's weights and the student's, read back from a run directory.
+
+The one place that decides which checkpoint of a run is "the trained model".
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig
+
+from ..errors import UserError
+from ..hybrid.assemble import Structure, assemble
+from ..hybrid.model import HybridModel, StudentSpec
+from ..teacher.load import load_teacher
+from ..training.checkpoint import open_checkpoint
+from ..training.frozen_weights import NAME, fixed_digest, read_fixed
+
+# Everything of a teacher's repository that a release passes on unchanged, beside the weights.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+LEGAL_FILES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run directory, checked and resolved; no weights are loaded yet.
+
+    Attributes:
+        path: the run directory.
+        config: its resolved configuration, as plain values.
+        conversion: its conversion.json.
+        stage: the last finished stage.
+        checkpoint: directory of that stage's newest checkpoint.
+    """
+
+    path: Path
+    config: dict
+    conversion: dict
+    stage: str
+    checkpoint: Path
+
+    @property
+    def teacher(self) -> str:
+        """Local path or hub id of the teacher."""
+        return self.config["teacher"]["path"]
+
+    @property
+    def teacher_id(self) -> str:
+        """The teacher's `public_name`."""
+        return public_name(self.teacher)
+
+    @property
+    def spec(self) -> StudentSpec:
+        return StudentSpec.from_fields(self.config["student"])
+
+    @property
+    def structure(self) -> Structure:
+        """What the stage quantised, and its adapters."""
+        return Structure.from_fields(self.config, self.stage)
+
+    def teacher_config(self):
+        """The teacher's transformers configuration."""
+        return AutoConfig.from_pretrained(self.teacher, revision=self._revision)
+
+    def teacher_files(self) -> Path:
+        """Directory with the teacher's tokenizer, card and legal files (downloaded when the teacher is a hub id)."""
+        if Path(self.teacher).is_dir():
+            return Path(self.teacher)
+        patterns = [*TOKENIZER_FILES, *LEGAL_FILES, "README.md"]
+        return Path(snapshot_download(self.teacher, revision=self._revision, allow_patterns=patterns))
+
+    def load_model(self) -> HybridModel:
+        """The student as it was trained, on the CPU in evaluation mode: the teacher's weights in fp32 with its own on
+        top; what was quantised and adapted in training is so here, with the same numbers.
+
+        Raises:
+            UserError: a teacher that is gone, incomplete, or not used up; a checkpoint that is damaged or of another
+                student.
+        """
+        checkpoint, folder = open_checkpoint(self.checkpoint), self.checkpoint.parent
+        if checkpoint.state.get("settings", {}).get("frozen") != fixed_digest(folder):
+            raise UserError(
+                f"{folder / NAME} is not the file that {self.checkpoint.name} was trained with",
+                "restore it from a copy of the run",
+            )
+        lm = load_teacher(self.teacher, self._revision, torch.float32)
+        return assemble(lm, self.spec, self.structure, checkpoint.tensors(), read_fixed(folder))
+
+    def load_student(self) -> dict[str, torch.Tensor]:
+        """The student's own tensors, by exported name.
+
+        Raises:
+            UserError: the file is missing, truncated, or not what its state.json says.
+        """
+        return open_checkpoint(self.checkpoint).tensors()
+
+    @property
+    def _revision(self) -> str | None:
+        return self.config["teacher"].get("revision")
+
+
+def public_name(model: str) -> str:
+    """A model's hub id, or the last part of a local path, which may be gone (paths of this machine stay here)."""
+    return Path(model).name if Path(model).is_absolute() or Path(model).exists() else model
+
+
+def open_run(path: str | Path) -> TrainedRun:
+    """Resolve a run directory to its last finished stage and that stage's newest checkpoint.
+
+    Raises:
+        UserError: not a run directory, or nothing in it is finished.
+    """
+    path = Path(path)
+    try:
+        config = yaml.safe_load((path / "config.yaml").read_text())
+        conversion = _json(path / "conversion.json")
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is not a run directory: {Path(error.filename).name} is missing") from error
+    for stage in reversed(conversion.get("finished_stages", [])):
+        checkpoints = sorted((path / "stages" / stage).glob("step-*"))
+        if checkpoints:
+            return TrainedRun(path, config, conversion, stage, checkpoints[-1])
+    raise UserError(
+        f"{path} has no finished stage with a checkpoint", "train first; --resume continues an interrupted run"
+    )
+
+
+def _json(file: Path) -> dict:
+    return json.loads(file.read_text())

@@ -1,0 +1,1 @@
+"""Stages of a conversion: what makes each objective what it is."""

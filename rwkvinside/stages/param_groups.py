@@ -1,0 +1,82 @@
+"""Learning-rate groups of a stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..config.schema import StageConfig
+from ..errors import UserError
+from ..hybrid.model import HybridModel
+from ..support.text import short_count
+from .phases import Phase, phases
+
+
+@dataclass(frozen=True)
+class RateGroup:
+    """Parameters with one learning rate that began to train together.
+
+    Args:
+        rate: learning rate at its peak.
+        first: optimizer steps of the stage that were done when they began to train.
+        parameters: by canonical name.
+    """
+
+    rate: float
+    first: int
+    parameters: dict[str, nn.Parameter]
+
+
+def joined(student: HybridModel, stage: StageConfig, phase: Phase) -> set[str]:
+    """Canonical names of the parameters that begin to train with a phase; of the first phase: none, all are there."""
+    return _begin(student, stage)[phase.index] if phase.index else set()
+
+
+def rate_groups(student: HybridModel, stage: StageConfig, phase: Phase) -> dict[str, RateGroup]:
+    """What trains in a phase, by learning rate and by when it began.
+
+    Returns:
+        By label, "mixer" first: "mixer" and "adapters" with optim.lr, "rest" with optim.lr_rest, each pattern of
+        optim.rates under its own name; the label of what joined later ends in "@" and the tokens after which it did.
+
+    Raises:
+        UserError: a pattern of optim.rates that sets the rate of nothing.
+    """
+    optim, parameters = stage.optim, student.canonical_parameters()
+    claimed = {pattern: student.matching(pattern) for pattern in optim.rates}
+
+    def label_of(name: str) -> str:
+        kind = student.group_of(name)[0]
+        default = kind if kind in ("mixer", "adapters") else "rest"
+        return next((pattern for pattern, names in claimed.items() if name in names), default)
+
+    begin = _begin(student, stage)
+    labels = {name: label_of(name) for names in begin for name in names}
+    if idle := [pattern for pattern in optim.rates if pattern not in labels.values()]:
+        raise UserError(
+            f"optim.rates: {idle[0]!r} sets the rate of nothing that the stage trains",
+            "leave it out, train what it names, or put it before the pattern that takes its parameters",
+        )
+    rates = {"mixer": optim.lr, "adapters": optim.lr, "rest": optim.lr_rest} | optim.rates
+    order = dict.fromkeys(["mixer", "adapters", *optim.rates, "rest"])
+    groups: dict[str, RateGroup] = {}
+    for each, names in list(zip(phases(stage), begin, strict=True))[: phase.index + 1]:
+        for label in order:
+            if members := {name: p for name, p in parameters.items() if name in names and labels[name] == label}:
+                later = f"@{short_count(each.tokens)}" if each.index else ""
+                groups[label + later] = RateGroup(rates[label], each.first, members)
+    return groups
+
+
+def _begin(student: HybridModel, stage: StageConfig) -> list[set[str]]:
+    """For each phase the canonical names of what begins to train with it."""
+    found: list[set[str]] = []
+    for phase in phases(stage):
+        names = set().union(*(student.matching(pattern) for pattern in phase.train)).difference(*found)
+        if not names:
+            raise UserError(
+                f"unfreeze: what joins after {short_count(phase.tokens)} tokens trains already", "leave that entry out"
+            )
+        found.append(names)
+    return found

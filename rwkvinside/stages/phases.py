@@ -1,0 +1,42 @@
+"""Phases of a stage: what trains from which step on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..config.schema import StageConfig
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a stage in which the same parameters train.
+
+    Args:
+        index: counted from 0.
+        first, until: optimizer steps of the stage that are done when it begins and when it ends.
+        tokens: those of the stage after which it was to begin; the first step that starts there or later is its first.
+        train: all patterns that train in it, those of the phases before it included.
+    """
+
+    index: int
+    first: int
+    until: int
+    tokens: int
+    train: tuple[str, ...]
+
+
+def phases(stage: StageConfig) -> list[Phase]:
+    """The phases of a stage in order; one where nothing unfreezes. Entries that fall on one step are one phase."""
+    tokens_per_step = stage.rows * stage.data.seq_len
+    starts = {0: (0, list(stage.train))}
+    for entry in stage.unfreeze:
+        first = -(-entry.at_tokens // tokens_per_step)
+        starts.setdefault(first, (entry.at_tokens, []))[1].extend(entry.train)
+    firsts = sorted(starts)
+    train: tuple[str, ...] = ()
+    found = []
+    for index, (first, until) in enumerate(zip(firsts, [*firsts[1:], stage.steps], strict=True)):
+        tokens, patterns = starts[first]
+        train += tuple(pattern for pattern in dict.fromkeys(patterns) if pattern not in train)
+        found.append(Phase(index, first, until, tokens, train))
+    return found

@@ -1,0 +1,1 @@
+"""The teacher's side of a stage: loading, distributions, logits on disk."""

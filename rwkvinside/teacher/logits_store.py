@@ -1,0 +1,236 @@
+"""A teacher's most likely next tokens on disk, row by row of a stage: written once in shards, read in training.
+
+DIR/index.json                  identity of what was written, and every finished shard with its rows, size and SHA-256
+DIR/logits-00000.safetensors    positions with a label of the shard's rows, one after another:
+    ids        (N, k) int32, the likeliest first
+    log_probs  (N, k + 1) fp16, last the logarithm of the mass of all other tokens. fp16 keeps a probability to 0.4 %
+               down to e^-16; normalised again after reading this changes a KL divergence by less than 1e-5 nats.
+    offsets    (rows + 1,) int64, where each row begins
+    digests    (rows,) int64 of each row's tokens and labels
+
+Knows neither tokenizers nor models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ..data.batch import IGNORE, Batch
+from ..errors import UserError
+
+FORMAT = 1
+INDEX = "index.json"
+SHARD_BYTES = 2**25
+AGAIN = "run the same `rwkvinside data logits` again: it goes on where it stopped"
+
+
+def row_digests(batch: Batch) -> Tensor:
+    """(rows,) int64: a hash of tokens, labels and documents of each row, whatever it is padded to."""
+    digests = []
+    for real, *parts in zip(batch.mask, batch.input_ids, batch.labels, batch.segment_ids, strict=True):
+        content = b"".join(part[real].cpu().to(torch.int64).numpy().tobytes() for part in parts)
+        digests.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True))
+    return torch.tensor(digests, dtype=torch.int64)
+
+
+def position_bytes(k: int) -> int:
+    """On disk, for each position with a label."""
+    return 4 * k + 2 * (k + 1)
+
+
+class LogitsWriter:
+    """Adds shards to a directory; what an earlier process finished stays.
+
+    Args:
+        directory: made if missing; must be empty or hold logits of the same identity.
+        identity: JSON values by a name that a message can use; equal ones give equal rows and logits.
+        k: tokens of a position.
+        vocab: distributions are over the ids below this.
+        rows: of the stage; rows [0, rows) are wanted.
+        rows_per_shard: the same for all shards but the last.
+
+    Raises:
+        UserError: the directory holds something else, or cannot be written.
+    """
+
+    def __init__(self, directory: str | Path, identity: Mapping, *, k: int, vocab: int, rows: int, rows_per_shard: int):
+        self.path = Path(directory)
+        facts = {"format": FORMAT, "k": k, "vocab": vocab, "rows_per_shard": rows_per_shard}
+        shards = {}
+        if (self.path / INDEX).exists():
+            old = _read_index(self.path)
+            check_identity(self.path, old["identity"], identity)
+            check_identity(self.path, {name: old.get(name) for name in facts}, facts)
+            shards = old["shards"]
+        elif self.path.exists() and not (self.path.is_dir() and not any(self.path.iterdir())):
+            raise UserError(f"output {self.path} is not empty, and holds no logits", "name another one with --out")
+        self._index = facts | {"identity": dict(identity), "rows": rows, "shards": shards}
+        self._write(INDEX, json.dumps(self._index, indent=1).encode())
+
+    @property
+    def parts(self) -> list[range]:
+        """The rows of each shard."""
+        size, rows = self._index["rows_per_shard"], self._index["rows"]
+        return [range(first, min(first + size, rows)) for first in range(0, rows, size)]
+
+    def missing(self) -> list[range]:
+        """The rows of shards that are still to be written."""
+        done = {tuple(shard["rows"]) for name, shard in self._index["shards"].items() if _whole(self.path, name, shard)}
+        return [part for part in self.parts if (part.start, part.stop) not in done]
+
+    def write(self, part: range, ids: Tensor, log_probs: Tensor, counts: Tensor, digests: Tensor) -> None:
+        """One shard, all of it or nothing.
+
+        Args:
+            part: one of `missing`.
+            ids, log_probs: (N, k) and (N, k + 1) of the positions with a label.
+            counts: (rows,) positions of each row.
+            digests: see `row_digests`.
+        """
+        content = save(
+            {
+                "ids": ids.to(torch.int32).contiguous(),
+                "log_probs": log_probs.to(torch.float16).contiguous(),
+                "offsets": torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int64),
+                "digests": digests,
+            }
+        )
+        name = f"logits-{part.start // self._index['rows_per_shard']:05d}.safetensors"
+        self._write(name, content)
+        digest = hashlib.sha256(content).hexdigest()
+        facts = {"rows": [part.start, part.stop], "positions": len(ids), "bytes": len(content), "sha256": digest}
+        self._index["shards"][name] = facts
+        self._write(INDEX, json.dumps(self._index, indent=1).encode())
+
+    def _write(self, name: str, content: bytes) -> None:
+        partial = self.path / f".{name}.writing"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(content)
+            os.replace(partial, self.path / name)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise UserError(f"logits cannot be written to {self.path} ({error.strerror or error})", AGAIN) from error
+
+
+class _Shard(NamedTuple):
+    """An open shard; `ids` and `log_probs` are read from disk when they are sliced."""
+
+    first: int
+    offsets: Tensor
+    digests: Tensor
+    ids: object
+    log_probs: object
+
+
+class LogitsReader:
+    """What a `LogitsWriter` has finished.
+
+    Args:
+        directory: of the writer.
+
+    Attributes:
+        identity, k, vocab: as they were given to the writer.
+
+    Raises:
+        UserError: nothing there, or its index damaged.
+    """
+
+    def __init__(self, directory: str | Path):
+        self.path = Path(directory)
+        index = _read_index(self.path)
+        self.identity, self.k, self.vocab = index["identity"], index["k"], index["vocab"]
+        self._rows_per_shard = index["rows_per_shard"]
+        self._shards = {shard["rows"][0]: (name, shard) for name, shard in index["shards"].items()}
+        self._open = lru_cache(maxsize=4)(self._open_shard)
+
+    def require(self, rows: int) -> None:
+        """Refuse (`UserError`) unless rows [0, rows) are all there, in whole files."""
+        for first in range(0, rows, self._rows_per_shard):
+            last = min(first + self._rows_per_shard, rows)
+            if first not in self._shards or self._shards[first][1]["rows"][1] < last:
+                there = sum(shard["rows"][1] - shard["rows"][0] for _, shard in self._shards.values())
+                raise UserError(f"the logits in {self.path} are incomplete: {there} of {rows} rows", AGAIN)
+            name, shard = self._shards[first]
+            if not _whole(self.path, name, shard):
+                raise UserError(f"{self.path / name} is missing or has not the {shard['bytes']} bytes written", AGAIN)
+
+    def batch(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """ids (N, k) int32 and log-probabilities (N, k + 1) fp16 at the batch's positions with a label, row by row.
+
+        Raises:
+            UserError: a damaged shard; a row that holds other tokens or labels than when the logits were made.
+        """
+        counts = (batch.labels != IGNORE).sum(1).tolist()
+        ids, log_probs = [], []
+        for row, digest, count in zip(batch.rows, row_digests(batch), counts, strict=True):
+            shard = self._open(row - row % self._rows_per_shard)
+            at = row - shard.first
+            if shard.digests[at] != digest:
+                raise UserError(
+                    f"row {row} of the data is not the one whose logits are in {self.path}",
+                    "the data or the code that makes rows has changed: write the logits again into another directory",
+                )
+            start = int(shard.offsets[at])
+            ids.append(shard.ids[start : start + count])
+            log_probs.append(shard.log_probs[start : start + count])
+        return torch.cat(ids), torch.cat(log_probs)
+
+    def _open_shard(self, first: int) -> _Shard:
+        name, facts = self._shards[first]
+        path = self.path / name
+        try:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest != facts["sha256"]:
+                raise UserError(
+                    f"{path} is corrupt: its SHA-256 is not the one written", "delete this file, then " + AGAIN
+                )
+            file = safe_open(path, "pt")
+            slices = [file.get_slice(part) for part in ("ids", "log_probs")]
+            return _Shard(first, file.get_tensor("offsets"), file.get_tensor("digests"), *slices)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} cannot be read: {error}", AGAIN) from error
+
+
+def check_identity(path: Path, found: Mapping, wanted: Mapping) -> None:
+    """Refuse logits that are not the wanted ones (`UserError`), naming the first part in which they differ."""
+    for name in dict.fromkeys([*wanted, *found]):
+        if found.get(name) != wanted.get(name):
+            raise UserError(
+                f"the logits in {path} are not those of this run: {name} {found.get(name)!r} there, "
+                f"{wanted.get(name)!r} here",
+                "write logits for this run into another directory with `rwkvinside data logits`",
+            )
+
+
+def _whole(path: Path, name: str, facts: Mapping) -> bool:
+    file = path / name
+    return file.is_file() and file.stat().st_size == facts["bytes"]
+
+
+def _read_index(path: Path) -> dict:
+    file = path / INDEX
+    if not file.is_file():
+        raise UserError(f"there are no logits in {path}", "write them with `rwkvinside data logits`")
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+        form = index["format"]
+        _ = {name: index[name] for name in ("identity", "k", "vocab", "rows_per_shard", "rows")}
+        _ = [(shard["rows"][1], shard["bytes"], shard["sha256"]) for shard in index["shards"].values()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise UserError(f"{file} is damaged: {error!r}", "write the logits again into another directory") from error
+    if form != FORMAT:
+        raise UserError(f"the logits in {path} have format {form!r}", f"this version reads format {FORMAT}")
+    return index

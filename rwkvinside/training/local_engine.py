@@ -1,0 +1,150 @@
+"""Training in this process alone, and what a step of any engine gives back. Several processes: `engine`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+from .optimizer import (
+    Groups,
+    OptimizerSettings,
+    build_optimizer,
+    check_names,
+    load_plain_state,
+    plain_state,
+    set_rates,
+    trainable,
+)
+from .precision import check_precision, precision_context
+from .process_group import World
+from .protocols import Step, StepResult, TrainingBatch
+
+
+class Sums:
+    """Loss and metric sums of one step; one transfer and one reduction for all of them."""
+
+    def __init__(self):
+        self._rows: list[Tensor] = []
+        self._shapes: dict[str, torch.Size] = {}
+
+    def add(self, loss: Tensor, metrics: Mapping[str, Tensor]) -> None:
+        self._shapes = {name: metrics[name].shape for name in sorted(metrics)}
+        parts = [loss.detach(), *(metrics[name].detach() for name in self._shapes)]
+        self._rows.append(torch.cat([part.float().reshape(-1) for part in parts]))
+
+    def reduce(self, world: World, denominator: int) -> tuple[float, dict[str, float | list[float]], list[float]]:
+        local = torch.stack(self._rows).cpu().double()
+        total, *rest = (v / denominator for v in world.all_reduce_sum(local.sum(0).tolist()))
+        metrics: dict[str, float | list[float]] = {}
+        for name, shape in self._shapes.items():
+            values, rest = rest[: shape.numel()], rest[shape.numel() :]
+            metrics[name] = values if shape else values[0]
+        return total, metrics, local[:, 0].tolist()
+
+
+class InProcessEngine:
+    """One process on one CPU or GPU.
+
+    Args:
+        model: moved to the device of `world`. Trainable parameters become fp32 masters in place.
+        groups: {learning-rate group: {name: parameter}} of everything that trains.
+        settings: of AdamW and clipping.
+        world: a single process.
+        precision: "fp32", or "bf16": forward and loss under `torch.autocast`.
+
+    Attributes:
+        model: the model itself.
+        module: what steps call; here the same.
+        trainable: the parameters by name.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Groups,
+        settings: OptimizerSettings,
+        world: World,
+        precision: str = "fp32",
+    ):
+        check_precision(precision)
+        self.world = world
+        self.trainable = trainable(groups)
+        self.precision = precision
+        self._clip = settings.clip
+        for parameter in self.trainable.values():
+            parameter.data = parameter.data.float()
+        self.model = self.module = model.to(world.device)
+        self._optimizer = build_optimizer(groups, settings)
+
+    def set_rates(self, rates: Mapping[str, float]) -> None:
+        """Learning rate per group for the next step."""
+        set_rates(self._optimizer, rates)
+
+    def train_step(self, micro_batches: Sequence[TrainingBatch], step: Step, denominator: int) -> StepResult:
+        """Accumulate over the micro-batches, clip, update; leaves the weights alone where a number is not finite.
+
+        Args:
+            micro_batches: at least one, on the engine's device.
+            step: the objective.
+            denominator: what the loss sum is divided by: the count over all micro-batches and ranks.
+        """
+        loss, metrics, losses = self._accumulate(micro_batches, step, denominator).reduce(self.world, denominator)
+        for parameter in self.trainable.values():
+            if parameter.grad is None:  # DeepSpeed updates unused parameters too, so that moments decay alike
+                parameter.grad = torch.zeros_like(parameter)
+        norm = nn.utils.clip_grad_norm_(self.trainable.values(), self._clip or math.inf)
+        result = StepResult(loss, metrics, float(norm), losses)
+        if result.finite:
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return result
+
+    def backward(self, micro_batch: TrainingBatch, step: Step) -> None:
+        """One micro-batch forward and backward, without an update: to look at it with hooks."""
+        self._accumulate([micro_batch], step, 1)
+
+    def full_parameters(self) -> dict[str, Tensor]:
+        """Trainable parameters by name, fp32 on the CPU, to be saved before the next step: not copied if they are."""
+        return {n: p.detach().to("cpu", torch.float32) for n, p in self.trainable.items()}
+
+    @torch.no_grad()
+    def load_parameters(self, tensors: Mapping[str, Tensor], absent: Collection[str] = ()) -> None:
+        """Set the trainable parameters.
+
+        Args:
+            absent: names that keep what they have; all others must be given, and no more.
+
+        Raises:
+            UserError: other names.
+        """
+        check_names("weights", set(tensors), set(self.trainable) - set(absent))
+        for name, tensor in tensors.items():
+            self.trainable[name].copy_(tensor)
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """ "<name>/exp_avg", "<name>/exp_avg_sq" (fp32, CPU, full shape) and "<name>/step" (0-d int64)."""
+        return plain_state(self._optimizer, self.trainable)
+
+    def load_optimizer_state(self, state: Mapping[str, Tensor], absent: Collection[str] = ()) -> None:
+        """Inverse of `optimizer_state`, from any engine and number of ranks; `absent` as for `load_parameters`."""
+        load_plain_state(self._optimizer, {n: p for n, p in self.trainable.items() if n not in absent}, state)
+
+    def autocast(self) -> AbstractContextManager:
+        """The context in which steps run, for what calls `module` beside them."""
+        return precision_context(self.precision, self.world.device)
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+    def _accumulate(self, micro_batches: Sequence[TrainingBatch], step: Step, denominator: int) -> Sums:
+        sums = Sums()
+        for batch in micro_batches:
+            with self.autocast():
+                loss, metrics = step(self.module, batch)
+            (loss / denominator).backward()
+            sums.add(loss, metrics)
+        return sums

@@ -1,0 +1,205 @@
+"""The commands as users meet them: help at once, plans without weights, a line of cause and one of cure, exit codes."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import save_configuration
+
+import convert_checkpoint
+import train_distill
+from rwkvinside import kernels
+from rwkvinside.cli import main as cli
+from rwkvinside.errors import Interrupted, UserError, VerificationError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    return save_configuration(tmp_path / "tiny")
+
+
+def run(*command, **options):
+    return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, **options)
+
+
+@pytest.mark.parametrize(
+    "command", [["train_distill.py", "--help"], ["convert_checkpoint.py", "--help"], ["-m", "rwkvinside", "--help"]]
+)
+def test_help_imports_nothing_heavy(command):
+    result = run("-X", "importtime", *command)
+    assert result.returncode == 0
+    imported = {line.rsplit("|", 1)[-1].strip().split(".")[0] for line in result.stderr.splitlines()}
+    assert "argparse" in imported
+    assert not imported & {"torch", "transformers", "numpy", "pydantic", "deepspeed"}
+
+
+@pytest.mark.slow
+def test_dry_run_of_a_14b_teacher_takes_less_than_20_seconds():
+    started = time.monotonic()
+    result = run("train_distill.py", "--teacher", "Qwen3-14B", "--dry-run", "--local_rank=0")
+    assert result.returncode == 0, result.stderr
+    assert time.monotonic() - started < 20
+    assert "R" * 40 in result.stdout
+
+
+def test_dry_run_shows_the_whole_plan(teacher, capsys, tmp_path):
+    out = tmp_path / "run"
+    argv = ["--teacher", teacher, "--out", str(out), "--dry-run", "student.attention_layers=[0,2]"]
+    argv += ["stages.align.tokens=600k", "stages.distil.tokens=600k", "stages.distil.train=[mixer,'.*mlp.*']"]
+    assert train_distill.main(argv) == 0
+    plan = capsys.readouterr().out
+    assert not out.exists()
+    assert "layers    ARAR   (2 R = RWKV, 2 A = attention)" in plan
+    assert "run       calibrate -> align -> distil" in plan
+    assert plan.count("steps     147 of 16 rows") == 2
+    # layer 3 of the two mixers has residual mixes, layer 1 has none: both are counted in one group
+    align = plan[plan.index("\nalign:") : plan.index("\ndistil:")]
+    states = {
+        line.split()[0]: "trains" if line.endswith("trains") else "frozen"
+        for line in align.splitlines()
+        if line.endswith((" trains", " frozen"))
+    }
+    assert states == {
+        "mixer.proj": "trains",
+        "mixer.lora": "trains",
+        "attention": "frozen",
+        "mlp": "frozen",
+        "norms": "frozen",
+        "embed": "frozen",
+        "head": "frozen",
+    }
+    distil = plan[plan.index("\ndistil:") :]
+    assert "teacher   a second model" in distil
+    assert "memory    about" in distil and "teacher" in distil.split("memory")[1]
+    mlp = 4 * 3 * 32 * 48
+    assert next(line for line in distil.splitlines() if line.startswith("  mlp")).split()[1:3] == [
+        f"{mlp / 1e3:.4g}",
+        "K",
+    ]
+
+
+def test_dry_run_of_one_stage_knows_what_came_before(teacher, capsys):
+    argv = ["--teacher", teacher, "--dry-run", "--stage", "long", "stages.long.train=[mixer]"]
+    assert train_distill.main(argv) == 0
+    plan = capsys.readouterr().out
+    assert "align: " not in plan and "long (distil): " in plan
+    assert "a second model" in plan  # distil, in `run` before it, has trained what the teacher needs
+    assert train_distill.main([*argv, "run=[align]"]) == 0
+    assert "the student's own frozen weights" in capsys.readouterr().out
+    longer = ["--teacher", teacher, "--dry-run", "stages.long.data.seq_len=9999"]
+    assert train_distill.main(longer) == 0  # does not run
+    assert train_distill.main([*longer, "--stage", "long"]) == 2
+    assert "stages.long.data.seq_len = 9999: is longer than the" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "overrides, cause",
+    [
+        (
+            ["student.attention_layers=[4]"],
+            "student.attention_layers = [4]: has layer 4, but the teacher has layers 0 to 3",
+        ),
+        (["stages.align.train=[mixr]"], "train pattern 'mixr' matches no parameter"),
+        (["stages.align.train=['mixer(']"], "is not a regular expression"),
+        (["stages.distil.teacher=same"], "teacher: same cannot be used"),
+        (["student.preset=x070"], "student.preset='x070'"),
+    ],
+)
+def test_bad_input_ends_in_one_line_of_cause_and_one_of_cure(teacher, capsys, overrides, cause):
+    assert train_distill.main(["--teacher", teacher, "--dry-run", *overrides]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = err.splitlines()
+    assert lines[0].startswith("error: ") and cause in lines[0]
+    assert len(lines) <= 2  # some causes name their cure
+
+
+def test_no_traceback_from_a_process():
+    result = run("train_distill.py", "--teacher", "Qwen3-14C")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: teacher 'Qwen3-14C'") and "Traceback" not in result.stderr
+
+
+def test_only_the_first_rank_speaks():
+    result = run("train_distill.py", "--teacher", "Qwen3-14C", env=os.environ | {"RANK": "1"})
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", "")
+
+
+@pytest.mark.parametrize("error, code", [(UserError, 2), (VerificationError, 3), (Interrupted, 75)])
+def test_exit_codes(capsys, error, code):
+    @cli.report_errors
+    def main(argv=None):
+        raise error("cause", "cure")
+
+    assert main() == code
+    assert capsys.readouterr().err == "error: cause\ncure\n"
+
+
+def test_config_show_and_fields(teacher, capsys):
+    assert cli.main(["config", "show", "seed=3", "--teacher", teacher, "student.preset=rad"]) == 0
+    shown = capsys.readouterr().out
+    assert "\nseed: 3  # Seed of" in shown and "preset: rad" in shown
+    assert cli.main(["config", "fields"]) == 0
+    assert "stages.<stage>.tokens: Tokens to train on." in capsys.readouterr().out
+
+
+def test_plan_for_several_ranks_shards_the_optimiser(teacher, capsys):
+    def adam(ranks):
+        assert cli.main(["plan", "--teacher", teacher, "--ranks", str(ranks), "precision=bf16", "run=[align]"]) == 0
+        plan = capsys.readouterr().out
+        return float(plan.split("optimizer ")[1].split(" KiB")[0])
+
+    assert adam(4) == pytest.approx(adam(1) / 4, rel=0.01)  # printed with three digits
+
+
+def test_doctor_says_what_is_installed(capsys):
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "ok  transformers" in out and "all requirements are met" in out
+
+
+def test_doctor_says_which_kernel_runs(capsys, monkeypatch):
+    for reason, said in (
+        (None, "the native kernel with"),
+        ("no C++ compiler", "chunked PyTorch, several times slower than the native kernel: no C++ compiler"),
+    ):
+        monkeypatch.setattr(kernels, "unavailable", lambda backend, reason=reason: reason)
+        monkeypatch.setattr(kernels, "instructions", lambda: "avx2")
+        assert cli.main(["doctor"]) == 0
+        assert f"WKV-7 on the CPU: {said}" in capsys.readouterr().out
+
+
+def test_a_backend_that_cannot_run_is_refused_before_anything_is_loaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(kernels, "unavailable", lambda backend: "PyTorch finds no GPU")
+    given = ["--teacher", "Qwen3-0.6B", "--data", str(tmp_path), "--out", str(tmp_path / "run"), "device=cpu"]
+    assert train_distill.main([*given, "student.backend=triton"]) == 2
+    assert "student.backend triton cannot run: PyTorch finds no GPU" in capsys.readouterr().err
+
+
+def test_unknown_commands_are_refused(capsys):
+    for main, argv in (
+        (cli.main, ["trian"]),
+        (convert_checkpoint.main, ["export", "x"]),
+        (train_distill.main, ["--foo"]),
+        (cli.main, ["plan", "--teacher", "x", "--ranks", "0"]),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(argv)
+        assert caught.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_export_of_something_else_is_refused(tmp_path, capsys):
+    assert convert_checkpoint.main(["export", str(tmp_path), "--to", "hf", "--out", str(tmp_path / "x")]) == 2
+    assert "is not a run directory" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_kernels_do_not_hide_the_package_of_that_name():
+    code = "import kernels, rwkvinside.kernels as k, rwkvinside.recipes; print(kernels.__file__, k.__name__)"
+    assert run("-c", code).stdout.split() == ["None", "rwkvinside.kernels"]

@@ -1,0 +1,313 @@
+"""Configurations: what wins over what, which defaults a teacher gets, and that every problem is named at once."""
+
+import dataclasses
+import json
+import typing
+from importlib.resources import files
+
+import pytest
+import yaml
+from tiny import save_configuration
+
+from rwkvinside.config.defaults import STAGES, learning_rates
+from rwkvinside.config.load import DEFAULT_DATA, load_config
+from rwkvinside.config.schema import Config, StudentConfig, parse_count
+from rwkvinside.config.show import describe, to_yaml
+from rwkvinside.config.teacher_lookup import SUPPORTED, recipes
+from rwkvinside.errors import UserError
+
+# Parameters in billions as the model cards state them (embedding counted once where it is tied).
+PARAMETERS = {
+    "Llama-3.1-8B": 8.03,
+    "Qwen2.5-7B": 7.62,
+    "Qwen3-0.6B": 0.596,
+    "Qwen3-1.7B": 1.72,
+    "Qwen3-4B": 4.02,
+    "Qwen3-8B": 8.19,
+    "Qwen3-14B": 14.77,
+    "Qwen3-32B": 32.76,
+}
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    return make_teacher(tmp_path / "tiny")
+
+
+def make_teacher(path, **changes):
+    fields = {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 512,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+    }
+    return save_configuration(path, **fields | changes)
+
+
+def problems(*overrides, **arguments):
+    with pytest.raises(UserError) as caught:
+        load_config(overrides=overrides, **arguments)
+    assert caught.value.exit_code == 2
+    return caught.value.cause.split("\n  ")
+
+
+@pytest.mark.parametrize("name", sorted(recipes()))
+def test_every_recipe_loads_and_describes_the_model_of_that_name(name):
+    from rwkvinside.planning.plan import teacher_parameters
+    from rwkvinside.stages.prepare import meta_student
+
+    config = load_config(teacher=name.lower())
+    assert config.teacher.path.endswith(name)
+    assert config.data.train == [DEFAULT_DATA]
+    assert config.out == f"runs/{name}"
+    # to the digits that the card gives
+    assert teacher_parameters(meta_student(config)) / 1e9 == pytest.approx(PARAMETERS[name], rel=2e-3)
+    assert load_config(teacher=config.teacher.path) == config
+
+
+def test_recipes_are_found_as_package_data():
+    shipped = {entry.name for entry in files("rwkvinside.recipes").iterdir() if entry.name.endswith(".yaml")}
+    assert shipped == {f"{name}.yaml" for name in PARAMETERS}
+
+
+def test_later_beats_earlier(tmp_path):
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("teacher: {path: Qwen3-14B}\nseed: 1\nlog_every: 1\nout: a\nstudent: {attention_layers: [1, 2]}\n")
+    second.write_text("seed: 2\ndata: {train: [from-file]}\nout: b\nstudent: {attention_layers: [3]}\n")
+    assert load_config([first]).stages["distil"].optim.lr_rest == 7e-6  # the recipe's
+    config = load_config([first, second], data=["x", "y"], out="c", overrides=["out=d", "student.preset=rad"])
+    assert (config.seed, config.log_every, config.out, config.student.preset) == (2, 1, "d", "rad")
+    assert config.student.attention_layers == (3,)  # lists replace, they are not joined
+    assert config.data.train == ["x", "y"]
+    assert load_config([first, second]).data.train == ["from-file"]
+    assert load_config([first, second], teacher="Qwen3-8B").teacher.path == "Qwen/Qwen3-8B"
+
+
+def test_resolved_configuration_reads_back_the_same(tmp_path, teacher):
+    config = load_config(
+        teacher=teacher,
+        overrides=["student.attention_layers=[4,1]", "stages.align.tokens=600k", "stages.mine.objective=distil"],
+    )
+    assert config.student.attention_layers == (1, 4)
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config))
+    assert load_config([file]) == config
+
+
+def test_small_and_large_teachers_get_their_own_defaults(teacher):
+    small, large = load_config(teacher=teacher), load_config(teacher="Qwen3-8B")
+    assert small.run == large.run == ["calibrate", "align", "distil"]
+    assert set(STAGES) == set(small.stages)
+    assert small.stages["align"].rows * small.stages["align"].data.seq_len == 4096
+    assert small.stages["long"].data.seq_len == 512  # capped by max_position_embeddings
+    assert large.stages["distil"].data.seq_len == 4096 and large.stages["distil"].batch.tokens == 131072
+    # width 4096 is where the published rates come from
+    optim = large.stages["distil"].optim
+    assert (optim.lr, optim.lr_rest, optim.lr_final, optim.warmup_steps) == (1e-4, 1e-5, 1e-5, 50)
+    assert large.stages["align"].optim.lr == 1e-3
+    for name in ("align", "distil"):
+        rates = learning_rates(name, name, 64)
+        for key, rate in rates.items():
+            assert getattr(small.stages[name].optim, key) == pytest.approx(rate, rel=1e-3)  # 4 digits are kept
+    assert small.data.train == []
+
+
+def test_a_given_rate_takes_the_others_along(teacher):
+    optim = load_config(teacher="Qwen3-8B", overrides=["stages.distil.optim.lr=3e-4"]).stages["distil"].optim
+    assert (optim.lr, optim.lr_rest, optim.lr_final) == (3e-4, 3e-5, 3e-5)
+    optim = load_config(teacher="Qwen3-8B", overrides=["stages.distil.optim.lr_rest=0"]).stages["distil"].optim
+    assert (optim.lr, optim.lr_rest) == (1e-4, 0)
+
+
+def test_rates_fall_with_width():
+    for objective in ("align", "distil", "sft"):
+        rates = [learning_rates(objective, objective, width)["lr"] for width in (64, 1024, 4096, 8192)]
+        assert rates == sorted(rates, reverse=True)
+
+
+def test_short_stages_have_short_warm_up(teacher):
+    config = load_config(teacher=teacher, overrides=["stages.align.tokens=600k", "stages.sft.tokens=600k"])
+    assert config.stages["align"].steps == 147
+    assert config.stages["align"].optim.warmup_steps == 14
+    assert config.stages["sft"].optim.warmup_steps == 4
+    tiny = load_config(teacher=teacher, overrides=["stages.align.tokens=50k", "stages.distil.tokens=20k"])
+    assert tiny.stages["align"].optim.warmup_steps == 10
+    assert tiny.stages["distil"].optim.warmup_steps == tiny.stages["distil"].steps == 5
+    given = load_config(teacher=teacher, overrides=["stages.align.optim.warmup_steps=0"])
+    assert given.stages["align"].optim.warmup_steps == 0
+
+
+@pytest.mark.parametrize(
+    "text, number", [("600k", 600_000), ("100M", 10**8), ("1B", 10**9), ("2.5m", 2_500_000), (7, 7)]
+)
+def test_counts(text, number):
+    assert parse_count(text) == number
+
+
+@pytest.mark.parametrize("text", ["600q", "-1", "0", "1.5", True, None, "", "k", [1]])
+def test_wrong_counts(teacher, text):
+    with pytest.raises(ValueError, match="600k, 100M"):
+        parse_count(text)
+
+
+def test_all_problems_at_once(teacher):
+    found = problems(
+        "student.presett=x",
+        "student.preset=cxa78",
+        "student.attention_layers=[1,1]",
+        "stages.algn.tokens=5",
+        "stages.align.tokens=600q",
+        "stages.calibrate.data.seq_len=9999",
+        "stages.distil.loss=null",
+        "seed=abc",
+        "run=[calibrate,alin]",
+        "data=foo",
+        teacher=teacher,
+    )
+    assert found[0] == "10 problems in the configuration:"
+    expected = [
+        "stages.algn: a stage of your own needs an objective; did you mean align?",
+        "student.preset = 'cxa78': allowed: cxa079, hxa079, hxa07a, hxa07b, hxa07c, cxa078, cxa076r, rad, x070; "
+        "did you mean cxa078?",
+        "student.attention_layers = [1, 1]: has layer 1 twice; name each layer once",
+        "student.presett: unknown key; did you mean student.preset?",
+        "data = 'foo': must be a mapping of settings",
+        "stages.align.tokens = '600q': must be a positive number such as 600k, 100M, 1B or 4096",
+        "stages.distil: loss is null; leave it out for the defaults",
+        "stages.calibrate.data.seq_len = 9999: is longer than the 512 positions that the teacher was made for",
+        "seed = 'abc': must be a valid integer, unable to parse string as an integer",
+        "run names stage 'alin', which is not in stages; did you mean align?",
+    ]
+    assert sorted(found[1:]) == sorted(expected)
+
+
+@pytest.mark.parametrize(
+    "override, cause",
+    [
+        ("student.attention_layers=[7,-1]", "has layer -1, 7, but the teacher has layers 0 to 4"),
+        ("student.attention_layers=[0,1,2,3,4]", "keeps all 5 layers"),
+        ("student.preset.x=1", "student.preset = {'x': 1}: allowed"),
+        ("stages=5", "stages = 5: must be a mapping"),
+        ("stages.align=5", "stages.align = 5: must be a mapping"),
+        ("stages.align.batch.tokens=100", "batch.tokens 100 is less than data.seq_len 512"),
+        ("stages.align.loss.kl=1", "objective align has a fixed loss"),
+        ("stages.align.train=[]", "train is empty"),
+        ("stages.calibrate.optim.lr=1", "objective calibrate does not train"),
+        ("stages.distil.loss.kl=0", "loss.kl must be positive"),
+        ("stages.sft.loss.kl=1", "objective sft has loss.kl 0"),
+        ("stages.align.optim.decay={start: 0.5, end: 0.1}", "ends at 0.1 before it starts at 0.5"),
+        ("stages.align.optim.lr=.nan", "must be a finite number"),
+        ("stages.mine.objective=distill", "stages.mine.objective = 'distill': allowed: calibrate, align, distil, sft"),
+        ("stages.align.batch.token=1", "unknown key; did you mean stages.align.batch.tokens?"),
+        ("run=[]", "run = []: is empty"),
+        ("run=[align,align]", "has align twice"),
+        ("deepspeed.zero_stage=4", "deepspeed.zero_stage = 4: allowed: 0, 1, 2, 3"),
+        ("checkpoint=null", "checkpoint = None: must be a mapping"),
+        ("seed", "'seed' is not of the form key=value"),
+        ("a..b=1", "'a..b=1' is not of the form key=value"),
+        ("seed=[1", "'seed=[1': the value is not valid YAML"),
+        ("seed=${nothing}", "'seed=${nothing}': the value is not valid YAML"),
+    ],
+)
+def test_single_problems(teacher, override, cause):
+    found = problems(override, teacher=teacher)
+    assert len(found) == 1 and cause in found[0]
+
+
+def test_only_stages_that_run_need_rows_that_the_teacher_can_read(teacher, tmp_path):
+    config = load_config(teacher=teacher, variant=["small-machine"])
+    assert config.stages["long"].data.seq_len == 2048  # the variant's, of a teacher with 512 positions
+    own = ["stages.mine={objective: sft, data: {seq_len: 600}}", "stages.long.data.seq_len=700"]
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(load_config(teacher=teacher, overrides=own)))
+    assert [load_config([file]).stages[name].data.seq_len for name in ("mine", "long")] == [600, 700]
+    line = "stages.long.data.seq_len = 2048: is longer than the 512 positions that the teacher was made for"
+    assert problems("run=[align,long]", teacher=teacher, variant=["small-machine"]) == [line]
+    assert problems(teacher=teacher, variant=["small-machine"], stage="long") == [line]
+    for more in ({"overrides": [*own, "run=[mine]"]}, {"overrides": own, "stage": "mine"}):
+        assert "stages.mine.data.seq_len = 600" in problems(*more.pop("overrides"), teacher=teacher, **more)[0]
+
+
+def test_problems_of_files(tmp_path, teacher):
+    file = tmp_path / "x.yaml"
+    assert "cannot be read: No such file" in problems(files=[file], teacher=teacher)[0]
+    for content, cause in (
+        (b"a: [1", "is not valid YAML"),
+        (b"\xff\xfe\x00", "is not valid YAML"),
+        (b"- 1\n- 2\n", "holds no mapping"),
+        (b"seed: ${x}\n", "is not valid YAML"),
+    ):
+        file.write_bytes(content)
+        (found,) = problems(files=[file], teacher=teacher)
+        assert cause in found and str(file) in found and "\n" not in found
+    file.write_bytes(b"")
+    assert load_config([file], teacher=teacher) == load_config(teacher=teacher)
+
+
+@pytest.mark.parametrize(
+    "changes, cause",
+    [
+        ({"model_type": "mistral"}, "architecture 'mistral', which is not supported"),
+        ({"model_type": None}, "architecture None"),
+        ({"num_hidden_layers": "five"}, "num_hidden_layers = 'five'"),
+    ],
+)
+def test_unusable_teachers(tmp_path, changes, cause):
+    path = make_teacher(tmp_path / "other", **changes)
+    with pytest.raises(UserError, match=cause) as caught:
+        load_config(teacher=path)
+    assert changes.get("num_hidden_layers") or "supported: llama, qwen2, qwen3" in caught.value.cure
+
+
+def test_missing_teachers(tmp_path, teacher):
+    (tmp_path / "empty").mkdir()
+    assert "holds no config.json" in problems(teacher=str(tmp_path / "empty"))[0]
+    assert "did you mean Qwen3-14B?" in problems(teacher="Qwen3-14C")[0]
+    assert "neither a directory nor a preset nor a hub id" in problems(teacher=str(tmp_path / "no"))[0]
+    assert problems() == ["no teacher is given"]
+    assert "teacher.path is 5" in problems("teacher.path=5")[0]
+    (tmp_path / "tiny" / "config.json").write_text("{")
+    assert "cannot be read as JSON" in problems(teacher=teacher)[0]
+
+
+def test_student_settings_are_those_of_the_model():
+    from rwkvinside.hybrid.model import StudentSpec
+    from rwkvinside.modeling.mixer_presets import PRESETS
+    from rwkvinside.modeling.modeling_hybrid import FAMILIES
+
+    fields = {f.name for f in dataclasses.fields(StudentSpec)}
+    assert fields == set(StudentConfig.model_fields)
+    default = StudentConfig().model_dump() | {"ranks": {}}
+    assert StudentSpec(**default) == StudentSpec()
+    assert set(typing.get_args(StudentConfig.model_fields["preset"].annotation)) == set(PRESETS)
+    assert set(SUPPORTED) == set(FAMILIES)
+
+
+def test_every_field_is_described():
+    rows = describe()
+    for path, _, description in rows:
+        assert description and description.endswith("."), path
+    paths = {path for path, *_ in rows}
+    assert {"stages.<stage>.optim.lr", "student.ranks.decay", "data.train", "stages.<stage>.tokens"} <= paths
+
+
+def test_schema_has_no_unlisted_objective():
+    objectives = typing.get_args(Config.model_fields["stages"].annotation)[1].model_fields["objective"].annotation
+    assert set(typing.get_args(objectives)) == set(STAGES.values())
+
+
+def test_recipes_hold_only_what_differs():
+    for name, recipe in recipes().items():
+        config = load_config(teacher=name)
+        bare = yaml.safe_load(to_yaml(config))
+        for stage, settings in recipe.get("stages", {}).items():
+            path = {"teacher": {"path": "x/y", "config": recipe["teacher"]["config"]}}
+            plain = load_config(overrides=[f"teacher={json.dumps(path['teacher'])}"]).stages[stage]
+            assert bare["stages"][stage] != plain.model_dump(mode="json"), (
+                f"{name}: stages.{stage} = {settings} is the default"
+            )

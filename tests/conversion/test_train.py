@@ -1,0 +1,472 @@
+"""Whole conversions of a tiny teacher through train_distill.py, in this process; with others: test_conversion.py."""
+
+import io
+import json
+import random
+import shutil
+from contextlib import redirect_stdout
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import byte_tokenizer, save_qwen3
+
+import train_distill
+from rwkvinside.config.load import load_config
+from rwkvinside.training.schedule import Budget
+from rwkvinside.training.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """A tiny Qwen3 with a byte-level tokenizer, and texts; on every file system path of its own."""
+    root = tmp_path_factory.mktemp("material")
+    save_qwen3(root / "teacher", byte_tokenizer("<eos>", eos_token="<eos>"))
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "sleeps"]
+    rng = random.Random(0)
+    for name, count in (("train", 120), ("val", 6)):
+        texts = [" ".join(rng.choices(words, k=rng.randint(5, 25))) for _ in range(count)]
+        (root / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return root
+
+
+# Steps of 4 rows of 32 tokens; three for each stage.
+SMALL = [
+    "stages.calibrate.tokens=512",
+    "stages.calibrate.data.seq_len=32",
+    "stages.calibrate.batch.tokens=128",
+    *(
+        f"stages.{name}.{field}"
+        for name in ("align", "distil", "long")
+        for field in ("tokens=384", "data.seq_len=32", "batch.tokens=128", "optim.lr=0.003")
+    ),
+]
+
+
+def arguments(material, out, *more):
+    argv = ["--teacher", material / "teacher", "--data", material / "train.jsonl", "--val", material / "val.jsonl"]
+    return [*map(str, argv), "--out", str(out), *SMALL, f"data.cache_dir={material / 'cache'}", *more]
+
+
+def train(material, out, *more):
+    return train_distill.main(arguments(material, out, *more))
+
+
+def cut_off(monkeypatch, stage, step, material, out, *more):
+    """Train as far as the report of a step, where the power fails."""
+    report = Trainer._report
+
+    def crash(self, *args):
+        report(self, *args)
+        if (self.stage, self.done) == (stage, step):
+            raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_report", crash)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train(material, out, *more)
+
+
+def rows(out, kind, stage):
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if (row["kind"], row["stage"]) == (kind, stage)]
+
+
+def tensors(out, stage, name="model"):
+    return load_file(sorted((out / "stages" / stage).glob("step-*"))[-1] / f"{name}.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def whole(material, tmp_path_factory):
+    """A conversion in one go."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert train(material, out) == 0
+    return out
+
+
+def test_a_run_leaves_everything_that_describes_it(material, whole):
+    conversion = json.loads((whole / "conversion.json").read_text())
+    assert conversion["finished_stages"] == ["calibrate", "align", "distil"]
+    assert set(conversion["evaluations"]["distil"]) == {"kl", "ce", "ce_teacher", "agreement"}
+    config = load_config([whole / "config.yaml"])
+    assert config.teacher.path == str(material / "teacher") and config.stages["align"].tokens == 384
+    assert "layers    RRR" in (whole / "plan.txt").read_text()
+    for stage in ("align", "distil"):
+        assert [row["step"] for row in rows(whole, "train", stage)] == [1, 2, 3]
+        assert [row["step"] for row in rows(whole, "eval", stage)] == [3]
+    assert set(rows(whole, "train", "align")[0]["layers"]) == {"0", "1", "2"}
+    (fit,) = rows(whole, "calibrate", "calibrate")
+    assert all(fit["error"][i] <= fit["error_before"][i] for i in "012")
+    assert not list(whole.rglob(".*writing*"))
+
+
+def test_each_stage_starts_from_the_last(whole):
+    """Calibrate keeps what it copied and fits the rest; align changes mixers only; distil changes the others, too."""
+    calibrated, aligned, distilled = (tensors(whole, stage) for stage in ("calibrate", "align", "distil"))
+    assert calibrated.keys() == aligned.keys() < distilled.keys()
+    assert all(".self_attn." in name for name in aligned)
+    assert not torch.equal(calibrated["model.layers.1.self_attn.w1"], aligned["model.layers.1.self_attn.w1"])
+    start, fitted = (row["kl"] for row in rows(whole, "eval", "calibrate"))
+    assert fitted < start
+    assert {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"} <= distilled.keys()
+
+
+def test_stage_by_stage_is_the_same_as_in_one_go(material, whole, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(material, out, "--stage", "align") == 2
+    assert "starts from stage calibrate, which is not finished" in capsys.readouterr().err
+    assert not out.exists()
+    for stage in ("calibrate", "align", "distil"):
+        assert train(material, out, "--stage", stage) == 0
+        assert same(tensors(out, stage), tensors(whole, stage))
+    assert same(tensors(out, "distil", "optimizer"), tensors(whole, "distil", "optimizer"))
+    assert train(material, out, "--stage", "distil") == 2
+    assert "has begun stage distil already" in capsys.readouterr().err
+    assert train(material, out, "--stage", "long", "stages.long.train=[mlp]") == 0  # beyond `run`, from distil
+    before, after = tensors(out, "distil"), tensors(out, "long")
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert changed and all(".mlp." in name for name in changed)
+
+
+def test_a_crashed_run_resumes_bit_for_bit(material, whole, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    more = ["stages.distil.tokens=2560", "checkpoint.every_steps=10"]  # 20 steps
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "stages" / "distil")
+    conversion = json.loads((out / "conversion.json").read_text())
+    (out / "conversion.json").write_text(json.dumps(conversion | {"finished_stages": ["calibrate", "align"]}))
+    straight = tmp_path / "straight"
+    shutil.copytree(out, straight)
+    assert train(material, straight, "--resume", *more) == 0
+
+    cut_off(monkeypatch, "distil", 13, material, out, "--resume", *more)
+    assert train(material, out, *more) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert train(material, out, "--resume", *more) == 0
+    assert "align is finished already" in capsys.readouterr().out
+    assert same(tensors(out, "distil"), tensors(straight, "distil"))
+    assert same(tensors(out, "distil", "optimizer"), tensors(straight, "distil", "optimizer"))
+    assert [row["step"] for row in rows(out, "train", "distil")] == list(range(1, 21))
+    losses = [[row["loss"] for row in rows(folder, "train", "distil")] for folder in (out, straight)]
+    assert losses[0] == losses[1]
+
+
+def test_killed_behind_its_last_checkpoint_a_stage_is_judged_again(material, whole, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    wanted = json.loads((out / "conversion.json").read_text())
+    left = wanted | {"finished_stages": ["calibrate", "align"], "evaluations": {}}
+    (out / "conversion.json").write_text(json.dumps(left))
+    assert train(material, out, "--resume") == 0
+    found = json.loads((out / "conversion.json").read_text())
+    assert found["finished_stages"] == wanted["finished_stages"]
+    assert found["evaluations"]["distil"] == wanted["evaluations"]["distil"]
+    (out / "conversion.json").write_text(json.dumps(left))
+    shutil.rmtree(out / "stages" / "distil")
+    assert train(material, out, "--resume-from", "step-00000003") == 2  # not silently from the beginning
+    assert "stage distil has no checkpoint step-00000003" in capsys.readouterr().err
+
+
+def test_a_streamed_mixture_resumes_bit_for_bit(material, whole, tmp_path, monkeypatch, capsys):
+    """The second attempt has another cache, as on another machine: its blocks are made again, with the same rows."""
+    out, straight = tmp_path / "run", tmp_path / "straight"
+    more = [
+        "run=[align]",
+        "stages.align.tokens=2560",
+        "checkpoint.every_steps=10",
+        f"stages.align.data.train=[{material / 'train.jsonl'},{material / 'val.jsonl'}]",
+        "stages.align.data.weights=[3,1]",
+        "data.stream=true",
+        "data.block_tokens=1k",
+    ]
+    assert train(material, straight, *more, f"data.cache_dir={tmp_path / 'straight-cache'}") == 0
+    assert "(asked for 25.00%)" in capsys.readouterr().out
+    shares = json.loads((straight / "conversion.json").read_text())["data"]["align"]["sources"]
+    assert [one["share"] for one in shares] == pytest.approx([0.75, 0.25], abs=0.03)
+    cut_off(monkeypatch, "align", 13, material, out, *more)
+    assert train(material, out, "--resume", *more, f"data.cache_dir={tmp_path / 'other-cache'}") == 0
+    assert same(tensors(out, "align"), tensors(straight, "align"))
+    losses = [[row["loss"] for row in rows(folder, "train", "align")] for folder in (out, straight)]
+    assert len(losses[0]) == 20 and losses[0] == losses[1]
+
+
+def test_another_student_is_refused(material, whole, capsys):
+    more = ["--resume", "run=[calibrate,align,distil,long]", "student.preset=rad"]
+    assert train(material, whole, *more) == 2
+    err = capsys.readouterr().err
+    assert "belongs to another student" in err and "value_path is 'residual_kv' there and 'residual_full' here" in err
+    assert json.loads((whole / "conversion.json").read_text())["finished_stages"][-1] == "distil"
+
+
+def test_a_truncated_checkpoint_is_refused(material, whole, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    (file,) = (out / "stages" / "distil").glob("*/model.safetensors")
+    file.write_bytes(file.read_bytes()[:-100])
+    assert train(material, out, "--stage", "long") == 2
+    err = capsys.readouterr().err
+    assert "is corrupt" in err and len(err.splitlines()) == 2
+
+
+def test_freezing_in_stages_of_ones_own(material, tmp_path):
+    stages = (
+        "stages.lora={objective: align, tokens: 384, train: [mixer.lora], data: {seq_len: 32}, batch: {tokens: 128}}"
+    )
+    more = [
+        stages,
+        "run=[calibrate,lora,distil]",
+        "student.attention_layers=[1]",
+        "stages.distil.train=[mixer,'.*mlp.*']",
+    ]
+    assert train(material, tmp_path / "run", *more) == 0
+    before, after = (tensors(tmp_path / "run", stage) for stage in ("calibrate", "lora"))
+    changed = {name.split("self_attn.")[1] for name in after if not torch.equal(before[name], after[name])}
+    assert "w1" in changed and not changed & {"receptance.weight", "key.weight", "value.weight", "output.weight"}
+    assert not any(".layers.1.self_attn." in name for name in after)
+    distilled = tensors(tmp_path / "run", "distil")
+    assert "lm_head.weight" not in distilled and any(".mlp." in name for name in distilled)
+
+
+UNFREEZING = [
+    "stages.distil.tokens=1280",  # 10 steps
+    "stages.distil.train=[mixer]",
+    "stages.distil.unfreeze=[{at_tokens: 384, train: [mlp]}, {at_tokens: 700, train: ['.*']}]",  # after steps 3 and 6
+    "stages.distil.optim.rates={mlp: 1e-4, norms: 2e-4}",
+    "stages.distil.optim.warmup_steps=2",
+    "checkpoint.every_steps=4",
+    "checkpoint.keep=9",
+    "loggers=[tensorboard]",
+]
+
+
+@pytest.fixture(scope="module")
+def unfrozen(material, whole, tmp_path_factory):
+    """The distillation of `whole` in three phases, and what it said."""
+    out = tmp_path_factory.mktemp("unfrozen") / "run"
+    before_distil(whole, out)
+    said = io.StringIO()
+    with redirect_stdout(said):
+        assert train(material, out, "--resume", *UNFREEZING) == 0
+    return out, said.getvalue()
+
+
+def before_distil(whole, out):
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "stages" / "distil")
+    conversion = json.loads((out / "conversion.json").read_text())
+    (out / "conversion.json").write_text(json.dumps(conversion | {"finished_stages": ["calibrate", "align"]}))
+
+
+def test_a_stage_unfreezes_at_its_token_counts(unfrozen):
+    out, said = unfrozen
+    steps = sorted((out / "stages" / "distil").glob("step-*"))
+    assert [step.name[-2:] for step in steps] == ["03", "04", "06", "08", "10"]  # phases end with a checkpoint
+    states = [load_file(step / "optimizer.safetensors") for step in steps]
+    weights = [load_file(step / "model.safetensors") for step in steps]
+    mixer, mlp, norm = (
+        f"model.{name}" for name in ("layers.1.self_attn.w1", "layers.1.mlp.up_proj.weight", "norm.weight")
+    )
+    for name, counts in ((mixer, [3, 4, 6, 8, 10]), (mlp, [None, 1, 3, 5, 7]), (norm, [None, None, None, 2, 4])):
+        found = [int(state[f"{name}/step"]) if f"{name}/step" in state else None for state in states]
+        assert found == counts
+        assert [name in tensors for tensors in weights] == [count is not None for count in counts]
+    train_rows = rows(out, "train", "distil")
+    assert [row["step"] for row in train_rows] == list(range(1, 11))
+    joined = [{name for name in row if name.startswith("lr_")} for row in train_rows]
+    assert joined[2] == set() and joined[3] == joined[5] == {"lr_mlp@384"}
+    assert joined[6] == {"lr_mlp@384", "lr_norms@700", "lr_rest@700"}
+    assert train_rows[3]["lr_mlp@384"] == pytest.approx(1e-4 / 2, rel=0.2)  # its own warm-up, on the stage's decay
+    lines = [line.split() for line in said.splitlines()]
+    shown = [" ".join(line[3:]) for line in lines if line[:1] == ["mlp"] and "K" in line]
+    assert shown[-3:] == ["0.0001 joins after 384 tokens", "0.0001 trains", "0.0001 trains"]
+
+
+@pytest.mark.parametrize("crashes", [(2,), (3, 6), (5, 9)])
+def test_unfreezing_resumes_bit_for_bit(material, whole, unfrozen, tmp_path, monkeypatch, crashes):
+    straight, _ = unfrozen
+    out = tmp_path / "run"
+    before_distil(whole, out)
+    for step in crashes:
+        cut_off(monkeypatch, "distil", step, material, out, "--resume", *UNFREEZING)
+    assert train(material, out, "--resume", *UNFREEZING) == 0
+    assert same(tensors(out, "distil"), tensors(straight, "distil"))
+    assert same(tensors(out, "distil", "optimizer"), tensors(straight, "distil", "optimizer"))
+    losses = [[row["loss"] for row in rows(folder, "train", "distil")] for folder in (out, straight)]
+    assert losses[0] == losses[1]
+
+
+def test_loggers_and_mfu_of_a_run(unfrozen):
+    out, said = unfrozen
+    accumulator = EventAccumulator(str(out / "tensorboard" / "distil"))
+    accumulator.Reload()
+    found = [(event.step, event.value) for event in accumulator.Scalars("loss")]
+    train_rows = rows(out, "train", "distil")
+    assert found == [(row["step"], pytest.approx(row["loss"], rel=1e-6)) for row in train_rows]
+    assert len(accumulator.Scalars("eval/kl")) == 1
+    assert all(0 < row["mfu"] < 1 for row in train_rows) and "MFU" in said
+    # of tokens per second the phases make something else of the device, as more trains
+    work = [row["mfu"] / row["tokens_per_s"] for row in train_rows]
+    assert work[0] == pytest.approx(work[2]) and work[0] < work[3] < work[6]
+
+
+def test_sft_trains_on_completions_and_measures_what_it_can(material, tmp_path):
+    chat = tmp_path / "chat.jsonl"
+    turns = [{"role": "user", "content": "fox?"}, {"role": "assistant", "content": "the quick brown fox"}]
+    chat.write_text((json.dumps({"messages": turns}) + "\n") * 8)
+    teacher = tmp_path / "teacher"
+    shutil.copytree(material / "teacher", teacher)
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    (teacher / "chat_template.jinja").write_text(template)
+    out = tmp_path / "run"
+    argv = ["--teacher", str(teacher), "--data", str(chat), "--val", str(chat), "--out", str(out), "run=[sft]"]
+    argv += ["stages.sft.tokens=512", "stages.sft.data.seq_len=64", "stages.sft.batch.tokens=256"]
+    assert train_distill.main([*argv, "stages.sft.optim.lr=0.01", f"data.cache_dir={tmp_path / 'cache'}"]) == 0
+    first, last = rows(out, "train", "sft")
+    assert last["ce"] < first["ce"]
+    (evaluation,) = rows(out, "eval", "sft")
+    assert "ce" in evaluation and "kl" not in evaluation  # everything trains: no exact teacher is in memory
+
+
+@pytest.mark.parametrize(
+    "more, cause",
+    [
+        (["--data", "nothing.jsonl"], "'nothing.jsonl' does not exist"),
+        (["--stage", "algn"], "there is no stage 'algn'"),
+        (["--resume"], "there is no run to resume"),
+        (["student.attention_layers=[3]"], "layers 0 to 2"),
+        (["stages.align.train=[mlp]"], "objective align needs the teacher's own weights"),
+        (["data.train=[]"], "no training data is given"),
+        (["stages.align.optim.rates={mlp: 1e-3}"], "'mlp' sets the rate of nothing"),
+        (["stages.distil.unfreeze=[{at_tokens: 128, train: [nonsense]}]"], "'nonsense' matches no parameter"),
+        (["stages.distil.unfreeze=[{at_tokens: 300, train: [mlp]}]"], "at_tokens 300 is after 256"),
+        (["stages.align.unfreeze=[{at_tokens: 128, train: [mlp]}]"], "needs the teacher's own weights"),
+        (["loggers=[wandb]"], "wandb is not installed"),
+    ],
+)
+def test_bad_input_writes_nothing(material, tmp_path, capsys, more, cause):
+    out = tmp_path / "run"
+    assert train(material, out, *more) == 2
+    err = capsys.readouterr().err
+    assert cause in err and len(err.splitlines()) <= 2
+    assert not out.exists()
+
+
+def test_output_directories_of_others_are_left_alone(material, tmp_path, capsys):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "thesis.tex").write_text("precious")
+    for more in ([], ["--resume"], ["--stage", "calibrate"]):
+        assert train(material, out, *more) == 2
+        assert "is not empty, and no run" in capsys.readouterr().err
+    assert [file.name for file in out.iterdir()] == ["thesis.tex"]
+    assert train(material, out / "thesis.tex") == 2
+    assert "is a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tokens, batch, seq_len", [(600_000, 4096, 64), (1000, 300, 128), (1000, 128, 128)])
+def test_plan_and_trainer_count_the_same_steps(material, tokens, batch, seq_len):
+    fields = {"tokens": tokens, "batch.tokens": batch, "data.seq_len": seq_len}
+    overrides = [f"stages.align.{name}={value}" for name, value in fields.items()]
+    stage = load_config(teacher=str(material / "teacher"), overrides=overrides).stages["align"]
+    budget = Budget(tokens, batch, seq_len)
+    assert (stage.steps, stage.rows) == (budget.steps, budget.rows_per_step)
+
+
+ECONOMY = [
+    "quantize={groups: [mlp, teacher], rounding: inputs}",
+    "adapters=[{kind: lora, groups: [mlp], rank: 4, init: pissa}]",
+    "stages.distil.train=[mixer, embed, adapters]",
+    *(f"stages.{name}.optim.kind=adamw8bit" for name in ("align", "distil")),
+    "checkpoint={every_steps: 1, keep: 9}",
+]
+
+
+@pytest.fixture(scope="module")
+def economical(material, tmp_path_factory):
+    """A conversion with quantised weights, adapters on them and 8-bit moments."""
+    out = tmp_path_factory.mktemp("economical") / "run"
+    assert train(material, out, *ECONOMY) == 0
+    return out
+
+
+def test_quantised_weights_are_written_once_and_adapters_as_peft_stores_them(economical):
+    begun = load_file(economical / "stages" / "calibrate" / "frozen.safetensors")
+    for stage in ("calibrate", "align", "distil"):
+        stored = load_file(economical / "stages" / stage / "frozen.safetensors")
+        assert all(torch.equal(tensor, begun[name]) for name, tensor in stored.items() if "/" in name)
+        layers = {name.split("/")[0] for name in stored if "/" in name}
+        assert len(layers) == 3 * (3 + 4) and all("mlp" in name or "teacher_attn" in name for name in layers)
+    trained = tensors(economical, "distil")
+    assert "model.embed_tokens.weight" in trained
+    assert all("lora" in name for name in trained if ".mlp." in name)
+    start, end = (trained[f"model.layers.0.mlp.up_proj.lora_B.{which}.weight"] for which in ("start", "default"))
+    assert not torch.equal(start, end)
+    adapter = economical / "stages" / "distil" / "adapter"
+    assert json.loads((adapter / "adapter_config.json").read_text())["r"] == 8  # PiSSA as a plain LoRA
+    assert len(load_file(adapter / "adapter_model.safetensors")) == 2 * 3 * 3
+    assert load_config([economical / "config.yaml"]).adapters[0].init == "pissa"
+    text = (economical / "plan.txt").read_text()
+    assert "quantised 21 linear layers in nf4 in blocks of 64, scales quantised too, fitted to their inputs" in text
+    assert "not exactly the original" in text and "adapters  LoRA PiSSA: rank 4" in text
+
+
+def test_quantised_training_resumes_bit_for_bit(material, economical, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(economical, out)
+    shutil.rmtree(out / "stages" / "distil" / "step-00000003")
+    conversion = json.loads((out / "conversion.json").read_text())
+    (out / "conversion.json").write_text(json.dumps(conversion | {"finished_stages": ["calibrate", "align"]}))
+    assert train(material, out, "--resume", *ECONOMY, "adapters=[{kind: lora, groups: [mlp], rank: 4, alpha: 3}]") == 2
+    assert "were trained with other adapters" in capsys.readouterr().err
+    assert train(material, out, "--resume", *ECONOMY, "quantize.groups=[mlp]") == 2
+    assert "this stage began with other quantised layers" in capsys.readouterr().err
+    assert train(material, out, "--resume", *ECONOMY) == 0
+    for name in ("model", "optimizer"):
+        assert same(tensors(out, "distil", name), tensors(economical, "distil", name))
+    assert any(name.endswith("_scale") for name in tensors(out, "distil", "optimizer"))  # the embedding's are in 8 bits
+
+    frozen = out / "stages" / "distil" / "frozen.safetensors"
+    frozen.write_bytes(frozen.read_bytes()[:-100])
+    (out / "conversion.json").write_text(json.dumps(conversion | {"finished_stages": ["calibrate", "align"]}))
+    assert train(material, out, "--resume", *ECONOMY) == 2
+    assert f"{frozen} is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (["quantize.groups=[mlp]"], "'.*' matches model.layers.0.mlp.down_proj.weight (and 8 more), which is"),
+        (["quantize.groups=[embed]"], "quantize: 'embed' names no linear layer"),
+        (["quantize.groups=[mixer.proj]"], "calibrate fits the mixers, but model.layers.0.self_attn.key.weight is"),
+        (["adapters=[{groups: [norms]}]"], "adapters: 'norms' names no linear layer"),
+        (["adapters=[{groups: [mlp], rank: 4}, {groups: ['.*up_proj'], rank: 4}]"], "two entries name model.layers.0"),
+        (["adapters=[{groups: [mlp], rank: 64}]"], "rank 64 is more than model.layers.0.mlp.gate_proj has (16)"),
+        (["adapters=[{groups: [mlp], rank: 4}]", "stages.align.train=[mixer, adapters]"], "learns nothing"),
+        (["stages.align.train=[mixer, adapters]"], "train pattern 'adapters' matches no parameter"),
+        (["stages.distil.optim.kind=paged_adamw8bit", "device=cpu"], "paged_adamw8bit needs a CUDA device"),
+    ],
+)
+def test_contradictions_of_quantisation_and_adapters_show_in_the_plan(material, tmp_path, capsys, settings, message):
+    assert train(material, tmp_path / "run", "--dry-run", *settings) == 2
+    problem = capsys.readouterr().err
+    assert message in problem and len(problem.splitlines()) == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_warning_about_adapters_on_mixers_is_in_the_plan(material, tmp_path, capsys):
+    adapter = "adapters=[{kind: bone, groups: [mixer.proj], rank: 4}]"
+    assert train(material, tmp_path / "run", "--dry-run", adapter) == 0
+    shown = capsys.readouterr().out
+    assert "adapters  Bone, which is MiSS in its bat form: rank 4" in shown
+    assert "WARNING: adapters on the mixers' own projections: RADLADS" in shown
+
+
+def test_missing_data_of_a_later_stage_shows_at_once(material, tmp_path, capsys):
+    assert train(material, tmp_path / "run", "stages.distil.data.train=[nowhere.jsonl]") == 2
+    assert "stage distil: data 'nowhere.jsonl' does not exist" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

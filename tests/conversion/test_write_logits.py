@@ -1,0 +1,362 @@
+"""`rwkvinside data logits` and training on what it wrote: right, resumable, and refused when anything differs."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import byte_tokenizer, save_qwen3
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import train_distill
+from rwkvinside.cli.main import main
+from rwkvinside.config.load import load_config
+from rwkvinside.conversion.write_logits import write_logits
+from rwkvinside.data.sources import tokens_of
+from rwkvinside.errors import Interrupted, UserError
+from rwkvinside.stages.rows import rows_of
+from rwkvinside.teacher.build import cached_teacher, separate_teacher
+from rwkvinside.teacher.load import load_tokenizer
+from rwkvinside.teacher.logits_check import check_teacher
+from rwkvinside.teacher.logits_store import LogitsReader, LogitsWriter
+from rwkvinside.training.process_group import World
+
+K = 8
+SHARD_BYTES = 4 * 32 * (4 * K + 2 * (K + 1))  # four rows
+STAGE = ["run=[distil]", "stages.distil.tokens=384", "stages.distil.data.seq_len=32", "stages.distil.batch.tokens=128"]
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """A tiny Qwen3 with a tokenizer of bytes, a wider one of the same family, and texts."""
+    root = tmp_path_factory.mktemp("material")
+    tokenizer = byte_tokenizer("<eos>", eos_token="<eos>")
+    for name, width, vocab in (("teacher", 16, 257), ("wide", 32, 264)):
+        sizes = {"hidden_size": width, "vocab_size": vocab, "num_hidden_layers": 2, "initializer_range": 0.3}
+        save_qwen3(root / name, tokenizer, seed=width, **sizes)
+    rng, words = random.Random(0), ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
+    for name, count in (("train", 60), ("val", 4), ("other", 60)):
+        texts = [" ".join(rng.choices(words, k=9)) for _ in range(count)]
+        (root / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return root
+
+
+def arguments(material, *more):
+    files = ["--teacher", material / "teacher", "--data", material / "train.jsonl", "--val", material / "val.jsonl"]
+    return [*map(str, files), *STAGE, f"data.cache_dir={material / 'cache'}", *map(str, more)]
+
+
+def configured(material, *more, teacher="teacher", data="train"):
+    return load_config(
+        teacher=str(material / teacher),
+        data=[str(material / f"{data}.jsonl")],
+        val=[str(material / "val.jsonl")],
+        overrides=[*STAGE, f"data.cache_dir={material / 'cache'}", *map(str, more)],
+    )
+
+
+def rows_and_tokenizer(config):
+    tokenizer = load_tokenizer(config)
+    tokens, _ = tokens_of(config, config.stages["distil"], tokenizer, 257, World("cpu"))
+    return rows_of(config, "distil", tokens), tokenizer
+
+
+@pytest.fixture(scope="module")
+def written(material):
+    """Logits of all 12 rows in three shards."""
+    out = material / "logits"
+    write_logits(configured(material), "distil", out, K, SHARD_BYTES)
+    return out
+
+
+@pytest.fixture
+def copied(written, tmp_path):
+    return shutil.copytree(written, tmp_path / "logits")
+
+
+def cached(material, out, *more, **kwargs):
+    config = configured(material, "stages.distil.teacher=cache", f"stages.distil.teacher_cache={out}", *more, **kwargs)
+    rows, tokenizer = rows_and_tokenizer(config)
+    return cached_teacher(config, "distil", tokenizer, rows), rows
+
+
+def test_every_position_has_the_likeliest_tokens_of_the_teacher(material, written):
+    assert sorted(f.name for f in written.iterdir()) == [
+        "index.json",
+        *(f"logits-0000{i}.safetensors" for i in range(3)),
+    ]
+    teacher, rows = cached(material, written)
+    lm = AutoModelForCausalLM.from_pretrained(material / "teacher")
+    for numbers in ([0, 1], [3, 4, 11], [6]):  # within a shard, across shards
+        batch = rows.batch(numbers)
+        with teacher.targets(None, batch).open() as chunk:
+            target = chunk(slice(None))(slice(None), 257, 1.0)
+        expected = []
+        for row, segments, labels in zip(batch.input_ids, batch.segment_ids, batch.labels, strict=True):
+            for document in range(1, int(segments.max()) + 1):  # each document alone
+                here = segments == document
+                with torch.no_grad():
+                    found = lm(input_ids=row[here][None]).logits[0].log_softmax(-1)
+                expected.append(found[labels[here] != -100])
+        log_p = torch.cat(expected)
+        top, ids = log_p.topk(K)
+        rest = (1 - top.exp().sum(-1)).log()
+        assert torch.equal(target.ids, ids) and torch.equal(target.best, log_p.argmax(-1))
+        kept = torch.cat([top, rest[:, None]], -1)
+        kl = (kept.exp() * (kept - target.log_probs)).sum(-1)
+        assert kl.abs().max() < 1e-5  # fp16 on disk
+
+
+def test_a_larger_vocabulary_of_the_teacher_is_cut(material, tmp_path):
+    more = [f"stages.distil.teacher_model.path={material / 'wide'}", "stages.distil.loss.temperature=2"]
+    write_logits(configured(material, *more), "distil", tmp_path / "logits", K)
+    teacher, rows = cached(material, tmp_path / "logits", *more)
+    batch = rows.batch([5])
+    with teacher.targets(None, batch).open() as chunk:
+        target = chunk(slice(None))(slice(None), 257, 2.0)
+    lm = AutoModelForCausalLM.from_pretrained(material / "wide")
+    first = (batch.segment_ids[0] == 1) & (batch.labels[0] != -100)
+    with torch.no_grad():
+        logits = lm(input_ids=batch.input_ids[:, batch.segment_ids[0] == 1]).logits[0, : int(first.sum()), :257]
+    top, ids = (logits / 2).log_softmax(-1).topk(K)
+    assert target.vocab == 257 and torch.equal(target.ids[: len(ids)], ids)
+    assert torch.allclose(target.log_probs[: len(ids), :-1], top, atol=5e-3)
+
+
+def test_a_quantised_teacher_of_another_size(material):
+    """Every linear layer but the head; its logits move by what nf4 rounds, and not more."""
+    path = f"stages.distil.teacher_model.path={material / 'wide'}"
+    found = []
+    for more in ([path], [path, "stages.distil.teacher_model.quantize=nf4"]):
+        config = configured(material, *more)
+        teacher = separate_teacher(config, config.stages["distil"], World("cpu"), torch.float32, launched=False)
+        batch = rows_and_tokenizer(config)[0].batch([0])
+        with teacher.targets(None, batch).open() as chunk:
+            found.append(chunk(slice(None))(slice(None), 257, 1.0).log_probs)
+    kinds = {type(module).__name__ for name, module in teacher.module.lm.model.named_modules() if "_proj" in name}
+    assert kinds == {"QuantizedLinear"} and type(teacher.module.lm.lm_head) is torch.nn.Linear
+    kl = (found[0].exp() * (found[0] - found[1])).sum(-1).mean()
+    assert 1e-4 < kl < 0.3
+
+
+def test_killed_at_any_moment_it_goes_on_with_whole_shards(material, written, tmp_path):
+    out = tmp_path / "logits"
+    if (child := os.fork()) == 0:  # dies between a shard's name and the index that knows it
+        calls = []
+        write = LogitsWriter._write
+
+        def dying(self, name, content):
+            if len(calls) == 4:
+                (self.path / ".half.writing").write_bytes(content[:10])
+                os.kill(os.getpid(), signal.SIGKILL)
+            calls.append(name)
+            write(self, name, content)
+
+        LogitsWriter._write = dying
+        write_logits(configured(material), "distil", out, K, SHARD_BYTES)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    index = json.loads((out / "index.json").read_text())
+    assert len(index["shards"]) == 1 and len(list(out.glob("logits-*"))) == 2
+    with pytest.raises(UserError, match="incomplete: 4 of 12 rows\nrun the same"):
+        cached(material, out)
+    before = (out / "logits-00000.safetensors").stat().st_mtime_ns
+    write_logits(configured(material), "distil", out, K, SHARD_BYTES)
+    assert (out / "logits-00000.safetensors").stat().st_mtime_ns == before
+    assert (out / "index.json").read_bytes() == (written / "index.json").read_bytes()
+    assert cached(material, out)
+
+
+def test_more_rows_of_the_same_stage_are_added(material, copied):
+    more = configured(material, "stages.distil.tokens=640")
+    write_logits(more, "distil", copied, K, SHARD_BYTES)
+    assert len(json.loads((copied / "index.json").read_text())["shards"]) == 5
+    LogitsReader(copied).require(20)
+    assert cached(material, copied)  # and the shorter stage can use them too
+
+
+def test_ctrl_c_and_a_full_disk_keep_what_is_done(material, tmp_path, monkeypatch):
+    out, config = tmp_path / "logits", configured(material)
+    write = LogitsWriter.write
+
+    def interrupted(self, part, *tensors):
+        if part.start == 4:
+            raise KeyboardInterrupt
+        write(self, part, *tensors)
+
+    monkeypatch.setattr(LogitsWriter, "write", interrupted)
+    with pytest.raises(Interrupted, match="4 of 12 rows"):
+        write_logits(config, "distil", out, K, SHARD_BYTES)
+    monkeypatch.undo()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))  # less than a shard, as a full disk would cut it
+    try:
+        with pytest.raises(UserError, match="logits cannot be written to .*\nrun the same"):
+            write_logits(config, "distil", out, K, SHARD_BYTES)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(out.glob(".*"))
+    write_logits(config, "distil", out, K, SHARD_BYTES)
+    assert cached(material, out)
+
+
+@pytest.mark.parametrize(
+    "more, kwargs, part",
+    [
+        (["seed=1"], {}, "seed 0 there, 1 here"),
+        (["stages.distil.data.seq_len=64"], {}, "row length 32 there, 64 here"),
+        (["stages.distil.loss.temperature=2"], {}, "temperature 1.0 there, 2.0 here"),
+        (["stages.distil.teacher_model.path={wide}"], {}, "teacher '"),
+        (["stages.distil.teacher_model.quantize=nf4"], {}, "teacher's quantisation None there, 'nf4' here"),
+        ([], {"teacher": "retrained"}, "teacher '"),
+        ([], {"teacher": "chatty"}, "tokenizer '"),
+        ([], {"data": "other"}, "data '"),
+    ],
+)
+def test_a_cache_of_something_else_is_refused_with_the_reason(material, written, more, kwargs, part):
+    if kwargs.get("teacher") == "retrained" and not (material / "retrained").exists():
+        shutil.copytree(material / "teacher", material / "retrained")
+        weights = load_file(material / "retrained" / "model.safetensors")
+        weights["model.norm.weight"][3] += 1e-3
+        save_file(weights, material / "retrained" / "model.safetensors", {"format": "pt"})
+    if kwargs.get("teacher") == "chatty" and not (material / "chatty").exists():
+        shutil.copytree(material / "teacher", material / "chatty")
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(material / "chatty")
+        tokenizer.add_tokens(["<tool>"])
+        tokenizer.save_pretrained(material / "chatty")
+    with pytest.raises(UserError) as error:
+        cached(material, written, *(text.format(wide=material / "wide") for text in more), **kwargs)
+    assert part in error.value.cause and "\n" not in error.value.cause and "data logits" in error.value.cure
+
+
+@pytest.mark.parametrize("more, kwargs, part", [(["seed=1"], {}, "seed 0 there"), ([], {"data": "other"}, "data '")])
+def test_of_something_else_comes_before_incomplete(material, copied, more, kwargs, part):
+    (copied / "logits-00001.safetensors").unlink()
+    index = json.loads((copied / "index.json").read_text())
+    del index["shards"]["logits-00002.safetensors"]
+    (copied / "index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=f"are not those of this run: {part}"):
+        cached(material, copied, *more, **kwargs)
+    with pytest.raises(UserError, match="missing"):
+        cached(material, copied)
+
+
+def test_more_tokens_a_position_than_there_are(material, written):
+    assert cached(material, written, f"stages.distil.loss.top_k={K}")
+    with pytest.raises(UserError, match=f"have {K} tokens a position, and stages.distil.loss.top_k is 9"):
+        cached(material, written, "stages.distil.loss.top_k=9")
+
+
+def test_damage_is_refused_in_one_line(material, copied):
+    shard = copied / "logits-00001.safetensors"
+    content = bytearray(shard.read_bytes())
+
+    def refused(pattern):
+        with pytest.raises(UserError, match=pattern) as error:
+            teacher, rows = cached(material, copied)
+            teacher.targets(None, rows.batch([0]))
+            teacher.targets(None, rows.batch([5]))
+        assert "\n" not in error.value.cause
+
+    content[-100] ^= 1
+    shard.write_bytes(content)
+    refused("logits-00001.safetensors is corrupt: its SHA-256")
+    shard.write_bytes(content[:-1])
+    refused("logits-00001.safetensors is missing or has not the")
+    shard.unlink()
+    refused("logits-00001.safetensors is missing")
+    (copied / "index.json").write_text('{"format": 1}')
+    refused("index.json is damaged")
+    (copied / "index.json").unlink()
+    refused("there are no logits in")
+
+
+def test_a_row_that_has_changed_is_refused_when_it_is_used(material, written):
+    teacher, rows = cached(material, written)
+    batch = rows.batch([2])
+    batch.input_ids[0, 7] += 1
+    with pytest.raises(UserError, match="row 2 of the data is not the one whose logits are in"):
+        teacher.targets(None, batch)
+
+
+def test_what_writing_refuses(material, written, tmp_path, capsys):
+    config = configured(material)
+    for k in (0, 257):
+        with pytest.raises(UserError, match=f"--k {k}\nallowed: 1 to 256"):
+            write_logits(config, "distil", tmp_path / "new", k)
+    with pytest.raises(UserError, match="k 8 there, 9 here"):
+        write_logits(config, "distil", written, 9)
+    with pytest.raises(UserError, match="seed 0 there, 1 here"):
+        write_logits(configured(material, "seed=1"), "distil", written, K, SHARD_BYTES)
+    with pytest.raises(UserError, match="'align' is no stage with objective distil"):
+        write_logits(config, "align", tmp_path / "new", K)
+    arguments = ["data", "logits", "--teacher", str(material / "wide"), "--stage"]
+    assert [main([*arguments, name]) for name in ("distil", "nope")] == [2, 2]
+    said = capsys.readouterr().err
+    assert "name a directory with --out, or stages.distil.teacher_cache" in said
+    assert "'nope' is no stage with objective distil" in said
+    longer = [*arguments, "long", "run=[align]", "stages.long.data.seq_len=9999"]
+    assert main(longer) == 2 and "seq_len = 9999: is longer than the 128 positions" in capsys.readouterr().err
+    (tmp_path / "something").write_text("")
+    with pytest.raises(UserError, match="not empty, and holds no logits"):
+        write_logits(config, "distil", tmp_path, K)
+
+
+def test_a_second_teacher_of_another_tokenizer_is_refused(material, tmp_path):
+    shutil.copytree(material / "wide", tmp_path / "foreign")
+    tokenizer = json.loads((tmp_path / "foreign" / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (tmp_path / "foreign" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    config = configured(material, f"stages.distil.teacher_model.path={tmp_path / 'foreign'}")
+    with pytest.raises(UserError, match=f"has another tokenizer than .*: token 'a' is {vocab['a']} there"):
+        check_teacher(config, "distil", load_tokenizer(config))
+    fine = configured(material, f"stages.distil.teacher_model.path={material / 'wide'}")
+    check_teacher(fine, "distil", load_tokenizer(fine))
+
+
+@pytest.mark.parametrize(
+    "more, problem",
+    [
+        (["stages.distil.teacher=cache"], "teacher cache needs teacher_cache"),
+        (["stages.distil.teacher_cache=/x"], "read by teacher cache only, not auto"),
+        (["stages.distil.teacher=same", "stages.distil.teacher_model.quantize=nf4"], "leave out teacher_model"),
+        (["stages.align.teacher=separate"], "only objective distil has a choice of teacher"),
+        (["stages.sft.loss.divergence=js"], "objective sft has no divergence"),
+    ],
+)
+def test_contradictions(material, more, problem):
+    with pytest.raises(UserError, match=problem):
+        configured(material, *more)
+
+
+def test_training_on_stored_logits_is_training_on_the_teachers_top_k(material, tmp_path, capsys):
+    """Through the commands; the same losses as with the teacher at hand, to what fp16 rounds."""
+
+    def train(out, *more):
+        assert train_distill.main(arguments(material, "--out", out, "log_every=1", *more)) == 0
+        found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        return [row for row in found if row["kind"] == "train"], [row for row in found if row["kind"] == "eval"]
+
+    logits = tmp_path / "logits"
+    assert main(["data", "logits", *arguments(material, "--out", logits, "--k", K)]) == 0
+    assert "12/12 rows" in capsys.readouterr().out
+    at_hand, judged = train(tmp_path / "at_hand", "stages.distil.teacher=separate", f"stages.distil.loss.top_k={K}")
+    stored, alone = train(tmp_path / "stored", "stages.distil.teacher=cache", f"stages.distil.teacher_cache={logits}")
+    assert len(stored) == 3 and [row["loss"] for row in stored] == pytest.approx(
+        [row["loss"] for row in at_hand], rel=1e-4
+    )
+    assert alone[-1]["ce"] == pytest.approx(judged[-1]["ce"], rel=1e-4) and "kl" not in alone[-1]
+    config = load_config([tmp_path / "stored" / "config.yaml"])
+    assert config.stages["distil"].teacher_cache == str(logits)
+    code = train_distill.main(
+        arguments(material, "--out", tmp_path / "no", "stages.distil.teacher=cache", "seed=5")
+        + [f"stages.distil.teacher_cache={logits}"]
+    )
+    assert code == 2 and "seed 0 there, 5 here" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()

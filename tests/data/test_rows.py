@@ -1,0 +1,128 @@
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from rwkvinside.data.rows import PackedRows, PaddedDocuments, document_order
+
+ORDER_0_0 = [3, 2, 1, 6, 0, 7, 4, 5]
+
+
+def documents(count=23, seed=3):
+    """Documents of 1 to 40 tokens in which every token of the corpus has an id of its own."""
+    lengths = np.random.default_rng(seed).integers(1, 41, count)
+    ends = np.cumsum(lengths)
+    return [list(range(end - n, end)) for end, n in zip(ends, lengths, strict=True)]
+
+
+@pytest.fixture(params=[2, 7, 16, 64, 5000])
+def packed(request, make_store):
+    return PackedRows(make_store(documents()), seq_len=request.param, seed=5)
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 4])
+def test_an_epoch_holds_every_token_and_every_target_once(packed, epoch):
+    total = packed.tokens.num_tokens
+    rows = range(epoch * packed.rows_per_epoch, (epoch + 1) * packed.rows_per_epoch)
+    assert len(rows) == -(-total // packed.seq_len)
+    inputs, targets = Counter(), Counter()
+    for i in rows:
+        row = packed.row(i)
+        real = row["segment_ids"] > 0
+        assert real.all() or i == rows[-1], "only the last row of an epoch has padding"
+        inputs.update(row["input_ids"][real].tolist())
+        targets.update(row["labels"][row["labels"] != -100].tolist())
+    assert inputs == Counter(range(total))
+    assert targets == Counter(token for d in documents() for token in d[1:])
+
+
+def test_labels_positions_and_segments_at_every_place(packed):
+    following = {a: b for d in documents() for a, b in zip(d, d[1:], strict=False)}
+    owner = {token: n for n, d in enumerate(documents()) for token in d}
+    for i in range(packed.rows_per_epoch + 2):
+        row = packed.row(i)
+        previous, position, segment = None, None, 0
+        for t in range(packed.seq_len):
+            if row["segment_ids"][t] == 0:
+                assert (row["labels"][t], row["position_ids"][t], row["input_ids"][t]) == (-100, 0, 0)
+                assert not row["segment_ids"][t:].any()
+                break
+            token = int(row["input_ids"][t])
+            new = previous is None or owner[previous] != owner[token]
+            position = 0 if new else position + 1
+            segment += new
+            assert row["position_ids"][t] == position and row["segment_ids"][t] == segment
+            assert row["labels"][t] == following.get(token, -100)
+            previous = token
+
+
+def test_a_document_that_is_cut_goes_on_in_the_next_row(make_store):
+    packed = PackedRows(make_store([list(range(10))]), seq_len=4, seed=0)
+    batch = packed.batch([0, 1, 2])
+    assert batch.input_ids.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 0]]
+    assert batch.labels.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8], [9, -100, -100, -100]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 0, 0]]
+    assert batch.segment_ids.tolist() == [[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]]
+    assert batch.cu_seqlens.tolist() == [0, 4, 8, 10, 12]
+    assert (batch.num_tokens, batch.num_targets, batch.rows) == (10, 9, (0, 1, 2))
+    assert [batch.input_ids.dtype, batch.labels.dtype, batch.position_ids.dtype] == [torch.int64] * 3
+    assert batch.segment_ids.dtype == torch.int32
+
+
+def test_rows_do_not_depend_on_what_was_asked_before(make_store):
+    store = make_store(documents())
+    forward, other = PackedRows(store, 16, seed=9), PackedRows(store, 16, seed=9)
+    numbers = range(5 * forward.rows_per_epoch)
+    in_order = [forward.row(i) for i in numbers]
+    for i in np.random.default_rng(0).permutation(len(numbers)):
+        again = other.row(int(i))
+        assert all(np.array_equal(in_order[i][name], again[name]) for name in again)
+
+
+def test_seeds_and_epochs_have_different_orders():
+    orders = {tuple(document_order(seed, epoch, 50)) for seed in range(4) for epoch in range(4)}
+    assert len(orders) == 16
+    assert all(sorted(order) == list(range(50)) for order in orders)
+
+
+def test_the_order_is_fixed_for_good():
+    # A checkpoint's data cursor is only a row number: these numbers may never change.
+    assert document_order(0, 0, 8).tolist() == ORDER_0_0
+    code = "from rwkvinside.data.packing import document_order as f; print(f(0, 0, 8).tolist())"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.strip() == str(ORDER_0_0)
+
+
+def test_loss_mask_belongs_to_the_target(make_store):
+    packed = PackedRows(make_store([[5, 6, 7, 8, 9]], loss=[[0, 0, 1, 0, 1]]), seq_len=3, seed=0)
+    assert packed.batch([0, 1]).labels.tolist() == [[-100, 7, -100], [9, -100, -100]]
+
+
+def test_padded_documents(make_store):
+    padded = PaddedDocuments(make_store([[1, 2, 3, 4, 5], [6, 7], [8]]), max_len=4)
+    assert len(padded) == padded.rows_per_epoch == 3
+    assert (padded.num_truncated, padded.num_truncated_tokens) == (1, 1)
+    batch = padded.batch([1, 0])
+    assert batch.input_ids.tolist() == [[6, 7, 0, 0], [1, 2, 3, 4]]
+    assert batch.labels.tolist() == [[7, -100, -100, -100], [2, 3, 4, 5]]
+    assert batch.segment_ids.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+    assert batch.position_ids.tolist() == [[0, 1, 0, 0], [0, 1, 2, 3]]
+    assert padded.batch([1, 2]).input_ids.tolist() == [[6, 7], [8, 0]]
+    with pytest.raises(IndexError, match="row 3 of 3"):
+        padded.row(3)
+
+
+def test_padded_documents_with_a_seed_go_on_for_ever(make_store):
+    padded = PaddedDocuments(make_store([[i, 100] for i in range(10)]), max_len=4, seed=1)
+    epochs = [[int(padded.row(e * 10 + i)["input_ids"][0]) for i in range(10)] for e in range(3)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+@pytest.mark.parametrize("make", [lambda s: PackedRows(s, 1, 0), lambda s: PaddedDocuments(s, 1)])
+def test_rows_of_one_token_are_refused(make, make_store):
+    with pytest.raises(ValueError, match="leaves no token to predict"):
+        make(make_store([[1, 2]]))

@@ -1,0 +1,360 @@
+"""HybridModel: the teacher stays exact, documents stay apart, gradients reach what they should, groups mean what they
+say."""
+
+import copy
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from rwkvinside.data.batch import Batch
+from rwkvinside.errors import UserError
+from rwkvinside.hybrid.calibration import calibrate, teacher_power
+from rwkvinside.hybrid.model import HybridModel, StudentSpec
+from rwkvinside.losses.distillation import Objective
+from rwkvinside.stages.steps import AlignStep, DistilStep, SftStep
+from rwkvinside.teacher.signals import SameWeights, SeparateTeacher, TeacherModel, check_same_weights
+
+VOCAB = 50
+
+
+def teacher(family="qwen3", layers=3, **changes):
+    torch.manual_seed(0)
+    config = (
+        dict(
+            hidden_size=32,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            intermediate_size=48,
+            vocab_size=VOCAB,
+            max_position_embeddings=128,
+            tie_word_embeddings=True,
+        )
+        | changes
+    )
+    kinds = {
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    }
+    if family == "qwen2":
+        config.pop("head_dim")
+    make_config, make_model = kinds[family]
+    model = make_model(make_config(**config)).eval()
+    with torch.no_grad():
+        for p in model.parameters():  # biases and norms away from their neutral start
+            p.add_(0.3 * torch.randn_like(p) if p.ndim == 1 else 0.1 * torch.randn_like(p))
+    return model
+
+
+def packed(documents, rows=1, seed=3):
+    """Rows that hold the same document lengths, one after the other."""
+    length = sum(documents)
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, VOCAB, (rows, length), generator=g)
+    segments = torch.cat([torch.full((n,), i + 1) for i, n in enumerate(documents)])
+    positions = torch.cat([torch.arange(n) for n in documents])
+    labels = torch.full_like(ids, -100)
+    labels[:, :-1] = torch.where(segments[1:] == segments[:-1], ids[:, 1:], -100)
+    return Batch(
+        ids, labels, positions.expand(rows, -1).clone(), segments.int().expand(rows, -1).clone(), tuple(range(rows))
+    )
+
+
+def logits(model, batch, mode):
+    return model(batch, mode=mode, readout=lambda hidden, head: head(hidden))
+
+
+def batch_of(document):
+    n = document.shape[1]
+    ones = torch.ones_like(document)
+    return Batch(document, document, torch.arange(n)[None].expand_as(document), ones.int(), (0,))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kept", [(), (0,), (1,)])
+def test_teacher_mode_is_the_original_bit_for_bit(family, kept):
+    original = teacher(family)
+    hybrid = HybridModel.from_teacher(copy.deepcopy(original), StudentSpec(attention_layers=kept, attention_rope=False))
+    batch = packed([20], rows=2)
+    with torch.no_grad():
+        expected = original(input_ids=batch.input_ids).logits
+        assert torch.equal(logits(hybrid, batch, "teacher"), expected)
+        assert not torch.allclose(logits(hybrid, batch, "student"), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["teacher", "student"])
+def test_packed_documents_equal_the_documents_alone(mode):
+    hybrid = HybridModel.from_teacher(teacher(), StudentSpec(attention_layers=(1,))).double()
+    batch = packed([7, 1, 12], rows=2)
+    with torch.no_grad():
+        whole = logits(hybrid, batch, mode)
+        for row in range(2):
+            alone = [
+                logits(hybrid, batch_of(batch.input_ids[row : row + 1, a:b]), mode)[0]
+                for a, b in ((0, 7), (7, 8), (8, 20))
+            ]
+            assert torch.allclose(torch.cat(alone), whole[row], atol=1e-10)
+
+
+def test_padding_tail_changes_no_loss():
+    hybrid = HybridModel.from_teacher(teacher(), StudentSpec()).double()
+    batch = packed([9, 6])
+    pad = torch.zeros(1, 5, dtype=torch.long)
+    padded = Batch(
+        torch.cat([batch.input_ids, pad], 1),
+        torch.cat([batch.labels, pad - 100], 1),
+        torch.cat([batch.position_ids, pad], 1),
+        torch.cat([batch.segment_ids, pad.int()], 1),
+        (0,),
+    )
+    for step in (AlignStep({0: 1.0, 1: 1.0, 2: 1.0}), DistilStep(SameWeights(), Objective(ce=0.5)), SftStep()):
+        assert step.count(batch) == step.count(padded)
+        # 1e-6: sums over tokens are fp32 by design
+        assert step(hybrid, batch)[0].item() == pytest.approx(step(hybrid, padded)[0].item(), rel=1e-6)
+
+
+def test_align_loss_is_the_relative_error_of_each_layer_on_teacher_activations():
+    hybrid = HybridModel.from_teacher(teacher(), StudentSpec()).double()
+    batch = packed([8, 5], rows=2)
+    seen = {}
+    hooks = [
+        layer.self_attn.register_forward_pre_hook(
+            lambda m, args, kwargs, i=i: seen.update({i: (kwargs["hidden_states"], kwargs["position_embeddings"])}),
+            with_kwargs=True,
+        )
+        for i, layer in enumerate(hybrid.lm.model.layers)
+    ]
+    power, before = teacher_power(hybrid, [batch])
+    for hook in hooks:
+        hook.remove()
+    loss, metrics = AlignStep(power)(hybrid, batch)
+    # 1e-6 here and below: errors are summed in fp32 by design
+    assert loss.item() / batch.num_tokens == pytest.approx(sum(before.values()) / 3, rel=1e-6)
+    # layer 1 by hand, each document alone, from the teacher's own hidden states
+    x, rope = seen[1]
+    x0, rope0 = seen[0]
+    attention, mixers = hybrid.lm.model.layers[1].self_attn.teacher_attn, hybrid.mixers
+    error = norm = 0.0
+    for row in range(2):
+        for a, b in ((0, 8), (8, 13)):
+            cut = slice(a, b)
+            here = tuple(r[row : row + 1, cut] for r in rope)
+            target, _ = attention(x[row : row + 1, cut], position_embeddings=here, attention_mask=None)
+            _, first, _ = _mix(mixers[0], x0[row : row + 1, cut], None, here)
+            y, _, _ = _mix(mixers[1], x[row : row + 1, cut], first, here)
+            error += (y - target).square().sum().item()
+            norm += target.square().sum().item()
+    assert before[1] == pytest.approx(error / norm, rel=1e-6)
+    assert power[1] == pytest.approx(norm / batch.num_tokens, rel=1e-6)
+    assert metrics["layers"].shape == (3,)
+
+
+def _mix(mixer, x, first, rope):
+    from rwkvinside.modeling.time_mixer import TimeMixer
+
+    return TimeMixer.forward(mixer, x, first=first, rope=rope)
+
+
+@pytest.mark.parametrize("objective", ["align", "distil"])
+def test_activation_checkpointing_changes_no_gradient(objective):
+    gradients = []
+    for checkpointing in (False, True):
+        hybrid = HybridModel.from_teacher(teacher(), StudentSpec(attention_layers=(1,))).double()
+        hybrid.set_trainable(
+            ["mixer"] if objective == "align" else ["mixer", "mlp", "norms", "embed", "head", "attention"]
+        )
+        separate = SeparateTeacher(TeacherModel(teacher().double()))
+        if objective == "align":
+            step = AlignStep({0: 2.0, 2: 3.0}, checkpoint=checkpointing)
+        else:
+            step = DistilStep(separate, Objective(chunk_tokens=7 if checkpointing else 1000))
+            if checkpointing:
+                hybrid.lm.train().activation_checkpointing_enable()
+        step(hybrid, packed([8, 5], rows=2))[0].backward()
+        gradients.append({n: p.grad for n, p in hybrid.canonical_parameters().items() if p.requires_grad})
+    for name, gradient in gradients[0].items():
+        assert gradient is not None, name
+        assert torch.allclose(gradient, gradients[1][name], atol=1e-12), name
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_v_first_gradient_reaches_the_first_layer(detach):
+    hybrid = HybridModel.from_teacher(teacher(), StudentSpec(detach_first=detach)).double()
+    batch = packed([12])
+    hybrid.set_trainable(["mixer"])
+    # only the last layer's own error: layer 0 can hear of it through v_first and k_first alone
+    errors = hybrid(batch, mode="align")
+    errors[2][0].backward()
+    first = hybrid.mixers[0]
+    reached = [w.weight.grad is not None and bool(w.weight.grad.abs().max() > 0) for w in (first.value, first.key)]
+    assert reached == [not detach] * 2
+    assert first.w0.grad is None or not first.w0.grad.any()
+
+
+def test_v_first_gradient_is_part_of_the_first_layers_gradient_in_distil():
+    gradients = []
+    for detach in (False, True):
+        hybrid = HybridModel.from_teacher(teacher(), StudentSpec(detach_first=detach)).double()
+        hybrid.set_trainable(["mixer"])
+        DistilStep(SameWeights())(hybrid, packed([12]))[0].backward()
+        gradients.append([w.weight.grad for w in (hybrid.mixers[0].value, hybrid.mixers[0].key)])
+    for through, cut in zip(*gradients, strict=True):
+        assert (through - cut).norm() > 1e-3 * through.norm()  # residual mixes start at 1.8 %: small, but not rounding
+
+
+def test_distil_step_equals_brute_force():
+    hybrid = HybridModel.from_teacher(teacher(), StudentSpec()).double()
+    wide = teacher(vocab_size=VOCAB + 14).double()  # a padded vocabulary: cut to the shared ids
+    batch = packed([8, 5], rows=2)
+    step = DistilStep(SeparateTeacher(TeacherModel(wide)), Objective(kl=0.7, ce=0.3, temperature=2.0, chunk_tokens=5))
+    loss, metrics = step(hybrid, batch)
+    s = logits(hybrid, batch, "student")
+    with torch.no_grad():
+        from rwkvinside.data.batch import attention_mask_4d
+
+        t = wide(
+            input_ids=batch.input_ids, attention_mask=attention_mask_4d(batch), position_ids=batch.position_ids
+        ).logits
+    kl = ce = agree = 0.0
+    for b, pos in (batch.labels != -100).nonzero().tolist():
+        p = (t[b, pos, :VOCAB] / 2).softmax(-1)
+        kl += 4 * (p * (p.log() - (s[b, pos] / 2).log_softmax(-1))).sum()
+        ce -= s[b, pos].log_softmax(-1)[batch.labels[b, pos]]
+        agree += int(s[b, pos].argmax() == t[b, pos, :VOCAB].argmax())
+    assert loss.item() == pytest.approx((0.7 * kl + 0.3 * ce).item(), rel=1e-6)  # softmax sums are fp32
+    assert metrics["kl"].item() == pytest.approx(kl.item(), rel=1e-6)
+    assert metrics["ce"].item() == pytest.approx(ce.item(), rel=1e-6)
+    assert metrics["agreement"].item() == agree
+
+
+def test_same_weights_teacher_equals_a_separate_one_and_is_refused_when_the_rest_trains():
+    hybrid = HybridModel.from_teacher(teacher(), StudentSpec())
+    batch = packed([8, 5])
+    same, _ = DistilStep(SameWeights())(hybrid, batch)
+    separate, _ = DistilStep(SeparateTeacher(TeacherModel(teacher())))(hybrid, batch)
+    assert same.item() == pytest.approx(separate.item(), rel=1e-6)
+    check_same_weights(hybrid.teacher_changes())
+    hybrid.set_trainable(["mixer", "mlp"])
+    with pytest.raises(UserError, match="mlp"):
+        check_same_weights(hybrid.teacher_changes())
+
+
+def trained_names(hybrid):
+    return {name for name, parameter in hybrid.canonical_parameters().items() if parameter.requires_grad}
+
+
+def test_groups():
+    hybrid = HybridModel.from_teacher(teacher(), StudentSpec(attention_layers=(1,)))
+    assert set(hybrid.set_trainable(["mixer.lora"])) == {"mixer.lora"}
+    names = trained_names(hybrid)
+    assert "model.layers.0.self_attn.w0" in names and "model.layers.2.self_attn.k2" in names
+    assert not any(n.split(".")[-2] in ("receptance", "output", "r_norm") for n in names)
+    hybrid.set_trainable(["mixer", r"model\.layers\.1\.self_attn\.o_proj\.weight"])
+    assert trained_names(hybrid) - hybrid.mixer_names() == {"model.layers.1.self_attn.o_proj.weight"}
+    table = {group: (trained, total) for group, trained, total in hybrid.group_table()}
+    assert table["mlp"][0] == 0 < table["mlp"][1] and table["mixer.proj"][0] == table["mixer.proj"][1]
+    # every parameter of the student stands in exactly one row of the table
+    assert sum(total for _, total in table.values()) == sum(p.numel() for p in hybrid.canonical_parameters().values())
+    for pattern in ("mixers", "model.layers.9.*", "(["):
+        with pytest.raises(UserError, match="train pattern"):
+            hybrid.set_trainable([pattern])
+
+
+def test_state_dict_round_trip_and_refusals():
+    spec = StudentSpec()
+    one = HybridModel.from_teacher(teacher(), spec)
+    one.set_trainable(["mixer", "head"])
+    with torch.no_grad():
+        for p in one.canonical_parameters().values():
+            if p.requires_grad:
+                p.add_(0.1)
+    state = {n: t.clone() for n, t in one.student_state_dict().items()}
+    assert "lm_head.weight" in state and "model.embed_tokens.weight" not in state
+    two = HybridModel.from_teacher(teacher(), spec)
+    two.load_student_state_dict(state)
+    batch = packed([9])
+    with torch.no_grad():
+        assert torch.equal(logits(one, batch, "student"), logits(two, batch, "student"))
+    other = HybridModel.from_teacher(teacher(), StudentSpec(preset="hxa07a"))
+    with pytest.raises(UserError, match="does not fit this student"):
+        other.load_student_state_dict(state)
+    with pytest.raises(UserError, match="is missing"):
+        two.load_student_state_dict({n: t for n, t in state.items() if not n.endswith(".0.self_attn.w0")})
+
+
+def test_refusals_of_teachers_and_layers():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with pytest.raises(UserError, match="'gpt2' is not supported\nsupported: llama, qwen2, qwen3"):
+        HybridModel.from_teacher(
+            GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9)), StudentSpec()
+        )
+    with pytest.raises(UserError, match=r"\[7\]"):
+        HybridModel.from_teacher(teacher(), StudentSpec(attention_layers=(0, 7)))
+    with pytest.raises(UserError, match="all 3 layers"):
+        HybridModel.from_teacher(teacher(), StudentSpec(attention_layers=(0, 1, 2)))
+    with pytest.raises(UserError, match="k_norm|q_norm"):
+        HybridModel.from_teacher(teacher("qwen3", num_key_value_heads=4), StudentSpec(preset="x070"))
+
+
+def test_head_and_embedding_are_one_matrix_until_one_trains():
+    hybrid = HybridModel.from_teacher(teacher(), StudentSpec())
+    names = set(hybrid.canonical_parameters())
+    hybrid.set_trainable(["mixer"])
+    assert hybrid.teacher_tied and hybrid.tied
+    hybrid.set_trainable(["head"])
+    head, embedding = hybrid.lm.lm_head.weight, hybrid.lm.model.embed_tokens.weight
+    assert not hybrid.tied and torch.equal(head, embedding) and not embedding.requires_grad
+    assert set(hybrid.canonical_parameters()) == names
+    with torch.no_grad():
+        head.add_(1)
+    assert not torch.equal(head, embedding)
+
+
+@pytest.mark.parametrize("preset", ["cxa079", "hxa07a", "cxa076r"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_calibration_lowers_the_alignment_error(preset, family):
+    hybrid = HybridModel.from_teacher(teacher(family), StudentSpec(preset=preset))
+    batches = [packed([30, 14], rows=2), packed([5, 39], rows=2)]
+    _, before = teacher_power(hybrid, batches)
+    fits = calibrate(hybrid, batches)
+    _, after = teacher_power(hybrid, batches)
+    assert sorted(fits) == [0, 1, 2]
+    for fit in fits.values():
+        assert fit.error <= fit.error_before + 1e-6 and fit.error < 1
+    # heads are fitted before the output projection mixes them, so a single layer may gain little; all together must
+    # gain
+    assert sum(after.values()) < 0.9 * sum(before.values())
+
+
+def test_calibration_survives_a_dead_head():
+    model = teacher()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight[:16] = 0  # the first key/value head, which two heads read
+    hybrid = HybridModel.from_teacher(model, StudentSpec())
+    fit = calibrate(hybrid, [packed([30, 14])])[1]
+    assert fit.scale[:2] == [0, 0] and fit.bonus[:2] == [0, 0] and all(abs(x) > 0 for x in fit.scale[2:])
+    assert all(p.isfinite().all() for p in hybrid.parameters())
+
+
+def test_meta_device_makes_shapes_only():
+    with torch.device("meta"):
+        model = Qwen3ForCausalLM(teacher().config)
+    hybrid = HybridModel.from_teacher(model, StudentSpec())
+    assert all(p.is_meta for p in hybrid.parameters())
+    assert hybrid.set_trainable(["mixer"])["mixer.proj"] > 0
+
+
+def test_a_batch_without_targets_has_a_zero_loss_with_a_graph():
+    hybrid = HybridModel.from_teacher(teacher(), StudentSpec())
+    hybrid.set_trainable(["mixer", "head"])
+    batch = packed([1], rows=2)  # a document of one token predicts nothing
+    for step in (DistilStep(SameWeights()), SftStep()):
+        assert step.count(batch) == 0
+        loss, metrics = step(hybrid, batch)
+        assert loss.item() == 0 and "ce" in metrics
+        loss.backward()
+    assert not hybrid.lm.lm_head.weight.grad.any()

@@ -1,0 +1,205 @@
+"""Operations by formula against what PyTorch counts while it computes."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from rwkvinside.config.schema import StageConfig
+from rwkvinside.data.batch import Batch
+from rwkvinside.hybrid.adapters import AdapterSpec
+from rwkvinside.hybrid.assemble import Structure, apply
+from rwkvinside.hybrid.model import HybridModel, StudentSpec
+from rwkvinside.modeling import time_mixer
+from rwkvinside.planning import flops
+from rwkvinside.planning.devices import measured_flops, peak_flops
+from rwkvinside.planning.flops import training_flops
+
+ROWS, LENGTH = 2, 32
+SIZES = dict(
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    intermediate_size=48,
+    vocab_size=50,
+    tie_word_embeddings=False,
+)
+
+
+def teacher(layers=3):
+    torch.manual_seed(0)
+    return Qwen3ForCausalLM(Qwen3Config(**SIZES | {"num_hidden_layers": layers})).eval()
+
+
+def hybrid(train, kept=(), preset="cxa079", structure=None):
+    model = teacher() if preset != "x070" else LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+    student = HybridModel.from_teacher(model, StudentSpec(preset=preset, attention_layers=kept))
+    if structure is not None:
+        apply(student, structure)
+    student.set_trainable(train)
+    return student
+
+
+def stage(objective):
+    values = {
+        "objective": objective,
+        "tokens": 1000,
+        "train": ["mixer"],
+        "data": {"seq_len": LENGTH},
+        "batch": {"tokens": LENGTH},
+        "optim": {},
+    }
+    loss = {"distil": {}, "sft": {"kl": 0.0, "ce": 1.0}}
+    return StageConfig.model_validate(values | ({"loss": loss[objective]} if objective in loss else {}))
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """A function that counts what a step really multiplies, per token; the recurrence is left out, its backends differ
+    in what they do. Scores are counted over the whole square."""
+
+    def no_recurrence(r, log_decay, k, v, a, b, state=None, **options):
+        # depends on all inputs, as the recurrence does, without a product of matrices
+        v, a = (t.repeat_interleave(r.shape[2] // t.shape[2], 2) for t in (v, a))
+        return r * log_decay.exp() * k + a * b + v, state
+
+    monkeypatch.setattr(time_mixer, "wkv7", no_recurrence)
+
+    def count(student, step):
+        student.lm.set_attn_implementation("eager")
+        ids = torch.randint(0, 50, (ROWS, LENGTH))
+        ones = torch.ones_like(ids)
+        positions = torch.arange(LENGTH).expand(ROWS, -1)
+        batch = Batch(ids, ids, positions, ones.int(), tuple(range(ROWS)))
+        with FlopCounterMode(display=False) as counter:
+            step(student, batch).backward()
+        return counter.get_total_flops() / (ROWS * LENGTH)
+
+    return count
+
+
+def align(student, batch):
+    return sum(error for error, _ in student(batch, mode="align").values())
+
+
+def distil(student, batch, second=None):
+    """A forward of each side through its head, and a loss that multiplies no matrices."""
+    if second is None:
+        student(batch, mode="teacher", readout=lambda hidden, head: head(hidden))
+    else:
+        with torch.no_grad():
+            second(batch.input_ids)
+    return sft(student, batch)
+
+
+def sft(student, batch):
+    return student(batch, mode="student", readout=lambda hidden, head: head(hidden).logsumexp(-1).sum())
+
+
+def formula(student, objective, source, teacher=None):
+    found = training_flops(student, stage(objective), source, teacher)
+    square = 2 * LENGTH / (LENGTH + 1)
+    scores = found.forward.get("scores", 0) + found.backward.get("scores", 0)
+    recurrence = found.forward["recurrence"] + found.backward["recurrence"]
+    # of the teacher's operations the scores are the ones that are not whole matrices
+    layers = {"same": 3 - len(kept_of(student)) if objective == "align" else 3, "separate": 5}.get(source, 0)
+    of_teacher = layers * 4 * 4 * 16 * (LENGTH + 1) / 2
+    return found.total - recurrence + (square - 1) * (scores + of_teacher)
+
+
+def kept_of(student):
+    return [i for i in range(3) if i not in student.rwkv_layers]
+
+
+@pytest.mark.parametrize(
+    "train, kept",
+    [(["mixer"], ()), (["mixer"], (0,)), (["mixer.lora"], (0,)), (["mixer.proj"], ()), ([r".*\.1\..*output\..*"], ())],
+)
+def test_align(counted, train, kept):
+    student = hybrid(train, kept)
+    assert formula(student, "align", "same") == pytest.approx(counted(student, align))
+
+
+@pytest.mark.parametrize(
+    "train, kept",
+    [
+        (["mixer"], (1,)),
+        (["mixer"], (0, 2)),
+        ([".*"], (1,)),
+        (["mlp"], (0, 2)),
+        (["head"], (1,)),
+        (["norms"], (1,)),
+        (["embed"], (1,)),
+        ([r"model\.layers\.1\.mlp\..*"], (0, 2)),
+        ([r".*\.w1"], (0, 2)),
+        ([r".*\.receptance\.weight", "attention"], (1,)),
+    ],
+)
+def test_distil(counted, train, kept):
+    student = hybrid(train, kept)
+    assert formula(student, "distil", "same") == pytest.approx(counted(student, distil))
+
+
+@pytest.mark.parametrize("kind", ["lora", "miss"])
+def test_adapters_on_quantised_layers(counted, kind):
+    specs = (AdapterSpec(kind, ("mlp", "head"), 4), AdapterSpec("lora", (r".*\.layers\.0\..*output",), 4))
+    student = hybrid(["adapters"], (1,), structure=Structure(("mlp", "attention", "teacher"), adapters=specs))
+    found = training_flops(student, stage("distil"), "same")
+    assert found.forward["adapters"] > 0 and found.backward["mlp"] <= found.forward["mlp"]
+    assert formula(student, "distil", "same") == pytest.approx(counted(student, distil))
+    student.set_trainable([r".*\.layers\.0\..*output\.lora_.*", "mixer.lora"])  # the others are off in align
+    assert formula(student, "align", "same") == pytest.approx(counted(student, align))
+
+
+def test_bone_needs_the_gradient_of_the_whole_weight():
+    """Its small matrices change the weight itself: products that do not grow with tokens are not counted."""
+    student = hybrid(["adapters"], structure=Structure(adapters=(AdapterSpec("bone", ("mlp", "head"), 2),)))
+    found = training_flops(student, stage("sft"), None)
+    entry = 2 * 2 * 32 * 48  # up and gate of the first layer, in front of which nothing trains
+    assert found.backward["mlp"] == 2 * found.forward["mlp"] - entry
+    assert found.backward["head"] == 2 * found.forward["head"]
+    assert "adapters" not in found.forward
+
+
+def test_a_second_model_is_counted_as_what_it_is(counted):
+    student, second = hybrid([".*"]), teacher(layers=5)
+    student.release_teacher()
+    second.set_attn_implementation("eager")
+    step = partial(distil, second=second)
+    assert formula(student, "distil", "separate", second) == pytest.approx(counted(student, step))
+    assert formula(student, "sft", None) == pytest.approx(counted(student, sft))
+
+
+@pytest.mark.parametrize("shift", "wk")
+def test_the_stock_mixer(counted, shift):
+    student = hybrid([rf"model\.layers\.0\.self_attn\.x_{shift}"], preset="x070")
+    assert formula(student, "distil", "same") == pytest.approx(counted(student, distil))
+
+
+def test_frozen_weights_need_no_gradient_of_their_own():
+    all_of_it, mixers = (training_flops(hybrid(t), stage("sft"), None) for t in ([".*"], ["mixer"]))
+    assert mixers.forward == all_of_it.forward
+    assert mixers.backward["mlp"] == all_of_it.backward["mlp"] / 2 == mixers.forward["mlp"]
+    assert mixers.backward["recurrence"] == 2 * mixers.forward["recurrence"] == 2 * 3 * 8 * 4 * 16**2
+
+
+def test_peak_by_name(monkeypatch):
+    def peak(name, precision):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        return peak_flops(torch.device("cuda"), precision)
+
+    assert peak("NVIDIA H100 80GB HBM3", "bf16") == (989e12, "data sheet")
+    assert peak("NVIDIA H100 PCIe", "bf16") == (756e12, "data sheet")
+    assert peak("NVIDIA A100-SXM4-80GB", "fp32") == (19.5e12, "data sheet")
+    assert peak("NVIDIA L4", "bf16") == (121e12, "data sheet")
+    monkeypatch.setattr(flops, "measured_flops", lambda device, precision: 1.0)
+    assert peak("NVIDIA RTX A4000", "bf16") == (1.0, "measured")  # not an A40
+
+
+def test_peak_of_a_cpu_is_measured():
+    # a core does more than one product a nanosecond, no machine a hundred thousand
+    assert 1e9 < measured_flops(torch.device("cpu"), "fp32", seconds=0.02) < 1e14

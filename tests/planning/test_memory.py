@@ -1,0 +1,144 @@
+"""The memory that a plan predicts, beside what real runs take."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import byte_tokenizer, save_qwen3
+
+from rwkvinside import kernels
+from rwkvinside.config.load import load_config
+from rwkvinside.config.precision import device_and_precision
+from rwkvinside.hybrid import assemble as structure
+from rwkvinside.planning.devices import card_for
+from rwkvinside.planning.memory import Engine, Weights, Work, memory_of
+from rwkvinside.planning.stage_memory import second_teacher, stage_memory
+from rwkvinside.stages.prepare import meta_student, prepare_stage, stage_structure
+
+ROOT = Path(__file__).resolve().parents[2]
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """A teacher whose student has 57 million parameters, 217 MiB, and a little text."""
+    root = tmp_path_factory.mktemp("material")
+    save_qwen3(
+        root / "teacher",
+        byte_tokenizer(),
+        vocab_size=16384,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=1024,
+    )
+    (root / "train.jsonl").write_text((json.dumps({"text": "the quick brown fox jumps " * 20}) + "\n") * 5)
+    (root / "val.jsonl").write_text(json.dumps({"text": "over the lazy dog"}) + "\n")
+    return root
+
+
+def predicted(config):
+    """Bytes of the one stage of a run, in this process."""
+    (name,) = config.run
+    stage, model = config.stages[name], meta_student(config)
+    structure.apply(model, stage_structure(config, name))
+    source = prepare_stage(model, stage)
+    teacher = second_teacher(config, stage) if source == "separate" else None
+    return stage_memory(config, stage, model, source, teacher, *device_and_precision(config), ranks=1)
+
+
+BF16 = ["precision=bf16", "teacher.dtype=bfloat16"]
+NF4 = ["quantize.groups=[mlp,teacher]", "adapters=[{kind: lora, groups: [mlp], rank: 16}]"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+@pytest.mark.skipif(kernels.unavailable("native") is not None, reason="the counts are those of the native kernel")
+@pytest.mark.parametrize(
+    "name, rows, more",
+    [
+        ("align", 2, []),
+        ("align", 3, BF16),
+        ("distil", 1, []),
+        ("distil", 2, ["stages.distil.activation_checkpointing=true", "stages.distil.train=[mixer,mlp]"]),
+        ("distil", 2, [*NF4, "stages.distil.train=[mixer,adapters]", "stages.distil.optim.kind=adamw8bit"]),
+    ],
+)
+def test_predicted_memory_is_what_a_run_takes(material, tmp_path, name, rows, more):
+    fields = {"tokens": 512 * rows, "data.seq_len": 256, "batch.tokens": 256 * rows, "batch.micro_rows": rows}
+    overrides = [f"run=[{name}]", "data.val_tokens=100", *(f"stages.{name}.{k}={v}" for k, v in fields.items()), *more]
+    paths = {"teacher": material / "teacher", "data": material / "train.jsonl", "val": material / "val.jsonl"}
+    argv = [*(f"--{key}={path}" for key, path in paths.items()), f"--out={tmp_path / 'run'}", *overrides]
+    result = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "tests" / "helpers" / "memory_worker.py"),
+            *argv,
+            f"data.cache_dir={tmp_path / 'cache'}",
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    found = json.loads(result.stdout.splitlines()[-1])
+    measured = found["peak"] - found["before"]
+    memory = predicted(load_config(teacher=str(paths["teacher"]), out=str(tmp_path / "run"), overrides=overrides))
+    assert memory.peak == pytest.approx(measured, rel=0.2), (
+        f"predicted {memory.peak / MIB:.0f} MiB, measured {measured / MIB:.0f} MiB: "
+        f"{ {part: round(size / MIB) for part, size in memory.device.items()} }"
+    )
+    print(f"\n{name} {more}: predicted {memory.peak / MIB:.0f} MiB, measured {measured / MIB:.0f} MiB")
+
+
+# A student of a hundred parameters, ten of which train; every term of the formula by hand.
+WEIGHTS = Weights(trainable=10, others=180, parameters=100, cast=10, whole=20, unpacked=0, head=0)
+
+
+def device_of(cpu=False, work=None, **engine):
+    return memory_of(WEIGHTS, work or Work(tokens=0), Engine(launched=True, **engine), cpu=cpu).device
+
+
+def test_zero_shares_what_it_says():
+    assert device_of(zero=0, ranks=2) == {"weights": 220, "optimizer": 80, "gradients": 40}
+    assert device_of(zero=1, ranks=2) == {"weights": 220, "masters": 20, "optimizer": 40, "gradients": 40}
+    assert device_of(zero=2, ranks=2) == {"weights": 220, "masters": 20, "optimizer": 40, "gradients": 20 + 40}
+    assert device_of(zero=3, ranks=2)["weights"] == 110 + 20
+    bf16 = device_of(zero=1, ranks=2, bf16=True, bf16_weights=True)
+    assert bf16 == {"weights": 200, "masters": 20, "optimizer": 40, "gradients": 20 + 20}
+
+
+def test_offloading_moves_to_the_host():
+    kept = memory_of(WEIGHTS, Work(tokens=0), Engine(True, zero=3, ranks=2), cpu=False)
+    engine = Engine(True, zero=3, ranks=2, offload_optimizer=True, offload_parameters=True)
+    moved = memory_of(WEIGHTS, Work(tokens=0), engine, cpu=False)
+    assert not {"optimizer", "masters"} & set(moved.device) and moved.device["weights"] == WEIGHTS.whole
+    assert moved.host - kept.host == 40 + 20 + 110
+    on_cpu = memory_of(WEIGHTS, Work(tokens=0), engine, cpu=True)
+    assert on_cpu.device == kept.device and on_cpu.host == 0
+
+
+def test_gradients_and_activations_are_there_together_only_with_several_micro_batches():
+    many = Work(tokens=1, kept=[100, 100], micro_batches=2)
+    assert {**device_of(work=many), "weights": 0} == {
+        **{"weights": 0, "optimizer": 80},
+        **{"gradients": 40, "activations": 200},
+    }
+    one = Work(tokens=1, kept=[100, 100])
+    assert "gradients" not in device_of(work=one) and device_of(work=one)["activations"] == 200
+
+
+def test_layers_that_are_recomputed_keep_no_bf16_copies_under_zero_3():
+    many = dict(ranks=2, bf16=True, work=Work(tokens=1, kept=[100], inputs=1))
+    assert device_of(zero=2, **many)["bf16 copies"] == 20
+    assert device_of(zero=3, **many)["bf16 copies"] == WEIGHTS.whole // 2
+
+
+def test_cards():
+    assert [card_for(size * 10**9) for size in (1, 6.9, 22.9, 23, 78, 500)] == [8, 8, 24, 32, 80, None]

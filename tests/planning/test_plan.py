@@ -1,0 +1,127 @@
+"""Plans: every shipped recipe with every variant, and what a plan says of quantisation, adapters, ranks and memory."""
+
+import json
+from importlib.resources import files
+
+import pytest
+from tiny import save_configuration
+
+from rwkvinside.config.load import load_config
+from rwkvinside.config.teacher_lookup import recipes, variants
+from rwkvinside.errors import UserError
+from rwkvinside.planning import plan
+from rwkvinside.planning.devices import CARDS
+from rwkvinside.planning.plan import plan_text
+
+VARIANTS = ("attention-freeze", "multi-card", "one-card", "quantised", "small-machine")
+GPU = ["device=cuda", "precision=bf16"]
+LARGEST = {"Qwen3-0.6B": 24}  # GB of the card that one-card needs at most; the others 80
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    return save_configuration(tmp_path / "tiny", intermediate_size=64)
+
+
+def planned(teacher, *overrides, variant=(), ranks=1, stages=None):
+    return plan_text(load_config(teacher=teacher, variant=variant, overrides=overrides), stages, ranks)
+
+
+def test_variants_are_found_as_package_data():
+    assert tuple(variants()) == VARIANTS
+    shipped = {entry.name for entry in (files("rwkvinside.recipes") / "variants").iterdir()}
+    assert shipped == {f"{name}.yaml" for name in VARIANTS}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(recipes()))
+def test_every_recipe_plans_with_every_variant(name):
+    for variant in VARIANTS:
+        text = planned(name, *GPU, variant=[variant], ranks=8 if variant == "multi-card" else 1)
+        stages = ["calibrate", *(["align_lora"] if variant == "attention-freeze" else []), "align", "distil"]
+        assert [line.split(":")[0].split(" ")[0] for line in text.split("\n\n")[1:]] == stages
+        cards = [int(line.split()[-2]) for line in text.splitlines() if "fits a GPU of" in line]
+        assert set(cards) <= set(CARDS)
+        if variant == "one-card":
+            assert len(cards) == len(stages) and max(cards) <= LARGEST.get(name, 80), text
+        if variant == "multi-card":
+            assert len(cards) == len(stages) and max(cards) <= 80, text
+            assert '"zero_optimization"' in text
+        if variant in ("quantised", "small-machine"):
+            assert "linear layers in nf4" in text and "LoRA" in text and "adamw8bit" in text
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_recipe_as_a_file_is_the_recipe_by_name(variant):
+    for name in recipes():
+        with (files("rwkvinside.recipes") / f"{name}.yaml").open() as file:
+            by_file = load_config([file.name], variant=[variant])
+        assert by_file == load_config(teacher=name, variant=[variant])
+
+
+def test_variants_stand_between_the_recipe_and_what_is_given(tmp_path, teacher):
+    one = load_config(teacher="Qwen3-8B", variant=["one-card"])
+    assert one.stages["distil"].train == ["mixer", "adapters"]  # what the recipe says of the variant
+    assert one.stages["distil"].optim.kind == "adamw8bit"  # the variant
+    assert load_config(teacher="Qwen3-4B", variant=["one-card"]).stages["distil"].train == [".*"]
+    file = tmp_path / "own.yaml"
+    file.write_text("variant: [quantised, attention-freeze]\nstages: {distil: {batch: {micro_rows: 3}}}\n")
+    both = load_config([file], teacher=teacher)
+    assert both.run == ["calibrate", "align_lora", "align", "distil"] and both.quantize.groups == ["mlp", "teacher"]
+    assert both.stages["distil"].batch.micro_rows == 3
+    assert load_config(teacher=teacher, overrides=["variant=quantised"]).quantize.groups == ["mlp", "teacher"]
+    with pytest.raises(UserError) as caught:
+        load_config(teacher=teacher, variant=["onecard"])
+    assert caught.value.cause == "variant 'onecard' is not known; did you mean one-card?"
+
+
+def test_attention_freeze_trains_what_is_new_first(teacher):
+    text = planned(teacher, variant=["attention-freeze"])
+    first = text[text.index("\nalign_lora") : text.index("\nalign:")]
+    rows = {line.split()[0]: "trains" in line for line in first.splitlines() if line.startswith("  mixer.")}
+    assert rows == {"mixer.proj": False, "mixer.lora": True}
+
+
+def test_ranks_show_what_deepspeed_is_given(teacher):
+    text = planned(teacher, "deepspeed.zero_stage=2", ranks=2)
+    (settings,) = [line.split("deepspeed ")[1] for line in text.splitlines() if line.startswith("  deepspeed")][:1]
+    assert json.loads(settings)["zero_optimization"]["stage"] == 2
+    assert "  deepspeed" not in planned(teacher)
+
+
+def test_a_stage_that_there_is_not(teacher):
+    with pytest.raises(UserError, match="there is no stage 'distill'"):
+        planned(teacher, stages=["distill"])
+
+
+def test_a_tied_head_counts_once(teacher):
+    lines = planned(teacher).splitlines()
+    copied = lines[1].split(": ")[1].split(" copied from the teacher")[0]
+    assert lines[0].endswith(f", {copied} parameters")
+
+
+def test_calibration_counts_what_is_quantised(teacher):
+    text = planned(teacher, "quantize.groups=[mlp]", "stages.distil.train=[mixer]", stages=["calibrate"])
+    assert f"  {'mlp':<12}{'24.58 K':>12}  frozen in nf4\n" in text
+
+
+def test_the_loss_and_its_teacher_are_named(teacher):
+    more = ["stages.distil.loss={divergence: js, top_k: 8, ce: 0.1, temperature: 2}"]
+    more += ["stages.distil.teacher_model.quantize=int8", "stages.distil.teacher=separate"]
+    text = planned(teacher, *more, stages=["distil"])
+    assert "1 Jensen-Shannon of its 8 likeliest tokens + 0.1 cross-entropy at temperature 2" in text
+    assert "teacher   a second model of the same weights, in int8" in text
+
+
+def test_what_does_not_fit_is_said(teacher, monkeypatch):
+    machine = type("Memory", (), {"total": 2**20})
+    monkeypatch.setattr(plan.psutil, "virtual_memory", lambda: machine)
+    assert "DOES NOT FIT: this machine has 1 MiB" in planned(teacher)
+    machine.total = 2**40
+    assert "DOES NOT FIT" not in planned(teacher)
+
+
+def test_a_missing_logger_is_refused(teacher, monkeypatch):
+    monkeypatch.setattr("rwkvinside.training.loggers.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="wandb is not installed"):
+        planned(teacher, "loggers=[wandb]")

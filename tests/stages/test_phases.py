@@ -1,0 +1,166 @@
+"""Phases, learning-rate groups and the table of what trains, on a tiny student."""
+
+import pytest
+import torch
+from pydantic import ValidationError
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from rwkvinside.config.schema import StageConfig
+from rwkvinside.conversion.build import make_schedule
+from rwkvinside.errors import UserError
+from rwkvinside.hybrid.model import HybridModel, StudentSpec
+from rwkvinside.planning.training_table import training_table
+from rwkvinside.stages.param_groups import joined, rate_groups
+from rwkvinside.stages.phases import phases
+from rwkvinside.stages.prepare import prepare_stage
+from rwkvinside.support.text import short_count
+from rwkvinside.training.schedule import Budget
+
+
+def make_stage(train=("mixer.lora",), unfreeze=(), rates=None, **changes):
+    values = {
+        "objective": "distil",
+        "tokens": 1000,
+        "train": list(train),
+        "unfreeze": [{"at_tokens": tokens, "train": patterns} for tokens, patterns in unfreeze],
+        "data": {"seq_len": 10},
+        "batch": {"tokens": 20},
+        "optim": {"lr": 1e-3, "lr_rest": 1e-4, "lr_final": 1e-5, "warmup_steps": 4, "rates": rates or {}},
+        "loss": {},
+    }
+    return StageConfig.model_validate(values | changes)
+
+
+@pytest.fixture(scope="module")
+def student():
+    sizes = dict(
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=48,
+        vocab_size=50,
+    )
+    with torch.device("meta"):
+        teacher = Qwen3ForCausalLM(Qwen3Config(**sizes))
+    return HybridModel.from_teacher(teacher, StudentSpec(attention_layers=(2,)))
+
+
+def test_one_phase_where_nothing_unfreezes():
+    (phase,) = phases(make_stage())
+    assert (phase.index, phase.first, phase.until, phase.train) == (0, 0, 50, ("mixer.lora",))
+
+
+def test_phases_are_cut_at_steps():
+    unfreeze = [(401, ["mlp"]), (100, ["mixer.proj"]), (409, ["norms", "mlp"])]
+    found = phases(make_stage(unfreeze=unfreeze))
+    # steps have 20 tokens: 100 is where step 6 begins; 401 and 409 lie in step 21, so both join with step 22
+    assert [(p.first, p.until, p.tokens) for p in found] == [(0, 5, 0), (5, 21, 100), (21, 50, 401)]
+    assert found[1].train == ("mixer.lora", "mixer.proj")
+    assert found[2].train == ("mixer.lora", "mixer.proj", "mlp", "norms")
+
+
+def test_unfreezing_at_the_end_is_refused():
+    assert phases(make_stage(unfreeze=[(980, ["mlp"])]))[1].first == 49
+    with pytest.raises(ValidationError, match="at_tokens 981 is after 980"):
+        make_stage(unfreeze=[(981, ["mlp"])])
+    with pytest.raises(ValidationError, match="leave out optim, train and unfreeze"):
+        make_stage([], [(1, ["mlp"])], objective="calibrate", optim=None, loss=None)
+
+
+def test_rates_and_when_they_begin(student):
+    rates = {r".*\.w[012]": 3e-3, "mixer.lora": 2e-3, "norms": 5e-5}
+    stage = make_stage(["mixer.lora", "head"], [(100, ["mixer.proj"]), (400, ["mlp", "norms"])], rates)
+    first, second, third = phases(stage)
+    student.set_trainable(first.train)
+    assert list(rate_groups(student, stage, first)) == [r".*\.w[012]", "mixer.lora", "rest"]
+    groups = rate_groups(student, stage, third)
+    assert {name: (g.rate, g.first) for name, g in groups.items()} == {
+        r".*\.w[012]": (3e-3, 0),
+        "mixer.lora": (2e-3, 0),
+        "rest": (1e-4, 0),
+        "mixer@100": (1e-3, 5),
+        "norms@400": (5e-5, 20),
+        "rest@400": (1e-4, 20),
+    }
+    assert set(groups["rest"].parameters) == {"lm_head.weight"}
+    assert "model.layers.1.self_attn.w1" in groups[r".*\.w[012]"].parameters
+    assert set(groups["norms@400"].parameters) == student.matching("norms")
+    # what trains is what stands in the groups, each parameter once
+    for phase in (first, second, third):
+        prepare_stage(student, stage, phase.train)
+        names = [n for g in rate_groups(student, stage, phase).values() for n in g.parameters]
+        trained = {n for n, p in student.canonical_parameters().items() if p.requires_grad}
+        assert len(names) == len(set(names)) and set(names) == trained
+    assert joined(student, stage, first) == set()
+    assert joined(student, stage, second) == student.matching("mixer.proj")
+    assert joined(student, stage, third) == student.matching("mlp") | student.matching("norms")
+
+
+def test_a_group_that_joins_has_a_warm_up_of_its_own(student):
+    stage = make_stage(unfreeze=[(100, ["mlp"])])
+    schedule = make_schedule(stage, phases(stage)[1], student)
+    budget = Budget(1000, 20, 10)
+    full = schedule.rates(50, budget)  # decays from the start to the end
+    assert set(full) == {"mixer", "rest@100"}
+    at = {step: schedule.rates(step, budget) for step in (6, 7, 9, 10)}
+    constant = {step: at[step]["mixer"] / 1e-3 for step in at}  # what the decay leaves of the rate
+    for step, part in ((6, 1 / 4), (7, 2 / 4), (9, 1), (10, 1)):
+        rest = 1e-5 + (1e-4 - 1e-5) * (constant[step] - 1e-2) / (1 - 1e-2)
+        assert at[step]["rest@100"] == pytest.approx(part * rest)
+    assert at[6]["mixer"] > at[7]["mixer"] > 0.9e-3
+
+
+@pytest.mark.parametrize(
+    "rates, said",
+    [
+        ({"attention": 1e-3}, "'attention' sets the rate of nothing that the stage trains"),
+        ({"mixer": 1e-3, "mixer.lora": 1e-3}, "'mixer.lora' sets the rate of nothing"),
+        ({"nonsense": 1e-3}, "'nonsense' matches no parameter"),
+        ({"(": 1e-3}, r"is not a regular expression"),
+    ],
+)
+def test_rates_of_nothing_are_refused(student, rates, said):
+    stage = make_stage(rates=rates)
+    with pytest.raises(UserError, match=said.replace("(", r"\(")):
+        rate_groups(student, stage, phases(stage)[0])
+
+
+def test_rates_may_wait_for_what_joins_later(student):
+    stage = make_stage(unfreeze=[(100, ["mlp"])], rates={"mlp": 1e-6})
+    assert list(rate_groups(student, stage, phases(stage)[0])) == ["mixer"]
+    assert rate_groups(student, stage, phases(stage)[1])["mlp@100"].rate == 1e-6
+
+
+def test_unfreezing_what_trains_already_is_refused(student):
+    stage = make_stage(["mixer"], [(100, ["mixer.lora"])])
+    with pytest.raises(UserError, match="what joins after 100 tokens trains already"):
+        rate_groups(student, stage, phases(stage)[0])
+
+
+def test_the_table(student):
+    stage = make_stage(["mixer.lora", r"model\.layers\.0\.mlp\..*"], [(400, ["mlp"])], {"mlp": 1e-5})
+    table = {line.split()[0]: line for line in training_table(student, stage, phases(stage)[0])}
+    counts = {group: all for group, _, all in student.group_table()}
+    assert set(table) == {"group", *counts}
+    assert table["mixer.lora"].split()[-2:] == ["0.001", "trains"]
+    assert table["attention"].split()[-2:] == table["mixer.proj"].split()[-2:] == ["-", "frozen"]
+    third = counts["mlp"] // 3
+    assert table["mlp"].split(maxsplit=4)[3:] == [
+        "1e-05",
+        f"{third / 1e3:.4g} K trains, {2 * third / 1e3:.4g} K joins after 400 tokens",
+    ]
+    later = training_table(student, stage, phases(stage)[1])
+    assert [line.split()[-2:] for line in later if line.startswith("mlp")] == [["1e-05", "trains"]]
+
+
+def test_short_counts():
+    assert [short_count(n) for n in (7, 4096, 600_000, 2_500_000, 10**7, 10**9)] == [
+        "7",
+        "4096",
+        "600k",
+        "2500k",
+        "10M",
+        "1B",
+    ]

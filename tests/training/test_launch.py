@@ -1,0 +1,108 @@
+"""Hostfiles, the hosts in them, and the start on several machines; `ssh` is a script that lets some hosts in."""
+
+import os
+import sys
+
+import pytest
+
+import train_distill
+from rwkvinside.errors import UserError
+from rwkvinside.training.launch import check_hosts, launch, read_hostfile
+
+
+@pytest.fixture
+def ssh(tmp_path, monkeypatch):
+    """Lets hosts called good... in; says what ssh says of the others."""
+    script = tmp_path / "bin" / "ssh"
+    script.parent.mkdir()
+    script.write_text(
+        '#!/bin/sh\nshift 4\ncase "$1 $2" in "good"*" true") exit 0;; esac\n'
+        'echo "ssh: connect to host $1 port 22: No route to host" >&2\nexit 255\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{script.parent}{os.pathsep}{os.environ['PATH']}")
+
+
+def test_a_hostfile_is_read(tmp_path):
+    file = tmp_path / "hosts"
+    file.write_text("# ours\nworker-1 slots=8\n\nworker-2   slots=4  # the old one\n")
+    assert read_hostfile(file) == {"worker-1": 8, "worker-2": 4}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "names no host"),
+        ("worker-1 slots=0\n", "line 1: 'worker-1 slots=0'"),
+        ("a slots=1\nb\n", "line 2: 'b'"),
+        ("a slots=1\na slots=2\n", "line 2: a stands there twice"),
+    ],
+)
+def test_other_files_are_refused(tmp_path, text, said):
+    file = tmp_path / "hosts"
+    file.write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_hostfile(file)
+    assert str(file) in caught.value.cause and said in caught.value.cause
+    with pytest.raises(UserError, match="cannot be read"):
+        read_hostfile(tmp_path / "nothing")
+
+
+def test_hosts_that_do_not_answer_are_named(ssh):
+    check_hosts({"good-1": 8, "good-2": 8})
+    check_hosts({"far": 8})  # alone: the launcher needs no ssh
+    with pytest.raises(UserError) as caught:
+        check_hosts({"good-1": 8, "far": 8, "farther": 8})
+    assert caught.value.cause.startswith("2 of 3 hosts cannot be reached: far, farther (far: ssh: connect")
+    assert "No route to host" in caught.value.cause and "\n" not in caught.value.cause
+
+
+def test_real_ssh_says_why(tmp_path):
+    with pytest.raises(UserError, match="nowhere.invalid"):
+        check_hosts({"nowhere.invalid": 1, "nowhere-else.invalid": 1})
+
+
+def test_the_command_checks_then_becomes_the_launcher(tmp_path, ssh, monkeypatch, capsys):
+    file, started = tmp_path / "hosts", []
+    monkeypatch.setattr(os, "execv", lambda path, command: started.append(command) or sys.exit(0))
+    arguments = ["--hostfile", str(file), "--teacher", "Qwen3-0.6B", "--data", str(tmp_path), "run=[align]"]
+    file.write_text("good-1 slots=8\nfar slots=8\n")
+    assert train_distill.main(arguments) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 2 and "far" in error[0] and "hostfile" in error[1] and not started
+    file.write_text("good-1 slots=8\ngood-2 slots=8\n")
+    with pytest.raises(SystemExit):
+        train_distill.main(arguments)
+    (command,) = started
+    assert command[1:5] == ["-m", "deepspeed.launcher.runner", "--hostfile", str(file)]
+    assert command[5].endswith("train_distill.py") and command[6:] == arguments
+
+
+def test_a_plan_for_the_hosts_starts_nothing(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "hosts"
+    file.write_text("far slots=8\nfarther slots=8\n")
+    monkeypatch.setattr(os, "execv", None)
+    arguments = ["--hostfile", str(file), "--teacher", "Qwen3-0.6B", "--dry-run", "--stage", "align"]
+    assert train_distill.main(arguments) == 0
+    assert "16 ranks" in capsys.readouterr().out
+
+
+def test_arguments_reach_the_launcher_unchanged(monkeypatch):
+    seen = []
+    monkeypatch.setattr(os, "execv", lambda path, command: seen.append((path, command)))
+    launch("hosts", ["train_distill.py", "a b", "c=[d]"])
+    assert seen == [
+        (
+            sys.executable,
+            [
+                sys.executable,
+                "-m",
+                "deepspeed.launcher.runner",
+                "--hostfile",
+                "hosts",
+                "train_distill.py",
+                "a b",
+                "c=[d]",
+            ],
+        )
+    ]
