@@ -69,8 +69,8 @@ setup(
         "safetensors>=0.6",
         "huggingface_hub>=2.0,<3",
         "deepspeed>=0.19.8,<0.20",
-        "peft>=0.21,<0.22",  # adapters; how it marks quantised layers differs between minor versions
-        "bitsandbytes>=0.50",  # quantised frozen weights, 8-bit optimisers
+        "peft>=0.21,<0.22",  # adapters; how it marks quantized layers differs between minor versions
+        "bitsandbytes>=0.50",  # quantized frozen weights, 8-bit optimizers
         "accelerate>=1.10",  # needed by peft and by transformers' loading
         "datasets>=5.0,<6",
         "pyarrow>=20",

@@ -1,4 +1,4 @@
-"""Convert a teacher: calibrate, align, distil. Runs alone or under a launcher (deepspeed, torchrun).
+"""Convert a teacher: calibrate, align, distill. Runs alone or under a launcher (deepspeed, torchrun).
 
 python train_distill.py --teacher DIR --data train.jsonl --val val.jsonl --out RUN stages.align.tokens=600k
 deepspeed train_distill.py --teacher Qwen3-14B

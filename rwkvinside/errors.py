@@ -9,19 +9,19 @@ from collections.abc import Callable
 
 
 class UserError(Exception):
-    """Bad input or configuration: one line of cause, one line of cure; the command exits with 2.
+    """Bad input or configuration: one line of cause and one of advice; the command exits with 2.
 
     Args:
         cause: what was given and what is wrong with it, with the value.
-        cure: what is allowed or what to do; may be empty when the cause says it already.
+        hint: what is allowed or what to do; may be empty when the cause says it already.
     """
 
     exit_code = 2
 
-    def __init__(self, cause: str, cure: str = ""):
-        super().__init__(cause if not cure else f"{cause}\n{cure}")
+    def __init__(self, cause: str, hint: str = ""):
+        super().__init__(cause if not hint else f"{cause}\n{hint}")
         self.cause = cause
-        self.cure = cure
+        self.hint = hint
 
 
 class VerificationError(UserError):
@@ -37,7 +37,7 @@ class Interrupted(UserError):
 
 
 def report_errors(main: Callable[..., int]) -> Callable[..., int]:
-    """A main function whose `UserError` becomes a line of cause and a line of cure on stderr, and its exit code.
+    """A main function whose `UserError` becomes a line of cause and a line of advice on stderr, and its exit code.
 
     Under a launcher, which sets RANK, only the first process speaks: all have found the same.
     """
@@ -49,8 +49,8 @@ def report_errors(main: Callable[..., int]) -> Callable[..., int]:
         except UserError as error:
             if os.environ.get("RANK", "0") == "0":
                 print(f"error: {error.cause}", file=sys.stderr)
-                if error.cure:
-                    print(error.cure, file=sys.stderr)
+                if error.hint:
+                    print(error.hint, file=sys.stderr)
             return error.exit_code
 
     return reporting

@@ -13,15 +13,15 @@ from torch import Tensor
 
 
 @functools.cache
-def unavailable(backend: str) -> str | None:
+def why_unavailable(backend: str) -> str | None:
     """Why a backend cannot run on this machine, with what to install; None when it can.
 
     The first question about "native" may compile it, once, into the user's cache.
     """
     if backend == "native":
-        from .native import unavailable
+        from .native import why_unavailable
 
-        return unavailable()
+        return why_unavailable()
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed: pip install triton"
     if _interpreted():
@@ -43,7 +43,7 @@ def instructions() -> str:
     return load().wkv7_instructions().decode()
 
 
-def unfit(backend: str, device: str, dtype: torch.dtype, head_size: int) -> str | None:
+def why_unsupported(backend: str, device: str, dtype: torch.dtype, head_size: int) -> str | None:
     """Why a backend does not take tensors of this device type, dtype and head size, on any machine; None if it does."""
     if dtype == torch.float64:
         return "it computes in fp32 and was given float64"

@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from ..data.batch import Batch
-from ..hybrid.calibration import teacher_power
+from ..hybrid.calibration import teacher_norms
 from ..hybrid.model import HybridModel, StudentSpec
 from ..modeling.wkv7 import BACKENDS
-from ..stages.steps import AlignStep, DistilStep
-from ..teacher.signals import SeparateTeacher, TeacherModel
+from ..stages.steps import AlignStep, DistillStep
+from ..teacher.signals import OnlineTeacher, TeacherModel
 
 
 def training_speed(
@@ -34,16 +34,16 @@ def training_speed(
     backends: Sequence[str] = ("auto",),
     seed: int = 0,
 ) -> dict:
-    """Tokens per second of one optimiser step (forward, backward, clip, AdamW) in fp32 on the CPU or the first GPU.
+    """Tokens per second of one optimizer step (forward, backward, clip, AdamW) in fp32 on the CPU or the first GPU.
 
     Args:
         load_teacher: makes a new causal language model in fp32, each time with the same weights.
         rows, seq_len: the batch, rows x seq_len random tokens, one document a row.
         repeats: steps of each kind; they take turns, so that what else the machine does hits all alike.
-        backends: of the recurrence, see `wkv7`; align and distil are measured with each.
+        backends: of the recurrence, see `wkv7`; align and distill are measured with each.
 
     Returns:
-        {"tokens_per_second": {"finetune", "align BACKEND", "distil BACKEND": median}, "rows", "seq_len", "device",
+        {"tokens_per_second": {"finetune", "align BACKEND", "distill BACKEND": median}, "rows", "seq_len", "device",
         "threads"}.
     """
     torch.manual_seed(seed)
@@ -62,14 +62,14 @@ def training_speed(
     for backend in backends:
         spec = StudentSpec(backend=backend)
         aligned = HybridModel.from_teacher(load(), spec).to(device)
-        align = AlignStep(teacher_power(aligned, [batch])[0])
+        align = AlignStep(teacher_norms(aligned, [batch])[0])
         aligned.set_trainable(["mixer"])
         distilled = HybridModel.from_teacher(load(), spec).to(device)
         distilled.set_trainable(["mixer", "mlp", "norms", "embed", "head"])
         distilled.release_teacher()
-        distil = DistilStep(SeparateTeacher(TeacherModel(load())))
+        distill = DistillStep(OnlineTeacher(TeacherModel(load())))
         kinds[f"align {backend}"] = _stepper(aligned, partial(_loss, align, aligned, batch, batch.num_tokens))
-        kinds[f"distil {backend}"] = _stepper(distilled, partial(_loss, distil, distilled, batch, batch.num_targets))
+        kinds[f"distill {backend}"] = _stepper(distilled, partial(_loss, distill, distilled, batch, batch.num_targets))
     times: dict[str, list[float]] = {name: [] for name in kinds}
     for repeat in range(repeats + 1):
         for name, step in kinds.items():
@@ -85,7 +85,7 @@ def training_speed(
     return {"tokens_per_second": speed} | about
 
 
-def _loss(step: AlignStep | DistilStep, model: HybridModel, batch: Batch, count: int) -> torch.Tensor:
+def _loss(step: AlignStep | DistillStep, model: HybridModel, batch: Batch, count: int) -> torch.Tensor:
     return step(model, batch)[0] / count
 
 

@@ -1,4 +1,4 @@
-"""`rwkvinside data inspect` and `rwkvinside data pack`: look at data before training on it, tokenise it for good."""
+"""`rwkvinside data inspect` and `rwkvinside data pack`: look at data before training on it, tokenize it for good."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def main(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     demo = Demo(args.out, QUICK if args.quick else FULL, Console(highlight=False))
     result = demo.run()
-    gap = result["stages"]["distil"]["ce"] - result["stages"]["distil"]["ce_teacher"]
+    gap = result["stages"]["distill"]["ce"] - result["stages"]["distill"]["ce_teacher"]
     if not args.quick and gap > MAX_CE_GAP:
         raise VerificationError(f"the student's cross entropy is {gap:.3f} nats above its teacher's, not {MAX_CE_GAP}")
     return 0

@@ -73,6 +73,6 @@ def _backends() -> list[tuple[str, str]]:
 
 
 def _kernel(backend: str) -> str:
-    if reason := kernels.unavailable(backend):
+    if reason := kernels.why_unavailable(backend):
         return f"chunked PyTorch, several times slower than the {backend} kernel: {reason}"
     return f"the {backend} kernel" + (f" with {kernels.instructions()} code" if backend == "native" else "")

@@ -25,10 +25,12 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `rwkvinside eval`."""
     parser.add_argument("student", type=Path, metavar="DIR_OR_RUN", help="exported model or run directory")
     parser.add_argument("--teacher", metavar="DIR", help="directory or hub id (default: the one a run names)")
-    parser.add_argument("--data", action="append", required=True, metavar="FILE", help="texts to judge; may repeat")
+    parser.add_argument(
+        "--data", action="append", required=True, metavar="FILE", help="texts to evaluate on; may repeat"
+    )
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the numbers here")
     parser.add_argument("--png", type=Path, metavar="OUT", help="write perplexity and KL by position here")
-    parser.add_argument("--max-documents", type=_positive, metavar="N", help="judge the first N documents only")
+    parser.add_argument("--max-documents", type=_positive, metavar="N", help="evaluate the first N documents only")
     parser.add_argument(
         "--max-length", type=_positive, metavar="N", help=f"tokens judged of a document (default: at most {LONGEST})"
     )

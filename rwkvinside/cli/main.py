@@ -81,7 +81,7 @@ def _group(
 def _bench(argv: Sequence[str]) -> int:
     about = {
         "wkv7": "the recurrence: our kernels beside others and attention",
-        "training": "align and distil beside plain fine-tuning of the same teacher",
+        "training": "align and distill beside plain fine-tuning of the same teacher",
         "head": "memory and time of the distillation loss, all logits at once beside a chunk at a time",
     }
     parser, parsers = _group("bench", "Speed, measured side by side.", about)
@@ -100,7 +100,7 @@ def _bench(argv: Sequence[str]) -> int:
 def _data(argv: Sequence[str]) -> int:
     about = {
         "inspect": "what is in data: kinds, lengths, padding, masks, ids out of range, samples",
-        "pack": "tokenise data once, into a directory that can be trained on",
+        "pack": "tokenize data once, into a directory that can be trained on",
         "logits": "the teacher's likeliest tokens for the rows of a stage, for teacher: cache",
     }
     parser, parsers = _group("data", "Data: look at it, pack it, write down what a teacher makes of it.", about)
@@ -133,7 +133,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "config": (_config, "show the configuration that results, list all fields"),
     "doctor": (_doctor, "what this machine and installation offer"),
     "eval": (_eval, "compare a student with its teacher on text"),
-    "data": (_data, "look at data, tokenise it for good, store the teacher's logits"),
+    "data": (_data, "look at data, tokenize it for good, store the teacher's logits"),
     "report": (_report, "plots of a run"),
     "bench": (_bench, "speed of the kernels, and of training beside plain fine-tuning"),
     "demo": (_demo, "the whole path on this machine, from a tiny teacher to a hybrid that generates"),

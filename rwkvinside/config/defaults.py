@@ -9,14 +9,14 @@ from __future__ import annotations
 SMALL = 1024  # narrower teachers are for laptops: short rows, small steps, budgets in minutes
 
 # The stages that every configuration knows, and the objective each of them has.
-STAGES = {"calibrate": "calibrate", "align": "align", "distil": "distil", "long": "distil", "sft": "sft"}
-RUN = ("calibrate", "align", "distil")
+STAGES = {"calibrate": "calibrate", "align": "align", "distill": "distill", "long": "distill", "sft": "sft"}
+RUN = ("calibrate", "align", "distill")
 
 
 def learning_rates(stage: str, objective: str, width: int) -> dict[str, float]:
     """Learning rates as {"lr": mixers, "lr_rest": everything else, "lr_final": where both end}.
 
-    The published rates, 1e-3 to align and 1e-4 to distil, belong to widths around 4096; what was not replaced learns
+    The published rates, 1e-3 to align and 1e-4 to distill, belong to widths around 4096; what was not replaced learns
     at a tenth of it. Narrower models take larger ones: 1e-3 (4096 / D)^0.67 and 1e-4 (4096 / D)^0.72 pass through
     these and through the rates found for D = 64 (docs/benchmarks.md), 1.6e-2 and 2e-3.
     """
@@ -34,7 +34,7 @@ def stage_defaults(stage: str, objective: str, width: int, max_positions: int) -
 
     Args:
         stage: its name; only "long" differs from what its objective says.
-        objective: calibrate, align, distil or sft.
+        objective: calibrate, align, distill or sft.
         width: the teacher's hidden size.
         max_positions: the longest context the teacher was made for, which caps seq_len.
     """
@@ -43,7 +43,7 @@ def stage_defaults(stage: str, objective: str, width: int, max_positions: int) -
     tokens, seq_len, step_tokens = {
         "calibrate": ("4k", 512, 4096) if small else ("16k", 2048, 16384),
         "align": ("2M", 512, 4096) if small else ("320M", 512, 16384),
-        "distil": ("2M", 512, 4096) if small else ("1B", 4096, 131072),
+        "distill": ("2M", 512, 4096) if small else ("1B", 4096, 131072),
         "long": ("1M", 1024, 16384) if small else ("100M", 16384, 1572864),
         "sft": ("1M", 512, 4096) if small else ("20M", 4096, 131072),
     }[kind]
@@ -56,7 +56,7 @@ def stage_defaults(stage: str, objective: str, width: int, max_positions: int) -
     if objective != "calibrate":
         values["train"] = ["mixer"] if objective == "align" else [".*"]
         values["optim"] = {"decay": _decay(kind, small)}
-    if objective == "distil":
+    if objective == "distill":
         values["loss"] = {"kl": 1.0, "ce": 0.1 if stage == "long" else 0.0}
     elif objective == "sft":
         values["loss"] = {"kl": 0.0, "ce": 1.0}

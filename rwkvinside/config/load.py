@@ -21,7 +21,7 @@ from ..errors import UserError
 from .defaults import RUN, STAGES, learning_rates, stage_defaults, warmup_steps
 from .schema import Config, StageConfig
 from .show import inner_model
-from .teacher_lookup import Teacher, find_teacher, variants
+from .teacher_lookup import TeacherInfo, find_teacher, variants
 
 DEFAULT_DATA = "hub:HuggingFaceFW/fineweb-edu:sample-10BT"  # for teachers from the hub when no data is named
 
@@ -46,7 +46,7 @@ def load_config(
     Args:
         files: YAML files, later ones beat earlier ones.
         teacher: name of a recipe, local directory or hub id.
-        variant: names of shipped variants (one-card, quantised, ...), later ones beat earlier ones.
+        variant: names of shipped variants (one-card, quantized, ...), later ones beat earlier ones.
         data, val, out: the fields data.train, data.val and out.
         deepspeed: JSON file with a configuration of DeepSpeed's own, the field deepspeed.config.
         stage: one that is to run whether `run` names it or not; the teacher need not fit stages that do not run.
@@ -79,7 +79,7 @@ def load_config(
     return _complete(_validate(merged, found, refused, stage), found)
 
 
-def _find(given: dict) -> Teacher:
+def _find(given: dict) -> TeacherInfo:
     teacher = _mapping(given.get("teacher"))
     path, fields = teacher.get("path"), teacher.get("config")
     if not isinstance(path, str):
@@ -109,7 +109,7 @@ def _variants(names: object, own: object) -> list[dict]:
     return layers
 
 
-def _with_stage_defaults(given: object, found: Teacher) -> tuple[dict, dict[tuple[str, ...], str]]:
+def _with_stage_defaults(given: object, found: TeacherInfo) -> tuple[dict, dict[tuple[str, ...], str]]:
     """Settings of all known and given stages over their defaults; {location: problem} of those that get no defaults."""
     problems: dict[tuple[str, ...], str] = {}
     if given is not None and not isinstance(given, dict):
@@ -133,7 +133,7 @@ def _with_stage_defaults(given: object, found: Teacher) -> tuple[dict, dict[tupl
     return stages, problems
 
 
-def _validate(merged: dict, found: Teacher, refused: dict[tuple[str, ...], str], stage: str | None) -> Config:
+def _validate(merged: dict, found: TeacherInfo, refused: dict[tuple[str, ...], str], stage: str | None) -> Config:
     problems = list(refused.values())
 
     def read(model: type[BaseModel], values: object, *at: str, **context: int | None) -> BaseModel | None:
@@ -162,7 +162,7 @@ def _validate(merged: dict, found: Teacher, refused: dict[tuple[str, ...], str],
     return config
 
 
-def _complete(config: Config, found: Teacher) -> Config:
+def _complete(config: Config, found: TeacherInfo) -> Config:
     """Fill in what follows from other fields: learning rates and warm-up."""
     stages = {name: _complete_stage(name, stage, found.hidden_size) for name, stage in config.stages.items()}
     return config.model_copy(update={"stages": stages})

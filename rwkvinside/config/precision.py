@@ -28,6 +28,6 @@ def teacher_dtype(config: Config, device: str, precision: str) -> torch.dtype:
 
 
 def frozen_dtype(config: Config, device: str, precision: str) -> torch.dtype:
-    """Type of the frozen weights that are not quantised, once a model is complete: training in fp32 computes in fp32,
-    whatever the teacher was loaded in before its layers were quantised."""
+    """Type of the frozen weights that are not quantized, once a model is complete: training in fp32 computes in fp32,
+    whatever the teacher was loaded in before its layers were quantized."""
     return torch.float32 if precision == "fp32" else teacher_dtype(config, device, precision)

@@ -36,10 +36,10 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0)]
 
 
-Weights = list[Annotated[float, Field(gt=0)]]
+MixtureWeights = list[Annotated[float, Field(gt=0)]]
 
 
-def _check_weights(train: list[str], weights: Weights | None) -> None:
+def _check_weights(train: list[str], weights: MixtureWeights | None) -> None:
     if weights is not None and len(weights) != len(train):
         raise _problem("has {} weights for {} sources in train; give one for each", len(weights), len(train))
 
@@ -107,11 +107,11 @@ class StudentConfig(_Model):
 
 class QuantizeConfig(_Model):
     groups: list[str] = Field(
-        [], description="Frozen linear layers to quantise: mlp, attention, teacher, mixer.proj, head; or expressions."
+        [], description="Frozen linear layers to quantize: mlp, attention, teacher, mixer.proj, head; or expressions."
     )
-    format: Literal["nf4", "fp4", "int8"] = Field("nf4", description="Type of the quantised weights (bitsandbytes).")
-    double: bool = Field(True, description="Quantise the scales of nf4 and fp4 too.")
-    block: Literal[32, 64, 128] = Field(64, description="Weights of nf4 and fp4 that share a scale.")
+    format: Literal["nf4", "fp4", "int8"] = Field("nf4", description="Type of the quantized weights (bitsandbytes).")
+    double: bool = Field(True, description="Quantize the scales of nf4 and fp4 too.")
+    block: Literal[32, 64, 128] = Field(64, description="MixtureWeights of nf4 and fp4 that share a scale.")
     rounding: Literal["nearest", "inputs"] = Field(
         "nearest",
         description="To the nearest value, or, nf4 and fp4, as suits the inputs of layers (GPTQ, GPTAQ).",
@@ -137,10 +137,10 @@ class DataConfig(_Model):
     train: list[str] = Field(
         [], description="Files, directories, packed or .idx data, or hub:NAME[:config] to train on."
     )
-    weights: Weights | None = Field(
+    weights: MixtureWeights | None = Field(
         None, description="Share of the tokens of each entry of train; null: every document once an epoch."
     )
-    stream: bool = Field(False, description="Read and tokenise train while training runs, block by block.")
+    stream: bool = Field(False, description="Read and tokenize train while training runs, block by block.")
     block_tokens: Count = Field(
         4_000_000, description="Tokens of a streamed block, in which documents are shuffled; a chunk more at most."
     )
@@ -149,7 +149,7 @@ class DataConfig(_Model):
         0.01, description="Part of the training documents, chosen by their hash, kept for validation when val is empty."
     )
     val_tokens: Count = Field(100_000, description="At most this many validation tokens are read.")
-    cache_dir: str | None = Field(None, description="Where tokenised data is kept; null: the user's cache directory.")
+    cache_dir: str | None = Field(None, description="Where tokenized data is kept; null: the user's cache directory.")
     text_column: str = Field("text", description="Field or column that holds a document's text.")
     rotate_options: bool = Field(
         True, description="Every multiple-choice question once with each rotation of its options; false: as it stands."
@@ -169,7 +169,7 @@ class DataConfig(_Model):
 class StageData(_Model):
     seq_len: Annotated[int, Field(ge=2)] = Field(description="Tokens of a row.")
     train: list[str] | None = Field(None, description="Data of this stage alone; null: data.train.")
-    weights: Weights | None = Field(None, description="As data.weights, for this stage's own train.")
+    weights: MixtureWeights | None = Field(None, description="As data.weights, for this stage's own train.")
     loss_on: Literal["completions", "all"] = Field(
         "completions", description="Of conversations and prompts with completions; all: every token is a target."
     )
@@ -189,7 +189,7 @@ class StageData(_Model):
 
 
 class BatchConfig(_Model):
-    tokens: Count = Field(description="Tokens of an optimiser step over all ranks.")
+    tokens: Count = Field(description="Tokens of an optimizer step over all ranks.")
     micro_rows: Positive | None = Field(None, description="Rows that run at a time on a rank; null: about 4096 tokens.")
 
 
@@ -252,18 +252,18 @@ class UnfreezeConfig(_Model):
 class TeacherModelConfig(_Model):
     path: str | None = Field(None, description="Local directory or hub id; null: the model that is converted.")
     revision: str | None = Field(None, description="Branch, tag or commit of the hub repository.")
-    quantize: Literal["nf4", "fp4", "int8"] | None = Field(None, description="Quantise its linear layers.")
+    quantize: Literal["nf4", "fp4", "int8"] | None = Field(None, description="Quantize its linear layers.")
     shard: bool = Field(False, description="Shard its weights over the ranks (ZeRO-3 inference; needs a launcher).")
 
 
 class StageConfig(_Model):
-    objective: Literal["calibrate", "align", "distil", "sft"] = Field(description="What the stage minimises.")
+    objective: Literal["calibrate", "align", "distill", "sft"] = Field(description="What the stage minimizes.")
     tokens: Count = Field(description="Tokens to train on.")
     train: list[str] = Field([], description="Groups of parameters, or regular expressions over their names.")
     data: StageData = Field(description="Rows of this stage.")
     batch: BatchConfig = Field(description="Size of a step.")
-    optim: OptimConfig | None = Field(None, description="Optimiser; calibrate has none.")
-    loss: LossConfig | None = Field(None, description="Loss; of distil and sft only.")
+    optim: OptimConfig | None = Field(None, description="Optimizer; calibrate has none.")
+    loss: LossConfig | None = Field(None, description="Loss; of distill and sft only.")
     teacher: Literal["auto", "same", "separate", "cache"] = Field(
         "auto",
         description="The student's frozen weights, a second model, or logits on disk; auto: same where it is exact.",
@@ -274,7 +274,7 @@ class StageConfig(_Model):
     teacher_cache: str | None = Field(
         None, description="For teacher: cache: directory that `rwkvinside data logits` wrote."
     )
-    quantize: list[str] | None = Field(None, description="What this stage quantises; null: quantize.groups.")
+    quantize: list[str] | None = Field(None, description="What this stage quantizes; null: quantize.groups.")
     unfreeze: list[UnfreezeConfig] = Field([], description="What starts to train later in the stage.")
     activation_checkpointing: bool = Field(False, description="Recompute activations in the backward.")
     evaluate_every_tokens: Count | None = Field(None, description="Evaluate this often; null: at the end of the stage.")
@@ -294,12 +294,12 @@ class StageConfig(_Model):
             raise _problem("unfreeze.at_tokens {} is after {}, where the last step begins", late[0], last)
         if self.objective in ("calibrate", "align") and self.loss is not None:
             raise _problem("objective {} has a fixed loss: leave out loss", self.objective)
-        if self.objective in ("distil", "sft") and self.loss is None:
+        if self.objective in ("distill", "sft") and self.loss is None:
             raise _problem("loss is null; leave it out for the defaults")
-        if self.objective == "distil" and not self.loss.kl:
+        if self.objective == "distill" and not self.loss.kl:
             raise _problem("loss.kl must be positive; objective sft trains without a teacher")
         if self.objective == "sft" and (self.loss.kl or self.loss.ce != 1):
-            raise _problem("objective sft has loss.kl 0 and loss.ce 1; objective distil mixes both")
+            raise _problem("objective sft has loss.kl 0 and loss.ce 1; objective distill mixes both")
         if self.objective == "sft" and self.loss != LossConfig(kl=0, ce=1, chunk_tokens=self.loss.chunk_tokens):
             raise _problem("objective sft has no divergence: leave out loss.divergence, loss.top_k, loss.temperature")
         self._check_teacher()
@@ -307,8 +307,8 @@ class StageConfig(_Model):
 
     def _check_teacher(self) -> None:
         second = self.teacher_model != TeacherModelConfig()
-        if self.objective != "distil" and (self.teacher != "auto" or second or self.teacher_cache):
-            raise _problem("only objective distil has a choice of teacher: leave out teacher, teacher_model and cache")
+        if self.objective != "distill" and (self.teacher != "auto" or second or self.teacher_cache):
+            raise _problem("only objective distill has a choice of teacher: leave out teacher, teacher_model and cache")
         if self.teacher == "same" and second:
             raise _problem("teacher same is the student itself: leave out teacher_model")
         if self.teacher == "cache" and not self.teacher_cache:
@@ -318,17 +318,17 @@ class StageConfig(_Model):
 
     @property
     def rows(self) -> int:
-        """Rows of an optimiser step."""
+        """Rows of an optimizer step."""
         return self.batch.tokens // self.data.seq_len
 
     @property
     def steps(self) -> int:
-        """Optimiser steps of the stage."""
+        """Optimizer steps of the stage."""
         return -(-self.tokens // (self.rows * self.data.seq_len))
 
 
 class CheckpointConfig(_Model):
-    every_steps: Positive = Field(500, description="Optimiser steps between checkpoints.")
+    every_steps: Positive = Field(500, description="Optimizer steps between checkpoints.")
     keep: Positive = Field(2, description="Checkpoints of a stage that stay on disk.")
     on_disk_full: Literal["stop", "continue"] = Field(
         "stop", description="When a checkpoint does not fit on the disk: stop the run, or go on to the next try."
@@ -337,9 +337,9 @@ class CheckpointConfig(_Model):
 
 class DeepSpeedConfig(_Model):
     zero_stage: Literal[0, 1, 2, 3] = Field(
-        1, description="ZeRO shards: 0 nothing, 1 optimiser states, 2 gradients too, 3 parameters too."
+        1, description="ZeRO shards: 0 nothing, 1 optimizer states, 2 gradients too, 3 parameters too."
     )
-    offload_optimizer: bool = Field(False, description="Keep optimiser states in CPU memory.")
+    offload_optimizer: bool = Field(False, description="Keep optimizer states in CPU memory.")
     offload_parameters: bool = Field(False, description="ZeRO 3: keep parameters in CPU memory.")
     bf16_weights: bool = Field(
         False, description="In bf16: DeepSpeed's own bf16 weights with fp32 masters; false: fp32 weights, autocast."
@@ -357,7 +357,7 @@ class Config(_Model):
     run: list[str] = Field(description="Stages to run, in order; each starts from the last one's result.")
     stages: dict[str, StageConfig] = Field(description="Settings by stage name; own names need an objective.")
     out: str = Field(description="Run directory; must be new or empty unless resumed.")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of initialisation and data order.")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of initialization and data order.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train; auto: cuda when there is one.")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="Arithmetic; bf16 keeps fp32 masters; auto: bf16 on cuda, fp32 on CPU."
@@ -367,7 +367,7 @@ class Config(_Model):
     loggers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
         [], description="Where metrics go beside metrics.jsonl; each is an extra of the installation."
     )
-    log_every: Positive = Field(10, description="Optimiser steps between lines on the console.")
+    log_every: Positive = Field(10, description="Optimizer steps between lines on the console.")
 
     @field_validator("run")
     @classmethod

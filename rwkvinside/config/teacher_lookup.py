@@ -20,7 +20,7 @@ SUPPORTED = ("llama", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
-class Teacher:
+class TeacherInfo:
     """A teacher before it is loaded.
 
     Attributes:
@@ -66,7 +66,7 @@ def _shipped(*folder: str) -> dict[str, dict]:
     }
 
 
-def find_teacher(given: str, *, revision: str | None = None, fields: dict | None = None) -> Teacher:
+def find_teacher(given: str, *, revision: str | None = None, fields: dict | None = None) -> TeacherInfo:
     """Resolve what the user called the teacher.
 
     Args:
@@ -120,7 +120,7 @@ def _read(file: Path) -> dict:
     return fields
 
 
-def _teacher(path: str, recipe: dict, fields: dict, local: bool) -> Teacher:
+def _teacher(path: str, recipe: dict, fields: dict, local: bool) -> TeacherInfo:
     model_type = fields.get("model_type")
     if model_type not in SUPPORTED:
         raise UserError(
@@ -134,4 +134,4 @@ def _teacher(path: str, recipe: dict, fields: dict, local: bool) -> Teacher:
             raise UserError(
                 f"teacher {path}: its configuration has {name} = {value!r}", "it must be a positive integer"
             )
-    return Teacher(path, recipe, model_type, *values, local=local)
+    return TeacherInfo(path, recipe, model_type, *values, local=local)

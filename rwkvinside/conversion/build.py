@@ -15,24 +15,24 @@ from ..data.batch import Batch
 from ..errors import UserError
 from ..evaluate.quality import Scores
 from ..hybrid.adapters import adapter_directory, is_adapter, write_peft
-from ..hybrid.assemble import adapters_of, assemble, fixed_tensors
+from ..hybrid.assemble import adapters_of, assemble, frozen_weights_of
 from ..hybrid.model import HybridModel
 from ..losses.distillation import Objective
 from ..planning.flops import training_flops
 from ..stages.param_groups import rate_groups
 from ..stages.phases import Phase
-from ..stages.prepare import optimizer_settings, stage_structure, student_spec, zero_settings
+from ..stages.prepare import optimizer_settings, stage_layers, student_spec, zero_settings
 from ..stages.rows import Rows
-from ..stages.steps import AlignStep, DistilStep, SftStep
+from ..stages.steps import AlignStep, DistillStep, SftStep
 from ..teacher.build import cached_teacher, separate_teacher
 from ..teacher.load import load_teacher
-from ..teacher.signals import CachedLogits, SameWeights, SeparateTeacher, Teacher
+from ..teacher.signals import OfflineTeacher, OnlineTeacher, SelfTeacher, Teacher
 from ..training.batching import step_shape
 from ..training.deepspeed_engine import DeepSpeedEngine
-from ..training.frozen_weights import fixed_digest, read_fixed, write_fixed
+from ..training.frozen_weights import frozen_weights_digest, read_frozen_weights, write_frozen_weights
 from ..training.gradient_watch import GradientWatch
-from ..training.local_engine import InProcessEngine
-from ..training.process_group import World
+from ..training.local_engine import LocalEngine
+from ..training.process_group import Distributed
 from ..training.protocols import Step
 from ..training.schedule import Schedule
 
@@ -50,32 +50,32 @@ def make_student(
     """The student at the start of a stage, on the CPU.
 
     Args:
-        name: of the stage, which says what is quantised.
+        name: of the stage, which says what is quantized.
         dtype: of the teacher's weights when they are loaded; mixers and all that was trained are fp32, with precision
-            fp32 all that is not quantised.
+            fp32 all that is not quantized.
         before: the student's tensors after the stage before; None at the start of a conversion.
-        directory: of the stage; what it quantised when it began is read from there.
-        device, text: with what to quantise otherwise, see `structure.assemble`.
+        directory: of the stage; what it quantized when it began is read from there.
+        device, text: with what to quantize otherwise, see `structure.assemble`.
         earlier: directory of the stage before; None at the start of a conversion.
     """
     torch.manual_seed(config.seed)
     lm = _load(config, dtype)
-    structure = stage_structure(config, name)
-    fixed, kept = read_fixed(directory), earlier and read_fixed(earlier)
-    student = assemble(lm, student_spec(config), structure, before, fixed, device, text, kept)
+    structure = stage_layers(config, name)
+    frozen_weights, kept = read_frozen_weights(directory), earlier and read_frozen_weights(earlier)
+    student = assemble(lm, student_spec(config), structure, before, frozen_weights, device, text, kept)
     return student.float() if device_and_precision(config)[1] == "fp32" else student
 
 
-def keep_fixed(student: HybridModel, directory: Path) -> None:
-    """Write down what a stage has quantised, if that was not done before; for one process, before anything trains."""
-    tensors = fixed_tensors(student)
-    if tensors and fixed_digest(directory) is None:
-        write_fixed(directory, tensors)
+def save_frozen_weights(student: HybridModel, directory: Path) -> None:
+    """Write down what a stage has quantized, if that was not done before; for one process, before anything trains."""
+    tensors = frozen_weights_of(student)
+    if tensors and frozen_weights_digest(directory) is None:
+        write_frozen_weights(directory, tensors)
 
 
 def structure_settings(config: Config, name: str, directory: Path) -> dict:
-    """JSON values that a resumed stage must share, so that its adapters and quantised weights mean the same."""
-    return {"adapters": _adapter_settings(config, name), "frozen": fixed_digest(directory)}
+    """JSON values that a resumed stage must share, so that its adapters and quantized weights mean the same."""
+    return {"adapters": _adapter_settings(config, name), "frozen": frozen_weights_digest(directory)}
 
 
 def check_adapters(config: Config, name: str, state: Mapping) -> None:
@@ -94,7 +94,7 @@ def check_adapters(config: Config, name: str, state: Mapping) -> None:
 
 
 def _adapter_settings(config: Config, name: str) -> list[dict]:
-    return [spec.to_dict() for spec in stage_structure(config, name).adapters]
+    return [spec.to_dict() for spec in stage_layers(config, name).adapters]
 
 
 def write_adapters(config: Config, name: str, student: HybridModel, tensors: Mapping[str, Tensor], run: Path) -> None:
@@ -105,7 +105,7 @@ def write_adapters(config: Config, name: str, student: HybridModel, tensors: Map
         tensors: of the stage's last checkpoint.
         run: directory of the stage.
     """
-    for i, (spec, own) in enumerate(adapters_of(student, stage_structure(config, name), tensors)):
+    for i, (spec, own) in enumerate(adapters_of(student, stage_layers(config, name), tensors)):
         write_peft(run / adapter_directory(i), spec, own)
 
 
@@ -129,7 +129,7 @@ def make_teacher(
     student: HybridModel,
     rows: Rows,
     tokenizer: PreTrainedTokenizerBase,
-    world: World,
+    world: Distributed,
     dtype: torch.dtype,
     launched: bool,
 ) -> Teacher | None:
@@ -142,16 +142,16 @@ def make_teacher(
         None when no exact one is at hand.
     """
     if source == "same":
-        return SameWeights()
+        return SelfTeacher()
     student.release_teacher()
     if source == "cache":
         return cached_teacher(config, name, tokenizer, rows)
     return separate_teacher(config, config.stages[name], world, dtype, launched) if source == "separate" else None
 
 
-def judging(teacher: Teacher | None) -> Teacher | None:
+def evaluation_teacher(teacher: Teacher | None) -> Teacher | None:
     """The teacher that an evaluation can ask: one on disk knows nothing but the rows of its stage."""
-    return None if isinstance(teacher, CachedLogits) else teacher
+    return None if isinstance(teacher, OfflineTeacher) else teacher
 
 
 def make_step(
@@ -160,7 +160,7 @@ def make_step(
     """The objective of a stage.
 
     Args:
-        teacher: of distil.
+        teacher: of distill.
         power: of align: mean squared norm of the teacher's attention output by layer.
     """
     step = _objective(stage, student, teacher, power)
@@ -176,7 +176,7 @@ def _objective(stage, student, teacher, power) -> Step:
     objective = Objective(**stage.loss.model_dump())
     if stage.objective == "sft":
         return SftStep(objective)
-    return DistilStep(teacher, objective)
+    return DistillStep(teacher, objective)
 
 
 def make_engine(
@@ -184,15 +184,15 @@ def make_engine(
     stage: StageConfig,
     phase: Phase,
     student: HybridModel,
-    world: World,
+    world: Distributed,
     precision: str,
     launched: bool,
-) -> InProcessEngine | DeepSpeedEngine:
+) -> LocalEngine | DeepSpeedEngine:
     """The engine of a phase of a stage, with an optimizer over what `prepare_stage` has made trainable."""
     groups = {name: group.parameters for name, group in rate_groups(student, stage, phase).items()}
     settings = optimizer_settings(stage)
     if not launched:
-        return InProcessEngine(student, groups, settings, world, precision)
+        return LocalEngine(student, groups, settings, world, precision)
     return DeepSpeedEngine(
         student, groups, settings, world, precision, zero_settings(config), step_shape(stage, world.size)
     )
@@ -200,8 +200,8 @@ def make_engine(
 
 def work_of(stage: StageConfig, student: HybridModel, teacher: Teacher | None) -> float:
     """Operations for a token of a stage with what `prepare_stage` has made trainable; asked before an engine is."""
-    source = "same" if isinstance(teacher, SameWeights) else None
-    second = teacher.module if isinstance(teacher, SeparateTeacher) else None
+    source = "same" if isinstance(teacher, SelfTeacher) else None
+    second = teacher.module if isinstance(teacher, OnlineTeacher) else None
     return training_flops(student, stage, source, second).total
 
 

@@ -24,19 +24,19 @@ from ..config.schema import Config
 from ..data.batch import Batch
 from ..data.sources import missing_sources, tokens_of
 from ..errors import UserError
-from ..evaluate.in_training import judge, share
-from ..hybrid.calibration import calibrate, teacher_power
+from ..evaluate.in_training import evaluate_student, share
+from ..hybrid.calibration import calibrate, teacher_norms
 from ..hybrid.model import HybridModel
 from ..hybrid.quantized_linear import relative_error
-from ..modeling.wkv7 import refusal
+from ..modeling.wkv7 import why_unavailable
 from ..planning.devices import peak_flops
 from ..planning.plan import plan_text, stage_order
 from ..planning.training_table import training_table
 from ..runs.directory import RunDirectory
 from ..stages.param_groups import joined
 from ..stages.phases import Phase, phases
-from ..stages.prepare import meta_student, prepare_stage, stage_structure
-from ..stages.rows import Rows, judged_batches, leading_text, report, rows_of, sample
+from ..stages.prepare import meta_student, prepare_stage, stage_layers
+from ..stages.rows import Rows, leading_text, report, rows_of, sample, validation_batches
 from ..support.process_memory import return_freed_memory
 from ..support.text import rounded_count
 from ..teacher.load import load_tokenizer
@@ -44,25 +44,25 @@ from ..teacher.logits_check import check_teacher
 from ..teacher.signals import Teacher
 from ..training.batching import MICRO_TOKENS, micro_rows
 from ..training.checkpoint import Checkpoint, Checkpointer
-from ..training.deepspeed_engine import launched_world
-from ..training.frozen_weights import fixed_digest
+from ..training.deepspeed_engine import join_process_group
+from ..training.frozen_weights import frozen_weights_digest
 from ..training.loggers import Loggers
 from ..training.metrics import Console, MetricsWriter
 from ..training.precision import precision_context
-from ..training.process_group import World
-from ..training.schedule import Budget
+from ..training.process_group import Distributed
+from ..training.schedule import StageLength
 from ..training.trainer import Trainer
 from .build import (
     check_adapters,
+    evaluation_teacher,
     fingerprint,
-    judging,
-    keep_fixed,
     make_engine,
     make_schedule,
     make_step,
     make_student,
     make_teacher,
     numbers,
+    save_frozen_weights,
     structure_settings,
     work_of,
     write_adapters,
@@ -106,9 +106,9 @@ def train(
     shapes = meta_student(config)
     return_freed_memory(sum(p.numel() for p in shapes.parameters()))
     backend = config.student.backend
-    if backend != "auto" and (reason := refusal(backend, device, torch.float32, shapes.mixer_config.head_size)):
+    if backend != "auto" and (reason := why_unavailable(backend, device, torch.float32, shapes.mixer_config.head_size)):
         raise UserError(f"student.backend {backend} cannot run: {reason}", "use student.backend=auto")
-    world = launched_world() if launched else World(device)
+    world = join_process_group() if launched else Distributed(device)
     loggers = Loggers(config.loggers if world.is_main else (), directory.path, config.model_dump(mode="json"))
     try:
         plan = plan_text(config, [stage] if stage else None, ranks=world.size)
@@ -137,7 +137,7 @@ class _Run:
 
     config: Config
     directory: RunDirectory
-    world: World
+    world: Distributed
     precision: str
     launched: bool
     tokenizer: PreTrainedTokenizerBase
@@ -185,14 +185,14 @@ def _run_stage(run: _Run, name: str, resume_from: str | None) -> None:
     if world.is_main:
         run.directory.note({"data": run.directory.conversion().get("data", {}) | {name: read}})
     run.say("\n".join([f"{name}: {lines[0]}", *lines[1:]]))
-    given = _Given(rows, judged_batches(val, lm.max_position_embeddings), tokens.fingerprint)
+    given = _Given(rows, validation_batches(val, lm.max_position_embeddings), tokens.fingerprint)
     *_, last = parts = phases(stage)
     for phase in parts:
         if checkpoint is None or checkpoint.step < phase.until or phase is last:
             evaluation = _run_phase(run, name, phase, given, checkpoint, before)
             checkpoint = None if phase is last else checkpointer.load()
     if world.is_main:
-        if stage_structure(config, name).adapters:
+        if stage_layers(config, name).adapters:
             write_adapters(config, name, run.shapes, checkpointer.load().tensors(), run.directory.stage(name))
         run.directory.note({}, finished=name, evaluation=evaluation)
     world.barrier()
@@ -228,20 +228,20 @@ def _run_phase(
     if start is not None:
         check_adapters(config, name, start.state)
 
-    # the first process writes what it quantises, the others read it
-    fixed = stage_structure(config, name).has_fixed_tensors
-    reads = fixed and not world.is_main and fixed_digest(folder) is None
+    # the first process writes what it quantizes, the others read it
+    has_frozen = stage_layers(config, name).has_frozen_weights
+    reads = has_frozen and not world.is_main and frozen_weights_digest(folder) is None
     if reads:
         world.barrier()
     text = partial(leading_text, given.rows, ROUNDING_TOKENS)
     earlier = before and run.directory.stage(before)
     student = make_student(config, name, run.dtype, start and start.tensors(), folder, world.device, text, earlier)
     if world.is_main:
-        keep_fixed(student, folder)
+        save_frozen_weights(student, folder)
     if not reads:
         world.barrier()
     if quantized := student.quantized.values():
-        run.say(f"{name}: quantised weights differ from the original ones by {100 * relative_error(quantized):.2g} %")
+        run.say(f"{name}: quantized weights differ from the original ones by {100 * relative_error(quantized):.2g} %")
     source = prepare_stage(student, stage, phase.train)
     teacher = make_teacher(config, name, source, student, given.rows, run.tokenizer, world, run.dtype, run.launched)
     try:
@@ -279,7 +279,7 @@ def _calibrate(run: _Run, name: str, student: HybridModel, teacher: Teacher | No
 
         def evaluate(step: int) -> dict:
             with precision_context(run.precision, device):
-                found = numbers(judge(student, teacher, given.judged, device), teacher)
+                found = numbers(evaluate_student(student, teacher, given.judged, device), teacher)
             row = {"kind": "eval", "stage": name, "step": step, "tokens": step * tokens, **found, "time": time.time()}
             metrics.write(row)
             console.evaluation(row)
@@ -334,14 +334,16 @@ def _train(
     if world.is_main:
         peak, origin = run.peak
         run.say(f"{rounded_count(round(work))} operations a token; MFU is of {peak / 1e12:.3g} TFLOP/s ({origin})")
-    budget = Budget(stage.tokens, stage.batch.tokens, stage.data.seq_len)
+    budget = StageLength(stage.tokens, stage.batch.tokens, stage.data.seq_len)
     own = share(given.judged, world.rank, world.size)
     last: dict = {}
 
     def evaluate(done: int) -> dict:
         with engine.autocast():
-            scores = judge(engine.module, judging(teacher), own, world.device, world.all_reduce_sum)
-        last.update(numbers(scores, judging(teacher)))
+            scores = evaluate_student(
+                engine.module, evaluation_teacher(teacher), own, world.device, world.all_reduce_sum
+            )
+        last.update(numbers(scores, evaluation_teacher(teacher)))
         return dict(last)
 
     engine = make_engine(config, stage, phase, student, world, run.precision, run.launched)
@@ -351,7 +353,7 @@ def _train(
             with engine.autocast():
                 together = max(1, MICRO_TOKENS // stage.data.seq_len)  # without gradients more rows fit than in a step
                 batches = sample(given.rows, POWER_TOKENS, together, world.device)
-                power, _ = teacher_power(engine.module, batches)
+                power, _ = teacher_norms(engine.module, batches)
         trainer = Trainer(
             engine,
             make_step(stage, student, teacher, power),

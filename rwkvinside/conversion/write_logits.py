@@ -26,17 +26,17 @@ from ..teacher.build import separate_teacher
 from ..teacher.load import load_tokenizer
 from ..teacher.logits_check import cache_identity, check_tokenizer, data_hash, shared_vocab
 from ..teacher.logits_store import SHARD_BYTES, LogitsWriter, position_bytes, row_digests
-from ..teacher.signals import SeparateTeacher
+from ..teacher.signals import OnlineTeacher
 from ..training.batching import micro_rows
 from ..training.metrics import Console
 from ..training.precision import precision_context
-from ..training.process_group import World
+from ..training.process_group import Distributed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `rwkvinside data logits`."""
     add_config_arguments(parser, out="where to write them; default: the stage's teacher_cache")
-    parser.add_argument("--stage", default="distil", metavar="NAME", help="whose rows these are (default: distil)")
+    parser.add_argument("--stage", default="distill", metavar="NAME", help="whose rows these are (default: distill)")
     parser.add_argument("--k", type=int, default=64, help="tokens of each position (default: 64)")
 
 
@@ -45,8 +45,8 @@ def main(args: argparse.Namespace) -> int:
     config = config_from(args, args.stage)
     out = args.out or _stage(config, args.stage).teacher_cache
     if out is None:
-        cure = f"name a directory with --out, or stages.{args.stage}.teacher_cache"
-        raise UserError("nowhere to write the logits to", cure)
+        hint = f"name a directory with --out, or stages.{args.stage}.teacher_cache"
+        raise UserError("nowhere to write the logits to", hint)
     write_logits(config, args.stage, Path(out), args.k)
     return 0
 
@@ -66,7 +66,7 @@ def write_logits(config: Config, name: str, out: Path, k: int, shard_bytes: int 
     device, precision = device_and_precision(config)
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device is cuda, but PyTorch finds no CUDA device", "use device=cpu, or see rwkvinside doctor")
-    world, tokenizer = World(device), load_tokenizer(config)
+    world, tokenizer = Distributed(device), load_tokenizer(config)
     check_tokenizer(config, stage, tokenizer)
     teacher = separate_teacher(config, stage, world, teacher_dtype(config, device, precision), launched=False)
     vocab = shared_vocab(config, stage)
@@ -106,9 +106,9 @@ def write_logits(config: Config, name: str, out: Path, k: int, shard_bytes: int 
 
 def _stage(config: Config, name: str) -> StageConfig:
     stage = config.stages.get(name)
-    if stage is None or stage.objective != "distil":
-        distil = [other for other, its in config.stages.items() if its.objective == "distil"]
-        raise UserError(f"{name!r} is no stage with objective distil", f"those are: {', '.join(distil)}")
+    if stage is None or stage.objective != "distill":
+        distill = [other for other, its in config.stages.items() if its.objective == "distill"]
+        raise UserError(f"{name!r} is no stage with objective distill", f"those are: {', '.join(distill)}")
     return stage
 
 
@@ -147,7 +147,7 @@ class _Progress:
 
 
 def _shard(
-    teacher: SeparateTeacher,
+    teacher: OnlineTeacher,
     rows: Rows,
     part: range,
     size: int,
@@ -170,7 +170,7 @@ def _shard(
 
 
 def _top(
-    teacher: SeparateTeacher, batch: Batch, vocab: int, k: int, temperature: float
+    teacher: OnlineTeacher, batch: Batch, vocab: int, k: int, temperature: float
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """ids (n, k) and log-probabilities (n, k + 1) of the positions with a label, chunk by chunk."""
     with teacher.targets(None, batch).open() as chunk:

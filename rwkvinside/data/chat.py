@@ -15,7 +15,7 @@ _STAND_IN = "@@the-answer@@"
 def encode_conversation(
     tokenizer, messages: list[dict], where: str, tools: list[dict] | None = None
 ) -> tuple[list[int], np.ndarray]:
-    """Render and tokenise a conversation.
+    """Render and tokenize a conversation.
 
     The completion is what follows the generation prompt up to and including the end-of-turn marker. Templates with
     {% generation %} tags say so themselves; for others it is found by rendering again: the conversation before the

@@ -99,7 +99,7 @@ class Encoder:
         return encode_conversation(self.tokenizer, messages, where)
 
     def _completion(self, prompt: str, text: str, where: str) -> tuple[list[int], np.ndarray]:
-        """Prompt and completion tokenised as one text; a token with a character of the completion belongs to it."""
+        """Prompt and completion tokenized as one text; a token with a character of the completion belongs to it."""
         if not self.tokenizer.is_fast:
             raise UserError(f"{where}: prompts need a fast tokenizer, not {type(self.tokenizer).__name__}")
         encoded = self.tokenizer(prompt + text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -124,7 +124,7 @@ def chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def tokenizer_hash(tokenizer) -> str:
-    """SHA-256 of what decides the ids of a text: vocabulary, merges, normalisation, chat template."""
+    """SHA-256 of what decides the ids of a text: vocabulary, merges, normalization, chat template."""
     if tokenizer.is_fast:
         content = json.loads(tokenizer.backend_tokenizer.to_str())
         # Set by the last call of the tokenizer, not by its files.
@@ -146,13 +146,13 @@ def check_ids(store: TokenStore, tokenizer, source: str) -> None:
     if store.max_id >= len(tokenizer):
         raise UserError(
             f"{source} holds token id {store.max_id}, tokenizer {tokenizer.name_or_path!r} has {len(tokenizer)} ids",
-            "it was tokenised with another tokenizer; tokenise the text again",
+            "it was tokenized with another tokenizer; tokenize the text again",
         )
     if (found := agreement(store, tokenizer)) < AGREEMENT:
         raise UserError(
             f"{source} does not fit the tokenizer {tokenizer.name_or_path!r}: of a sample of its tokens "
             f"{found:.0%} come back from decoding and encoding",
-            "it was tokenised with another tokenizer: tokenise the text again; data.check_ids=false trusts the ids",
+            "it was tokenized with another tokenizer: tokenize the text again; data.check_ids=false trusts the ids",
         )
 
 

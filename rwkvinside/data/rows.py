@@ -1,4 +1,4 @@
-"""From tokenised documents to rows and batches. Any row can be made at any time: its content is a pure function of the
+"""From tokenized documents to rows and batches. Any row can be made at any time: its content is a pure function of the
 seed and the row's number, so a data cursor is one integer and ranks need not talk to each other."""
 
 from __future__ import annotations

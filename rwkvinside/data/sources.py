@@ -1,4 +1,4 @@
-"""The data of a run: tokens of each stage, the validation documents, and rows for training and judging."""
+"""The data of a run: tokens of each stage, the validation documents, and rows for training and evaluation_teacher."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config.schema import Config, StageConfig
 from ..errors import UserError
-from ..training.process_group import World
+from ..training.process_group import Distributed
 from .binidx import is_binidx, pair
 from .encode import Encoder, check_ids
 from .readers import HUB
@@ -23,7 +23,7 @@ from .token_pack import is_pack
 from .token_store import TokenStore, join
 from .tokenize import load_tokens
 
-NOTICE_SECONDS = 10  # between lines that say how far tokenising has come
+NOTICE_SECONDS = 10  # between lines that say how far tokenizing has come
 
 
 @dataclass(frozen=True)
@@ -63,15 +63,15 @@ def notice() -> Callable[[int, int], None]:
         nonlocal last
         if time.monotonic() - last >= NOTICE_SECONDS:
             last = time.monotonic()
-            print(f"tokenising: {documents:,} documents, {tokens:,} tokens so far", file=sys.stderr)
+            print(f"tokenizing: {documents:,} documents, {tokens:,} tokens so far", file=sys.stderr)
 
     return progress
 
 
 def tokens_of(
-    config: Config, stage: StageConfig, tokenizer: PreTrainedTokenizerBase, vocab: int, world: World
+    config: Config, stage: StageConfig, tokenizer: PreTrainedTokenizerBase, vocab: int, world: Distributed
 ) -> tuple[Tokens, TokenStore]:
-    """Training and validation tokens of a stage. The first process reads and tokenises, the others find its result.
+    """Training and validation tokens of a stage. The first process reads and tokenizes, the others find its result.
 
     Raises:
         UserError: no data is named, or it cannot be used.

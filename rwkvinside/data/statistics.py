@@ -1,4 +1,4 @@
-"""What is in tokenised data, in numbers: kinds of documents, targets, lengths, padding, repetitions, unknown ids."""
+"""What is in tokenized data, in numbers: kinds of documents, targets, lengths, padding, repetitions, unknown ids."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokenised data as a directory of its own, to be copied and used as a source: a store that knows its tokenizer."""
+"""Tokenized data as a directory of its own, to be copied and used as a source: a store that knows its tokenizer."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Encoded:
-    """A tokenised document.
+    """A tokenized document.
 
     Args:
         digest: 64 bits of a hash of its content.
@@ -73,7 +73,7 @@ class Joined:
 
 @dataclass(frozen=True)
 class TokenStore:
-    """Tokenised documents, or a selection of them.
+    """Tokenized documents, or a selection of them.
 
     Args:
         tokens: integers, all tokens on disk.

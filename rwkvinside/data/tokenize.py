@@ -1,4 +1,4 @@
-"""From sources to token ids, once: text is tokenised into a cache directory, ids that exist are used where they lie.
+"""From sources to token ids, once: text is tokenized into a cache directory, ids that exist are used where they lie.
 
 The name of a cache entry is a hash of the source (path, size and modification time of each file), the tokenizer with
 its chat template, and the options. Knows nothing of rows or order.
@@ -36,7 +36,7 @@ def load_tokens(
     max_tokens: int | None = None,
     progress: Progress | None = None,
 ) -> TokenStore:
-    """Tokenise the documents of `sources`, or reuse what an earlier call with the same input left in `cache_dir`.
+    """Tokenize the documents of `sources`, or reuse what an earlier call with the same input left in `cache_dir`.
 
     Args:
         sources: see `DocumentReader`; besides a directory that `pack` wrote, and NAME.idx with its NAME.bin. Their
@@ -65,7 +65,7 @@ def load_tokens(
         elif is_binidx(source):
             store = _open_binidx(source, Path(cache_dir), progress)
         else:
-            store = _tokenised(source, encoder, Path(cache_dir), text_column, vocab_size, left, progress)
+            store = _tokenized(source, encoder, Path(cache_dir), text_column, vocab_size, left, progress)
         if vocab_size is not None:
             store.check_vocab(vocab_size)
         if store.facts.get("kind tokens") and not trust_ids:
@@ -84,7 +84,7 @@ def source_identity(source: str | Path) -> list:
     return stats_of(pair(source) if is_binidx(source) else source_files(source))
 
 
-def _tokenised(
+def _tokenized(
     source: str | Path,
     encoder: Encoder,
     cache: Path,

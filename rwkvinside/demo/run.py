@@ -1,4 +1,4 @@
-"""`rwkvinside demo`: text -> teacher -> calibrate, align, distil -> export, verify -> judge, generate, measure speed.
+"""`rwkvinside demo`: text -> teacher -> calibrate, align, distill -> export, verify -> evaluate, generate, time.
 
 Needs no network and no GPU. Everything is done by the functions that `train_distill.py`, `convert_checkpoint.py` and
 `rwkvinside eval` use; only the teacher is trained by a loop of the demo's own.
@@ -31,7 +31,7 @@ from .corpus import collect
 from .tables import show_samples, show_scores, show_speed
 from .teacher import TeacherSettings, obtain_teacher
 
-STAGES = ("calibrate", "align", "distil")
+STAGES = ("calibrate", "align", "distill")
 
 
 TEMPERATURE = 0.7
@@ -52,9 +52,9 @@ class DemoSettings:
         "stages.align.tokens=250k",
         "stages.align.data.seq_len=256",
         "stages.align.evaluate_every_tokens=125k",
-        "stages.distil.tokens=250k",
-        "stages.distil.data.seq_len=512",
-        "stages.distil.evaluate_every_tokens=125k",
+        "stages.distill.tokens=250k",
+        "stages.distill.data.seq_len=512",
+        "stages.distill.evaluate_every_tokens=125k",
         "data.val_tokens=10k",
         "checkpoint.keep=1",
     )
@@ -77,9 +77,9 @@ QUICK = DemoSettings(
         "stages.align.data.seq_len=128",
         "stages.align.batch.tokens=2048",
         "stages.align.optim.lr=2e-3",  # the default suits a stage of hundreds of steps
-        "stages.distil.tokens=24k",
-        "stages.distil.data.seq_len=128",
-        "stages.distil.batch.tokens=2048",
+        "stages.distill.tokens=24k",
+        "stages.distill.data.seq_len=128",
+        "stages.distill.batch.tokens=2048",
         "data.val_tokens=2k",
     ),
     max_length=128,
@@ -165,7 +165,7 @@ class Demo:
         return files
 
     def _convert(self, train: Path, val: Path) -> None:
-        with self._step("calibrate, align, distil"):
+        with self._step("calibrate, align, distill"):
             config = load_config(
                 teacher=str(self.teacher_folder),
                 data=[str(train)],

@@ -17,7 +17,7 @@ LOGITS = 2**28  # elements of a batch's logits (1 GiB in fp32), for each of the 
 def read_documents(
     sources: list[str], tokenizer, cache_dir: Path, max_length: int, max_documents: int | None = None
 ) -> PaddedDocuments:
-    """Documents to judge, one per row; the token ids stand in `cache_dir` as long as they are used."""
+    """Documents to evaluate, one per row; the token ids stand in `cache_dir` as long as they are used."""
     store = load_tokens(sources, tokenizer, cache_dir=cache_dir)
     if max_documents is not None:
         store = store.select(np.arange(min(max_documents, store.num_documents)))

@@ -26,7 +26,7 @@ def share(batches: Sequence[Batch], rank: int, size: int) -> list[Batch]:
 
 
 @torch.no_grad()
-def judge(
+def evaluate_student(
     model: nn.Module,
     teacher: Teacher | None,
     batches: Sequence[Batch],

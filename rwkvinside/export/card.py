@@ -102,7 +102,7 @@ def model_card(conversion: dict, base_card: Path) -> ModelCard:
 
 
 def changes(conversion: dict) -> list[str]:
-    """A sentence each on what quantisation cost the weights and on where the adapters are; from conversion.json."""
+    """A sentence each on what quantization cost the weights and on where the adapters are; from conversion.json."""
     lines = []
     if quantized := conversion.get("quantized"):
         lines.append(

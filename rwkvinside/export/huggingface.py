@@ -77,7 +77,7 @@ def export_hf(
         trained = run.load_model()
         # a teacher's configuration that names no dtype means fp32
         stored = DTYPES[dtype] if dtype else run.teacher_config().dtype or torch.float32
-        changes = {"quantized": _quantised(trained), "adapters": _adapters(run, adapters)}
+        changes = {"quantized": _quantized(trained), "adapters": _adapters(run, adapters)}
         separate = take_adapters(trained, run.structure) if adapters == "separate" else []
         if tie_embeddings is None and any(name.startswith("lm_head.") for _, own in separate for name in own):
             tie_embeddings = False  # an adapter of the head must not reach the embedding when it is merged
@@ -103,7 +103,7 @@ def build_hybrid(
 ) -> PreTrainedModel:
     """The exported model with every tensor taken from the trained one, which must have exactly these tensors.
 
-    The trained one is made plain: quantised weights are unpacked, adapters merged.
+    The trained one is made plain: quantized weights are unpacked, adapters merged.
 
     Raises:
         UserError: a tensor without a source or a source without a target, embeddings that differ but shall be tied.
@@ -203,8 +203,8 @@ def _conversion(model: PreTrainedModel, trained: HybridModel, run: TrainedRun, f
     }
 
 
-def _quantised(trained: HybridModel) -> dict | None:
-    """What quantisation has cost the exported weights, which are the unpacked ones; None where there was none."""
+def _quantized(trained: HybridModel) -> dict | None:
+    """What quantization has cost the exported weights, which are the unpacked ones; None where there was none."""
     layers = {name: layer for name, layer in trained.quantized.items() if ".teacher_attn." not in name}
     if not layers:
         return None

@@ -47,7 +47,7 @@ def verify(folder: str | Path, against: str | Path) -> dict:
     Returns:
         The result: `passed`, `max_difference` (of fp32 logits, against the trained weights in the directory's dtype)
         and its `tolerance`, `cache_difference` and its tolerance, `rounding_kl` (mean KL in nats from the trained fp32
-        model to the directory in its own dtype; a measurement, without a limit). Of a run with quantised weights or
+        model to the directory in its own dtype; a measurement, without a limit). Of a run with quantized weights or
         adapters also `plain_difference` (between the model as it ran in training and with its weights unpacked and
         adapters merged) and, where adapters are separate, `adapter_difference` (with PEFT's own loading of them).
 

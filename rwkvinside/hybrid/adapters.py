@@ -1,6 +1,6 @@
 """Low-rank adapters on linear layers, through PEFT; the only file that imports it, and only when it is needed.
 
-LoRA (also rank-stabilised, weight-decomposed, or started from principal components) and MiSS. "Bone" is the name under
+LoRA (also rank-stabilized, weight-decomposed, or started from principal components) and MiSS. "Bone" is the name under
 which MiSS was first published; its successor in PEFT is MiSS with `init_weights="bat"`. Bone checkpoints of older
 versions cannot be loaded: their blocks run over inputs, those of MiSS over outputs.
 
@@ -34,7 +34,7 @@ KINDS = {
 }
 
 
-PISSA = "pissa_niter_16"  # randomised SVD; the exact one takes minutes for a large matrix
+PISSA = "pissa_niter_16"  # randomized SVD; the exact one takes minutes for a large matrix
 
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -66,7 +66,7 @@ class AdapterSpec:
         """What a reader should call it."""
         if self.kind != "lora":
             return KINDS[self.kind]
-        parts = [("rank-stabilised", self.rank_stabilized), ("DoRA", self.dora), ("PiSSA", self.init == "pissa")]
+        parts = [("rank-stabilized", self.rank_stabilized), ("DoRA", self.dora), ("PiSSA", self.init == "pissa")]
         return " ".join(["LoRA", *(name for name, there in parts if there)])
 
     def to_dict(self) -> dict:
@@ -95,7 +95,7 @@ def inject(model: nn.Module, spec: AdapterSpec, names: Sequence[str]) -> None:
 
     Args:
         model: module with the layers; on the meta device adapters are made there too.
-        names: of linear layers below it, quantised or not, none of which has an adapter.
+        names: of linear layers below it, quantized or not, none of which has an adapter.
 
     Raises:
         UserError: a layer that the kind does not fit.

@@ -1,6 +1,6 @@
-"""What stands in for linear layers of the student in a stage: quantised weights, and adapters around them.
+"""What stands in for linear layers of the student in a stage: quantized weights, and adapters around them.
 
-A student is always assembled in the same order: teacher, mixers, weights of the stage before, quantisation, adapters,
+A student is always assembled in the same order: teacher, mixers, weights of the stage before, quantization, adapters,
 weights of the adapters. So a stage in one go, a resumed one and an export come to the same model.
 """
 
@@ -39,8 +39,8 @@ WARNING = (
 
 
 @dataclass(frozen=True)
-class Structure:
-    """Quantised layers and adapters of one stage.
+class LayerSpec:
+    """Quantized layers and adapters of one stage.
 
     Args:
         quantize: groups of linear layers, or regular expressions over their names.
@@ -57,12 +57,12 @@ class Structure:
     adapters: tuple[AdapterSpec, ...] = ()
 
     @property
-    def has_fixed_tensors(self) -> bool:
-        """Whether a stage has `fixed_tensors`."""
+    def has_frozen_weights(self) -> bool:
+        """Whether a stage has `frozen_weights_of`."""
         return bool(self.quantize) or any(spec.init == "pissa" for spec in self.adapters)
 
     @classmethod
-    def from_fields(cls, config: Mapping, stage: str) -> Structure:
+    def from_fields(cls, config: Mapping, stage: str) -> LayerSpec:
         """That of a stage, from a whole configuration as plain values; runs older than a field have its default."""
         general, own = config.get("quantize") or {}, config["stages"][stage].get("quantize")
         return cls(
@@ -78,9 +78,9 @@ class Structure:
 def assemble(
     lm: PreTrainedModel,
     spec: StudentSpec,
-    structure: Structure,
+    structure: LayerSpec,
     tensors: Mapping[str, Tensor] | None = None,
-    fixed: Mapping[str, Tensor] | None = None,
+    frozen_weights: Mapping[str, Tensor] | None = None,
     device: torch.device | None = None,
     text: Callable[[], Batch] | None = None,
     earlier: Mapping[str, Tensor] | None = None,
@@ -90,18 +90,18 @@ def assemble(
     Args:
         lm: the teacher, which afterwards belongs to the student.
         tensors: `student_state_dict` of the stage before, or of a checkpoint; None at the start of a conversion.
-        fixed: `fixed_tensors` of the stage, where it has begun before; None: quantise now.
-        device: where to quantise; the student itself stays where `lm` is.
+        frozen_weights: `frozen_weights_of` of the stage, where it has begun before; None: quantize now.
+        device: where to quantize; the student itself stays where `lm` is.
         text: makes a text of a few thousand tokens, on the model's device, where rounding is "inputs".
-        earlier: `fixed_tensors` of the stage before. What both quantise alike has not trained since: it keeps its bits.
+        earlier: `frozen_weights_of` of the stage before: what both quantize alike keeps its bits.
 
     Raises:
-        UserError: tensors that do not fit, names that match nothing, a layer that cannot be quantised or adapted.
+        UserError: tensors that do not fit, names that match nothing, a layer that cannot be quantized or adapted.
     """
     model = HybridModel.from_teacher(lm, spec).eval()
     if tensors is not None:
         model.load_student_state_dict({n: t for n, t in tensors.items() if not is_adapter(n)})
-    apply(model, structure, fixed, device, text, earlier)
+    apply(model, structure, frozen_weights, device, text, earlier)
     if tensors is not None:
         _load_adapters(model, {n: t for n, t in tensors.items() if is_adapter(n)})
     return model.eval()
@@ -109,13 +109,13 @@ def assemble(
 
 def apply(
     model: HybridModel,
-    structure: Structure,
-    fixed: Mapping[str, Tensor] | None = None,
+    structure: LayerSpec,
+    frozen_weights: Mapping[str, Tensor] | None = None,
     device: torch.device | None = None,
     text: Callable[[], Batch] | None = None,
     earlier: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Quantise layers and put adapters on; on the meta device also in place of an earlier structure, to plan a run.
+    """Quantize layers and put adapters on; on the meta device also in place of an earlier structure, to plan a run.
 
     Args, raises: see `assemble`.
     """
@@ -123,25 +123,27 @@ def apply(
         _undo(model)
     layers = model.linear_layers()
     names = _chosen(model, layers, structure.quantize, "quantize")
-    stored = _packed(fixed)
-    if fixed is not None and set(stored) != set(names):
+    stored = _packed(frozen_weights)
+    if frozen_weights is not None and set(stored) != set(names):
         first = min(set(stored) ^ set(names))
         raise UserError(
-            f"this stage began with other quantised layers: {first} is {'' if first in stored else 'not '}among them",
+            f"this stage began with other quantized layers: {first} is {'' if first in stored else 'not '}among them",
             "resume with the settings under `quantize` that it began with",
         )
     parameters = model.canonical_parameters()
     trained = (weight for weight in (f"{name}.weight" for name in names) if weight in model.trained)
-    model.carried = {weight: parameters[weight].detach() for weight in trained}  # a later stage may want them back
+    model.master_weights = {
+        weight: parameters[weight].detach() for weight in trained
+    }
     del parameters
-    if fixed is None:
+    if frozen_weights is None:
         wanted = structure.format, structure.double and structure.format != "int8", structure.block
         for name, (format, parts, block) in _packed(earlier).items():
             if name in names and (format, "outer" in parts, block) == wanted:
                 stored[name] = format, parts, block
     for name, parts in stored.items():
         restore(model.lm, layers[name], *parts)
-    if fixed is None:
+    if frozen_weights is None:
         new = [name for name in names if name not in stored]
         if new and structure.rounding == "inputs" and structure.format != "int8" and not _is_meta(model):
             if text is None:
@@ -151,14 +153,14 @@ def apply(
         left = [layers[name] for name in names if name not in rounded]
         quantize(model.lm, left, structure.format, structure.double, structure.block, device)
     if set(model.quantized) != set(names):
-        raise RuntimeError(f"quantised {sorted(model.quantized)}, asked for {names}")
-    _add_adapters(model, structure.adapters, fixed or {})
+        raise RuntimeError(f"quantized {sorted(model.quantized)}, asked for {names}")
+    _add_adapters(model, structure.adapters, frozen_weights or {})
     model.readout.head = model.lm.lm_head
     model.requires_grad_(False)
 
 
-def fixed_tensors(model: HybridModel) -> dict[str, Tensor]:
-    """What a stage computes once from the weights it starts with and never changes: quantised weights and the starts
+def frozen_weights_of(model: HybridModel) -> dict[str, Tensor]:
+    """What a stage computes once from the weights it starts with and never changes: quantized weights and the starts
     of PiSSA. Empty where a stage has neither."""
     starts = {n: p.detach() for n, p in model.canonical_parameters().items() if is_start(n)}
     return flat_tensors(model.quantized) | starts
@@ -170,7 +172,7 @@ def adapter_names(model: HybridModel) -> list[str]:
 
 
 def adapters_of(
-    model: HybridModel, structure: Structure, tensors: Mapping[str, Tensor] | None = None
+    model: HybridModel, structure: LayerSpec, tensors: Mapping[str, Tensor] | None = None
 ) -> list[tuple[AdapterSpec, dict[str, Tensor]]]:
     """Each entry of `adapters` with its tensors by canonical name: those given, None: the model's own."""
     if tensors is None:
@@ -183,7 +185,7 @@ def adapters_of(
     return found
 
 
-def take_adapters(model: HybridModel, structure: Structure) -> list[tuple[AdapterSpec, dict[str, Tensor]]]:
+def take_adapters(model: HybridModel, structure: LayerSpec) -> list[tuple[AdapterSpec, dict[str, Tensor]]]:
     """The adapters as `adapters_of` gives them; afterwards the model has none."""
     taken = adapters_of(model, structure)
     remove(model.lm)
@@ -192,7 +194,7 @@ def take_adapters(model: HybridModel, structure: Structure) -> list[tuple[Adapte
 
 
 def make_plain(model: HybridModel, keep_adapters: bool = False) -> None:
-    """Unpack quantised weights to fp32 and merge adapters, in place: the model computes as before, on plain layers.
+    """Unpack quantized weights to fp32 and merge adapters, in place: the model computes as before, on plain layers.
 
     Args:
         keep_adapters: unpack only; adapters stay around the plain layers.
@@ -207,33 +209,33 @@ def make_plain(model: HybridModel, keep_adapters: bool = False) -> None:
     for path, layer in list(model.lm.named_modules()):
         if isinstance(layer, QuantizedLinear):
             replace(model.lm, path, dequantized(layer))
-    model.carried.clear()
+    model.master_weights.clear()
     model.readout.head = model.lm.lm_head
 
 
 def quantised_teacher(model: HybridModel) -> bool:
-    """Whether mode "teacher" runs on quantised weights, and so is not exactly the original."""
+    """Whether mode "teacher" runs on quantized weights, and so is not exactly the original."""
     return any(model.group_of(f"{name}.weight")[0] != "mixer" for name in model.quantized)
 
 
-def structure_lines(model: HybridModel, structure: Structure) -> list[str]:
-    """For the plan and the console: exactly which layers are quantised and adapted, and what to know about it."""
+def layer_lines(model: HybridModel, structure: LayerSpec) -> list[str]:
+    """For the plan and the console: exactly which layers are quantized and adapted, and what to know about it."""
     lines = []
     if quantized := model.quantized:
         weights = sum(layer.weight_numel for layer in quantized.values())
         size = sum(layer.nbytes for layer in quantized.values())
         scales = "" if structure.format == "int8" else f" in blocks of {structure.block}"
-        scales += ", scales quantised too" if structure.double and scales else ""
+        scales += ", scales quantized too" if structure.double and scales else ""
         error = relative_error(quantized.values())
         if structure.rounding == "inputs" and structure.format != "int8":
             scales += ", fitted to their inputs"
         lines.append(
-            f"quantised {len(quantized)} linear layers in {structure.format}{scales}: {weights / 1e6:.4g} M weights in "
+            f"quantized {len(quantized)} linear layers in {structure.format}{scales}: {weights / 1e6:.4g} M weights in "
             f"{size / 2**20:.4g} MiB" + (f", changed by {100 * error:.2g} %" if error else "")
         )
         lines += [f"          {line}" for line in _summary(quantized)]
         if quantised_teacher(model):
-            lines.append("          the student's own weights as teacher are quantised too: not exactly the original")
+            lines.append("          the student's own weights as teacher are quantized too: not exactly the original")
     for spec, tensors in adapters_of(model, structure):
         names = sorted({module_of(name) for name in tensors})
         count = sum(t.numel() for name, t in tensors.items() if not is_start(name))
@@ -247,9 +249,9 @@ def structure_lines(model: HybridModel, structure: Structure) -> list[str]:
     return lines
 
 
-def _packed(fixed: Mapping[str, Tensor] | None) -> dict[str, tuple[str, dict[str, Tensor], int]]:
-    """The quantised layers among `fixed_tensors`, see `read_flat`."""
-    return read_flat({key: t for key, t in (fixed or {}).items() if "/" in key})
+def _packed(frozen_weights: Mapping[str, Tensor] | None) -> dict[str, tuple[str, dict[str, Tensor], int]]:
+    """The quantized layers among `frozen_weights_of`, see `read_flat`."""
+    return read_flat({key: t for key, t in (frozen_weights or {}).items() if "/" in key})
 
 
 def _chosen(model: HybridModel, layers: Collection[str], patterns: Sequence[str], field: str) -> list[str]:
@@ -276,7 +278,7 @@ def _chosen(model: HybridModel, layers: Collection[str], patterns: Sequence[str]
     return [name for name in groups if name in chosen]
 
 
-def _add_adapters(model: HybridModel, specs: Iterable[AdapterSpec], fixed: Mapping[str, Tensor]) -> None:
+def _add_adapters(model: HybridModel, specs: Iterable[AdapterSpec], frozen_weights: Mapping[str, Tensor]) -> None:
     layers = model.linear_layers()
     taken: set[str] = set()
     for spec in specs:
@@ -285,11 +287,11 @@ def _add_adapters(model: HybridModel, specs: Iterable[AdapterSpec], fixed: Mappi
             raise UserError(f"adapters: two entries name {twice[0]}", "a layer can have one adapter")
         taken |= set(names)
         inject(model.lm, spec, [layers[name] for name in names])
-    if taken and fixed:
+    if taken and frozen_weights:
         parameters = model.canonical_parameters()
         for name in (name for name in parameters if is_start(name)):
             for twin in (name, name.replace(".start", ".default")):  # PiSSA begins where it is subtracted
-                parameters[twin].data = fixed[name].clone()
+                parameters[twin].data = frozen_weights[name].clone()
 
 
 @torch.no_grad()
@@ -324,7 +326,7 @@ def _undo(model: HybridModel) -> None:
     for name, path in model.linear_layers().items():
         if name in quantized:
             replace(model.lm, path, dequantized(model.lm.get_submodule(path)))
-    model.carried.clear()
+    model.master_weights.clear()
 
 
 def _summary(names: Iterable[str]) -> list[str]:

@@ -3,9 +3,9 @@ to tune.
 
 What copying the projections leaves open, and this fits on a few thousand tokens:
 - how fast each head forgets and how strongly it overwrites (decay w0 and in-context rate a0, one value per head), by a
-  search over half-lives and rates that minimises the squared error to the teacher head's output;
+  search over half-lives and rates that minimizes the squared error to the teacher head's output;
 - the scale of each head's output and the weight of the current token (bonus r_k), by least squares for every candidate
-  of that search, because an unnormalised sum replaces a weighted mean.
+  of that search, because an unnormalized sum replaces a weighted mean.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.batch import Batch, attention_mask_4d
-from ..modeling.first_layer import FirstKV, MixerCall
-from ..modeling.time_mixer import DECAY_SCALE, Features, TimeMixer, times_shared
+from ..modeling.first_layer import FirstLayerKV, ForwardContext
+from ..modeling.time_mixer import DECAY_SCALE, ProjectedInputs, TimeMixer, times_shared
 from .adapters import disabled
 from .model import HybridModel
 
@@ -57,7 +57,7 @@ def calibrate(
     """Fit decay, rate, bonus and output scale of every mixer to the teacher, in place.
 
     Args:
-        model: with its teacher attention and freshly initialised mixers.
+        model: with its teacher attention and freshly initialized mixers.
         batches: a few thousand tokens; the whole set's hidden states of one layer are held at a time.
         progress: called with the layer index after each layer.
 
@@ -65,7 +65,7 @@ def calibrate(
         What was fitted, by layer.
     """
     fits: dict[int, LayerFit] = {}
-    firsts: list[FirstKV | None] = [None] * len(batches)
+    firsts: list[FirstLayerKV | None] = [None] * len(batches)
     for i, inputs in _layer_inputs(model, batches):
         if i in model.mixers:
             firsts, fits[i] = _fit(model.mixers[i], inputs, firsts)
@@ -75,7 +75,7 @@ def calibrate(
 
 
 @torch.no_grad()
-def teacher_power(model: HybridModel, batches: list[Batch]) -> tuple[dict[int, float], dict[int, float]]:
+def teacher_norms(model: HybridModel, batches: list[Batch]) -> tuple[dict[int, float], dict[int, float]]:
     """Per converted layer, over all tokens of the batches: the mean squared norm of the teacher's attention output
     (the weight of the alignment loss), and the student's squared error relative to it (1 is what an output of zeros
     would get)."""
@@ -115,13 +115,15 @@ def _layer_inputs(model: HybridModel, batches: list[Batch]) -> Iterator[tuple[in
                     attention_mask=mask,
                     position_ids=batch.position_ids,
                     position_embeddings=rope,
-                    mixer_call=MixerCall(mode="teacher"),
+                    forward_context=ForwardContext(mode="teacher"),
                 )
                 for h, rope, batch, mask in zip(hidden, ropes, batches, masks, strict=True)
             ]
 
 
-def _fit(mixer: TimeMixer, inputs: list[_Input], firsts: list[FirstKV | None]) -> tuple[list[FirstKV], LayerFit]:
+def _fit(
+    mixer: TimeMixer, inputs: list[_Input], firsts: list[FirstLayerKV | None]
+) -> tuple[list[FirstLayerKV], LayerFit]:
     c = mixer.mixer_config
     H, N = c.num_heads, c.head_size
     targets = [_teacher_heads(mixer, given) for given in inputs]
@@ -162,8 +164,8 @@ def _fit(mixer: TimeMixer, inputs: list[_Input], firsts: list[FirstKV | None]) -
     return [_features(mixer, given, first)[1] for given, first in zip(inputs, firsts, strict=True)], fit
 
 
-def _features(mixer: TimeMixer, given: _Input, first: FirstKV | None) -> tuple[Features, FirstKV]:
-    return mixer.features(given.x, first=first, rope=given.rope, cu_seqlens=given.batch.cu_seqlens)[:2]
+def _features(mixer: TimeMixer, given: _Input, first: FirstLayerKV | None) -> tuple[ProjectedInputs, FirstLayerKV]:
+    return mixer.project_inputs(given.x, first=first, rope=given.rope, cu_seqlens=given.batch.cu_seqlens)[:2]
 
 
 def _teacher_heads(mixer: TimeMixer, given: _Input) -> Tensor:
@@ -177,7 +179,7 @@ def _teacher_heads(mixer: TimeMixer, given: _Input) -> Tensor:
 def _regress(
     mixer: TimeMixer,
     inputs: list[_Input],
-    firsts: list[FirstKV | None],
+    firsts: list[FirstLayerKV | None],
     targets: list[Tensor],
     name: str | None = None,
     values: Sequence[float] = (math.nan,),
@@ -195,8 +197,8 @@ def _regress(
         for value, total in zip(values, sums, strict=True):
             if name is not None:
                 getattr(mixer, name).fill_(float(value))
-            s = mixer.rated(features)
-            y, _ = mixer.recur(s, None, None, given.batch.cu_seqlens)
+            s = mixer.recurrence_inputs(features)
+            y, _ = mixer.run_recurrence(s, None, None, given.batch.cu_seqlens)
             parts = [y * s.gate] + ([times_shared((s.r * s.k).sum(-1, keepdim=True), s.v) * s.gate] if c.bonus else [])
             total.add([part.float() for part in parts], target.float(), given.batch.mask)
     return [total.solve() for total in sums]

@@ -23,7 +23,7 @@ GROUPS = {
 }
 
 
-TEACHER = "teacher"  # the group of the frozen attention beside the mixers, which can be quantised and nothing else
+TEACHER = "teacher"  # the group of the frozen attention beside the mixers, which can be quantized and nothing else
 
 
 def _canonical(name: str) -> str:

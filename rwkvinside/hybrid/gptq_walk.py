@@ -1,4 +1,4 @@
-"""Quantises the student's layers one by one as a text reaches them; what is done to a layer is in `rounding`."""
+"""Quantizes the student's layers one by one as a text reaches them; what is done to a layer is in `rounding`."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def round_layers(
     block: int,
     device: torch.device | None = None,
 ) -> None:
-    """Quantise linear layers for the inputs that a text brings them, in place.
+    """Quantize linear layers for the inputs that a text brings them, in place.
 
-    One copy of the text goes through the original layers, another through quantised ones; so each layer is chosen for
-    what the quantised ones before it hand on, and to come close to what the original model has there.
+    One copy of the text goes through the original layers, another through quantized ones; so each layer is chosen for
+    what the quantized ones before it hand on, and to come close to what the original model has there.
 
     Args:
         names: canonical names of plain layers.
@@ -65,19 +65,19 @@ class _Walk:
         self.stream = args[0].detach()
 
     def layer(self, path: str) -> Callable:
-        """Hook of a layer: quantises it when it is called; its output for the second copy is then the new one."""
+        """Hook of a layer: quantizes it when it is called; its output for the second copy is then the new one."""
 
         def called(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            quantised = self.quantise(path, layer, args[0])
-            return torch.cat([output.chunk(2)[0], quantised(args[0].chunk(2)[1]).to(output.dtype)])
+            quantized = self.quantize(path, layer, args[0])
+            return torch.cat([output.chunk(2)[0], quantized(args[0].chunk(2)[1]).to(output.dtype)])
 
         return called
 
     def head(self, norm: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        """Hook of the last norm: quantises what reads its output, which a forward without logits does not call."""
-        self.quantise("lm_head", self.lm.lm_head, output)
+        """Hook of the last norm: quantizes what reads its output, which a forward without logits does not call."""
+        self.quantize("lm_head", self.lm.lm_head, output)
 
-    def quantise(self, path: str, layer: nn.Linear, inputs: Tensor) -> QuantizedLinear:
+    def quantize(self, path: str, layer: nn.Linear, inputs: Tensor) -> QuantizedLinear:
         home = layer.weight.device
         device = self.device or home
         with torch.autocast(device.type, enabled=False):

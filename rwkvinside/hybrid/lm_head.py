@@ -75,7 +75,7 @@ class LinearHead:
 
 
 class AnyHead:
-    """A head of any make (quantised, with adapters) by autograd, one chunk at a time; as `LinearHead`."""
+    """A head of any make (quantized, with adapters) by autograd, one chunk at a time; as `LinearHead`."""
 
     def __init__(self, head: nn.Module):
         self._head = head

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..data.batch import Batch, attention_mask_4d
 from ..errors import UserError
-from ..modeling.first_layer import MixerCall
+from ..modeling.first_layer import ForwardContext
 from ..modeling.mixer_init import init_mixer
 from ..modeling.mixer_presets import TimeMixerConfig
 from ..modeling.modeling_hybrid import FAMILIES
@@ -69,7 +69,7 @@ class HybridModel(nn.Module):
         mixer_config: of every mixer.
         rwkv_layers: indices of the converted layers, ascending.
         trained: canonical names of what was ever trained, and so differs from the teacher.
-        carried: full-precision weights that were trained before and are quantised now, by canonical name.
+        master_weights: full-precision weights that were trained before and are quantized now, by canonical name.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class HybridModel(nn.Module):
         self.rwkv_layers = rwkv_layers
         self.teacher_tied = tied
         self.trained: set[str] = self.mixer_names()
-        self.carried: dict[str, Tensor] = {}
+        self.master_weights: dict[str, Tensor] = {}
         self.requires_grad_(False)
 
     @classmethod
@@ -92,7 +92,7 @@ class HybridModel(nn.Module):
 
         Embeddings that the teacher ties to its head stay one matrix until one of them trains, which gives the head
         a copy.
-        On the meta device only shapes are made, nothing is initialised. Mixers are fp32 whatever the teacher is.
+        On the meta device only shapes are made, nothing is initialized. Mixers are fp32 whatever the teacher is.
 
         Raises:
             UserError: an unsupported architecture, layer indices out of range, no layer left to convert, a preset whose
@@ -159,7 +159,7 @@ class HybridModel(nn.Module):
             otherwise the readout's result.
         """
         whole_rows = bool((batch.segment_ids == 1).all())  # one document per row: plain causal attention, no resets
-        call = MixerCall(
+        call = ForwardContext(
             mode=mode,
             mask=None if whole_rows else batch.mask,
             cu_seqlens=None if whole_rows else batch.cu_seqlens,
@@ -172,7 +172,7 @@ class HybridModel(nn.Module):
                 attention_mask=None if whole_rows else attention_mask_4d(batch),
                 position_ids=batch.position_ids,
                 use_cache=False,
-                mixer_call=call,
+                forward_context=call,
             ).last_hidden_state
             if mode == "align":
                 return call.errors
@@ -198,7 +198,7 @@ class HybridModel(nn.Module):
     def canonical_parameters(self) -> dict[str, nn.Parameter]:
         """Every parameter of the student under its name in the exported model, to which adapters add theirs.
 
-        Left out are the teacher's attention and the weights of quantised layers. A head that is still the embedding
+        Left out are the teacher's attention and the weights of quantized layers. A head that is still the embedding
         stands under both names.
         """
         return {
@@ -208,14 +208,14 @@ class HybridModel(nn.Module):
         }
 
     def linear_layers(self) -> dict[str, str]:
-        """Linear layers that can be quantised or adapted: {canonical name: name below `lm`}, also of the teacher's
+        """Linear layers that can be quantized or adapted: {canonical name: name below `lm`}, also of the teacher's
         attention, whose canonical names have `.teacher_attn`."""
         found = (name for name, module in self.lm.named_modules() if isinstance(module, nn.Linear))
         return {_canonical(name): name for name in found if not is_adapter(f"{name}.weight")}
 
     @property
     def quantized(self) -> dict[str, QuantizedLinear]:
-        """Quantised layers by canonical name."""
+        """Quantized layers by canonical name."""
         layers = {name: self.lm.get_submodule(path) for name, path in self.linear_layers().items()}
         return {name: layer for name, layer in layers.items() if isinstance(layer, QuantizedLinear)}
 
@@ -236,7 +236,7 @@ class HybridModel(nn.Module):
         return _group(name, self.rwkv_layers)
 
     def mixer_names(self) -> set[str]:
-        """Canonical names of all parameters of the mixers, quantised ones included, adapters on them not."""
+        """Canonical names of all parameters of the mixers, quantized ones included, adapters on them not."""
         names = [*self.canonical_parameters(), *_weights(self.quantized)]
         return {name for name in names if self.group_of(name)[0] == "mixer"}
 
@@ -256,7 +256,7 @@ class HybridModel(nn.Module):
             pattern: a name of `GROUPS`, or a regular expression matched against whole canonical parameter names.
 
         Raises:
-            UserError: it names neither these nor quantised weights, or is not a regular expression.
+            UserError: it names neither these nor quantized weights, or is not a regular expression.
         """
         parameters = {name for name in self.canonical_parameters() if not is_start(name)}
         quantized = _weights(self.quantized)
@@ -278,7 +278,7 @@ class HybridModel(nn.Module):
             Number of trainable parameters by group.
 
         Raises:
-            UserError: a pattern that matches nothing, is not a regular expression, or names what is quantised.
+            UserError: a pattern that matches nothing, is not a regular expression, or names what is quantized.
         """
         chosen: set[str] = set()
         quantized = _weights(self.quantized)
@@ -286,8 +286,8 @@ class HybridModel(nn.Module):
             chosen |= self.matching(pattern)
             if both := sorted(self._named(pattern, quantized)):
                 raise UserError(
-                    f"train pattern {pattern!r} matches {both[0]} (and {len(both) - 1} more), which is quantised",
-                    "quantised weights stay frozen: take them out of `train`, or out of `quantize` of this stage",
+                    f"train pattern {pattern!r} matches {both[0]} (and {len(both) - 1} more), which is quantized",
+                    "quantized weights stay frozen: take them out of `train`, or out of `quantize` of this stage",
                 )
         if chosen & {"lm_head.weight", "model.embed_tokens.weight"}:
             self.untie()
@@ -310,7 +310,7 @@ class HybridModel(nn.Module):
             raise UserError(f"train pattern {pattern!r} is not a regular expression: {error}") from error
 
     def group_table(self) -> list[tuple[str, int, int]]:
-        """(group, trainable parameters, all parameters) for every group that the student has, but quantised weights."""
+        """(group, trainable parameters, all parameters) for every group that the student has, but quantized weights."""
         rows: dict[str, list[int]] = {}
         for name, parameter in self.canonical_parameters().items():
             row = rows.setdefault(self.group_of(name)[-1], [0, 0])
@@ -321,7 +321,7 @@ class HybridModel(nn.Module):
     def student_state_dict(self) -> dict[str, Tensor]:
         """What differs from the teacher, under exported names: mixers, all that was ever trained, and adapters."""
         named = {n: p.detach() for n, p in self.canonical_parameters().items() if n in self.trained or is_adapter(n)}
-        return named | self.carried
+        return named | self.master_weights
 
     @torch.no_grad()
     def load_student_state_dict(self, tensors: dict[str, Tensor]) -> None:
@@ -357,6 +357,6 @@ class HybridModel(nn.Module):
 
 def _without_rotation(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Kept attention layers of a NoPE hybrid: no rotation in the student, the teacher's own in the other modes."""
-    if kwargs["mixer_call"].mode != "student":
+    if kwargs["forward_context"].mode != "student":
         return args, kwargs
     return args, kwargs | {"position_embeddings": identity_rotation(kwargs["position_embeddings"])}

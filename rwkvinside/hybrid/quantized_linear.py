@@ -25,7 +25,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 FORMATS = ("nf4", "fp4", "int8")
 
 
-BLOCK, OUTER_BLOCK = 64, 256  # weights that share a scale, unless told; scales that share one when they are quantised
+BLOCK, OUTER_BLOCK = 64, 256  # weights that share a scale, unless told; scales that share one when they are quantized
 
 
 class QuantizedLinear(nn.Linear):
@@ -42,7 +42,7 @@ class QuantizedLinear(nn.Linear):
         block: nf4 and fp4: weights with a common scale.
 
     Attributes:
-        error: squared norms of what quantisation changed and of the original weight, (0, 0) where they are not known.
+        error: squared norms of what quantization changed and of the original weight, (0, 0) where they are not known.
         packed: the weight, uint8 (two values a byte) or int8; a frozen parameter, so that ZeRO 3 shards it. Scales are
             buffers that hold the bits of fp32 values as int32, because `module.bfloat16()` would round them.
     """
@@ -184,7 +184,7 @@ def quantize(
     block: int = BLOCK,
     device: torch.device | None = None,
 ) -> list[str]:
-    """Replace linear layers by quantised ones, one after the other, so that no second copy of the model is made.
+    """Replace linear layers by quantized ones, one after the other, so that no second copy of the model is made.
 
     Args:
         model: changed in place.
@@ -193,18 +193,18 @@ def quantize(
         device: where to compute; None: where each weight is.
 
     Returns:
-        The quantised modules in the model's order, exactly those named.
+        The quantized modules in the model's order, exactly those named.
 
     Raises:
         UserError: a name that is no linear layer, or an unknown format.
     """
     if format not in FORMATS:
-        raise UserError(f"quantisation format {format!r}", f"allowed: {', '.join(FORMATS)}")
+        raise UserError(f"quantization format {format!r}", f"allowed: {', '.join(FORMATS)}")
     for name in names:
         linear = model.get_submodule(name)
         if type(linear) is not nn.Linear:
             raise UserError(
-                f"{name} is a {type(linear).__name__}, which cannot be quantised", "name linear layers only"
+                f"{name} is a {type(linear).__name__}, which cannot be quantized", "name linear layers only"
             )
         home = linear.weight.device
         packed = pack(linear.weight.to(device or home), format, double, block)
@@ -212,7 +212,7 @@ def quantize(
         use(model, name, format, {part: t.to(home) for part, t in packed.items()}, block)
     done = [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
     if missed := set(names) - set(done):
-        raise RuntimeError(f"not quantised: {', '.join(sorted(missed))}")
+        raise RuntimeError(f"not quantized: {', '.join(sorted(missed))}")
     return [name for name in done if name in set(names)]
 
 
@@ -238,7 +238,7 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def flat_tensors(modules: Mapping[str, QuantizedLinear]) -> dict[str, Tensor]:
-    """The tensors of quantised modules for a file: "<module>/<format>-<block>/<part>"."""
+    """The tensors of quantized modules for a file: "<module>/<format>-<block>/<part>"."""
     return {f"{n}/{m.format}-{m.block}/{part}": t for n, m in modules.items() for part, t in m.tensors().items()}
 
 
@@ -253,7 +253,7 @@ def read_flat(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, dict[str, T
 
 
 def restore(model: nn.Module, name: str, format: str, tensors: Mapping[str, Tensor], block: int = BLOCK) -> None:
-    """Replace a linear layer by one that was quantised before.
+    """Replace a linear layer by one that was quantized before.
 
     Raises:
         UserError: tensors of another shape.
@@ -267,13 +267,13 @@ def restore(model: nn.Module, name: str, format: str, tensors: Mapping[str, Tens
 
 
 def relative_error(modules: Iterable[QuantizedLinear]) -> float:
-    """What quantisation has changed: the norm of all differences over the norm of the original weights."""
+    """What quantization has changed: the norm of all differences over the norm of the original weights."""
     difference, norm = (sum(parts) for parts in zip((0.0, 0.0), *(m.error for m in modules), strict=True))
     return (difference / norm) ** 0.5 if norm else 0.0
 
 
 def use(model: nn.Module, name: str, format: str, tensors: Mapping[str, Tensor], block: int = BLOCK) -> QuantizedLinear:
-    """Replace a linear layer by a quantised one made of these tensors, which remembers how far they are from its
+    """Replace a linear layer by a quantized one made of these tensors, which remembers how far they are from its
     weight."""
     linear = model.get_submodule(name)
     module = QuantizedLinear(linear.in_features, linear.out_features, linear.bias, format, tensors, block)

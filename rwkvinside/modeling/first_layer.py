@@ -2,8 +2,8 @@
 settings.
 
 A new object is made for every forward call of the whole model and handed to each layer as the keyword argument
-`mixer_call` (Hugging Face decoder layers pass unknown keyword arguments on to their attention). Nothing is kept on a
-module.
+`forward_context` (Hugging Face decoder layers pass unknown keyword arguments on to their attention). Nothing is kept
+on a module.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-class FirstKV(NamedTuple):
+class FirstLayerKV(NamedTuple):
     """Value and key of the first RWKV layer, (B, T, heads, N); k is None for mixers without a key residual."""
 
     v: Tensor
@@ -36,13 +36,13 @@ class VFirstHolder:
     """
 
     def __init__(self) -> None:
-        self._first: FirstKV | None = None
+        self._first: FirstLayerKV | None = None
 
-    def write(self, first: FirstKV) -> None:
+    def write(self, first: FirstLayerKV) -> None:
         """Called by the first RWKV layer; a recomputation in the backward writes the same values again."""
         self._first = first
 
-    def read(self) -> FirstKV:
+    def read(self) -> FirstLayerKV:
         """The first layer's value and key.
 
         Raises:
@@ -60,10 +60,10 @@ class VFirstHolder:
     def from_tensors(cls, tensors: tuple[Tensor, ...]) -> VFirstHolder:
         """The inverse of `to_tensors`, on the receiving stage."""
         holder = cls()
-        holder.write(FirstKV(tensors[0], tensors[1] if len(tensors) > 1 else None))
+        holder.write(FirstLayerKV(tensors[0], tensors[1] if len(tensors) > 1 else None))
         return holder
 
-    def gather(self, group: dist.ProcessGroup | None = None) -> FirstKV:
+    def gather(self, group: dist.ProcessGroup | None = None) -> FirstLayerKV:
         """The logical tensors (world_size, B, T, width), detached, on every rank; every rank must call it.
 
         All ranks must hold the same shape (B, T). Without a process group the world size is 1.
@@ -80,7 +80,7 @@ class VFirstHolder:
             return torch.stack(slices)
 
         first = self.read()
-        return FirstKV(assemble(first.v), assemble(first.k))
+        return FirstLayerKV(assemble(first.v), assemble(first.k))
 
     def broadcast(self, src: int, group: dist.ProcessGroup | None = None) -> None:
         """Overwrite this rank's slice with that of global rank `src`, without gradient. Every rank must hold a tensor
@@ -94,7 +94,7 @@ class VFirstHolder:
 
 
 @dataclass
-class MixerCall:
+class ForwardContext:
     """One forward call of a hybrid model, seen by every layer.
 
     Args:

@@ -22,7 +22,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from .configuration_hybrid import HybridLlamaConfig, HybridQwen2Config, HybridQwen3Config
-from .first_layer import MixerCall, VFirstHolder
+from .first_layer import ForwardContext, VFirstHolder
 from .mixer_init import init_mixer
 from .mixer_presets import TimeMixerConfig
 from .rwkv_attention import RWKVAttention, identity_rotation
@@ -32,8 +32,8 @@ from .rwkv_attention import RWKVAttention, identity_rotation
 FP32_PARAMETERS = tuple(rf"self_attn\.{name}$" for name in ("w0", "a0", "v0", "k0"))
 
 
-class MixerInitialisation:
-    """Mixin over `PreTrainedModel`: what transformers' initialisation of unloaded weights means for a time mixer."""
+class MixerInitialization:
+    """Mixin over `PreTrainedModel`: what transformers' initialization of unloaded weights means for a time mixer."""
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -55,8 +55,8 @@ class UnrotatedAttention:
         return super().forward(hidden_states, identity_rotation(position_embeddings), *args, **kwargs)
 
 
-class HybridBackbone(MixerInitialisation):
-    """Mixin over a family's `<Family>Model`: swaps the attention of RWKV layers, makes the `MixerCall` of a forward."""
+class HybridBackbone(MixerInitialization):
+    """Mixin over a family's `<Family>Model`: swaps the attention of RWKV layers, makes the `ForwardContext`."""
 
     _keep_in_fp32_modules_strict = FP32_PARAMETERS
     unrotated_attention_class: type[nn.Module]
@@ -81,18 +81,18 @@ class HybridBackbone(MixerInitialisation):
         past_key_values=None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        mixer_call: MixerCall | None = None,
+        forward_context: ForwardContext | None = None,
         **kwargs,
     ):
-        """As the family's backbone; `attention_mask` is (B, past + T), `mixer_call` replaces what is derived here.
+        """As the family's backbone; `attention_mask` is (B, past + T), `forward_context` replaces what is derived here.
 
         Without mask and with use_cache=False, `position_ids` that restart inside a row mark packed documents, as they
         do for the attention layers: each document then starts from an empty state.
 
         Raises:
-            ValueError: a prepared 4-D mask without `mixer_call`, from which padding could not be told.
+            ValueError: a prepared 4-D mask without `forward_context`, from which padding could not be told.
         """
-        if mixer_call is None:
+        if forward_context is None:
             batch, tokens = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
             caching = self.config.use_cache if use_cache is None else use_cache
             mask = cu_seqlens = None
@@ -100,7 +100,7 @@ class HybridBackbone(MixerInitialisation):
                 mask = _current_tokens(attention_mask, tokens)
             elif position_ids is not None and past_key_values is None and not caching:
                 cu_seqlens = _document_boundaries(position_ids.expand(batch, -1))
-            mixer_call = MixerCall(first=VFirstHolder(), mask=mask, cu_seqlens=cu_seqlens)
+            forward_context = ForwardContext(first=VFirstHolder(), mask=mask, cu_seqlens=cu_seqlens)
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -108,12 +108,12 @@ class HybridBackbone(MixerInitialisation):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            mixer_call=mixer_call,
+            forward_context=forward_context,
             **kwargs,
         )
 
 
-class HybridCausalLM(MixerInitialisation):
+class HybridCausalLM(MixerInitialization):
     """Mixin over a family's `<Family>ForCausalLM`: the same head on a hybrid backbone (`backbone_class`)."""
 
     _is_stateful = True

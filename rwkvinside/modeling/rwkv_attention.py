@@ -1,14 +1,14 @@
 """The time mixer behind Hugging Face's attention call convention, and the rotation of attention without positions.
 
 Used as `layer.self_attn` in exported models and as the student beside the teacher's attention in training. What crosses
-layers (v_first, k_first, padding, document boundaries) arrives in one `MixerCall` made per forward of the model.
+layers (v_first, k_first, padding, document boundaries) arrives in one `ForwardContext` made per forward of the model.
 """
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from .first_layer import FirstKV, MixerCall
+from .first_layer import FirstLayerKV, ForwardContext
 from .mixer_presets import TimeMixerConfig
 from .recurrent_cache import read_state, write_state
 from .time_mixer import TimeMixer
@@ -33,33 +33,37 @@ class RWKVAttention(TimeMixer):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
-        mixer_call: MixerCall | None = None,
+        forward_context: ForwardContext | None = None,
         **kwargs,
     ) -> tuple[Tensor, None]:
         """Mix (B, T, D) over time, continuing from the state in `past_key_values` and leaving the new one there.
 
-        `attention_mask` is the attention layers' (B, 1, Q, K) mask and is not read: padding is `mixer_call.mask`,
+        `attention_mask` is the attention layers' (B, 1, Q, K) mask and is not read: padding is `forward_context.mask`,
         (B, T) for the current tokens only. Keyword arguments meant for other attention implementations are ignored.
 
         Returns:
             (output (B, T, D), None): a recurrence has no attention weights.
 
         Raises:
-            ValueError: no `mixer_call`, that is, the layer was called by a model that does not know RWKV layers.
+            ValueError: no `forward_context`, that is, the layer was called by a model that does not know RWKV layers.
         """
-        if mixer_call is None:
-            raise ValueError("an RWKV layer needs mixer_call=MixerCall(...), one per forward of the whole model")
+        if forward_context is None:
+            raise ValueError(
+                "an RWKV layer needs forward_context=ForwardContext(...), one per forward of the whole model"
+            )
         output, first, state = super().forward(
             hidden_states,
-            first=None if self.is_first else FirstKV(*(_to(part, hidden_states) for part in mixer_call.first.read())),
+            first=None
+            if self.is_first
+            else FirstLayerKV(*(_to(part, hidden_states) for part in forward_context.first.read())),
             state=read_state(past_key_values, self.layer_idx),
             rope=position_embeddings,
-            mask=_to(mixer_call.mask, hidden_states),
-            cu_seqlens=_to(mixer_call.cu_seqlens, hidden_states),
+            mask=_to(forward_context.mask, hidden_states),
+            cu_seqlens=_to(forward_context.cu_seqlens, hidden_states),
             inplace=not torch.is_grad_enabled(),  # what the cache held is replaced below
         )
         if self.is_first:
-            mixer_call.first.write(first)
+            forward_context.first.write(first)
         if past_key_values is not None:
             write_state(past_key_values, self.layer_idx, state, tokens=hidden_states.shape[1])
         return output, None

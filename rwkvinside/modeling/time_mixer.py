@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .first_layer import FirstKV
+from .first_layer import FirstLayerKV
 from .mixer_presets import TimeMixerConfig
 from .wkv7 import wkv7
 
@@ -28,7 +28,7 @@ class MixerState(NamedTuple):
     shift: Tensor | None
 
 
-class Streams(NamedTuple):
+class RecurrenceInputs(NamedTuple):
     """The inputs of the recurrence and what is done to its output, (B, T, H, N) each; v and kk may have the G heads of
     keys and values, which head h reads as h // (H / G); see `TimeMixer.streams`."""
 
@@ -41,7 +41,7 @@ class Streams(NamedTuple):
     gate: Tensor
 
 
-class Features(NamedTuple):
+class ProjectedInputs(NamedTuple):
     """Projections of a layer's input: r, gate (B, T, H, N); k, v (B, T, H or G, N); decay and iclr (B, T, H * N), which
     are added to w0 and a0."""
 
@@ -106,13 +106,13 @@ class TimeMixer(nn.Module):
         self,
         x: Tensor,
         *,
-        first: FirstKV | None,
+        first: FirstLayerKV | None,
         state: MixerState | None = None,
         rope: tuple[Tensor, Tensor] | None = None,
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         inplace: bool = False,
-    ) -> tuple[Tensor, FirstKV, MixerState]:
+    ) -> tuple[Tensor, FirstLayerKV, MixerState]:
         """Mix a batch of rows.
 
         Args:
@@ -125,20 +125,22 @@ class TimeMixer(nn.Module):
             inplace: the new state may take the memory of `state`.
 
         Returns:
-            y (B, T, D), the FirstKV to hand to later layers, and the state after the last token, (S, ...) with
+            y (B, T, D), the FirstLayerKV to hand to later layers, and the state after the last token, (S, ...) with
             cu_seqlens.
         """
         s, first, shift = self.streams(x, first=first, state=state, rope=rope, mask=mask, cu_seqlens=cu_seqlens)
-        y, wkv = self.recur(s, None if state is None else state.wkv, mask, cu_seqlens, inplace)
+        y, wkv = self.run_recurrence(s, None if state is None else state.wkv, mask, cu_seqlens, inplace)
         return self.output((y * s.gate).flatten(2).to(x.dtype)), first, MixerState(wkv, shift)
 
     def streams(self, x, *, first, state=None, rope=None, mask=None, cu_seqlens=None):
-        """All that is computed before the recurrence: (Streams, FirstKV, shift state)."""
-        features, first, shift = self.features(x, first=first, state=state, rope=rope, mask=mask, cu_seqlens=cu_seqlens)
-        return self.rated(features), first, shift
+        """All that is computed before the recurrence: (RecurrenceInputs, FirstLayerKV, shift state)."""
+        features, first, shift = self.project_inputs(
+            x, first=first, state=state, rope=rope, mask=mask, cu_seqlens=cu_seqlens
+        )
+        return self.recurrence_inputs(features), first, shift
 
-    def features(self, x, *, first, state=None, rope=None, mask=None, cu_seqlens=None):
-        """What of it does not depend on w0 and a0: (Features, FirstKV, shift state)."""
+    def project_inputs(self, x, *, first, state=None, rope=None, mask=None, cu_seqlens=None):
+        """What of it does not depend on w0 and a0: (ProjectedInputs, FirstLayerKV, shift state)."""
         c = self.mixer_config
         H, N = c.num_heads, c.head_size
         if c.token_shift:
@@ -154,7 +156,7 @@ class TimeMixer(nn.Module):
         if c.value_path == "residual_full":
             v = _to_heads(v, H)
         if self.is_first:
-            first = FirstKV(v, k if c.key_residual else None)
+            first = FirstLayerKV(v, k if c.key_residual else None)
         else:
             v_first, k_first = (t if t is None or not c.detach_first else t.detach() for t in first)
             if c.value_path in ("residual_kv", "residual_full"):
@@ -167,9 +169,9 @@ class TimeMixer(nn.Module):
         decay = torch.tanh(xw @ self.w1) @ self.w2
         iclr = (xa @ self.a1) @ self.a2
         gate = (torch.sigmoid(xg @ self.g1) @ self.g2).unflatten(-1, (H, N))
-        return Features(r, k, v, decay, iclr, gate), first, shift
+        return ProjectedInputs(r, k, v, decay, iclr, gate), first, shift
 
-    def rated(self, features: Features) -> Streams:
+    def recurrence_inputs(self, features: ProjectedInputs) -> RecurrenceInputs:
         """The inputs of the recurrence from features, w0 and a0."""
         c = self.mixer_config
         H, N = c.num_heads, c.head_size
@@ -187,7 +189,7 @@ class TimeMixer(nn.Module):
             kk = F.normalize(_fp32(k), dim=-1)
             s = log_decay.exp() if c.key_scale == "decay" else F.logsigmoid(z) - 0.5
             k = times_shared((1 - s + iclr).to(k.dtype), k)
-        return Streams(r, log_decay, k, v, kk, iclr, gate)
+        return RecurrenceInputs(r, log_decay, k, v, kk, iclr, gate)
 
     def project(self, xr: Tensor, xk: Tensor, xv: Tensor, rope: tuple[Tensor, Tensor] | None):
         """Receptance (B, T, H, N), key and value (B, T, G, N), normed and rotated; as copied, the teacher's q, k, v."""
@@ -201,7 +203,9 @@ class TimeMixer(nn.Module):
             r, k = rotate(r, *rope), rotate(k, *rope)
         return r, k, v
 
-    def recur(self, s: Streams, wkv: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None, inplace=False):
+    def run_recurrence(
+        self, s: RecurrenceInputs, wkv: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None, inplace=False
+    ):
         """The recurrence, its scale or norm, and the bonus: (y (B, T, H, N) before the gate, final state).
 
         With `inplace` the final state may take the memory of `wkv`.

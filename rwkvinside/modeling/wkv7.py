@@ -47,7 +47,7 @@ def wkv7(
 
     Args:
         r: (B, T, H, N), any floating dtype; computed in fp32 (fp64 when `r` is fp64). In the RWKV-7 mixer a = -kk and
-            b = kk * iclr with kk the L2-normalised key.
+            b = kk * iclr with kk the L2-normalized key.
         log_decay: (B, T, H, N), values <= 0; at least -5 for chunked and triton. fp32 is advised (bf16 costs 2-3 %
             near 0).
         k, v, a, b: (B, T, H, N), or (B, T, G, N) each with its own G dividing H: head h reads head h // (H / G).
@@ -95,23 +95,23 @@ def wkv7(
 _COMPILED = ("native", "triton")
 
 
-def refusal(backend: str, device: str, dtype: torch.dtype, head_size: int) -> str | None:
+def why_unavailable(backend: str, device: str, dtype: torch.dtype, head_size: int) -> str | None:
     """Why a backend cannot run on tensors of this device type, dtype and head size here; None when it can."""
     if backend not in _COMPILED:
         return None
     if kernels is None:
         return "the package rwkvinside is not installed"
-    return _unavailable(backend) or kernels.unfit(backend, device, dtype, head_size)
+    return _unavailable(backend) or kernels.why_unsupported(backend, device, dtype, head_size)
 
 
 def _choose(backend: str, r: Tensor) -> str:
     """What "auto" means for r, or the named backend if it can run."""
     given = (r.device.type, r.dtype, r.shape[3])
-    if reason := refusal(backend, *given):
+    if reason := why_unavailable(backend, *given):
         raise RuntimeError(f"WKV-7 backend '{backend}' cannot run: {reason}; use 'auto' or 'chunked'")
     if backend == "auto":
         compiled = {"cpu": "native", "cuda": "triton"}.get(r.device.type)
-        if compiled and kernels is not None and not kernels.unfit(compiled, *given):
+        if compiled and kernels is not None and not kernels.why_unsupported(compiled, *given):
             reason = _unavailable(compiled)
             if reason is None:
                 return compiled
@@ -122,7 +122,7 @@ def _choose(backend: str, r: Tensor) -> str:
 
 @torch.compiler.assume_constant_result
 def _unavailable(backend: str) -> str | None:
-    return kernels.unavailable(backend)
+    return kernels.why_unavailable(backend)
 
 
 @torch.compiler.disable

@@ -143,7 +143,7 @@ def _matrices(block: nn.Module, adapters: bool) -> Iterator[tuple[str, int, bool
     bat = {n.partition("miss_block.")[0] for n, p in parameters.items() if "miss_block." in n and p.ndim == 3}
     for name, module in block.named_modules():
         if isinstance(module, nn.Linear) and (adapters or not _in_adapter(name)):
-            weight = module._parameters.get("weight")  # a quantised layer has none
+            weight = module._parameters.get("weight")  # a quantized layer has none
             trains = (weight is not None and weight.requires_grad) or name.removesuffix("base_layer") in bat
             yield name, module.in_features * module.out_features, trains
     for name, parameter in parameters.items():

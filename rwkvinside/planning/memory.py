@@ -14,7 +14,7 @@ With t trainable parameters (fp32 masters), f bytes of the student's other weigh
     logits       a chunk of the student's and one of the teacher's, four blocks of them in fp32 (five with a
                  cross-entropy), and the head's weights in bf16
     teacher      its bytes when it is a model of its own; sharded: 1 / W and what is whole at a time
-    file pages   on a CPU, of weights in the type of their file: those that were read to be quantised; the system takes
+    file pages   on a CPU, of weights in the type of their file: those that were read to be quantized; the system takes
                  them back when it has to
 
 The peak is the larger of two moments of a step: when the forward of the last layer is done (of one micro-batch a step,
@@ -36,18 +36,18 @@ BUCKET = 500_000_000  # elements that DeepSpeed reduces at a time
 
 
 @dataclass(frozen=True)
-class Weights:
+class StudentMemory:
     """A student in memory, before anything is shared among ranks.
 
     Args:
         trainable: parameters that train.
-        others: bytes of the rest: frozen, quantised, the teacher's attention that stays beside the mixers.
-        parameters: all parameters that are not quantised.
+        others: bytes of the rest: frozen, quantized, the teacher's attention that stays beside the mixers.
+        parameters: all parameters that are not quantized.
         cast: weights of products of which autocast makes a bf16 copy.
         whole: bytes that ZeRO 3 has to gather at a time: the largest of a layer and the head.
-        unpacked: weights of the largest quantised layer.
+        unpacked: weights of the largest quantized layer.
         head: trainable parameters of the head.
-        mapped: bytes of weights in their file that were quantised, while others are still used from there.
+        mapped: bytes of weights in their file that were quantized, while others are still used from there.
     """
 
     trainable: int
@@ -61,7 +61,7 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Work:
+class StepMemory:
     """What a stage computes on one rank.
 
     Args:
@@ -95,7 +95,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Engine:
+class EngineSpec:
     """Who trains.
 
     Args:
@@ -139,7 +139,7 @@ class Memory:
         return max(sum(self.device.values()), self.saving, self.evaluating)
 
 
-def memory_of(weights: Weights, work: Work, engine: Engine, *, cpu: bool) -> Memory:
+def memory_of(weights: StudentMemory, work: StepMemory, engine: EngineSpec, *, cpu: bool) -> Memory:
     """The formula above.
 
     Args:
@@ -189,10 +189,10 @@ def memory_of(weights: Weights, work: Work, engine: Engine, *, cpu: bool) -> Mem
     )
 
 
-def _weights(weights: Weights, engine: Engine, zero: int) -> dict[str, int]:
+def _weights(weights: StudentMemory, engine: EngineSpec, zero: int) -> dict[str, int]:
     t, W = weights.trainable, engine.ranks
     if engine.launched and engine.bf16_weights:
-        whole = weights.others + 2 * t  # what is frozen is bf16 or quantised already
+        whole = weights.others + 2 * t  # what is frozen is bf16 or quantized already
         parts = {"weights": whole, "masters": FP32 * t // W}
     else:
         whole = weights.others + FP32 * t
@@ -202,7 +202,7 @@ def _weights(weights: Weights, engine: Engine, zero: int) -> dict[str, int]:
     return parts
 
 
-def _gradients(t: int, engine: Engine, zero: int) -> int:
+def _gradients(t: int, engine: EngineSpec, zero: int) -> int:
     W = engine.ranks
     bucket = FP32 * min(BUCKET, t)
     if engine.launched and engine.bf16_weights:

@@ -11,11 +11,11 @@ from ..config.precision import device_and_precision
 from ..config.schema import Config, StageConfig
 from ..data.sources import describe
 from ..errors import UserError
-from ..hybrid import assemble as structure
+from ..hybrid.assemble import apply, layer_lines
 from ..hybrid.model import HybridModel
 from ..stages.param_groups import rate_groups
 from ..stages.phases import phases
-from ..stages.prepare import meta_student, optimizer_settings, prepare_stage, stage_structure, zero_settings
+from ..stages.prepare import meta_student, optimizer_settings, prepare_stage, stage_layers, zero_settings
 from ..support.text import rounded_bytes, rounded_count
 from ..training.batching import step_shape
 from ..training.deepspeed_config import deepspeed_config
@@ -76,8 +76,8 @@ def plan_text(config: Config, stages: list[str] | None = None, ranks: int = 1) -
     shown, made = {}, None
     for name in stage_order(config, stages):
         stage = config.stages[name]
-        if (wanted := stage_structure(config, name)) != made:  # otherwise nothing of it has changed
-            structure.apply(model, wanted)
+        if (wanted := stage_layers(config, name)) != made:  # otherwise nothing of it has changed
+            apply(model, wanted)
             made = wanted
         if stage.optim is not None:
             check_optimizer(stage.optim.kind, device)
@@ -113,7 +113,7 @@ def _stage_lines(
     title = name if name == stage.objective else f"{name} ({stage.objective})"
     lines = [f"{title}: {rounded_count(stage.tokens)} tokens in rows of {stage.data.seq_len}"]
     lines.append(f"  data      {describe(config, stage)}")
-    lines += [f"  {line}" for line in structure.structure_lines(model, stage_structure(config, name))]
+    lines += [f"  {line}" for line in layer_lines(model, stage_layers(config, name))]
     settings = None
     teacher = second_teacher(config, stage) if source == "separate" else None
     if stage.objective == "calibrate":
@@ -136,7 +136,7 @@ def _stage_lines(
     saved, trainable = trained_bytes(model)
     size = checkpoint_bytes(saved, trainable)
     fixed = sum(layer.nbytes for layer in model.quantized.values())
-    more = f", and {rounded_bytes(fixed)} of quantised weights once" if fixed else ""
+    more = f", and {rounded_bytes(fixed)} of quantized weights once" if fixed else ""
     lines.append(
         f"  disk      {rounded_bytes(size)} a checkpoint, {config.checkpoint.keep} kept{more}: "
         f"{rounded_bytes((config.checkpoint.keep + 1) * size + fixed)} at most"
@@ -148,11 +148,11 @@ def _calibrated(model: HybridModel) -> list[str]:
     lines = [f"  {'group':<12}{'parameters':>12}  in this stage"]
     for group, _, count in model.group_table():
         lines.append(f"  {group:<12}{rounded_count(count):>12}  {'fitted' if group.startswith('mixer.') else 'frozen'}")
-    quantised: dict[tuple[str, str], int] = {}
+    quantized: dict[tuple[str, str], int] = {}
     for name, layer in model.quantized.items():
         of = model.group_of(f"{name}.weight")[-1], layer.format
-        quantised[of] = quantised.get(of, 0) + layer.weight_numel
-    for (group, form), count in quantised.items():
+        quantized[of] = quantized.get(of, 0) + layer.weight_numel
+    for (group, form), count in quantized.items():
         lines.append(f"  {group:<12}{rounded_count(count):>12}  frozen in {form}")
     return lines
 
@@ -176,7 +176,7 @@ def _loss_lines(stage: StageConfig, source: str | None) -> list[str]:
     parts += [f"{loss.ce:g} cross-entropy"] if loss.ce else []
     heat = f" at temperature {loss.temperature:g}" if loss.kl and loss.temperature != 1 else ""
     lines = [f"  loss      {' + '.join(parts)}{heat}"]
-    if stage.objective == "distil":
+    if stage.objective == "distill":
         given, text = stage.teacher_model, TEACHERS[source]
         if source == "separate":
             text = f"{text}, {given.path}" if given.path else f"{text} of the same weights"

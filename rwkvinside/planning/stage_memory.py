@@ -17,13 +17,13 @@ from ..stages.rows import JUDGED_BATCH
 from ..teacher.load import teacher_config, teacher_of
 from ..training.batching import step_shape
 from .activations import FP32, edge_bytes, kept_bytes, transient_bytes
-from .memory import Engine, Memory, Weights, Work, memory_of, moment_bytes
+from .memory import EngineSpec, Memory, StepMemory, StudentMemory, memory_of, moment_bytes
 
 PREFETCH = 50_000_000  # elements that ZeRO 3 gathers ahead
 
 
 def second_teacher(config: Config, stage: StageConfig) -> PreTrainedModel:
-    """The model of teacher: separate, quantised where the stage says so, on the meta device."""
+    """The model of teacher: separate, quantized where the stage says so, on the meta device."""
     given = stage.teacher_model
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(
@@ -53,7 +53,7 @@ def stage_memory(
     """
     zero, bf16 = zero_settings(config).settled(), precision == "bf16"
     launched = ranks > 1 and stage.objective != "calibrate"  # which one process does with the whole model
-    engine = Engine(
+    engine = EngineSpec(
         launched=launched,
         zero=max(zero.stage, 1) if bf16 and zero.bf16_weights else zero.stage,
         ranks=ranks if launched else 1,
@@ -76,11 +76,11 @@ def trained_bytes(model: HybridModel) -> tuple[int, int]:
     """(parameters in a checkpoint's weights, those with an optimizer state)."""
     parameters = model.canonical_parameters()
     saved = sum(p.numel() for name, p in parameters.items() if name in model.trained)
-    carried = sum(tensor.numel() for tensor in model.carried.values())
-    return saved + carried, sum(p.numel() for p in parameters.values() if p.requires_grad)
+    master_weights = sum(tensor.numel() for tensor in model.master_weights.values())
+    return saved + master_weights, sum(p.numel() for p in parameters.values() if p.requires_grad)
 
 
-def _weights(model: HybridModel, frozen: int, beside: bool, mapped: bool) -> Weights:
+def _weights(model: HybridModel, frozen: int, beside: bool, mapped: bool) -> StudentMemory:
     """The student as it is in memory.
 
     Args:
@@ -108,21 +108,21 @@ def _weights(model: HybridModel, frozen: int, beside: bool, mapped: bool) -> Wei
         layers[layer] = layers.get(layer, 0) + size
         if name is not None and layer is not None and p.dim() >= 2 and size == FP32 * p.numel():
             cast += p.numel()
-    quantised = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
-    others += sum(b.numel() * b.itemsize for m in quantised for b in m.buffers(recurse=False))
-    others += sum(t.numel() * FP32 for t in model.carried.values())
+    quantized = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    others += sum(b.numel() * b.itemsize for m in quantized for b in m.buffers(recurse=False))
+    others += sum(t.numel() * FP32 for t in model.master_weights.values())
     head = model.lm.lm_head
     of_head = sum(p.numel() * (FP32 if p.requires_grad else frozen) for p in head.parameters())
-    return Weights(
+    return StudentMemory(
         trainable=trainable,
         others=others,
         parameters=parameters,
         cast=cast,
         whole=max(of_head, *(size for layer, size in layers.items() if layer is not None))
         + FP32 * min(PREFETCH, parameters),
-        unpacked=max((m.weight_numel for m in quantised), default=0),
+        unpacked=max((m.weight_numel for m in quantized), default=0),
         head=sum(p.numel() for p in head.parameters() if p.requires_grad),
-        mapped=frozen * sum(m.weight_numel for m in quantised) if mapped else 0,
+        mapped=frozen * sum(m.weight_numel for m in quantized) if mapped else 0,
     )
 
 
@@ -136,7 +136,7 @@ def _work(
     device: str,
     bf16: bool,
     ranks: int,
-) -> Work:
+) -> StepMemory:
     c, mixer = model.lm.config, model.mixer_config
     shape, T = step_shape(stage, ranks), stage.data.seq_len
     tokens = shape.micro_rows * T
@@ -145,7 +145,7 @@ def _work(
     stream = FP32 if trained_stream or not bf16 else frozen.itemsize
     vocab = c.vocab_size
     whole, largest = (0, 0) if teacher is None else _teacher_bytes(teacher, frozen)
-    attention = stage.objective != "distil" or source == "same" or len(model.rwkv_layers) < c.num_hidden_layers
+    attention = stage.objective != "distill" or source == "same" or len(model.rwkv_layers) < c.num_hidden_layers
     judged = min(config.data.val_tokens, JUDGED_BATCH)
     common = dict(
         masks=tokens * T * (1 + FP32 * attention),
@@ -158,10 +158,10 @@ def _work(
         # of all tokens: hidden states, their normed form, the teacher's heads, what later mixers read, masks; of one
         # batch: the streams of a mixer, and features and targets in two precisions
         held = stage.tokens * (FP32 * (2 * c.hidden_size + C + 2 * K) + T) + tokens * FP32 * 25 * C
-        return Work(tokens=0, held=held, **common)
+        return StepMemory(tokens=0, held=held, **common)
     align = stage.objective == "align"
     inputs, edges = edge_bytes(model, align=align, checkpointing=stage.activation_checkpointing, stream=stream)
-    return Work(
+    return StepMemory(
         tokens=tokens,
         micro_batches=shape.micro_batches,
         kept=kept_bytes(model, align=align, low=low, stream=stream),
@@ -179,7 +179,7 @@ def _work(
 def _logits(stage: StageConfig, tokens: int, vocab: int, low: int, source: str | None, device: str) -> int:
     """Bytes of a chunk of logits: the student's, the teacher's where a model makes them, and blocks of them in fp32."""
     chunk = min(tokens, stage.loss.chunk_tokens or chunk_tokens(vocab)) * vocab
-    models = 2 if source in ("same", "separate") and stage.objective == "distil" else 1
+    models = 2 if source in ("same", "separate") and stage.objective == "distill" else 1
     return low * models * chunk + FP32 * min(chunk, BLOCK_ELEMENTS[device]) * (4 + bool(stage.loss.ce))
 
 

@@ -13,7 +13,7 @@ from ..support.text import rounded_count, short_count
 def training_table(student: HybridModel, stage: StageConfig, phase: Phase) -> list[str]:
     """One line for each group of the student: parameters, what of them trains in the phase or later, learning rates.
 
-    Of quantised linear layers the weights before quantisation are counted.
+    Of quantized linear layers the weights before quantization are counted.
     """
     all_phases = phases(stage)
     begin = _begin(student, stage)

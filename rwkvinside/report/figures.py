@@ -1,6 +1,6 @@
 """One drawing function per question, each onto a given matplotlib Axes, and figures that are saved as a whole.
 
-Colours are Okabe and Ito's, which people with any colour vision can tell apart; colour maps are perceptually uniform.
+Colors are Okabe and Ito's, which people with any color vision can tell apart; color maps are perceptually uniform.
 """
 
 import itertools
@@ -21,7 +21,7 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
 AMBER, PINK, BLACK = "#E69F00", "#CC79A7", "#222222"
 LOSS_UNITS = {
     "align": "alignment loss (relative squared error)",
-    "distil": "KL to the teacher (nats per token)",
+    "distill": "KL to the teacher (nats per token)",
     "long": "loss (nats per token)",
     "sft": "cross entropy (nats per token)",
 }
@@ -92,7 +92,7 @@ def draw_loss(ax: "Axes", rows: Sequence[dict], stage: str) -> None:
 
 
 def draw_alignment(ax: "Axes", rows: Sequence[dict], stage: str) -> None:
-    """Heat map: relative squared error of every layer over the steps of an alignment, log colour."""
+    """Heat map: relative squared error of every layer over the steps of an alignment, log color."""
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
@@ -223,7 +223,7 @@ def position_figure(evaluation: dict) -> "Figure":
     return figure
 
 
-# colour by family, line style by member: a candidate looks the same in every figure
+# color by family, line style by member: a candidate looks the same in every figure
 KERNEL_COLORS = {"triton": BLUE, "native": GREEN, "chunked": ORANGE, "reference": PINK, "loop": GREY, "fla": AMBER}
 KERNEL_STYLES = {"high": "s--", "fast": "^-.", "fp32": "v:", "naive": "s--", "recurrent": "^-."}
 KERNEL_PASSES = {"forward": "forward", "forward_backward": "forward and backward"}

@@ -113,8 +113,8 @@ def write_text(file: Path, text: str) -> None:
         os.replace(partial, file)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        cure = "free space, or make the directory writable"
-        raise UserError(f"cannot write {file}: {error.strerror}", cure) from error
+        hint = "free space, or make the directory writable"
+        raise UserError(f"cannot write {file}: {error.strerror}", hint) from error
 
 
 def _absolute_stage(stage: StageConfig) -> StageConfig:

@@ -13,11 +13,11 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig
 
 from ..errors import UserError
-from ..hybrid.assemble import Structure, assemble
+from ..hybrid.assemble import LayerSpec, assemble
 from ..hybrid.model import HybridModel, StudentSpec
 from ..teacher.load import load_teacher
 from ..training.checkpoint import open_checkpoint
-from ..training.frozen_weights import NAME, fixed_digest, read_fixed
+from ..training.frozen_weights import NAME, frozen_weights_digest, read_frozen_weights
 
 # Everything of a teacher's repository that a release passes on unchanged, beside the weights.
 TOKENIZER_FILES = (
@@ -67,9 +67,9 @@ class TrainedRun:
         return StudentSpec.from_fields(self.config["student"])
 
     @property
-    def structure(self) -> Structure:
-        """What the stage quantised, and its adapters."""
-        return Structure.from_fields(self.config, self.stage)
+    def structure(self) -> LayerSpec:
+        """What the stage quantized, and its adapters."""
+        return LayerSpec.from_fields(self.config, self.stage)
 
     def teacher_config(self):
         """The teacher's transformers configuration."""
@@ -84,20 +84,20 @@ class TrainedRun:
 
     def load_model(self) -> HybridModel:
         """The student as it was trained, on the CPU in evaluation mode: the teacher's weights in fp32 with its own on
-        top; what was quantised and adapted in training is so here, with the same numbers.
+        top; what was quantized and adapted in training is so here, with the same numbers.
 
         Raises:
             UserError: a teacher that is gone, incomplete, or not used up; a checkpoint that is damaged or of another
                 student.
         """
         checkpoint, folder = open_checkpoint(self.checkpoint), self.checkpoint.parent
-        if checkpoint.state.get("settings", {}).get("frozen") != fixed_digest(folder):
+        if checkpoint.state.get("settings", {}).get("frozen") != frozen_weights_digest(folder):
             raise UserError(
                 f"{folder / NAME} is not the file that {self.checkpoint.name} was trained with",
                 "restore it from a copy of the run",
             )
         lm = load_teacher(self.teacher, self._revision, torch.float32)
-        return assemble(lm, self.spec, self.structure, checkpoint.tensors(), read_fixed(folder))
+        return assemble(lm, self.spec, self.structure, checkpoint.tensors(), read_frozen_weights(folder))
 
     def load_student(self) -> dict[str, torch.Tensor]:
         """The student's own tensors, by exported name.

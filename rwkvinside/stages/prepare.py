@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from ..config.schema import Config, StageConfig
 from ..errors import UserError
-from ..hybrid.assemble import Structure
+from ..hybrid.assemble import LayerSpec
 from ..hybrid.model import HybridModel, StudentSpec
 from ..teacher.load import teacher_config
 from ..teacher.signals import check_same_weights
@@ -29,9 +29,9 @@ def meta_student(config: Config) -> HybridModel:
     return HybridModel.from_teacher(teacher, student_spec(config))
 
 
-def stage_structure(config: Config, name: str) -> Structure:
-    """What a stage quantises, and the adapters."""
-    return Structure.from_fields(config.model_dump(), name)
+def stage_layers(config: Config, name: str) -> LayerSpec:
+    """What a stage quantizes, and the adapters."""
+    return LayerSpec.from_fields(config.model_dump(), name)
 
 
 def optimizer_settings(stage: StageConfig) -> OptimizerSettings:
@@ -74,12 +74,12 @@ def prepare_stage(model: HybridModel, stage: StageConfig, train: Sequence[str] |
             )
     if stage.objective == "calibrate" and (fitted := model.mixer_names() - set(model.canonical_parameters())):
         raise UserError(
-            f"objective calibrate fits the mixers, but {min(fitted)} is quantised",
+            f"objective calibrate fits the mixers, but {min(fitted)} is quantized",
             "set stages.<name>.quantize of this stage to groups without mixers",
         )
-    if stage.objective == "distil" and stage.teacher == "same":
+    if stage.objective == "distill" and stage.teacher == "same":
         check_same_weights(changed)
-    if stage.objective != "distil":
+    if stage.objective != "distill":
         return None if changed else "same"
     if stage.teacher == "cache":
         return "cache"

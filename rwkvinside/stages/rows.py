@@ -43,7 +43,7 @@ def rows_of(config: Config, name: str, tokens: Tokens) -> Rows:
 
 
 def report(stage: StageConfig, tokens: Tokens, rows: Rows, val: TokenStore) -> tuple[list[str], dict]:
-    """What a stage will read, for people and as JSON values: tokens, epochs, the realised shares of a mixture."""
+    """What a stage will read, for people and as JSON values: tokens, epochs, the realized shares of a mixture."""
     wanted = stage.steps * stage.rows
     judged = f"{val.num_tokens:,} to validate"
     if isinstance(rows, MixedRows):
@@ -87,6 +87,6 @@ def leading_text(rows: Rows, tokens: int) -> Batch:
     return Batch(*(torch.cat(column)[None, :tokens] for column in zip(*parts, strict=True)), rows=(0,))
 
 
-def judged_batches(val: TokenStore, max_positions: int) -> list[Batch]:
+def validation_batches(val: TokenStore, max_positions: int) -> list[Batch]:
     """The validation documents, each alone in its row."""
     return list(document_batches(PaddedDocuments(val, min(JUDGED_TOKENS, max_positions)), batch_tokens=JUDGED_BATCH))

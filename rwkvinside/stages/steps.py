@@ -18,7 +18,7 @@ class AlignStep:
     """Each mixer imitates its layer's attention on the teacher's own hidden states (RADLADS step 1).
 
     Args:
-        power: {layer: mean squared norm per token of the teacher's attention output}, from `calibrate.teacher_power`.
+        power: {layer: mean squared norm per token of the teacher's attention output}, from `calibrate.teacher_norms`.
         checkpoint: recompute mixers in the backward.
     """
 
@@ -34,7 +34,7 @@ class AlignStep:
 
 
 @dataclass
-class DistilStep:
+class DistillStep:
     """The student's next-token distribution follows the teacher's; cross-entropy on the text may be added.
 
     Args:
@@ -54,7 +54,7 @@ class DistilStep:
 
 @dataclass
 class SftStep:
-    """Cross-entropy on the labelled positions (completions), no teacher."""
+    """Cross-entropy on the labeled positions (completions), no teacher."""
 
     objective: Objective = Objective(kl=0.0, ce=1.0)
 

@@ -10,19 +10,19 @@ from ..config.schema import Config, StageConfig
 from ..hybrid.quantized_linear import linear_names, quantize
 from ..stages.rows import Rows
 from ..training.deepspeed_engine import inference_engine
-from ..training.process_group import World
+from ..training.process_group import Distributed
 from .load import load_teacher, teacher_of
 from .logits_check import check_cache
-from .signals import CachedLogits, SeparateTeacher, TeacherModel
+from .signals import OfflineTeacher, OnlineTeacher, TeacherModel
 
 
 def separate_teacher(
-    config: Config, stage: StageConfig, world: World, dtype: torch.dtype, launched: bool
-) -> SeparateTeacher:
-    """A frozen model beside the student, quantised and sharded as the stage says.
+    config: Config, stage: StageConfig, world: Distributed, dtype: torch.dtype, launched: bool
+) -> OnlineTeacher:
+    """A frozen model beside the student, quantized and sharded as the stage says.
 
     Args:
-        dtype: of the weights when they are loaded; with precision fp32 those that are not quantised become fp32.
+        dtype: of the weights when they are loaded; with precision fp32 those that are not quantized become fp32.
         launched: several processes; without them nothing is sharded.
     """
     own, teacher = stage.teacher_model, teacher_of(config, stage)
@@ -33,14 +33,14 @@ def separate_teacher(
         lm.float()
     model = TeacherModel(lm)
     if own.shard and launched:
-        return SeparateTeacher(*inference_engine(model, list(model.readout.parameters()), world))
-    return SeparateTeacher(model.to(world.device))
+        return OnlineTeacher(*inference_engine(model, list(model.readout.parameters()), world))
+    return OnlineTeacher(model.to(world.device))
 
 
-def cached_teacher(config: Config, name: str, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> CachedLogits:
+def cached_teacher(config: Config, name: str, tokenizer: PreTrainedTokenizerBase, rows: Rows) -> OfflineTeacher:
     """The logits that a stage names, checked against the rows that it trains on.
 
     Raises:
         UserError: not those of this stage, incomplete or damaged; see `check_cache`.
     """
-    return CachedLogits(check_cache(config, name, tokenizer, rows))
+    return OfflineTeacher(check_cache(config, name, tokenizer, rows))

@@ -88,7 +88,7 @@ def cache_identity(config: Config, name: str, tokenizer: PreTrainedTokenizerBase
         "tokenizer": tokenizer_hash(tokenizer)[:16],
         "teacher": weights_hash(teacher.path, teacher.revision),
         "teacher's name": teacher.path if teacher.revision is None else f"{teacher.path}@{teacher.revision}",
-        "teacher's quantisation": stage.teacher_model.quantize,
+        "teacher's quantization": stage.teacher_model.quantize,
         "temperature": stage.loss.temperature,
         "vocabulary": shared_vocab(config, stage),
     }

@@ -4,7 +4,7 @@ DIR/index.json                  identity of what was written, and every finished
 DIR/logits-00000.safetensors    positions with a label of the shard's rows, one after another:
     ids        (N, k) int32, the likeliest first
     log_probs  (N, k + 1) fp16, last the logarithm of the mass of all other tokens. fp16 keeps a probability to 0.4 %
-               down to e^-16; normalised again after reading this changes a KL divergence by less than 1e-5 nats.
+               down to e^-16; normalized again after reading this changes a KL divergence by less than 1e-5 nats.
     offsets    (rows + 1,) int64, where each row begins
     digests    (rows,) int64 of each row's tokens and labels
 

@@ -32,7 +32,7 @@ class Teacher(Protocol):
         """The stage is over."""
 
 
-class SameWeights(Teacher):
+class SelfTeacher(Teacher):
     """The hybrid in teacher mode: one model in memory. Exact only while nothing but mixers and adapters trained."""
 
     def targets(self, model, batch: Batch) -> Targets:
@@ -41,7 +41,7 @@ class SameWeights(Teacher):
         return HeadTargets(hidden, lambda: model.teacher_logits)
 
 
-class SeparateTeacher(Teacher):
+class OnlineTeacher(Teacher):
     """A frozen model beside the student, of the same tokenizer but possibly another size.
 
     Args:
@@ -95,7 +95,7 @@ class HeadTargets:
     Args:
         hidden: (N, D) at the positions with a label.
         head: gives the function from hidden states to logits; called once, inside of `whole`.
-        whole: see `SeparateTeacher`.
+        whole: see `OnlineTeacher`.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ def _target(logits: Tensor, rows: slice, vocab: int, temperature: float) -> Targ
     return Target(F.log_softmax(logits, -1), None, best, logits.shape[1])
 
 
-class CachedLogits(Teacher):
+class OfflineTeacher(Teacher):
     """The most likely tokens of a teacher that is not here any more; see `rwkvinside data logits`.
 
     Args:

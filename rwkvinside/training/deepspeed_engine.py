@@ -1,4 +1,4 @@
-"""Training steps over several processes with DeepSpeed, which no other file imports; in one process: `in_process`.
+"""Training steps over several processes with DeepSpeed, which no other file imports; in one process: `local_engine`.
 
 Both give the same numbers for the same rows, whatever the number of ranks and micro-batches, and both hand out weights
 and optimizer state as full fp32 tensors by name, so that a checkpoint does not depend on how it was trained.
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from .batching import StepShape
 from .deepspeed_config import ZeroSettings, deepspeed_config, offloads
-from .local_engine import InProcessEngine, Sums
+from .local_engine import LocalEngine, MetricSums
 from .optimizer import (
     MOMENTS,
     Groups,
@@ -35,15 +35,15 @@ from .optimizer import (
     trainable,
 )
 from .precision import check_precision, precision_context
-from .process_group import World
+from .process_group import Distributed
 from .protocols import Step, StepResult, TrainingBatch
 
 
 class DeepSpeedEngine:
-    """Several processes, one device each, with DeepSpeed's ZeRO stages 0 to 3; the interface of `InProcessEngine`.
+    """Several processes, one device each, with DeepSpeed's ZeRO stages 0 to 3; the interface of `LocalEngine`.
 
     Args:
-        world: from `launched_world`.
+        world: from `join_process_group`.
         zero: sharding, offloading, and the user's own DeepSpeed configuration. Its bf16 weights (`bf16_weights`) are
             rounded ones in the forward; what was fp32 before keeps its full precision in the masters.
         shape: how the rows of a step are cut; None: one micro-batch a step of one row.
@@ -57,7 +57,7 @@ class DeepSpeedEngine:
         model: nn.Module,
         groups: Groups,
         settings: OptimizerSettings,
-        world: World,
+        world: Distributed,
         precision: str = "fp32",
         zero: ZeroSettings | None = None,
         shape: StepShape | None = None,
@@ -96,7 +96,7 @@ class DeepSpeedEngine:
         set_rates(self._optimizer, rates)
 
     def train_step(self, micro_batches: Sequence[TrainingBatch], step: Step, denominator: int) -> StepResult:
-        """As `InProcessEngine.train_step`; every rank brings equally many micro-batches."""
+        """As `LocalEngine.train_step`; every rank brings equally many micro-batches."""
         loss, metrics, losses = self._accumulate(micro_batches, step, denominator).reduce(self.world, denominator)
         if not math.isfinite(loss):
             return StepResult(loss, metrics, math.nan, losses)
@@ -116,12 +116,12 @@ class DeepSpeedEngine:
         self._accumulate([micro_batch], step, 1)
 
     def full_parameters(self) -> dict[str, Tensor]:
-        """As `InProcessEngine.full_parameters`, on rank 0; empty on the others."""
+        """As `LocalEngine.full_parameters`, on rank 0; empty on the others."""
         return self._gather({name: (p, None) for name, p in self.trainable.items()})
 
     @torch.no_grad()
     def load_parameters(self, tensors: Mapping[str, Tensor], absent: Collection[str] = ()) -> None:
-        """As `InProcessEngine.load_parameters`, in the weights of the forward and in the masters."""
+        """As `LocalEngine.load_parameters`, in the weights of the forward and in the masters."""
         import deepspeed
 
         check_names("weights", set(tensors), set(self.trainable) - set(absent))
@@ -136,7 +136,7 @@ class DeepSpeedEngine:
                 self._set_full(parameter, tensors[name], None)
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """As `InProcessEngine.optimizer_state`, on rank 0; empty on the others."""
+        """As `LocalEngine.optimizer_state`, on rank 0; empty on the others."""
         if self._plain:
             return plain_state(self._optimizer, self.trainable) if self.world.is_main else {}
         state = self._gather({f"{n}/{m}": (p, m) for n, p in self.trainable.items() for m in MOMENTS})
@@ -165,7 +165,7 @@ class DeepSpeedEngine:
                 self._set_full(parameter, state[f"{name}/{moment}"], moment)
 
     def autocast(self) -> AbstractContextManager:
-        """As `InProcessEngine.autocast`; rounded weights need none, and copies of whole weights would undo ZeRO 3."""
+        """As `LocalEngine.autocast`; rounded weights need none, and copies of whole weights would undo ZeRO 3."""
         if self._rounded:
             return nullcontext()
         return precision_context(self.precision, self.world.device, cache=self.zero_stage < 3)
@@ -203,8 +203,8 @@ class DeepSpeedEngine:
     def _but(self, absent: Collection[str]) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.trainable.items() if name not in absent}
 
-    def _accumulate(self, micro_batches: Sequence[TrainingBatch], step: Step, denominator: int) -> Sums:
-        sums = Sums()
+    def _accumulate(self, micro_batches: Sequence[TrainingBatch], step: Step, denominator: int) -> MetricSums:
+        sums = MetricSums()
         for i, batch in enumerate(micro_batches):
             self.module.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
             with self.autocast():
@@ -277,11 +277,11 @@ class DeepSpeedEngine:
             utils.safe_set_full_optimizer_state(parameter, full, moment)
 
 
-Engine = InProcessEngine | DeepSpeedEngine
+Engine = LocalEngine | DeepSpeedEngine
 
 
 def inference_engine(
-    model: nn.Module, parts: Sequence[nn.Parameter], world: World, config: Mapping | None = None
+    model: nn.Module, parts: Sequence[nn.Parameter], world: Distributed, config: Mapping | None = None
 ) -> tuple[nn.Module, Callable[[], AbstractContextManager], Callable[[], None]]:
     """Shard a frozen model over the ranks (ZeRO 3).
 
@@ -308,7 +308,7 @@ def inference_engine(
     return engine, lambda: deepspeed.zero.GatheredParameters(list(parts)), close
 
 
-def launched_world() -> World:
+def join_process_group() -> Distributed:
     """Join the processes that `deepspeed` or `torchrun` started; each takes the device of its local rank.
 
     The launcher's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) must be set.
@@ -322,11 +322,11 @@ def launched_world() -> World:
     if accelerator.device_name() == "cpu":
         # compiles for a minute and serves inference only
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # the others wait while rank 0 reads and tokenises
+    # the others wait while rank 0 reads and tokenizes
     deepspeed.init_distributed(timeout=timedelta(hours=4), verbose=False)
     accelerator.set_device(deepspeed.comm.get_local_rank())
     # torch's own would leave what DeepSpeed keeps of the group
-    return World(accelerator.current_device_name(), leave=deepspeed.comm.destroy_process_group)
+    return Distributed(accelerator.current_device_name(), leave=deepspeed.comm.destroy_process_group)
 
 
 def _initialize(model: nn.Module, config: dict, parameters=None, optimizer=None):
@@ -348,7 +348,7 @@ def _initialize(model: nn.Module, config: dict, parameters=None, optimizer=None)
     return engine, wrapped
 
 
-def _shard(model: nn.Module, config: dict, world: World, rounded: bool) -> None:
+def _shard(model: nn.Module, config: dict, world: Distributed, rounded: bool) -> None:
     """Cut the parameters of a model on the CPU into shards, one parameter at a time, so that no device ever holds all;
     buffers are moved whole."""
     import deepspeed

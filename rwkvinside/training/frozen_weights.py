@@ -1,4 +1,4 @@
-"""What a stage computes once from the weights it starts with and never changes (quantised weights, say): one file
+"""What a stage computes once from the weights it starts with and never changes (quantized weights, say): one file
 beside its checkpoints, written before the first step, so that a resumed run and an export do not compute it again.
 """
 
@@ -17,7 +17,7 @@ from .checkpoint import MARGIN, flush, free_bytes, measure
 NAME = "frozen.safetensors"
 
 
-def write_fixed(directory: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_frozen_weights(directory: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write the tensors of a stage, complete or not at all; only one process may.
 
     Raises:
@@ -38,7 +38,7 @@ def write_fixed(directory: Path, tensors: Mapping[str, Tensor]) -> None:
         raise UserError(f"cannot write {target}: {error}", "free space or move --out, then --resume") from error
 
 
-def read_fixed(directory: Path) -> dict[str, Tensor] | None:
+def read_frozen_weights(directory: Path) -> dict[str, Tensor] | None:
     """The tensors of a stage on the CPU; None where it has written none.
 
     Raises:
@@ -53,7 +53,7 @@ def read_fixed(directory: Path) -> dict[str, Tensor] | None:
         raise UserError(f"{file} is damaged: {error}", "start the stage again in a new run directory") from error
 
 
-def fixed_digest(directory: Path) -> str | None:
+def frozen_weights_digest(directory: Path) -> str | None:
     """SHA-256 of the file, which checkpoints of the stage remember; None where there is none."""
     file = directory / NAME
     return measure(file)["sha256"] if file.exists() else None

@@ -20,11 +20,11 @@ from .optimizer import (
     trainable,
 )
 from .precision import check_precision, precision_context
-from .process_group import World
+from .process_group import Distributed
 from .protocols import Step, StepResult, TrainingBatch
 
 
-class Sums:
+class MetricSums:
     """Loss and metric sums of one step; one transfer and one reduction for all of them."""
 
     def __init__(self):
@@ -36,7 +36,7 @@ class Sums:
         parts = [loss.detach(), *(metrics[name].detach() for name in self._shapes)]
         self._rows.append(torch.cat([part.float().reshape(-1) for part in parts]))
 
-    def reduce(self, world: World, denominator: int) -> tuple[float, dict[str, float | list[float]], list[float]]:
+    def reduce(self, world: Distributed, denominator: int) -> tuple[float, dict[str, float | list[float]], list[float]]:
         local = torch.stack(self._rows).cpu().double()
         total, *rest = (v / denominator for v in world.all_reduce_sum(local.sum(0).tolist()))
         metrics: dict[str, float | list[float]] = {}
@@ -46,7 +46,7 @@ class Sums:
         return total, metrics, local[:, 0].tolist()
 
 
-class InProcessEngine:
+class LocalEngine:
     """One process on one CPU or GPU.
 
     Args:
@@ -67,7 +67,7 @@ class InProcessEngine:
         model: nn.Module,
         groups: Groups,
         settings: OptimizerSettings,
-        world: World,
+        world: Distributed,
         precision: str = "fp32",
     ):
         check_precision(precision)
@@ -140,8 +140,8 @@ class InProcessEngine:
     def close(self) -> None:
         """Nothing to release."""
 
-    def _accumulate(self, micro_batches: Sequence[TrainingBatch], step: Step, denominator: int) -> Sums:
-        sums = Sums()
+    def _accumulate(self, micro_batches: Sequence[TrainingBatch], step: Step, denominator: int) -> MetricSums:
+        sums = MetricSums()
         for batch in micro_batches:
             with self.autocast():
                 loss, metrics = step(self.module, batch)

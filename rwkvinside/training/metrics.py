@@ -138,7 +138,7 @@ def memory_mb(device: torch.device) -> float:
     return peak_bytes() / 1e6
 
 
-class Pace:
+class Throughput:
     """Tokens per second and time to go, over the steps of this process only (a resumed run starts afresh)."""
 
     def __init__(self):

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 
-class Probe:
+class NaNProbe:
     """While entered, watches a model's outputs and gradients; afterwards `found` is where the trouble began.
 
     Values are checked as they are computed, so that modules are named in the order of the computation, the innermost
@@ -31,7 +31,7 @@ class Probe:
     def found(self) -> int | None:
         return self._gradient if self._output is None else self._output
 
-    def __enter__(self) -> Probe:
+    def __enter__(self) -> NaNProbe:
         for i, (_, module) in enumerate(self._modules):
             self._handles.append(module.register_forward_hook(lambda *call, i=i: self._see_output(i, call[-1])))
         for i, (_, parameter) in enumerate(self._parameters, 2 * len(self._modules)):

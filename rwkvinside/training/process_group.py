@@ -1,6 +1,6 @@
 """The processes of a run: who am I, where do I compute, sums and barriers over all of them.
 
-Lives as long as the program; engines come and go with the stages. `engine.launched_world` makes it for several.
+Lives as long as the program; engines come and go with the stages. `engine.join_process_group` makes it for several.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 
 
-class World:
-    """A single process without a process group, or one rank of an initialised `torch.distributed` group.
+class Distributed:
+    """A single process without a process group, or one rank of an initialized `torch.distributed` group.
 
     Args:
         device: where this process computes.
-        leave: leaves the initialised process group, of which this process is a rank; None: it is alone.
+        leave: leaves the initialized process group, of which this process is a rank; None: it is alone.
     """
 
     def __init__(self, device: torch.device | str, leave: Callable[[], None] | None = None):

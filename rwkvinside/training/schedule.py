@@ -10,7 +10,7 @@ from ..errors import UserError
 
 
 @dataclass(frozen=True)
-class Budget:
+class StageLength:
     """A stage's length, cut into optimizer steps of whole rows.
 
     Args:
@@ -82,7 +82,7 @@ class Schedule:
                 f"optim.decay from start={self.start} to end={self.end}", "fractions with 0 <= start <= end <= 1"
             )
 
-    def rates(self, step: int, budget: Budget) -> dict[str, float]:
+    def rates(self, step: int, budget: StageLength) -> dict[str, float]:
         """Learning rate of every group for the update number `step`, counted from 1."""
         seen = (step - 1) * budget.tokens_per_step / budget.total_tokens
         if seen >= self.end:

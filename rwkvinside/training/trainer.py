@@ -19,11 +19,11 @@ from torch import Tensor
 from ..errors import Interrupted, UserError
 from .checkpoint import Checkpoint, Checkpointer
 from .deepspeed_engine import Engine
-from .metrics import Console, MetricsWriter, Pace, memory_mb
-from .nan_probe import Probe
+from .metrics import Console, MetricsWriter, Throughput, memory_mb
+from .nan_probe import NaNProbe
 from .protocols import RowSource, Step, StepResult, TrainingBatch
 from .rng import rng_state, set_rng_state
-from .schedule import Budget, Schedule
+from .schedule import Schedule, StageLength
 
 
 class Trainer:
@@ -62,7 +62,7 @@ class Trainer:
         source: RowSource,
         *,
         stage: str,
-        budget: Budget,
+        budget: StageLength,
         schedule: Schedule,
         micro_rows: int,
         checkpointer: Checkpointer | None = None,
@@ -152,7 +152,7 @@ class Trainer:
         steps = self.budget.steps
         end = steps if until is None else min(until, steps)
         with self._signals(), self.console or nullcontext():
-            pace = Pace()
+            pace = Throughput()
             while self.done < end:
                 pace.mark()
                 with self._heard():
@@ -193,7 +193,7 @@ class Trainer:
         idle = self.source.batch(rows[-1:]).to(world.device)
         return [*batches, idle], _Except(self.step, idle)
 
-    def _report(self, result: StepResult, rates: Mapping[str, float], pace: Pace) -> None:
+    def _report(self, result: StepResult, rates: Mapping[str, float], pace: Throughput) -> None:
         tokens = self.budget.tokens_per_step
         speed, left = pace.step(tokens, self.budget.steps - self.done)
         first, *others = rates
@@ -211,14 +211,14 @@ class Trainer:
             **mfu,
             "memory_mb": memory_mb(self.world.device),
             "time": time.time(),
-            **{name: self._labelled(name, value) for name, value in result.metrics.items()},
+            **{name: self._labeled(name, value) for name, value in result.metrics.items()},
         }
         if self.metrics is not None:
             self.metrics.write(row)
         if self.console is not None:
             self.console.step(row, left)
 
-    def _labelled(self, name: str, value: float | list[float]) -> float | dict[str, float]:
+    def _labeled(self, name: str, value: float | list[float]) -> float | dict[str, float]:
         if not isinstance(value, list):
             return value
         return {str(k): v for k, v in zip(self.labels.get(name, range(len(value))), value, strict=True)}
@@ -282,8 +282,8 @@ class Trainer:
         rows = [first + i for i in range(R) if bad[i]] or range(first, first + R)
         parts = [f"loss {result.loss}", f"gradient norm {result.grad_norm}"]
         for name, value in result.metrics.items():
-            labelled = self._labelled(name, value)
-            entries = labelled.items() if isinstance(labelled, dict) else [("", labelled)]
+            labeled = self._labeled(name, value)
+            entries = labeled.items() if isinstance(labeled, dict) else [("", labeled)]
             parts += [f"{name} {k} {v}".replace("  ", " ") for k, v in entries if not math.isfinite(v)]
         parts += [f"beginning in {begin}"] if begin else []
         saved = self.checkpointer.names() if self.checkpointer is not None else []
@@ -301,7 +301,7 @@ class Trainer:
             where the trouble does not show again.
         """
         for batch in batches:
-            with Probe(self.engine.model) as probe:
+            with NaNProbe(self.engine.model) as probe:
                 self.engine.backward(batch, step)
             found = self.world.gather(0 if probe.found is None else 1 + probe.found)
             if any(found):

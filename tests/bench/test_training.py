@@ -24,7 +24,7 @@ def test_measures_all_kinds_with_every_backend(tmp_path):
     assert main(["bench", "training", *asked, "--json", str(tmp_path / "speed.json")]) == 0
     result = json.loads((tmp_path / "speed.json").read_text())
     speed = result["tokens_per_second"]
-    names = ["finetune", "align chunked", "distil chunked", "align reference", "distil reference"]
+    names = ["finetune", "align chunked", "distill chunked", "align reference", "distill reference"]
     assert list(speed) == names and min(speed.values()) > 0
     assert (result["rows"], result["seq_len"]) == (2, 32)
 

@@ -43,13 +43,13 @@ def run(tmp_path_factory, teacher):
     model = HybridModel.from_teacher(
         AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32), StudentSpec(attention_layers=(0, 1, 2, 3))
     )
-    for stage, scale in (("align", 0.0), ("distil", 1.0)):
+    for stage, scale in (("align", 0.0), ("distill", 1.0)):
         tensors = {name: scale * tensor for name, tensor in model.student_state_dict().items()}
         Checkpointer(path / "stages" / stage, {}).save(1, tensors, None, {"stage": stage})
-    stages = {name: {"objective": name} for name in ("align", "distil")}
+    stages = {name: {"objective": name} for name in ("align", "distill")}
     config = {"teacher": {"path": str(teacher)}, "student": spec, "run": list(stages), "stages": stages}
     (path / "config.yaml").write_text(yaml.safe_dump(config))
-    (path / "conversion.json").write_text(json.dumps({"finished_stages": ["align", "distil"]}))
+    (path / "conversion.json").write_text(json.dumps({"finished_stages": ["align", "distill"]}))
     return path
 
 

@@ -1,4 +1,4 @@
-"""The commands as users meet them: help at once, plans without weights, a line of cause and one of cure, exit codes."""
+"""The commands as users meet them: help at once, plans without weights, a line of cause and one of hint, exit codes."""
 
 import os
 import subprocess
@@ -50,12 +50,12 @@ def test_dry_run_of_a_14b_teacher_takes_less_than_20_seconds():
 def test_dry_run_shows_the_whole_plan(teacher, capsys, tmp_path):
     out = tmp_path / "run"
     argv = ["--teacher", teacher, "--out", str(out), "--dry-run", "student.attention_layers=[0,2]"]
-    argv += ["stages.align.tokens=600k", "stages.distil.tokens=600k", "stages.distil.train=[mixer,'.*mlp.*']"]
+    argv += ["stages.align.tokens=600k", "stages.distill.tokens=600k", "stages.distill.train=[mixer,'.*mlp.*']"]
     assert train_distill.main(argv) == 0
     plan = capsys.readouterr().out
     assert not out.exists()
     assert "layers    ARAR   (2 R = RWKV, 2 A = attention)" in plan
-    assert "run       calibrate -> align -> distil" in plan
+    assert "run       calibrate -> align -> distill" in plan
     assert plan.count("steps     147 of 16 rows") == 2
     # layer 3 of the two mixers has residual mixes, layer 1 has none: both are counted in one group
     align = plan[plan.index("\nalign:") : plan.index("\ndistil:")]
@@ -73,11 +73,11 @@ def test_dry_run_shows_the_whole_plan(teacher, capsys, tmp_path):
         "embed": "frozen",
         "head": "frozen",
     }
-    distil = plan[plan.index("\ndistil:") :]
-    assert "teacher   a second model" in distil
-    assert "memory    about" in distil and "teacher" in distil.split("memory")[1]
+    distill = plan[plan.index("\ndistil:") :]
+    assert "teacher   a second model" in distill
+    assert "memory    about" in distill and "teacher" in distill.split("memory")[1]
     mlp = 4 * 3 * 32 * 48
-    assert next(line for line in distil.splitlines() if line.startswith("  mlp")).split()[1:3] == [
+    assert next(line for line in distill.splitlines() if line.startswith("  mlp")).split()[1:3] == [
         f"{mlp / 1e3:.4g}",
         "K",
     ]
@@ -87,8 +87,8 @@ def test_dry_run_of_one_stage_knows_what_came_before(teacher, capsys):
     argv = ["--teacher", teacher, "--dry-run", "--stage", "long", "stages.long.train=[mixer]"]
     assert train_distill.main(argv) == 0
     plan = capsys.readouterr().out
-    assert "align: " not in plan and "long (distil): " in plan
-    assert "a second model" in plan  # distil, in `run` before it, has trained what the teacher needs
+    assert "align: " not in plan and "long (distill): " in plan
+    assert "a second model" in plan  # distill, in `run` before it, has trained what the teacher needs
     assert train_distill.main([*argv, "run=[align]"]) == 0
     assert "the student's own frozen weights" in capsys.readouterr().out
     longer = ["--teacher", teacher, "--dry-run", "stages.long.data.seq_len=9999"]
@@ -106,7 +106,7 @@ def test_dry_run_of_one_stage_knows_what_came_before(teacher, capsys):
         ),
         (["stages.align.train=[mixr]"], "train pattern 'mixr' matches no parameter"),
         (["stages.align.train=['mixer(']"], "is not a regular expression"),
-        (["stages.distil.teacher=same"], "teacher: same cannot be used"),
+        (["stages.distill.teacher=same"], "teacher: same cannot be used"),
         (["student.preset=x070"], "student.preset='x070'"),
     ],
 )
@@ -116,7 +116,7 @@ def test_bad_input_ends_in_one_line_of_cause_and_one_of_cure(teacher, capsys, ov
     assert out == ""
     lines = err.splitlines()
     assert lines[0].startswith("error: ") and cause in lines[0]
-    assert len(lines) <= 2  # some causes name their cure
+    assert len(lines) <= 2  # some causes name their hint
 
 
 def test_no_traceback_from_a_process():
@@ -134,7 +134,7 @@ def test_only_the_first_rank_speaks():
 def test_exit_codes(capsys, error, code):
     @cli.report_errors
     def main(argv=None):
-        raise error("cause", "cure")
+        raise error("cause", "hint")
 
     assert main() == code
     assert capsys.readouterr().err == "error: cause\ncure\n"
@@ -148,7 +148,7 @@ def test_config_show_and_fields(teacher, capsys):
     assert "stages.<stage>.tokens: Tokens to train on." in capsys.readouterr().out
 
 
-def test_plan_for_several_ranks_shards_the_optimiser(teacher, capsys):
+def test_plan_for_several_ranks_shards_the_optimizer(teacher, capsys):
     def adam(ranks):
         assert cli.main(["plan", "--teacher", teacher, "--ranks", str(ranks), "precision=bf16", "run=[align]"]) == 0
         plan = capsys.readouterr().out
@@ -168,14 +168,14 @@ def test_doctor_says_which_kernel_runs(capsys, monkeypatch):
         (None, "the native kernel with"),
         ("no C++ compiler", "chunked PyTorch, several times slower than the native kernel: no C++ compiler"),
     ):
-        monkeypatch.setattr(kernels, "unavailable", lambda backend, reason=reason: reason)
+        monkeypatch.setattr(kernels, "why_unavailable", lambda backend, reason=reason: reason)
         monkeypatch.setattr(kernels, "instructions", lambda: "avx2")
         assert cli.main(["doctor"]) == 0
         assert f"WKV-7 on the CPU: {said}" in capsys.readouterr().out
 
 
 def test_a_backend_that_cannot_run_is_refused_before_anything_is_loaded(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(kernels, "unavailable", lambda backend: "PyTorch finds no GPU")
+    monkeypatch.setattr(kernels, "why_unavailable", lambda backend: "PyTorch finds no GPU")
     given = ["--teacher", "Qwen3-0.6B", "--data", str(tmp_path), "--out", str(tmp_path / "run"), "device=cpu"]
     assert train_distill.main([*given, "student.backend=triton"]) == 2
     assert "student.backend triton cannot run: PyTorch finds no GPU" in capsys.readouterr().err

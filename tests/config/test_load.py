@@ -79,7 +79,7 @@ def test_later_beats_earlier(tmp_path):
     first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
     first.write_text("teacher: {path: Qwen3-14B}\nseed: 1\nlog_every: 1\nout: a\nstudent: {attention_layers: [1, 2]}\n")
     second.write_text("seed: 2\ndata: {train: [from-file]}\nout: b\nstudent: {attention_layers: [3]}\n")
-    assert load_config([first]).stages["distil"].optim.lr_rest == 7e-6  # the recipe's
+    assert load_config([first]).stages["distill"].optim.lr_rest == 7e-6  # the recipe's
     config = load_config([first, second], data=["x", "y"], out="c", overrides=["out=d", "student.preset=rad"])
     assert (config.seed, config.log_every, config.out, config.student.preset) == (2, 1, "d", "rad")
     assert config.student.attention_layers == (3,)  # lists replace, they are not joined
@@ -91,7 +91,7 @@ def test_later_beats_earlier(tmp_path):
 def test_resolved_configuration_reads_back_the_same(tmp_path, teacher):
     config = load_config(
         teacher=teacher,
-        overrides=["student.attention_layers=[4,1]", "stages.align.tokens=600k", "stages.mine.objective=distil"],
+        overrides=["student.attention_layers=[4,1]", "stages.align.tokens=600k", "stages.mine.objective=distill"],
     )
     assert config.student.attention_layers == (1, 4)
     file = tmp_path / "config.yaml"
@@ -101,16 +101,16 @@ def test_resolved_configuration_reads_back_the_same(tmp_path, teacher):
 
 def test_small_and_large_teachers_get_their_own_defaults(teacher):
     small, large = load_config(teacher=teacher), load_config(teacher="Qwen3-8B")
-    assert small.run == large.run == ["calibrate", "align", "distil"]
+    assert small.run == large.run == ["calibrate", "align", "distill"]
     assert set(STAGES) == set(small.stages)
     assert small.stages["align"].rows * small.stages["align"].data.seq_len == 4096
     assert small.stages["long"].data.seq_len == 512  # capped by max_position_embeddings
-    assert large.stages["distil"].data.seq_len == 4096 and large.stages["distil"].batch.tokens == 131072
+    assert large.stages["distill"].data.seq_len == 4096 and large.stages["distill"].batch.tokens == 131072
     # width 4096 is where the published rates come from
-    optim = large.stages["distil"].optim
+    optim = large.stages["distill"].optim
     assert (optim.lr, optim.lr_rest, optim.lr_final, optim.warmup_steps) == (1e-4, 1e-5, 1e-5, 50)
     assert large.stages["align"].optim.lr == 1e-3
-    for name in ("align", "distil"):
+    for name in ("align", "distill"):
         rates = learning_rates(name, name, 64)
         for key, rate in rates.items():
             assert getattr(small.stages[name].optim, key) == pytest.approx(rate, rel=1e-3)  # 4 digits are kept
@@ -118,14 +118,14 @@ def test_small_and_large_teachers_get_their_own_defaults(teacher):
 
 
 def test_a_given_rate_takes_the_others_along(teacher):
-    optim = load_config(teacher="Qwen3-8B", overrides=["stages.distil.optim.lr=3e-4"]).stages["distil"].optim
+    optim = load_config(teacher="Qwen3-8B", overrides=["stages.distill.optim.lr=3e-4"]).stages["distill"].optim
     assert (optim.lr, optim.lr_rest, optim.lr_final) == (3e-4, 3e-5, 3e-5)
-    optim = load_config(teacher="Qwen3-8B", overrides=["stages.distil.optim.lr_rest=0"]).stages["distil"].optim
+    optim = load_config(teacher="Qwen3-8B", overrides=["stages.distill.optim.lr_rest=0"]).stages["distill"].optim
     assert (optim.lr, optim.lr_rest) == (1e-4, 0)
 
 
 def test_rates_fall_with_width():
-    for objective in ("align", "distil", "sft"):
+    for objective in ("align", "distill", "sft"):
         rates = [learning_rates(objective, objective, width)["lr"] for width in (64, 1024, 4096, 8192)]
         assert rates == sorted(rates, reverse=True)
 
@@ -135,9 +135,9 @@ def test_short_stages_have_short_warm_up(teacher):
     assert config.stages["align"].steps == 147
     assert config.stages["align"].optim.warmup_steps == 14
     assert config.stages["sft"].optim.warmup_steps == 4
-    tiny = load_config(teacher=teacher, overrides=["stages.align.tokens=50k", "stages.distil.tokens=20k"])
+    tiny = load_config(teacher=teacher, overrides=["stages.align.tokens=50k", "stages.distill.tokens=20k"])
     assert tiny.stages["align"].optim.warmup_steps == 10
-    assert tiny.stages["distil"].optim.warmup_steps == tiny.stages["distil"].steps == 5
+    assert tiny.stages["distill"].optim.warmup_steps == tiny.stages["distill"].steps == 5
     given = load_config(teacher=teacher, overrides=["stages.align.optim.warmup_steps=0"])
     assert given.stages["align"].optim.warmup_steps == 0
 
@@ -163,7 +163,7 @@ def test_all_problems_at_once(teacher):
         "stages.algn.tokens=5",
         "stages.align.tokens=600q",
         "stages.calibrate.data.seq_len=9999",
-        "stages.distil.loss=null",
+        "stages.distill.loss=null",
         "seed=abc",
         "run=[calibrate,alin]",
         "data=foo",
@@ -178,7 +178,7 @@ def test_all_problems_at_once(teacher):
         "student.presett: unknown key; did you mean student.preset?",
         "data = 'foo': must be a mapping of settings",
         "stages.align.tokens = '600q': must be a positive number such as 600k, 100M, 1B or 4096",
-        "stages.distil: loss is null; leave it out for the defaults",
+        "stages.distill: loss is null; leave it out for the defaults",
         "stages.calibrate.data.seq_len = 9999: is longer than the 512 positions that the teacher was made for",
         "seed = 'abc': must be a valid integer, unable to parse string as an integer",
         "run names stage 'alin', which is not in stages; did you mean align?",
@@ -198,11 +198,11 @@ def test_all_problems_at_once(teacher):
         ("stages.align.loss.kl=1", "objective align has a fixed loss"),
         ("stages.align.train=[]", "train is empty"),
         ("stages.calibrate.optim.lr=1", "objective calibrate does not train"),
-        ("stages.distil.loss.kl=0", "loss.kl must be positive"),
+        ("stages.distill.loss.kl=0", "loss.kl must be positive"),
         ("stages.sft.loss.kl=1", "objective sft has loss.kl 0"),
         ("stages.align.optim.decay={start: 0.5, end: 0.1}", "ends at 0.1 before it starts at 0.5"),
         ("stages.align.optim.lr=.nan", "must be a finite number"),
-        ("stages.mine.objective=distill", "stages.mine.objective = 'distill': allowed: calibrate, align, distil, sft"),
+        ("stages.mine.objective=distill", "stages.mine.objective = 'distill': allowed: calibrate, align, distill, sft"),
         ("stages.align.batch.token=1", "unknown key; did you mean stages.align.batch.tokens?"),
         ("run=[]", "run = []: is empty"),
         ("run=[align,align]", "has align twice"),
@@ -261,7 +261,7 @@ def test_unusable_teachers(tmp_path, changes, cause):
     path = make_teacher(tmp_path / "other", **changes)
     with pytest.raises(UserError, match=cause) as caught:
         load_config(teacher=path)
-    assert changes.get("num_hidden_layers") or "supported: llama, qwen2, qwen3" in caught.value.cure
+    assert changes.get("num_hidden_layers") or "supported: llama, qwen2, qwen3" in caught.value.hint
 
 
 def test_missing_teachers(tmp_path, teacher):

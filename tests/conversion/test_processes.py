@@ -20,9 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 TINY = [
     "stages.calibrate.tokens=512",
     "stages.align.tokens=2560",
-    "stages.distil.tokens=2560",
-    *(f"stages.{name}.data.seq_len=64" for name in ("calibrate", "align", "distil")),
-    *(f"stages.{name}.batch.tokens=256" for name in ("calibrate", "align", "distil")),
+    "stages.distill.tokens=2560",
+    *(f"stages.{name}.data.seq_len=64" for name in ("calibrate", "align", "distill")),
+    *(f"stages.{name}.batch.tokens=256" for name in ("calibrate", "align", "distill")),
     "checkpoint.every_steps=5",
     "log_every=1",
 ]
@@ -64,7 +64,7 @@ def last_checkpoint(out, stage):
 
 @pytest.fixture(scope="module")
 def straight(world):
-    """A conversion in one go: 10 steps of align, 10 of distil."""
+    """A conversion in one go: 10 steps of align, 10 of distill."""
     out = world / "straight"
     run(*arguments(world, out))
     return out
@@ -72,11 +72,15 @@ def straight(world):
 
 @pytest.mark.slow
 def test_one_go(world, straight):
-    assert json.loads((straight / "conversion.json").read_text())["finished_stages"] == ["calibrate", "align", "distil"]
+    assert json.loads((straight / "conversion.json").read_text())["finished_stages"] == [
+        "calibrate",
+        "align",
+        "distill",
+    ]
     losses = [row["loss"] for row in rows(straight, stage="align")]
     assert len(losses) == 10 and losses[-1] < losses[0]
     assert set(rows(straight, stage="align")[0]["layers"]) == {"0", "1", "2"}
-    assert rows(straight, "eval", "distil")[-1]["kl"] < rows(straight, "eval", "calibrate")[0]["kl"]
+    assert rows(straight, "eval", "distill")[-1]["kl"] < rows(straight, "eval", "calibrate")[0]["kl"]
     again = run(*arguments(world, straight), check=False)
     assert again.returncode == 2 and str(straight) in again.stderr and "--resume" in again.stderr
 
@@ -87,16 +91,16 @@ def test_kill_and_resume_is_bit_identical(world, straight):
     process = subprocess.Popen(
         [sys.executable, *arguments(world, out)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    # killed somewhere after step 7 of distil: the checkpoint of step 5 is what is left
+    # killed somewhere after step 7 of distill: the checkpoint of step 5 is what is left
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None:
-        if (out / "metrics.jsonl").exists() and len(rows(out, stage="distil")) >= 7:
+        if (out / "metrics.jsonl").exists() and len(rows(out, stage="distill")) >= 7:
             break
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
     run(*arguments(world, out, "--resume"))
-    for stage in ("align", "distil"):
+    for stage in ("align", "distill"):
         a, b = (load_file(last_checkpoint(path, stage) / "model.safetensors") for path in (straight, out))
         assert a.keys() == b.keys()
         assert all(torch.equal(a[name], b[name]) for name in a), stage
@@ -126,8 +130,8 @@ def test_sigterm_saves_and_exits_75(world):
     assert last_checkpoint(out, "align").name == f"step-{done:08d}"
 
 
-def distil_only(straight, out):
-    """A run whose calibrate and align are those of the single process, so that distil starts from the same weights."""
+def distill_only(straight, out):
+    """A run whose calibrate and align are those of the single process, so that distill starts from the same weights."""
     (out / "stages").mkdir(parents=True)
     for name in ("calibrate", "align"):
         (out / "stages" / name).symlink_to(straight / "stages" / name)
@@ -138,7 +142,7 @@ def distil_only(straight, out):
 
 
 def two_ranks(launcher, world, out, *more):
-    """Command and environment of distil on two ranks."""
+    """Command and environment of distill on two ranks."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
@@ -148,23 +152,23 @@ def two_ranks(launcher, world, out, *more):
         "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port],
         "torchrun on two nodes": ["-m", "torch.distributed.run", *nodes, "--master_port", port],
     }
-    command = [*start[launcher], *arguments(world, out, "--stage", "distil", "--resume", *more)]
+    command = [*start[launcher], *arguments(world, out, "--stage", "distill", "--resume", *more)]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return command, os.environ | {"PATH": path, "DS_ACCELERATOR": "cpu"}
 
 
 def assert_same(a, b, loss, weights):
-    """Losses and weights of distil of two runs."""
-    assert [row["loss"] for row in rows(b, stage="distil")] == pytest.approx(
-        [row["loss"] for row in rows(a, stage="distil")], abs=loss
+    """Losses and weights of distill of two runs."""
+    assert [row["loss"] for row in rows(b, stage="distill")] == pytest.approx(
+        [row["loss"] for row in rows(a, stage="distill")], abs=loss
     )
-    a, b = (load_file(last_checkpoint(path, "distil") / "model.safetensors") for path in (a, b))
+    a, b = (load_file(last_checkpoint(path, "distill") / "model.safetensors") for path in (a, b))
     assert a.keys() == b.keys() and all(torch.allclose(a[name], b[name], rtol=0, atol=weights) for name in a)
 
 
 @pytest.fixture(scope="module")
 def on_two_ranks(world, straight):
-    out = distil_only(straight, world / "two")
+    out = distill_only(straight, world / "two")
     command, environment = two_ranks("deepspeed", world, out)
     run(*command, env=environment)
     return out
@@ -174,7 +178,7 @@ def on_two_ranks(world, straight):
 def test_two_deepspeed_ranks_are_one_process(straight, on_two_ranks):
     # 1e-4: Adam divides by the root of tiny second moments, which lets rounding of the summation order through
     assert_same(straight, on_two_ranks, 1e-5, 1e-4)
-    one, two = (rows(path, "eval", "distil") for path in (straight, on_two_ranks))
+    one, two = (rows(path, "eval", "distill") for path in (straight, on_two_ranks))
     assert [row["step"] for row in one] == [row["step"] for row in two]
     for name in ("kl", "ce", "agreement"):
         assert [row[name] for row in two] == pytest.approx([row[name] for row in one], abs=1e-5)
@@ -182,7 +186,7 @@ def test_two_deepspeed_ranks_are_one_process(straight, on_two_ranks):
 
 @pytest.mark.slow
 def test_two_torchrun_ranks_with_a_deepspeed_file(world, straight, tmp_path):
-    out, file = distil_only(straight, world / "file"), tmp_path / "deepspeed.json"
+    out, file = distill_only(straight, world / "file"), tmp_path / "deepspeed.json"
     cpu = {"device": "cpu"}
     zero = {"stage": 3, "offload_optimizer": cpu, "offload_param": cpu, "stage3_param_persistence_threshold": 0}
     file.write_text(json.dumps({"zero_optimization": zero, "train_batch_size": "auto"}))
@@ -195,8 +199,8 @@ def test_two_torchrun_ranks_with_a_deepspeed_file(world, straight, tmp_path):
 def test_two_nodes_with_a_launcher_each(world, straight):
     """They find each other by address and port, and share the run directory, as several machines do; here a second
     teacher is spread over them too, which has the weights of the student's own."""
-    out = distil_only(straight, world / "nodes")
-    sharded = ("stages.distil.teacher=separate", "stages.distil.teacher_model.shard=true")
+    out = distill_only(straight, world / "nodes")
+    sharded = ("stages.distill.teacher=separate", "stages.distill.teacher_model.shard=true")
     command, environment = two_ranks("torchrun on two nodes", world, out, *sharded)
     start = [sys.executable, *command[:2], "--node_rank"]
     files = [world / f"node-{node}.log" for node in (0, 1)]  # one may say much while the other waits for it
@@ -219,26 +223,26 @@ def test_two_nodes_with_a_launcher_each(world, straight):
     assert [launcher.returncode for launcher in launchers] == [0, 0], said[0][-4000:] + said[1][-4000:]
     plan = (out / "plan.txt").read_text()
     assert "2 ranks, DeepSpeed" in plan and "sharded over the ranks" in plan
-    assert "distil: " in said[0] and "distil: " not in said[1]  # the first node's rank speaks for both
+    assert "distill: " in said[0] and "distill: " not in said[1]  # the first node's rank speaks for both
     assert_same(straight, out, 1e-5, 1e-4)
 
 
 @pytest.mark.slow
 def test_one_rank_killed_and_all_restarted(world, straight, on_two_ranks):
-    out = distil_only(straight, world / "one-killed")
+    out = distill_only(straight, world / "one-killed")
     command, environment = two_ranks("deepspeed", world, out)
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     launcher = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, **quiet)
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and launcher.poll() is None:
         # the checkpoint of step 5 is what is left
-        if (out / "metrics.jsonl").exists() and len(rows(out, stage="distil")) >= 7:
+        if (out / "metrics.jsonl").exists() and len(rows(out, stage="distill")) >= 7:
             break
         time.sleep(0.02)
     (rank,) = (p for p in psutil.Process(launcher.pid).children(recursive=True) if p.environ().get("RANK") == "1")
     rank.kill()
     assert launcher.wait(timeout=60) != 0  # the launcher ends the other rank, which would wait for ever
-    assert last_checkpoint(out, "distil").name == "step-00000005"
+    assert last_checkpoint(out, "distill").name == "step-00000005"
     command, environment = two_ranks("deepspeed", world, out)
     run(*command, env=environment)
     assert_same(on_two_ranks, out, 1e-6, 1e-6)
@@ -256,7 +260,7 @@ def test_export_of_a_trained_run_and_its_use_elsewhere(world, straight, tmp_path
     run(*command, "--data", str(world / "val.jsonl"), "--json", text)
     found = json.loads(Path(text).read_text())
     # the exported student, judged document by document, is the one the last evaluation of the run judged
-    assert found["kl"] == pytest.approx(rows(straight, "eval", "distil")[-1]["kl"], abs=1e-4)
+    assert found["kl"] == pytest.approx(rows(straight, "eval", "distill")[-1]["kl"], abs=1e-4)
     from_run = run(*(command[:3]), str(straight), "--data", str(world / "val.jsonl"), "--json", text)
     assert from_run.returncode == 0
     assert json.loads(Path(text).read_text())["kl"] == pytest.approx(found["kl"], abs=1e-5)

@@ -14,7 +14,7 @@ from tiny import byte_tokenizer, save_qwen3
 
 import train_distill
 from rwkvinside.config.load import load_config
-from rwkvinside.training.schedule import Budget
+from rwkvinside.training.schedule import StageLength
 from rwkvinside.training.trainer import Trainer
 
 
@@ -38,7 +38,7 @@ SMALL = [
     "stages.calibrate.batch.tokens=128",
     *(
         f"stages.{name}.{field}"
-        for name in ("align", "distil", "long")
+        for name in ("align", "distill", "long")
         for field in ("tokens=384", "data.seq_len=32", "batch.tokens=128", "optim.lr=0.003")
     ),
 ]
@@ -91,12 +91,12 @@ def whole(material, tmp_path_factory):
 
 def test_a_run_leaves_everything_that_describes_it(material, whole):
     conversion = json.loads((whole / "conversion.json").read_text())
-    assert conversion["finished_stages"] == ["calibrate", "align", "distil"]
-    assert set(conversion["evaluations"]["distil"]) == {"kl", "ce", "ce_teacher", "agreement"}
+    assert conversion["finished_stages"] == ["calibrate", "align", "distill"]
+    assert set(conversion["evaluations"]["distill"]) == {"kl", "ce", "ce_teacher", "agreement"}
     config = load_config([whole / "config.yaml"])
     assert config.teacher.path == str(material / "teacher") and config.stages["align"].tokens == 384
     assert "layers    RRR" in (whole / "plan.txt").read_text()
-    for stage in ("align", "distil"):
+    for stage in ("align", "distill"):
         assert [row["step"] for row in rows(whole, "train", stage)] == [1, 2, 3]
         assert [row["step"] for row in rows(whole, "eval", stage)] == [3]
     assert set(rows(whole, "train", "align")[0]["layers"]) == {"0", "1", "2"}
@@ -106,8 +106,8 @@ def test_a_run_leaves_everything_that_describes_it(material, whole):
 
 
 def test_each_stage_starts_from_the_last(whole):
-    """Calibrate keeps what it copied and fits the rest; align changes mixers only; distil changes the others, too."""
-    calibrated, aligned, distilled = (tensors(whole, stage) for stage in ("calibrate", "align", "distil"))
+    """Calibrate keeps what it copied and fits the rest; align changes mixers only; distill changes the others, too."""
+    calibrated, aligned, distilled = (tensors(whole, stage) for stage in ("calibrate", "align", "distill"))
     assert calibrated.keys() == aligned.keys() < distilled.keys()
     assert all(".self_attn." in name for name in aligned)
     assert not torch.equal(calibrated["model.layers.1.self_attn.w1"], aligned["model.layers.1.self_attn.w1"])
@@ -121,38 +121,38 @@ def test_stage_by_stage_is_the_same_as_in_one_go(material, whole, tmp_path, caps
     assert train(material, out, "--stage", "align") == 2
     assert "starts from stage calibrate, which is not finished" in capsys.readouterr().err
     assert not out.exists()
-    for stage in ("calibrate", "align", "distil"):
+    for stage in ("calibrate", "align", "distill"):
         assert train(material, out, "--stage", stage) == 0
         assert same(tensors(out, stage), tensors(whole, stage))
-    assert same(tensors(out, "distil", "optimizer"), tensors(whole, "distil", "optimizer"))
-    assert train(material, out, "--stage", "distil") == 2
-    assert "has begun stage distil already" in capsys.readouterr().err
-    assert train(material, out, "--stage", "long", "stages.long.train=[mlp]") == 0  # beyond `run`, from distil
-    before, after = tensors(out, "distil"), tensors(out, "long")
+    assert same(tensors(out, "distill", "optimizer"), tensors(whole, "distill", "optimizer"))
+    assert train(material, out, "--stage", "distill") == 2
+    assert "has begun stage distill already" in capsys.readouterr().err
+    assert train(material, out, "--stage", "long", "stages.long.train=[mlp]") == 0  # beyond `run`, from distill
+    before, after = tensors(out, "distill"), tensors(out, "long")
     changed = {name for name in after if not torch.equal(before[name], after[name])}
     assert changed and all(".mlp." in name for name in changed)
 
 
 def test_a_crashed_run_resumes_bit_for_bit(material, whole, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
-    more = ["stages.distil.tokens=2560", "checkpoint.every_steps=10"]  # 20 steps
+    more = ["stages.distill.tokens=2560", "checkpoint.every_steps=10"]  # 20 steps
     shutil.copytree(whole, out)
-    shutil.rmtree(out / "stages" / "distil")
+    shutil.rmtree(out / "stages" / "distill")
     conversion = json.loads((out / "conversion.json").read_text())
     (out / "conversion.json").write_text(json.dumps(conversion | {"finished_stages": ["calibrate", "align"]}))
     straight = tmp_path / "straight"
     shutil.copytree(out, straight)
     assert train(material, straight, "--resume", *more) == 0
 
-    cut_off(monkeypatch, "distil", 13, material, out, "--resume", *more)
+    cut_off(monkeypatch, "distill", 13, material, out, "--resume", *more)
     assert train(material, out, *more) == 2
     assert "is not empty" in capsys.readouterr().err
     assert train(material, out, "--resume", *more) == 0
     assert "align is finished already" in capsys.readouterr().out
-    assert same(tensors(out, "distil"), tensors(straight, "distil"))
-    assert same(tensors(out, "distil", "optimizer"), tensors(straight, "distil", "optimizer"))
-    assert [row["step"] for row in rows(out, "train", "distil")] == list(range(1, 21))
-    losses = [[row["loss"] for row in rows(folder, "train", "distil")] for folder in (out, straight)]
+    assert same(tensors(out, "distill"), tensors(straight, "distill"))
+    assert same(tensors(out, "distill", "optimizer"), tensors(straight, "distill", "optimizer"))
+    assert [row["step"] for row in rows(out, "train", "distill")] == list(range(1, 21))
+    losses = [[row["loss"] for row in rows(folder, "train", "distill")] for folder in (out, straight)]
     assert losses[0] == losses[1]
 
 
@@ -165,11 +165,11 @@ def test_killed_behind_its_last_checkpoint_a_stage_is_judged_again(material, who
     assert train(material, out, "--resume") == 0
     found = json.loads((out / "conversion.json").read_text())
     assert found["finished_stages"] == wanted["finished_stages"]
-    assert found["evaluations"]["distil"] == wanted["evaluations"]["distil"]
+    assert found["evaluations"]["distill"] == wanted["evaluations"]["distill"]
     (out / "conversion.json").write_text(json.dumps(left))
-    shutil.rmtree(out / "stages" / "distil")
+    shutil.rmtree(out / "stages" / "distill")
     assert train(material, out, "--resume-from", "step-00000003") == 2  # not silently from the beginning
-    assert "stage distil has no checkpoint step-00000003" in capsys.readouterr().err
+    assert "stage distill has no checkpoint step-00000003" in capsys.readouterr().err
 
 
 def test_a_streamed_mixture_resumes_bit_for_bit(material, whole, tmp_path, monkeypatch, capsys):
@@ -196,17 +196,17 @@ def test_a_streamed_mixture_resumes_bit_for_bit(material, whole, tmp_path, monke
 
 
 def test_another_student_is_refused(material, whole, capsys):
-    more = ["--resume", "run=[calibrate,align,distil,long]", "student.preset=rad"]
+    more = ["--resume", "run=[calibrate,align,distill,long]", "student.preset=rad"]
     assert train(material, whole, *more) == 2
     err = capsys.readouterr().err
     assert "belongs to another student" in err and "value_path is 'residual_kv' there and 'residual_full' here" in err
-    assert json.loads((whole / "conversion.json").read_text())["finished_stages"][-1] == "distil"
+    assert json.loads((whole / "conversion.json").read_text())["finished_stages"][-1] == "distill"
 
 
 def test_a_truncated_checkpoint_is_refused(material, whole, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(whole, out)
-    (file,) = (out / "stages" / "distil").glob("*/model.safetensors")
+    (file,) = (out / "stages" / "distill").glob("*/model.safetensors")
     file.write_bytes(file.read_bytes()[:-100])
     assert train(material, out, "--stage", "long") == 2
     err = capsys.readouterr().err
@@ -219,25 +219,25 @@ def test_freezing_in_stages_of_ones_own(material, tmp_path):
     )
     more = [
         stages,
-        "run=[calibrate,lora,distil]",
+        "run=[calibrate,lora,distill]",
         "student.attention_layers=[1]",
-        "stages.distil.train=[mixer,'.*mlp.*']",
+        "stages.distill.train=[mixer,'.*mlp.*']",
     ]
     assert train(material, tmp_path / "run", *more) == 0
     before, after = (tensors(tmp_path / "run", stage) for stage in ("calibrate", "lora"))
     changed = {name.split("self_attn.")[1] for name in after if not torch.equal(before[name], after[name])}
     assert "w1" in changed and not changed & {"receptance.weight", "key.weight", "value.weight", "output.weight"}
     assert not any(".layers.1.self_attn." in name for name in after)
-    distilled = tensors(tmp_path / "run", "distil")
+    distilled = tensors(tmp_path / "run", "distill")
     assert "lm_head.weight" not in distilled and any(".mlp." in name for name in distilled)
 
 
 UNFREEZING = [
-    "stages.distil.tokens=1280",  # 10 steps
-    "stages.distil.train=[mixer]",
-    "stages.distil.unfreeze=[{at_tokens: 384, train: [mlp]}, {at_tokens: 700, train: ['.*']}]",  # after steps 3 and 6
-    "stages.distil.optim.rates={mlp: 1e-4, norms: 2e-4}",
-    "stages.distil.optim.warmup_steps=2",
+    "stages.distill.tokens=1280",  # 10 steps
+    "stages.distill.train=[mixer]",
+    "stages.distill.unfreeze=[{at_tokens: 384, train: [mlp]}, {at_tokens: 700, train: ['.*']}]",  # after steps 3 and 6
+    "stages.distill.optim.rates={mlp: 1e-4, norms: 2e-4}",
+    "stages.distill.optim.warmup_steps=2",
     "checkpoint.every_steps=4",
     "checkpoint.keep=9",
     "loggers=[tensorboard]",
@@ -248,23 +248,23 @@ UNFREEZING = [
 def unfrozen(material, whole, tmp_path_factory):
     """The distillation of `whole` in three phases, and what it said."""
     out = tmp_path_factory.mktemp("unfrozen") / "run"
-    before_distil(whole, out)
+    before_distill(whole, out)
     said = io.StringIO()
     with redirect_stdout(said):
         assert train(material, out, "--resume", *UNFREEZING) == 0
     return out, said.getvalue()
 
 
-def before_distil(whole, out):
+def before_distill(whole, out):
     shutil.copytree(whole, out)
-    shutil.rmtree(out / "stages" / "distil")
+    shutil.rmtree(out / "stages" / "distill")
     conversion = json.loads((out / "conversion.json").read_text())
     (out / "conversion.json").write_text(json.dumps(conversion | {"finished_stages": ["calibrate", "align"]}))
 
 
 def test_a_stage_unfreezes_at_its_token_counts(unfrozen):
     out, said = unfrozen
-    steps = sorted((out / "stages" / "distil").glob("step-*"))
+    steps = sorted((out / "stages" / "distill").glob("step-*"))
     assert [step.name[-2:] for step in steps] == ["03", "04", "06", "08", "10"]  # phases end with a checkpoint
     states = [load_file(step / "optimizer.safetensors") for step in steps]
     weights = [load_file(step / "model.safetensors") for step in steps]
@@ -275,7 +275,7 @@ def test_a_stage_unfreezes_at_its_token_counts(unfrozen):
         found = [int(state[f"{name}/step"]) if f"{name}/step" in state else None for state in states]
         assert found == counts
         assert [name in tensors for tensors in weights] == [count is not None for count in counts]
-    train_rows = rows(out, "train", "distil")
+    train_rows = rows(out, "train", "distill")
     assert [row["step"] for row in train_rows] == list(range(1, 11))
     joined = [{name for name in row if name.startswith("lr_")} for row in train_rows]
     assert joined[2] == set() and joined[3] == joined[5] == {"lr_mlp@384"}
@@ -290,22 +290,22 @@ def test_a_stage_unfreezes_at_its_token_counts(unfrozen):
 def test_unfreezing_resumes_bit_for_bit(material, whole, unfrozen, tmp_path, monkeypatch, crashes):
     straight, _ = unfrozen
     out = tmp_path / "run"
-    before_distil(whole, out)
+    before_distill(whole, out)
     for step in crashes:
-        cut_off(monkeypatch, "distil", step, material, out, "--resume", *UNFREEZING)
+        cut_off(monkeypatch, "distill", step, material, out, "--resume", *UNFREEZING)
     assert train(material, out, "--resume", *UNFREEZING) == 0
-    assert same(tensors(out, "distil"), tensors(straight, "distil"))
-    assert same(tensors(out, "distil", "optimizer"), tensors(straight, "distil", "optimizer"))
-    losses = [[row["loss"] for row in rows(folder, "train", "distil")] for folder in (out, straight)]
+    assert same(tensors(out, "distill"), tensors(straight, "distill"))
+    assert same(tensors(out, "distill", "optimizer"), tensors(straight, "distill", "optimizer"))
+    losses = [[row["loss"] for row in rows(folder, "train", "distill")] for folder in (out, straight)]
     assert losses[0] == losses[1]
 
 
 def test_loggers_and_mfu_of_a_run(unfrozen):
     out, said = unfrozen
-    accumulator = EventAccumulator(str(out / "tensorboard" / "distil"))
+    accumulator = EventAccumulator(str(out / "tensorboard" / "distill"))
     accumulator.Reload()
     found = [(event.step, event.value) for event in accumulator.Scalars("loss")]
-    train_rows = rows(out, "train", "distil")
+    train_rows = rows(out, "train", "distill")
     assert found == [(row["step"], pytest.approx(row["loss"], rel=1e-6)) for row in train_rows]
     assert len(accumulator.Scalars("eval/kl")) == 1
     assert all(0 < row["mfu"] < 1 for row in train_rows) and "MFU" in said
@@ -342,8 +342,8 @@ def test_sft_trains_on_completions_and_measures_what_it_can(material, tmp_path):
         (["stages.align.train=[mlp]"], "objective align needs the teacher's own weights"),
         (["data.train=[]"], "no training data is given"),
         (["stages.align.optim.rates={mlp: 1e-3}"], "'mlp' sets the rate of nothing"),
-        (["stages.distil.unfreeze=[{at_tokens: 128, train: [nonsense]}]"], "'nonsense' matches no parameter"),
-        (["stages.distil.unfreeze=[{at_tokens: 300, train: [mlp]}]"], "at_tokens 300 is after 256"),
+        (["stages.distill.unfreeze=[{at_tokens: 128, train: [nonsense]}]"], "'nonsense' matches no parameter"),
+        (["stages.distill.unfreeze=[{at_tokens: 300, train: [mlp]}]"], "at_tokens 300 is after 256"),
         (["stages.align.unfreeze=[{at_tokens: 128, train: [mlp]}]"], "needs the teacher's own weights"),
         (["loggers=[wandb]"], "wandb is not installed"),
     ],
@@ -373,22 +373,22 @@ def test_plan_and_trainer_count_the_same_steps(material, tokens, batch, seq_len)
     fields = {"tokens": tokens, "batch.tokens": batch, "data.seq_len": seq_len}
     overrides = [f"stages.align.{name}={value}" for name, value in fields.items()]
     stage = load_config(teacher=str(material / "teacher"), overrides=overrides).stages["align"]
-    budget = Budget(tokens, batch, seq_len)
+    budget = StageLength(tokens, batch, seq_len)
     assert (stage.steps, stage.rows) == (budget.steps, budget.rows_per_step)
 
 
 ECONOMY = [
     "quantize={groups: [mlp, teacher], rounding: inputs}",
     "adapters=[{kind: lora, groups: [mlp], rank: 4, init: pissa}]",
-    "stages.distil.train=[mixer, embed, adapters]",
-    *(f"stages.{name}.optim.kind=adamw8bit" for name in ("align", "distil")),
+    "stages.distill.train=[mixer, embed, adapters]",
+    *(f"stages.{name}.optim.kind=adamw8bit" for name in ("align", "distill")),
     "checkpoint={every_steps: 1, keep: 9}",
 ]
 
 
 @pytest.fixture(scope="module")
 def economical(material, tmp_path_factory):
-    """A conversion with quantised weights, adapters on them and 8-bit moments."""
+    """A conversion with quantized weights, adapters on them and 8-bit moments."""
     out = tmp_path_factory.mktemp("economical") / "run"
     assert train(material, out, *ECONOMY) == 0
     return out
@@ -396,41 +396,43 @@ def economical(material, tmp_path_factory):
 
 def test_quantised_weights_are_written_once_and_adapters_as_peft_stores_them(economical):
     begun = load_file(economical / "stages" / "calibrate" / "frozen.safetensors")
-    for stage in ("calibrate", "align", "distil"):
+    for stage in ("calibrate", "align", "distill"):
         stored = load_file(economical / "stages" / stage / "frozen.safetensors")
         assert all(torch.equal(tensor, begun[name]) for name, tensor in stored.items() if "/" in name)
         layers = {name.split("/")[0] for name in stored if "/" in name}
         assert len(layers) == 3 * (3 + 4) and all("mlp" in name or "teacher_attn" in name for name in layers)
-    trained = tensors(economical, "distil")
+    trained = tensors(economical, "distill")
     assert "model.embed_tokens.weight" in trained
     assert all("lora" in name for name in trained if ".mlp." in name)
     start, end = (trained[f"model.layers.0.mlp.up_proj.lora_B.{which}.weight"] for which in ("start", "default"))
     assert not torch.equal(start, end)
-    adapter = economical / "stages" / "distil" / "adapter"
+    adapter = economical / "stages" / "distill" / "adapter"
     assert json.loads((adapter / "adapter_config.json").read_text())["r"] == 8  # PiSSA as a plain LoRA
     assert len(load_file(adapter / "adapter_model.safetensors")) == 2 * 3 * 3
     assert load_config([economical / "config.yaml"]).adapters[0].init == "pissa"
     text = (economical / "plan.txt").read_text()
-    assert "quantised 21 linear layers in nf4 in blocks of 64, scales quantised too, fitted to their inputs" in text
+    assert "quantized 21 linear layers in nf4 in blocks of 64, scales quantized too, fitted to their inputs" in text
     assert "not exactly the original" in text and "adapters  LoRA PiSSA: rank 4" in text
 
 
 def test_quantised_training_resumes_bit_for_bit(material, economical, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(economical, out)
-    shutil.rmtree(out / "stages" / "distil" / "step-00000003")
+    shutil.rmtree(out / "stages" / "distill" / "step-00000003")
     conversion = json.loads((out / "conversion.json").read_text())
     (out / "conversion.json").write_text(json.dumps(conversion | {"finished_stages": ["calibrate", "align"]}))
     assert train(material, out, "--resume", *ECONOMY, "adapters=[{kind: lora, groups: [mlp], rank: 4, alpha: 3}]") == 2
     assert "were trained with other adapters" in capsys.readouterr().err
     assert train(material, out, "--resume", *ECONOMY, "quantize.groups=[mlp]") == 2
-    assert "this stage began with other quantised layers" in capsys.readouterr().err
+    assert "this stage began with other quantized layers" in capsys.readouterr().err
     assert train(material, out, "--resume", *ECONOMY) == 0
     for name in ("model", "optimizer"):
-        assert same(tensors(out, "distil", name), tensors(economical, "distil", name))
-    assert any(name.endswith("_scale") for name in tensors(out, "distil", "optimizer"))  # the embedding's are in 8 bits
+        assert same(tensors(out, "distill", name), tensors(economical, "distill", name))
+    assert any(
+        name.endswith("_scale") for name in tensors(out, "distill", "optimizer")
+    )  # the embedding's are in 8 bits
 
-    frozen = out / "stages" / "distil" / "frozen.safetensors"
+    frozen = out / "stages" / "distill" / "frozen.safetensors"
     frozen.write_bytes(frozen.read_bytes()[:-100])
     (out / "conversion.json").write_text(json.dumps(conversion | {"finished_stages": ["calibrate", "align"]}))
     assert train(material, out, "--resume", *ECONOMY) == 2
@@ -448,7 +450,7 @@ def test_quantised_training_resumes_bit_for_bit(material, economical, tmp_path, 
         (["adapters=[{groups: [mlp], rank: 64}]"], "rank 64 is more than model.layers.0.mlp.gate_proj has (16)"),
         (["adapters=[{groups: [mlp], rank: 4}]", "stages.align.train=[mixer, adapters]"], "learns nothing"),
         (["stages.align.train=[mixer, adapters]"], "train pattern 'adapters' matches no parameter"),
-        (["stages.distil.optim.kind=paged_adamw8bit", "device=cpu"], "paged_adamw8bit needs a CUDA device"),
+        (["stages.distill.optim.kind=paged_adamw8bit", "device=cpu"], "paged_adamw8bit needs a CUDA device"),
     ],
 )
 def test_contradictions_of_quantisation_and_adapters_show_in_the_plan(material, tmp_path, capsys, settings, message):
@@ -467,6 +469,6 @@ def test_the_warning_about_adapters_on_mixers_is_in_the_plan(material, tmp_path,
 
 
 def test_missing_data_of_a_later_stage_shows_at_once(material, tmp_path, capsys):
-    assert train(material, tmp_path / "run", "stages.distil.data.train=[nowhere.jsonl]") == 2
-    assert "stage distil: data 'nowhere.jsonl' does not exist" in capsys.readouterr().err
+    assert train(material, tmp_path / "run", "stages.distill.data.train=[nowhere.jsonl]") == 2
+    assert "stage distill: data 'nowhere.jsonl' does not exist" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

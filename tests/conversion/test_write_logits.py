@@ -24,11 +24,16 @@ from rwkvinside.teacher.build import cached_teacher, separate_teacher
 from rwkvinside.teacher.load import load_tokenizer
 from rwkvinside.teacher.logits_check import check_teacher
 from rwkvinside.teacher.logits_store import LogitsReader, LogitsWriter
-from rwkvinside.training.process_group import World
+from rwkvinside.training.process_group import Distributed
 
 K = 8
 SHARD_BYTES = 4 * 32 * (4 * K + 2 * (K + 1))  # four rows
-STAGE = ["run=[distil]", "stages.distil.tokens=384", "stages.distil.data.seq_len=32", "stages.distil.batch.tokens=128"]
+STAGE = [
+    "run=[distill]",
+    "stages.distill.tokens=384",
+    "stages.distill.data.seq_len=32",
+    "stages.distill.batch.tokens=128",
+]
 
 
 @pytest.fixture(scope="module")
@@ -62,15 +67,15 @@ def configured(material, *more, teacher="teacher", data="train"):
 
 def rows_and_tokenizer(config):
     tokenizer = load_tokenizer(config)
-    tokens, _ = tokens_of(config, config.stages["distil"], tokenizer, 257, World("cpu"))
-    return rows_of(config, "distil", tokens), tokenizer
+    tokens, _ = tokens_of(config, config.stages["distill"], tokenizer, 257, Distributed("cpu"))
+    return rows_of(config, "distill", tokens), tokenizer
 
 
 @pytest.fixture(scope="module")
 def written(material):
     """Logits of all 12 rows in three shards."""
     out = material / "logits"
-    write_logits(configured(material), "distil", out, K, SHARD_BYTES)
+    write_logits(configured(material), "distill", out, K, SHARD_BYTES)
     return out
 
 
@@ -80,9 +85,11 @@ def copied(written, tmp_path):
 
 
 def cached(material, out, *more, **kwargs):
-    config = configured(material, "stages.distil.teacher=cache", f"stages.distil.teacher_cache={out}", *more, **kwargs)
+    config = configured(
+        material, "stages.distill.teacher=cache", f"stages.distill.teacher_cache={out}", *more, **kwargs
+    )
     rows, tokenizer = rows_and_tokenizer(config)
-    return cached_teacher(config, "distil", tokenizer, rows), rows
+    return cached_teacher(config, "distill", tokenizer, rows), rows
 
 
 def test_every_position_has_the_likeliest_tokens_of_the_teacher(material, written):
@@ -113,8 +120,8 @@ def test_every_position_has_the_likeliest_tokens_of_the_teacher(material, writte
 
 
 def test_a_larger_vocabulary_of_the_teacher_is_cut(material, tmp_path):
-    more = [f"stages.distil.teacher_model.path={material / 'wide'}", "stages.distil.loss.temperature=2"]
-    write_logits(configured(material, *more), "distil", tmp_path / "logits", K)
+    more = [f"stages.distill.teacher_model.path={material / 'wide'}", "stages.distill.loss.temperature=2"]
+    write_logits(configured(material, *more), "distill", tmp_path / "logits", K)
     teacher, rows = cached(material, tmp_path / "logits", *more)
     batch = rows.batch([5])
     with teacher.targets(None, batch).open() as chunk:
@@ -130,11 +137,11 @@ def test_a_larger_vocabulary_of_the_teacher_is_cut(material, tmp_path):
 
 def test_a_quantised_teacher_of_another_size(material):
     """Every linear layer but the head; its logits move by what nf4 rounds, and not more."""
-    path = f"stages.distil.teacher_model.path={material / 'wide'}"
+    path = f"stages.distill.teacher_model.path={material / 'wide'}"
     found = []
-    for more in ([path], [path, "stages.distil.teacher_model.quantize=nf4"]):
+    for more in ([path], [path, "stages.distill.teacher_model.quantize=nf4"]):
         config = configured(material, *more)
-        teacher = separate_teacher(config, config.stages["distil"], World("cpu"), torch.float32, launched=False)
+        teacher = separate_teacher(config, config.stages["distill"], Distributed("cpu"), torch.float32, launched=False)
         batch = rows_and_tokenizer(config)[0].batch([0])
         with teacher.targets(None, batch).open() as chunk:
             found.append(chunk(slice(None))(slice(None), 257, 1.0).log_probs)
@@ -158,7 +165,7 @@ def test_killed_at_any_moment_it_goes_on_with_whole_shards(material, written, tm
             write(self, name, content)
 
         LogitsWriter._write = dying
-        write_logits(configured(material), "distil", out, K, SHARD_BYTES)
+        write_logits(configured(material), "distill", out, K, SHARD_BYTES)
         os._exit(1)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     index = json.loads((out / "index.json").read_text())
@@ -166,15 +173,15 @@ def test_killed_at_any_moment_it_goes_on_with_whole_shards(material, written, tm
     with pytest.raises(UserError, match="incomplete: 4 of 12 rows\nrun the same"):
         cached(material, out)
     before = (out / "logits-00000.safetensors").stat().st_mtime_ns
-    write_logits(configured(material), "distil", out, K, SHARD_BYTES)
+    write_logits(configured(material), "distill", out, K, SHARD_BYTES)
     assert (out / "logits-00000.safetensors").stat().st_mtime_ns == before
     assert (out / "index.json").read_bytes() == (written / "index.json").read_bytes()
     assert cached(material, out)
 
 
 def test_more_rows_of_the_same_stage_are_added(material, copied):
-    more = configured(material, "stages.distil.tokens=640")
-    write_logits(more, "distil", copied, K, SHARD_BYTES)
+    more = configured(material, "stages.distill.tokens=640")
+    write_logits(more, "distill", copied, K, SHARD_BYTES)
     assert len(json.loads((copied / "index.json").read_text())["shards"]) == 5
     LogitsReader(copied).require(20)
     assert cached(material, copied)  # and the shorter stage can use them too
@@ -191,17 +198,17 @@ def test_ctrl_c_and_a_full_disk_keep_what_is_done(material, tmp_path, monkeypatc
 
     monkeypatch.setattr(LogitsWriter, "write", interrupted)
     with pytest.raises(Interrupted, match="4 of 12 rows"):
-        write_logits(config, "distil", out, K, SHARD_BYTES)
+        write_logits(config, "distill", out, K, SHARD_BYTES)
     monkeypatch.undo()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))  # less than a shard, as a full disk would cut it
     try:
         with pytest.raises(UserError, match="logits cannot be written to .*\nrun the same"):
-            write_logits(config, "distil", out, K, SHARD_BYTES)
+            write_logits(config, "distill", out, K, SHARD_BYTES)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(out.glob(".*"))
-    write_logits(config, "distil", out, K, SHARD_BYTES)
+    write_logits(config, "distill", out, K, SHARD_BYTES)
     assert cached(material, out)
 
 
@@ -209,10 +216,10 @@ def test_ctrl_c_and_a_full_disk_keep_what_is_done(material, tmp_path, monkeypatc
     "more, kwargs, part",
     [
         (["seed=1"], {}, "seed 0 there, 1 here"),
-        (["stages.distil.data.seq_len=64"], {}, "row length 32 there, 64 here"),
-        (["stages.distil.loss.temperature=2"], {}, "temperature 1.0 there, 2.0 here"),
-        (["stages.distil.teacher_model.path={wide}"], {}, "teacher '"),
-        (["stages.distil.teacher_model.quantize=nf4"], {}, "teacher's quantisation None there, 'nf4' here"),
+        (["stages.distill.data.seq_len=64"], {}, "row length 32 there, 64 here"),
+        (["stages.distill.loss.temperature=2"], {}, "temperature 1.0 there, 2.0 here"),
+        (["stages.distill.teacher_model.path={wide}"], {}, "teacher '"),
+        (["stages.distill.teacher_model.quantize=nf4"], {}, "teacher's quantization None there, 'nf4' here"),
         ([], {"teacher": "retrained"}, "teacher '"),
         ([], {"teacher": "chatty"}, "tokenizer '"),
         ([], {"data": "other"}, "data '"),
@@ -231,7 +238,7 @@ def test_a_cache_of_something_else_is_refused_with_the_reason(material, written,
         tokenizer.save_pretrained(material / "chatty")
     with pytest.raises(UserError) as error:
         cached(material, written, *(text.format(wide=material / "wide") for text in more), **kwargs)
-    assert part in error.value.cause and "\n" not in error.value.cause and "data logits" in error.value.cure
+    assert part in error.value.cause and "\n" not in error.value.cause and "data logits" in error.value.hint
 
 
 @pytest.mark.parametrize("more, kwargs, part", [(["seed=1"], {}, "seed 0 there"), ([], {"data": "other"}, "data '")])
@@ -247,9 +254,9 @@ def test_of_something_else_comes_before_incomplete(material, copied, more, kwarg
 
 
 def test_more_tokens_a_position_than_there_are(material, written):
-    assert cached(material, written, f"stages.distil.loss.top_k={K}")
-    with pytest.raises(UserError, match=f"have {K} tokens a position, and stages.distil.loss.top_k is 9"):
-        cached(material, written, "stages.distil.loss.top_k=9")
+    assert cached(material, written, f"stages.distill.loss.top_k={K}")
+    with pytest.raises(UserError, match=f"have {K} tokens a position, and stages.distill.loss.top_k is 9"):
+        cached(material, written, "stages.distill.loss.top_k=9")
 
 
 def test_damage_is_refused_in_one_line(material, copied):
@@ -288,23 +295,23 @@ def test_what_writing_refuses(material, written, tmp_path, capsys):
     config = configured(material)
     for k in (0, 257):
         with pytest.raises(UserError, match=f"--k {k}\nallowed: 1 to 256"):
-            write_logits(config, "distil", tmp_path / "new", k)
+            write_logits(config, "distill", tmp_path / "new", k)
     with pytest.raises(UserError, match="k 8 there, 9 here"):
-        write_logits(config, "distil", written, 9)
+        write_logits(config, "distill", written, 9)
     with pytest.raises(UserError, match="seed 0 there, 1 here"):
-        write_logits(configured(material, "seed=1"), "distil", written, K, SHARD_BYTES)
-    with pytest.raises(UserError, match="'align' is no stage with objective distil"):
+        write_logits(configured(material, "seed=1"), "distill", written, K, SHARD_BYTES)
+    with pytest.raises(UserError, match="'align' is no stage with objective distill"):
         write_logits(config, "align", tmp_path / "new", K)
     arguments = ["data", "logits", "--teacher", str(material / "wide"), "--stage"]
-    assert [main([*arguments, name]) for name in ("distil", "nope")] == [2, 2]
+    assert [main([*arguments, name]) for name in ("distill", "nope")] == [2, 2]
     said = capsys.readouterr().err
-    assert "name a directory with --out, or stages.distil.teacher_cache" in said
-    assert "'nope' is no stage with objective distil" in said
+    assert "name a directory with --out, or stages.distill.teacher_cache" in said
+    assert "'nope' is no stage with objective distill" in said
     longer = [*arguments, "long", "run=[align]", "stages.long.data.seq_len=9999"]
     assert main(longer) == 2 and "seq_len = 9999: is longer than the 128 positions" in capsys.readouterr().err
     (tmp_path / "something").write_text("")
     with pytest.raises(UserError, match="not empty, and holds no logits"):
-        write_logits(config, "distil", tmp_path, K)
+        write_logits(config, "distill", tmp_path, K)
 
 
 def test_a_second_teacher_of_another_tokenizer_is_refused(material, tmp_path):
@@ -313,20 +320,20 @@ def test_a_second_teacher_of_another_tokenizer_is_refused(material, tmp_path):
     vocab = tokenizer["model"]["vocab"]
     vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
     (tmp_path / "foreign" / "tokenizer.json").write_text(json.dumps(tokenizer))
-    config = configured(material, f"stages.distil.teacher_model.path={tmp_path / 'foreign'}")
+    config = configured(material, f"stages.distill.teacher_model.path={tmp_path / 'foreign'}")
     with pytest.raises(UserError, match=f"has another tokenizer than .*: token 'a' is {vocab['a']} there"):
-        check_teacher(config, "distil", load_tokenizer(config))
-    fine = configured(material, f"stages.distil.teacher_model.path={material / 'wide'}")
-    check_teacher(fine, "distil", load_tokenizer(fine))
+        check_teacher(config, "distill", load_tokenizer(config))
+    fine = configured(material, f"stages.distill.teacher_model.path={material / 'wide'}")
+    check_teacher(fine, "distill", load_tokenizer(fine))
 
 
 @pytest.mark.parametrize(
     "more, problem",
     [
-        (["stages.distil.teacher=cache"], "teacher cache needs teacher_cache"),
-        (["stages.distil.teacher_cache=/x"], "read by teacher cache only, not auto"),
-        (["stages.distil.teacher=same", "stages.distil.teacher_model.quantize=nf4"], "leave out teacher_model"),
-        (["stages.align.teacher=separate"], "only objective distil has a choice of teacher"),
+        (["stages.distill.teacher=cache"], "teacher cache needs teacher_cache"),
+        (["stages.distill.teacher_cache=/x"], "read by teacher cache only, not auto"),
+        (["stages.distill.teacher=same", "stages.distill.teacher_model.quantize=nf4"], "leave out teacher_model"),
+        (["stages.align.teacher=separate"], "only objective distill has a choice of teacher"),
         (["stages.sft.loss.divergence=js"], "objective sft has no divergence"),
     ],
 )
@@ -346,17 +353,17 @@ def test_training_on_stored_logits_is_training_on_the_teachers_top_k(material, t
     logits = tmp_path / "logits"
     assert main(["data", "logits", *arguments(material, "--out", logits, "--k", K)]) == 0
     assert "12/12 rows" in capsys.readouterr().out
-    at_hand, judged = train(tmp_path / "at_hand", "stages.distil.teacher=separate", f"stages.distil.loss.top_k={K}")
-    stored, alone = train(tmp_path / "stored", "stages.distil.teacher=cache", f"stages.distil.teacher_cache={logits}")
+    at_hand, judged = train(tmp_path / "at_hand", "stages.distill.teacher=separate", f"stages.distill.loss.top_k={K}")
+    stored, alone = train(tmp_path / "stored", "stages.distill.teacher=cache", f"stages.distill.teacher_cache={logits}")
     assert len(stored) == 3 and [row["loss"] for row in stored] == pytest.approx(
         [row["loss"] for row in at_hand], rel=1e-4
     )
     assert alone[-1]["ce"] == pytest.approx(judged[-1]["ce"], rel=1e-4) and "kl" not in alone[-1]
     config = load_config([tmp_path / "stored" / "config.yaml"])
-    assert config.stages["distil"].teacher_cache == str(logits)
+    assert config.stages["distill"].teacher_cache == str(logits)
     code = train_distill.main(
-        arguments(material, "--out", tmp_path / "no", "stages.distil.teacher=cache", "seed=5")
-        + [f"stages.distil.teacher_cache={logits}"]
+        arguments(material, "--out", tmp_path / "no", "stages.distill.teacher=cache", "seed=5")
+        + [f"stages.distill.teacher_cache={logits}"]
     )
     assert code == 2 and "seed 0 there, 5 here" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()

@@ -93,4 +93,4 @@ def test_damaged_files(tmp_path, tokenizer, damage, match):
     damage(path, path.with_suffix(".bin"))
     with pytest.raises(UserError, match=match) as caught:
         load_tokens([path.with_suffix(".bin")], tokenizer, cache_dir=tmp_path / "cache", vocab_size=260)
-    assert "\n" not in caught.value.cause + caught.value.cure
+    assert "\n" not in caught.value.cause + caught.value.hint

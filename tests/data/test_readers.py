@@ -79,7 +79,7 @@ def test_saved_datasets(tmp_path):
 def test_hub_without_network():
     with pytest.raises(UserError, match="hub:no-such-owner/no-such-data") as caught:
         texts("hub:no-such-owner/no-such-data")
-    assert "hub:NAME:CONFIG" in caught.value.cure and "\n" not in caught.value.cause
+    assert "hub:NAME:CONFIG" in caught.value.hint and "\n" not in caught.value.cause
 
 
 BAD = {
@@ -106,7 +106,7 @@ def test_bad_input_names_file_and_line(tmp_path, name):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
         texts(tmp_path / name)
-    assert "\n" not in caught.value.cause and "\n" not in caught.value.cure
+    assert "\n" not in caught.value.cause and "\n" not in caught.value.hint
 
 
 def test_missing_paths(tmp_path):

@@ -19,7 +19,7 @@ def of(**record):
 def refused(match, **record):
     with pytest.raises(UserError, match=match) as caught:
         of(**record)
-    assert "a.jsonl:1" in caught.value.cause and "\n" not in caught.value.cause + caught.value.cure
+    assert "a.jsonl:1" in caught.value.cause and "\n" not in caught.value.cause + caught.value.hint
 
 
 def test_sharegpt():

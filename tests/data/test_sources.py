@@ -13,9 +13,9 @@ from rwkvinside.data.stream import StreamedRows
 from rwkvinside.data.token_pack import write_pack
 from rwkvinside.data.token_store import TokenStore
 from rwkvinside.errors import UserError
-from rwkvinside.training.process_group import World
+from rwkvinside.training.process_group import Distributed
 
-WORLD = World("cpu")
+WORLD = Distributed("cpu")
 STAGE = [
     "run=[align]",
     "stages.align.tokens=40k",
@@ -152,7 +152,7 @@ def test_a_stage_has_its_own_mixture(load, data):
     own = [f"stages.align.data.train=[{data[0]},{data[1]}]", "stages.align.data.weights=[1,1]"]
     tokens, _, _ = load(data[2:], *own)
     assert isinstance(tokens, sources.Mixture) and tokens.sources == tuple(data[:2])
-    assert isinstance(load(data[2:], *own, stage="distil")[0], TokenStore)
+    assert isinstance(load(data[2:], *own, stage="distill")[0], TokenStore)
 
 
 def test_a_document_a_row_for_sft(load, data):

@@ -201,7 +201,7 @@ def test_a_full_disk_is_told_where_the_block_is_needed(open_stream, monkeypatch)
     monkeypatch.setattr(np, "save", full)
     with pytest.raises(UserError, match="cannot be written below .*No space left") as caught:
         contents(stream)
-    assert "free some space" in caught.value.cure
+    assert "free some space" in caught.value.hint
     assert sorted(path.name for path in stream.directory.glob("block*")) == [f"block-{n:06d}" for n in range(4)]
 
 

@@ -81,7 +81,7 @@ def test_a_pack_of_another_tokenizer_is_refused(packed, make_tokenizer, tmp_path
         load_tokens(
             [write_jsonl(tmp_path / "t.jsonl", [{"text": "x"}]), packed[1]], other, cache_dir=tmp_path / "other"
         )
-    assert "pack the text again" in caught.value.cure
+    assert "pack the text again" in caught.value.hint
 
 
 def test_nothing_half_written_stays(packed, tmp_path, monkeypatch):

@@ -134,7 +134,7 @@ def test_a_cache_that_cannot_be_written(tmp_path, corpus, tokenizer):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="tokens cannot be written below .*file/cache'") as caught:
         load_tokens([corpus], tokenizer, cache_dir=tmp_path / "file" / "cache")
-    assert "data.cache_dir" in caught.value.cure
+    assert "data.cache_dir" in caught.value.hint
 
 
 def test_the_vocabulary_of_the_teacher(load, corpus, tmp_path, write_jsonl, tokenizer):
@@ -200,7 +200,7 @@ def test_a_split_with_an_empty_side_is_refused(load, tmp_path, write_jsonl):
     store = load(write_jsonl(tmp_path / "b.jsonl", [{"text": "a"}, {"text": "b"}]))
     with pytest.raises(UserError, match="split of 1e-06 takes 0 of 2 documents") as caught:
         store.split(1e-6)
-    assert "--val" in caught.value.cure
+    assert "--val" in caught.value.hint
     with pytest.raises(UserError, match="split of 1 takes 2 of 2 documents"):
         store.split(1.0)
 

@@ -38,17 +38,17 @@ def test_quick_demo_from_text_to_a_student_that_generates(tmp_path, monkeypatch,
     assert command.main(arguments("--out", out, "--quick")) == 0
 
     result = json.loads((out / "demo.json").read_text())
-    assert list(result["stages"]) == ["calibrate", "align", "distil"]
-    distil = result["stages"]["distil"]
-    assert 0 < distil["kl"] < result["stages"]["calibrate"]["kl"]
-    assert distil["ce"] - distil["ce_teacher"] < 0.25
+    assert list(result["stages"]) == ["calibrate", "align", "distill"]
+    distill = result["stages"]["distill"]
+    assert 0 < distill["kl"] < result["stages"]["calibrate"]["kl"]
+    assert distill["ce"] - distill["ce_teacher"] < 0.25
     assert {(row["model"], row["context"]) for row in result["decode_speed"]} == {
         (model, context) for model in ("teacher", "student") for context in command.QUICK.contexts
     }
     for name in ("report.png", "loss.png", "alignment.png", "validation.png"):
         assert (out / "run" / name).read_bytes().startswith(b"\x89PNG")
     said = capsys.readouterr().out
-    for part in ("after calibrate", "after align", "after distil", "def read_lines", "time of one generated token"):
+    for part in ("after calibrate", "after align", "after distill", "def read_lines", "time of one generated token"):
         assert part in said
 
     tokenizer = AutoTokenizer.from_pretrained(out / "student")

@@ -36,7 +36,7 @@ def save_teacher(path, family="qwen3", dtype=torch.float32, **fields):
     return path
 
 
-def save_run(path, teacher, train=("mixer", "attention"), student=None, stage="distil"):
+def save_run(path, teacher, train=("mixer", "attention"), student=None, stage="distill"):
     """A run directory whose student is the teacher plus noise on what `train` names."""
     torch.manual_seed(1)
     student = {"preset": "cxa079", "attention_layers": [1], "key_scale": "decay"} | (student or {})
@@ -51,7 +51,7 @@ def save_run(path, teacher, train=("mixer", "attention"), student=None, stage="d
     Checkpointer(path / "stages" / stage, {}).save(2, model.student_state_dict(), None, {"stage": stage})
     stages = {
         "calibrate": {"tokens": 100},
-        "distil": {"tokens": 200, "data": {"seq_len": 16, "train": ["/secret/place"]}},
+        "distill": {"tokens": 200, "data": {"seq_len": 16, "train": ["/secret/place"]}},
     }
     config = {
         "teacher": {"path": str(teacher), "revision": None},
@@ -62,10 +62,10 @@ def save_run(path, teacher, train=("mixer", "attention"), student=None, stage="d
     (path / "config.yaml").write_text(yaml.safe_dump(config | {"seed": 0, "data": {"train": ["/secret/place.jsonl"]}}))
     (path / "conversion.json").write_text(json.dumps({"finished_stages": ["calibrate", stage]}))
     rows = [
-        {"kind": "train", "stage": "distil", "step": 1, "loss": 2.0},
+        {"kind": "train", "stage": "distill", "step": 1, "loss": 2.0},
         {"kind": "eval", "stage": "calibrate", "step": 1, "tokens": 100, "kl": 3.1, "ce": 4.2},
-        {"kind": "eval", "stage": "distil", "step": 1, "tokens": 100, "kl": 0.5, "ce": 1.6},
-        {"kind": "eval", "stage": "distil", "step": 2, "tokens": 200, "kl": 0.25, "ce": 1.5, "agreement": 0.875},
+        {"kind": "eval", "stage": "distill", "step": 1, "tokens": 100, "kl": 0.5, "ce": 1.6},
+        {"kind": "eval", "stage": "distill", "step": 2, "tokens": 200, "kl": 0.25, "ce": 1.5, "agreement": 0.875},
     ]
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

@@ -1,4 +1,4 @@
-"""Export of runs that had quantised weights and adapters: unpacked, merged or as PEFT's own, and verified."""
+"""Export of runs that had quantized weights and adapters: unpacked, merged or as PEFT's own, and verified."""
 
 import json
 import warnings
@@ -13,11 +13,11 @@ import convert_checkpoint
 from rwkvinside.errors import UserError
 from rwkvinside.export.huggingface import _without_paths, export_hf
 from rwkvinside.hybrid.adapters import AdapterSpec, is_adapter
-from rwkvinside.hybrid.assemble import Structure, assemble, fixed_tensors, make_plain
+from rwkvinside.hybrid.assemble import LayerSpec, assemble, frozen_weights_of, make_plain
 from rwkvinside.hybrid.model import StudentSpec
 from rwkvinside.runs.trained import open_run
 from rwkvinside.training.checkpoint import Checkpointer
-from rwkvinside.training.frozen_weights import NAME, fixed_digest, write_fixed
+from rwkvinside.training.frozen_weights import NAME, frozen_weights_digest, write_frozen_weights
 
 ADAPTERS = [
     {"kind": "lora", "groups": ["mlp"], "rank": 4, "rank_stabilized": True},
@@ -34,15 +34,15 @@ def economical(tmp_path_factory, teacher, make_run):
     config |= {"quantize": {"groups": ["mlp", "teacher"], "format": "nf4", "double": True}, "adapters": ADAPTERS}
     before = open_run(path).load_student()
     lm = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
-    structure = Structure(("mlp", "teacher"), adapters=tuple(map(AdapterSpec.from_fields, ADAPTERS)))
+    structure = LayerSpec(("mlp", "teacher"), adapters=tuple(map(AdapterSpec.from_fields, ADAPTERS)))
     student = assemble(lm, StudentSpec.from_fields(config["student"]), structure, before)
     torch.manual_seed(2)
     for name, parameter in student.canonical_parameters().items():
         if is_adapter(name):
             parameter.data += 0.05 * torch.randn_like(parameter)
-    folder = path / "stages" / "distil"
-    write_fixed(folder, fixed_tensors(student))
-    state = {"stage": "distil", "settings": {"frozen": fixed_digest(folder)}}
+    folder = path / "stages" / "distill"
+    write_frozen_weights(folder, frozen_weights_of(student))
+    state = {"stage": "distill", "settings": {"frozen": frozen_weights_digest(folder)}}
     Checkpointer(folder, {}).save(3, student.student_state_dict(), None, state)
     (path / "config.yaml").write_text(yaml.safe_dump(config))
     return path
@@ -102,16 +102,16 @@ def test_weights_are_dequantised_before_they_are_merged(economical):
     for name, unpacked in layers.items():
         a, b = (specials[f"{name}.lora_{x}.default.weight"] for x in "AB")
         merged = trained.canonical_parameters()[f"{name}.weight"]
-        assert torch.allclose(merged, unpacked + 8 / 4**0.5 * b @ a, atol=1e-6)  # rank-stabilised: alpha / sqrt(r)
+        assert torch.allclose(merged, unpacked + 8 / 4**0.5 * b @ a, atol=1e-6)  # rank-stabilized: alpha / sqrt(r)
     assert not any(map(is_adapter, trained.canonical_parameters()))
 
 
 def test_no_path_of_a_second_teacher_or_its_logits_is_exported(tmp_path):
-    stage = {"objective": "distil", "data": {"train": [str(tmp_path)], "seq_len": 8}, "teacher_cache": str(tmp_path)}
+    stage = {"objective": "distill", "data": {"train": [str(tmp_path)], "seq_len": 8}, "teacher_cache": str(tmp_path)}
     for path, name in ((tmp_path, tmp_path.name), ("/gone/Qwen3-8B", "Qwen3-8B"), ("owner/model", "owner/model")):
         shown = _without_paths(stage | {"teacher_model": {"path": str(path), "quantize": "nf4"}})
         second = {"path": name, "quantize": "nf4"}
-        assert shown == {"objective": "distil", "data": {"seq_len": 8}, "teacher_model": second}
+        assert shown == {"objective": "distill", "data": {"seq_len": 8}, "teacher_model": second}
 
 
 def test_refusals(economical, run, tmp_path):
@@ -119,7 +119,7 @@ def test_refusals(economical, run, tmp_path):
         export_hf(run, tmp_path / "out", adapters="separate")
     with pytest.raises(UserError, match="adapters is 'both'"):
         export_hf(run, tmp_path / "out", adapters="both")
-    frozen = economical / "stages" / "distil" / NAME
+    frozen = economical / "stages" / "distill" / NAME
     content = frozen.read_bytes()
     try:
         frozen.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))

@@ -98,7 +98,7 @@ def test_card(exported):
     assert card.data.base_model == "tiny-qwen3" and card.data.library_name == "transformers"
     assert card.data.license == "apache-2.0"
     assert card.data.pipeline_tag == "text-generation" and {"rwkv7", "custom_code"} <= set(card.data.tags)
-    assert "| distil | 200 | 0.2500 | 1.5000 | 0.8750 |" in card.text and "`RARR`" in card.text
+    assert "| distill | 200 | 0.2500 | 1.5000 | 0.8750 |" in card.text and "`RARR`" in card.text
 
 
 @pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.slow), "qwen2"])

@@ -21,7 +21,7 @@ from rwkvinside.support.process_memory import forget_peak, peak_bytes
 
 def warm_up() -> None:
     """What is loaded on first use and stays."""
-    kernels.unavailable("native")
+    kernels.why_unavailable("native")
     AutoModelForCausalLM.from_config(Qwen3Config(hidden_size=8, num_hidden_layers=1, vocab_size=8))
     x = torch.randn(64, 64, requires_grad=True)
     for context in (contextlib.nullcontext(), torch.autocast("cpu", dtype=torch.bfloat16)):

@@ -18,18 +18,18 @@ import tiny_hybrid as tiny
 from toy_training import BOUNDARY, SETTINGS, SHAPE, Losses, PoisonStep, Source, model, phase, trainer
 
 from rwkvinside.errors import Interrupted, UserError
-from rwkvinside.evaluate.in_training import judge, share
+from rwkvinside.evaluate.in_training import evaluate_student, share
 from rwkvinside.training.batching import StepShape
 from rwkvinside.training.checkpoint import Checkpointer
 from rwkvinside.training.deepspeed_config import ZeroSettings
-from rwkvinside.training.deepspeed_engine import DeepSpeedEngine, inference_engine, launched_world
+from rwkvinside.training.deepspeed_engine import DeepSpeedEngine, inference_engine, join_process_group
 
 parser = argparse.ArgumentParser()
 parser.add_argument("out", type=Path)
 parser.add_argument("single", type=Path)
 parser.add_argument("--local_rank")
 args = parser.parse_args()
-world = launched_world()
+world = join_process_group()
 losses, norms, messages, evaluations, models = {}, {}, {}, {}, {}
 SMALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}  # even the smallest parameters are cut
 OFFLOAD = {"offload_optimizer": True}
@@ -134,7 +134,7 @@ def hybrid(case, objective, stage, precision="fp32", **zero):
     def evaluate(done):
         with engine.autocast():
             teacher = getattr(step, "teacher", None)
-            scores = judge(engine.module, teacher, own, world.device, world.all_reduce_sum)
+            scores = evaluate_student(engine.module, teacher, own, world.device, world.all_reduce_sum)
         return {"kl": scores.kl, "ce": scores.ce}
 
     checkpointer = Checkpointer(args.out / case, {})
@@ -160,16 +160,16 @@ else:
         run(f"fp32-zero{stage}", engine_of(stage), save_every=4)
 for stage, economy in ((0, {}), (1, OFFLOAD), (2, OFFLOAD), (3, BOTH)):
     hybrid(f"align-zero{stage}", tiny.align(), stage)
-    hybrid(f"distil-zero{stage}", tiny.distil(), stage)
+    hybrid(f"distill-zero{stage}", tiny.distill(), stage)
     hybrid(f"align-zero{stage}-economy", tiny.align(checkpointing=True), stage, **economy)
-    hybrid(f"distil-zero{stage}-economy", tiny.distil(checkpointing=True), stage, **economy)
+    hybrid(f"distill-zero{stage}-economy", tiny.distill(checkpointing=True), stage, **economy)
     if world.size == 2:
-        hybrid(f"quantised-zero{stage}", tiny.quantised(), stage)
-hybrid("distil-zero3-sharded-teacher", tiny.distil(shard=shard), 3)
+        hybrid(f"quantized-zero{stage}", tiny.quantized(), stage)
+hybrid("distill-zero3-sharded-teacher", tiny.distill(shard=shard), 3)
 if world.size == 2:
-    hybrid("distil-zero1-sharded-teacher", tiny.distil(shard=shard), 1)
-    hybrid("distil-zero1-bf16", tiny.distil(), 1, "bf16")
-    hybrid("distil-zero3-bf16", tiny.distil(), 3, "bf16")
+    hybrid("distill-zero1-sharded-teacher", tiny.distill(shard=shard), 1)
+    hybrid("distill-zero1-bf16", tiny.distill(), 1, "bf16")
+    hybrid("distill-zero3-bf16", tiny.distill(), 3, "bf16")
 
 gc.collect()
 alive = [case for case, model in models.items() if model() is not None]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from toy_training import in_process, trainer
+from toy_training import local_engine, trainer
 
 from rwkvinside.errors import UserError
 from rwkvinside.training.checkpoint import Checkpointer
@@ -36,7 +36,7 @@ def evaluate(step):
 
 checkpointer = Checkpointer(args.run / "stages" / "toy", {"preset": "toy"}, keep=2)
 toy = trainer(
-    in_process(),
+    local_engine(),
     checkpointer=checkpointer,
     metrics=MetricsWriter(args.run),
     console=Console("toy", 8, every=4),

@@ -8,21 +8,21 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from rwkvinside.data.batch import IGNORE, Batch
 from rwkvinside.hybrid.adapters import AdapterSpec
-from rwkvinside.hybrid.assemble import Structure, assemble
-from rwkvinside.hybrid.calibration import teacher_power
+from rwkvinside.hybrid.assemble import LayerSpec, assemble
+from rwkvinside.hybrid.calibration import teacher_norms
 from rwkvinside.hybrid.model import HybridModel, StudentSpec
 from rwkvinside.losses.distillation import Objective
-from rwkvinside.stages.steps import AlignStep, DistilStep
-from rwkvinside.teacher.signals import SameWeights, SeparateTeacher, TeacherModel
+from rwkvinside.stages.steps import AlignStep, DistillStep
+from rwkvinside.teacher.signals import OnlineTeacher, SelfTeacher, TeacherModel
 from rwkvinside.training.optimizer import OptimizerSettings
-from rwkvinside.training.schedule import Budget, Schedule
+from rwkvinside.training.schedule import Schedule, StageLength
 from rwkvinside.training.trainer import Trainer
 
 VOCAB, SEQ_LEN, ROWS, MICRO_ROWS, STEPS = 40, 12, 7, 3, 5  # neither two nor three ranks share seven rows evenly
-BUDGET = Budget(STEPS * ROWS * SEQ_LEN, ROWS * SEQ_LEN, SEQ_LEN)
+BUDGET = StageLength(STEPS * ROWS * SEQ_LEN, ROWS * SEQ_LEN, SEQ_LEN)
 SCHEDULE = Schedule({"mixer": 1e-3, "rest": 1e-4}, {})
 SETTINGS = OptimizerSettings(clip=0.05)  # below the norms that occur: clipping takes part
-STRUCTURE = Structure(
+STRUCTURE = LayerSpec(
     ("mlp", "teacher", "head"),
     adapters=(
         AdapterSpec("bone", rank=4, groups=("mlp",)),
@@ -92,28 +92,28 @@ def align(checkpointing=False):
     model = student(["mixer"])
 
     def step(module):
-        return AlignStep(teacher_power(module, [Source().batch(range(4))])[0], checkpointing)
+        return AlignStep(teacher_norms(module, [Source().batch(range(4))])[0], checkpointing)
 
     return model, step
 
 
-def distil(checkpointing=False, shard=None):
+def distill(checkpointing=False, shard=None):
     """As `align`, all parameters train; the teacher is a model of its own, which `shard` may hand to an engine."""
     lm = teacher()
     model = student(["mixer", "mlp", "norms", "embed", "head"], lm)
     if checkpointing:
         model.lm.train().activation_checkpointing_enable()
     its = TeacherModel(lm)
-    second = SeparateTeacher(its) if shard is None else SeparateTeacher(*shard(its, list(its.readout.parameters())))
-    return model, lambda module: DistilStep(second, OBJECTIVE)
+    second = OnlineTeacher(its) if shard is None else OnlineTeacher(*shard(its, list(its.readout.parameters())))
+    return model, lambda module: DistillStep(second, OBJECTIVE)
 
 
-def quantised():
+def quantized():
     """Frozen weights in nf4, the head's too, under three kinds of adapters; the student is its own teacher."""
     torch.manual_seed(1)
     model = assemble(teacher(), StudentSpec(), STRUCTURE)
     model.set_trainable(["mixer", "adapters"])
-    return model, lambda module: DistilStep(SameWeights(), OBJECTIVE)
+    return model, lambda module: DistillStep(SelfTeacher(), OBJECTIVE)
 
 
 def judged():

@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from rwkvinside.training.batching import StepShape
-from rwkvinside.training.deepspeed_engine import InProcessEngine
+from rwkvinside.training.deepspeed_engine import LocalEngine
 from rwkvinside.training.optimizer import OptimizerSettings
-from rwkvinside.training.process_group import World
-from rwkvinside.training.schedule import Budget, Schedule
+from rwkvinside.training.process_group import Distributed
+from rwkvinside.training.schedule import Schedule, StageLength
 from rwkvinside.training.trainer import Trainer
 
 SEQ_LEN, ROWS_PER_STEP, STEPS = 6, 8, 8
-BUDGET = Budget(STEPS * ROWS_PER_STEP * SEQ_LEN, ROWS_PER_STEP * SEQ_LEN, SEQ_LEN)
+BUDGET = StageLength(STEPS * ROWS_PER_STEP * SEQ_LEN, ROWS_PER_STEP * SEQ_LEN, SEQ_LEN)
 SCHEDULE = Schedule({"mixer": 3e-2, "rest": 1e-2}, {"mixer": 3e-3}, warmup_steps=2, end=0.9)
 SHAPE = partial(StepShape, ROWS_PER_STEP)  # (micro_rows, ranks)
 SETTINGS = OptimizerSettings(weight_decay=0.01, clip=0.5)
@@ -106,9 +106,9 @@ def model(dropout=0.1):
     return Model(dropout)
 
 
-def in_process(dropout=0.1, precision="fp32"):
+def local_engine(dropout=0.1, precision="fp32"):
     toy = model(dropout)
-    return InProcessEngine(toy, toy.groups(), SETTINGS, World("cpu"), precision)
+    return LocalEngine(toy, toy.groups(), SETTINGS, Distributed("cpu"), precision)
 
 
 def trainer(engine, *, micro_rows=4, step=None, source=None, **options):

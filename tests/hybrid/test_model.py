@@ -9,11 +9,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from rwkvinside.data.batch import Batch
 from rwkvinside.errors import UserError
-from rwkvinside.hybrid.calibration import calibrate, teacher_power
+from rwkvinside.hybrid.calibration import calibrate, teacher_norms
 from rwkvinside.hybrid.model import HybridModel, StudentSpec
 from rwkvinside.losses.distillation import Objective
-from rwkvinside.stages.steps import AlignStep, DistilStep, SftStep
-from rwkvinside.teacher.signals import SameWeights, SeparateTeacher, TeacherModel, check_same_weights
+from rwkvinside.stages.steps import AlignStep, DistillStep, SftStep
+from rwkvinside.teacher.signals import OnlineTeacher, SelfTeacher, TeacherModel, check_same_weights
 
 VOCAB = 50
 
@@ -110,7 +110,7 @@ def test_padding_tail_changes_no_loss():
         torch.cat([batch.segment_ids, pad.int()], 1),
         (0,),
     )
-    for step in (AlignStep({0: 1.0, 1: 1.0, 2: 1.0}), DistilStep(SameWeights(), Objective(ce=0.5)), SftStep()):
+    for step in (AlignStep({0: 1.0, 1: 1.0, 2: 1.0}), DistillStep(SelfTeacher(), Objective(ce=0.5)), SftStep()):
         assert step.count(batch) == step.count(padded)
         # 1e-6: sums over tokens are fp32 by design
         assert step(hybrid, batch)[0].item() == pytest.approx(step(hybrid, padded)[0].item(), rel=1e-6)
@@ -127,7 +127,7 @@ def test_align_loss_is_the_relative_error_of_each_layer_on_teacher_activations()
         )
         for i, layer in enumerate(hybrid.lm.model.layers)
     ]
-    power, before = teacher_power(hybrid, [batch])
+    power, before = teacher_norms(hybrid, [batch])
     for hook in hooks:
         hook.remove()
     loss, metrics = AlignStep(power)(hybrid, batch)
@@ -158,7 +158,7 @@ def _mix(mixer, x, first, rope):
     return TimeMixer.forward(mixer, x, first=first, rope=rope)
 
 
-@pytest.mark.parametrize("objective", ["align", "distil"])
+@pytest.mark.parametrize("objective", ["align", "distill"])
 def test_activation_checkpointing_changes_no_gradient(objective):
     gradients = []
     for checkpointing in (False, True):
@@ -166,11 +166,11 @@ def test_activation_checkpointing_changes_no_gradient(objective):
         hybrid.set_trainable(
             ["mixer"] if objective == "align" else ["mixer", "mlp", "norms", "embed", "head", "attention"]
         )
-        separate = SeparateTeacher(TeacherModel(teacher().double()))
+        separate = OnlineTeacher(TeacherModel(teacher().double()))
         if objective == "align":
             step = AlignStep({0: 2.0, 2: 3.0}, checkpoint=checkpointing)
         else:
-            step = DistilStep(separate, Objective(chunk_tokens=7 if checkpointing else 1000))
+            step = DistillStep(separate, Objective(chunk_tokens=7 if checkpointing else 1000))
             if checkpointing:
                 hybrid.lm.train().activation_checkpointing_enable()
         step(hybrid, packed([8, 5], rows=2))[0].backward()
@@ -194,22 +194,22 @@ def test_v_first_gradient_reaches_the_first_layer(detach):
     assert first.w0.grad is None or not first.w0.grad.any()
 
 
-def test_v_first_gradient_is_part_of_the_first_layers_gradient_in_distil():
+def test_v_first_gradient_is_part_of_the_first_layers_gradient_in_distill():
     gradients = []
     for detach in (False, True):
         hybrid = HybridModel.from_teacher(teacher(), StudentSpec(detach_first=detach)).double()
         hybrid.set_trainable(["mixer"])
-        DistilStep(SameWeights())(hybrid, packed([12]))[0].backward()
+        DistillStep(SelfTeacher())(hybrid, packed([12]))[0].backward()
         gradients.append([w.weight.grad for w in (hybrid.mixers[0].value, hybrid.mixers[0].key)])
     for through, cut in zip(*gradients, strict=True):
         assert (through - cut).norm() > 1e-3 * through.norm()  # residual mixes start at 1.8 %: small, but not rounding
 
 
-def test_distil_step_equals_brute_force():
+def test_distill_step_equals_brute_force():
     hybrid = HybridModel.from_teacher(teacher(), StudentSpec()).double()
     wide = teacher(vocab_size=VOCAB + 14).double()  # a padded vocabulary: cut to the shared ids
     batch = packed([8, 5], rows=2)
-    step = DistilStep(SeparateTeacher(TeacherModel(wide)), Objective(kl=0.7, ce=0.3, temperature=2.0, chunk_tokens=5))
+    step = DistillStep(OnlineTeacher(TeacherModel(wide)), Objective(kl=0.7, ce=0.3, temperature=2.0, chunk_tokens=5))
     loss, metrics = step(hybrid, batch)
     s = logits(hybrid, batch, "student")
     with torch.no_grad():
@@ -233,8 +233,8 @@ def test_distil_step_equals_brute_force():
 def test_same_weights_teacher_equals_a_separate_one_and_is_refused_when_the_rest_trains():
     hybrid = HybridModel.from_teacher(teacher(), StudentSpec())
     batch = packed([8, 5])
-    same, _ = DistilStep(SameWeights())(hybrid, batch)
-    separate, _ = DistilStep(SeparateTeacher(TeacherModel(teacher())))(hybrid, batch)
+    same, _ = DistillStep(SelfTeacher())(hybrid, batch)
+    separate, _ = DistillStep(OnlineTeacher(TeacherModel(teacher())))(hybrid, batch)
     assert same.item() == pytest.approx(separate.item(), rel=1e-6)
     check_same_weights(hybrid.teacher_changes())
     hybrid.set_trainable(["mixer", "mlp"])
@@ -319,9 +319,9 @@ def test_head_and_embedding_are_one_matrix_until_one_trains():
 def test_calibration_lowers_the_alignment_error(preset, family):
     hybrid = HybridModel.from_teacher(teacher(family), StudentSpec(preset=preset))
     batches = [packed([30, 14], rows=2), packed([5, 39], rows=2)]
-    _, before = teacher_power(hybrid, batches)
+    _, before = teacher_norms(hybrid, batches)
     fits = calibrate(hybrid, batches)
-    _, after = teacher_power(hybrid, batches)
+    _, after = teacher_norms(hybrid, batches)
     assert sorted(fits) == [0, 1, 2]
     for fit in fits.values():
         assert fit.error <= fit.error_before + 1e-6 and fit.error < 1
@@ -352,7 +352,7 @@ def test_a_batch_without_targets_has_a_zero_loss_with_a_graph():
     hybrid = HybridModel.from_teacher(teacher(), StudentSpec())
     hybrid.set_trainable(["mixer", "head"])
     batch = packed([1], rows=2)  # a document of one token predicts nothing
-    for step in (DistilStep(SameWeights()), SftStep()):
+    for step in (DistillStep(SelfTeacher()), SftStep()):
         assert step.count(batch) == 0
         loss, metrics = step(hybrid, batch)
         assert loss.item() == 0 and "ce" in metrics

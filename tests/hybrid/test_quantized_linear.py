@@ -1,4 +1,4 @@
-"""Quantised linear layers and 8-bit optimizers against bitsandbytes' own functions and torch's AdamW."""
+"""Quantized linear layers and 8-bit optimizers against bitsandbytes' own functions and torch's AdamW."""
 
 import bitsandbytes
 import bitsandbytes.functional as bnb
@@ -23,7 +23,7 @@ from rwkvinside.training.optimizer_8bit import adamw8bit, load_moments, moments_
 
 
 def reference(weight, format, double, block=64):
-    """The weight after bitsandbytes' quantisation, put by hand: `block` values in a row share a scale."""
+    """The weight after bitsandbytes' quantization, put by hand: `block` values in a row share a scale."""
     if format == "int8":
         packed, scales, _ = bnb.int8_vectorwise_quant(weight)
         return bnb.int8_vectorwise_dequant(packed, scales)
@@ -192,7 +192,7 @@ def test_8_bit_moments_follow_adamw_and_take_over_from_it():
     train(adamw, exact, range(10))
     train(eight, rounded, range(10))
     moved = [(a - b).abs().max().item() for a, b in zip(exact, rounded, strict=True)]
-    assert moved[1] < 1e-7  # below 4096 elements nothing is quantised
+    assert moved[1] < 1e-7  # below 4096 elements nothing is quantized
     assert 0 < max(moved) < 5e-3  # of the 1e-2 that ten steps can move
     other = optimizer_of(exact)
     for p in exact:

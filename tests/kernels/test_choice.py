@@ -21,13 +21,13 @@ def test_triton(monkeypatch, found, hip, capabilities, reason):
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capabilities[i])
-    got = kernels.unavailable.__wrapped__("triton")
+    got = kernels.why_unavailable.__wrapped__("triton")
     assert got is None if reason is None else reason in got
 
 
 def test_without_triton(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "pip install triton" in kernels.unavailable.__wrapped__("triton")
+    assert "pip install triton" in kernels.why_unavailable.__wrapped__("triton")
 
 
 @pytest.mark.parametrize(
@@ -43,5 +43,5 @@ def test_without_triton(monkeypatch):
 )
 def test_tensors(monkeypatch, backend, given, reason):
     monkeypatch.setattr(kernels, "_interpreted", lambda: False)
-    got = kernels.unfit(backend, *given)
+    got = kernels.why_unsupported(backend, *given)
     assert got is None if reason is None else reason in got

@@ -15,11 +15,11 @@ from rwkvinside.modeling import wkv7 as door
 from rwkvinside.modeling.wkv7 import wkv7
 
 pytestmark = pytest.mark.skipif(
-    kernels.unavailable("native") is not None, reason=f"no native kernel: {kernels.unavailable('native')}"
+    kernels.why_unavailable("native") is not None, reason=f"no native kernel: {kernels.why_unavailable('native')}"
 )
 INSTRUCTIONS = (
     [name for name in ("avx512", "avx2", "portable") if load().wkv7_choose(name.encode())]
-    if kernels.unavailable("native") is None
+    if kernels.why_unavailable("native") is None
     else ["none"]
 )
 LIMIT = 5e-7  # relative L2 error against float64, of everything
@@ -263,7 +263,7 @@ def test_auto_takes_it_and_says_when_it_cannot(monkeypatch):
     x = inputs(1, 20, 2, 16)
     assert torch.equal(wkv7(*x)[0], wkv7(*x, backend="native")[0])
     assert torch.equal(wkv7(*(t.double() for t in x))[0], wkv7(*(t.double() for t in x), backend="chunked")[0])
-    monkeypatch.setattr(kernels, "unavailable", lambda backend: "no C++ compiler")
+    monkeypatch.setattr(kernels, "why_unavailable", lambda backend: "no C++ compiler")
     with pytest.warns(UserWarning, match="slower chunked path: no C.. compiler"):
         y, _ = wkv7(*x)
     assert torch.equal(y, wkv7(*x, backend="chunked")[0])

@@ -132,7 +132,7 @@ def test_other_heads(head, objective):
 
 @pytest.mark.parametrize("format", ["nf4", "int8"])
 def test_a_quantised_head(format):
-    """Against the same weights dequantised; bitsandbytes' blocks want a width of 64."""
+    """Against the same weights dequantized; bitsandbytes' blocks want a width of 64."""
     torch.manual_seed(0)
     model = nn.ModuleDict({"head": nn.Linear(64, VOCAB, bias=False)})
     quantize(model, ["head"], format)

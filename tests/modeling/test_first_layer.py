@@ -5,12 +5,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from rwkvinside.modeling.first_layer import FirstKV, VFirstHolder
+from rwkvinside.modeling.first_layer import FirstLayerKV, VFirstHolder
 
 
 def first(rank, grad=False):
     g = torch.Generator().manual_seed(rank)
-    return FirstKV(*(torch.randn(2, 5, 3, 4, generator=g).requires_grad_(grad) for _ in range(2)))
+    return FirstLayerKV(*(torch.randn(2, 5, 3, 4, generator=g).requires_grad_(grad) for _ in range(2)))
 
 
 def _rank(rank, world, path):
@@ -60,6 +60,6 @@ def test_one_process():
     holder.write(value)
     assert holder.read().v is value.v  # no copy: gradients go to the first layer
     assert holder.gather().k.shape == (1, 2, 5, 12)
-    holder.write(FirstKV(value.v, None))
+    holder.write(FirstLayerKV(value.v, None))
     assert len(holder.to_tensors()) == 1 and holder.gather().k is None
     assert VFirstHolder.from_tensors(holder.to_tensors()).read().k is None

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rwkvinside.modeling.first_layer import FirstKV
+from rwkvinside.modeling.first_layer import FirstLayerKV
 from rwkvinside.modeling.mixer_init import init_mixer
 from rwkvinside.modeling.mixer_presets import PRESETS, TimeMixerConfig, default_ranks
 from rwkvinside.modeling.time_mixer import MixerState, TimeMixer
@@ -48,7 +48,7 @@ def first_for(mixer, width=None):
     heads = c.num_heads if c.value_path == "residual_full" else c.num_kv_heads
     v = torch.randn(B, T, heads, N, dtype=torch.float64, requires_grad=True)
     k = torch.randn(B, T, c.num_kv_heads, N, dtype=torch.float64, requires_grad=True)
-    return FirstKV(v, k if c.key_residual else None)
+    return FirstLayerKV(v, k if c.key_residual else None)
 
 
 def oracle(m, preset, x, first, rope):
@@ -204,7 +204,7 @@ def test_calibrated_init_starts_neutral():
     mixer = TimeMixer(config, is_first=False)
     init_mixer(mixer, 1, 4, "calibrated")
     x = torch.randn(1, 9, 128)
-    first = FirstKV(torch.randn(1, 9, 2, 32), torch.randn(1, 9, 2, 32))
+    first = FirstLayerKV(torch.randn(1, 9, 2, 32), torch.randn(1, 9, 2, 32))
     s, _, _ = mixer.streams(x, first=first, rope=(torch.ones(1, 9, 32), torch.zeros(1, 9, 32)))
     assert torch.allclose(s.gate, torch.ones_like(s.gate), atol=1e-5)
     plain = mixer.value(x).view(1, 9, 2, 32)
@@ -238,4 +238,4 @@ def test_bad_choices_are_named():
     with pytest.raises(ValueError, match="does not divide"):
         TimeMixerConfig(**(base | dict(num_kv_heads=3)))
     with pytest.raises(ValueError, match="unknown mixer fields"):
-        TimeMixerConfig.from_dict(base | dict(colour="red"))
+        TimeMixerConfig.from_dict(base | dict(color="red"))

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 from rwkvinside import kernels
 from rwkvinside.data.batch import Batch
 from rwkvinside.hybrid.adapters import AdapterSpec
-from rwkvinside.hybrid.assemble import Structure, apply
+from rwkvinside.hybrid.assemble import LayerSpec, apply
 from rwkvinside.hybrid.model import HybridModel, StudentSpec
 from rwkvinside.planning.activations import edge_bytes, kept_bytes
 
@@ -70,11 +70,11 @@ def kept_by_autograd(model, *, align, bf16, checkpointing):
     return sum(n for n, t in found.values() if tuple(t.shape) not in weights) / (ROWS * TOKENS)
 
 
-LORA = Structure(adapters=(AdapterSpec(rank=8),))
-QUANTISED = Structure(quantize=("mlp", "teacher"), adapters=(AdapterSpec(rank=8),))
+LORA = LayerSpec(adapters=(AdapterSpec(rank=8),))
+QUANTISED = LayerSpec(quantize=("mlp", "teacher"), adapters=(AdapterSpec(rank=8),))
 
 
-@pytest.mark.skipif(kernels.unavailable("native") is not None, reason="the counts are those of the native kernel")
+@pytest.mark.skipif(kernels.why_unavailable("native") is not None, reason="the counts are those of the native kernel")
 @pytest.mark.parametrize(
     "mode, train, bf16, made",
     [
@@ -84,14 +84,14 @@ QUANTISED = Structure(quantize=("mlp", "teacher"), adapters=(AdapterSpec(rank=8)
         ("align", ["mixer"], True, {"family": "llama", "dtype": torch.bfloat16}),
         ("align", ["mixer"], False, {"preset": "rad", "kept": (1,)}),
         ("align", ["mixer"], False, {"family": "llama", "preset": "x070"}),
-        ("distil", [".*"], False, {}),
-        ("distil", [".*"], True, {}),
-        ("distil", [".*"], False, {"family": "llama", "kept": (0, 2)}),
-        ("distil", ["mixer"], False, {}),
-        ("distil", ["mixer"], True, {"dtype": torch.bfloat16}),
-        ("distil", ["mixer", "adapters"], False, {"structure": LORA}),
-        ("distil", ["mixer", "adapters"], False, {"structure": QUANTISED}),
-        ("distil", ["mixer", "adapters"], True, {"structure": QUANTISED, "dtype": torch.bfloat16}),
+        ("distill", [".*"], False, {}),
+        ("distill", [".*"], True, {}),
+        ("distill", [".*"], False, {"family": "llama", "kept": (0, 2)}),
+        ("distill", ["mixer"], False, {}),
+        ("distill", ["mixer"], True, {"dtype": torch.bfloat16}),
+        ("distill", ["mixer", "adapters"], False, {"structure": LORA}),
+        ("distill", ["mixer", "adapters"], False, {"structure": QUANTISED}),
+        ("distill", ["mixer", "adapters"], True, {"structure": QUANTISED, "dtype": torch.bfloat16}),
     ],
 )
 def test_activations_are_those_that_autograd_keeps(mode, train, bf16, made):
@@ -106,7 +106,7 @@ def test_activations_are_those_that_autograd_keeps(mode, train, bf16, made):
     assert expected == pytest.approx(found, rel=0.03)
 
 
-@pytest.mark.parametrize("mode", ["align", "distil"])
+@pytest.mark.parametrize("mode", ["align", "distill"])
 def test_layers_that_are_recomputed_keep_their_input(mode):
     model = student()
     align = mode == "align"

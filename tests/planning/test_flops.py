@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 from rwkvinside.config.schema import StageConfig
 from rwkvinside.data.batch import Batch
 from rwkvinside.hybrid.adapters import AdapterSpec
-from rwkvinside.hybrid.assemble import Structure, apply
+from rwkvinside.hybrid.assemble import LayerSpec, apply
 from rwkvinside.hybrid.model import HybridModel, StudentSpec
 from rwkvinside.modeling import time_mixer
 from rwkvinside.planning import flops
@@ -53,7 +53,7 @@ def stage(objective):
         "batch": {"tokens": LENGTH},
         "optim": {},
     }
-    loss = {"distil": {}, "sft": {"kl": 0.0, "ce": 1.0}}
+    loss = {"distill": {}, "sft": {"kl": 0.0, "ce": 1.0}}
     return StageConfig.model_validate(values | ({"loss": loss[objective]} if objective in loss else {}))
 
 
@@ -86,7 +86,7 @@ def align(student, batch):
     return sum(error for error, _ in student(batch, mode="align").values())
 
 
-def distil(student, batch, second=None):
+def distill(student, batch, second=None):
     """A forward of each side through its head, and a loss that multiplies no matrices."""
     if second is None:
         student(batch, mode="teacher", readout=lambda hidden, head: head(hidden))
@@ -139,25 +139,25 @@ def test_align(counted, train, kept):
         ([r".*\.receptance\.weight", "attention"], (1,)),
     ],
 )
-def test_distil(counted, train, kept):
+def test_distill(counted, train, kept):
     student = hybrid(train, kept)
-    assert formula(student, "distil", "same") == pytest.approx(counted(student, distil))
+    assert formula(student, "distill", "same") == pytest.approx(counted(student, distill))
 
 
 @pytest.mark.parametrize("kind", ["lora", "miss"])
 def test_adapters_on_quantised_layers(counted, kind):
     specs = (AdapterSpec(kind, ("mlp", "head"), 4), AdapterSpec("lora", (r".*\.layers\.0\..*output",), 4))
-    student = hybrid(["adapters"], (1,), structure=Structure(("mlp", "attention", "teacher"), adapters=specs))
-    found = training_flops(student, stage("distil"), "same")
+    student = hybrid(["adapters"], (1,), structure=LayerSpec(("mlp", "attention", "teacher"), adapters=specs))
+    found = training_flops(student, stage("distill"), "same")
     assert found.forward["adapters"] > 0 and found.backward["mlp"] <= found.forward["mlp"]
-    assert formula(student, "distil", "same") == pytest.approx(counted(student, distil))
+    assert formula(student, "distill", "same") == pytest.approx(counted(student, distill))
     student.set_trainable([r".*\.layers\.0\..*output\.lora_.*", "mixer.lora"])  # the others are off in align
     assert formula(student, "align", "same") == pytest.approx(counted(student, align))
 
 
 def test_bone_needs_the_gradient_of_the_whole_weight():
     """Its small matrices change the weight itself: products that do not grow with tokens are not counted."""
-    student = hybrid(["adapters"], structure=Structure(adapters=(AdapterSpec("bone", ("mlp", "head"), 2),)))
+    student = hybrid(["adapters"], structure=LayerSpec(adapters=(AdapterSpec("bone", ("mlp", "head"), 2),)))
     found = training_flops(student, stage("sft"), None)
     entry = 2 * 2 * 32 * 48  # up and gate of the first layer, in front of which nothing trains
     assert found.backward["mlp"] == 2 * found.forward["mlp"] - entry
@@ -169,15 +169,15 @@ def test_a_second_model_is_counted_as_what_it_is(counted):
     student, second = hybrid([".*"]), teacher(layers=5)
     student.release_teacher()
     second.set_attn_implementation("eager")
-    step = partial(distil, second=second)
-    assert formula(student, "distil", "separate", second) == pytest.approx(counted(student, step))
+    step = partial(distill, second=second)
+    assert formula(student, "distill", "separate", second) == pytest.approx(counted(student, step))
     assert formula(student, "sft", None) == pytest.approx(counted(student, sft))
 
 
 @pytest.mark.parametrize("shift", "wk")
 def test_the_stock_mixer(counted, shift):
     student = hybrid([rf"model\.layers\.0\.self_attn\.x_{shift}"], preset="x070")
-    assert formula(student, "distil", "same") == pytest.approx(counted(student, distil))
+    assert formula(student, "distill", "same") == pytest.approx(counted(student, distill))
 
 
 def test_frozen_weights_need_no_gradient_of_their_own():

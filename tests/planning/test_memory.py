@@ -14,9 +14,9 @@ from rwkvinside.config.load import load_config
 from rwkvinside.config.precision import device_and_precision
 from rwkvinside.hybrid import assemble as structure
 from rwkvinside.planning.devices import card_for
-from rwkvinside.planning.memory import Engine, Weights, Work, memory_of
+from rwkvinside.planning.memory import EngineSpec, StepMemory, StudentMemory, memory_of
 from rwkvinside.planning.stage_memory import second_teacher, stage_memory
-from rwkvinside.stages.prepare import meta_student, prepare_stage, stage_structure
+from rwkvinside.stages.prepare import meta_student, prepare_stage, stage_layers
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20
@@ -47,7 +47,7 @@ def predicted(config):
     """Bytes of the one stage of a run, in this process."""
     (name,) = config.run
     stage, model = config.stages[name], meta_student(config)
-    structure.apply(model, stage_structure(config, name))
+    structure.apply(model, stage_layers(config, name))
     source = prepare_stage(model, stage)
     teacher = second_teacher(config, stage) if source == "separate" else None
     return stage_memory(config, stage, model, source, teacher, *device_and_precision(config), ranks=1)
@@ -59,15 +59,15 @@ NF4 = ["quantize.groups=[mlp,teacher]", "adapters=[{kind: lora, groups: [mlp], r
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
-@pytest.mark.skipif(kernels.unavailable("native") is not None, reason="the counts are those of the native kernel")
+@pytest.mark.skipif(kernels.why_unavailable("native") is not None, reason="the counts are those of the native kernel")
 @pytest.mark.parametrize(
     "name, rows, more",
     [
         ("align", 2, []),
         ("align", 3, BF16),
-        ("distil", 1, []),
-        ("distil", 2, ["stages.distil.activation_checkpointing=true", "stages.distil.train=[mixer,mlp]"]),
-        ("distil", 2, [*NF4, "stages.distil.train=[mixer,adapters]", "stages.distil.optim.kind=adamw8bit"]),
+        ("distill", 1, []),
+        ("distill", 2, ["stages.distill.activation_checkpointing=true", "stages.distill.train=[mixer,mlp]"]),
+        ("distill", 2, [*NF4, "stages.distill.train=[mixer,adapters]", "stages.distill.optim.kind=adamw8bit"]),
     ],
 )
 def test_predicted_memory_is_what_a_run_takes(material, tmp_path, name, rows, more):
@@ -98,11 +98,11 @@ def test_predicted_memory_is_what_a_run_takes(material, tmp_path, name, rows, mo
 
 
 # A student of a hundred parameters, ten of which train; every term of the formula by hand.
-WEIGHTS = Weights(trainable=10, others=180, parameters=100, cast=10, whole=20, unpacked=0, head=0)
+WEIGHTS = StudentMemory(trainable=10, others=180, parameters=100, cast=10, whole=20, unpacked=0, head=0)
 
 
 def device_of(cpu=False, work=None, **engine):
-    return memory_of(WEIGHTS, work or Work(tokens=0), Engine(launched=True, **engine), cpu=cpu).device
+    return memory_of(WEIGHTS, work or StepMemory(tokens=0), EngineSpec(launched=True, **engine), cpu=cpu).device
 
 
 def test_zero_shares_what_it_says():
@@ -115,27 +115,27 @@ def test_zero_shares_what_it_says():
 
 
 def test_offloading_moves_to_the_host():
-    kept = memory_of(WEIGHTS, Work(tokens=0), Engine(True, zero=3, ranks=2), cpu=False)
-    engine = Engine(True, zero=3, ranks=2, offload_optimizer=True, offload_parameters=True)
-    moved = memory_of(WEIGHTS, Work(tokens=0), engine, cpu=False)
+    kept = memory_of(WEIGHTS, StepMemory(tokens=0), EngineSpec(True, zero=3, ranks=2), cpu=False)
+    engine = EngineSpec(True, zero=3, ranks=2, offload_optimizer=True, offload_parameters=True)
+    moved = memory_of(WEIGHTS, StepMemory(tokens=0), engine, cpu=False)
     assert not {"optimizer", "masters"} & set(moved.device) and moved.device["weights"] == WEIGHTS.whole
     assert moved.host - kept.host == 40 + 20 + 110
-    on_cpu = memory_of(WEIGHTS, Work(tokens=0), engine, cpu=True)
+    on_cpu = memory_of(WEIGHTS, StepMemory(tokens=0), engine, cpu=True)
     assert on_cpu.device == kept.device and on_cpu.host == 0
 
 
 def test_gradients_and_activations_are_there_together_only_with_several_micro_batches():
-    many = Work(tokens=1, kept=[100, 100], micro_batches=2)
+    many = StepMemory(tokens=1, kept=[100, 100], micro_batches=2)
     assert {**device_of(work=many), "weights": 0} == {
         **{"weights": 0, "optimizer": 80},
         **{"gradients": 40, "activations": 200},
     }
-    one = Work(tokens=1, kept=[100, 100])
+    one = StepMemory(tokens=1, kept=[100, 100])
     assert "gradients" not in device_of(work=one) and device_of(work=one)["activations"] == 200
 
 
 def test_layers_that_are_recomputed_keep_no_bf16_copies_under_zero_3():
-    many = dict(ranks=2, bf16=True, work=Work(tokens=1, kept=[100], inputs=1))
+    many = dict(ranks=2, bf16=True, work=StepMemory(tokens=1, kept=[100], inputs=1))
     assert device_of(zero=2, **many)["bf16 copies"] == 20
     assert device_of(zero=3, **many)["bf16 copies"] == WEIGHTS.whole // 2
 

@@ -1,4 +1,4 @@
-"""Plans: every shipped recipe with every variant, and what a plan says of quantisation, adapters, ranks and memory."""
+"""Plans: every shipped recipe with every variant, and what a plan says of quantization, adapters, ranks and memory."""
 
 import json
 from importlib.resources import files
@@ -13,7 +13,7 @@ from rwkvinside.planning import plan
 from rwkvinside.planning.devices import CARDS
 from rwkvinside.planning.plan import plan_text
 
-VARIANTS = ("attention-freeze", "multi-card", "one-card", "quantised", "small-machine")
+VARIANTS = ("attention-freeze", "multi-card", "one-card", "quantized", "small-machine")
 GPU = ["device=cuda", "precision=bf16"]
 LARGEST = {"Qwen3-0.6B": 24}  # GB of the card that one-card needs at most; the others 80
 
@@ -38,7 +38,7 @@ def test_variants_are_found_as_package_data():
 def test_every_recipe_plans_with_every_variant(name):
     for variant in VARIANTS:
         text = planned(name, *GPU, variant=[variant], ranks=8 if variant == "multi-card" else 1)
-        stages = ["calibrate", *(["align_lora"] if variant == "attention-freeze" else []), "align", "distil"]
+        stages = ["calibrate", *(["align_lora"] if variant == "attention-freeze" else []), "align", "distill"]
         assert [line.split(":")[0].split(" ")[0] for line in text.split("\n\n")[1:]] == stages
         cards = [int(line.split()[-2]) for line in text.splitlines() if "fits a GPU of" in line]
         assert set(cards) <= set(CARDS)
@@ -47,7 +47,7 @@ def test_every_recipe_plans_with_every_variant(name):
         if variant == "multi-card":
             assert len(cards) == len(stages) and max(cards) <= 80, text
             assert '"zero_optimization"' in text
-        if variant in ("quantised", "small-machine"):
+        if variant in ("quantized", "small-machine"):
             assert "linear layers in nf4" in text and "LoRA" in text and "adamw8bit" in text
 
 
@@ -61,15 +61,15 @@ def test_a_recipe_as_a_file_is_the_recipe_by_name(variant):
 
 def test_variants_stand_between_the_recipe_and_what_is_given(tmp_path, teacher):
     one = load_config(teacher="Qwen3-8B", variant=["one-card"])
-    assert one.stages["distil"].train == ["mixer", "adapters"]  # what the recipe says of the variant
-    assert one.stages["distil"].optim.kind == "adamw8bit"  # the variant
-    assert load_config(teacher="Qwen3-4B", variant=["one-card"]).stages["distil"].train == [".*"]
+    assert one.stages["distill"].train == ["mixer", "adapters"]  # what the recipe says of the variant
+    assert one.stages["distill"].optim.kind == "adamw8bit"  # the variant
+    assert load_config(teacher="Qwen3-4B", variant=["one-card"]).stages["distill"].train == [".*"]
     file = tmp_path / "own.yaml"
-    file.write_text("variant: [quantised, attention-freeze]\nstages: {distil: {batch: {micro_rows: 3}}}\n")
+    file.write_text("variant: [quantized, attention-freeze]\nstages: {distill: {batch: {micro_rows: 3}}}\n")
     both = load_config([file], teacher=teacher)
-    assert both.run == ["calibrate", "align_lora", "align", "distil"] and both.quantize.groups == ["mlp", "teacher"]
-    assert both.stages["distil"].batch.micro_rows == 3
-    assert load_config(teacher=teacher, overrides=["variant=quantised"]).quantize.groups == ["mlp", "teacher"]
+    assert both.run == ["calibrate", "align_lora", "align", "distill"] and both.quantize.groups == ["mlp", "teacher"]
+    assert both.stages["distill"].batch.micro_rows == 3
+    assert load_config(teacher=teacher, overrides=["variant=quantized"]).quantize.groups == ["mlp", "teacher"]
     with pytest.raises(UserError) as caught:
         load_config(teacher=teacher, variant=["onecard"])
     assert caught.value.cause == "variant 'onecard' is not known; did you mean one-card?"
@@ -100,15 +100,15 @@ def test_a_tied_head_counts_once(teacher):
     assert lines[0].endswith(f", {copied} parameters")
 
 
-def test_calibration_counts_what_is_quantised(teacher):
-    text = planned(teacher, "quantize.groups=[mlp]", "stages.distil.train=[mixer]", stages=["calibrate"])
+def test_calibration_counts_what_is_quantized(teacher):
+    text = planned(teacher, "quantize.groups=[mlp]", "stages.distill.train=[mixer]", stages=["calibrate"])
     assert f"  {'mlp':<12}{'24.58 K':>12}  frozen in nf4\n" in text
 
 
 def test_the_loss_and_its_teacher_are_named(teacher):
-    more = ["stages.distil.loss={divergence: js, top_k: 8, ce: 0.1, temperature: 2}"]
-    more += ["stages.distil.teacher_model.quantize=int8", "stages.distil.teacher=separate"]
-    text = planned(teacher, *more, stages=["distil"])
+    more = ["stages.distill.loss={divergence: js, top_k: 8, ce: 0.1, temperature: 2}"]
+    more += ["stages.distill.teacher_model.quantize=int8", "stages.distill.teacher=separate"]
+    text = planned(teacher, *more, stages=["distill"])
     assert "1 Jensen-Shannon of its 8 likeliest tokens + 0.1 cross-entropy at temperature 2" in text
     assert "teacher   a second model of the same weights, in int8" in text
 

@@ -1,4 +1,4 @@
-"""What the figures show: the numbers of the file, labelled axes, and only the panels that a run can fill."""
+"""What the figures show: the numbers of the file, labeled axes, and only the panels that a run can fill."""
 
 import json
 from argparse import ArgumentParser
@@ -29,8 +29,8 @@ def rows() -> list[dict]:
         )
     found.append(measured("align", 300, 1, 4, 0.5))
     for step in range(1, 31):
-        found.append({"kind": "train", "stage": "distil", "step": step, "tokens": 20 * step, "loss": 0.3})
-    found.append(measured("distil", 600, 0.5, 3.5, 0.9))
+        found.append({"kind": "train", "stage": "distill", "step": step, "tokens": 20 * step, "loss": 0.3})
+    found.append(measured("distill", 600, 0.5, 3.5, 0.9))
     return found
 
 
@@ -39,9 +39,9 @@ def write(run, rows) -> None:
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_loss_has_a_labelled_panel_per_stage_with_every_value(rows):
+def test_loss_has_a_labeled_panel_per_stage_with_every_value(rows):
     axes = loss_figure(rows).axes
-    assert [ax.get_title("left") for ax in axes] == ["align: training loss", "distil: training loss"]
+    assert [ax.get_title("left") for ax in axes] == ["align: training loss", "distill: training loss"]
     raw = axes[0].lines[0]
     assert raw.get_xdata().tolist() == [10 * s for s in range(1, 31)]
     assert np.allclose(raw.get_ydata(), [1 / s for s in range(1, 31)])
@@ -79,7 +79,7 @@ def test_position_figure_shows_both_models():
 
 def test_report_writes_what_the_run_can_answer(tmp_path, rows, capsys):
     run = tmp_path / "run"
-    write(run, [row for row in rows if row["stage"] == "distil"])
+    write(run, [row for row in rows if row["stage"] == "distill"])
     parser = ArgumentParser()
     add_report_arguments(parser)
     assert main(parser.parse_args([str(run)])) == 0

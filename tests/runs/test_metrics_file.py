@@ -33,9 +33,9 @@ def test_damage_names_the_line(tmp_path):
 
 def test_stages_stand_one_after_another_on_the_axis():
     calibrated = {"kind": "eval", "stage": "calibrate", "tokens": 0}
-    rows = [calibrated, train("align", 1), train("align", 3), train("distil", 2)]
-    assert tokens_before(rows) == {"calibrate": 0, "align": 0, "distil": 30}
-    assert stages(rows, "train") == ["align", "distil"]
+    rows = [calibrated, train("align", 1), train("align", 3), train("distill", 2)]
+    assert tokens_before(rows) == {"calibrate": 0, "align": 0, "distill": 30}
+    assert stages(rows, "train") == ["align", "distill"]
 
 
 def test_alignment_takes_the_geometric_mean_of_the_steps_of_a_column():

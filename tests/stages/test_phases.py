@@ -14,12 +14,12 @@ from rwkvinside.stages.param_groups import joined, rate_groups
 from rwkvinside.stages.phases import phases
 from rwkvinside.stages.prepare import prepare_stage
 from rwkvinside.support.text import short_count
-from rwkvinside.training.schedule import Budget
+from rwkvinside.training.schedule import StageLength
 
 
 def make_stage(train=("mixer.lora",), unfreeze=(), rates=None, **changes):
     values = {
-        "objective": "distil",
+        "objective": "distill",
         "tokens": 1000,
         "train": list(train),
         "unfreeze": [{"at_tokens": tokens, "train": patterns} for tokens, patterns in unfreeze],
@@ -101,7 +101,7 @@ def test_rates_and_when_they_begin(student):
 def test_a_group_that_joins_has_a_warm_up_of_its_own(student):
     stage = make_stage(unfreeze=[(100, ["mlp"])])
     schedule = make_schedule(stage, phases(stage)[1], student)
-    budget = Budget(1000, 20, 10)
+    budget = StageLength(1000, 20, 10)
     full = schedule.rates(50, budget)  # decays from the start to the end
     assert set(full) == {"mixer", "rest@100"}
     at = {step: schedule.rates(step, budget) for step in (6, 7, 9, 10)}

@@ -79,7 +79,7 @@ def test_damage_is_refused_and_the_previous_one_offered(two, file, damage, said)
     with pytest.raises(CorruptCheckpoint) as caught:
         two.load()
     assert "step-00000020" in caught.value.cause and said in caught.value.cause
-    assert "--resume-from step-00000010" in caught.value.cure
+    assert "--resume-from step-00000010" in caught.value.hint
     assert two.load("step-00000010").step == 10
 
 
@@ -88,7 +88,7 @@ def test_no_offer_where_none_is_intact(two):
         truncate(two.directory / name / "model.safetensors")
     with pytest.raises(CorruptCheckpoint) as caught:
         two.load()
-    assert "no other intact" in caught.value.cure and "--resume-from" not in caught.value.cure
+    assert "no other intact" in caught.value.hint and "--resume-from" not in caught.value.hint
 
 
 def test_another_student_is_refused(two):
@@ -154,7 +154,7 @@ def test_a_small_disk_that_fills_in_the_middle(small_disk, monkeypatch, large):
     with pytest.raises(UserError) as caught:
         checkpointer.save(20, content["model"], content["optimizer"], content["state"])
     assert "cannot write checkpoint" in caught.value.cause and "\n" not in caught.value.cause
-    assert "free space" in caught.value.cure
+    assert "free space" in caught.value.hint
     assert [path.name for path in (small_disk / "stage").iterdir()] == ["step-00000010"]
     assert checkpointer.load().state == {"step": 10}
     checkpointer.save(20, TENSORS, OPTIMIZER, {"step": 20})  # with space again

@@ -120,7 +120,7 @@ def test_a_file_may_repeat_the_recipe():
 def test_contradictions_are_refused(user, said):
     with pytest.raises(UserError) as caught:
         config(user)
-    assert said in caught.value.cause and caught.value.cure
+    assert said in caught.value.cause and caught.value.hint
 
 
 def test_offloading_needs_sharding():

@@ -1,11 +1,11 @@
 import pytest
 import torch
-from toy_training import SETTINGS, Losses, Source, ToyStep, in_process, model, trainer
+from toy_training import SETTINGS, Losses, Source, ToyStep, local_engine, model, trainer
 
 from rwkvinside.errors import UserError
-from rwkvinside.training.deepspeed_engine import DeepSpeedEngine, InProcessEngine
+from rwkvinside.training.deepspeed_engine import DeepSpeedEngine, LocalEngine
 from rwkvinside.training.optimizer import OptimizerSettings, build_optimizer, fresh_state, trainable
-from rwkvinside.training.process_group import World
+from rwkvinside.training.process_group import Distributed
 
 
 def test_weight_decay_spares_vectors():
@@ -18,7 +18,7 @@ def test_weight_decay_spares_vectors():
 
 def test_one_step_is_adamw_on_the_clipped_mean():
     """Against plain torch, written out: mean over all items, clipping of the global norm, one rate for each group."""
-    engine, plain = in_process(dropout=0.0), model(dropout=0.0)
+    engine, plain = local_engine(dropout=0.0), model(dropout=0.0)
     batches = [Source().batch(range(0, 3)), Source().batch(range(3, 8))]
     step = ToyStep()
     count = sum(step.count(b) for b in batches)
@@ -38,9 +38,9 @@ def test_one_step_is_adamw_on_the_clipped_mean():
 
 
 def test_without_clipping_the_norm_is_still_reported():
-    engine = in_process(dropout=0.0)
+    engine = local_engine(dropout=0.0)
     toy = model(dropout=0.0)
-    free = InProcessEngine(toy, toy.groups(), OptimizerSettings(clip=0.0), World("cpu"))
+    free = LocalEngine(toy, toy.groups(), OptimizerSettings(clip=0.0), Distributed("cpu"))
     batch = [Source().batch(range(4))]
     a = engine.train_step(batch, ToyStep(), 20)
     b = free.train_step(batch, ToyStep(), 20)
@@ -48,12 +48,12 @@ def test_without_clipping_the_norm_is_still_reported():
 
 
 def test_optimizer_state_goes_round():
-    engine = in_process()
+    engine = local_engine()
     assert all(not t.any() for t in engine.optimizer_state().values())
     trainer(engine).fit()
     state = engine.optimizer_state()
     assert int(state["scale/step"]) == 8 and state["mixer.weight/exp_avg"].any()
-    other = in_process()
+    other = local_engine()
     other.load_optimizer_state(state)
     assert all(torch.equal(v, state[k]) for k, v in other.optimizer_state().items())
     del state["scale/exp_avg"]
@@ -76,7 +76,7 @@ class WithoutDeepSpeed(DeepSpeedEngine):
 
 def test_deepspeed_refuses_different_numbers_of_updates_in_a_group():
     """It has one number for a whole partition of a group, and Adam would correct its bias wrongly."""
-    first = in_process()
+    first = local_engine()
     trainer(first).fit()
     state, engine = first.optimizer_state(), WithoutDeepSpeed(model())
     groups = model().groups()
@@ -96,14 +96,14 @@ def test_deepspeed_refuses_different_numbers_of_updates_in_a_group():
 
 def test_bf16_computes_in_bf16_over_fp32_masters():
     toy = model(dropout=0.0).bfloat16()
-    engine = InProcessEngine(toy, toy.groups(), SETTINGS, World("cpu"), "bf16")
+    engine = LocalEngine(toy, toy.groups(), SETTINGS, Distributed("cpu"), "bf16")
     assert toy.mixer.weight.dtype == torch.float32 and toy.frozen.weight.dtype == torch.bfloat16
     kinds = []
     toy.mixer.register_forward_hook(lambda module, args, out: kinds.append(out.dtype))
     losses, exact = Losses(), Losses()
     trainer(engine, metrics=losses).fit()
     assert set(kinds) == {torch.bfloat16}
-    trainer(in_process(dropout=0.0), metrics=exact).fit()
+    trainer(local_engine(dropout=0.0), metrics=exact).fit()
     # 8 bits of mantissa: 2^-9 relative for each rounding, a few of them in a row
     assert losses["loss"] == pytest.approx(exact["loss"], rel=2e-2)
     assert losses["loss"] != exact["loss"]
@@ -111,6 +111,6 @@ def test_bf16_computes_in_bf16_over_fp32_masters():
 
 def test_refusals():
     with pytest.raises(UserError, match="fp16"):
-        in_process(precision="fp16")
+        local_engine(precision="fp16")
     with pytest.raises(UserError, match="trains no parameter"):
         trainable({"mixer": {}, "rest": {}})

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from toy_training import in_process, trainer
+from toy_training import local_engine, trainer
 
 from rwkvinside.errors import UserError
 from rwkvinside.training.checkpoint import Checkpointer
@@ -36,7 +36,7 @@ def test_tensorboard_holds_what_metrics_jsonl_holds(tmp_path):
     def stage(name, **options):
         loggers = Loggers(["tensorboard"], tmp_path, {})
         loggers.open()
-        toy = trainer(in_process(), stage=name, metrics=MetricsWriter(tmp_path, loggers), **options)
+        toy = trainer(local_engine(), stage=name, metrics=MetricsWriter(tmp_path, loggers), **options)
         if checkpointer.names():
             toy.restore(checkpointer.load())
         try:
@@ -54,18 +54,18 @@ def test_tensorboard_holds_what_metrics_jsonl_holds(tmp_path):
     options = {"checkpointer": checkpointer, "save_every": 2, "evaluate": evaluate, "evaluate_every": 1}
     stage("align")
     with pytest.raises(KeyboardInterrupt):
-        stage("distil", **options)
-    stage("distil", **options)
+        stage("distill", **options)
+    stage("distill", **options)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    for name in ("align", "distil"):
+    for name in ("align", "distill"):
         wanted = {}
         for row in rows:
             if row["stage"] == name:
                 for tag, value in scalars(row).items():
                     wanted.setdefault(tag, []).append((row["step"], pytest.approx(value, rel=1e-6)))
         assert events(tmp_path, name) == wanted
-    assert [step for step, _ in events(tmp_path, "distil")["loss"]] == list(range(1, 9))
-    assert "layers/1" in events(tmp_path, "align") and "eval/kl" in events(tmp_path, "distil")
+    assert [step for step, _ in events(tmp_path, "distill")["loss"]] == list(range(1, 9))
+    assert "layers/1" in events(tmp_path, "align") and "eval/kl" in events(tmp_path, "distill")
 
 
 FAKE = """
@@ -145,7 +145,7 @@ def test_wandb_that_does_not_start_is_one_line(fake, tmp_path):
     with pytest.raises(UserError) as caught:
         Loggers(["wandb"], tmp_path, {}).open()
     assert "wandb does not start: No API key configured." in caught.value.cause
-    assert "WANDB_MODE=offline" in caught.value.cure
+    assert "WANDB_MODE=offline" in caught.value.hint
 
 
 def test_a_missing_package_is_refused(tmp_path, monkeypatch):
@@ -155,4 +155,4 @@ def test_a_missing_package_is_refused(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     with pytest.raises(UserError) as caught:
         check_loggers(["wandb"])
-    assert "wandb is not installed" in caught.value.cause and "rwkvinside[wandb]" in caught.value.cure
+    assert "wandb is not installed" in caught.value.cause and "rwkvinside[wandb]" in caught.value.hint

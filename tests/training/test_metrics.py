@@ -25,16 +25,16 @@ def test_rows_are_lines_of_json(tmp_path):
 
 def test_a_resumed_stage_forgets_what_it_will_write_again(tmp_path):
     writer = MetricsWriter(tmp_path)
-    for stage in ("align", "distil"):
+    for stage in ("align", "distill"):
         for step in (1, 2, 3):
             writer.write({"stage": stage, "step": step})
     with writer.path.open("a") as file:
-        file.write('{"stage": "distil", "st')  # killed while writing
-    writer.begin("distil", 2)
+        file.write('{"stage": "distill", "st')  # killed while writing
+    writer.begin("distill", 2)
     left = [(row["stage"], row["step"]) for row in rows(writer.path)]
-    assert left == [("align", 1), ("align", 2), ("align", 3), ("distil", 1), ("distil", 2)]
+    assert left == [("align", 1), ("align", 2), ("align", 3), ("distill", 1), ("distill", 2)]
     writer.begin("align")
-    assert [(row["stage"], row["step"]) for row in rows(writer.path)] == [("distil", 1), ("distil", 2)]
+    assert [(row["stage"], row["step"]) for row in rows(writer.path)] == [("distill", 1), ("distill", 2)]
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
@@ -93,5 +93,5 @@ def test_no_space_to_begin_a_stage_again_loses_nothing(tmp_path):
     before = writer.path.read_text()
     writer.path.with_name(f".{writer.path.name}.writing").symlink_to("/dev/full")
     with pytest.raises(UserError, match="metrics.jsonl: No space left on device"):
-        writer.begin("distil")
+        writer.begin("distill")
     assert writer.path.read_text() == before and [p.name for p in tmp_path.iterdir()] == [writer.path.name]

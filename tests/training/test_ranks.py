@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import tiny_hybrid as tiny
 import torch
-from toy_training import BOUNDARY, SETTINGS, Losses, in_process, phase, trainer
+from toy_training import BOUNDARY, SETTINGS, Losses, local_engine, phase, trainer
 
-from rwkvinside.evaluate.in_training import judge
+from rwkvinside.evaluate.in_training import evaluate_student
 from rwkvinside.training.checkpoint import Checkpointer
-from rwkvinside.training.local_engine import InProcessEngine
-from rwkvinside.training.process_group import World
+from rwkvinside.training.local_engine import LocalEngine
+from rwkvinside.training.process_group import Distributed
 
 pytestmark = pytest.mark.slow
 HELPERS = Path(__file__).resolve().parents[1] / "helpers"
@@ -26,7 +26,7 @@ WAYS = (*ZERO, "zero1-offload", "zero3-offload")
 
 
 def single(directory, resume=None):
-    losses, engine, checkpointer = Losses(), in_process(dropout=0.0), Checkpointer(directory, {}, keep=9)
+    losses, engine, checkpointer = Losses(), local_engine(dropout=0.0), Checkpointer(directory, {}, keep=9)
     toy = trainer(engine, metrics=losses, checkpointer=checkpointer, save_every=4)
     if resume is not None:
         toy.restore(resume)
@@ -45,17 +45,17 @@ def hybrid(tmp_path_factory):
     found = {}
     for case, objective, precision in (
         ("align", tiny.align(), "fp32"),
-        ("distil", tiny.distil(), "fp32"),
-        ("quantised", tiny.quantised(), "fp32"),
-        ("bf16", tiny.distil(), "bf16"),
+        ("distill", tiny.distill(), "fp32"),
+        ("quantized", tiny.quantized(), "fp32"),
+        ("bf16", tiny.distill(), "bf16"),
     ):
         student, make_step = objective
-        engine = InProcessEngine(student, tiny.groups(student), tiny.SETTINGS, World("cpu"), precision)
+        engine = LocalEngine(student, tiny.groups(student), tiny.SETTINGS, Distributed("cpu"), precision)
         step, losses = make_step(engine.module), Losses()
         checkpointer = Checkpointer(tmp_path_factory.mktemp(case), {})
         tiny.trainer(engine, step, micro_rows=tiny.ROWS, checkpointer=checkpointer, metrics=losses).fit()
         with engine.autocast():
-            scores = judge(engine.module, getattr(step, "teacher", None), tiny.judged(), torch.device("cpu"))
+            scores = evaluate_student(engine.module, getattr(step, "teacher", None), tiny.judged(), torch.device("cpu"))
         assert max(losses["grad_norm"]) > tiny.SETTINGS.clip
         found[case] = losses["loss"], checkpointer.load(), {"kl": scores.kl, "ce": scores.ce}
     return found
@@ -118,7 +118,7 @@ def close(a, b, atol):
 
 @pytest.mark.parametrize("economy", ["", "-economy"], ids=["plain", "offload-and-recompute"])
 @pytest.mark.parametrize("zero", ZERO)
-@pytest.mark.parametrize("objective", ["align", "distil"])
+@pytest.mark.parametrize("objective", ["align", "distill"])
 def test_ranks_train_the_hybrid_as_one_process(ranks, hybrid, objective, zero, economy):
     out, results = ranks
     case = f"{objective}-{zero}{economy}"
@@ -131,25 +131,25 @@ def test_ranks_train_the_hybrid_as_one_process(ranks, hybrid, objective, zero, e
 @pytest.mark.parametrize("zero", ZERO)
 def test_quantised_weights_and_adapters_on_ranks(two, hybrid, zero):
     out, results = two
-    losses, checkpoint, evaluation = hybrid["quantised"]
-    assert results["losses"][f"quantised-{zero}"] == pytest.approx(losses, rel=1e-5)
-    close(final(out / f"quantised-{zero}", tiny.STEPS).tensors(), checkpoint.tensors(), 1e-4)
-    assert results["evaluations"][f"quantised-{zero}"] == [pytest.approx(evaluation, rel=1e-5, abs=1e-6)]
+    losses, checkpoint, evaluation = hybrid["quantized"]
+    assert results["losses"][f"quantized-{zero}"] == pytest.approx(losses, rel=1e-5)
+    close(final(out / f"quantized-{zero}", tiny.STEPS).tensors(), checkpoint.tensors(), 1e-4)
+    assert results["evaluations"][f"quantized-{zero}"] == [pytest.approx(evaluation, rel=1e-5, abs=1e-6)]
 
 
 def test_a_sharded_teacher_teaches_the_same(two, three, hybrid):
     for (_, results), case in ((two, "zero1"), (two, "zero3"), (three, "zero3")):
-        assert results["losses"][f"distil-{case}-sharded-teacher"] == pytest.approx(hybrid["distil"][0], rel=1e-5)
-        got = results["evaluations"][f"distil-{case}-sharded-teacher"]
-        assert got == [pytest.approx(hybrid["distil"][2], rel=1e-5)]
+        assert results["losses"][f"distill-{case}-sharded-teacher"] == pytest.approx(hybrid["distill"][0], rel=1e-5)
+        got = results["evaluations"][f"distill-{case}-sharded-teacher"]
+        assert got == [pytest.approx(hybrid["distill"][2], rel=1e-5)]
 
 
 @pytest.mark.parametrize("zero", ["zero1", "zero3"])
 def test_bf16_on_ranks_is_that_of_one_process(two, hybrid, zero):
     """Autocast over fp32 weights: only sums over micro-batches of other sizes round differently."""
-    losses = two[1]["losses"][f"distil-{zero}-bf16"]
+    losses = two[1]["losses"][f"distill-{zero}-bf16"]
     assert losses == pytest.approx(hybrid["bf16"][0], rel=2e-3)
-    assert losses == pytest.approx(two[1]["losses"]["distil-zero1-bf16"], rel=1e-6)
+    assert losses == pytest.approx(two[1]["losses"]["distill-zero1-bf16"], rel=1e-6)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -224,7 +224,7 @@ def test_nan_on_one_rank_stops_both_and_names_its_rows(two, zero):
 @pytest.mark.parametrize("zero", ZERO)
 def test_what_joins_later_on_two_ranks(two, zero, tmp_path):
     checkpointer = Checkpointer(tmp_path, {})
-    make_engine = partial(InProcessEngine, settings=SETTINGS, world=World("cpu"))
+    make_engine = partial(LocalEngine, settings=SETTINGS, world=Distributed("cpu"))
     phase(make_engine, checkpointer, joined=False).fit(until=BOUNDARY)
     phase(make_engine, checkpointer, joined=True).fit()
     mine, its = final(two[0] / f"unfreezing-{zero}"), checkpointer.load()

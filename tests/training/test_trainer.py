@@ -15,18 +15,18 @@ from toy_training import (
     STEPS,
     Losses,
     PoisonStep,
-    in_process,
+    local_engine,
     trainer,
 )
 
 from rwkvinside.errors import Interrupted, UserError
 from rwkvinside.training import checkpoint as checkpoint_module
 from rwkvinside.training.checkpoint import Checkpointer
-from rwkvinside.training.local_engine import InProcessEngine
+from rwkvinside.training.local_engine import LocalEngine
 from rwkvinside.training.metrics import MetricsWriter
-from rwkvinside.training.process_group import World
+from rwkvinside.training.process_group import Distributed
 from rwkvinside.training.rng import rng_state, set_rng_state
-from rwkvinside.training.schedule import Budget
+from rwkvinside.training.schedule import StageLength
 
 HELPERS = Path(__file__).resolve().parents[1] / "helpers"
 MEASURED = ("time", "tokens_per_s", "memory_mb")  # differ from run to run
@@ -67,7 +67,7 @@ def test_resumed_is_bit_identical(tmp_path):
 
         checkpointer, writer = Checkpointer(directory, {}), MetricsWriter(directory)
         options = {"evaluate": evaluate, "evaluate_every": 1, "save_every": 2}
-        toy = trainer(in_process(), checkpointer=checkpointer, metrics=writer, **options)
+        toy = trainer(local_engine(), checkpointer=checkpointer, metrics=writer, **options)
         if resume:
             toy.restore(checkpointer.load())
         toy.fit()
@@ -127,14 +127,14 @@ def test_sigterm_in_the_last_step_is_not_lost(tmp_path):
     checkpointer = Checkpointer(tmp_path, {})
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Interrupted) as caught:
-        trainer(in_process(), checkpointer=checkpointer, evaluate=evaluate).fit()
+        trainer(local_engine(), checkpointer=checkpointer, evaluate=evaluate).fit()
     assert caught.value.exit_code == 75
     assert checkpointer.load().state["finished"]
     assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_metrics_rows(tmp_path):
-    trainer(in_process(), metrics=MetricsWriter(tmp_path), evaluate=lambda step: {"kl": 0.5}, evaluate_every=3).fit()
+    trainer(local_engine(), metrics=MetricsWriter(tmp_path), evaluate=lambda step: {"kl": 0.5}, evaluate_every=3).fit()
     rows = metrics(tmp_path)
     train = [row for row in rows if row["kind"] == "train"]
     assert [row["step"] for row in train] == list(range(1, STEPS + 1))
@@ -150,7 +150,7 @@ def test_metrics_rows(tmp_path):
 
 def test_the_toy_learns():
     losses = Losses()
-    trainer(in_process(0.0), metrics=losses).fit()
+    trainer(local_engine(0.0), metrics=losses).fit()
     assert losses["loss"][-1] < 0.8 * losses["loss"][0]
 
 
@@ -159,7 +159,7 @@ def test_cutting_a_step_into_micro_batches_changes_nothing(micro_rows):
     """The sums are the same but for their order: fp32 rounding, 1e-6 relative."""
 
     def run(n):
-        losses, engine = Losses(), in_process(dropout=0.0)
+        losses, engine = Losses(), local_engine(dropout=0.0)
         trainer(engine, micro_rows=n, metrics=losses).fit()
         return losses, engine.full_parameters()
 
@@ -171,22 +171,22 @@ def test_cutting_a_step_into_micro_batches_changes_nothing(micro_rows):
 
 
 def test_nan_stops_and_names_rows_and_layers(tmp_path):
-    checkpointer, engine = Checkpointer(tmp_path, {}), in_process()
+    checkpointer, engine = Checkpointer(tmp_path, {}), local_engine()
     bad = 4 * ROWS_PER_STEP + 5  # in update 5, second micro-batch
     options = {"checkpointer": checkpointer, "save_every": 2, "labels": {"layers": [3, 7]}}
     with pytest.raises(UserError) as caught:
         trainer(engine, step=PoisonStep(bad), **options).fit()
-    cause, cure = caught.value.cause, caught.value.cure
+    cause, hint = caught.value.cause, caught.value.hint
     assert "stage toy, step 5: loss nan" in cause and "layers 7 nan" in cause and "layers 3" not in cause
     assert "rows 36, 37, 38, 39;" in cause
-    assert "step-00000004" in cure and checkpointer.load().step == 4
+    assert "step-00000004" in hint and checkpointer.load().step == 4
     assert same(engine.full_parameters(), checkpointer.load().tensors())  # the bad update was not made
 
 
 def test_infinite_gradient_stops(tmp_path):
     checkpointer = Checkpointer(tmp_path, {})
     with pytest.raises(UserError, match="step 1: gradient norm|step 1: loss .*gradient norm (nan|inf)"):
-        trainer(in_process(), step=PoisonStep(0, "gradient"), checkpointer=checkpointer).fit()
+        trainer(local_engine(), step=PoisonStep(0, "gradient"), checkpointer=checkpointer).fit()
     assert checkpointer.names() == []
 
 
@@ -194,20 +194,20 @@ def test_full_disk_goes_on_only_if_told(tmp_path, monkeypatch):
     free = iter([0, 10**12, 10**12, 10**12])
     monkeypatch.setattr(checkpoint_module, "free_bytes", lambda directory: next(free))
     told = Checkpointer(tmp_path / "told", {}, on_disk_full="continue")
-    trainer(in_process(), checkpointer=told, save_every=2).fit()
+    trainer(local_engine(), checkpointer=told, save_every=2).fit()
     assert told.names() == ["step-00000006", "step-00000008"]
     monkeypatch.setattr(checkpoint_module, "free_bytes", lambda directory: 0)
     with pytest.raises(UserError, match="cannot write checkpoint"):
-        trainer(in_process(), checkpointer=Checkpointer(tmp_path / "stop", {}), save_every=2).fit()
+        trainer(local_engine(), checkpointer=Checkpointer(tmp_path / "stop", {}), save_every=2).fit()
     told = Checkpointer(tmp_path / "end", {}, on_disk_full="continue")
     with pytest.raises(UserError, match="cannot write checkpoint"):  # the end of a stage is never given up
-        trainer(in_process(), checkpointer=told, save_every=2).fit()
+        trainer(local_engine(), checkpointer=told, save_every=2).fit()
 
 
 @pytest.fixture
 def saved(tmp_path):
     checkpointer = Checkpointer(tmp_path, {})
-    trainer(in_process(), checkpointer=checkpointer, settings={"seed": 1}).fit()
+    trainer(local_engine(), checkpointer=checkpointer, settings={"seed": 1}).fit()
     return checkpointer.load()
 
 
@@ -215,27 +215,27 @@ def test_a_checkpoint_of_other_settings_is_refused(saved):
     for options, said in (
         ({"settings": {"seed": 2}}, "seed=1, not 2"),
         ({"settings": {"seed": 1}, "stage": "other"}, "stage='toy'"),
-        ({"settings": {"seed": 1}, "budget": Budget(1000, 24, 6)}, "batch_tokens=48, not 24"),
-        ({"settings": {"seed": 1}, "budget": Budget(96, 48, 6)}, "is at step 8, the stage has 2"),
+        ({"settings": {"seed": 1}, "budget": StageLength(1000, 24, 6)}, "batch_tokens=48, not 24"),
+        ({"settings": {"seed": 1}, "budget": StageLength(96, 48, 6)}, "is at step 8, the stage has 2"),
     ):
         with pytest.raises(UserError) as caught:
-            trainer(in_process(), **options).restore(saved)
+            trainer(local_engine(), **options).restore(saved)
         assert said in caught.value.cause
 
 
 def test_a_checkpoint_of_other_parameters_is_refused(saved):
-    engine = in_process()
+    engine = local_engine()
     engine.trainable = {n: p for n, p in engine.trainable.items() if n != "scale"}
     with pytest.raises(UserError, match="scale/exp_avg is not trained here"):
         trainer(engine, settings={"seed": 1}).restore(saved)
 
 
 def test_other_tensors_are_saved_and_handed_back(tmp_path):
-    checkpointer, engine = Checkpointer(tmp_path, {}), in_process()
+    checkpointer, engine = Checkpointer(tmp_path, {}), local_engine()
     frozen = {"frozen.weight": engine.module.frozen.weight, "scale": torch.zeros(8)}
     trainer(engine, checkpointer=checkpointer, other_tensors=lambda: frozen).fit()
     loaded = {}
-    resumed = trainer(in_process(), load_tensors=loaded.update)
+    resumed = trainer(local_engine(), load_tensors=loaded.update)
     resumed.restore(checkpointer.load())
     assert torch.equal(loaded["frozen.weight"], engine.module.frozen.weight)
     assert torch.equal(loaded["scale"], engine.module.scale)  # what trains comes from the engine
@@ -244,7 +244,7 @@ def test_other_tensors_are_saved_and_handed_back(tmp_path):
 
 
 def test_fewer_rows_than_ranks_are_refused():
-    engine = in_process()
+    engine = local_engine()
     engine.world.size = 9
     with pytest.raises(UserError, match="8 rows a step are too few for 9 processes"):
         trainer(engine)
@@ -267,8 +267,8 @@ def test_random_states_survive_json():
 
 @pytest.mark.parametrize("poisoned", ["model.layers.1.mlp", "readout"])
 def test_nan_in_a_real_student_names_the_module_and_the_rows(poisoned):
-    student, make_step = tiny.distil()
-    engine = InProcessEngine(student, tiny.groups(student), tiny.SETTINGS, World("cpu"))
+    student, make_step = tiny.distill()
+    engine = LocalEngine(student, tiny.groups(student), tiny.SETTINGS, Distributed("cpu"))
     module = student.readout if poisoned == "readout" else student.lm.get_submodule(poisoned)
     bad = tiny.Source().batch([9]).input_ids  # in update 2
 
@@ -291,7 +291,7 @@ def test_what_one_rank_finds_is_said_by_that_rank(capsys):
             raise UserError("row 3 is damaged")
 
     for rank in (0, 1):
-        engine = in_process()
+        engine = local_engine()
         engine.world.rank = rank
         with pytest.raises(UserError, match="row 3 is damaged"):
             trainer(engine, source=Damaged()).fit()

@@ -21,10 +21,10 @@ from toy_training import (
 
 from rwkvinside.errors import UserError
 from rwkvinside.training.checkpoint import Checkpointer
-from rwkvinside.training.deepspeed_engine import InProcessEngine
-from rwkvinside.training.process_group import World
+from rwkvinside.training.deepspeed_engine import LocalEngine
+from rwkvinside.training.process_group import Distributed
 
-in_this_process = partial(InProcessEngine, settings=SETTINGS, world=World("cpu"))
+in_this_process = partial(LocalEngine, settings=SETTINGS, world=Distributed("cpu"))
 
 
 def by_hand(steps=STEPS):

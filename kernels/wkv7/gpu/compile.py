@@ -5,7 +5,7 @@
     python -m rwkvinside.kernels.gpu.compile --write baseline.json
     python -m rwkvinside.kernels.gpu.compile --only sm_90/64      only names that begin so
 
-The launches are those that the ops plan, on meta tensors; Triton specialises and compiles them as for a real call, with
+The launches are those that the ops plan, on meta tensors; Triton specializes and compiles them as for a real call, with
 the ptxas that its wheel ships, and past its cache. What this finds: type errors that the interpreter accepts, spilled
 registers, shared memory that does not fit. It runs nothing, so neither results nor times. A baseline holds for the
 Triton that it was written with; another one's register allocation differs, there only the limits count.

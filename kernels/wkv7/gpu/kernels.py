@@ -36,7 +36,7 @@ import triton.language as tl
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2_E = tl.constexpr(1.4426950408889634)
-# Plain numbers that change from call to call: no specialised variant of a kernel for each
+# Plain numbers that change from call to call: no specialized variant of a kernel for each
 RUNTIME = ["T", "mask_b"]
 
 
@@ -162,7 +162,7 @@ def _decays(w, L: tl.constexpr, MODE: tl.constexpr):
 @triton.jit
 def _inverse(A, L: tl.constexpr, MODE: tl.constexpr):
     """(I - A)^-1 for a strictly lower triangular A by block substitution: blocks of 1, 2, 4, ... rows are merged, [[X,
-    0], [Y M X, Y]] being the inverse of two neighbours X and Y with M between them. Unlike a product of powers of A
+    0], [Y M X, Y]] being the inverse of two neighbors X and Y with M between them. Unlike a product of powers of A
     nothing in it outgrows the inverse, so repeated keys are harmless."""
     i = tl.arange(0, L)[:, None]
     j = tl.arange(0, L)[None, :]

@@ -160,7 +160,7 @@ class Buffer {
   std::unique_ptr<float, Free> data_;
 };
 
-// Neighbouring heads of one sequence, by one thread. They go through the sequence together, segment by segment: what they
+// Neighboring heads of one sequence, by one thread. They go through the sequence together, segment by segment: what they
 // read of a token lies side by side, while the same head's tokens lie pages apart.
 struct Task {
   int64_t sequence, head, heads, first, count;

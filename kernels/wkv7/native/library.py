@@ -83,7 +83,7 @@ def load() -> ctypes.CDLL:
 
 
 @functools.cache
-def unavailable() -> str | None:
+def why_unavailable() -> str | None:
     """Why the library cannot be used on this machine, None when it can. Compiles it when that has not been done yet."""
     try:
         load()
