@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         for line in changes(report):
             print(line)
         return 0
-    from rwkvinside.export import verify
+    from rwkvinside.export.verify import verify
 
     for name, value in verify(args.directory, against=args.against).items():
         print(f"{name}: {value}")

@@ -132,9 +132,7 @@ def apply(
         )
     parameters = model.canonical_parameters()
     trained = (weight for weight in (f"{name}.weight" for name in names) if weight in model.trained)
-    model.master_weights = {
-        weight: parameters[weight].detach() for weight in trained
-    }
+    model.master_weights = {weight: parameters[weight].detach() for weight in trained}
     del parameters
     if frozen_weights is None:
         wanted = structure.format, structure.double and structure.format != "int8", structure.block

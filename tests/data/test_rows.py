@@ -91,7 +91,7 @@ def test_seeds_and_epochs_have_different_orders():
 def test_the_order_is_fixed_for_good():
     # A checkpoint's data cursor is only a row number: these numbers may never change.
     assert document_order(0, 0, 8).tolist() == ORDER_0_0
-    code = "from rwkvinside.data.packing import document_order as f; print(f(0, 0, 8).tolist())"
+    code = "from rwkvinside.data.rows import document_order as f; print(f(0, 0, 8).tolist())"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.strip() == str(ORDER_0_0)
 

@@ -13,6 +13,7 @@ from rwkvinside.data.stream import StreamedRows
 from rwkvinside.data.token_pack import write_pack
 from rwkvinside.data.token_store import TokenStore
 from rwkvinside.errors import UserError
+from rwkvinside.stages import rows as stage_rows
 from rwkvinside.training.process_group import Distributed
 
 WORLD = Distributed("cpu")
@@ -59,7 +60,7 @@ def load(configure, tokenizer):
         config = configure(train, *overrides)
         tokens, val = sources.tokens_of(config, config.stages[stage], tokenizer, 260, WORLD)
         opened.extend(tokens.parts if isinstance(tokens, sources.Mixture) else [tokens])
-        return tokens, val, sources.rows_of(config, stage, tokens)
+        return tokens, val, stage_rows.rows_of(config, stage, tokens)
 
     yield load
     for part in opened:
@@ -91,7 +92,7 @@ def test_weights_are_shares_of_the_tokens(load, configure, data, tokenizer, stre
     tokens, val, rows = load(data[:2], *options)
     assert isinstance(rows, MixedRows) and isinstance(rows.parts[1], StreamedRows if stream else PackedRows)
     assert share_of(tokenizer, rows, "y") == pytest.approx(0.75, abs=0.02)
-    lines, facts = sources.report(configure(data[:2], *options).stages["align"], tokens, rows, val)
+    lines, facts = stage_rows.report(configure(data[:2], *options).stages["align"], tokens, rows, val)
     assert [one["share"] for one in facts["sources"]] == pytest.approx([0.25, 0.75], abs=0.03)
     assert lines[0].endswith(f" tokens of 2 sources, {val.num_tokens:,} to validate")
     assert "(asked for 75.00%)" in lines[2] and ("streamed" in lines[2] if stream else "epochs of" in lines[2])
@@ -99,7 +100,7 @@ def test_weights_are_shares_of_the_tokens(load, configure, data, tokenizer, stre
     seen = {tokenizer.decode(row["input_ids"][row["segment_ids"] == 1]) for row in (rows.row(i) for i in range(900))}
     assert held and not held & seen
     assert rows.batch([3, 1]).rows == (3, 1)
-    assert [len(part) for part in (sources.sample(rows, 640, 4, torch.device("cpu")),)] == [3]
+    assert [len(part) for part in (stage_rows.sample(rows, 640, 4, torch.device("cpu")),)] == [3]
 
 
 def test_the_fingerprint_knows_the_data_and_the_shares(load, data):
@@ -171,7 +172,7 @@ def test_a_leading_text_is_real_tokens_in_one_row(load, data, sft):
     more = ["stages.align.objective=sft", "stages.align.train=[mixer]"] if sft else []
     _, _, rows = load([data[2] if sft else data[0]], *more)
     for tokens in (50, 200):
-        text = sources.leading_text(rows, tokens)
+        text = stage_rows.leading_text(rows, tokens)
         assert text.input_ids.shape == text.labels.shape == (1, tokens) and text.mask.all()
         ids, positions, segments = text.input_ids[0], text.position_ids[0], text.segment_ids[0]
         first = rows.batch([0])
@@ -179,7 +180,7 @@ def test_a_leading_text_is_real_tokens_in_one_row(load, data, sft):
         assert torch.equal(ids[:known], first.input_ids[0, :known])
         begins = torch.cat([torch.tensor([True]), segments[1:] != segments[:-1]])
         assert torch.equal(positions == 0, begins) and torch.equal(segments, begins.cumsum(0).int())
-    everything = sources.leading_text(rows, 10**6)
+    everything = stage_rows.leading_text(rows, 10**6)
     assert everything.num_tokens == rows.tokens_in(rows.rows_per_epoch)
 
 

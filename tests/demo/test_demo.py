@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rwkvinside.cli import demo as verb
 from rwkvinside.demo import run as command
 from rwkvinside.demo.corpus import Corpus, collect
 from rwkvinside.demo.tables import show_speed, slowdown
@@ -16,7 +17,7 @@ from rwkvinside.evaluate.decode_speed import DecodeSpeed
 
 def arguments(*given):
     parser = ArgumentParser()
-    command.add_demo_arguments(parser)
+    verb.add_demo_arguments(parser)
     return parser.parse_args([str(one) for one in given])
 
 
@@ -35,7 +36,7 @@ def test_quick_demo_from_text_to_a_student_that_generates(tmp_path, monkeypatch,
     whole = collect()
     monkeypatch.setattr(command, "collect", lambda: Corpus(whole.train[:300], whole.val[:12]))
     out = tmp_path / "demo"
-    assert command.main(arguments("--out", out, "--quick")) == 0
+    assert verb.main(arguments("--out", out, "--quick")) == 0
 
     result = json.loads((out / "demo.json").read_text())
     assert list(result["stages"]) == ["calibrate", "align", "distill"]
@@ -69,7 +70,7 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match="not the folder of a demo"):
-        command.main(arguments("--out", tmp_path))
+        verb.main(arguments("--out", tmp_path))
     assert (tmp_path / "run" / "mine.txt").read_text() == "mine"
 
 

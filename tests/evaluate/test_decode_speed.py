@@ -41,7 +41,7 @@ def test_the_median_is_of_the_measured_tokens_only(model, monkeypatch):
             clock["now"] += next(durations)
         return clock["now"]
 
-    monkeypatch.setattr("rwkvinside.evaluate.speed.time.perf_counter", perf_counter)
+    monkeypatch.setattr("rwkvinside.evaluate.decode_speed.time.perf_counter", perf_counter)
     (row,) = decode_speed({"a": model}, (4,), new_tokens=3, warmup_tokens=2)
     assert (row.prefill_seconds, row.milliseconds) == (5.0, 2000.0)
 

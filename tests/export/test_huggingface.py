@@ -34,10 +34,12 @@ def test_directory_is_complete(exported):
         for m in (
             "modeling_hybrid",
             "configuration_hybrid",
-            "attention",
-            "cache",
-            "carry",
+            "rwkv_attention",
+            "recurrent_cache",
+            "first_layer",
             "time_mixer",
+            "mixer_init",
+            "mixer_presets",
             "wkv7",
             "wkv7_chunked",
         )
@@ -254,10 +256,10 @@ def test_verify_notices(tmp_path, run, exported, fault):
     shutil.copytree(exported[0], out)
     if fault == "imports the package":
         source = out / "modeling_hybrid.py"
-        source.write_text(source.read_text().replace("from .carry", "from rwkvinside.modeling.carry"))
+        source.write_text(source.read_text().replace("from .first_layer", "from rwkvinside.modeling.first_layer"))
         expected = "rwkvinside"
     elif fault == "lost state":
-        source = out / "cache.py"
+        source = out / "recurrent_cache.py"
         source.write_text(source.read_text().replace("self.state = state", "self.state = None"))
         expected = "through the cache they differ by"
     else:

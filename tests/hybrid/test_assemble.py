@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_hybrid import logits, packed, teacher
+from hybrid_cases import logits, packed, teacher
 
 from rwkvinside.errors import UserError
 from rwkvinside.hybrid import gptq_walk as input_rounding

@@ -13,7 +13,7 @@ from rwkvinside.hybrid.adapters import AdapterSpec
 from rwkvinside.hybrid.assemble import LayerSpec, apply
 from rwkvinside.hybrid.model import HybridModel, StudentSpec
 from rwkvinside.modeling import time_mixer
-from rwkvinside.planning import flops
+from rwkvinside.planning import devices
 from rwkvinside.planning.devices import measured_flops, peak_flops
 from rwkvinside.planning.flops import training_flops
 
@@ -196,7 +196,7 @@ def test_peak_by_name(monkeypatch):
     assert peak("NVIDIA H100 PCIe", "bf16") == (756e12, "data sheet")
     assert peak("NVIDIA A100-SXM4-80GB", "fp32") == (19.5e12, "data sheet")
     assert peak("NVIDIA L4", "bf16") == (121e12, "data sheet")
-    monkeypatch.setattr(flops, "measured_flops", lambda device, precision: 1.0)
+    monkeypatch.setattr(devices, "measured_flops", lambda device, precision: 1.0)
     assert peak("NVIDIA RTX A4000", "bf16") == (1.0, "measured")  # not an A40
 
 
