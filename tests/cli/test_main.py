@@ -58,7 +58,7 @@ def test_dry_run_shows_the_whole_plan(teacher, capsys, tmp_path):
     assert "run       calibrate -> align -> distill" in plan
     assert plan.count("steps     147 of 16 rows") == 2
     # layer 3 of the two mixers has residual mixes, layer 1 has none: both are counted in one group
-    align = plan[plan.index("\nalign:") : plan.index("\ndistil:")]
+    align = plan[plan.index("\nalign:") : plan.index("\ndistill:")]
     states = {
         line.split()[0]: "trains" if line.endswith("trains") else "frozen"
         for line in align.splitlines()
@@ -73,7 +73,7 @@ def test_dry_run_shows_the_whole_plan(teacher, capsys, tmp_path):
         "embed": "frozen",
         "head": "frozen",
     }
-    distill = plan[plan.index("\ndistil:") :]
+    distill = plan[plan.index("\ndistill:") :]
     assert "teacher   a second model" in distill
     assert "memory    about" in distill and "teacher" in distill.split("memory")[1]
     mlp = 4 * 3 * 32 * 48
@@ -137,7 +137,7 @@ def test_exit_codes(capsys, error, code):
         raise error("cause", "hint")
 
     assert main() == code
-    assert capsys.readouterr().err == "error: cause\ncure\n"
+    assert capsys.readouterr().err == "error: cause\nhint\n"
 
 
 def test_config_show_and_fields(teacher, capsys):

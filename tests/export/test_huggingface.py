@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from rwkvinside.errors import UserError, VerificationError
-from rwkvinside.export import huggingface, verify
+from rwkvinside.export import huggingface
 from rwkvinside.export.huggingface import build_hybrid, export_hf
+from rwkvinside.export.verify import verify
 from rwkvinside.runs.trained import open_run
 from rwkvinside.training.checkpoint import Checkpointer
 

@@ -90,8 +90,8 @@ def test_ranks_show_what_deepspeed_is_given(teacher):
 
 
 def test_a_stage_that_there_is_not(teacher):
-    with pytest.raises(UserError, match="there is no stage 'distill'"):
-        planned(teacher, stages=["distill"])
+    with pytest.raises(UserError, match="there is no stage 'refine'"):
+        planned(teacher, stages=["refine"])
 
 
 def test_a_tied_head_counts_once(teacher):
