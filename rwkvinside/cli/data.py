@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from ..config.schema import TeacherConfig, parse_count
 from ..config.teacher_lookup import find_teacher
 from ..data.binidx import is_binidx, pair, read_binidx
 from ..data.encode import agreement, tokenizer_hash
@@ -23,8 +22,10 @@ from ..data.token_store import TokenStore
 from ..data.tokenize import load_tokens
 from ..errors import UserError
 from ..report.figures import length_figure, save_figure
+from ..support.settings import parse_count
 from ..support.text import rounded_bytes
 from ..teacher.load import open_tokenizer
+from ..teacher.settings import TeacherConfig
 from .arguments import at_least
 
 BAR = 40  # characters of the longest bar

@@ -18,8 +18,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from ..errors import UserError
+from ..stages.settings import StageConfig
 from .defaults import RUN, STAGES, learning_rates, stage_defaults, warmup_steps
-from .schema import Config, StageConfig
+from .schema import Config
 from .show import inner_model
 from .teacher_lookup import TeacherInfo, find_teacher, variants
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..config.precision import device_and_precision
-from ..config.schema import Config, StageConfig
+from ..config.schema import Config
 from ..data.batch import Batch
 from ..errors import UserError
 from ..evaluate.quality import Scores
@@ -23,6 +23,7 @@ from ..stages.param_groups import rate_groups
 from ..stages.phases import Phase
 from ..stages.prepare import optimizer_settings, stage_layers, student_spec, zero_settings
 from ..stages.rows import Rows
+from ..stages.settings import StageConfig
 from ..stages.steps import AlignStep, DistillStep, SftStep
 from ..teacher.build import cached_teacher, separate_teacher
 from ..teacher.load import load_teacher

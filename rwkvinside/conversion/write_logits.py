@@ -15,12 +15,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..cli.arguments import add_config_arguments, config_from
 from ..config.precision import device_and_precision, teacher_dtype
-from ..config.schema import Config, StageConfig
+from ..config.schema import Config
 from ..data.batch import IGNORE, Batch
 from ..data.sources import tokens_of
 from ..errors import Interrupted, UserError
 from ..losses.distillation import chunk_tokens
 from ..stages.rows import Rows, rows_of
+from ..stages.settings import StageConfig
 from ..support.text import rounded_bytes
 from ..teacher.build import separate_teacher
 from ..teacher.load import load_tokenizer

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from ..config.schema import Config, StageConfig
+from ..config.schema import Config
 from ..errors import UserError
+from ..stages.settings import StageConfig
 from ..training.process_group import Distributed
 from .binidx import is_binidx, pair
 from .encode import Encoder, check_ids

@@ -25,9 +25,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ..config.schema import StageConfig
 from ..hybrid.freezing import PROJECTIONS
 from ..hybrid.model import HybridModel
+from ..stages.settings import StageConfig
 
 LAST = ("output", "o_proj", "down_proj")  # fed by the other matrices of their block, not by its input
 

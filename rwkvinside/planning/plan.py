@@ -8,7 +8,7 @@ import psutil
 import torch
 
 from ..config.precision import device_and_precision
-from ..config.schema import Config, StageConfig
+from ..config.schema import Config
 from ..data.sources import describe
 from ..errors import UserError
 from ..hybrid.assemble import apply, layer_lines
@@ -16,6 +16,7 @@ from ..hybrid.model import HybridModel
 from ..stages.param_groups import rate_groups
 from ..stages.phases import phases
 from ..stages.prepare import meta_student, optimizer_settings, prepare_stage, stage_layers, zero_settings
+from ..stages.settings import StageConfig
 from ..support.text import rounded_bytes, rounded_count
 from ..training.batching import step_shape
 from ..training.deepspeed_config import deepspeed_config

@@ -7,13 +7,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..config.precision import frozen_dtype
-from ..config.schema import Config, StageConfig
+from ..config.schema import Config
 from ..hybrid.freezing import TEACHER
 from ..hybrid.model import HybridModel
 from ..hybrid.quantized_linear import QuantizedLinear, linear_names, quantize
 from ..losses.distillation import BLOCK_ELEMENTS, chunk_tokens
 from ..stages.prepare import zero_settings
 from ..stages.rows import JUDGED_BATCH
+from ..stages.settings import StageConfig
 from ..teacher.load import teacher_config, teacher_of
 from ..training.batching import step_shape
 from .activations import FP32, edge_bytes, kept_bytes, transient_bytes

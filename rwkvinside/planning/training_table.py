@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from ..config.schema import StageConfig
 from ..hybrid.freezing import GROUPS, TEACHER
 from ..hybrid.model import HybridModel
 from ..stages.param_groups import _begin, rate_groups
 from ..stages.phases import Phase, phases
+from ..stages.settings import StageConfig
 from ..support.text import rounded_count, short_count
 
 

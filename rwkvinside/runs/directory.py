@@ -14,9 +14,10 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..config.schema import Config, StageConfig
+from ..config.schema import Config
 from ..config.show import to_yaml
 from ..errors import UserError
+from ..stages.settings import StageConfig
 
 CONFIG, PLAN, CONVERSION = "config.yaml", "plan.txt", "conversion.json"
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..config.schema import StageConfig
 from ..errors import UserError
 from ..hybrid.model import HybridModel
 from ..support.text import short_count
 from .phases import Phase, phases
+from .settings import StageConfig
 
 
 @dataclass(frozen=True)

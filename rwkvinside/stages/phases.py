@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..config.schema import StageConfig
+from .settings import StageConfig
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from transformers import AutoModelForCausalLM
 
-from ..config.schema import Config, StageConfig
+from ..config.schema import Config
 from ..errors import UserError
 from ..hybrid.assemble import LayerSpec
 from ..hybrid.model import HybridModel, StudentSpec
@@ -15,6 +15,7 @@ from ..teacher.load import teacher_config
 from ..teacher.signals import check_same_weights
 from ..training.deepspeed_config import ZeroSettings
 from ..training.optimizer import OptimizerSettings
+from .settings import StageConfig
 
 
 def student_spec(config: Config) -> StudentSpec:

@@ -7,7 +7,7 @@ import zlib
 import torch
 from torch import Tensor
 
-from ..config.schema import Config, StageConfig
+from ..config.schema import Config
 from ..data.batch import Batch
 from ..data.mixture import MixedRows
 from ..data.rows import PackedRows, PaddedDocuments
@@ -15,6 +15,7 @@ from ..data.sources import Mixture, Tokens
 from ..data.stream import StreamedRows, TokenStream
 from ..data.token_store import TokenStore
 from ..evaluate.quality import document_batches
+from .settings import StageConfig
 
 JUDGED_TOKENS = 4096  # of a validation document
 

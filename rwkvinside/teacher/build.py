@@ -6,9 +6,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..config.precision import device_and_precision
-from ..config.schema import Config, StageConfig
+from ..config.schema import Config
 from ..hybrid.quantized_linear import linear_names, quantize
 from ..stages.rows import Rows
+from ..stages.settings import StageConfig
 from ..training.deepspeed_engine import inference_engine
 from ..training.process_group import Distributed
 from .load import load_teacher, teacher_of

@@ -12,9 +12,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..config.schema import Config, StageConfig, TeacherConfig
+from ..config.schema import Config
 from ..config.teacher_lookup import find_teacher
 from ..errors import UserError
+from ..stages.settings import StageConfig
+from .settings import TeacherConfig
 
 
 def load_teacher(path: str, revision: str | None, dtype: torch.dtype) -> PreTrainedModel:

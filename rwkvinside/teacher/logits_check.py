@@ -9,10 +9,11 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from ..config.schema import Config, StageConfig
+from ..config.schema import Config
 from ..data.encode import tokenizer_hash
 from ..errors import UserError
 from ..stages.rows import Rows
+from ..stages.settings import StageConfig
 from .load import open_tokenizer, teacher_config, teacher_of
 from .logits_store import LogitsReader, check_identity, row_digests
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..config.schema import StageConfig
+from ..stages.settings import StageConfig
 
 
 def micro_rows(stage: StageConfig, ranks: int) -> int:

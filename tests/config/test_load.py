@@ -11,10 +11,12 @@ from tiny import save_configuration
 
 from rwkvinside.config.defaults import STAGES, learning_rates
 from rwkvinside.config.load import DEFAULT_DATA, load_config
-from rwkvinside.config.schema import Config, StudentConfig, parse_count
+from rwkvinside.config.schema import Config
 from rwkvinside.config.show import describe, to_yaml
 from rwkvinside.config.teacher_lookup import SUPPORTED, recipes
 from rwkvinside.errors import UserError
+from rwkvinside.hybrid.settings import StudentConfig
+from rwkvinside.support.settings import parse_count
 
 # Parameters in billions as the model cards state them (embedding counted once where it is tied).
 PARAMETERS = {

@@ -7,7 +7,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from rwkvinside.config.schema import StageConfig
 from rwkvinside.data.batch import Batch
 from rwkvinside.hybrid.adapters import AdapterSpec
 from rwkvinside.hybrid.assemble import LayerSpec, apply
@@ -16,6 +15,7 @@ from rwkvinside.modeling import time_mixer
 from rwkvinside.planning import devices
 from rwkvinside.planning.devices import measured_flops, peak_flops
 from rwkvinside.planning.flops import training_flops
+from rwkvinside.stages.settings import StageConfig
 
 ROWS, LENGTH = 2, 32
 SIZES = dict(

@@ -5,7 +5,6 @@ import torch
 from pydantic import ValidationError
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from rwkvinside.config.schema import StageConfig
 from rwkvinside.conversion.build import make_schedule
 from rwkvinside.errors import UserError
 from rwkvinside.hybrid.model import HybridModel, StudentSpec
@@ -13,6 +12,7 @@ from rwkvinside.planning.training_table import training_table
 from rwkvinside.stages.param_groups import joined, rate_groups
 from rwkvinside.stages.phases import phases
 from rwkvinside.stages.prepare import prepare_stage
+from rwkvinside.stages.settings import StageConfig
 from rwkvinside.support.text import short_count
 from rwkvinside.training.schedule import StageLength
 

@@ -1,0 +1,24 @@
+"""Settings of the losses."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ..support.settings import Positive, Rate, Section
+
+
+class LossConfig(Section):
+    divergence: Literal["forward", "reverse", "js"] = Field(
+        "forward", description="KL(teacher || student), KL(student || teacher), or Jensen-Shannon."
+    )
+    top_k: Positive | None = Field(
+        None, description="Compare the teacher's k likeliest tokens and the mass of the rest; null: all tokens."
+    )
+    kl: Rate = Field(1.0, description="Weight of the divergence from the teacher.")
+    ce: Rate = Field(0.0, description="Weight of the cross-entropy on the text.")
+    temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="Temperature of the divergence.")
+    chunk_tokens: Positive | None = Field(
+        None, description="Tokens whose logits are in memory at a time; null: 331 of a vocabulary of 152k."
+    )

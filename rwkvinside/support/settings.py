@@ -1,0 +1,41 @@
+"""What every section of the configuration is made of: its base class and types of values."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+
+
+def parse_count(value: Any) -> Any:
+    """600k, 2.5M, 1B or a plain number as an int."""
+    text = "" if isinstance(value, bool) else str(value).strip()
+    match = re.fullmatch(r"([0-9][0-9_]*(?:\.[0-9]+)?)([kKmMbB]?)", text)
+    number = float(match[1].replace("_", "")) * SUFFIXES[match[2].lower()] if match else 0.0
+    if number < 1 or number != int(number):
+        raise PydanticCustomError("count", "must be a positive number such as 600k, 100M, 1B or 4096")
+    return int(number)
+
+
+Count = Annotated[int, BeforeValidator(parse_count)]
+
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+Rate = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def problem(message: str, *values: Any) -> PydanticCustomError:
+    return PydanticCustomError("problem", message.format(*values).replace("{", "{{").replace("}", "}}"))

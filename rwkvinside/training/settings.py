@@ -1,0 +1,70 @@
+"""Settings of training: steps, optimizer, checkpoints, DeepSpeed."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from ..support.settings import Count, Fraction, Positive, Rate, Section, problem
+
+
+class BatchConfig(Section):
+    tokens: Count = Field(description="Tokens of an optimizer step over all ranks.")
+    micro_rows: Positive | None = Field(None, description="Rows that run at a time on a rank; null: about 4096 tokens.")
+
+
+class DecayConfig(Section):
+    shape: Literal["cosine", "linear"] = Field("cosine", description="Curve from the learning rate to lr_final.")
+    start: Fraction = Field(0.0, description="Part of the stage's tokens after which the decay starts.")
+    end: Fraction = Field(1.0, description="Part of the stage's tokens at which lr_final is reached.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> DecayConfig:
+        if self.end < self.start:
+            raise problem("ends at {} before it starts at {}", self.end, self.start)
+        return self
+
+
+class OptimConfig(Section):
+    lr: Rate | None = Field(None, description="Learning rate of the mixers; null: by the teacher's width.")
+    lr_rest: Rate | None = Field(None, description="Learning rate of all else; null: by the teacher's width.")
+    rates: dict[str, Rate] = Field(
+        {}, description="Learning rates of groups, or regular expressions over names; the first that matches counts."
+    )
+    kind: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = Field(
+        "adamw", description="AdamW with fp32 states, or bitsandbytes' with 8-bit ones, paged: on CUDA only."
+    )
+    lr_final: Rate | None = Field(
+        None, description="Learning rate after the decay, of what was above it; null: from lr."
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="Steps of linear warm-up; null: 50, in a short stage a tenth, at least 10; sft 3 %."
+    )
+    decay: DecayConfig = Field(DecayConfig(), description="Decay of the learning rate.")
+    clip: Rate = Field(1.0, description="Largest norm of the gradient; 0: no limit.")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.95), description="Adam's two decay rates."
+    )
+    eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="Adam's epsilon.")
+    weight_decay: Rate = Field(0.0, description="Weight decay of matrices; vectors have none.")
+
+
+class CheckpointConfig(Section):
+    every_steps: Positive = Field(500, description="Optimizer steps between checkpoints.")
+    keep: Positive = Field(2, description="Checkpoints of a stage that stay on disk.")
+    on_disk_full: Literal["stop", "continue"] = Field(
+        "stop", description="When a checkpoint does not fit on the disk: stop the run, or go on to the next try."
+    )
+
+
+class DeepSpeedConfig(Section):
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1, description="ZeRO shards: 0 nothing, 1 optimizer states, 2 gradients too, 3 parameters too."
+    )
+    offload_optimizer: bool = Field(False, description="Keep optimizer states in CPU memory.")
+    offload_parameters: bool = Field(False, description="ZeRO 3: keep parameters in CPU memory.")
+    bf16_weights: bool = Field(
+        False, description="In bf16: DeepSpeed's own bf16 weights with fp32 masters; false: fp32 weights, autocast."
+    )
+    config: dict[str, Any] | None = Field(None, description="DeepSpeed's own settings (--deepspeed FILE), over ours.")
