@@ -41,9 +41,11 @@ def main(argv: list[str] | None = None) -> int:
         hosts = read_hostfile(args.hostfile)
         ranks = sum(hosts.values())
     if args.dry_run:
+        from rwkvinside.config.resolve import resolve
         from rwkvinside.planning.plan import plan_text
 
-        print(plan_text(config, [args.stage] if args.stage else None, ranks=ranks), end="")
+        plan = resolve(config, [args.stage] if args.stage else None, ranks)
+        print(plan_text(plan, config), end="")
         return 0
     if hosts:
         check_hosts(hosts)

@@ -19,9 +19,10 @@ def _plan(argv: Sequence[str]) -> int:
     args = parser.parse_intermixed_args(argv)
     config = config_from(args)
 
+    from ..config.resolve import resolve
     from ..planning.plan import plan_text
 
-    print(plan_text(config, ranks=args.ranks), end="")
+    print(plan_text(resolve(config, ranks=args.ranks), config), end="")
     return 0
 
 

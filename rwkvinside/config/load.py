@@ -18,8 +18,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from ..errors import UserError
+from ..stages.registry import OBJECTIVES, RUN, STAGES, stage_class
 from ..stages.settings import StageConfig
-from .defaults import RUN, STAGES, learning_rates, stage_defaults, warmup_steps
 from .schema import Config
 from .show import inner_model
 from .teacher_lookup import TeacherInfo, find_teacher, variants
@@ -119,17 +119,18 @@ def _with_stage_defaults(given: object, found: TeacherInfo) -> tuple[dict, dict[
     stages = {}
     for name in [*STAGES, *(n for n in given or {} if n not in STAGES)]:
         own = (given or {}).get(name) or {}
-        objective = own.get("objective", STAGES.get(name)) if isinstance(own, dict) else None
+        objective = own.get("objective") if isinstance(own, dict) else None
+        stage = stage_class(name, objective) if isinstance(objective, str | None) else None
         path = ("stages", name)
         if not isinstance(own, dict):
             problems[path] = f"stages.{name} = {_show(own)}: must be a mapping of settings"
+        elif stage is not None:
+            own = _merge([stage.defaults(found.hidden_size, found.max_positions), own])
         elif objective is None:
             problems[path] = f"stages.{name}: a stage of your own needs an objective{_nearest(name, STAGES)}"
-        elif objective not in STAGES.values():
-            allowed = ", ".join(dict.fromkeys(STAGES.values()))
-            problems[path] = f"stages.{name}.objective = {_show(objective)}: allowed: {allowed}"
         else:
-            own = _merge([stage_defaults(name, objective, found.hidden_size, found.max_positions), own])
+            near = _nearest(str(objective), OBJECTIVES)
+            problems[path] = f"stages.{name}.objective = {_show(objective)}: allowed: {', '.join(OBJECTIVES)}{near}"
         stages[name] = own
     return stages, problems
 
@@ -172,13 +173,14 @@ def _complete(config: Config, found: TeacherInfo) -> Config:
 def _complete_stage(name: str, stage: StageConfig, width: int) -> StageConfig:
     if stage.optim is None:
         return stage
-    rates = learning_rates(name, stage.objective, width)
+    kind = stage_class(name, stage.objective)
+    rates = kind.learning_rates(width)
     own = {key: getattr(stage.optim, key) for key in rates}
     if own["lr"] is not None:  # the other two keep their proportion to it
         rates = {key: rate * own["lr"] / rates["lr"] for key, rate in rates.items()}
     values = {key: float(f"{rate:.4g}") if own[key] is None else own[key] for key, rate in rates.items()}
     if stage.optim.warmup_steps is None:
-        values["warmup_steps"] = warmup_steps(stage.objective, stage.steps)
+        values["warmup_steps"] = kind.warmup_steps(stage.length.steps)
     return stage.model_copy(update={"optim": stage.optim.model_copy(update=values)})
 
 

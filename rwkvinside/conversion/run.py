@@ -1,4 +1,4 @@
-"""The composition root: a configuration becomes student, data, engine and trainer, stage after stage.
+"""A run: stage after stage from a configuration, into a run directory.
 
 Every stage is built anew from the teacher and the last checkpoint of the stage before it, so that a run in one go, one
 stage at a time and a resumed one take the same way.
@@ -6,70 +6,94 @@ stage at a time and a resumed one take the same way.
 
 from __future__ import annotations
 
-import gc
 import sys
-import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from .. import __version__
-from ..config.precision import device_and_precision, teacher_dtype
+from ..config.resolve import resolve
 from ..config.schema import Config
-from ..data.batch import Batch
-from ..data.sources import missing_sources, tokens_of
+from ..data.sources import missing_sources
 from ..errors import UserError
-from ..evaluate.in_training import evaluate_student, share
-from ..hybrid.calibration import calibrate, teacher_norms
 from ..hybrid.model import HybridModel
-from ..hybrid.quantized_linear import relative_error
 from ..modeling.wkv7 import why_unavailable
 from ..planning.devices import peak_flops
-from ..planning.plan import plan_text, stage_order
-from ..planning.training_table import training_table
+from ..planning.plan import meta_student, plan_text
 from ..runs.directory import RunDirectory
-from ..stages.param_groups import joined
-from ..stages.phases import Phase, phases
-from ..stages.prepare import meta_student, prepare_stage, stage_layers
-from ..stages.rows import Rows, leading_text, report, rows_of, sample, validation_batches
+from ..stages.plan import RunPlan
+from ..stages.teacher import check_teacher
 from ..support.process_memory import return_freed_memory
-from ..support.text import rounded_count
-from ..teacher.load import load_tokenizer
-from ..teacher.logits_check import check_teacher
-from ..teacher.signals import Teacher
-from ..training.batching import MICRO_TOKENS, micro_rows
-from ..training.checkpoint import Checkpoint, Checkpointer
+from ..teacher.load import open_tokenizer
+from ..training.checkpoint import Checkpointer
 from ..training.deepspeed_engine import join_process_group
-from ..training.frozen_weights import frozen_weights_digest
 from ..training.loggers import Loggers
-from ..training.metrics import Console, MetricsWriter
-from ..training.precision import precision_context
+from ..training.metrics import Console
 from ..training.process_group import Distributed
-from ..training.schedule import StageLength
-from ..training.trainer import Trainer
-from .build import (
-    check_adapters,
-    evaluation_teacher,
-    fingerprint,
-    make_engine,
-    make_schedule,
-    make_step,
-    make_student,
-    make_teacher,
-    numbers,
-    save_frozen_weights,
-    structure_settings,
-    work_of,
-    write_adapters,
-)
+from .build import fingerprint
+from .stage import run_stage
 
-POWER_TOKENS = 16384  # from which the weights of the alignment loss are measured
-ROUNDING_TOKENS = 4096  # whose inputs decide how weights are rounded, where they do
+
+@dataclass(frozen=True)
+class Run:
+    """What all stages of a run share.
+
+    Attributes:
+        config: as the user gave it, for config.yaml, trackers and messages.
+        plan: what follows from it.
+        plan_text: the plan for people.
+        directory: where everything goes.
+        world: the processes.
+        tokenizer: the teacher's.
+        shapes: the student on the meta device.
+        loggers: trackers beside metrics.jsonl.
+    """
+
+    config: Config
+    plan: RunPlan
+    plan_text: str
+    directory: RunDirectory
+    world: Distributed
+    tokenizer: PreTrainedTokenizerBase
+    shapes: HybridModel
+    loggers: Loggers
+
+    @cached_property
+    def peak(self) -> tuple[float, str]:
+        """Operations that the devices of all ranks can do in a second, and where the number is from."""
+        one, origin = peak_flops(self.world.device, self.plan.settings.precision)
+        return one * self.world.size, origin
+
+    def say(self, line: str) -> None:
+        """Print a line, on rank 0."""
+        if self.world.is_main:
+            Console("run", 1).say(line)
+
+    def checkpointer(self, stage: str) -> Checkpointer:
+        """Return what writes and reads the checkpoints of a stage."""
+        settings, student = self.config.checkpoint, fingerprint(self.shapes)
+        return Checkpointer(self.directory.stage(stage), student, settings.keep, settings.on_disk_full)
+
+    def stage_before(self, name: str) -> str | None:
+        """Return the stage whose result a stage starts from: the one before it in `run`, or the last that was run.
+
+        Raises:
+            UserError: it is not finished.
+        """
+        order, finished = [stage.name for stage in self.plan.stages], self.directory.finished()
+        if order.index(name) == 0:
+            return None
+        planned = order[order.index(name) - 1]
+        before = planned if name in self.config.run else (finished or [planned])[-1]
+        if before not in finished:
+            raise UserError(
+                f"stage {name} starts from stage {before}, which is not finished in {self.directory.path}",
+                f"run {before} first, or leave it out with run=[...]",
+            )
+        return before
 
 
 def train(
@@ -92,294 +116,58 @@ def train(
     Raises:
         UserError: whatever is wrong with the input; `Interrupted` after SIGTERM or SIGINT, with the work saved.
     """
-    if stage is not None and stage not in config.stages:
-        raise UserError(f"there is no stage {stage!r}", f"stages: {', '.join(config.stages)}")
+    selected = None if stage is None else [stage]
+    plan = resolve(config, selected)
     directory = RunDirectory(config.out)
     directory.claim(stage=stage, resume=resume or resume_from is not None)
-    device, precision = device_and_precision(config)
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device is cuda, but PyTorch finds no CUDA device", "use device=cpu, or see rwkvinside doctor")
-    if not sys.stderr.isatty():
-        disable_progress_bar()  # of transformers, for the loading of weights
-    warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # norms are meant to stay fp32 in bf16
-    plan_text(config, [stage] if stage else None)  # what is wrong with the student shows before anything is loaded
-    shapes = meta_student(config)
+    _check_device(plan.settings.device)
+    _quiet_libraries()
+    plan_text(plan, config)  # what is wrong with the student shows before anything is loaded
+    shapes = meta_student(plan.settings)
     return_freed_memory(sum(p.numel() for p in shapes.parameters()))
-    backend = config.student.backend
-    if backend != "auto" and (reason := why_unavailable(backend, device, torch.float32, shapes.mixer_config.head_size)):
-        raise UserError(f"student.backend {backend} cannot run: {reason}", "use student.backend=auto")
-    world = join_process_group() if launched else Distributed(device)
+    _check_backend(config.student.backend, plan.settings.device, shapes)
+    world = join_process_group() if launched else Distributed(plan.settings.device)
     loggers = Loggers(config.loggers if world.is_main else (), directory.path, config.model_dump(mode="json"))
     try:
-        plan = plan_text(config, [stage] if stage else None, ranks=world.size)
-        run = _Run(config, directory, world, precision, launched, load_tokenizer(config), shapes, plan, loggers)
-        run.say(plan)
-        names = [stage] if stage else config.run
-        for name in names:  # what a later stage lacks shows now, not after days
-            if name not in directory.finished():
-                if missing := missing_sources(config, config.stages[name]):
-                    raise UserError(f"stage {name}: data {missing[0]!r} does not exist", "correct the path")
-                check_teacher(config, name, run.tokenizer)
-        for name in names:
+        plan = resolve(config, selected, ranks=world.size)
+        text = plan_text(plan, config)
+        run = Run(config, plan, text, directory, world, open_tokenizer(config.teacher), shapes, loggers)
+        run.say(text)
+        _check_inputs(run)
+        for name in plan.selected:
             if name in directory.finished():
                 run.say(f"{name} is finished already")
             else:
-                _run_stage(run, name, resume_from)
+                run_stage(run, plan.stage(name), resume_from)
                 resume_from = None
     finally:
         loggers.close()
         world.close()
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What all stages of a run share; `shapes` is the student on the meta device."""
-
-    config: Config
-    directory: RunDirectory
-    world: Distributed
-    precision: str
-    launched: bool
-    tokenizer: PreTrainedTokenizerBase
-    shapes: HybridModel
-    plan: str
-    loggers: Loggers
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return teacher_dtype(self.config, self.world.device.type, self.precision)
-
-    @cached_property
-    def peak(self) -> tuple[float, str]:
-        """Operations that the devices of all ranks can do in a second, and where the number is from."""
-        one, origin = peak_flops(self.world.device, self.precision)
-        return one * self.world.size, origin
-
-    def say(self, line: str) -> None:
-        if self.world.is_main:
-            Console("run", 1).say(line)
-
-    def checkpointer(self, name: str) -> Checkpointer:
-        settings, student = self.config.checkpoint, fingerprint(self.shapes)
-        return Checkpointer(self.directory.stage(name), student, settings.keep, settings.on_disk_full)
+def _check_device(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is cuda, but PyTorch finds no CUDA device", "use device=cpu, or see rwkvinside doctor")
 
 
-def _run_stage(run: _Run, name: str, resume_from: str | None) -> None:
-    config, world = run.config, run.world
-    stage, before = config.stages[name], _stage_before(run, name)
-    lm = run.shapes.lm.config
-    checkpointer = run.checkpointer(name)
-    trains = stage.objective != "calibrate"
-    if resume_from and not checkpointer.names():
-        raise UserError(f"stage {name} has no checkpoint {resume_from}, nor any other", "use --resume alone")
-    checkpoint = checkpointer.load(resume_from) if trains and checkpointer.names() else None
-    tokens, val = tokens_of(config, stage, run.tokenizer, lm.vocab_size, world)
-    world.barrier()  # every process has looked at the directory before one writes into it
-    if world.is_main:
-        run.directory.describe(config, run.plan)
-        facts = {"rwkvinside": __version__, "teacher": config.teacher.path, "student": fingerprint(run.shapes)}
-        run.directory.note(facts)
-        run.loggers.open()
-    rows = rows_of(config, name, tokens)
-    lines, read = report(stage, tokens, rows, val)
-    if world.is_main:
-        run.directory.note({"data": run.directory.conversion().get("data", {}) | {name: read}})
-    run.say("\n".join([f"{name}: {lines[0]}", *lines[1:]]))
-    given = _Given(rows, validation_batches(val, lm.max_position_embeddings), tokens.fingerprint)
-    *_, last = parts = phases(stage)
-    for phase in parts:
-        if checkpoint is None or checkpoint.step < phase.until or phase is last:
-            evaluation = _run_phase(run, name, phase, given, checkpoint, before)
-            checkpoint = None if phase is last else checkpointer.load()
-    if world.is_main:
-        if stage_layers(config, name).adapters:
-            write_adapters(config, name, run.shapes, checkpointer.load().tensors(), run.directory.stage(name))
-        run.directory.note({}, finished=name, evaluation=evaluation)
-    world.barrier()
+def _quiet_libraries() -> None:
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # of transformers, for the loading of weights
+    warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # norms are meant to stay fp32 in bf16
 
 
-@dataclass(frozen=True)
-class _Given:
-    """What a stage works on.
-
-    Args:
-        rows: to train on.
-        judged: batches of validation documents.
-        data: identity of the training data.
-    """
-
-    rows: Rows
-    judged: list[Batch]
-    data: str
+def _check_backend(backend: str, device: str, shapes: HybridModel) -> None:
+    if backend == "auto":
+        return
+    if reason := why_unavailable(backend, device, torch.float32, shapes.mixer_config.head_size):
+        raise UserError(f"student.backend {backend} cannot run: {reason}", "use student.backend=auto")
 
 
-def _run_phase(
-    run: _Run, name: str, phase: Phase, given: _Given, checkpoint: Checkpoint | None, before: str | None
-) -> dict:
-    """One phase of a stage, with a student built for it, so that a stage that unfreezes goes the way of a resumed one.
-
-    Returns:
-        The last evaluation, {} where there was none.
-    """
-    gc.collect()  # DeepSpeed's engines are in cycles: the last one, with its model, must go before the next comes
-    config, world = run.config, run.world
-    stage, folder = config.stages[name], run.directory.stage(name)
-    start = checkpoint or (before and run.checkpointer(before).load())
-    if start is not None:
-        check_adapters(config, name, start.state)
-
-    # the first process writes what it quantizes, the others read it
-    has_frozen = stage_layers(config, name).has_frozen_weights
-    reads = has_frozen and not world.is_main and frozen_weights_digest(folder) is None
-    if reads:
-        world.barrier()
-    text = partial(leading_text, given.rows, ROUNDING_TOKENS)
-    earlier = before and run.directory.stage(before)
-    student = make_student(config, name, run.dtype, start and start.tensors(), folder, world.device, text, earlier)
-    if world.is_main:
-        save_frozen_weights(student, folder)
-    if not reads:
-        world.barrier()
-    if quantized := student.quantized.values():
-        run.say(f"{name}: quantized weights differ from the original ones by {100 * relative_error(quantized):.2g} %")
-    source = prepare_stage(student, stage, phase.train)
-    teacher = make_teacher(config, name, source, student, given.rows, run.tokenizer, world, run.dtype, run.launched)
-    try:
-        if stage.objective == "calibrate":
-            return _calibrate(run, name, student, teacher, given)
-        return _train(run, name, phase, student, teacher, given, checkpoint)
-    finally:
-        if teacher is not None:
-            teacher.close()
-
-
-def _stage_before(run: _Run, name: str) -> str | None:
-    """The stage whose result this one starts from: the one before it in `run`, or the last that was run."""
-    order, finished = stage_order(run.config, [name]), run.directory.finished()
-    if order.index(name) == 0:
-        return None
-    before = order[order.index(name) - 1] if name in run.config.run else (finished or [order[-2]])[-1]
-    if before not in finished:
-        raise UserError(
-            f"stage {name} starts from stage {before}, which is not finished in {run.directory.path}",
-            f"run {before} first, or leave it out with run=[...]",
-        )
-    return before
-
-
-def _calibrate(run: _Run, name: str, student: HybridModel, teacher: Teacher | None, given: _Given) -> dict:
-    """Fit and save on the first process; the others go on with what it has saved."""
-    stage, device = run.config.stages[name], run.world.device
-    metrics, console = MetricsWriter(run.directory.path, run.loggers), Console(name, 1)
-    if run.world.is_main:
-        metrics.begin(name)
-        student.to(device)
-        batches = sample(given.rows, stage.tokens, micro_rows(stage, 1), device)
-        tokens = sum(batch.num_tokens for batch in batches)
-
-        def evaluate(step: int) -> dict:
-            with precision_context(run.precision, device):
-                found = numbers(evaluate_student(student, teacher, given.judged, device), teacher)
-            row = {"kind": "eval", "stage": name, "step": step, "tokens": step * tokens, **found, "time": time.time()}
-            metrics.write(row)
-            console.evaluation(row)
-            return found
-
-        evaluate(0)
-        with precision_context(run.precision, device):
-            fits = calibrate(student, batches, _every(10, lambda i: console.say(f"{name}: layer {i} is fitted")))
-        row = {"kind": "calibrate", "stage": name, "step": 1, "tokens": tokens, "time": time.time()}
-        fields = ("error", "error_before", "half_life", "rate", "scale", "bonus")
-        metrics.write(row | {field: {str(i): getattr(fit, field) for i, fit in fits.items()} for field in fields})
-        found = evaluate(1)
-        state = {"stage": name, "step": 1, "finished": True}
-        state["settings"] = structure_settings(run.config, name, run.directory.stage(name))
-        run.checkpointer(name).save(1, student.student_state_dict(), None, state, required=True)
-    run.world.barrier()
-    return found if run.world.is_main else {}
-
-
-def _every(seconds: float, show: Callable[[int], None]) -> Callable[[int], None]:
-    """`show` at most this often."""
-    last = time.monotonic()
-
-    def throttled(value: int) -> None:
-        nonlocal last
-        if time.monotonic() - last >= seconds:
-            last = time.monotonic()
-            show(value)
-
-    return throttled
-
-
-def _train(
-    run: _Run,
-    name: str,
-    phase: Phase,
-    student: HybridModel,
-    teacher: Teacher | None,
-    given: _Given,
-    checkpoint: Checkpoint | None,
-) -> dict:
-    config, world = run.config, run.world
-    stage = config.stages[name]
-    trainable = {n for n, p in student.canonical_parameters().items() if p.requires_grad}
-    # an engine of several processes may round or cut what it does not train; one process keeps and saves it
-    kept = student.student_state_dict() if world.is_main else {}
-    others = {n: t.to("cpu", copy=run.launched) for n, t in kept.items() if n not in trainable}
-    new = joined(student, stage, phase)
-    schedule = make_schedule(stage, phase, student)
-    run.say("\n".join([f"{name} trains from step {phase.first + 1}:", *training_table(student, stage, phase)]))
-    work = work_of(stage, student, teacher)
-    if world.is_main:
-        peak, origin = run.peak
-        run.say(f"{rounded_count(round(work))} operations a token; MFU is of {peak / 1e12:.3g} TFLOP/s ({origin})")
-    budget = StageLength(stage.tokens, stage.batch.tokens, stage.data.seq_len)
-    own = share(given.judged, world.rank, world.size)
-    last: dict = {}
-
-    def evaluate(done: int) -> dict:
-        with engine.autocast():
-            scores = evaluate_student(
-                engine.module, evaluation_teacher(teacher), own, world.device, world.all_reduce_sum
-            )
-        last.update(numbers(scores, evaluation_teacher(teacher)))
-        return dict(last)
-
-    engine = make_engine(config, stage, phase, student, world, run.precision, run.launched)
-    try:
-        power = None
-        if stage.objective == "align":
-            with engine.autocast():
-                together = max(1, MICRO_TOKENS // stage.data.seq_len)  # without gradients more rows fit than in a step
-                batches = sample(given.rows, POWER_TOKENS, together, world.device)
-                power, _ = teacher_norms(engine.module, batches)
-        trainer = Trainer(
-            engine,
-            make_step(stage, student, teacher, power),
-            given.rows,
-            stage=name,
-            budget=budget,
-            schedule=schedule,
-            micro_rows=micro_rows(stage, world.size),
-            checkpointer=run.checkpointer(name),
-            settings={"seed": config.seed, "data": given.data}
-            | structure_settings(config, name, run.directory.stage(name)),
-            metrics=MetricsWriter(run.directory.path, run.loggers),
-            console=Console(name, budget.steps, config.log_every),
-            evaluate=evaluate,
-            evaluate_every=budget.steps_for(stage.evaluate_every_tokens) if stage.evaluate_every_tokens else 0,
-            save_every=config.checkpoint.every_steps,
-            other_tensors=lambda: others,
-            labels={"layers": student.rwkv_layers},
-            flops_per_token=work,
-            peak_flops=run.peak[0] if world.is_main else None,
-        )
-        if checkpoint is not None:
-            trainer.restore(checkpoint, joined=new if checkpoint.step == phase.first else ())
-        trainer.fit(until=phase.until)
-        if not last and phase.until == budget.steps:  # killed between the last checkpoint and the end of the stage
-            evaluate(phase.until)
-    finally:
-        engine.close()
-    return last
+def _check_inputs(run: Run) -> None:
+    """Refuse now, not after days, what a later stage lacks."""
+    for name in run.plan.selected:
+        if name not in run.directory.finished():
+            stage = run.plan.stage(name)
+            if missing := missing_sources(run.plan.settings.data, stage.settings.data):
+                raise UserError(f"stage {name}: data {missing[0]!r} does not exist", "correct the path")
+            check_teacher(stage, run.tokenizer)

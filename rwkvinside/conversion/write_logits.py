@@ -14,21 +14,20 @@ from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from ..cli.arguments import add_config_arguments, config_from
-from ..config.precision import device_and_precision, teacher_dtype
+from ..config.resolve import resolve
 from ..config.schema import Config
 from ..data.batch import IGNORE, Batch
 from ..data.sources import tokens_of
 from ..errors import Interrupted, UserError
 from ..losses.distillation import chunk_tokens
+from ..stages.plan import StagePlan
+from ..stages.registry import objective_class
 from ..stages.rows import Rows, rows_of
-from ..stages.settings import StageConfig
+from ..stages.teacher import cache_identity, check_tokenizer, data_hash, online_teacher, shared_vocab
 from ..support.text import rounded_bytes
-from ..teacher.build import separate_teacher
-from ..teacher.load import load_tokenizer
-from ..teacher.logits_check import cache_identity, check_tokenizer, data_hash, shared_vocab
+from ..teacher.load import open_tokenizer
 from ..teacher.logits_store import SHARD_BYTES, LogitsWriter, position_bytes, row_digests
 from ..teacher.signals import OnlineTeacher
-from ..training.batching import micro_rows
 from ..training.metrics import Console
 from ..training.precision import precision_context
 from ..training.process_group import Distributed
@@ -43,16 +42,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Write what is still missing."""
-    config = config_from(args, args.stage)
-    out = args.out or _stage(config, args.stage).teacher_cache
+    plan = distillation_plan(config_from(args, args.stage), args.stage)
+    out = args.out or plan.settings.teacher_cache
     if out is None:
         hint = f"name a directory with --out, or stages.{args.stage}.teacher_cache"
         raise UserError("nowhere to write the logits to", hint)
-    write_logits(config, args.stage, Path(out), args.k)
+    write_logits(plan, Path(out), args.k)
     return 0
 
 
-def write_logits(config: Config, name: str, out: Path, k: int, shard_bytes: int = SHARD_BYTES) -> None:
+def distillation_plan(config: Config, name: str) -> StagePlan:
+    """Return the plan of a stage that follows a teacher.
+
+    Raises:
+        UserError: there is no such stage, or its objective has no teacher.
+    """
+    following = [each for each, its in config.stages.items() if objective_class(its.objective).follows_teacher]
+    if name not in following:
+        raise UserError(f"{name!r} is no stage with objective distill", f"those are: {', '.join(following)}")
+    return resolve(config, [name]).stage(name)
+
+
+def write_logits(plan: StagePlan, out: Path, k: int, shard_bytes: int = SHARD_BYTES) -> None:
     """Write the logits of a stage, or what is missing of them.
 
     Args:
@@ -62,24 +73,23 @@ def write_logits(config: Config, name: str, out: Path, k: int, shard_bytes: int 
     Raises:
         UserError: no such stage, other logits in `out`, no space; `Interrupted` by ctrl-C, with whole shards kept.
     """
-    stage = _stage(config, name)
     disable_progress_bar()
-    device, precision = device_and_precision(config)
+    device = plan.run.device
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device is cuda, but PyTorch finds no CUDA device", "use device=cpu, or see rwkvinside doctor")
-    world, tokenizer = Distributed(device), load_tokenizer(config)
-    check_tokenizer(config, stage, tokenizer)
-    teacher = separate_teacher(config, stage, world, teacher_dtype(config, device, precision), launched=False)
-    vocab = shared_vocab(config, stage)
+    world, tokenizer = Distributed(device), open_tokenizer(plan.run.teacher)
+    check_tokenizer(plan, tokenizer)
+    teacher = online_teacher(plan, world)
+    vocab = shared_vocab(plan)
     if not 1 <= k < vocab:
         raise UserError(f"--k {k}", f"allowed: 1 to {vocab - 1}, one less than the vocabulary")
-    tokens, _ = tokens_of(config, stage, tokenizer, vocab, world)
-    rows = rows_of(config, name, tokens)
-    row_bytes = stage.data.seq_len * position_bytes(k)
-    count = stage.steps * stage.rows
+    tokens, _ = tokens_of(plan.run.data, plan.settings.data, plan.run.endless_tokens, tokenizer, vocab, world)
+    rows = rows_of(plan, tokens)
+    row_bytes = plan.length.seq_len * position_bytes(k)
+    count = plan.row_count
     writer = LogitsWriter(
         out,
-        cache_identity(config, name, tokenizer) | {"data": data_hash(rows)},
+        cache_identity(plan, tokenizer) | {"data": data_hash(rows)},
         k=k,
         vocab=vocab,
         rows=count,
@@ -88,14 +98,15 @@ def write_logits(config: Config, name: str, out: Path, k: int, shard_bytes: int 
     missing = writer.missing()
     left = sum(map(len, missing))
     console = Console("logits", 1)
-    console.say(f"{name}: {left:,} of {count:,} rows to write, at most {rounded_bytes(left * row_bytes)}, to {out}")
+    size = rounded_bytes(left * row_bytes)
+    console.say(f"{plan.name}: {left:,} of {count:,} rows to write, at most {size}, to {out}")
     if left * row_bytes > (free := shutil.disk_usage(out).free):
         raise UserError(f"{out} has {rounded_bytes(free)} free", "free some space, or lower --k or the stage's tokens")
-    progress = _Progress(console, count, left, stage.data.seq_len)
+    progress = _Progress(console, count, left, plan.length.seq_len)
     try:
         for part in missing:
-            with precision_context(precision, world.device):
-                size, heat = micro_rows(stage, 1), stage.loss.temperature
+            with precision_context(plan.run.precision, world.device):
+                size, heat = plan.shape.micro_rows, plan.settings.loss.temperature
                 writer.write(part, *_shard(teacher, rows, part, size, vocab, k, heat, progress.add))
             progress.kept = progress.done
         if missing:
@@ -103,14 +114,6 @@ def write_logits(config: Config, name: str, out: Path, k: int, shard_bytes: int 
     except KeyboardInterrupt as error:
         kept = count - left + progress.kept
         raise Interrupted(f"stopped with {kept:,} of {count:,} rows", "the same command again goes on") from error
-
-
-def _stage(config: Config, name: str) -> StageConfig:
-    stage = config.stages.get(name)
-    if stage is None or stage.objective != "distill":
-        distill = [other for other, its in config.stages.items() if its.objective == "distill"]
-        raise UserError(f"{name!r} is no stage with objective distill", f"those are: {', '.join(distill)}")
-    return stage
 
 
 @dataclass

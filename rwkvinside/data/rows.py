@@ -3,7 +3,7 @@ seed and the row's number, so a data cursor is one integer and ranks need not ta
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -167,3 +167,19 @@ def collate(rows: Sequence[Row], numbers: tuple[int, ...]) -> Batch:
     length = max(len(row["input_ids"]) for row in rows)
     padded = [_pad(row, length) for row in rows]
     return Batch(**{name: torch.from_numpy(np.stack([r[name] for r in padded])) for name in rows[0]}, rows=numbers)
+
+
+def document_batches(documents: PaddedDocuments, *, batch_tokens: int = 8192) -> Iterator[Batch]:
+    """Batches of documents of similar length, longest first (running out of memory then shows at once).
+
+    Args:
+        documents: one document per row, in their own order (`seed` None).
+        batch_tokens: at most this many positions per batch, padding included; a longer document stands alone.
+    """
+    lengths = np.minimum(documents.tokens.lengths, documents.seq_len)
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        count = max(1, batch_tokens // int(lengths[order[start]]))
+        yield documents.batch(order[start : start + count].tolist())
+        start += count

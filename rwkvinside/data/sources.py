@@ -8,23 +8,31 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from ..config.schema import Config
 from ..errors import UserError
-from ..stages.settings import StageConfig
-from ..training.process_group import Distributed
 from .binidx import is_binidx, pair
 from .encode import Encoder, check_ids
 from .readers import HUB
+from .settings import DataConfig, StageData
 from .stream import TokenStream
 from .token_pack import is_pack
 from .token_store import TokenStore, join
 from .tokenize import load_tokens
 
 NOTICE_SECONDS = 10  # between lines that say how far tokenizing has come
+
+
+class Processes(Protocol):
+    """The processes of a run, as far as loading data needs them."""
+
+    is_main: bool
+
+    def barrier(self) -> None:
+        """Wait until all processes are here."""
 
 
 @dataclass(frozen=True)
@@ -70,30 +78,42 @@ def notice() -> Callable[[int, int], None]:
 
 
 def tokens_of(
-    config: Config, stage: StageConfig, tokenizer: PreTrainedTokenizerBase, vocab: int, world: Distributed
+    data: DataConfig,
+    stage: StageData,
+    endless_tokens: int,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab: int,
+    world: Processes,
 ) -> tuple[Tokens, TokenStore]:
-    """Training and validation tokens of a stage. The first process reads and tokenizes, the others find its result.
+    """Return training and validation tokens of a stage.
+
+    Rank 0 reads and tokenizes, the others find its result.
+
+    Args:
+        data: of the run; stage: of the stage, which may name sources of its own.
+        endless_tokens: how much is read of a source without an end, see `endless_tokens`.
+        vocab: ids from here on are refused.
 
     Raises:
         UserError: no data is named, or it cannot be used.
     """
-    sources, weights = mixture_of(config, stage)
+    sources, weights = mixture_of(data, stage)
     if not sources:
         raise UserError("no training data is given", "name files or directories with --data, or set data.train")
     if not world.is_main:
         world.barrier()
-    loader = _Loader(config, stage, tokenizer, vocab)
-    fraction = 0.0 if config.data.val else config.data.val_fraction
+    loader = _Loader(data, stage, endless_tokens, tokenizer, vocab)
+    fraction = 0.0 if data.val else data.val_fraction
     if weights is not None:
         tokens, val = loader.mixture(sources, weights, fraction)
-    elif config.data.stream and loader.can_stream(sources[0]):
+    elif data.stream and loader.can_stream(sources[0]):
         tokens = loader.stream(sources[0], fraction)
         val = tokens.validation() if fraction else None
     else:
         endless = any(source.startswith(HUB) for source in sources)
         tokens, val = loader.load(sources, loader.needed if endless else None).split(fraction)
-    if config.data.val:
-        val = loader.load(config.data.val, config.data.val_tokens)
+    if data.val:
+        val = loader.load(data.val, data.val_tokens)
     elif val is None or not val.num_documents:
         raise UserError(
             f"a validation split of {fraction:g} takes nothing of the data that is there at the beginning",
@@ -101,18 +121,18 @@ def tokens_of(
         )
     if world.is_main:
         world.barrier()
-    return tokens, val.first(config.data.val_tokens)
+    return tokens, val.first(data.val_tokens)
 
 
-def mixture_of(config: Config, stage: StageConfig) -> tuple[list[str], list[float] | None]:
+def mixture_of(data: DataConfig, stage: StageData) -> tuple[list[str], list[float] | None]:
     """(sources, shares) that a stage trains on; shares are None where every document counts once an epoch.
 
     Raises:
         UserError: several sources are streamed without shares.
     """
-    given = stage.data if stage.data.train else config.data
+    given = stage if stage.train else data
     if given.weights is None:
-        if config.data.stream and len(given.train) > 1:
+        if data.stream and len(given.train) > 1:
             raise UserError(
                 f"data.stream reads one source after the other, and a stage names {len(given.train)}",
                 "mix them: give weights beside train",
@@ -121,18 +141,24 @@ def mixture_of(config: Config, stage: StageConfig) -> tuple[list[str], list[floa
     return given.train, [weight / sum(given.weights) for weight in given.weights]
 
 
+def endless_tokens(data: DataConfig, longest: int) -> int:
+    """Return how many tokens are read of a source without an end.
+
+    All stages of a run share them, alone or one after the other.
+
+    Args:
+        longest: tokens that the longest stage reads; what it gives away for validation comes on top.
+    """
+    return int(longest / (1 - data.val_fraction)) + data.val_tokens
+
+
 class _Loader:
     """How this stage loads a source."""
 
-    def __init__(self, config: Config, stage: StageConfig, tokenizer: PreTrainedTokenizerBase, vocab: int):
-        self.data, self.tokenizer, self.vocab = config.data, tokenizer, vocab
-        self.cache = Path(config.data.cache_dir) if config.data.cache_dir else default_cache()
-        self.masks = stage.data.loss_on == "completions"
-        # Tokens of an endless source that the longest stage of the run reads, and those it gives away for validation.
-        # All stages of `run` share these, alone or one after the other; a stage beyond it adds its own need only.
-        runs = [*(config.stages[name] for name in config.run), stage]
-        longest = max(each.steps * each.rows * each.data.seq_len for each in runs)
-        self.needed = int(longest / (1 - self.data.val_fraction)) + self.data.val_tokens
+    def __init__(self, data: DataConfig, stage: StageData, needed: int, tokenizer: PreTrainedTokenizerBase, vocab: int):
+        self.data, self.needed, self.tokenizer, self.vocab = data, needed, tokenizer, vocab
+        self.cache = Path(data.cache_dir) if data.cache_dir else default_cache()
+        self.masks = stage.loss_on == "completions"
 
     def load(self, sources: Sequence[str], most: int | None) -> TokenStore:
         store = load_tokens(
@@ -190,32 +216,32 @@ class _Loader:
         return Mixture(tuple(sources), tuple(parts), tuple(weights)), join(judged) if judged else None
 
 
-def describe(config: Config, stage: StageConfig) -> str:
+def describe(data: DataConfig, stage: StageData) -> str:
     """What a stage trains on, in words, without a look at it; but missing files are named.
 
     Raises:
         UserError: see `mixture_of`.
     """
-    sources, weights = mixture_of(config, stage)
+    sources, weights = mixture_of(data, stage)
     if not sources:
         return "none given yet (--data)"
     text = ", ".join(sources)
     if weights is not None:
         shares = [f"{source} {100 * weight:.3g} %" for source, weight in zip(sources, weights, strict=True)]
         text = f"{', '.join(shares)} of the tokens"
-    if config.data.stream:
-        text += f"; streamed in blocks of {config.data.block_tokens:,} tokens"
-    if stage.data.loss_on == "all":
+    if data.stream:
+        text += f"; streamed in blocks of {data.block_tokens:,} tokens"
+    if stage.loss_on == "all":
         text += "; every token of conversations is a target"
-    if missing := missing_sources(config, stage):
+    if missing := missing_sources(data, stage):
         text += f"; NOT FOUND: {', '.join(missing)}"
     return text
 
 
-def missing_sources(config: Config, stage: StageConfig) -> list[str]:
+def missing_sources(data: DataConfig, stage: StageData) -> list[str]:
     """Sources of a stage, for training and validation, that should be on this machine and are not."""
-    sources, _ = mixture_of(config, stage)
-    return [source for source in dict.fromkeys((*sources, *config.data.val)) if not _is_there(source)]
+    sources, _ = mixture_of(data, stage)
+    return [source for source in dict.fromkeys((*sources, *data.val)) if not _is_there(source)]
 
 
 def _is_there(source: str) -> bool:

@@ -6,10 +6,10 @@ import numpy as np
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from ..data.rows import PaddedDocuments
+from ..data.rows import PaddedDocuments, document_batches
 from ..data.tokenize import load_tokens
 from ..support.progress import bar
-from .quality import Evaluation, document_batches, evaluate_models
+from .quality import Evaluation, evaluate_models
 
 LOGITS = 2**28  # elements of a batch's logits (1 GiB in fp32), for each of the two models
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..data.batch import IGNORE, Batch
-from ..data.rows import PaddedDocuments
 from ..errors import UserError
 
 CHUNK_ELEMENTS = 2**25  # logits in one fp32 chunk (128 MiB); a vocabulary of 152k gives chunks of 220 tokens
@@ -215,19 +214,3 @@ def _checked(batches: Iterable[Batch], student: PreTrainedModel, teacher: PreTra
                 "evaluate with the tokenizer that both models were trained with",
             )
         yield batch
-
-
-def document_batches(documents: PaddedDocuments, *, batch_tokens: int = 8192) -> Iterator[Batch]:
-    """Batches of documents of similar length, longest first (running out of memory then shows at once).
-
-    Args:
-        documents: one document per row, in their own order (`seed` None).
-        batch_tokens: at most this many positions per batch, padding included; a longer document stands alone.
-    """
-    lengths = np.minimum(documents.tokens.lengths, documents.seq_len)
-    order = np.argsort(-lengths, kind="stable")
-    start = 0
-    while start < len(order):
-        count = max(1, batch_tokens // int(lengths[order[start]]))
-        yield documents.batch(order[start : start + count].tolist())
-        start += count

@@ -27,7 +27,9 @@ from torch import nn
 
 from ..hybrid.freezing import PROJECTIONS
 from ..hybrid.model import HybridModel
-from ..stages.settings import StageConfig
+from ..stages.base import Backward
+from ..stages.plan import StagePlan
+from ..teacher.kinds import TeacherKind
 
 LAST = ("output", "o_proj", "down_proj")  # fed by the other matrices of their block, not by its input
 
@@ -54,18 +56,19 @@ class Flops:
 
 
 def training_flops(
-    student: HybridModel, stage: StageConfig, source: str | None, teacher: nn.Module | None = None
+    student: HybridModel, plan: StagePlan, kind: TeacherKind | None, teacher: nn.Module | None = None
 ) -> Flops:
-    """Operations of one token of a training stage with what `prepare_stage` has made trainable.
+    """Operations of one token of a training stage with what `Stage.prepare` has made trainable.
 
     Args:
         student: on any device, before an engine may shard it.
-        source: where the teacher's side comes from, as `prepare_stage` said.
-        teacher: the second model of source "separate", or what contains it.
+        kind: where the teacher's side comes from, as `Stage.prepare` said.
+        teacher: the second model of an online teacher, or what contains it.
     """
-    context = (stage.data.seq_len + 1) / 2
+    context = (plan.length.seq_len + 1) / 2
     found = Flops()
-    align = stage.objective == "align"
+    align = plan.stage.backward is Backward.MIXERS
+    own = kind is TeacherKind.SELF
     layers, head = student.lm.model.layers, student.lm.lm_head
     upstream = not align and _trains(student.lm.model.embed_tokens)
     for i, layer in enumerate(layers):
@@ -76,15 +79,15 @@ def training_flops(
         upstream |= _add_block(found, block, upstream, context, adapters=converted or not align) and not align
         upstream |= not align and _trains(layer.post_attention_layernorm)
         upstream |= _add_block(found, layer.mlp, upstream, adapters=not align) and not align
-        if converted and (align or source == "same"):
+        if converted and (align or own):
             _add_teacher(found, layer.self_attn.teacher_attn, context)
-        if not align and source == "same":
+        if not align and own:
             _add_teacher(found, layer.mlp)
             if not converted:
                 _add_teacher(found, layer.self_attn, context)
     if not align:
         _add_block(found, head, upstream or _trains(student.lm.model.norm), kind="head")
-        if source == "same":
+        if own:
             _add_teacher(found, head)
     if teacher is not None:
         _add_teacher(found, teacher, context)

@@ -7,97 +7,88 @@ import json
 import psutil
 import torch
 
-from ..config.precision import device_and_precision
 from ..config.schema import Config
 from ..data.sources import describe
-from ..errors import UserError
 from ..hybrid.assemble import apply, layer_lines
 from ..hybrid.model import HybridModel
-from ..stages.param_groups import rate_groups
-from ..stages.phases import phases
-from ..stages.prepare import meta_student, optimizer_settings, prepare_stage, stage_layers, zero_settings
-from ..stages.settings import StageConfig
+from ..stages.plan import RunPlan, RunSettings, StagePlan
+from ..stages.teacher import meta_online_teacher
 from ..support.text import rounded_bytes, rounded_count
-from ..training.batching import step_shape
-from ..training.deepspeed_config import deepspeed_config
+from ..teacher.kinds import TeacherKind
+from ..teacher.load import meta_teacher
+from ..training.deepspeed_config import deepspeed_config, settle
 from ..training.loggers import check_loggers
 from ..training.optimizer_8bit import check_optimizer
 from .devices import card_for
 from .flops import training_flops
 from .memory import Memory, checkpoint_bytes
-from .stage_memory import second_teacher, stage_memory, trained_bytes
-from .training_table import training_table
+from .stage_memory import stage_memory, trained_bytes
 
 NEW = "mixer.lora"  # the one group that the teacher does not have
-LOSSES = {"forward": "KL(teacher || student)", "reverse": "KL(student || teacher)", "js": "Jensen-Shannon"}
-TEACHERS = {
-    "same": "the student's own frozen weights",
-    "separate": "a second model",
-    "cache": "logits on disk",
-}
 
 
-def plan_text(config: Config, stages: list[str] | None = None, ranks: int = 1) -> str:
-    """The plan of a run as text.
+def plan_text(plan: RunPlan, config: Config) -> str:
+    """Return the plan of a run as text.
 
     Args:
-        config: the whole configuration.
-        stages: those to show, None = all of `run`. Earlier ones count for what has been trained before.
-        ranks: processes that share the work; more than one means DeepSpeed.
+        plan: from `config.resolve`; the stages that do not run count for what has been trained before.
+        config: for what names the run: variants, loggers, output.
 
     Raises:
         UserError: whatever of the student can only be seen with its parameters, such as a pattern that matches nothing;
             a logger whose package is missing.
     """
     check_loggers(config.loggers)
-    device, precision = device_and_precision(config)
-    model = meta_student(config)
-    teacher = teacher_parameters(model)
-    table = model.group_table()
-    # a head that is still the embedding counts once
-    total = sum({id(p): p.numel() for p in model.canonical_parameters().values()}.values())
-    new = dict((group, count) for group, _, count in table).get(NEW, 0)
-    c = model.lm.config
-    layer_map = "".join("R" if i in model.rwkv_layers else "A" for i in range(c.num_hidden_layers))
-    engine = f"DeepSpeed, ZeRO {zero_settings(config).settled().stage}" if ranks > 1 else "one process"
-    mixer = model.mixer_config
-    lines = [
-        f"teacher   {config.teacher.path}: {c.model_type}, {c.num_hidden_layers} layers, width {c.hidden_size}, "
-        f"{mixer.num_heads} heads of {mixer.head_size} ({mixer.num_kv_heads} for keys), "
-        f"{rounded_count(teacher)} parameters",
-        *([f"variant   {', '.join(config.variant)}"] if config.variant else []),
-        f"student   {config.student.preset}, key scale {mixer.key_scale}, {config.student.init} start, "
-        f"{rounded_count(total)} parameters: {rounded_count(total - new)} copied from the teacher, "
-        f"{rounded_count(new)} new",
-        f"layers    {layer_map}   ({len(model.rwkv_layers)} R = RWKV, {layer_map.count('A')} A = attention)",
-        f"device    {device}, {precision}, {ranks} {'ranks' if ranks > 1 else 'rank'}, {engine}",
-        f"loggers   {', '.join(['metrics.jsonl', *config.loggers])}",
-        f"run       {' -> '.join(config.run)}, into {config.out}",
-    ]
-    shown, made = {}, None
-    for name in stage_order(config, stages):
-        stage = config.stages[name]
-        if (wanted := stage_layers(config, name)) != made:  # otherwise nothing of it has changed
-            apply(model, wanted)
-            made = wanted
-        if stage.optim is not None:
-            check_optimizer(stage.optim.kind, device)
-        source = prepare_stage(model, stage, phases(stage)[-1].train if stage.unfreeze else None)
-        if stages is None or name in stages:
-            text, settings = _stage_lines(name, config, model, source, device, precision, ranks)
-            lines += ["", *text]
-            if settings and settings not in shown.values():
-                shown[name] = settings
+    model = meta_student(plan.settings)
+    lines = _run_lines(plan, config, model)
+    shown: list[dict] = []
+    layers = None
+    for stage in plan.stages:
+        if stage.layers != layers:  # otherwise nothing of them has changed
+            apply(model, stage.layers)
+            layers = stage.layers
+        if stage.stage.trains:
+            check_optimizer(stage.settings.optim.kind, plan.settings.device)
+        kind = stage.stage.prepare(model, stage, stage.phases[-1].train)
+        if stage.name not in plan.selected:
+            continue
+        lines += ["", *_stage_lines(stage, model, kind, config.checkpoint.keep)]
+        if plan.settings.ranks > 1 and stage.stage.trains:
+            settings = deepspeed_config(plan.settings.zero, stage.settings.optim, plan.settings.precision, stage.shape)
+            if settings not in shown:
+                shown.append(settings)
                 lines.append(f"  deepspeed {json.dumps(settings)}")
     return "\n".join(lines) + "\n"
 
 
-def stage_order(config: Config, stages: list[str] | None) -> list[str]:
-    """The stages of `run`, then those that were asked for by name beyond it; one that there is not is a `UserError`."""
-    for name in stages or ():
-        if name not in config.stages:
-            raise UserError(f"there is no stage {name!r}", f"stages: {', '.join(config.stages)}")
-    return [*config.run, *(name for name in stages or () if name not in config.run)]
+def meta_student(run: RunSettings) -> HybridModel:
+    """Return the student's shapes without its weights, on the meta device."""
+    with torch.device("meta"):
+        return HybridModel.from_teacher(meta_teacher(run.teacher), run.student)
+
+
+def _run_lines(plan: RunPlan, config: Config, model: HybridModel) -> list[str]:
+    """Return what the plan says of the run as a whole."""
+    run, c, mixer = plan.settings, model.lm.config, model.mixer_config
+    teacher = teacher_parameters(model)
+    # a head that is still the embedding counts once
+    total = sum({id(p): p.numel() for p in model.canonical_parameters().values()}.values())
+    new = {group: count for group, _, count in model.group_table()}.get(NEW, 0)
+    layer_map = "".join("R" if i in model.rwkv_layers else "A" for i in range(c.num_hidden_layers))
+    engine = f"DeepSpeed, ZeRO {settle(run.zero).zero_stage}" if run.ranks > 1 else "one process"
+    return [
+        f"teacher   {run.teacher.path}: {c.model_type}, {c.num_hidden_layers} layers, width {c.hidden_size}, "
+        f"{mixer.num_heads} heads of {mixer.head_size} ({mixer.num_kv_heads} for keys), "
+        f"{rounded_count(teacher)} parameters",
+        *([f"variant   {', '.join(config.variant)}"] if config.variant else []),
+        f"student   {run.student.preset}, key scale {mixer.key_scale}, {run.student.init} start, "
+        f"{rounded_count(total)} parameters: {rounded_count(total - new)} copied from the teacher, "
+        f"{rounded_count(new)} new",
+        f"layers    {layer_map}   ({len(model.rwkv_layers)} R = RWKV, {layer_map.count('A')} A = attention)",
+        f"device    {run.device}, {run.precision}, {run.ranks} {'ranks' if run.ranks > 1 else 'rank'}, {engine}",
+        f"loggers   {', '.join(['metrics.jsonl', *config.loggers])}",
+        f"run       {' -> '.join(config.run)}, into {config.out}",
+    ]
 
 
 def teacher_parameters(model: HybridModel) -> int:
@@ -106,86 +97,30 @@ def teacher_parameters(model: HybridModel) -> int:
     return sum(p.numel() for p in model.parameters() if id(p) not in mixers)
 
 
-def _stage_lines(
-    name: str, config: Config, model: HybridModel, source: str | None, device: str, precision: str, ranks: int
-) -> tuple[list[str], dict | None]:
-    """The text on a stage, and what DeepSpeed is given for it where it runs."""
-    stage = config.stages[name]
-    title = name if name == stage.objective else f"{name} ({stage.objective})"
-    lines = [f"{title}: {rounded_count(stage.tokens)} tokens in rows of {stage.data.seq_len}"]
-    lines.append(f"  data      {describe(config, stage)}")
-    lines += [f"  {line}" for line in layer_lines(model, stage_layers(config, name))]
-    settings = None
-    teacher = second_teacher(config, stage) if source == "separate" else None
-    if stage.objective == "calibrate":
-        lines += _calibrated(model)
-    else:
-        shape = step_shape(stage, ranks)
-        lines.append(
-            f"  steps     {stage.steps} of {stage.rows} rows ({stage.rows * stage.data.seq_len} tokens), "
-            f"{shape.micro_rows} rows at a time on each rank"
-        )
-        lines += _optim_lines(stage, model)
-        lines += _loss_lines(stage, source)
-        lines += [f"  {line}" for line in training_table(model, stage, phases(stage)[0])]
-        flops = training_flops(model, stage, source, teacher).total
-        lines.append(f"  work      {flops / 1e9:.3g} GFLOP a token, {flops * stage.tokens / 1e15:.4g} PFLOP in all")
-        if ranks > 1:
-            settings = deepspeed_config(zero_settings(config), optimizer_settings(stage), precision, shape)
-    memory = stage_memory(config, stage, model, source, teacher, device, precision, ranks)
-    lines += _memory_lines(memory, device)
+def _stage_lines(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, keep: int) -> list[str]:
+    """Return what the plan says of a stage.
+
+    Args:
+        keep: checkpoints that stay on disk.
+    """
+    lines = [f"{plan.title}: {rounded_count(plan.length.total_tokens)} tokens in rows of {plan.length.seq_len}"]
+    lines.append(f"  data      {describe(plan.run.data, plan.settings.data)}")
+    details = layer_lines(model, plan.layers) + plan.stage.summary(model, plan, kind)
+    teacher = meta_online_teacher(plan) if kind is TeacherKind.ONLINE else None
+    if plan.stage.trains:
+        flops = training_flops(model, plan, kind, teacher).total
+        total = flops * plan.length.total_tokens
+        details.append(f"work      {flops / 1e9:.3g} GFLOP a token, {total / 1e15:.4g} PFLOP in all")
+    lines += [f"  {line}" for line in details]
+    lines += _memory_lines(stage_memory(plan, model, kind, teacher), plan.run.device)
     saved, trainable = trained_bytes(model)
     size = checkpoint_bytes(saved, trainable)
-    fixed = sum(layer.nbytes for layer in model.quantized.values())
-    more = f", and {rounded_bytes(fixed)} of quantized weights once" if fixed else ""
+    frozen = sum(layer.nbytes for layer in model.quantized.values())
+    more = f", and {rounded_bytes(frozen)} of quantized weights once" if frozen else ""
     lines.append(
-        f"  disk      {rounded_bytes(size)} a checkpoint, {config.checkpoint.keep} kept{more}: "
-        f"{rounded_bytes((config.checkpoint.keep + 1) * size + fixed)} at most"
+        f"  disk      {rounded_bytes(size)} a checkpoint, {keep} kept{more}: "
+        f"{rounded_bytes((keep + 1) * size + frozen)} at most"
     )
-    return lines, settings
-
-
-def _calibrated(model: HybridModel) -> list[str]:
-    lines = [f"  {'group':<12}{'parameters':>12}  in this stage"]
-    for group, _, count in model.group_table():
-        lines.append(f"  {group:<12}{rounded_count(count):>12}  {'fitted' if group.startswith('mixer.') else 'frozen'}")
-    quantized: dict[tuple[str, str], int] = {}
-    for name, layer in model.quantized.items():
-        of = model.group_of(f"{name}.weight")[-1], layer.format
-        quantized[of] = quantized.get(of, 0) + layer.weight_numel
-    for (group, form), count in quantized.items():
-        lines.append(f"  {group:<12}{rounded_count(count):>12}  frozen in {form}")
-    return lines
-
-
-def _optim_lines(stage: StageConfig, model: HybridModel) -> list[str]:
-    optim = stage.optim
-    groups = rate_groups(model, stage, phases(stage)[-1])
-    rates = [f"{label} {group.rate:.3g}" for label, group in groups.items()]
-    d = optim.decay
-    decay = f"{d.shape} to {optim.lr_final:.3g} between {100 * d.start:.3g} % and {100 * d.end:.3g} % of the tokens"
-    kind = "" if optim.kind == "adamw" else f"{optim.kind}; "
-    return [f"  rates     {kind}{', '.join(rates)}; warm-up {optim.warmup_steps} steps, {decay}, clip {optim.clip:g}"]
-
-
-def _loss_lines(stage: StageConfig, source: str | None) -> list[str]:
-    loss = stage.loss
-    if loss is None:
-        return []
-    parts = [f"{loss.kl:g} {LOSSES[loss.divergence]}"] if loss.kl else []
-    parts[-1:] = [f"{part} of its {loss.top_k} likeliest tokens" if loss.top_k else part for part in parts]
-    parts += [f"{loss.ce:g} cross-entropy"] if loss.ce else []
-    heat = f" at temperature {loss.temperature:g}" if loss.kl and loss.temperature != 1 else ""
-    lines = [f"  loss      {' + '.join(parts)}{heat}"]
-    if stage.objective == "distill":
-        given, text = stage.teacher_model, TEACHERS[source]
-        if source == "separate":
-            text = f"{text}, {given.path}" if given.path else f"{text} of the same weights"
-            text += f", in {given.quantize}" if given.quantize else ""
-            text += ", sharded over the ranks" if given.shard else ""
-        elif source == "cache":
-            text += f" in {stage.teacher_cache}"
-        lines.append(f"  teacher   {text}")
     return lines
 
 

@@ -4,73 +4,51 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ..config.precision import frozen_dtype
-from ..config.schema import Config
 from ..hybrid.freezing import TEACHER
 from ..hybrid.model import HybridModel
-from ..hybrid.quantized_linear import QuantizedLinear, linear_names, quantize
+from ..hybrid.quantized_linear import QuantizedLinear
 from ..losses.distillation import BLOCK_ELEMENTS, chunk_tokens
-from ..stages.prepare import zero_settings
+from ..stages.base import Backward
+from ..stages.plan import StagePlan
 from ..stages.rows import JUDGED_BATCH
-from ..stages.settings import StageConfig
-from ..teacher.load import teacher_config, teacher_of
-from ..training.batching import step_shape
+from ..teacher.kinds import TeacherKind
+from ..training.deepspeed_config import settle
 from .activations import FP32, edge_bytes, kept_bytes, transient_bytes
 from .memory import EngineSpec, Memory, StepMemory, StudentMemory, memory_of, moment_bytes
 
 PREFETCH = 50_000_000  # elements that ZeRO 3 gathers ahead
 
 
-def second_teacher(config: Config, stage: StageConfig) -> PreTrainedModel:
-    """The model of teacher: separate, quantized where the stage says so, on the meta device."""
-    given = stage.teacher_model
-    with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(
-            teacher_config(config.model_copy(update={"teacher": teacher_of(config, stage)}))
-        )
-    if given.quantize is not None:
-        quantize(lm, linear_names(lm, skip=("lm_head",)), given.quantize)
-    return lm
-
-
 def stage_memory(
-    config: Config,
-    stage: StageConfig,
-    model: HybridModel,
-    source: str | None,
-    teacher: PreTrainedModel | None,
-    device: str,
-    precision: str,
-    ranks: int,
+    plan: StagePlan, model: HybridModel, kind: TeacherKind | None, teacher: PreTrainedModel | None
 ) -> Memory:
-    """What a stage needs on one rank.
+    """Return what a stage needs on one rank.
 
     Args:
-        model: with the structure of the stage, and all that it will train marked as trainable.
-        source: where the teacher's side comes from, as `prepare_stage` said.
-        teacher: the model of source "separate".
+        model: with the layers of the stage, and all that it will train marked as trainable.
+        kind: where the teacher's side comes from, as `Stage.prepare` said.
+        teacher: the shapes of an online teacher.
     """
-    zero, bf16 = zero_settings(config).settled(), precision == "bf16"
-    launched = ranks > 1 and stage.objective != "calibrate"  # which one process does with the whole model
+    run = plan.run
+    cpu, bf16, zero = run.device == "cpu", run.precision == "bf16", settle(run.zero)
+    launched = run.ranks > 1 and plan.stage.trains  # otherwise one process works with the whole model
     engine = EngineSpec(
         launched=launched,
-        zero=max(zero.stage, 1) if bf16 and zero.bf16_weights else zero.stage,
-        ranks=ranks if launched else 1,
+        zero=max(zero.zero_stage, 1) if bf16 and zero.bf16_weights else zero.zero_stage,
+        ranks=run.ranks if launched else 1,
         bf16=bf16,
         bf16_weights=bf16 and zero.bf16_weights and launched,
         offload_optimizer=zero.offload_optimizer,
         offload_parameters=zero.offload_parameters,
-        shard_teacher=stage.teacher_model.shard and launched,
-        moment_bytes=moment_bytes(stage.optim.kind) if stage.optim is not None else 0,
+        shard_teacher=plan.settings.teacher_model.shard and launched,
+        moment_bytes=moment_bytes(plan.settings.optim.kind) if plan.stage.trains else 0,
     )
-    frozen = frozen_dtype(config, device, precision)
-    beside = source == "same" or stage.objective in ("calibrate", "align")
-    in_file = str(model.lm.config.dtype).removeprefix("torch.") == str(frozen).removeprefix("torch.")
-    weights = _weights(model, frozen.itemsize, beside, mapped=device == "cpu" and in_file)
-    work = _work(config, stage, model, source, teacher, frozen, device, bf16, ranks)
-    return memory_of(weights, work, engine, cpu=device == "cpu")
+    beside = kind is TeacherKind.SELF or plan.stage.needs_attention
+    in_file = str(model.lm.config.dtype).removeprefix("torch.") == str(run.frozen_dtype).removeprefix("torch.")
+    weights = _weights(model, run.frozen_dtype.itemsize, beside, mapped=cpu and in_file)
+    return memory_of(weights, _work(plan, model, kind, teacher), engine, cpu=cpu)
 
 
 def trained_bytes(model: HybridModel) -> tuple[int, int]:
@@ -127,41 +105,31 @@ def _weights(model: HybridModel, frozen: int, beside: bool, mapped: bool) -> Stu
     )
 
 
-def _work(
-    config: Config,
-    stage: StageConfig,
-    model: HybridModel,
-    source: str | None,
-    teacher: PreTrainedModel | None,
-    frozen: torch.dtype,
-    device: str,
-    bf16: bool,
-    ranks: int,
-) -> StepMemory:
-    c, mixer = model.lm.config, model.mixer_config
-    shape, T = step_shape(stage, ranks), stage.data.seq_len
+def _work(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, teacher: PreTrainedModel | None) -> StepMemory:
+    c, stage, frozen = model.lm.config, plan.stage, plan.run.frozen_dtype
+    shape, T = plan.shape, plan.length.seq_len
     tokens = shape.micro_rows * T
+    bf16 = plan.run.precision == "bf16"
     low = 2 if bf16 else FP32
     trained_stream = "model.embed_tokens.weight" in model.trained
     stream = FP32 if trained_stream or not bf16 else frozen.itemsize
     vocab = c.vocab_size
-    whole, largest = (0, 0) if teacher is None else _teacher_bytes(teacher, frozen)
-    attention = stage.objective != "distill" or source == "same" or len(model.rwkv_layers) < c.num_hidden_layers
-    judged = min(config.data.val_tokens, JUDGED_BATCH)
+    attention = stage.needs_attention or kind is TeacherKind.SELF or len(model.rwkv_layers) < c.num_hidden_layers
+    judged = min(plan.run.data.val_tokens, JUDGED_BATCH)
     common = dict(
         masks=tokens * T * (1 + FP32 * attention),
         # both models' logits and what they are compared by; a layer of a forward without a backward
         judged=FP32 * 8 * min(judged, chunk_tokens(vocab)) * vocab
         + judged * transient_bytes(model, align=False, low=low),
+        held=stage.held_bytes(model, plan),
     )
-    if stage.objective == "calibrate":
-        C, K = mixer.num_heads * mixer.head_size, mixer.num_kv_heads * mixer.head_size
-        # of all tokens: hidden states, their normed form, the teacher's heads, what later mixers read, masks; of one
-        # batch: the streams of a mixer, and features and targets in two precisions
-        held = stage.tokens * (FP32 * (2 * c.hidden_size + C + 2 * K) + T) + tokens * FP32 * 25 * C
-        return StepMemory(tokens=0, held=held, **common)
-    align = stage.objective == "align"
-    inputs, edges = edge_bytes(model, align=align, checkpointing=stage.activation_checkpointing, stream=stream)
+    if not stage.trains:
+        return StepMemory(tokens=0, **common)
+    align = stage.backward is Backward.MIXERS
+    checkpointing = plan.settings.activation_checkpointing
+    inputs, edges = edge_bytes(model, align=align, checkpointing=checkpointing, stream=stream)
+    models = stage.logit_models(kind)
+    whole, largest = (0, 0) if teacher is None else _teacher_bytes(teacher, frozen)
     return StepMemory(
         tokens=tokens,
         micro_batches=shape.micro_batches,
@@ -169,19 +137,19 @@ def _work(
         inputs=inputs,
         edges=edges,
         transient=transient_bytes(model, align=align, low=low),
-        chunk=0 if stage.loss is None else _logits(stage, tokens, vocab, low, source, device),
-        head_copy=0 if stage.loss is None else vocab * c.hidden_size,
+        chunk=_logits(plan, tokens, vocab, low, models) if models else 0,
+        head_copy=vocab * c.hidden_size if models else 0,
         teacher=whole,
         teacher_whole=largest,
         **common,
     )
 
 
-def _logits(stage: StageConfig, tokens: int, vocab: int, low: int, source: str | None, device: str) -> int:
-    """Bytes of a chunk of logits: the student's, the teacher's where a model makes them, and blocks of them in fp32."""
-    chunk = min(tokens, stage.loss.chunk_tokens or chunk_tokens(vocab)) * vocab
-    models = 2 if source in ("same", "separate") and stage.objective == "distill" else 1
-    return low * models * chunk + FP32 * min(chunk, BLOCK_ELEMENTS[device]) * (4 + bool(stage.loss.ce))
+def _logits(plan: StagePlan, tokens: int, vocab: int, low: int, models: int) -> int:
+    """Return bytes of a chunk of logits: of every model that makes them, and blocks of them in fp32."""
+    loss = plan.settings.loss
+    chunk = min(tokens, loss.chunk_tokens or chunk_tokens(vocab)) * vocab
+    return low * models * chunk + FP32 * min(chunk, BLOCK_ELEMENTS[plan.run.device]) * (4 + bool(loss.ce))
 
 
 def _teacher_bytes(lm: PreTrainedModel, frozen: torch.dtype) -> tuple[int, int]:

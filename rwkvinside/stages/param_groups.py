@@ -9,8 +9,8 @@ from torch import nn
 from ..errors import UserError
 from ..hybrid.model import HybridModel
 from ..support.text import short_count
-from .phases import Phase, phases
-from .settings import StageConfig
+from .phases import Phase
+from .plan import StagePlan
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class RateGroup:
     parameters: dict[str, nn.Parameter]
 
 
-def joined(student: HybridModel, stage: StageConfig, phase: Phase) -> set[str]:
-    """Canonical names of the parameters that begin to train with a phase; of the first phase: none, all are there."""
-    return _begin(student, stage)[phase.index] if phase.index else set()
+def joined(student: HybridModel, plan: StagePlan, phase: Phase) -> set[str]:
+    """Return the names of what begins to train with a phase; of the first one: none, all are there."""
+    return joining(student, plan)[phase.index] if phase.index else set()
 
 
-def rate_groups(student: HybridModel, stage: StageConfig, phase: Phase) -> dict[str, RateGroup]:
-    """What trains in a phase, by learning rate and by when it began.
+def rate_groups(student: HybridModel, plan: StagePlan, phase: Phase) -> dict[str, RateGroup]:
+    """Return what trains in a phase, by learning rate and by when it began.
 
     Returns:
         By label, "mixer" first: "mixer" and "adapters" with optim.lr, "rest" with optim.lr_rest, each pattern of
@@ -43,7 +43,7 @@ def rate_groups(student: HybridModel, stage: StageConfig, phase: Phase) -> dict[
     Raises:
         UserError: a pattern of optim.rates that sets the rate of nothing.
     """
-    optim, parameters = stage.optim, student.canonical_parameters()
+    optim, parameters = plan.settings.optim, student.canonical_parameters()
     claimed = {pattern: student.matching(pattern) for pattern in optim.rates}
 
     def label_of(name: str) -> str:
@@ -51,7 +51,7 @@ def rate_groups(student: HybridModel, stage: StageConfig, phase: Phase) -> dict[
         default = kind if kind in ("mixer", "adapters") else "rest"
         return next((pattern for pattern, names in claimed.items() if name in names), default)
 
-    begin = _begin(student, stage)
+    begin = joining(student, plan)
     labels = {name: label_of(name) for names in begin for name in names}
     if idle := [pattern for pattern in optim.rates if pattern not in labels.values()]:
         raise UserError(
@@ -61,7 +61,7 @@ def rate_groups(student: HybridModel, stage: StageConfig, phase: Phase) -> dict[
     rates = {"mixer": optim.lr, "adapters": optim.lr, "rest": optim.lr_rest} | optim.rates
     order = dict.fromkeys(["mixer", "adapters", *optim.rates, "rest"])
     groups: dict[str, RateGroup] = {}
-    for each, names in list(zip(phases(stage), begin, strict=True))[: phase.index + 1]:
+    for each, names in list(zip(plan.phases, begin, strict=True))[: phase.index + 1]:
         for label in order:
             if members := {name: p for name, p in parameters.items() if name in names and labels[name] == label}:
                 later = f"@{short_count(each.tokens)}" if each.index else ""
@@ -69,10 +69,14 @@ def rate_groups(student: HybridModel, stage: StageConfig, phase: Phase) -> dict[
     return groups
 
 
-def _begin(student: HybridModel, stage: StageConfig) -> list[set[str]]:
-    """For each phase the canonical names of what begins to train with it."""
+def joining(student: HybridModel, plan: StagePlan) -> list[set[str]]:
+    """Return for each phase the canonical names of what begins to train with it.
+
+    Raises:
+        UserError: a phase in which nothing new trains.
+    """
     found: list[set[str]] = []
-    for phase in phases(stage):
+    for phase in plan.phases:
         names = set().union(*(student.matching(pattern) for pattern in phase.train)).difference(*found)
         if not names:
             raise UserError(

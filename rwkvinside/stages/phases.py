@@ -11,7 +11,7 @@ from .settings import StageConfig
 class Phase:
     """A part of a stage in which the same parameters train.
 
-    Args:
+    Attributes:
         index: counted from 0.
         first, until: optimizer steps of the stage that are done when it begins and when it ends.
         tokens: those of the stage after which it was to begin; the first step that starts there or later is its first.
@@ -25,18 +25,20 @@ class Phase:
     train: tuple[str, ...]
 
 
-def phases(stage: StageConfig) -> list[Phase]:
-    """The phases of a stage in order; one where nothing unfreezes. Entries that fall on one step are one phase."""
-    tokens_per_step = stage.rows * stage.data.seq_len
-    starts = {0: (0, list(stage.train))}
-    for entry in stage.unfreeze:
-        first = -(-entry.at_tokens // tokens_per_step)
+def phases_of(settings: StageConfig) -> tuple[Phase, ...]:
+    """Return the phases of a stage in order; one where nothing unfreezes.
+
+    Entries of `unfreeze` that fall on one step are one phase.
+    """
+    starts = {0: (0, list(settings.train))}
+    for entry in settings.unfreeze:
+        first = -(-entry.at_tokens // settings.length.tokens_per_step)
         starts.setdefault(first, (entry.at_tokens, []))[1].extend(entry.train)
     firsts = sorted(starts)
     train: tuple[str, ...] = ()
-    found = []
-    for index, (first, until) in enumerate(zip(firsts, [*firsts[1:], stage.steps], strict=True)):
+    phases = []
+    for index, (first, until) in enumerate(zip(firsts, [*firsts[1:], settings.length.steps], strict=True)):
         tokens, patterns = starts[first]
         train += tuple(pattern for pattern in dict.fromkeys(patterns) if pattern not in train)
-        found.append(Phase(index, first, until, tokens, train))
-    return found
+        phases.append(Phase(index, first, until, tokens, train))
+    return tuple(phases)

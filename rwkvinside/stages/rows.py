@@ -7,15 +7,13 @@ import zlib
 import torch
 from torch import Tensor
 
-from ..config.schema import Config
 from ..data.batch import Batch
 from ..data.mixture import MixedRows
-from ..data.rows import PackedRows, PaddedDocuments
+from ..data.rows import PackedRows, PaddedDocuments, document_batches
 from ..data.sources import Mixture, Tokens
 from ..data.stream import StreamedRows, TokenStream
 from ..data.token_store import TokenStore
-from ..evaluate.quality import document_batches
-from .settings import StageConfig
+from .plan import StagePlan
 
 JUDGED_TOKENS = 4096  # of a validation document
 
@@ -26,14 +24,12 @@ JUDGED_BATCH = 8192  # tokens that are judged at a time
 Rows = PackedRows | PaddedDocuments | StreamedRows | MixedRows
 
 
-def rows_of(config: Config, name: str, tokens: Tokens) -> Rows:
-    """The rows a stage trains on, in an order of its own: packed, for sft one document a row."""
-    stage = config.stages[name]
-    seed = zlib.crc32(f"{config.seed} {name}".encode())
+def rows_of(plan: StagePlan, tokens: Tokens) -> Rows:
+    """Return the rows that a stage trains on, in an order of its own."""
+    seed = zlib.crc32(f"{plan.run.seed} {plan.name}".encode())
 
     def of_documents(store: TokenStore, seed: int) -> PackedRows | PaddedDocuments:
-        kind = PaddedDocuments if stage.objective == "sft" else PackedRows
-        return kind(store, stage.data.seq_len, seed)
+        return plan.stage.documents(store, plan.length.seq_len, seed)
 
     def of_part(part: TokenStore | TokenStream) -> Rows:
         return StreamedRows(part, of_documents, seed) if isinstance(part, TokenStream) else of_documents(part, seed)
@@ -43,9 +39,9 @@ def rows_of(config: Config, name: str, tokens: Tokens) -> Rows:
     return of_part(tokens)
 
 
-def report(stage: StageConfig, tokens: Tokens, rows: Rows, val: TokenStore) -> tuple[list[str], dict]:
+def report(plan: StagePlan, tokens: Tokens, rows: Rows, val: TokenStore) -> tuple[list[str], dict]:
     """What a stage will read, for people and as JSON values: tokens, epochs, the realized shares of a mixture."""
-    wanted = stage.steps * stage.rows
+    wanted = plan.row_count
     judged = f"{val.num_tokens:,} to validate"
     if isinstance(rows, MixedRows):
         read = rows.tokens_of(wanted)

@@ -10,7 +10,9 @@ from ..data.settings import StageData
 from ..losses.settings import LossConfig
 from ..support.settings import Count, Section, problem
 from ..teacher.settings import TeacherModelConfig
+from ..training.schedule import StageLength
 from ..training.settings import BatchConfig, OptimConfig
+from .registry import OBJECTIVES, objective_class
 
 
 class UnfreezeConfig(Section):
@@ -19,7 +21,7 @@ class UnfreezeConfig(Section):
 
 
 class StageConfig(Section):
-    objective: Literal["calibrate", "align", "distill", "sft"] = Field(description="What the stage minimizes.")
+    objective: str = Field(description="What the stage minimizes: calibrate, align, distill or sft.")
     tokens: Count = Field(description="Tokens to train on.")
     train: list[str] = Field([], description="Groups of parameters, or regular expressions over their names.")
     data: StageData = Field(description="Rows of this stage.")
@@ -45,45 +47,25 @@ class StageConfig(Section):
     def _consistent(self) -> StageConfig:
         if self.batch.tokens < self.data.seq_len:
             raise problem("batch.tokens {} is less than data.seq_len {}", self.batch.tokens, self.data.seq_len)
-        if self.objective == "calibrate" and (self.optim is not None or self.train or self.unfreeze):
-            raise problem("objective calibrate does not train: leave out optim, train and unfreeze")
-        if self.objective != "calibrate" and not self.train:
-            raise problem("train is empty; name groups such as mixer, or regular expressions")
-        if self.objective != "calibrate" and self.optim is None:
-            raise problem("optim is null; leave it out for the defaults")
-        last = (self.steps - 1) * self.rows * self.data.seq_len
+        if self.objective not in OBJECTIVES:
+            raise problem("objective {} is unknown; allowed: {}", self.objective, ", ".join(OBJECTIVES))
+        objective_class(self.objective).check_settings(self)
+        last = (self.length.steps - 1) * self.length.tokens_per_step
         if late := [entry.at_tokens for entry in self.unfreeze if entry.at_tokens > last]:
             raise problem("unfreeze.at_tokens {} is after {}, where the last step begins", late[0], last)
-        if self.objective in ("calibrate", "align") and self.loss is not None:
-            raise problem("objective {} has a fixed loss: leave out loss", self.objective)
-        if self.objective in ("distill", "sft") and self.loss is None:
-            raise problem("loss is null; leave it out for the defaults")
-        if self.objective == "distill" and not self.loss.kl:
-            raise problem("loss.kl must be positive; objective sft trains without a teacher")
-        if self.objective == "sft" and (self.loss.kl or self.loss.ce != 1):
-            raise problem("objective sft has loss.kl 0 and loss.ce 1; objective distill mixes both")
-        if self.objective == "sft" and self.loss != LossConfig(kl=0, ce=1, chunk_tokens=self.loss.chunk_tokens):
-            raise problem("objective sft has no divergence: leave out loss.divergence, loss.top_k, loss.temperature")
-        self._check_teacher()
         return self
 
-    def _check_teacher(self) -> None:
-        second = self.teacher_model != TeacherModelConfig()
-        if self.objective != "distill" and (self.teacher != "auto" or second or self.teacher_cache):
-            raise problem("only objective distill has a choice of teacher: leave out teacher, teacher_model and cache")
-        if self.teacher == "same" and second:
-            raise problem("teacher same is the student itself: leave out teacher_model")
-        if self.teacher == "cache" and not self.teacher_cache:
-            raise problem("teacher cache needs teacher_cache: the directory that `rwkvinside data logits` wrote")
-        if self.teacher != "cache" and self.teacher_cache:
-            raise problem("teacher_cache {} is read by teacher cache only, not {}", self.teacher_cache, self.teacher)
+    @property
+    def length(self) -> StageLength:
+        """Tokens, rows and steps of the stage."""
+        return StageLength(self.tokens, self.batch.tokens, self.data.seq_len)
 
     @property
-    def rows(self) -> int:
-        """Rows of an optimizer step."""
-        return self.batch.tokens // self.data.seq_len
+    def names_second_model(self) -> bool:
+        """Whether it says anything about a teacher that is a model of its own."""
+        return self.teacher_model != TeacherModelConfig()
 
     @property
-    def steps(self) -> int:
-        """Optimizer steps of the stage."""
-        return -(-self.tokens // (self.rows * self.data.seq_len))
+    def chooses_teacher(self) -> bool:
+        """Whether it says where the teacher's side comes from."""
+        return self.teacher != "auto" or self.names_second_model or bool(self.teacher_cache)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+from functools import cache
+from pathlib import Path
+
 import torch
 from transformers import (
     AutoConfig,
@@ -11,11 +15,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 
-from ..config.schema import Config
-from ..config.teacher_lookup import find_teacher
 from ..errors import UserError
-from ..stages.settings import StageConfig
 from .settings import TeacherConfig
 
 
@@ -43,29 +45,24 @@ def load_teacher(path: str, revision: str | None, dtype: torch.dtype) -> PreTrai
     return model.eval()
 
 
-def teacher_config(config: Config) -> PretrainedConfig:
-    """The teacher's Hugging Face configuration, from the recipe where that has it, so without network.
+def teacher_config(teacher: TeacherConfig) -> PretrainedConfig:
+    """Return a teacher's Hugging Face configuration, from the recipe where that has it, so without network.
 
     Raises:
         UserError: the configuration contradicts itself.
     """
-    fields = dict(config.teacher.config or {})
+    fields = dict(teacher.config or {})
     if fields:
         try:
             return AutoConfig.for_model(fields.pop("model_type"), **fields)
         except (KeyError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"teacher.config is not usable: {reason}", "leave it out, or correct it") from error
-    return AutoConfig.from_pretrained(config.teacher.path, revision=config.teacher.revision)
-
-
-def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    """The teacher's tokenizer, see `open_tokenizer`."""
-    return open_tokenizer(config.teacher)
+    return AutoConfig.from_pretrained(teacher.path, revision=teacher.revision)
 
 
 def open_tokenizer(teacher: TeacherConfig) -> PreTrainedTokenizerBase:
-    """A teacher's tokenizer.
+    """Return a teacher's tokenizer.
 
     Raises:
         UserError: there is none, or it needs code of its own that was not allowed.
@@ -82,11 +79,24 @@ def open_tokenizer(teacher: TeacherConfig) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def teacher_of(config: Config, stage: StageConfig) -> TeacherConfig:
-    """The model that the logits of a stage come from: `teacher_model`, or the one that is converted."""
-    own = stage.teacher_model
-    if own.path is None:
-        return config.teacher
-    found = find_teacher(own.path, revision=own.revision)
-    fields = found.recipe["teacher"]["config"] if found.recipe else None
-    return config.teacher.model_copy(update={"path": found.path, "revision": own.revision, "config": fields})
+def meta_teacher(teacher: TeacherConfig) -> PreTrainedModel:
+    """Return a teacher's shapes without its weights, on the meta device."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(teacher_config(teacher))
+
+
+@cache
+def weights_hash(path: str, revision: str | None) -> str | None:
+    """Return a hash of a model's weights, whatever its files are called; None: they are not on this machine."""
+    folder = Path(path)
+    if not folder.is_dir():
+        try:
+            folder = Path(cached_file(path, "config.json", revision=revision, local_files_only=True)).parent
+        except OSError:
+            return None
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    digests = []
+    for file in files:
+        with file.open("rb") as stream:
+            digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
+    return hashlib.sha256(" ".join(sorted(digests)).encode()).hexdigest()[:16] if files else None

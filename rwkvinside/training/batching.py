@@ -5,19 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..stages.settings import StageConfig
-
-
-def micro_rows(stage: StageConfig, ranks: int) -> int:
-    """Rows of a micro-batch on one rank."""
-    share = -(-stage.rows // ranks)
-    return min(share, stage.batch.micro_rows or max(1, MICRO_TOKENS // stage.data.seq_len))
-
-
-def step_shape(stage: StageConfig, ranks: int) -> StepShape:
-    """How the rows of a step are cut."""
-    return StepShape(stage.rows, micro_rows(stage, ranks), ranks)
-
+from .schedule import StageLength
 
 MICRO_TOKENS = 4096  # of a micro-batch, unless batch.micro_rows says otherwise
 
@@ -26,7 +14,7 @@ MICRO_TOKENS = 4096  # of a micro-batch, unless batch.micro_rows says otherwise
 class StepShape:
     """How the rows of an optimizer step are cut.
 
-    Args:
+    Attributes:
         rows: of a step, over all ranks.
         micro_rows: of one forward pass.
         ranks: processes that share the rows as evenly as possible.
@@ -36,7 +24,22 @@ class StepShape:
     micro_rows: int
     ranks: int
 
+    @classmethod
+    def of(cls, length: StageLength, micro_rows: int | None, ranks: int) -> StepShape:
+        """Cut the steps of a stage.
+
+        Args:
+            micro_rows: rows that run at a time; None: about `MICRO_TOKENS`.
+        """
+        share = -(-length.rows_per_step // ranks)
+        return cls(length.rows_per_step, min(share, micro_rows or rows_within(MICRO_TOKENS, length.seq_len)), ranks)
+
     @property
     def micro_batches(self) -> int:
         """Forward passes of a step, the same on every rank."""
         return math.ceil(math.ceil(self.rows / self.ranks) / self.micro_rows)
+
+
+def rows_within(tokens: int, seq_len: int) -> int:
+    """Return the whole rows that fit into so many tokens, at least one."""
+    return max(1, tokens // seq_len)

@@ -4,11 +4,10 @@ DeepSpeed itself, so that a plan can show it."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 
 from ..errors import UserError
 from .batching import StepShape
-from .optimizer import OptimizerSettings
+from .settings import DeepSpeedConfig, OptimConfig
 
 AUTO = "auto"
 
@@ -17,44 +16,31 @@ SECTIONS = ("optimizer", "scheduler", "bf16", "fp16", "torch_autocast", "zero_op
 
 
 OFFLOADS = ("offload_optimizer", "offload_param")
+OFFLOAD_FIELDS = ("offload_optimizer", "offload_parameters")  # of `DeepSpeedConfig`, in the same order
 
 
 CURE = "set it in the recipe (`stages`, `precision`, `deepspeed`), or write auto in DeepSpeed's file"
 
 
-@dataclass(frozen=True)
-class ZeroSettings:
-    """How DeepSpeed shards; see the fields of `deepspeed:` in a configuration.
+def settle(zero: DeepSpeedConfig) -> DeepSpeedConfig:
+    """Return the settings with what DeepSpeed's own configuration (`config`) says in place of the fields.
 
-    Args:
-        stage: 0 to 3.
-        offload_optimizer, offload_parameters: to CPU memory.
-        bf16_weights: in bf16, DeepSpeed's own mode: bf16 weights in the forward and fp32 masters. False: fp32 weights
-            under autocast, which computes what one process computes.
-        config: sections of DeepSpeed's own configuration, which win; a `zero_optimization` with a stage takes the place
-            of stage and offloading as a whole.
+    A `zero_optimization` with a stage takes the place of stage and offloading as a whole.
+
+    Raises:
+        UserError: a section of `config` that is not a mapping.
     """
-
-    stage: int = 1
-    offload_optimizer: bool = False
-    offload_parameters: bool = False
-    bf16_weights: bool = False
-    config: Mapping | None = None
-
-    def settled(self) -> ZeroSettings:
-        """The same with what `config` says in place of the fields; of that only the form is checked (`UserError`)."""
-        config = _settled(self.config or {})
-        _check_sections(config)
-        section = config.get("zero_optimization", {})
-        own = config.get("bf16", {}).get("enabled") is True
-        found = replace(self, bf16_weights=own or self.bf16_weights)
-        if "stage" not in section:
-            return found
-        cpu = [offloads(section, name) for name in OFFLOADS]
-        return replace(found, stage=section["stage"], offload_optimizer=cpu[0], offload_parameters=cpu[1])
+    config = _settled(zero.config or {})
+    _check_sections(config)
+    section = config.get("zero_optimization", {})
+    changes = {"bf16_weights": config.get("bf16", {}).get("enabled") is True or zero.bf16_weights}
+    if "stage" in section:
+        offloaded = {name: offloads(section, key) for name, key in zip(OFFLOAD_FIELDS, OFFLOADS, strict=True)}
+        changes |= {"zero_stage": section["stage"], **offloaded}
+    return zero.model_copy(update=changes)
 
 
-def deepspeed_config(zero: ZeroSettings, settings: OptimizerSettings, precision: str, shape: StepShape) -> dict:
+def deepspeed_config(zero: DeepSpeedConfig, settings: OptimConfig, precision: str, shape: StepShape) -> dict:
     """What is handed to `deepspeed.initialize`: the user's sections over ours, "auto" filled in.
 
     Batch sizes, clipping, precision, optimizer and schedule follow from the recipe. A user's file may repeat them, as
@@ -90,7 +76,7 @@ def deepspeed_config(zero: ZeroSettings, settings: OptimizerSettings, precision:
         elif not allowed:
             raise UserError(f"DeepSpeed's file enables {section}, the recipe's precision is {precision}", CURE)
     own_bf16 = "bf16" in user or (bf16 and zero.bf16_weights)
-    stage = zero.stage
+    stage = zero.zero_stage
     if own_bf16:
         # its plain bf16 optimizer starts with an empty step, which shifts Adam's bias correction
         stage = max(stage, 1)
@@ -136,7 +122,7 @@ def _agree(user: dict, key: str, value: object) -> None:
         raise UserError(f"DeepSpeed's file sets {key}={given!r}, the recipe gives {value!r}", CURE)
 
 
-def _check_optimizer(section: Mapping, settings: OptimizerSettings) -> None:
+def _check_optimizer(section: Mapping, settings: OptimConfig) -> None:
     if str(section.get("type", AUTO)).lower() not in (AUTO, "adam", "adamw"):
         raise UserError(f"DeepSpeed's file sets optimizer.type={section['type']!r}", "the recipe trains with AdamW")
     given = _settled(section.get("params", {}))

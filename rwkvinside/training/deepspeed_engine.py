@@ -19,12 +19,11 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from .batching import StepShape
-from .deepspeed_config import ZeroSettings, deepspeed_config, offloads
+from .deepspeed_config import deepspeed_config, offloads
 from .local_engine import LocalEngine, MetricSums
 from .optimizer import (
     MOMENTS,
     Groups,
-    OptimizerSettings,
     build_optimizer,
     check_names,
     check_state,
@@ -37,6 +36,7 @@ from .optimizer import (
 from .precision import check_precision, precision_context
 from .process_group import Distributed
 from .protocols import Step, StepResult, TrainingBatch
+from .settings import DeepSpeedConfig, OptimConfig
 
 
 class DeepSpeedEngine:
@@ -56,10 +56,10 @@ class DeepSpeedEngine:
         self,
         model: nn.Module,
         groups: Groups,
-        settings: OptimizerSettings,
+        settings: OptimConfig,
         world: Distributed,
         precision: str = "fp32",
-        zero: ZeroSettings | None = None,
+        zero: DeepSpeedConfig | None = None,
         shape: StepShape | None = None,
     ):
         check_precision(precision)
@@ -68,7 +68,7 @@ class DeepSpeedEngine:
         self.trainable = trainable(groups)
         self.precision = precision
         self._groups = groups
-        config = deepspeed_config(zero or ZeroSettings(), settings, precision, shape or StepShape(1, 1, world.size))
+        config = deepspeed_config(zero or DeepSpeedConfig(), settings, precision, shape or StepShape(1, 1, world.size))
         self.zero_stage = config["zero_optimization"]["stage"]
         self._rounded = "bf16" in config
         self._offloaded = offloads(config["zero_optimization"], "offload_optimizer")
@@ -296,7 +296,8 @@ def inference_engine(
     """
     import deepspeed
 
-    full = deepspeed_config(ZeroSettings(3, config=config), OptimizerSettings(), "fp32", StepShape(1, 1, world.size))
+    zero = DeepSpeedConfig(zero_stage=3, config=config)
+    full = deepspeed_config(zero, OptimConfig(), "fp32", StepShape(1, 1, world.size))
     _shard(model, full, world, rounded=False)
     engine, _ = _initialize(model, full)
     _let_go(model)

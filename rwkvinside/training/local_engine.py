@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from .optimizer import (
     Groups,
-    OptimizerSettings,
     build_optimizer,
     check_names,
     load_plain_state,
@@ -22,6 +21,7 @@ from .optimizer import (
 from .precision import check_precision, precision_context
 from .process_group import Distributed
 from .protocols import Step, StepResult, TrainingBatch
+from .settings import OptimConfig
 
 
 class MetricSums:
@@ -66,7 +66,7 @@ class LocalEngine:
         self,
         model: nn.Module,
         groups: Groups,
-        settings: OptimizerSettings,
+        settings: OptimConfig,
         world: Distributed,
         precision: str = "fp32",
     ):

@@ -3,36 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
 from .optimizer_8bit import adamw8bit, load_moments, moments_of
+from .settings import OptimConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALES = tuple(f"{moment}_scale" for moment in MOMENTS)  # of 8-bit moments, beside them
 STATE = (*MOMENTS, "step")
 Groups = Mapping[str, Mapping[str, nn.Parameter]]
-
-
-@dataclass(frozen=True)
-class OptimizerSettings:
-    """AdamW and gradient clipping.
-
-    Args:
-        kind: adamw, adamw8bit or paged_adamw8bit.
-        betas, eps: AdamW's own.
-        weight_decay: applied to parameters of two or more dimensions only.
-        clip: largest global L2 norm of the gradient; 0 switches clipping off (the norm is still reported).
-    """
-
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    kind: str = "adamw"
 
 
 def trainable(groups: Groups) -> dict[str, nn.Parameter]:
@@ -47,7 +29,7 @@ def trainable(groups: Groups) -> dict[str, nn.Parameter]:
     return parameters
 
 
-def build_optimizer(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
+def build_optimizer(groups: Groups, settings: OptimConfig) -> torch.optim.Optimizer:
     """AdamW with up to two parameter groups per learning-rate group (with and without weight decay).
 
     Each parameter group carries the name of its learning-rate group under "group"; learning rates start at 0 and are

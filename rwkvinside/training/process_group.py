@@ -23,7 +23,7 @@ class Distributed:
     def __init__(self, device: torch.device | str, leave: Callable[[], None] | None = None):
         self.device = torch.device(device)
         self._leave = leave
-        distributed = leave is not None
+        self.launched = distributed = leave is not None
         self.rank = dist.get_rank() if distributed else 0
         self.size = dist.get_world_size() if distributed else 1
 

@@ -47,6 +47,11 @@ class StageLength:
     def steps(self) -> int:
         return math.ceil(self.total_tokens / self.tokens_per_step)
 
+    @property
+    def tokens_read(self) -> int:
+        """Tokens of all steps; the last one is a full step."""
+        return self.steps * self.tokens_per_step
+
     def steps_for(self, tokens: int) -> int:
         """The nearest number of steps, at least 1, that consume `tokens`."""
         return max(1, round(tokens / self.tokens_per_step))

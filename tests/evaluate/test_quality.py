@@ -9,10 +9,10 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from rwkvinside.data.batch import Batch
-from rwkvinside.data.rows import PaddedDocuments
+from rwkvinside.data.rows import PaddedDocuments, document_batches
 from rwkvinside.data.token_store import TokenStore
 from rwkvinside.errors import UserError
-from rwkvinside.evaluate.quality import document_batches, evaluate_models, token_scores
+from rwkvinside.evaluate.quality import evaluate_models, token_scores
 
 
 def llama(vocab: int, seed: int) -> LlamaForCausalLM:

@@ -21,8 +21,8 @@ from rwkvinside.errors import Interrupted, UserError
 from rwkvinside.evaluate.in_training import evaluate_student, share
 from rwkvinside.training.batching import StepShape
 from rwkvinside.training.checkpoint import Checkpointer
-from rwkvinside.training.deepspeed_config import ZeroSettings
 from rwkvinside.training.deepspeed_engine import DeepSpeedEngine, inference_engine, join_process_group
+from rwkvinside.training.settings import DeepSpeedConfig
 
 parser = argparse.ArgumentParser()
 parser.add_argument("out", type=Path)
@@ -37,7 +37,7 @@ BOTH = OFFLOAD | {"offload_parameters": True}
 
 
 def settings(stage, **zero):
-    return ZeroSettings(stage, config=SMALL if stage == 3 else None, **zero)
+    return DeepSpeedConfig(zero_stage=stage, config=SMALL if stage == 3 else None, **zero)
 
 
 def engine_of(stage, precision="fp32", toy=None, micro_rows=2, **zero):

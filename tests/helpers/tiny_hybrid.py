@@ -14,14 +14,14 @@ from rwkvinside.hybrid.model import HybridModel, StudentSpec
 from rwkvinside.losses.distillation import Objective
 from rwkvinside.stages.steps import AlignStep, DistillStep
 from rwkvinside.teacher.signals import OnlineTeacher, SelfTeacher, TeacherModel
-from rwkvinside.training.optimizer import OptimizerSettings
 from rwkvinside.training.schedule import Schedule, StageLength
+from rwkvinside.training.settings import OptimConfig
 from rwkvinside.training.trainer import Trainer
 
 VOCAB, SEQ_LEN, ROWS, MICRO_ROWS, STEPS = 40, 12, 7, 3, 5  # neither two nor three ranks share seven rows evenly
 BUDGET = StageLength(STEPS * ROWS * SEQ_LEN, ROWS * SEQ_LEN, SEQ_LEN)
 SCHEDULE = Schedule({"mixer": 1e-3, "rest": 1e-4}, {})
-SETTINGS = OptimizerSettings(clip=0.05)  # below the norms that occur: clipping takes part
+SETTINGS = OptimConfig(clip=0.05)  # below the norms that occur: clipping takes part
 STRUCTURE = LayerSpec(
     ("mlp", "teacher", "head"),
     adapters=(

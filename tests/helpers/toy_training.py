@@ -13,16 +13,16 @@ from torch import nn
 
 from rwkvinside.training.batching import StepShape
 from rwkvinside.training.deepspeed_engine import LocalEngine
-from rwkvinside.training.optimizer import OptimizerSettings
 from rwkvinside.training.process_group import Distributed
 from rwkvinside.training.schedule import Schedule, StageLength
+from rwkvinside.training.settings import OptimConfig
 from rwkvinside.training.trainer import Trainer
 
 SEQ_LEN, ROWS_PER_STEP, STEPS = 6, 8, 8
 BUDGET = StageLength(STEPS * ROWS_PER_STEP * SEQ_LEN, ROWS_PER_STEP * SEQ_LEN, SEQ_LEN)
 SCHEDULE = Schedule({"mixer": 3e-2, "rest": 1e-2}, {"mixer": 3e-3}, warmup_steps=2, end=0.9)
 SHAPE = partial(StepShape, ROWS_PER_STEP)  # (micro_rows, ranks)
-SETTINGS = OptimizerSettings(weight_decay=0.01, clip=0.5)
+SETTINGS = OptimConfig(weight_decay=0.01, clip=0.5)
 
 
 @dataclass(frozen=True)

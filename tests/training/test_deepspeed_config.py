@@ -4,8 +4,8 @@ import pytest
 
 from rwkvinside.errors import UserError
 from rwkvinside.training.batching import StepShape
-from rwkvinside.training.deepspeed_config import ZeroSettings, deepspeed_config
-from rwkvinside.training.optimizer import OptimizerSettings
+from rwkvinside.training.deepspeed_config import deepspeed_config, settle
+from rwkvinside.training.settings import DeepSpeedConfig, OptimConfig
 
 SHAPE = StepShape(rows=12, micro_rows=2, ranks=2)
 AUTO = {  # as it is written for trainers that fill in "auto"
@@ -29,7 +29,7 @@ AUTO = {  # as it is written for trainers that fill in "auto"
 
 
 def config(user=None, precision="fp32", settings=None, shape=SHAPE, **zero):
-    return deepspeed_config(ZeroSettings(config=user, **zero), settings or OptimizerSettings(), precision, shape)
+    return deepspeed_config(DeepSpeedConfig(config=user, **zero), settings or OptimConfig(), precision, shape)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_every_rank_has_the_same_number_of_micro_batches(rows, micro_rows, ranks
 
 
 def test_the_recipe_alone():
-    found = config(stage=3, offload_optimizer=True, offload_parameters=True, settings=OptimizerSettings(clip=0.5))
+    found = config(zero_stage=3, offload_optimizer=True, offload_parameters=True, settings=OptimConfig(clip=0.5))
     assert found["zero_optimization"] == {
         "stage": 3,
         "offload_optimizer": {"device": "cpu"},
@@ -77,15 +77,12 @@ def test_a_file_takes_over_its_sections_and_auto_is_filled_in():
 
 
 def test_what_a_file_says_of_sharding_is_known_to_the_plan():
-    found = ZeroSettings(1, offload_optimizer=True, config=AUTO).settled()
-    assert (found.stage, found.offload_optimizer, found.offload_parameters, found.bf16_weights) == (
-        3,
-        False,
-        True,
-        False,
-    )
-    assert ZeroSettings(2, True, config={"bf16": {"enabled": True}}).settled().bf16_weights
-    assert ZeroSettings(2, True).settled() == ZeroSettings(2, True)
+    found = settle(DeepSpeedConfig(zero_stage=1, offload_optimizer=True, config=AUTO))
+    settled = found.zero_stage, found.offload_optimizer, found.offload_parameters, found.bf16_weights
+    assert settled == (3, False, True, False)
+    zero = DeepSpeedConfig(zero_stage=2, offload_optimizer=True)
+    assert settle(zero.model_copy(update={"config": {"bf16": {"enabled": True}}})).bf16_weights
+    assert settle(zero) == zero
 
 
 def test_a_file_without_a_stage_is_added_to_ours():
@@ -133,7 +130,7 @@ def test_offloading_needs_sharding():
 
 
 def test_8_bit_states_are_not_sharded():
-    settings = OptimizerSettings(kind="adamw8bit")
+    settings = OptimConfig(kind="adamw8bit")
     with pytest.raises(UserError, match="adamw8bit cannot be sharded"):
         config(settings=settings, stage=1)
     assert config(settings=settings, stage=0)["zero_optimization"]["stage"] == 0
@@ -142,13 +139,13 @@ def test_8_bit_states_are_not_sharded():
 def test_null_and_none_offload_nothing():
     for nothing in (None, {"device": "none"}, "auto"):
         section = {"stage": 0, "offload_optimizer": nothing, "offload_param": nothing}
-        settled = ZeroSettings(config={"zero_optimization": section}).settled()
+        settled = settle(DeepSpeedConfig(config={"zero_optimization": section}))
         assert (settled.stage, settled.offload_optimizer, settled.offload_parameters) == (0, False, False)
         assert config({"zero_optimization": section})["zero_optimization"]["stage"] == 0
 
 
 @pytest.mark.parametrize("user", [{"zero_optimization": 3}, {"zero_optimization": {"offload_param": "cpu"}}])
 def test_what_is_no_mapping_is_refused(user):
-    for read in (config, lambda own: ZeroSettings(config=own).settled()):
+    for read in (config, lambda own: settle(DeepSpeedConfig(config=own))):
         with pytest.raises(UserError, match="this is a mapping of settings"):
             read(user)

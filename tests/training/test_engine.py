@@ -4,8 +4,9 @@ from toy_training import SETTINGS, Losses, Source, ToyStep, local_engine, model,
 
 from rwkvinside.errors import UserError
 from rwkvinside.training.deepspeed_engine import DeepSpeedEngine, LocalEngine
-from rwkvinside.training.optimizer import OptimizerSettings, build_optimizer, fresh_state, trainable
+from rwkvinside.training.optimizer import build_optimizer, fresh_state, trainable
 from rwkvinside.training.process_group import Distributed
+from rwkvinside.training.settings import OptimConfig
 
 
 def test_weight_decay_spares_vectors():
@@ -40,7 +41,7 @@ def test_one_step_is_adamw_on_the_clipped_mean():
 def test_without_clipping_the_norm_is_still_reported():
     engine = local_engine(dropout=0.0)
     toy = model(dropout=0.0)
-    free = LocalEngine(toy, toy.groups(), OptimizerSettings(clip=0.0), Distributed("cpu"))
+    free = LocalEngine(toy, toy.groups(), OptimConfig(clip=0.0), Distributed("cpu"))
     batch = [Source().batch(range(4))]
     a = engine.train_step(batch, ToyStep(), 20)
     b = free.train_step(batch, ToyStep(), 20)

@@ -1,23 +1,43 @@
-"""The table that says what of a student trains, when, and how fast."""
+"""What a plan says of a stage that trains: steps, learning rates, and what trains when."""
 
 from __future__ import annotations
 
 from ..hybrid.freezing import GROUPS, TEACHER
 from ..hybrid.model import HybridModel
-from ..stages.param_groups import _begin, rate_groups
-from ..stages.phases import Phase, phases
-from ..stages.settings import StageConfig
 from ..support.text import rounded_count, short_count
+from .param_groups import joining, rate_groups
+from .phases import Phase
+from .plan import StagePlan
 
 
-def training_table(student: HybridModel, stage: StageConfig, phase: Phase) -> list[str]:
+def training_lines(student: HybridModel, plan: StagePlan, loss: list[str]) -> list[str]:
+    """Return steps, learning rates, loss and training table of a stage.
+
+    Args:
+        loss: the objective's lines on its loss.
+    """
+    length, optim = plan.length, plan.settings.optim
+    groups = rate_groups(student, plan, plan.phases[-1])
+    rates = ", ".join(f"{label} {group.rate:.3g}" for label, group in groups.items())
+    d = optim.decay
+    decay = f"{d.shape} to {optim.lr_final:.3g} between {100 * d.start:.3g} % and {100 * d.end:.3g} % of the tokens"
+    kind = "" if optim.kind == "adamw" else f"{optim.kind}; "
+    return [
+        f"steps     {length.steps} of {length.rows_per_step} rows ({length.tokens_per_step} tokens), "
+        f"{plan.shape.micro_rows} rows at a time on each rank",
+        f"rates     {kind}{rates}; warm-up {optim.warmup_steps} steps, {decay}, clip {optim.clip:g}",
+        *loss,
+        *training_table(student, plan, plan.phases[0]),
+    ]
+
+
+def training_table(student: HybridModel, plan: StagePlan, phase: Phase) -> list[str]:
     """One line for each group of the student: parameters, what of them trains in the phase or later, learning rates.
 
     Of quantized linear layers the weights before quantization are counted.
     """
-    all_phases = phases(stage)
-    begin = _begin(student, stage)
-    rate_of = {n: g.rate for g in rate_groups(student, stage, all_phases[-1]).values() for n in g.parameters}
+    begin = joining(student, plan)
+    rate_of = {n: g.rate for g in rate_groups(student, plan, plan.phases[-1]).values() for n in g.parameters}
     sizes: dict[str, int] = {}
     parts: dict[str, dict[str, int]] = {}  # by group: parameters by what happens to them
     rates: dict[str, dict[str, None]] = {}
@@ -28,7 +48,7 @@ def training_table(student: HybridModel, stage: StageConfig, phase: Phase) -> li
         states[state] = states.get(state, 0) + count
 
     parameters = student.canonical_parameters()
-    for each, names in zip(all_phases, begin, strict=True):
+    for each, names in zip(plan.phases, begin, strict=True):
         state = "trains" if each.index <= phase.index else f"joins after {short_count(each.tokens)} tokens"
         for name in (name for name in parameters if name in names):
             group = student.group_of(name)[-1]

@@ -1,0 +1,84 @@
+"""From a configuration to the plan of a run: everything that follows from it is computed here, once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..data.sources import endless_tokens
+from ..errors import UserError
+from ..hybrid.assemble import LayerSpec
+from ..hybrid.model import StudentSpec
+from ..losses.distillation import Objective
+from ..stages.phases import phases_of
+from ..stages.plan import RunPlan, RunSettings, StagePlan
+from ..stages.registry import stage_class
+from ..stages.settings import StageConfig
+from ..teacher.settings import TeacherConfig
+from ..training.batching import StepShape
+from .precision import frozen_dtype, resolve_device, resolve_precision, teacher_dtype
+from .schema import Config
+from .teacher_lookup import find_teacher
+
+
+def resolve(config: Config, stages: Sequence[str] | None = None, ranks: int = 1) -> RunPlan:
+    """Return the plan of a run.
+
+    Args:
+        config: from `load_config`.
+        stages: those that run now; None: all of `run`. Earlier ones count for what has been trained before.
+        ranks: processes that share the work.
+
+    Raises:
+        UserError: a stage that there is not.
+    """
+    for name in stages or ():
+        if name not in config.stages:
+            raise UserError(f"there is no stage {name!r}", f"stages: {', '.join(config.stages)}")
+    order = [*config.run, *(name for name in stages or () if name not in config.run)]
+    selected = tuple(config.run if stages is None else stages)
+    device = resolve_device(config.device)
+    precision = resolve_precision(config.precision, device)
+    loaded = teacher_dtype(config.teacher.dtype, device, precision)
+    longest = max(config.stages[name].length.tokens_read for name in order)
+    settings = RunSettings(
+        teacher=config.teacher,
+        student=StudentSpec.from_fields(config.student.model_dump()),
+        data=config.data,
+        seed=config.seed,
+        device=device,
+        precision=precision,
+        teacher_dtype=loaded,
+        frozen_dtype=frozen_dtype(loaded, precision),
+        ranks=ranks,
+        zero=config.deepspeed,
+        endless_tokens=endless_tokens(config.data, longest),
+    )
+    return RunPlan(settings, tuple(_stage_plan(name, config, settings) for name in order), selected)
+
+
+def _stage_plan(name: str, config: Config, run: RunSettings) -> StagePlan:
+    settings = config.stages[name]
+    length, stage = settings.length, stage_class(name, settings.objective)()
+    ranks = run.ranks if stage.trains else 1  # what does not train is done by one process
+    return StagePlan(
+        name=name,
+        stage=stage,
+        settings=settings,
+        run=run,
+        length=length,
+        shape=StepShape.of(length, settings.batch.micro_rows, ranks),
+        phases=phases_of(settings),
+        layers=LayerSpec.from_fields(config.model_dump(), name),
+        signal_teacher=_signal_teacher(config.teacher, settings),
+        loss=None if settings.loss is None else Objective(**settings.loss.model_dump()),
+    )
+
+
+def _signal_teacher(converted: TeacherConfig, settings: StageConfig) -> TeacherConfig:
+    """Return the model that a stage's teacher distributions come from: `teacher_model`, or the converted one."""
+    second = settings.teacher_model
+    if second.path is None:
+        return converted
+    info = find_teacher(second.path, revision=second.revision)
+    fields = info.recipe["teacher"]["config"] if info.recipe else None
+    return converted.model_copy(update={"path": info.path, "revision": second.revision, "config": fields})

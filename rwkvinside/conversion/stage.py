@@ -1,0 +1,284 @@
+"""One stage of a run: its data, its phases, and what each of them is built from and leaves."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from .. import __version__
+from ..data.batch import Batch
+from ..data.sources import tokens_of
+from ..errors import UserError
+from ..evaluate.in_training import evaluate_student, share
+from ..hybrid.model import HybridModel
+from ..hybrid.quantized_linear import relative_error
+from ..stages.param_groups import joined, rate_groups
+from ..stages.phases import Phase
+from ..stages.plan import StagePlan
+from ..stages.rows import Rows, leading_text, report, rows_of, sample, validation_batches
+from ..stages.summary import training_table
+from ..stages.teacher import build_teacher
+from ..support.text import rounded_count
+from ..teacher.kinds import TeacherKind
+from ..teacher.signals import Teacher
+from ..training.batching import MICRO_TOKENS, rows_within
+from ..training.checkpoint import Checkpoint
+from ..training.frozen_weights import frozen_weights_digest
+from ..training.metrics import Console, MetricsWriter
+from ..training.precision import precision_context
+from ..training.trainer import Trainer
+from .build import (
+    check_adapters,
+    evaluation_teacher,
+    fingerprint,
+    layer_settings,
+    make_engine,
+    make_student,
+    numbers,
+    save_frozen_weights,
+    watched,
+    work_of,
+    write_adapters,
+)
+
+if TYPE_CHECKING:
+    from .run import Run
+
+ROUNDING_TOKENS = 4096  # whose inputs decide how weights are rounded, where they do
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a stage works on.
+
+    Attributes:
+        before: the stage that it starts from.
+        rows: to train on.
+        validation: batches of validation documents.
+        data: identity of the training data.
+    """
+
+    before: str | None
+    rows: Rows
+    validation: list[Batch]
+    data: str
+
+
+@dataclass(frozen=True)
+class _Models:
+    """The student of a phase with its teacher.
+
+    Attributes:
+        kind: where the teacher's side comes from.
+    """
+
+    student: HybridModel
+    kind: TeacherKind | None
+    teacher: Teacher | None
+
+
+def run_stage(run: Run, plan: StagePlan, resume_from: str | None) -> None:
+    """Run a stage to its end.
+
+    Args:
+        resume_from: checkpoint of the stage to continue from; None: the newest, where there is one.
+
+    Raises:
+        UserError: see `train`.
+    """
+    before, checkpointer = run.stage_before(plan.name), run.checkpointer(plan.name)
+    if resume_from and not checkpointer.names():
+        raise UserError(f"stage {plan.name} has no checkpoint {resume_from}, nor any other", "use --resume alone")
+    checkpoint = checkpointer.load(resume_from) if plan.stage.trains and checkpointer.names() else None
+    inputs = _load_inputs(run, plan, before)
+    for phase in plan.phases:
+        last = phase is plan.phases[-1]
+        if checkpoint is None or checkpoint.step < phase.until or last:
+            evaluation = _run_phase(run, plan, phase, inputs, checkpoint)
+            checkpoint = None if last else checkpointer.load()
+    if run.world.is_main:
+        if plan.layers.adapters:
+            tensors = checkpointer.load().tensors()
+            write_adapters(plan.layers, run.shapes, tensors, run.directory.stage(plan.name))
+        run.directory.note({}, finished=plan.name, evaluation=evaluation)
+    run.world.barrier()
+
+
+def _load_inputs(run: Run, plan: StagePlan, before: str | None) -> _Inputs:
+    """Read the data of a stage, and describe the run in its directory."""
+    settings, lm = plan.run, run.shapes.lm.config
+    tokens, val = tokens_of(
+        settings.data, plan.settings.data, settings.endless_tokens, run.tokenizer, lm.vocab_size, run.world
+    )
+    run.world.barrier()  # every process has looked at the directory before one writes into it
+    rows = rows_of(plan, tokens)
+    lines, facts = report(plan, tokens, rows, val)
+    if run.world.is_main:
+        run.directory.describe(run.config, run.plan_text)
+        data = run.directory.conversion().get("data", {}) | {plan.name: facts}
+        about = {"rwkvinside": __version__, "teacher": settings.teacher.path, "student": fingerprint(run.shapes)}
+        run.directory.note(about | {"data": data})
+        run.loggers.open()
+    run.say("\n".join([f"{plan.name}: {lines[0]}", *lines[1:]]))
+    return _Inputs(before, rows, validation_batches(val, lm.max_position_embeddings), tokens.fingerprint)
+
+
+def _run_phase(run: Run, plan: StagePlan, phase: Phase, inputs: _Inputs, checkpoint: Checkpoint | None) -> dict:
+    """Run one phase, with a student built for it, so that a stage that unfreezes goes the way of a resumed one.
+
+    Returns:
+        The last evaluation, {} where there was none.
+    """
+    gc.collect()  # DeepSpeed's engines are in cycles: the last one, with its model, must go before the next comes
+    student = _build_student(run, plan, inputs, checkpoint)
+    kind = plan.stage.prepare(student, plan, phase.train)
+    if kind is not TeacherKind.SELF:
+        student.release_teacher()
+    teacher = build_teacher(plan, kind, run.tokenizer, inputs.rows, run.world)
+    models = _Models(student, kind, teacher)
+    try:
+        if plan.stage.trains:
+            return _train(run, plan, phase, models, inputs, checkpoint)
+        return _fit(run, plan, models, inputs)
+    finally:
+        if teacher is not None:
+            teacher.close()
+
+
+def _build_student(run: Run, plan: StagePlan, inputs: _Inputs, checkpoint: Checkpoint | None) -> HybridModel:
+    """Return the student of a phase; rank 0 writes what it quantizes, the others read it."""
+    world, folder, before = run.world, run.directory.stage(plan.name), inputs.before
+    start = checkpoint or (before and run.checkpointer(before).load())
+    if start is not None:
+        check_adapters(plan.layers, start.state)
+    reads = plan.layers.has_frozen_weights and not world.is_main and frozen_weights_digest(folder) is None
+    if reads:
+        world.barrier()
+    text = partial(leading_text, inputs.rows, ROUNDING_TOKENS)
+    earlier = before and run.directory.stage(before)
+    student = make_student(plan, start and start.tensors(), folder, world.device, text, earlier)
+    if world.is_main:
+        save_frozen_weights(student, folder)
+    if not reads:
+        world.barrier()
+    if quantized := student.quantized.values():
+        error = relative_error(quantized)
+        run.say(f"{plan.name}: quantized weights differ from the original ones by {100 * error:.2g} %")
+    return student
+
+
+def _fit(run: Run, plan: StagePlan, models: _Models, inputs: _Inputs) -> dict:
+    """Fit and save on rank 0; the others go on with what it has saved."""
+    if not run.world.is_main:
+        run.world.barrier()
+        return {}
+    device, student, teacher = run.world.device, models.student, models.teacher
+    metrics, console = MetricsWriter(run.directory.path, run.loggers), Console(plan.name, 1)
+    metrics.begin(plan.name)
+    student.to(device)
+    batches = sample(inputs.rows, plan.length.total_tokens, plan.shape.micro_rows, device)
+    tokens = sum(batch.num_tokens for batch in batches)
+
+    def row(kind: str, step: int, values: dict) -> dict:
+        about = {"kind": kind, "stage": plan.name, "step": step, "tokens": step * tokens}
+        written = about | values | {"time": time.time()}
+        metrics.write(written)
+        return written
+
+    def evaluate(step: int) -> dict:
+        with precision_context(plan.run.precision, device):
+            scores = numbers(evaluate_student(student, teacher, inputs.validation, device), teacher)
+        console.evaluation(row("eval", step, scores))
+        return scores
+
+    evaluate(0)
+    with precision_context(plan.run.precision, device):
+        progress = _every(10, lambda i: console.say(f"{plan.name}: layer {i} is fitted"))
+        row(plan.stage.objective, 1, plan.stage.fit(student, batches, progress))
+    evaluation = evaluate(1)
+    settings = layer_settings(plan.layers, run.directory.stage(plan.name))
+    state = {"stage": plan.name, "step": 1, "finished": True, "settings": settings}
+    run.checkpointer(plan.name).save(1, student.student_state_dict(), None, state, required=True)
+    run.world.barrier()
+    return evaluation
+
+
+def _every(seconds: float, show: Callable[[int], None]) -> Callable[[int], None]:
+    """`show` at most this often."""
+    last = time.monotonic()
+
+    def throttled(value: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= seconds:
+            last = time.monotonic()
+            show(value)
+
+    return throttled
+
+
+def _train(
+    run: Run, plan: StagePlan, phase: Phase, models: _Models, inputs: _Inputs, checkpoint: Checkpoint | None
+) -> dict:
+    world, student, teacher = run.world, models.student, evaluation_teacher(models.teacher)
+    trainable = {n for n, p in student.canonical_parameters().items() if p.requires_grad}
+    # an engine of several processes may round or cut what it does not train; one process keeps and saves it
+    kept = student.student_state_dict() if world.is_main else {}
+    others = {n: t.to("cpu", copy=world.launched) for n, t in kept.items() if n not in trainable}
+    new = joined(student, plan, phase)
+    schedule = plan.schedule(rate_groups(student, plan, phase))
+    run.say("\n".join([f"{plan.name} trains from step {phase.first + 1}:", *training_table(student, plan, phase)]))
+    work = work_of(plan, student, models.kind, models.teacher)
+    if world.is_main:
+        peak, origin = run.peak
+        run.say(f"{rounded_count(round(work))} operations a token; MFU is of {peak / 1e12:.3g} TFLOP/s ({origin})")
+    own = share(inputs.validation, world.rank, world.size)
+    last: dict = {}
+
+    def evaluate(done: int) -> dict:
+        with engine.autocast():
+            scores = evaluate_student(engine.module, teacher, own, world.device, world.all_reduce_sum)
+        last.update(numbers(scores, teacher))
+        return dict(last)
+
+    engine = make_engine(plan, phase, student, world)
+    try:
+        with engine.autocast():  # without gradients more rows fit than in a step
+            rows = rows_within(MICRO_TOKENS, plan.length.seq_len)
+            batches = partial(sample, inputs.rows, micro_rows=rows, device=world.device)
+            step = plan.stage.step(engine.module, models.teacher, plan, batches)
+        if plan.settings.activation_checkpointing and plan.stage.recomputes_layers:
+            student.lm.train().activation_checkpointing_enable()  # transformers recomputes in training mode only
+        every = plan.settings.evaluate_every_tokens
+        trainer = Trainer(
+            engine,
+            watched(step, student),
+            inputs.rows,
+            stage=plan.name,
+            budget=plan.length,
+            schedule=schedule,
+            micro_rows=plan.shape.micro_rows,
+            checkpointer=run.checkpointer(plan.name),
+            settings={"seed": plan.run.seed, "data": inputs.data}
+            | layer_settings(plan.layers, run.directory.stage(plan.name)),
+            metrics=MetricsWriter(run.directory.path, run.loggers),
+            console=Console(plan.name, plan.length.steps, run.config.log_every),
+            evaluate=evaluate,
+            evaluate_every=plan.length.steps_for(every) if every else 0,
+            save_every=run.config.checkpoint.every_steps,
+            other_tensors=lambda: others,
+            labels={"layers": student.rwkv_layers},
+            flops_per_token=work,
+            peak_flops=run.peak[0] if world.is_main else None,
+        )
+        if checkpoint is not None:
+            trainer.restore(checkpoint, joined=new if checkpoint.step == phase.first else ())
+        trainer.fit(until=phase.until)
+        if not last and phase.until == plan.length.steps:  # killed between the last checkpoint and the stage's end
+            evaluate(phase.until)
+    finally:
+        engine.close()
+    return last

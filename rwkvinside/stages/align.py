@@ -1,0 +1,42 @@
+"""Align: each mixer imitates its layer's attention on the teacher's own hidden states (RADLADS step 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from .base import WHOLE_STAGE, Backward, Stage, StageSize, narrow_rate
+
+if TYPE_CHECKING:
+    from ..data.batch import Batch
+    from ..teacher.signals import Teacher
+    from .plan import StagePlan
+    from .steps import AlignStep
+
+NORM_TOKENS = 16384  # from which the weights of the loss are measured
+
+
+class Align(Stage):
+    """Squared error of each mixer relative to its layer's attention; the mixers alone train."""
+
+    objective = "align"
+    small = StageSize("2M", 512, 4096)
+    large = StageSize("320M", 512, 16384)
+    backward = Backward.MIXERS
+    needs_attention = True
+
+    @classmethod
+    def defaults(cls, width: int, max_positions: int) -> dict:
+        return super().defaults(width, max_positions) | {"train": ["mixer"], "optim": {"decay": dict(WHOLE_STAGE)}}
+
+    @classmethod
+    def learning_rates(cls, width: int) -> dict[str, float]:
+        lr = narrow_rate(1e-3, 0.67, width)
+        return {"lr": lr, "lr_rest": lr, "lr_final": lr / 100}
+
+    def step(self, model, teacher: Teacher | None, plan: StagePlan, sample: Callable[[int], list[Batch]]) -> AlignStep:
+        from ..hybrid.calibration import teacher_norms
+        from .steps import AlignStep
+
+        norms, _ = teacher_norms(model, sample(NORM_TOKENS))
+        return AlignStep(norms, checkpoint=plan.settings.activation_checkpointing)

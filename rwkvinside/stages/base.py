@@ -1,0 +1,226 @@
+"""What makes a stage what it is: a class per objective, and everything about the objective in its file.
+
+The configuration asks these classes for defaults and checks, so importing them is light: what needs torch is imported
+where it is used.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, ClassVar
+
+from ..errors import UserError
+from ..support.settings import problem
+from ..teacher.kinds import TeacherKind
+
+if TYPE_CHECKING:
+    from ..data.batch import Batch
+    from ..data.rows import PackedRows, PaddedDocuments
+    from ..data.token_store import TokenStore
+    from ..hybrid.model import HybridModel
+    from ..teacher.signals import Teacher
+    from ..training.protocols import Step
+    from .plan import StagePlan
+    from .settings import StageConfig
+
+SMALL = 1024  # narrower teachers are for laptops: short rows, small steps, budgets in minutes
+
+WHOLE_STAGE = {"shape": "cosine", "start": 0.0, "end": 1.0}
+LATE = {"shape": "cosine", "start": 0.833, "end": 0.875}
+
+
+class Backward(Enum):
+    """What the backward pass of a step goes through."""
+
+    NOTHING = "nothing"
+    MIXERS = "each mixer on its own"
+    MODEL = "the whole model"
+
+
+@dataclass(frozen=True)
+class StageSize:
+    """How much a stage reads unless told otherwise.
+
+    Attributes:
+        tokens: of the stage, as written in a configuration.
+        seq_len: tokens of a row.
+        step_tokens: tokens of an optimizer step.
+    """
+
+    tokens: str
+    seq_len: int
+    step_tokens: int
+
+
+class Stage(ABC):
+    """A stage's objective: its defaults, checks, rows, step, and what planning has to know.
+
+    Class attributes:
+        objective: its key in YAML.
+        small, large: defaults for teachers narrower than `SMALL`, and others.
+        backward: what a step differentiates.
+        needs_attention: runs the teacher's attention beside the mixers, so on the teacher's own weights.
+        follows_teacher: its loss compares distributions, so it has a choice of teacher.
+        has_loss: `stages.<name>.loss` has a meaning.
+    """
+
+    objective: ClassVar[str]
+    small: ClassVar[StageSize]
+    large: ClassVar[StageSize]
+    backward: ClassVar[Backward] = Backward.MODEL
+    needs_attention: ClassVar[bool] = False
+    follows_teacher: ClassVar[bool] = False
+    has_loss: ClassVar[bool] = False
+
+    @property
+    def trains(self) -> bool:
+        """Whether it has optimizer steps."""
+        return self.backward is not Backward.NOTHING
+
+    @property
+    def recomputes_layers(self) -> bool:
+        """Whether activation checkpointing is the model's own, which recomputes whole layers."""
+        return self.backward is Backward.MODEL
+
+    # settings
+
+    @classmethod
+    def defaults(cls, width: int, max_positions: int) -> dict:
+        """Return default settings as plain values; what is missing has one default for all stages (`settings.py`).
+
+        Args:
+            width: the teacher's hidden size.
+            max_positions: the longest context the teacher was made for, which caps seq_len.
+        """
+        size = cls.small if width < SMALL else cls.large
+        return {
+            "objective": cls.objective,
+            "tokens": size.tokens,
+            "data": {"seq_len": min(size.seq_len, max_positions)},
+            "batch": {"tokens": size.step_tokens},
+        }
+
+    @classmethod
+    @abstractmethod
+    def learning_rates(cls, width: int) -> dict[str, float]:
+        """Return default learning rates: {"lr": mixers, "lr_rest": everything else, "lr_final": where both end}."""
+
+    @classmethod
+    def warmup_steps(cls, steps: int) -> int:
+        """Return 50 steps, in a short stage a tenth, at least 10: mixers diverge if started at the full rate."""
+        return min(50, max(10, steps // 10), steps)
+
+    @classmethod
+    def check_settings(cls, settings: StageConfig) -> None:
+        """Refuse settings that mean nothing for this objective.
+
+        Raises:
+            PydanticCustomError: what is wrong, for the list of problems of a configuration.
+        """
+        if cls.backward is not Backward.NOTHING:
+            if not settings.train:
+                raise problem("train is empty; name groups such as mixer, or regular expressions")
+            if settings.optim is None:
+                raise problem("optim is null; leave it out for the defaults")
+        if cls.has_loss and settings.loss is None:
+            raise problem("loss is null; leave it out for the defaults")
+        if not cls.has_loss and settings.loss is not None:
+            raise problem("objective {} has a fixed loss: leave out loss", cls.objective)
+        if not cls.follows_teacher and settings.chooses_teacher:
+            raise problem(
+                "objective {} has no choice of teacher: leave out teacher, teacher_model and teacher_cache",
+                cls.objective,
+            )
+
+    # the student
+
+    def prepare(self, student: HybridModel, plan: StagePlan, train: Sequence[str]) -> TeacherKind | None:
+        """Set what of the student trains, and say which exact teacher the stage has then.
+
+        Args:
+            train: groups or regular expressions (`Phase.train`).
+
+        Returns:
+            Where the teacher's side comes from; None: no exact teacher is at hand, and the stage needs none.
+
+        Raises:
+            UserError: a pattern that matches nothing; the objective cannot do with this student.
+        """
+        student.set_trainable(train)
+        self.check(student, plan)
+        return self.teacher_kind(student, plan)
+
+    def check(self, student: HybridModel, plan: StagePlan) -> None:
+        """Refuse a student that the objective cannot do with; its shapes suffice.
+
+        Raises:
+            UserError: what is wrong and what to do.
+        """
+        if not self.needs_attention:
+            return
+        if changed := student.teacher_changes():
+            raise UserError(
+                f"objective {self.objective} needs the teacher's own weights, but {changed[0]} is trained here or "
+                "before",
+                "train mixer groups only, and run this stage before those that train more",
+            )
+        if adapters := student.adapters_beside_mixers():
+            raise UserError(
+                f"objective {self.objective} runs all but the mixers without adapters: {adapters[0]} learns nothing",
+                "leave adapters out of the stage's train, or put them on mixers",
+            )
+
+    def teacher_kind(self, student: HybridModel, plan: StagePlan) -> TeacherKind | None:
+        """Return where the teacher's side of the stage, or of its evaluations, comes from."""
+        return None if student.teacher_changes() else TeacherKind.SELF
+
+    # data and steps
+
+    def documents(self, store: TokenStore, seq_len: int, seed: int) -> PackedRows | PaddedDocuments:
+        """Lay documents out in rows: packed, one document after the other."""
+        from ..data.rows import PackedRows
+
+        return PackedRows(store, seq_len, seed)
+
+    @abstractmethod
+    def step(self, model, teacher: Teacher | None, plan: StagePlan, sample: Callable[[int], list[Batch]]) -> Step:
+        """Return the step that the trainer takes.
+
+        Args:
+            model: the student, or what an engine made of it; called under the engine's autocast.
+            teacher: from `prepare`'s kind.
+            sample: gives batches of about so many tokens of the stage's rows, on the model's device.
+        """
+
+    # planning
+
+    def logit_models(self, kind: TeacherKind | None) -> int:
+        """Return how many models' logits a step makes."""
+        return 0
+
+    def held_bytes(self, student: HybridModel, plan: StagePlan) -> int:
+        """Return bytes that the stage holds beside models and steps."""
+        return 0
+
+    def summary(self, student: HybridModel, plan: StagePlan, kind: TeacherKind | None) -> list[str]:
+        """Return the objective's own lines in the plan: steps, learning rates, loss, what trains."""
+        from .summary import training_lines
+
+        return training_lines(student, plan, self.loss_lines(plan, kind))
+
+    def loss_lines(self, plan: StagePlan, kind: TeacherKind | None) -> list[str]:
+        """Return what the loss compares, and with which teacher, for the plan."""
+        return []
+
+
+def narrow_rate(rate: float, exponent: float, width: int) -> float:
+    """Scale a learning rate that belongs to widths around 4096: narrower models take larger ones.
+
+    1e-3 (4096 / D)^0.67 to align and 1e-4 (4096 / D)^0.72 to distill pass through the published rates and through
+    those found for D = 64, 1.6e-2 and 2e-3 (docs/benchmarks.md). Published: RADLADS (arXiv 2505.03005), HALO (arXiv
+    2601.22156).
+    """
+    return rate * (4096 / width) ** exponent

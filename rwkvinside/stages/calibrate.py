@@ -1,0 +1,93 @@
+"""Calibrate: decay, rate, bonus and output scale of each head from the teacher's attention, in closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from ..errors import UserError
+from ..support.settings import problem
+from ..support.text import rounded_count
+from .base import Backward, Stage, StageSize
+
+if TYPE_CHECKING:
+    from ..data.batch import Batch
+    from ..hybrid.model import HybridModel
+    from ..teacher.kinds import TeacherKind
+    from ..teacher.signals import Teacher
+    from .plan import StagePlan
+    from .settings import StageConfig
+
+FP32 = 4
+
+
+class Calibrate(Stage):
+    """The start of the mixers: nothing trains, each head is fitted by search and least squares."""
+
+    objective = "calibrate"
+    small = StageSize("4k", 512, 4096)
+    large = StageSize("16k", 2048, 16384)
+    backward = Backward.NOTHING
+    needs_attention = True
+
+    @classmethod
+    def learning_rates(cls, width: int) -> dict[str, float]:
+        return {}
+
+    @classmethod
+    def check_settings(cls, settings: StageConfig) -> None:
+        if settings.optim is not None or settings.train or settings.unfreeze:
+            raise problem("objective calibrate does not train: leave out optim, train and unfreeze")
+        super().check_settings(settings)
+
+    def check(self, student: HybridModel, plan: StagePlan) -> None:
+        super().check(student, plan)
+        if fitted := student.mixer_names() - set(student.canonical_parameters()):
+            raise UserError(
+                f"objective calibrate fits the mixers, but {min(fitted)} is quantized",
+                f"set stages.{plan.name}.quantize of this stage to groups without mixers",
+            )
+
+    def step(self, model, teacher: Teacher | None, plan: StagePlan, sample: Callable[[int], list[Batch]]):
+        raise TypeError("calibration has no optimizer steps: call fit")
+
+    def fit(self, student: HybridModel, batches: list[Batch], progress: Callable[[int], None]) -> dict:
+        """Fit every mixer in place.
+
+        Args:
+            batches: of the stage's rows, on the student's device.
+            progress: called with a layer's index when it is fitted.
+
+        Returns:
+            The stage's own row of metrics.jsonl: lists per head by field and layer.
+        """
+        from dataclasses import fields
+
+        from ..hybrid.calibration import LayerFit, calibrate
+
+        fits = calibrate(student, batches, progress)
+        return {f.name: {str(i): getattr(fit, f.name) for i, fit in fits.items()} for f in fields(LayerFit)}
+
+    def held_bytes(self, student: HybridModel, plan: StagePlan) -> int:
+        """Return the bytes of what calibration holds of all its tokens and of one batch.
+
+        Of all tokens: hidden states, their normed form, the teacher's heads, what later mixers read, masks. Of one
+        batch: the inputs of a recurrence, and features and targets in two precisions.
+        """
+        mixer, seq_len = student.mixer_config, plan.length.seq_len
+        C, K = mixer.num_heads * mixer.head_size, mixer.num_kv_heads * mixer.head_size
+        of_token = FP32 * (2 * student.lm.config.hidden_size + C + 2 * K) + seq_len
+        return plan.length.total_tokens * of_token + plan.shape.micro_rows * seq_len * FP32 * 25 * C
+
+    def summary(self, student: HybridModel, plan: StagePlan, kind: TeacherKind | None) -> list[str]:
+        lines = [f"{'group':<12}{'parameters':>12}  in this stage"]
+        for group, _, count in student.group_table():
+            state = "fitted" if group.startswith("mixer.") else "frozen"
+            lines.append(f"{group:<12}{rounded_count(count):>12}  {state}")
+        quantized: dict[tuple[str, str], int] = {}
+        for name, layer in student.quantized.items():
+            of = student.group_of(f"{name}.weight")[-1], layer.format
+            quantized[of] = quantized.get(of, 0) + layer.weight_numel
+        for (group, form), count in quantized.items():
+            lines.append(f"{group:<12}{rounded_count(count):>12}  frozen in {form}")
+        return lines

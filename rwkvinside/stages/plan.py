@@ -1,0 +1,140 @@
+"""What a run and its stages will do, resolved once from the configuration (`config/resolve.py`).
+
+Planning prints these objects, the conversion runs them; nobody asks the configuration again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..data.settings import DataConfig
+from ..teacher.kinds import TeacherKind
+from ..teacher.settings import TeacherConfig
+from ..training.batching import StepShape
+from ..training.schedule import Schedule, StageLength
+from ..training.settings import DeepSpeedConfig
+from .base import Stage
+from .phases import Phase
+from .settings import StageConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..hybrid.assemble import LayerSpec
+    from ..hybrid.model import StudentSpec
+    from ..losses.distillation import Objective
+    from .param_groups import RateGroup
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What all stages of a run share, resolved for this machine.
+
+    Attributes:
+        teacher: the model that is converted.
+        student: what it becomes.
+        data: texts of stages that name none of their own.
+        seed: of initialization and data order.
+        device: type of device, "cpu" or "cuda"; it need not be here.
+        precision: arithmetic of the steps, "fp32" or "bf16".
+        teacher_dtype: type in which the teacher is loaded.
+        frozen_dtype: type of frozen weights that are not quantized, once a model is complete.
+        ranks: processes that share the work.
+        zero: how DeepSpeed shards where a launcher starts the run.
+        endless_tokens: tokens that are read of a source without an end (see `data.sources`).
+    """
+
+    teacher: TeacherConfig
+    student: StudentSpec
+    data: DataConfig
+    seed: int
+    device: str
+    precision: str
+    teacher_dtype: torch.dtype
+    frozen_dtype: torch.dtype
+    ranks: int
+    zero: DeepSpeedConfig
+    endless_tokens: int
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage, resolved.
+
+    Attributes:
+        name: its key under `stages`.
+        stage: its objective.
+        settings: its section of the configuration.
+        run: what it shares with the others.
+        length: tokens, rows and steps.
+        shape: how the rows of a step are cut.
+        phases: what trains from which step on; one where nothing unfreezes.
+        layers: quantized layers and adapters.
+        signal_teacher: the model that teacher distributions come from.
+        loss: what is compared; of stages whose objective has a loss.
+    """
+
+    name: str
+    stage: Stage
+    settings: StageConfig
+    run: RunSettings
+    length: StageLength
+    shape: StepShape
+    phases: tuple[Phase, ...]
+    layers: LayerSpec
+    signal_teacher: TeacherConfig
+    loss: Objective | None
+
+    @property
+    def title(self) -> str:
+        """The stage's name, and its objective where that is another word."""
+        return self.name if self.name == self.stage.objective else f"{self.name} ({self.stage.objective})"
+
+    @property
+    def asked_teacher(self) -> TeacherKind | None:
+        """Where the configuration says that the teacher's side comes from; None: wherever it is exact."""
+        asked = self.settings.teacher
+        return None if asked == "auto" else TeacherKind(asked)
+
+    @property
+    def row_count(self) -> int:
+        """Rows that the stage reads."""
+        return self.length.steps * self.length.rows_per_step
+
+    def schedule(self, groups: Mapping[str, RateGroup]) -> Schedule:
+        """Return the learning rates of a phase's groups; one that starts below lr_final stays where it is.
+
+        Args:
+            groups: from `param_groups.rate_groups`.
+        """
+        optim = self.settings.optim
+        return Schedule(
+            peak={name: group.rate for name, group in groups.items()},
+            final={name: min(group.rate, optim.lr_final) for name, group in groups.items()},
+            first={name: group.first for name, group in groups.items()},
+            warmup_steps=optim.warmup_steps,
+            shape=optim.decay.shape,
+            start=optim.decay.start,
+            end=optim.decay.end,
+        )
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A run, resolved.
+
+    Attributes:
+        settings: what all stages share.
+        stages: in the order in which each starts from the one before, those that do not run now included.
+        selected: names of those that run.
+    """
+
+    settings: RunSettings
+    stages: tuple[StagePlan, ...]
+    selected: tuple[str, ...]
+
+    def stage(self, name: str) -> StagePlan:
+        """Return the plan of a stage by its name."""
+        return next(plan for plan in self.stages if plan.name == name)

@@ -1,0 +1,54 @@
+"""The objectives a stage can have, and the stages that every configuration knows.
+
+A new objective is one file with a subclass of `Stage` and one line in `OBJECTIVES`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from .base import Stage
+
+# objective -> its class; imported when it is asked for
+OBJECTIVES = {
+    "calibrate": "rwkvinside.stages.calibrate:Calibrate",
+    "align": "rwkvinside.stages.align:Align",
+    "distill": "rwkvinside.stages.distill:Distill",
+    "sft": "rwkvinside.stages.sft:SupervisedFineTuning",
+}
+
+# name of a stage that is there without being configured -> its class, which brings its defaults
+STAGES = {
+    "calibrate": OBJECTIVES["calibrate"],
+    "align": OBJECTIVES["align"],
+    "distill": OBJECTIVES["distill"],
+    "long": "rwkvinside.stages.distill:LongContext",
+    "sft": OBJECTIVES["sft"],
+}
+RUN = ("calibrate", "align", "distill")  # what a conversion runs unless told otherwise
+
+
+def stage_class(name: str, objective: str | None) -> type[Stage] | None:
+    """Return the class of a stage.
+
+    Args:
+        name: of the stage.
+        objective: as configured; None: that of a known name.
+
+    Returns:
+        The class; None for an unknown objective, or an unknown name without one.
+    """
+    known = _load(STAGES[name]) if name in STAGES else None
+    if objective is None or (known is not None and known.objective == objective):
+        return known
+    return objective_class(objective) if objective in OBJECTIVES else None
+
+
+def objective_class(objective: str) -> type[Stage]:
+    """Return the class of an objective, a key of `OBJECTIVES`."""
+    return _load(OBJECTIVES[objective])
+
+
+def _load(path: str) -> type[Stage]:
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)

@@ -1,0 +1,73 @@
+"""Supervised fine-tuning: cross-entropy on the labeled positions (completions), without a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from ..support.settings import problem
+from .base import LATE, SMALL, WHOLE_STAGE, Stage, StageSize, narrow_rate
+
+if TYPE_CHECKING:
+    from ..data.batch import Batch
+    from ..data.rows import PaddedDocuments
+    from ..data.token_store import TokenStore
+    from ..teacher.kinds import TeacherKind
+    from ..teacher.signals import Teacher
+    from .plan import StagePlan
+    from .settings import StageConfig
+    from .steps import SftStep
+
+
+class SupervisedFineTuning(Stage):
+    """Cross-entropy on completions; one document a row."""
+
+    objective = "sft"
+    small = StageSize("1M", 512, 4096)
+    large = StageSize("20M", 4096, 131072)
+    has_loss = True
+
+    @classmethod
+    def defaults(cls, width: int, max_positions: int) -> dict:
+        decay = WHOLE_STAGE if width < SMALL else LATE
+        return super().defaults(width, max_positions) | {
+            "train": [".*"],
+            "optim": {"decay": dict(decay)},
+            "loss": {"kl": 0.0, "ce": 1.0},
+        }
+
+    @classmethod
+    def learning_rates(cls, width: int) -> dict[str, float]:
+        lr = narrow_rate(1e-4, 0.72, width) / 10
+        return {"lr": lr, "lr_rest": lr, "lr_final": lr}
+
+    @classmethod
+    def warmup_steps(cls, steps: int) -> int:
+        """Return 3 % of the steps, at least one."""
+        return max(1, round(0.03 * steps))
+
+    @classmethod
+    def check_settings(cls, settings: StageConfig) -> None:
+        super().check_settings(settings)
+        loss = settings.loss
+        if loss.kl or loss.ce != 1:
+            raise problem("objective sft has loss.kl 0 and loss.ce 1; objective distill mixes both")
+        if loss != type(loss)(kl=0, ce=1, chunk_tokens=loss.chunk_tokens):
+            raise problem("objective sft has no divergence: leave out loss.divergence, loss.top_k, loss.temperature")
+
+    def documents(self, store: TokenStore, seq_len: int, seed: int) -> PaddedDocuments:
+        """Lay documents out in rows: each alone in its row, padded."""
+        from ..data.rows import PaddedDocuments
+
+        return PaddedDocuments(store, seq_len, seed)
+
+    def step(self, model, teacher: Teacher | None, plan: StagePlan, sample: Callable[[int], list[Batch]]) -> SftStep:
+        from .steps import SftStep
+
+        return SftStep(plan.loss)
+
+    def logit_models(self, kind: TeacherKind | None) -> int:
+        return 1
+
+    def loss_lines(self, plan: StagePlan, kind: TeacherKind | None) -> list[str]:
+        return [f"loss      {plan.settings.loss.ce:g} cross-entropy"]

@@ -1,0 +1,149 @@
+"""The teacher's side of a stage: a second model, or its logits on disk, and that they fit the run."""
+
+from __future__ import annotations
+
+import hashlib
+
+from transformers import PreTrainedTokenizerBase
+
+from ..data.encode import tokenizer_hash
+from ..errors import UserError
+from ..hybrid.quantized_linear import linear_names, quantize
+from ..teacher.kinds import TeacherKind
+from ..teacher.load import load_teacher, meta_teacher, open_tokenizer, teacher_config, weights_hash
+from ..teacher.logits_store import LogitsReader, check_identity, row_digests
+from ..teacher.signals import OfflineTeacher, OnlineTeacher, SelfTeacher, Teacher, TeacherModel
+from ..training.deepspeed_engine import inference_engine
+from ..training.process_group import Distributed
+from .plan import StagePlan
+from .rows import Rows
+
+FIRST_ROWS = 16  # whose contents stand for the data in the identity of a cache; every row is checked when it is used
+
+
+def build_teacher(
+    plan: StagePlan, kind: TeacherKind | None, tokenizer: PreTrainedTokenizerBase, rows: Rows, world: Distributed
+) -> Teacher | None:
+    """Return where the teacher's side of a stage comes from.
+
+    Args:
+        kind: from `Stage.prepare`.
+        tokenizer, rows: which logits on disk must be of.
+
+    Raises:
+        UserError: weights that cannot be loaded; logits of something else, incomplete or damaged.
+    """
+    if kind is TeacherKind.SELF:
+        return SelfTeacher()
+    if kind is TeacherKind.OFFLINE:
+        return OfflineTeacher(check_cache(plan, tokenizer, rows))
+    return online_teacher(plan, world) if kind is TeacherKind.ONLINE else None
+
+
+def online_teacher(plan: StagePlan, world: Distributed) -> OnlineTeacher:
+    """Return a frozen model next to the student, quantized and sharded as the stage says.
+
+    In fp32 what is not quantized becomes fp32, whatever it was loaded in. One process shards nothing.
+    """
+    second, teacher = plan.settings.teacher_model, plan.signal_teacher
+    lm = load_teacher(teacher.path, teacher.revision, plan.run.teacher_dtype)
+    if second.quantize:
+        quantize(lm, linear_names(lm, skip=("lm_head",)), second.quantize, device=world.device)
+    if plan.run.precision == "fp32":
+        lm.float()
+    model = TeacherModel(lm)
+    if second.shard and world.launched:
+        return OnlineTeacher(*inference_engine(model, list(model.readout.parameters()), world))
+    return OnlineTeacher(model.to(world.device))
+
+
+def meta_online_teacher(plan: StagePlan):
+    """Return the shapes of `online_teacher`'s model, on the meta device."""
+    lm = meta_teacher(plan.signal_teacher)
+    if (format := plan.settings.teacher_model.quantize) is not None:
+        quantize(lm, linear_names(lm, skip=("lm_head",)), format)
+    return lm
+
+
+def check_teacher(plan: StagePlan, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse, before anything trains, what a stage names as its teacher and cannot use.
+
+    Raises:
+        UserError: a second model of another tokenizer, whose distributions would be over other tokens; see also
+            `check_cache`.
+    """
+    if plan.asked_teacher is TeacherKind.OFFLINE:
+        check_cache(plan, tokenizer)
+    elif plan.settings.teacher_model.path is not None:
+        check_tokenizer(plan, tokenizer)
+
+
+def check_tokenizer(plan: StagePlan, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a teacher for which a token of the run has another id.
+
+    Raises:
+        UserError: names the token. The teacher may know more, such as the tokens of a later chat template.
+    """
+    theirs = open_tokenizer(plan.signal_teacher).get_vocab()
+    wrong = [(id, token) for token, id in tokenizer.get_vocab().items() if theirs.get(token) != id]
+    if wrong:
+        id, token = min(wrong)
+        raise UserError(
+            f"teacher_model {plan.signal_teacher.path} has another tokenizer than {plan.run.teacher.path}: "
+            f"token {token!r} is {theirs.get(token, 'unknown')} there, {id} here",
+            "use a teacher of the same family",
+        )
+
+
+def check_cache(plan: StagePlan, tokenizer: PreTrainedTokenizerBase, rows: Rows | None = None) -> LogitsReader:
+    """Return logits on disk that are what a stage needs.
+
+    Args:
+        rows: of the stage; None: they are not there yet, and what can be said without them must do.
+
+    Raises:
+        UserError: what the cache is of differs from the stage in teacher, tokenizer, temperature, data or order of
+            rows; then too few rows, or tokens of each position; files that are missing.
+    """
+    reader, wanted = LogitsReader(plan.settings.teacher_cache), cache_identity(plan, tokenizer)
+    # by its weights, or by its name where it was left on another machine
+    wanted.pop("teacher" if wanted["teacher"] is None else "teacher's name")
+    if rows is not None:
+        wanted["data"] = data_hash(rows)
+    check_identity(reader.path, reader.identity, reader.identity | wanted)
+    reader.require(plan.row_count)  # the rest of other logits would be of no use
+    top_k = plan.settings.loss.top_k
+    if top_k and top_k > reader.k:
+        raise UserError(
+            f"the logits in {reader.path} have {reader.k} tokens a position, and stages.{plan.name}.loss.top_k is "
+            f"{top_k}",
+            "lower top_k, or write them again with a larger --k",
+        )
+    return reader
+
+
+def cache_identity(plan: StagePlan, tokenizer: PreTrainedTokenizerBase) -> dict:
+    """Return what logits on disk are of, but for the data: names that a message can use, and JSON values."""
+    teacher = plan.signal_teacher
+    return {
+        "row length": plan.length.seq_len,
+        "stage": plan.name,
+        "seed": plan.run.seed,
+        "tokenizer": tokenizer_hash(tokenizer)[:16],
+        "teacher": weights_hash(teacher.path, teacher.revision),
+        "teacher's name": teacher.path if teacher.revision is None else f"{teacher.path}@{teacher.revision}",
+        "teacher's quantization": plan.settings.teacher_model.quantize,
+        "temperature": plan.settings.loss.temperature,
+        "vocabulary": shared_vocab(plan),
+    }
+
+
+def shared_vocab(plan: StagePlan) -> int:
+    """Return how many ids student and teacher share; the larger vocabulary is cut."""
+    return min(teacher_config(plan.run.teacher).vocab_size, teacher_config(plan.signal_teacher).vocab_size)
+
+
+def data_hash(rows: Rows) -> str:
+    """Return a hash of the tokens and labels of the first rows."""
+    digests = row_digests(rows.batch(range(FIRST_ROWS)))
+    return hashlib.sha256(digests.numpy().tobytes()).hexdigest()[:16]

@@ -1,0 +1,22 @@
+"""Where the teacher's side of a stage can come from."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class TeacherKind(Enum):
+    """A source of teacher distributions, by its name in the configuration (`stages.<name>.teacher`)."""
+
+    SELF = "same"
+    ONLINE = "separate"
+    OFFLINE = "cache"
+
+    @property
+    def title(self) -> str:
+        """What a plan calls it."""
+        return {
+            TeacherKind.SELF: "the student's own frozen weights",
+            TeacherKind.ONLINE: "a second model",
+            TeacherKind.OFFLINE: "logits on disk",
+        }[self]
