@@ -9,13 +9,13 @@ import pytest
 import yaml
 from tiny import save_configuration
 
-from rwkvinside.config.defaults import STAGES, learning_rates
 from rwkvinside.config.load import DEFAULT_DATA, load_config
-from rwkvinside.config.schema import Config
+from rwkvinside.config.resolve import resolve
 from rwkvinside.config.show import describe, to_yaml
 from rwkvinside.config.teacher_lookup import SUPPORTED, recipes
 from rwkvinside.errors import UserError
 from rwkvinside.hybrid.settings import StudentConfig
+from rwkvinside.stages.registry import OBJECTIVES, STAGES, stage_class
 from rwkvinside.support.settings import parse_count
 
 # Parameters in billions as the model cards state them (embedding counted once where it is tied).
@@ -60,15 +60,14 @@ def problems(*overrides, **arguments):
 
 @pytest.mark.parametrize("name", sorted(recipes()))
 def test_every_recipe_loads_and_describes_the_model_of_that_name(name):
-    from rwkvinside.planning.plan import teacher_parameters
-    from rwkvinside.stages.prepare import meta_student
+    from rwkvinside.planning.plan import meta_student, teacher_parameters
 
     config = load_config(teacher=name.lower())
     assert config.teacher.path.endswith(name)
     assert config.data.train == [DEFAULT_DATA]
     assert config.out == f"runs/{name}"
     # to the digits that the card gives
-    assert teacher_parameters(meta_student(config)) / 1e9 == pytest.approx(PARAMETERS[name], rel=2e-3)
+    assert teacher_parameters(meta_student(resolve(config).settings)) / 1e9 == pytest.approx(PARAMETERS[name], rel=2e-3)
     assert load_config(teacher=config.teacher.path) == config
 
 
@@ -105,7 +104,7 @@ def test_small_and_large_teachers_get_their_own_defaults(teacher):
     small, large = load_config(teacher=teacher), load_config(teacher="Qwen3-8B")
     assert small.run == large.run == ["calibrate", "align", "distill"]
     assert set(STAGES) == set(small.stages)
-    assert small.stages["align"].rows * small.stages["align"].data.seq_len == 4096
+    assert small.stages["align"].length.tokens_per_step == 4096
     assert small.stages["long"].data.seq_len == 512  # capped by max_position_embeddings
     assert large.stages["distill"].data.seq_len == 4096 and large.stages["distill"].batch.tokens == 131072
     # width 4096 is where the published rates come from
@@ -113,7 +112,7 @@ def test_small_and_large_teachers_get_their_own_defaults(teacher):
     assert (optim.lr, optim.lr_rest, optim.lr_final, optim.warmup_steps) == (1e-4, 1e-5, 1e-5, 50)
     assert large.stages["align"].optim.lr == 1e-3
     for name in ("align", "distill"):
-        rates = learning_rates(name, name, 64)
+        rates = stage_class(name, None).learning_rates(64)
         for key, rate in rates.items():
             assert getattr(small.stages[name].optim, key) == pytest.approx(rate, rel=1e-3)  # 4 digits are kept
     assert small.data.train == []
@@ -128,18 +127,18 @@ def test_a_given_rate_takes_the_others_along(teacher):
 
 def test_rates_fall_with_width():
     for objective in ("align", "distill", "sft"):
-        rates = [learning_rates(objective, objective, width)["lr"] for width in (64, 1024, 4096, 8192)]
+        rates = [stage_class(objective, None).learning_rates(width)["lr"] for width in (64, 1024, 4096, 8192)]
         assert rates == sorted(rates, reverse=True)
 
 
 def test_short_stages_have_short_warm_up(teacher):
     config = load_config(teacher=teacher, overrides=["stages.align.tokens=600k", "stages.sft.tokens=600k"])
-    assert config.stages["align"].steps == 147
+    assert config.stages["align"].length.steps == 147
     assert config.stages["align"].optim.warmup_steps == 14
     assert config.stages["sft"].optim.warmup_steps == 4
     tiny = load_config(teacher=teacher, overrides=["stages.align.tokens=50k", "stages.distill.tokens=20k"])
     assert tiny.stages["align"].optim.warmup_steps == 10
-    assert tiny.stages["distill"].optim.warmup_steps == tiny.stages["distill"].steps == 5
+    assert tiny.stages["distill"].optim.warmup_steps == tiny.stages["distill"].length.steps == 5
     given = load_config(teacher=teacher, overrides=["stages.align.optim.warmup_steps=0"])
     assert given.stages["align"].optim.warmup_steps == 0
 
@@ -204,7 +203,10 @@ def test_all_problems_at_once(teacher):
         ("stages.sft.loss.kl=1", "objective sft has loss.kl 0"),
         ("stages.align.optim.decay={start: 0.5, end: 0.1}", "ends at 0.1 before it starts at 0.5"),
         ("stages.align.optim.lr=.nan", "must be a finite number"),
-        ("stages.mine.objective=distill", "stages.mine.objective = 'distill': allowed: calibrate, align, distill, sft"),
+        (
+            "stages.mine.objective=distil",
+            "stages.mine.objective = 'distil': allowed: calibrate, align, distill, sft; did you mean distill?",
+        ),
         ("stages.align.batch.token=1", "unknown key; did you mean stages.align.batch.tokens?"),
         ("run=[]", "run = []: is empty"),
         ("run=[align,align]", "has align twice"),
@@ -298,9 +300,9 @@ def test_every_field_is_described():
     assert {"stages.<stage>.optim.lr", "student.ranks.decay", "data.train", "stages.<stage>.tokens"} <= paths
 
 
-def test_schema_has_no_unlisted_objective():
-    objectives = typing.get_args(Config.model_fields["stages"].annotation)[1].model_fields["objective"].annotation
-    assert set(typing.get_args(objectives)) == set(STAGES.values())
+def test_every_objective_is_a_stage_that_is_there_by_its_name():
+    assert {path for name, path in STAGES.items() if name in OBJECTIVES} == set(OBJECTIVES.values())
+    assert {stage_class(name, None).objective for name in STAGES} == set(OBJECTIVES)
 
 
 def test_recipes_hold_only_what_differs():

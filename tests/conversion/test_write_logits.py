@@ -16,13 +16,13 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import train_distill
 from rwkvinside.cli.main import main
 from rwkvinside.config.load import load_config
-from rwkvinside.conversion.write_logits import write_logits
+from rwkvinside.conversion.write_logits import distillation_plan, write_logits
 from rwkvinside.data.sources import tokens_of
 from rwkvinside.errors import Interrupted, UserError
 from rwkvinside.stages.rows import rows_of
-from rwkvinside.teacher.build import cached_teacher, separate_teacher
-from rwkvinside.teacher.load import load_tokenizer
-from rwkvinside.teacher.logits_check import check_teacher
+from rwkvinside.stages.teacher import build_teacher, check_teacher, online_teacher
+from rwkvinside.teacher.kinds import TeacherKind
+from rwkvinside.teacher.load import open_tokenizer
 from rwkvinside.teacher.logits_store import LogitsReader, LogitsWriter
 from rwkvinside.training.process_group import Distributed
 
@@ -66,16 +66,17 @@ def configured(material, *more, teacher="teacher", data="train"):
 
 
 def rows_and_tokenizer(config):
-    tokenizer = load_tokenizer(config)
-    tokens, _ = tokens_of(config, config.stages["distill"], tokenizer, 257, Distributed("cpu"))
-    return rows_of(config, "distill", tokens), tokenizer
+    plan, tokenizer = distillation_plan(config, "distill"), open_tokenizer(config.teacher)
+    data, needed = plan.settings.data, plan.run.endless_tokens
+    tokens, _ = tokens_of(plan.run.data, data, needed, tokenizer, 257, Distributed("cpu"))
+    return rows_of(plan, tokens), tokenizer
 
 
 @pytest.fixture(scope="module")
 def written(material):
     """Logits of all 12 rows in three shards."""
     out = material / "logits"
-    write_logits(configured(material), "distill", out, K, SHARD_BYTES)
+    write_logits(distillation_plan(configured(material), "distill"), out, K, SHARD_BYTES)
     return out
 
 
@@ -89,7 +90,8 @@ def cached(material, out, *more, **kwargs):
         material, "stages.distill.teacher=cache", f"stages.distill.teacher_cache={out}", *more, **kwargs
     )
     rows, tokenizer = rows_and_tokenizer(config)
-    return cached_teacher(config, "distill", tokenizer, rows), rows
+    plan, world = distillation_plan(config, "distill"), Distributed("cpu")
+    return build_teacher(plan, TeacherKind.OFFLINE, tokenizer, rows, world), rows
 
 
 def test_every_position_has_the_likeliest_tokens_of_the_teacher(material, written):
@@ -121,7 +123,7 @@ def test_every_position_has_the_likeliest_tokens_of_the_teacher(material, writte
 
 def test_a_larger_vocabulary_of_the_teacher_is_cut(material, tmp_path):
     more = [f"stages.distill.teacher_model.path={material / 'wide'}", "stages.distill.loss.temperature=2"]
-    write_logits(configured(material, *more), "distill", tmp_path / "logits", K)
+    write_logits(distillation_plan(configured(material, *more), "distill"), tmp_path / "logits", K)
     teacher, rows = cached(material, tmp_path / "logits", *more)
     batch = rows.batch([5])
     with teacher.targets(None, batch).open() as chunk:
@@ -141,7 +143,7 @@ def test_a_quantised_teacher_of_another_size(material):
     found = []
     for more in ([path], [path, "stages.distill.teacher_model.quantize=nf4"]):
         config = configured(material, *more)
-        teacher = separate_teacher(config, config.stages["distill"], Distributed("cpu"), torch.float32, launched=False)
+        teacher = online_teacher(distillation_plan(config, "distill"), Distributed("cpu"))
         batch = rows_and_tokenizer(config)[0].batch([0])
         with teacher.targets(None, batch).open() as chunk:
             found.append(chunk(slice(None))(slice(None), 257, 1.0).log_probs)
@@ -165,7 +167,7 @@ def test_killed_at_any_moment_it_goes_on_with_whole_shards(material, written, tm
             write(self, name, content)
 
         LogitsWriter._write = dying
-        write_logits(configured(material), "distill", out, K, SHARD_BYTES)
+        write_logits(distillation_plan(configured(material), "distill"), out, K, SHARD_BYTES)
         os._exit(1)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     index = json.loads((out / "index.json").read_text())
@@ -173,7 +175,7 @@ def test_killed_at_any_moment_it_goes_on_with_whole_shards(material, written, tm
     with pytest.raises(UserError, match="incomplete: 4 of 12 rows\nrun the same"):
         cached(material, out)
     before = (out / "logits-00000.safetensors").stat().st_mtime_ns
-    write_logits(configured(material), "distill", out, K, SHARD_BYTES)
+    write_logits(distillation_plan(configured(material), "distill"), out, K, SHARD_BYTES)
     assert (out / "logits-00000.safetensors").stat().st_mtime_ns == before
     assert (out / "index.json").read_bytes() == (written / "index.json").read_bytes()
     assert cached(material, out)
@@ -181,7 +183,7 @@ def test_killed_at_any_moment_it_goes_on_with_whole_shards(material, written, tm
 
 def test_more_rows_of_the_same_stage_are_added(material, copied):
     more = configured(material, "stages.distill.tokens=640")
-    write_logits(more, "distill", copied, K, SHARD_BYTES)
+    write_logits(distillation_plan(more, "distill"), copied, K, SHARD_BYTES)
     assert len(json.loads((copied / "index.json").read_text())["shards"]) == 5
     LogitsReader(copied).require(20)
     assert cached(material, copied)  # and the shorter stage can use them too
@@ -198,17 +200,17 @@ def test_ctrl_c_and_a_full_disk_keep_what_is_done(material, tmp_path, monkeypatc
 
     monkeypatch.setattr(LogitsWriter, "write", interrupted)
     with pytest.raises(Interrupted, match="4 of 12 rows"):
-        write_logits(config, "distill", out, K, SHARD_BYTES)
+        write_logits(distillation_plan(config, "distill"), out, K, SHARD_BYTES)
     monkeypatch.undo()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))  # less than a shard, as a full disk would cut it
     try:
         with pytest.raises(UserError, match="logits cannot be written to .*\nrun the same"):
-            write_logits(config, "distill", out, K, SHARD_BYTES)
+            write_logits(distillation_plan(config, "distill"), out, K, SHARD_BYTES)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(out.glob(".*"))
-    write_logits(config, "distill", out, K, SHARD_BYTES)
+    write_logits(distillation_plan(config, "distill"), out, K, SHARD_BYTES)
     assert cached(material, out)
 
 
@@ -295,13 +297,13 @@ def test_what_writing_refuses(material, written, tmp_path, capsys):
     config = configured(material)
     for k in (0, 257):
         with pytest.raises(UserError, match=f"--k {k}\nallowed: 1 to 256"):
-            write_logits(config, "distill", tmp_path / "new", k)
+            write_logits(distillation_plan(config, "distill"), tmp_path / "new", k)
     with pytest.raises(UserError, match="k 8 there, 9 here"):
-        write_logits(config, "distill", written, 9)
+        write_logits(distillation_plan(config, "distill"), written, 9)
     with pytest.raises(UserError, match="seed 0 there, 1 here"):
-        write_logits(configured(material, "seed=1"), "distill", written, K, SHARD_BYTES)
+        write_logits(distillation_plan(configured(material, "seed=1"), "distill"), written, K, SHARD_BYTES)
     with pytest.raises(UserError, match="'align' is no stage with objective distill"):
-        write_logits(config, "align", tmp_path / "new", K)
+        write_logits(distillation_plan(config, "align"), tmp_path / "new", K)
     arguments = ["data", "logits", "--teacher", str(material / "wide"), "--stage"]
     assert [main([*arguments, name]) for name in ("distill", "nope")] == [2, 2]
     said = capsys.readouterr().err
@@ -311,7 +313,7 @@ def test_what_writing_refuses(material, written, tmp_path, capsys):
     assert main(longer) == 2 and "seq_len = 9999: is longer than the 128 positions" in capsys.readouterr().err
     (tmp_path / "something").write_text("")
     with pytest.raises(UserError, match="not empty, and holds no logits"):
-        write_logits(config, "distill", tmp_path, K)
+        write_logits(distillation_plan(config, "distill"), tmp_path, K)
 
 
 def test_a_second_teacher_of_another_tokenizer_is_refused(material, tmp_path):
@@ -322,9 +324,9 @@ def test_a_second_teacher_of_another_tokenizer_is_refused(material, tmp_path):
     (tmp_path / "foreign" / "tokenizer.json").write_text(json.dumps(tokenizer))
     config = configured(material, f"stages.distill.teacher_model.path={tmp_path / 'foreign'}")
     with pytest.raises(UserError, match=f"has another tokenizer than .*: token 'a' is {vocab['a']} there"):
-        check_teacher(config, "distill", load_tokenizer(config))
+        check_teacher(distillation_plan(config, "distill"), open_tokenizer(config.teacher))
     fine = configured(material, f"stages.distill.teacher_model.path={material / 'wide'}")
-    check_teacher(fine, "distill", load_tokenizer(fine))
+    check_teacher(distillation_plan(fine, "distill"), open_tokenizer(fine.teacher))
 
 
 @pytest.mark.parametrize(
@@ -333,7 +335,7 @@ def test_a_second_teacher_of_another_tokenizer_is_refused(material, tmp_path):
         (["stages.distill.teacher=cache"], "teacher cache needs teacher_cache"),
         (["stages.distill.teacher_cache=/x"], "read by teacher cache only, not auto"),
         (["stages.distill.teacher=same", "stages.distill.teacher_model.quantize=nf4"], "leave out teacher_model"),
-        (["stages.align.teacher=separate"], "only objective distill has a choice of teacher"),
+        (["stages.align.teacher=separate"], "objective align has no choice of teacher"),
         (["stages.sft.loss.divergence=js"], "objective sft has no divergence"),
     ],
 )

@@ -6,6 +6,7 @@ import torch
 from tiny import save_configuration
 
 from rwkvinside.config.load import load_config
+from rwkvinside.config.resolve import resolve
 from rwkvinside.data import sources
 from rwkvinside.data.mixture import MixedRows
 from rwkvinside.data.rows import PackedRows, PaddedDocuments
@@ -57,10 +58,11 @@ def load(configure, tokenizer):
     opened = []
 
     def load(train, *overrides, stage="align"):
-        config = configure(train, *overrides)
-        tokens, val = sources.tokens_of(config, config.stages[stage], tokenizer, 260, WORLD)
+        plan = resolve(configure(train, *overrides), [stage]).stage(stage)
+        needed = plan.run.endless_tokens
+        tokens, val = sources.tokens_of(plan.run.data, plan.settings.data, needed, tokenizer, 260, WORLD)
         opened.extend(tokens.parts if isinstance(tokens, sources.Mixture) else [tokens])
-        return tokens, val, stage_rows.rows_of(config, stage, tokens)
+        return tokens, val, stage_rows.rows_of(plan, tokens)
 
     yield load
     for part in opened:
@@ -92,7 +94,7 @@ def test_weights_are_shares_of_the_tokens(load, configure, data, tokenizer, stre
     tokens, val, rows = load(data[:2], *options)
     assert isinstance(rows, MixedRows) and isinstance(rows.parts[1], StreamedRows if stream else PackedRows)
     assert share_of(tokenizer, rows, "y") == pytest.approx(0.75, abs=0.02)
-    lines, facts = stage_rows.report(configure(data[:2], *options).stages["align"], tokens, rows, val)
+    lines, facts = stage_rows.report(resolve(configure(data[:2], *options)).stage("align"), tokens, rows, val)
     assert [one["share"] for one in facts["sources"]] == pytest.approx([0.25, 0.75], abs=0.03)
     assert lines[0].endswith(f" tokens of 2 sources, {val.num_tokens:,} to validate")
     assert "(asked for 75.00%)" in lines[2] and ("streamed" in lines[2] if stream else "epochs of" in lines[2])
@@ -225,7 +227,7 @@ def test_what_only_the_data_can_say(load, configure, data, tmp_path, write_jsonl
 def test_the_plan_describes_the_data(configure, data):
     def said(train, *overrides):
         config = configure(train, *overrides)
-        return sources.describe(config, config.stages["align"])
+        return sources.describe(config.data, config.stages["align"].data)
 
     a, b, _ = data
     assert said([]) == "none given yet (--data)"

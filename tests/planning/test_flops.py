@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from plans import stage_plan
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -15,7 +16,7 @@ from rwkvinside.modeling import time_mixer
 from rwkvinside.planning import devices
 from rwkvinside.planning.devices import measured_flops, peak_flops
 from rwkvinside.planning.flops import training_flops
-from rwkvinside.stages.settings import StageConfig
+from rwkvinside.teacher.kinds import TeacherKind
 
 ROWS, LENGTH = 2, 32
 SIZES = dict(
@@ -54,7 +55,7 @@ def stage(objective):
         "optim": {},
     }
     loss = {"distill": {}, "sft": {"kl": 0.0, "ce": 1.0}}
-    return StageConfig.model_validate(values | ({"loss": loss[objective]} if objective in loss else {}))
+    return stage_plan(**values | ({"loss": loss[objective]} if objective in loss else {}))
 
 
 @pytest.fixture
@@ -106,7 +107,9 @@ def formula(student, objective, source, teacher=None):
     scores = found.forward.get("scores", 0) + found.backward.get("scores", 0)
     recurrence = found.forward["recurrence"] + found.backward["recurrence"]
     # of the teacher's operations the scores are the ones that are not whole matrices
-    layers = {"same": 3 - len(kept_of(student)) if objective == "align" else 3, "separate": 5}.get(source, 0)
+    layers = {TeacherKind.SELF: 3 - len(kept_of(student)) if objective == "align" else 3, TeacherKind.ONLINE: 5}.get(
+        source, 0
+    )
     of_teacher = layers * 4 * 4 * 16 * (LENGTH + 1) / 2
     return found.total - recurrence + (square - 1) * (scores + of_teacher)
 
@@ -121,7 +124,7 @@ def kept_of(student):
 )
 def test_align(counted, train, kept):
     student = hybrid(train, kept)
-    assert formula(student, "align", "same") == pytest.approx(counted(student, align))
+    assert formula(student, "align", TeacherKind.SELF) == pytest.approx(counted(student, align))
 
 
 @pytest.mark.parametrize(
@@ -141,18 +144,18 @@ def test_align(counted, train, kept):
 )
 def test_distill(counted, train, kept):
     student = hybrid(train, kept)
-    assert formula(student, "distill", "same") == pytest.approx(counted(student, distill))
+    assert formula(student, "distill", TeacherKind.SELF) == pytest.approx(counted(student, distill))
 
 
 @pytest.mark.parametrize("kind", ["lora", "miss"])
 def test_adapters_on_quantised_layers(counted, kind):
     specs = (AdapterSpec(kind, ("mlp", "head"), 4), AdapterSpec("lora", (r".*\.layers\.0\..*output",), 4))
     student = hybrid(["adapters"], (1,), structure=LayerSpec(("mlp", "attention", "teacher"), adapters=specs))
-    found = training_flops(student, stage("distill"), "same")
+    found = training_flops(student, stage("distill"), TeacherKind.SELF)
     assert found.forward["adapters"] > 0 and found.backward["mlp"] <= found.forward["mlp"]
-    assert formula(student, "distill", "same") == pytest.approx(counted(student, distill))
+    assert formula(student, "distill", TeacherKind.SELF) == pytest.approx(counted(student, distill))
     student.set_trainable([r".*\.layers\.0\..*output\.lora_.*", "mixer.lora"])  # the others are off in align
-    assert formula(student, "align", "same") == pytest.approx(counted(student, align))
+    assert formula(student, "align", TeacherKind.SELF) == pytest.approx(counted(student, align))
 
 
 def test_bone_needs_the_gradient_of_the_whole_weight():
@@ -170,14 +173,14 @@ def test_a_second_model_is_counted_as_what_it_is(counted):
     student.release_teacher()
     second.set_attn_implementation("eager")
     step = partial(distill, second=second)
-    assert formula(student, "distill", "separate", second) == pytest.approx(counted(student, step))
+    assert formula(student, "distill", TeacherKind.ONLINE, second) == pytest.approx(counted(student, step))
     assert formula(student, "sft", None) == pytest.approx(counted(student, sft))
 
 
 @pytest.mark.parametrize("shift", "wk")
 def test_the_stock_mixer(counted, shift):
     student = hybrid([rf"model\.layers\.0\.self_attn\.x_{shift}"], preset="x070")
-    assert formula(student, "distill", "same") == pytest.approx(counted(student, distill))
+    assert formula(student, "distill", TeacherKind.SELF) == pytest.approx(counted(student, distill))
 
 
 def test_frozen_weights_need_no_gradient_of_their_own():

@@ -11,12 +11,14 @@ from tiny import byte_tokenizer, save_qwen3
 
 from rwkvinside import kernels
 from rwkvinside.config.load import load_config
-from rwkvinside.config.precision import device_and_precision
+from rwkvinside.config.resolve import resolve
 from rwkvinside.hybrid import assemble as structure
 from rwkvinside.planning.devices import card_for
 from rwkvinside.planning.memory import EngineSpec, StepMemory, StudentMemory, memory_of
-from rwkvinside.planning.stage_memory import second_teacher, stage_memory
-from rwkvinside.stages.prepare import meta_student, prepare_stage, stage_layers
+from rwkvinside.planning.plan import meta_student
+from rwkvinside.planning.stage_memory import stage_memory
+from rwkvinside.stages.teacher import meta_online_teacher
+from rwkvinside.teacher.kinds import TeacherKind
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20
@@ -46,11 +48,12 @@ def material(tmp_path_factory):
 def predicted(config):
     """Bytes of the one stage of a run, in this process."""
     (name,) = config.run
-    stage, model = config.stages[name], meta_student(config)
-    structure.apply(model, stage_layers(config, name))
-    source = prepare_stage(model, stage)
-    teacher = second_teacher(config, stage) if source == "separate" else None
-    return stage_memory(config, stage, model, source, teacher, *device_and_precision(config), ranks=1)
+    plan = resolve(config).stage(name)
+    model = meta_student(plan.run)
+    structure.apply(model, plan.layers)
+    kind = plan.stage.prepare(model, plan, plan.phases[0].train)
+    teacher = meta_online_teacher(plan) if kind is TeacherKind.ONLINE else None
+    return stage_memory(plan, model, kind, teacher)
 
 
 BF16 = ["precision=bf16", "teacher.dtype=bfloat16"]

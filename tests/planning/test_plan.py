@@ -7,6 +7,7 @@ import pytest
 from tiny import save_configuration
 
 from rwkvinside.config.load import load_config
+from rwkvinside.config.resolve import resolve
 from rwkvinside.config.teacher_lookup import recipes, variants
 from rwkvinside.errors import UserError
 from rwkvinside.planning import plan
@@ -24,7 +25,8 @@ def teacher(tmp_path):
 
 
 def planned(teacher, *overrides, variant=(), ranks=1, stages=None):
-    return plan_text(load_config(teacher=teacher, variant=variant, overrides=overrides), stages, ranks)
+    config = load_config(teacher=teacher, variant=variant, overrides=overrides)
+    return plan_text(resolve(config, stages, ranks), config)
 
 
 def test_variants_are_found_as_package_data():

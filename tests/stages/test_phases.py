@@ -2,17 +2,14 @@
 
 import pytest
 import torch
+from plans import stage_plan
 from pydantic import ValidationError
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from rwkvinside.conversion.build import make_schedule
 from rwkvinside.errors import UserError
 from rwkvinside.hybrid.model import HybridModel, StudentSpec
-from rwkvinside.planning.training_table import training_table
 from rwkvinside.stages.param_groups import joined, rate_groups
-from rwkvinside.stages.phases import phases
-from rwkvinside.stages.prepare import prepare_stage
-from rwkvinside.stages.settings import StageConfig
+from rwkvinside.stages.summary import training_table
 from rwkvinside.support.text import short_count
 from rwkvinside.training.schedule import StageLength
 
@@ -28,7 +25,7 @@ def make_stage(train=("mixer.lora",), unfreeze=(), rates=None, **changes):
         "optim": {"lr": 1e-3, "lr_rest": 1e-4, "lr_final": 1e-5, "warmup_steps": 4, "rates": rates or {}},
         "loss": {},
     }
-    return StageConfig.model_validate(values | changes)
+    return stage_plan(**values | changes)
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +45,13 @@ def student():
 
 
 def test_one_phase_where_nothing_unfreezes():
-    (phase,) = phases(make_stage())
+    (phase,) = make_stage().phases
     assert (phase.index, phase.first, phase.until, phase.train) == (0, 0, 50, ("mixer.lora",))
 
 
 def test_phases_are_cut_at_steps():
     unfreeze = [(401, ["mlp"]), (100, ["mixer.proj"]), (409, ["norms", "mlp"])]
-    found = phases(make_stage(unfreeze=unfreeze))
+    found = make_stage(unfreeze=unfreeze).phases
     # steps have 20 tokens: 100 is where step 6 begins; 401 and 409 lie in step 21, so both join with step 22
     assert [(p.first, p.until, p.tokens) for p in found] == [(0, 5, 0), (5, 21, 100), (21, 50, 401)]
     assert found[1].train == ("mixer.lora", "mixer.proj")
@@ -62,7 +59,7 @@ def test_phases_are_cut_at_steps():
 
 
 def test_unfreezing_at_the_end_is_refused():
-    assert phases(make_stage(unfreeze=[(980, ["mlp"])]))[1].first == 49
+    assert make_stage(unfreeze=[(980, ["mlp"])]).phases[1].first == 49
     with pytest.raises(ValidationError, match="at_tokens 981 is after 980"):
         make_stage(unfreeze=[(981, ["mlp"])])
     with pytest.raises(ValidationError, match="leave out optim, train and unfreeze"):
@@ -72,7 +69,7 @@ def test_unfreezing_at_the_end_is_refused():
 def test_rates_and_when_they_begin(student):
     rates = {r".*\.w[012]": 3e-3, "mixer.lora": 2e-3, "norms": 5e-5}
     stage = make_stage(["mixer.lora", "head"], [(100, ["mixer.proj"]), (400, ["mlp", "norms"])], rates)
-    first, second, third = phases(stage)
+    first, second, third = stage.phases
     student.set_trainable(first.train)
     assert list(rate_groups(student, stage, first)) == [r".*\.w[012]", "mixer.lora", "rest"]
     groups = rate_groups(student, stage, third)
@@ -89,7 +86,7 @@ def test_rates_and_when_they_begin(student):
     assert set(groups["norms@400"].parameters) == student.matching("norms")
     # what trains is what stands in the groups, each parameter once
     for phase in (first, second, third):
-        prepare_stage(student, stage, phase.train)
+        stage.stage.prepare(student, stage, phase.train)
         names = [n for g in rate_groups(student, stage, phase).values() for n in g.parameters]
         trained = {n for n, p in student.canonical_parameters().items() if p.requires_grad}
         assert len(names) == len(set(names)) and set(names) == trained
@@ -100,7 +97,7 @@ def test_rates_and_when_they_begin(student):
 
 def test_a_group_that_joins_has_a_warm_up_of_its_own(student):
     stage = make_stage(unfreeze=[(100, ["mlp"])])
-    schedule = make_schedule(stage, phases(stage)[1], student)
+    schedule = stage.schedule(rate_groups(student, stage, stage.phases[1]))
     budget = StageLength(1000, 20, 10)
     full = schedule.rates(50, budget)  # decays from the start to the end
     assert set(full) == {"mixer", "rest@100"}
@@ -124,24 +121,24 @@ def test_a_group_that_joins_has_a_warm_up_of_its_own(student):
 def test_rates_of_nothing_are_refused(student, rates, said):
     stage = make_stage(rates=rates)
     with pytest.raises(UserError, match=said.replace("(", r"\(")):
-        rate_groups(student, stage, phases(stage)[0])
+        rate_groups(student, stage, stage.phases[0])
 
 
 def test_rates_may_wait_for_what_joins_later(student):
     stage = make_stage(unfreeze=[(100, ["mlp"])], rates={"mlp": 1e-6})
-    assert list(rate_groups(student, stage, phases(stage)[0])) == ["mixer"]
-    assert rate_groups(student, stage, phases(stage)[1])["mlp@100"].rate == 1e-6
+    assert list(rate_groups(student, stage, stage.phases[0])) == ["mixer"]
+    assert rate_groups(student, stage, stage.phases[1])["mlp@100"].rate == 1e-6
 
 
 def test_unfreezing_what_trains_already_is_refused(student):
     stage = make_stage(["mixer"], [(100, ["mixer.lora"])])
     with pytest.raises(UserError, match="what joins after 100 tokens trains already"):
-        rate_groups(student, stage, phases(stage)[0])
+        rate_groups(student, stage, stage.phases[0])
 
 
 def test_the_table(student):
     stage = make_stage(["mixer.lora", r"model\.layers\.0\.mlp\..*"], [(400, ["mlp"])], {"mlp": 1e-5})
-    table = {line.split()[0]: line for line in training_table(student, stage, phases(stage)[0])}
+    table = {line.split()[0]: line for line in training_table(student, stage, stage.phases[0])}
     counts = {group: all for group, _, all in student.group_table()}
     assert set(table) == {"group", *counts}
     assert table["mixer.lora"].split()[-2:] == ["0.001", "trains"]
@@ -151,7 +148,7 @@ def test_the_table(student):
         "1e-05",
         f"{third / 1e3:.4g} K trains, {2 * third / 1e3:.4g} K joins after 400 tokens",
     ]
-    later = training_table(student, stage, phases(stage)[1])
+    later = training_table(student, stage, stage.phases[1])
     assert [line.split()[-2:] for line in later if line.startswith("mlp")] == [["1e-05", "trains"]]
 
 

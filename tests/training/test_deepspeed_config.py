@@ -60,13 +60,14 @@ def test_bf16_is_autocast_unless_bf16_weights_are_asked_for():
         "dtype": "bfloat16",
         "lower_precision_safe_modules": [],
     }
-    for found in (config(precision="bf16", bf16_weights=True, stage=0), config({"bf16": {"enabled": True}}, "bf16")):
+    ours = config(precision="bf16", bf16_weights=True, zero_stage=0)
+    for found in (ours, config({"bf16": {"enabled": True}}, "bf16")):
         assert found["bf16"]["enabled"] and "torch_autocast" not in found and found["zero_optimization"]["stage"] == 1
     assert "bf16" not in config(precision="fp32", bf16_weights=True)
 
 
 def test_a_file_takes_over_its_sections_and_auto_is_filled_in():
-    found = config(AUTO, "bf16", stage=1, offload_optimizer=True)
+    found = config(AUTO, "bf16", zero_stage=1, offload_optimizer=True)
     assert found["zero_optimization"] == {
         "stage": 3,
         "offload_param": {"device": "cpu", "pin_memory": True},
@@ -86,7 +87,7 @@ def test_what_a_file_says_of_sharding_is_known_to_the_plan():
 
 
 def test_a_file_without_a_stage_is_added_to_ours():
-    found = config({"zero_optimization": {"overlap_comm": True}}, stage=2, offload_optimizer=True)
+    found = config({"zero_optimization": {"overlap_comm": True}}, zero_stage=2, offload_optimizer=True)
     assert found["zero_optimization"] == {"stage": 2, "offload_optimizer": {"device": "cpu"}, "overlap_comm": True}
 
 
@@ -122,9 +123,9 @@ def test_contradictions_are_refused(user, said):
 
 def test_offloading_needs_sharding():
     with pytest.raises(UserError, match="needs ZeRO"):
-        config(stage=0, offload_optimizer=True)
+        config(zero_stage=0, offload_optimizer=True)
     with pytest.raises(UserError, match="needs ZeRO 3, not 2"):
-        config(stage=2, offload_parameters=True)
+        config(zero_stage=2, offload_parameters=True)
     with pytest.raises(UserError, match="combines bf16 with ZeRO 0"):
         config({"bf16": {"enabled": True}, "zero_optimization": {"stage": 0}}, "bf16")
 
@@ -132,15 +133,15 @@ def test_offloading_needs_sharding():
 def test_8_bit_states_are_not_sharded():
     settings = OptimConfig(kind="adamw8bit")
     with pytest.raises(UserError, match="adamw8bit cannot be sharded"):
-        config(settings=settings, stage=1)
-    assert config(settings=settings, stage=0)["zero_optimization"]["stage"] == 0
+        config(settings=settings, zero_stage=1)
+    assert config(settings=settings, zero_stage=0)["zero_optimization"]["stage"] == 0
 
 
 def test_null_and_none_offload_nothing():
     for nothing in (None, {"device": "none"}, "auto"):
         section = {"stage": 0, "offload_optimizer": nothing, "offload_param": nothing}
         settled = settle(DeepSpeedConfig(config={"zero_optimization": section}))
-        assert (settled.stage, settled.offload_optimizer, settled.offload_parameters) == (0, False, False)
+        assert (settled.zero_stage, settled.offload_optimizer, settled.offload_parameters) == (0, False, False)
         assert config({"zero_optimization": section})["zero_optimization"]["stage"] == 0
 
 
