@@ -17,7 +17,8 @@ from ..evaluate.quality import Scores
 from ..hybrid.adapters import adapter_directory, is_adapter, write_peft
 from ..hybrid.assemble import adapters_of, assemble, frozen_weights_of
 from ..hybrid.model import HybridModel
-from ..losses.distillation import Objective
+from ..losses.distillation import DistillLossConfig
+from ..losses.next_token import NextTokenLoss
 from ..planning.flops import training_flops
 from ..stages.param_groups import rate_groups
 from ..stages.phases import Phase
@@ -155,28 +156,27 @@ def evaluation_teacher(teacher: Teacher | None) -> Teacher | None:
 
 
 def make_step(
-    stage: StageConfig, student: HybridModel, teacher: Teacher | None, power: dict[int, float] | None
+    stage: StageConfig, student: HybridModel, teacher: Teacher | None, norms: dict[int, float] | None
 ) -> Step:
     """The objective of a stage.
 
     Args:
         teacher: of distill.
-        power: of align: mean squared norm of the teacher's attention output by layer.
+        norms: of align: mean squared norm of the teacher's attention output by layer.
     """
-    step = _objective(stage, student, teacher, power)
+    step = _objective(stage, student, teacher, norms)
     trainable = {name: p for name, p in student.canonical_parameters().items() if p.requires_grad}
     return GradientWatch(step, trainable) if any(map(is_adapter, trainable)) else step
 
 
-def _objective(stage, student, teacher, power) -> Step:
+def _objective(stage, student, teacher, norms) -> Step:
     if stage.objective == "align":
-        return AlignStep(power, checkpoint=stage.activation_checkpointing)
+        return AlignStep(norms, checkpoint=stage.activation_checkpointing)
     if stage.activation_checkpointing:
         student.lm.train().activation_checkpointing_enable()  # transformers recomputes in training mode only
-    objective = Objective(**stage.loss.model_dump())
     if stage.objective == "sft":
-        return SftStep(objective)
-    return DistillStep(teacher, objective)
+        return SftStep(NextTokenLoss(stage.loss.chunk_tokens))
+    return DistillStep(teacher, DistillLossConfig(**stage.loss.model_dump()))
 
 
 def make_engine(

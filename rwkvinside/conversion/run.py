@@ -348,15 +348,15 @@ def _train(
 
     engine = make_engine(config, stage, phase, student, world, run.precision, run.launched)
     try:
-        power = None
+        norms = None
         if stage.objective == "align":
             with engine.autocast():
                 together = max(1, MICRO_TOKENS // stage.data.seq_len)  # without gradients more rows fit than in a step
                 batches = sample(given.rows, POWER_TOKENS, together, world.device)
-                power, _ = teacher_norms(engine.module, batches)
+                norms, _ = teacher_norms(engine.module, batches)
         trainer = Trainer(
             engine,
-            make_step(stage, student, teacher, power),
+            make_step(stage, student, teacher, norms),
             given.rows,
             stage=name,
             budget=budget,

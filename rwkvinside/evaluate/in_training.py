@@ -4,14 +4,14 @@ logits at a time, shared by all processes."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from ..data.batch import IGNORE, Batch
-from ..losses.distillation import chunk_tokens
+from ..hybrid.lm_head import logits_function
+from ..losses.chunked import TeacherSignal, chunk_slices, chunk_tokens, open_chunks
 from ..teacher.signals import Teacher
 from .quality import Scores, Totals, means, token_scores
 
@@ -57,20 +57,30 @@ def evaluate_student(
 
 
 def _add(totals: Totals, model: nn.Module, teacher: Teacher | None, batch: Batch) -> None:
-    judged = batch.labels != IGNORE
-    labels, context = batch.labels[judged], judged.nonzero()[:, 1] + 1
-    targets = None if teacher is None else teacher.targets(model, batch)
+    context = (batch.labels != IGNORE).nonzero()[:, 1] + 1
+    signal = None if teacher is None else teacher.signal(model, batch)
+    totals.add(model(batch, mode="student", task=TokenScores(signal)).cpu().numpy(), context.cpu().numpy())
 
-    def readout(hidden: Tensor, head: nn.Module) -> Tensor:
-        hidden, vocab = hidden[judged], head.out_features
-        scores = [hidden.new_zeros(4, 0, dtype=torch.float32)]
-        with nullcontext() if targets is None else targets.open() as chunk:
-            size = chunk_tokens(vocab)
-            for part in (slice(i, i + size) for i in range(0, len(labels), size)):
-                logits = head.forward(hidden[part])
-                wanted = logits if chunk is None else chunk(part)(slice(None), vocab, 1.0).log_probs
-                shared = wanted.shape[-1]
-                scores.append(token_scores(logits[:, :shared], wanted, labels[part]))
+
+@dataclass(frozen=True)
+class TokenScores:
+    """The `token_scores` (4, N) of the positions with a label, a chunk of logits at a time: a task of `LMHeadLoss`.
+
+    Args:
+        signal: None: the student is compared with itself.
+    """
+
+    signal: TeacherSignal | None
+
+    def run(self, head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
+        labeled = labels != IGNORE
+        hidden, labels, logits_of, vocab = hidden[labeled], labels[labeled], logits_function(head), head.out_features
+        scores = []
+        with open_chunks(self.signal, size := chunk_tokens(vocab)) as chunks:
+            for positions in chunk_slices(len(hidden), size):
+                logits = logits_of(hidden[positions])
+                teacher = (
+                    next(chunks).distribution(slice(None), vocab, 1.0).log_probs if self.signal is not None else logits
+                )
+                scores.append(token_scores(logits[:, : teacher.shape[1]], teacher, labels[positions]))
         return torch.cat(scores, 1)
-
-    totals.add(model(batch, mode="student", readout=readout).cpu().numpy(), context.cpu().numpy())

@@ -21,6 +21,7 @@ from ..data.batch import IGNORE, Batch
 from ..errors import UserError, VerificationError
 from ..hybrid.adapters import is_adapter
 from ..hybrid.assemble import adapter_names, make_plain, take_adapters
+from ..hybrid.lm_head import Logits
 from ..hybrid.model import HybridModel
 from ..runs.trained import open_run
 from .weights import DTYPES, stored_dtype
@@ -131,7 +132,7 @@ def _fixed_batch(vocabulary: int) -> Batch:
 
 @torch.no_grad()
 def _logits(model: HybridModel, batch: Batch) -> Tensor:
-    return model(batch, mode="student", readout=lambda hidden, head: head(hidden))
+    return model(batch, mode="student", task=Logits())
 
 
 @torch.no_grad()

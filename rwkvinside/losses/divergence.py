@@ -42,8 +42,8 @@ DIVERGENCES = {"forward": forward_kl, "reverse": reverse_kl, "js": jensen_shanno
 
 
 @dataclass(frozen=True)
-class Target:
-    """A teacher's distributions for one chunk.
+class TeacherDistribution:
+    """A teacher's distributions at n positions.
 
     Args:
         log_probs: (n, V) over the vocabulary; or (n, k + 1) over k of its tokens and all others together. May be
@@ -58,7 +58,7 @@ class Target:
     best: Tensor
     vocab: int
 
-    def top(self, k: int | None) -> Target:
+    def top(self, k: int | None) -> TeacherDistribution:
         """The k likeliest tokens by themselves and the rest as one; None: unchanged. Overwrites `log_probs`."""
         kept = self.log_probs.shape[1] - (self.ids is not None)
         if k is None or k >= kept:
@@ -68,10 +68,10 @@ class Target:
             rest = self.log_probs.scatter_(-1, ids, -math.inf)
         else:
             top, ids, rest = self.log_probs[:, :k], self.ids[:, :k], self.log_probs[:, k:]
-        return Target(torch.cat([top, rest.logsumexp(-1, keepdim=True)], -1), ids, self.best, self.vocab)
+        return TeacherDistribution(torch.cat([top, rest.logsumexp(-1, keepdim=True)], -1), ids, self.best, self.vocab)
 
 
-def divergence(kind: str, target: Target, log_q: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
+def divergence(kind: str, target: TeacherDistribution, log_q: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
     """The value summed over rows, and its gradient by the logits whose `log_softmax` is `log_q` where it is wanted.
 
     Args:

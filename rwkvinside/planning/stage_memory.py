@@ -11,7 +11,7 @@ from ..config.schema import Config, StageConfig
 from ..hybrid.freezing import TEACHER
 from ..hybrid.model import HybridModel
 from ..hybrid.quantized_linear import QuantizedLinear, linear_names, quantize
-from ..losses.distillation import BLOCK_ELEMENTS, chunk_tokens
+from ..losses.chunked import BLOCK_ELEMENTS, chunk_tokens
 from ..stages.prepare import zero_settings
 from ..stages.rows import JUDGED_BATCH
 from ..teacher.load import teacher_config, teacher_of

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data.batch import Batch
 from ..losses.alignment import alignment_loss
-from ..losses.distillation import Objective, Targets, head_losses
+from ..losses.distillation import DistillationLoss, DistillLossConfig
+from ..losses.next_token import NextTokenLoss
 from ..teacher.signals import Teacher
 
 
@@ -18,18 +19,18 @@ class AlignStep:
     """Each mixer imitates its layer's attention on the teacher's own hidden states (RADLADS step 1).
 
     Args:
-        power: {layer: mean squared norm per token of the teacher's attention output}, from `calibrate.teacher_norms`.
+        norms: {layer: mean squared norm per token of the teacher's attention output}, from `calibration.teacher_norms`.
         checkpoint: recompute mixers in the backward.
     """
 
-    power: dict[int, float]
+    norms: dict[int, float]
     checkpoint: bool = False
 
     def count(self, batch: Batch) -> int:
         return batch.num_tokens
 
     def __call__(self, model, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, layers = alignment_loss(model(batch, mode="align", checkpoint=self.checkpoint), self.power)
+        loss, layers = alignment_loss(model(batch, mode="align", checkpoint=self.checkpoint), self.norms)
         return loss, {"layers": layers}
 
 
@@ -38,35 +39,29 @@ class DistillStep:
     """The student's next-token distribution follows the teacher's; cross-entropy on the text may be added.
 
     Args:
-        teacher: where the targets come from.
-        objective: what is compared, and how.
+        teacher: where the distributions to follow come from.
+        config: what is compared, and how.
     """
 
     teacher: Teacher
-    objective: Objective = Objective()
+    config: DistillLossConfig = DistillLossConfig()
 
     def count(self, batch: Batch) -> int:
         return batch.num_targets
 
     def __call__(self, model, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        return _judged(model, batch, self.teacher.targets(model, batch), self.objective)
+        signal = self.teacher.signal(model, batch)
+        return model(batch, mode="student", task=DistillationLoss(signal, self.config))
 
 
 @dataclass
 class SftStep:
     """Cross-entropy on the labeled positions (completions), no teacher."""
 
-    objective: Objective = Objective(kl=0.0, ce=1.0)
+    loss: NextTokenLoss = NextTokenLoss()
 
     def count(self, batch: Batch) -> int:
         return batch.num_targets
 
     def __call__(self, model, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        return _judged(model, batch, None, self.objective)
-
-
-def _judged(model, batch: Batch, targets: Targets | None, objective: Objective) -> tuple[Tensor, dict[str, Tensor]]:
-    def readout(hidden: Tensor, head: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
-        return head_losses(hidden, head, batch.labels, targets, objective)
-
-    return model(batch, mode="student", readout=readout)
+        return model(batch, mode="student", task=self.loss)

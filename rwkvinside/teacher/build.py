@@ -19,7 +19,7 @@ from .signals import OfflineTeacher, OnlineTeacher, TeacherModel
 def separate_teacher(
     config: Config, stage: StageConfig, world: Distributed, dtype: torch.dtype, launched: bool
 ) -> OnlineTeacher:
-    """A frozen model beside the student, quantized and sharded as the stage says.
+    """A frozen model next to the student, quantized and sharded as the stage says.
 
     Args:
         dtype: of the weights when they are loaded; with precision fp32 those that are not quantized become fp32.
@@ -33,7 +33,7 @@ def separate_teacher(
         lm.float()
     model = TeacherModel(lm)
     if own.shard and launched:
-        return OnlineTeacher(*inference_engine(model, list(model.readout.parameters()), world))
+        return OnlineTeacher(*inference_engine(model, list(lm.lm_head.parameters()), world))
     return OnlineTeacher(model.to(world.device))
 
 
