@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..data.batch import IGNORE, Batch
 from ..hybrid.lm_head import logits_function
-from ..losses.chunked import TeacherSignal, chunk_slices, chunk_tokens, open_chunks
+from ..losses.chunked import TeacherChunk, TeacherSignal, chunk_slices, chunk_tokens, open_chunks
 from ..teacher.signals import Teacher
 from .quality import Scores, Totals, means, token_scores
 
@@ -74,13 +74,15 @@ class TokenScores:
 
     def run(self, head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
         labeled = labels != IGNORE
-        hidden, labels, logits_of, vocab = hidden[labeled], labels[labeled], logits_function(head), head.out_features
-        scores = []
-        with open_chunks(self.signal, size := chunk_tokens(vocab)) as chunks:
+        hidden, labels, logits_of = hidden[labeled], labels[labeled], logits_function(head)
+        size, scores = chunk_tokens(head.out_features), []
+        with open_chunks(self.signal, size) as chunks:
             for positions in chunk_slices(len(hidden), size):
                 logits = logits_of(hidden[positions])
-                teacher = (
-                    next(chunks).distribution(slice(None), vocab, 1.0).log_probs if self.signal is not None else logits
-                )
+                teacher = logits if self.signal is None else _log_probs(next(chunks), head.out_features)
                 scores.append(token_scores(logits[:, : teacher.shape[1]], teacher, labels[positions]))
         return torch.cat(scores, 1)
+
+
+def _log_probs(chunk: TeacherChunk, vocab: int) -> Tensor:
+    return chunk.distribution(slice(None), vocab, temperature=1.0).log_probs
