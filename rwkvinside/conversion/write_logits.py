@@ -172,7 +172,10 @@ def _shard(
 def _top(
     teacher: OnlineTeacher, batch: Batch, vocab: int, k: int, temperature: float
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """ids (n, k) and log-probabilities (n, k + 1) of the positions with a label, chunk by chunk."""
+    """Yield ids (n, k) and log-probabilities (n, k + 1) of the positions with a label.
+
+    Chunk by chunk; the log-probability of the rest comes last.
+    """
     for chunk in teacher.signal(None, batch).chunks(chunk_tokens(vocab)):
         top = chunk.distribution(slice(None), vocab, temperature).top(k)
         del chunk  # before the next one is made

@@ -1,5 +1,7 @@
-"""How close a student in training is to its teacher: the scores of `quality`, within the model's forward and a chunk of
-logits at a time, shared by all processes."""
+"""How close a student in training is to its teacher.
+
+The scores of `quality`, within the model's forward and a chunk of logits at a time, shared by all processes.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,14 @@ from .quality import Scores, Totals, means, token_scores
 
 
 def share(batches: Sequence[Batch], rank: int, size: int) -> list[Batch]:
-    """A rank's part of the batches: as many as any other rank has, because forwards may be collective; what fills up
-    has no label."""
-    own = list(batches[rank::size])
-    if len(own) * size < len(batches):
-        own.append(replace(batches[-1], labels=torch.full_like(batches[-1].labels, IGNORE)))
-    return own
+    """Return a rank's share of the batches.
+
+    As many as any other rank has, because forwards may be collective; what fills up has no label.
+    """
+    batches_of_rank = list(batches[rank::size])
+    if len(batches_of_rank) * size < len(batches):
+        batches_of_rank.append(replace(batches[-1], labels=torch.full_like(batches[-1].labels, IGNORE)))
+    return batches_of_rank
 
 
 @torch.no_grad()
@@ -39,10 +43,11 @@ def evaluate_student(
         model: a `HybridModel`, or what an engine made of it.
         teacher: None: the student's own cross-entropy alone is meant (the other numbers say nothing).
         batches: this process's `share`, one document per row.
+        device: where the model is.
         total: adds up over processes.
 
     Raises:
-        UserError: no token can be judged.
+        UserError: there is no token to predict.
     """
     totals = Totals()
     training = [module for module in model.modules() if module.training]
@@ -64,7 +69,9 @@ def _add(totals: Totals, model: nn.Module, teacher: Teacher | None, batch: Batch
 
 @dataclass(frozen=True)
 class TokenScores:
-    """The `token_scores` (4, N) of the positions with a label, a chunk of logits at a time: a task of `LMHeadLoss`.
+    """The `token_scores` of the positions with a label: a task of `LMHeadLoss`.
+
+    A chunk of logits is in memory at a time. The result is (4, N).
 
     Args:
         signal: None: the student is compared with itself.

@@ -1,5 +1,8 @@
-"""From final hidden states to logits: the module that owns that moment, and gradients through any head, a chunk of
-tokens at a time and without keeping logits for a backward pass."""
+"""Everything between final hidden states and logits.
+
+The module that owns that moment, and gradients through any head, a chunk of tokens at a time and without keeping logits
+for a backward pass.
+"""
 
 from __future__ import annotations
 
@@ -54,15 +57,19 @@ class LMHeadLoss(nn.Module):
 
 
 def logits_function(head: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Return the function (tokens, D) -> logits (tokens, V) for many chunks without gradients by the head's weights.
+    """Return the function (tokens, D) -> logits (tokens, V) for many chunks.
 
-    The head's weights must be whole as long as it is used.
+    It gives no gradients by the head's weights, which must be whole as long as it is used.
     """
     return LinearHead(head).forward if type(head) is nn.Linear else head.forward
 
 
 def open_head(head: nn.Module) -> LinearHead | AnyHead:
-    """Return a head ready for a loop over chunks with gradients: a plain linear layer, or any other module."""
+    """Return a head ready for a loop over chunks with gradients.
+
+    Args:
+        head: (tokens, D) -> (tokens, V), with `out_features` = V.
+    """
     return LinearHead(head) if type(head) is nn.Linear else AnyHead(head)
 
 
@@ -89,13 +96,17 @@ class LinearHead:
         self.gradients: list[Tensor] = []
 
     def forward(self, x: Tensor) -> Tensor:
-        """(tokens, D) -> logits (tokens, V), which the next `backward` is about."""
+        """Return the logits (tokens, V) of (tokens, D), which the next `backward` is about."""
         self._x = x.to(self._dtype)
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(self._x, self._weight, self._bias)
 
     def backward(self, grad: Tensor, inputs: bool) -> Tensor | None:
-        """From the gradient of the logits: that of `x` where `inputs` asks for it; adds to `gradients`."""
+        """Add to `gradients`, and return the gradient by `x` where `inputs` asks for it.
+
+        Args:
+            grad: by the logits of the last `forward`.
+        """
         if not self.gradients:
             self.gradients = [torch.zeros_like(p, dtype=wide(p.dtype)) for p in self.parameters]
         low = grad.to(self._dtype)
@@ -113,7 +124,8 @@ class AnyHead:
     """A head of any make (quantized, with adapters) by autograd, one chunk at a time; as `LinearHead`."""
 
     def __init__(self, head: nn.Module):
-        self._head, self.out_features = head, head.out_features
+        self._head = head
+        self.out_features: int = head.out_features
         self.parameters = [p for p in head.parameters() if p.requires_grad]
         self.gradients: list[Tensor] = []
 
@@ -125,17 +137,17 @@ class AnyHead:
         return logits.detach()
 
     def backward(self, grad: Tensor, inputs: bool) -> Tensor | None:
-        wanted = [self._x] * inputs + self.parameters
-        if not wanted:
+        leaves = [self._x] * inputs + self.parameters
+        if not leaves:
             return None
         with torch.autocast(grad.device.type, enabled=False):  # types are those of the forward
-            found = list(torch.autograd.grad(self._edge, wanted, grad.to(self._dtype)))
-        result = found.pop(0) if inputs else None
-        found = [new.to(wide(new.dtype)) for new in found]
-        self.gradients = [a + b for a, b in zip(self.gradients, found, strict=True)] if self.gradients else found
-        return result
+            grads = list(torch.autograd.grad(self._edge, leaves, grad.to(self._dtype)))
+        of_inputs = grads.pop(0) if inputs else None
+        grads = [new.to(wide(new.dtype)) for new in grads]
+        self.gradients = [a + b for a, b in zip(self.gradients, grads, strict=True)] if self.gradients else grads
+        return of_inputs
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """In which logits are compared and gradients added up: fp32, or fp64 for fp64."""
+    """Return in which dtype logits are compared and gradients added up: fp32, or fp64 for fp64."""
     return torch.float64 if dtype == torch.float64 else torch.float32

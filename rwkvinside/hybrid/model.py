@@ -182,7 +182,10 @@ class HybridModel(nn.Module):
 
     @property
     def teacher_head(self) -> nn.Module:
-        """The head without adapters, for the hidden states of mode "teacher"; whole only while a task runs."""
+        """The head without adapters, for the hidden states of mode "teacher".
+
+        Under ZeRO 3 its weights are whole only while a task runs.
+        """
         return getattr(self.lm_head_loss.head, "base_layer", self.lm_head_loss.head)
 
     def release_teacher(self) -> None:

@@ -1,12 +1,15 @@
-"""Losses from final hidden states, a chunk of positions at a time: no batch ever has all its logits in memory."""
+"""Losses from final hidden states, a chunk of positions at a time.
+
+No batch ever has all its logits in memory.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
 from itertools import repeat
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,31 +27,40 @@ class TeacherChunk(Protocol):
     """What a teacher says at the positions of one chunk."""
 
     def distribution(self, positions: slice, vocab: int, temperature: float) -> TeacherDistribution:
-        """Return the distributions at some positions of the chunk, over at most the first `vocab` ids."""
+        """Return the distributions at some positions of the chunk.
+
+        They are over at most the first `vocab` ids.
+        """
         ...
 
 
 class TeacherSignal(Protocol):
     """What a teacher says of one batch, at the positions with a label in row-major order."""
 
-    def chunks(self, size: int) -> Iterator[TeacherChunk]:
-        """Yield chunks of `chunk_slices`, each made when it is asked for; close the iterator when done."""
+    def chunks(self, size: int) -> Generator[TeacherChunk, None, None]:
+        """Yield the chunks of `chunk_slices`, each made when it is asked for.
+
+        It may hold weights together meanwhile: run it to its end or close it.
+        """
         ...
 
 
 def chunk_tokens(vocab: int) -> int:
-    """Return the positions of a chunk, unless a number is given."""
+    """Return how many positions of a vocabulary of this size make a chunk."""
     return max(1, CHUNK_ELEMENTS // vocab)
 
 
 def chunk_slices(count: int, size: int) -> Iterator[slice]:
-    """Yield slices of `size` positions; one even of none, so that names and gradients are the same for every batch."""
+    """Yield slices of `size` positions.
+
+    One even of no position: so names and gradients are the same for every batch.
+    """
     for start in range(0, max(count, 1), size):
         yield slice(start, start + size)
 
 
 def open_chunks(signal: TeacherSignal | None, size: int) -> AbstractContextManager[Iterator[TeacherChunk | None]]:
-    """Return a context that gives a signal's chunks, or None for every chunk where there is no teacher.
+    """Return a context that gives a signal's chunks, or without a signal None for each.
 
     Take each by `next` as an argument of what uses it: then its logits are gone before the next chunk's are made.
     """
@@ -64,19 +76,25 @@ class ChunkedLoss(ABC):
 
     Attributes:
         signal: the teacher's distributions at the positions with a label; None: there is no teacher.
-        chunk_tokens: positions at a time; None: `chunk_tokens` of the vocabulary.
-        metrics: names of the sums that `block` gives after the loss.
     """
 
     signal: TeacherSignal | None
-    chunk_tokens: int | None
-    metrics: tuple[str, ...]
+
+    @property
+    @abstractmethod
+    def chunk_tokens(self) -> int | None:
+        """Positions at a time; None: `chunk_tokens` of the vocabulary."""
+
+    @property
+    @abstractmethod
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the sums that `block` gives after the loss."""
 
     @abstractmethod
     def block(
         self, logits: Tensor, labels: Tensor, chunk: TeacherChunk | None, positions: slice, need_grad: bool
     ) -> tuple[list[Tensor], Tensor | None]:
-        """Return the sums over some positions of a chunk, and the gradient by their logits.
+        """Return the sums over some positions of a chunk and the gradient by the logits.
 
         Args:
             logits: (n, V) fp32 or fp64; not to be overwritten.
@@ -90,7 +108,10 @@ class ChunkedLoss(ABC):
         """
 
     def run(self, head: nn.Module, hidden: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss sum (0-d) and detached metric sums over the same positions; see `HeadTask.run`."""
+        """Return the loss sum (0-d) and detached metric sums over the same positions.
+
+        Arguments as of `HeadTask.run`.
+        """
         labeled = labels != IGNORE
         hidden, labels, opened = hidden[labeled], labels[labeled], open_head(head)
         if torch.is_grad_enabled():
@@ -102,34 +123,46 @@ class ChunkedLoss(ABC):
     def over_chunks(
         self, hidden: Tensor, labels: Tensor, head: LinearHead | AnyHead, inputs: bool, parameters: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Go over the positions (N, D) once; gradients of the head's parameters add up in `head`.
+        """Return sums and gradient of one pass over the positions.
+
+        Gradients by the head's parameters add up in `head`.
 
         Args:
+            hidden: (N, D) at the positions with a label.
+            labels: (N,) int64.
+            head: from `open_head`.
             inputs, parameters: whether gradients by `hidden` and by the head's parameters are needed.
 
         Returns:
             Loss sum (0-d), metric sums (1-d), and the gradient by `hidden` where `inputs` asks for it.
         """
-        need_grad, grads, sums = inputs or parameters, [], 0.0
+        need_grad, grads, sums = inputs or parameters, [], self._zeros(hidden.device)
         size = self.chunk_tokens or chunk_tokens(head.out_features)
         with open_chunks(self.signal, size) as chunks:
             for positions in chunk_slices(len(hidden), size):
                 logits = head.forward(hidden[positions])
-                sums = sums + self._chunk(logits, labels[positions], next(chunks), need_grad)
-                if need_grad:
-                    grads.append(head.backward(logits, inputs))
+                sums += self._chunk(logits, labels[positions], next(chunks), need_grad)
+                grad = head.backward(logits, inputs) if need_grad else None
+                if grad is not None:
+                    grads.append(grad)
                 del logits
         sums = sums.to(wide(hidden.dtype))
         return sums[0], sums[1:], torch.cat(grads).to(hidden.dtype) if inputs else None
 
+    def _zeros(self, device: torch.device) -> Tensor:
+        return torch.zeros(1 + len(self.metrics), dtype=torch.float64, device=device)
+
     def _chunk(self, logits: Tensor, labels: Tensor, chunk: TeacherChunk | None, need_grad: bool) -> Tensor:
-        """Return the sums (1-d, fp64); the logits become their own gradient where it is needed."""
+        """Return the sums of a chunk (1-d, fp64), whose logits become their own gradient.
+
+        They stay as they are where none is needed.
+        """
         size = max(1, BLOCK_ELEMENTS[logits.device.type] // logits.shape[1])
-        sums = 0.0
+        sums = self._zeros(logits.device)
         for block in chunk_slices(len(logits), size):
-            found, grad = self.block(logits[block].to(wide(logits.dtype)), labels[block], chunk, block, need_grad)
-            sums = sums + torch.stack(found).double()
-            if need_grad:
+            values, grad = self.block(logits[block].to(wide(logits.dtype)), labels[block], chunk, block, need_grad)
+            sums += torch.stack(values).double()
+            if grad is not None:
                 logits[block, : grad.shape[1]] = grad
                 logits[block, grad.shape[1] :] = 0
         return sums
@@ -140,7 +173,12 @@ class _Prepared(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden: Tensor, labels: Tensor, loss: ChunkedLoss, head: LinearHead | AnyHead, *parameters: nn.Parameter
+        ctx: Any,
+        hidden: Tensor,
+        labels: Tensor,
+        loss: ChunkedLoss,
+        head: LinearHead | AnyHead,
+        *parameters: nn.Parameter,
     ) -> tuple[Tensor, Tensor]:
         inputs, _, _, _, *of_head = ctx.needs_input_grad
         value, sums, grad = loss.over_chunks(hidden, labels, head, inputs, any(of_head))
@@ -151,7 +189,7 @@ class _Prepared(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, scale: Tensor, _) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, scale: Tensor, of_sums: None) -> tuple[Tensor | None, ...]:
         if ctx.grads is None:
             raise RuntimeError("the gradients of this loss have been handed out already")
         grads, ctx.grads = ctx.grads, None

@@ -22,7 +22,9 @@ class DistillLossConfig:
         divergence: "forward" is KL(teacher || student), "reverse" KL(student || teacher), "js" Jensen-Shannon. At
             `temperature`, times its square (Hinton et al. 2015, arXiv 1503.02531).
         top_k: compare the teacher's k likeliest tokens and, as one event, the mass of the rest; None: all tokens.
-        kl, ce: weights of the divergence and of the cross-entropy on the labels.
+        kl: weight of the divergence.
+        ce: weight of the cross-entropy on the labels.
+        temperature: of the divergence, not of the cross-entropy.
         chunk_tokens: positions at a time; None: `chunked.chunk_tokens` of the vocabulary.
     """
 
@@ -70,7 +72,7 @@ class DistillationLoss(ChunkedLoss):
         towards_labels = cross_entropy_grad(plain.exp(), labels, c.ce) if need_grad and c.ce else None
         value, grad = divergence(c.divergence, target.top(c.top_k), log_q, need_grad)
         value = value * c.temperature**2
-        if need_grad:
+        if grad is not None:
             grad.mul_(c.kl * c.temperature)  # of the square, one went into the logits
             if towards_labels is not None:
                 grad.add_(towards_labels)

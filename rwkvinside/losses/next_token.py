@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,8 +19,8 @@ class NextTokenLoss(ChunkedLoss):
     """
 
     chunk_tokens: int | None = None
-    signal: ClassVar[None] = None
-    metrics: ClassVar[tuple[str, ...]] = ("ce",)
+    signal = None
+    metrics = ("ce",)
 
     def block(
         self, logits: Tensor, labels: Tensor, chunk: TeacherChunk | None, positions: slice, need_grad: bool
@@ -32,11 +31,22 @@ class NextTokenLoss(ChunkedLoss):
 
 
 def cross_entropy(log_q: Tensor, labels: Tensor) -> Tensor:
-    """Return the cross-entropy summed over positions (0-d, nats), from log-probabilities (n, V)."""
+    """Return the cross-entropy summed over positions (0-d, nats).
+
+    Args:
+        log_q: (n, V) log-probabilities.
+        labels: (n,) int64 below V.
+    """
     return F.nll_loss(log_q, labels, reduction="sum")
 
 
 def cross_entropy_grad(q: Tensor, labels: Tensor, weight: float = 1.0) -> Tensor:
-    """Return the gradient of `weight` times `cross_entropy` by the logits, whose softmax `q` it overwrites."""
+    """Return the gradient of `weight` times `cross_entropy` by the logits.
+
+    Args:
+        q: (n, V) softmax of the logits; overwritten.
+        labels: (n,) int64 below V.
+        weight: of the cross-entropy.
+    """
     at_labels = labels[:, None]
     return q.scatter_(-1, at_labels, q.gather(-1, at_labels) - 1).mul_(weight)

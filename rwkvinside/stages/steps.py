@@ -1,11 +1,13 @@
-"""One step per objective: a packed batch in, a loss sum and metric sums out. The trainer divides by the global
-count."""
+"""One step per objective: a packed batch in, a loss sum and metric sums out.
+
+The trainer divides by the global count.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.batch import Batch
 from ..losses.alignment import alignment_loss
@@ -29,7 +31,7 @@ class AlignStep:
     def count(self, batch: Batch) -> int:
         return batch.num_tokens
 
-    def __call__(self, model, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         loss, layers = alignment_loss(model(batch, mode="align", checkpoint=self.checkpoint), self.norms)
         return loss, {"layers": layers}
 
@@ -49,7 +51,7 @@ class DistillStep:
     def count(self, batch: Batch) -> int:
         return batch.num_targets
 
-    def __call__(self, model, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         signal = self.teacher.signal(model, batch)
         return model(batch, mode="student", task=DistillationLoss(signal, self.config))
 
@@ -63,5 +65,5 @@ class SftStep:
     def count(self, batch: Batch) -> int:
         return batch.num_targets
 
-    def __call__(self, model, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         return model(batch, mode="student", task=self.loss)

@@ -1,9 +1,11 @@
-"""Where the teacher's side of a distillation comes from: the student's own frozen weights, a model of its own, or
-logits that were written to disk."""
+"""Where the teacher's side of a distillation comes from.
+
+The student's own frozen weights, a model of its own, or logits that were written to disk.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -24,11 +26,14 @@ from .logits_store import LogitsReader
 class Teacher(Protocol):
     """A source of distributions for the positions of a batch that have a label."""
 
-    def signal(self, model, batch: Batch) -> TeacherSignal:
-        """Return the teacher's side of a batch, before the student's forward, in which it is used.
+    def signal(self, model: nn.Module | None, batch: Batch) -> TeacherSignal:
+        """Return the teacher's side of a batch.
+
+        Asked for before the student's forward, in which it is used.
 
         Args:
-            model: the student, or what an engine made of it.
+            model: the student, or what an engine made of it; only `SelfTeacher` asks it.
+            batch: packed rows, on the model's device.
         """
         ...
 
@@ -39,7 +44,7 @@ class Teacher(Protocol):
 class SelfTeacher(Teacher):
     """The hybrid in teacher mode: one model in memory. Exact only while nothing but mixers and adapters trained."""
 
-    def signal(self, model, batch: Batch) -> TeacherSignal:
+    def signal(self, model: nn.Module | None, batch: Batch) -> TeacherSignal:
         return HeadSignal(model(batch, mode="teacher")[batch.labels != IGNORE], model.teacher_head)
 
 
@@ -65,7 +70,7 @@ class OnlineTeacher(Teacher):
             self._release()
 
     @torch.no_grad()
-    def signal(self, model, batch: Batch) -> TeacherSignal:
+    def signal(self, model: nn.Module | None, batch: Batch) -> TeacherSignal:
         return HeadSignal(self.module(batch)[batch.labels != IGNORE], self.module.lm.lm_head, self._gathered)
 
 
@@ -79,7 +84,7 @@ class OfflineTeacher(Teacher):
     def __init__(self, reader: LogitsReader):
         self.reader = reader
 
-    def signal(self, model, batch: Batch) -> TeacherSignal:
+    def signal(self, model: nn.Module | None, batch: Batch) -> TeacherSignal:
         ids, log_probs = (part.to(batch.labels.device) for part in self.reader.batch(batch))
         return StoredSignal(ids, log_probs, self.reader.vocab)
 
@@ -116,7 +121,7 @@ class HeadSignal(TeacherSignal):
     head: nn.Module
     gathered: Callable[[], AbstractContextManager] = nullcontext
 
-    def chunks(self, size: int) -> Iterator[TeacherChunk]:
+    def chunks(self, size: int) -> Generator[TeacherChunk, None, None]:
         with self.gathered():
             logits_of = logits_function(self.head)
             for positions in chunk_slices(len(self.hidden), size):
@@ -155,7 +160,7 @@ class StoredSignal(TeacherSignal):
     log_probs: Tensor
     vocab: int
 
-    def chunks(self, size: int) -> Iterator[TeacherChunk]:
+    def chunks(self, size: int) -> Generator[TeacherChunk, None, None]:
         for positions in chunk_slices(len(self.ids), size):
             yield _StoredChunk(self.ids[positions].long(), self.log_probs[positions], self.vocab)
 
@@ -174,7 +179,7 @@ class _StoredChunk(TeacherChunk):
 
 
 def check_same_weights(changed: list[str]) -> None:
-    """Refuse the one-model teacher when something that the teacher also uses has been trained.
+    """Refuse the one-model teacher when something that it also uses has been trained.
 
     Args:
         changed: see `HybridModel.teacher_changes`.

@@ -10,10 +10,11 @@ from rwkvinside.teacher.signals import HeadSignal, OnlineTeacher, SelfTeacher, S
 
 def distributions(signal, size, vocab=VOCAB, temperature=1.0):
     """Those of all positions, two positions of a chunk at a time."""
-    parts = []
-    for chunk in signal.chunks(size):
-        for start in range(0, size, 2):
-            parts.append(chunk.distribution(slice(start, start + 2), vocab, temperature))
+    parts = [
+        chunk.distribution(slice(start, start + 2), vocab, temperature)
+        for chunk in signal.chunks(size)
+        for start in range(0, size, 2)
+    ]
     return torch.cat([part.log_probs for part in parts]), torch.cat([part.best for part in parts])
 
 
