@@ -20,9 +20,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..losses.distillation import Objective, chunk_tokens, head_losses
+from ..hybrid.lm_head import LMHeadLoss
+from ..losses.chunked import chunk_tokens
+from ..losses.distillation import DistillationLoss
 from ..support.process_memory import forget_peak, peak_bytes
-from ..teacher.signals import HeadTargets
+from ..teacher.signals import HeadSignal
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def _whole(hidden: Tensor, head: nn.Module, labels: Tensor, teacher_hidden: Tens
 
 
 def _chunks(hidden: Tensor, head: nn.Module, labels: Tensor, teacher_hidden: Tensor, teacher: nn.Module) -> Tensor:
-    return head_losses(hidden, head, labels, HeadTargets(teacher_hidden[0], lambda: teacher.forward), Objective())[0]
+    return LMHeadLoss(head)(hidden, labels, DistillationLoss(HeadSignal(teacher_hidden[0], teacher)))[0]
 
 
 def _peak_bytes(device: torch.device) -> int:

@@ -8,7 +8,6 @@ from ..data.sources import endless_tokens
 from ..errors import UserError
 from ..hybrid.assemble import LayerSpec
 from ..hybrid.model import StudentSpec
-from ..losses.distillation import Objective
 from ..stages.phases import phases_of
 from ..stages.plan import RunPlan, RunSettings, StagePlan
 from ..stages.registry import stage_class
@@ -70,7 +69,6 @@ def _stage_plan(name: str, config: Config, run: RunSettings) -> StagePlan:
         phases=phases_of(settings),
         layers=LayerSpec.from_fields(config.model_dump(), name),
         signal_teacher=_signal_teacher(config.teacher, settings),
-        loss=None if settings.loss is None else Objective(**settings.loss.model_dump()),
     )
 
 

@@ -19,7 +19,7 @@ from ..config.schema import Config
 from ..data.batch import IGNORE, Batch
 from ..data.sources import tokens_of
 from ..errors import Interrupted, UserError
-from ..losses.distillation import chunk_tokens
+from ..losses.chunked import chunk_tokens
 from ..stages.plan import StagePlan
 from ..stages.registry import objective_class
 from ..stages.rows import Rows, rows_of
@@ -176,8 +176,11 @@ def _shard(
 def _top(
     teacher: OnlineTeacher, batch: Batch, vocab: int, k: int, temperature: float
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """ids (n, k) and log-probabilities (n, k + 1) of the positions with a label, chunk by chunk."""
-    with teacher.targets(None, batch).open() as chunk:
-        for start in range(0, batch.num_targets, chunk_tokens(vocab)):
-            target = chunk(slice(start, start + chunk_tokens(vocab)))(slice(None), vocab, temperature).top(k)
-            yield target.ids.int(), target.log_probs.half()
+    """Yield ids (n, k) and log-probabilities (n, k + 1) of the positions with a label.
+
+    Chunk by chunk; the log-probability of the rest comes last.
+    """
+    for chunk in teacher.signal(None, batch).chunks(chunk_tokens(vocab)):
+        top = chunk.distribution(slice(None), vocab, temperature).top(k)
+        del chunk  # before the next one is made
+        yield top.ids.int(), top.log_probs.half()

@@ -1,28 +1,32 @@
-"""How close a student in training is to its teacher: the scores of `quality`, within the model's forward and a chunk of
-logits at a time, shared by all processes."""
+"""How close a student in training is to its teacher.
+
+The scores of `quality`, within the model's forward and a chunk of logits at a time, shared by all processes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from ..data.batch import IGNORE, Batch
-from ..losses.distillation import chunk_tokens
+from ..hybrid.lm_head import logits_function
+from ..losses.chunked import TeacherChunk, TeacherSignal, chunk_slices, chunk_tokens, open_chunks
 from ..teacher.signals import Teacher
 from .quality import Scores, Totals, means, token_scores
 
 
 def share(batches: Sequence[Batch], rank: int, size: int) -> list[Batch]:
-    """A rank's part of the batches: as many as any other rank has, because forwards may be collective; what fills up
-    has no label."""
-    own = list(batches[rank::size])
-    if len(own) * size < len(batches):
-        own.append(replace(batches[-1], labels=torch.full_like(batches[-1].labels, IGNORE)))
-    return own
+    """Return a rank's share of the batches.
+
+    As many as any other rank has, because forwards may be collective; what fills up has no label.
+    """
+    batches_of_rank = list(batches[rank::size])
+    if len(batches_of_rank) * size < len(batches):
+        batches_of_rank.append(replace(batches[-1], labels=torch.full_like(batches[-1].labels, IGNORE)))
+    return batches_of_rank
 
 
 @torch.no_grad()
@@ -39,10 +43,11 @@ def evaluate_student(
         model: a `HybridModel`, or what an engine made of it.
         teacher: None: the student's own cross-entropy alone is meant (the other numbers say nothing).
         batches: this process's `share`, one document per row.
+        device: where the model is.
         total: adds up over processes.
 
     Raises:
-        UserError: no token can be judged.
+        UserError: there is no token to predict.
     """
     totals = Totals()
     training = [module for module in model.modules() if module.training]
@@ -57,20 +62,34 @@ def evaluate_student(
 
 
 def _add(totals: Totals, model: nn.Module, teacher: Teacher | None, batch: Batch) -> None:
-    judged = batch.labels != IGNORE
-    labels, context = batch.labels[judged], judged.nonzero()[:, 1] + 1
-    targets = None if teacher is None else teacher.targets(model, batch)
+    context = (batch.labels != IGNORE).nonzero()[:, 1] + 1
+    signal = None if teacher is None else teacher.signal(model, batch)
+    totals.add(model(batch, mode="student", task=TokenScores(signal)).cpu().numpy(), context.cpu().numpy())
 
-    def readout(hidden: Tensor, head: nn.Module) -> Tensor:
-        hidden, vocab = hidden[judged], head.out_features
-        scores = [hidden.new_zeros(4, 0, dtype=torch.float32)]
-        with nullcontext() if targets is None else targets.open() as chunk:
-            size = chunk_tokens(vocab)
-            for part in (slice(i, i + size) for i in range(0, len(labels), size)):
-                logits = head.forward(hidden[part])
-                wanted = logits if chunk is None else chunk(part)(slice(None), vocab, 1.0).log_probs
-                shared = wanted.shape[-1]
-                scores.append(token_scores(logits[:, :shared], wanted, labels[part]))
+
+@dataclass(frozen=True)
+class TokenScores:
+    """The `token_scores` of the positions with a label: a task of `LMHeadLoss`.
+
+    A chunk of logits is in memory at a time. The result is (4, N).
+
+    Args:
+        signal: None: the student is compared with itself.
+    """
+
+    signal: TeacherSignal | None
+
+    def run(self, head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
+        labeled = labels != IGNORE
+        hidden, labels, logits_of = hidden[labeled], labels[labeled], logits_function(head)
+        size, scores = chunk_tokens(head.out_features), []
+        with open_chunks(self.signal, size) as chunks:
+            for positions in chunk_slices(len(hidden), size):
+                logits = logits_of(hidden[positions])
+                teacher = logits if self.signal is None else _log_probs(next(chunks), head.out_features)
+                scores.append(token_scores(logits[:, : teacher.shape[1]], teacher, labels[positions]))
         return torch.cat(scores, 1)
 
-    totals.add(model(batch, mode="student", readout=readout).cpu().numpy(), context.cpu().numpy())
+
+def _log_probs(chunk: TeacherChunk, vocab: int) -> Tensor:
+    return chunk.distribution(slice(None), vocab, temperature=1.0).log_probs

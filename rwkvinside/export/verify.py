@@ -21,8 +21,9 @@ from ..data.batch import IGNORE, Batch
 from ..errors import UserError, VerificationError
 from ..hybrid.adapters import is_adapter
 from ..hybrid.assemble import adapter_names, make_plain, take_adapters
+from ..hybrid.lm_head import Logits
 from ..hybrid.model import HybridModel
-from ..runs.trained import open_run
+from ..runs.trained import TrainedRun, open_run
 from .weights import DTYPES, stored_dtype
 
 ROWS, TOKENS, SEED = 2, 41, 0  # 41: no multiple of the chunk of any backend
@@ -64,48 +65,26 @@ def verify(folder: str | Path, against: str | Path) -> dict:
             f"{folder} is not an exported model: {error!r}", "name the directory that `export` wrote"
         ) from error
     run = open_run(against)
-    model = run.load_model()
-    for mixer in model.mixers.values():  # the directory has to run where no compiled kernel is installed
-        mixer.mixer_config = mixer.mixer_config.replace(backend="chunked")
-    batch = _fixed_batch(model.lm.config.vocab_size)
-    trained = _logits(model, batch)
     directories = (conversion.get("adapters") or {}).get("directories", [])
-    special = bool(model.quantized or adapter_names(model))
-    make_plain(model, keep_adapters=bool(directories))
-    plain = _logits(model, batch)
-    _round(model, dtype)
-    adapted = _logits(model, batch)
-    if directories:
-        take_adapters(model, run.structure)
-    expected = _logits(model, batch)
-    del model
-
+    batch, expected = _expected_logits(run, dtype, bool(directories))
     sample_ids = _sample_ids(run.teacher_files())
     got = _reload(folder, batch.input_ids, SAMPLE if sample_ids else "", directories)
-    largest = expected.abs().max().item()
+    largest = expected["full"].abs().max().item()
     result = {
         "passed": False,
         "dtype": str(dtype).removeprefix("torch."),
         "tokens": ROWS * TOKENS,
-        "max_difference": _max_difference(got["full"], expected),
+        "max_difference": _max_difference(got["full"], expected["full"]),
         "tolerance": max(TOLERANCE, RELATIVE_TOLERANCE * largest),
         "cache_difference": _max_difference(got["cached"], got["full"]),
         "cache_tolerance": CACHE_TOLERANCE * max(1.0, largest),
-        "rounding_kl": _mean_kl(trained, got["stored"]),
+        "rounding_kl": _mean_kl(expected["trained"], got["stored"]),
     }
-    problems = []
-    if special:
-        result["plain_difference"] = _max_difference(plain, trained)
-        if not result["plain_difference"] <= TOLERANCE * max(1.0, largest):
-            problems.append(f"unpacking and merging changes logits by {result['plain_difference']:.3g}")
+    if "plain" in expected:
+        result["plain_difference"] = _max_difference(expected["plain"], expected["trained"])
     if directories:
-        result["adapter_difference"] = _max_difference(got["adapted"], adapted)
-        if not result["adapter_difference"] <= TOLERANCE * max(1.0, largest):
-            problems.append(f"with its adapters logits differ by {result['adapter_difference']:.3g}")
-    if not result["max_difference"] <= result["tolerance"]:
-        problems.append(f"logits differ by {result['max_difference']:.3g}, allowed {result['tolerance']:.3g}")
-    if not result["cache_difference"] <= result["cache_tolerance"]:
-        problems.append(f"through the cache they differ by {result['cache_difference']:.3g}")
+        result["adapter_difference"] = _max_difference(got["adapted"], expected["adapted"])
+    problems = _differences(result, TOLERANCE * max(1.0, largest))
     if not got["stored"].isfinite().all():
         problems.append(f"logits in {result['dtype']} are not finite")
     if got["sample_ids"].tolist() != sample_ids:
@@ -116,6 +95,46 @@ def verify(folder: str | Path, against: str | Path) -> dict:
     if problems:
         raise VerificationError(f"{folder} does not reproduce {run.path}: {'; '.join(problems)}")
     return result
+
+
+def _expected_logits(run: TrainedRun, dtype: torch.dtype, separate: bool) -> tuple[Batch, dict[str, Tensor]]:
+    """Return fixed tokens, and what the trained model says of them on its way to the export's weights.
+
+    Args:
+        separate: the export has its adapters in directories of their own.
+
+    Returns:
+        The batch, and the logits "trained" as the model ran in training, "plain" unpacked and merged (where that is
+        something else), "adapted" with the export's rounding, and "full" without the separate adapters.
+    """
+    model = run.load_model()
+    for mixer in model.mixers.values():  # the directory has to run where no compiled kernel is installed
+        mixer.mixer_config = mixer.mixer_config.replace(backend="chunked")
+    batch = _fixed_batch(model.lm.config.vocab_size)
+    logits = {"trained": _logits(model, batch)}
+    special = bool(model.quantized or adapter_names(model))
+    make_plain(model, keep_adapters=separate)
+    if special:
+        logits["plain"] = _logits(model, batch)
+    _round(model, dtype)
+    logits["adapted"] = _logits(model, batch)
+    if separate:
+        take_adapters(model, run.structure)
+    return batch, logits | {"full": _logits(model, batch)}
+
+
+def _differences(result: dict, tolerance: float) -> list[str]:
+    """Return which differences are too large; `tolerance` is that of unpacking and of adapters."""
+    problems = []
+    if not result.get("plain_difference", 0.0) <= tolerance:
+        problems.append(f"unpacking and merging changes logits by {result['plain_difference']:.3g}")
+    if not result.get("adapter_difference", 0.0) <= tolerance:
+        problems.append(f"with its adapters logits differ by {result['adapter_difference']:.3g}")
+    if not result["max_difference"] <= result["tolerance"]:
+        problems.append(f"logits differ by {result['max_difference']:.3g}, allowed {result['tolerance']:.3g}")
+    if not result["cache_difference"] <= result["cache_tolerance"]:
+        problems.append(f"through the cache they differ by {result['cache_difference']:.3g}")
+    return problems
 
 
 def _fixed_batch(vocabulary: int) -> Batch:
@@ -131,7 +150,7 @@ def _fixed_batch(vocabulary: int) -> Batch:
 
 @torch.no_grad()
 def _logits(model: HybridModel, batch: Batch) -> Tensor:
-    return model(batch, mode="student", readout=lambda hidden, head: head(hidden))
+    return model(batch, mode="student", task=Logits())
 
 
 @torch.no_grad()

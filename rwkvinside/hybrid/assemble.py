@@ -153,7 +153,7 @@ def apply(
     if set(model.quantized) != set(names):
         raise RuntimeError(f"quantized {sorted(model.quantized)}, asked for {names}")
     _add_adapters(model, structure.adapters, frozen_weights or {})
-    model.readout.head = model.lm.lm_head
+    model.lm_head_loss.head = model.lm.lm_head
     model.requires_grad_(False)
 
 
@@ -187,7 +187,7 @@ def take_adapters(model: HybridModel, structure: LayerSpec) -> list[tuple[Adapte
     """The adapters as `adapters_of` gives them; afterwards the model has none."""
     taken = adapters_of(model, structure)
     remove(model.lm)
-    model.readout.head = model.lm.lm_head
+    model.lm_head_loss.head = model.lm.lm_head
     return taken
 
 
@@ -208,7 +208,7 @@ def make_plain(model: HybridModel, keep_adapters: bool = False) -> None:
         if isinstance(layer, QuantizedLinear):
             replace(model.lm, path, dequantized(layer))
     model.master_weights.clear()
-    model.readout.head = model.lm.lm_head
+    model.lm_head_loss.head = model.lm.lm_head
 
 
 def quantised_teacher(model: HybridModel) -> bool:

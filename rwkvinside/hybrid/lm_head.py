@@ -1,21 +1,48 @@
-"""From final hidden states to logits, a chunk of tokens at a time: the module that owns that moment, and gradients
-through any head without keeping logits for a backward pass."""
+"""Everything between final hidden states and logits.
+
+The module that owns that moment, and gradients through any head, a chunk of tokens at a time and without keeping logits
+for a backward pass.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Readout(nn.Module):
-    """Runs a function of final hidden states and the head, inside the model's forward.
+class HeadTask(Protocol):
+    """What is asked of the head: a loss, scores, logits. Plain data, which says in `run` what is computed from it."""
+
+    def run(self, head: nn.Module, hidden: Tensor, labels: Tensor):
+        """Return what the task is about.
+
+        Args:
+            head: (..., D) -> (..., V), with `out_features` = V; to be called by `head.forward`, see `LMHeadLoss`.
+            hidden: (B, T, D) final hidden states.
+            labels: (B, T), already shifted; positions with -100 count nowhere.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Logits:
+    """All logits of a small batch at once, (B, T, V)."""
+
+    def run(self, head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
+        return head.forward(hidden)
+
+
+class LMHeadLoss(nn.Module):
+    """The end of the model's forward: final hidden states and the head meet in the loss, or another `HeadTask`.
 
     It owns no weights; its child is the model's head, whose parameters keep their names. To ZeRO 3 it is a leaf: the
-    head's weights stay gathered for the whole function, however many chunks that has on this rank. So the function
-    calls `head.forward`: hooks of the head itself would gather and release for every chunk.
+    head's weights stay gathered for the whole task, however many chunks that has on this rank. So tasks call
+    `head.forward`: hooks of the head itself would gather and release for every chunk.
     """
 
     _z3_leaf = True  # read by DeepSpeed
@@ -24,12 +51,25 @@ class Readout(nn.Module):
         super().__init__()
         self.head = head
 
-    def forward(self, hidden: Tensor, function: Callable[[Tensor, nn.Module], object]):
-        return function(hidden, self.head)
+    def forward(self, hidden: Tensor, labels: Tensor, task: HeadTask):
+        """Return the result of the task; arguments as of `HeadTask.run`."""
+        return task.run(self.head, hidden, labels)
+
+
+def logits_function(head: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return the function (tokens, D) -> logits (tokens, V) for many chunks.
+
+    It gives no gradients by the head's weights, which must be whole as long as it is used.
+    """
+    return LinearHead(head).forward if type(head) is nn.Linear else head.forward
 
 
 def open_head(head: nn.Module) -> LinearHead | AnyHead:
-    """A head ready for a loop over chunks: a plain linear layer, or anything else from (tokens, D) to (tokens, V)."""
+    """Return a head ready for a loop over chunks with gradients.
+
+    Args:
+        head: (tokens, D) -> (tokens, V), with `out_features` = V.
+    """
     return LinearHead(head) if type(head) is nn.Linear else AnyHead(head)
 
 
@@ -39,11 +79,13 @@ class LinearHead:
     Under autocast the weight is cast once for all chunks. Gradients add up in fp32, in fp64 for fp64 weights.
 
     Attributes:
+        out_features: V, the size of the vocabulary.
         parameters: those that train.
         gradients: of `parameters`, what `backward` has added up; empty before.
     """
 
     def __init__(self, head: nn.Linear):
+        self.out_features = head.out_features
         device = head.weight.device.type
         mixed = torch.is_autocast_enabled(device) and head.weight.dtype != torch.float64
         self._dtype = torch.get_autocast_dtype(device) if mixed else head.weight.dtype
@@ -54,13 +96,17 @@ class LinearHead:
         self.gradients: list[Tensor] = []
 
     def forward(self, x: Tensor) -> Tensor:
-        """(tokens, D) -> logits (tokens, V), which the next `backward` is about."""
+        """Return the logits (tokens, V) of (tokens, D), which the next `backward` is about."""
         self._x = x.to(self._dtype)
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(self._x, self._weight, self._bias)
 
     def backward(self, grad: Tensor, inputs: bool) -> Tensor | None:
-        """From the gradient of the logits: that of `x` where `inputs` asks for it; adds to `gradients`."""
+        """Add to `gradients`, and return the gradient by `x` where `inputs` asks for it.
+
+        Args:
+            grad: by the logits of the last `forward`.
+        """
         if not self.gradients:
             self.gradients = [torch.zeros_like(p, dtype=wide(p.dtype)) for p in self.parameters]
         low = grad.to(self._dtype)
@@ -79,6 +125,7 @@ class AnyHead:
 
     def __init__(self, head: nn.Module):
         self._head = head
+        self.out_features: int = head.out_features
         self.parameters = [p for p in head.parameters() if p.requires_grad]
         self.gradients: list[Tensor] = []
 
@@ -90,17 +137,17 @@ class AnyHead:
         return logits.detach()
 
     def backward(self, grad: Tensor, inputs: bool) -> Tensor | None:
-        wanted = [self._x] * inputs + self.parameters
-        if not wanted:
+        leaves = [self._x] * inputs + self.parameters
+        if not leaves:
             return None
         with torch.autocast(grad.device.type, enabled=False):  # types are those of the forward
-            found = list(torch.autograd.grad(self._edge, wanted, grad.to(self._dtype)))
-        result = found.pop(0) if inputs else None
-        found = [new.to(wide(new.dtype)) for new in found]
-        self.gradients = [a + b for a, b in zip(self.gradients, found, strict=True)] if self.gradients else found
-        return result
+            grads = list(torch.autograd.grad(self._edge, leaves, grad.to(self._dtype)))
+        of_inputs = grads.pop(0) if inputs else None
+        grads = [new.to(wide(new.dtype)) for new in grads]
+        self.gradients = [a + b for a, b in zip(self.gradients, grads, strict=True)] if self.gradients else grads
+        return of_inputs
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """In which logits are compared and gradients added up: fp32, or fp64 for fp64."""
+    """Return in which dtype logits are compared and gradients added up: fp32, or fp64 for fp64."""
     return torch.float64 if dtype == torch.float64 else torch.float32

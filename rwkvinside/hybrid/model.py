@@ -7,7 +7,7 @@ The exported model itself is `modeling/modeling_hybrid.py`; both run the same mi
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -25,7 +25,7 @@ from ..modeling.rwkv_attention import RWKVAttention, identity_rotation
 from .adapters import disabled, is_adapter, is_start, module_of
 from .attention_wrapper import AttentionWrapper
 from .freezing import GROUPS, _canonical, _group, _weights
-from .lm_head import Readout, open_head
+from .lm_head import HeadTask, LMHeadLoss
 from .quantized_linear import QuantizedLinear
 from .weight_transfer import mixer_config, transfer
 
@@ -77,7 +77,7 @@ class HybridModel(nn.Module):
     ):
         super().__init__()
         self.lm = lm
-        self.readout = Readout(lm.lm_head)
+        self.lm_head_loss = LMHeadLoss(lm.lm_head)
         self.spec = spec
         self.mixer_config = mixer
         self.rwkv_layers = rwkv_layers
@@ -141,7 +141,7 @@ class HybridModel(nn.Module):
         self,
         batch: Batch,
         mode: str = "student",
-        readout: Callable[[Tensor, nn.Module], object] | None = None,
+        task: HeadTask | None = None,
         checkpoint: bool = False,
     ):
         """Run a packed batch.
@@ -150,13 +150,13 @@ class HybridModel(nn.Module):
             batch: token ids, positions and documents of the rows.
             mode: "student", "teacher" (the original model as long as only mixers and adapters were trained) or "align".
                 But in mode "student", adapters outside of the mixers are off.
-            readout: what to do with the final hidden states (B, T, D) and the head; it runs inside the forward, so that
-                an engine that shards parameters gathers the head for it. None returns the hidden states.
+            task: what is asked of the head (a loss, scores, logits); it runs inside the forward, so that an engine that
+                shards parameters gathers the head for it. None: final hidden states. Not of "align".
             checkpoint: align only: recompute each mixer in the backward.
 
         Returns:
             "align": {layer: (squared error, squared norm of the teacher)}, 0-d fp32 sums over real tokens;
-            otherwise the readout's result.
+            otherwise the task's result, or without a task the final hidden states (B, T, D).
         """
         whole_rows = bool((batch.segment_ids == 1).all())  # one document per row: plain causal attention, no resets
         call = ForwardContext(
@@ -176,14 +176,17 @@ class HybridModel(nn.Module):
             ).last_hidden_state
             if mode == "align":
                 return call.errors
-            return hidden if readout is None else self.readout(hidden, readout)
+            if task is None:
+                return hidden
+            return self.lm_head_loss(hidden, labels=batch.labels, task=task)  # DeepSpeed warns of positional objects
 
     @property
-    def teacher_logits(self) -> Callable[[Tensor], Tensor]:
-        """From the teacher's final hidden states to its logits: the head without adapters, ready for many chunks; to be
-        used inside a readout."""
-        head = getattr(self.readout.head, "base_layer", self.readout.head)
-        return open_head(head).forward if type(head) is nn.Linear else head.forward
+    def teacher_head(self) -> nn.Module:
+        """The head without adapters, for the hidden states of mode "teacher".
+
+        Under ZeRO 3 its weights are whole only while a task runs.
+        """
+        return getattr(self.lm_head_loss.head, "base_layer", self.lm_head_loss.head)
 
     def release_teacher(self) -> None:
         """Forget the teacher's attention of converted layers (a separate teacher model provides the targets)."""

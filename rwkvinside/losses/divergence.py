@@ -17,20 +17,23 @@ NOTHING = -1e30  # logarithm of no mass; -inf would turn 0 times it into NaN
 
 
 def forward_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(p || q): sum of p (log p - log q)."""
+    """Return KL(p || q), the sum of p (log p - log q), and its slope."""
     p = log_p.exp()
     value = log_p.sub_(log_q).mul_(p).sum(-1)
     return value, p.neg_()
 
 
 def reverse_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(q || p): sum of q (log q - log p)."""
+    """Return KL(q || p), the sum of q (log q - log p), and its slope."""
     slope = log_p.neg_().add_(log_q).mul_(log_q.exp())
     return slope.sum(-1), slope
 
 
 def jensen_shannon(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """Half of KL(p || m) and half of KL(q || m) with m = (p + q) / 2; at most log 2."""
+    """Return the mean of KL(p || m) and KL(q || m) with m = (p + q) / 2, and its slope.
+
+    At most log 2.
+    """
     log_m = torch.logaddexp(log_p, log_q).sub_(math.log(2))
     p = log_p.exp()
     of_p = log_p.sub_(log_m).mul_(p).sum(-1)
@@ -42,8 +45,8 @@ DIVERGENCES = {"forward": forward_kl, "reverse": reverse_kl, "js": jensen_shanno
 
 
 @dataclass(frozen=True)
-class Target:
-    """A teacher's distributions for one chunk.
+class TeacherDistribution:
+    """A teacher's distributions at n positions.
 
     Args:
         log_probs: (n, V) over the vocabulary; or (n, k + 1) over k of its tokens and all others together. May be
@@ -58,35 +61,40 @@ class Target:
     best: Tensor
     vocab: int
 
-    def top(self, k: int | None) -> Target:
-        """The k likeliest tokens by themselves and the rest as one; None: unchanged. Overwrites `log_probs`."""
-        kept = self.log_probs.shape[1] - (self.ids is not None)
-        if k is None or k >= kept:
+    def top(self, k: int | None) -> TeacherDistribution:
+        """Return the k likeliest tokens by themselves and the rest as one event.
+
+        None changes nothing. Overwrites `log_probs`.
+        """
+        tokens = self.log_probs.shape[1] - (self.ids is not None)
+        if k is None or k >= tokens:
             return self
         if self.ids is None:
             top, ids = self.log_probs.topk(k)
             rest = self.log_probs.scatter_(-1, ids, -math.inf)
         else:
             top, ids, rest = self.log_probs[:, :k], self.ids[:, :k], self.log_probs[:, k:]
-        return Target(torch.cat([top, rest.logsumexp(-1, keepdim=True)], -1), ids, self.best, self.vocab)
+        return TeacherDistribution(torch.cat([top, rest.logsumexp(-1, keepdim=True)], -1), ids, self.best, self.vocab)
 
 
-def divergence(kind: str, target: Target, log_q: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
-    """The value summed over rows, and its gradient by the logits whose `log_softmax` is `log_q` where it is wanted.
+def divergence(kind: str, target: TeacherDistribution, log_q: Tensor, need_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """Return the value summed over positions and its gradient by the student's logits.
 
     Args:
         kind: of `DIVERGENCES`.
-        log_q: (n, V); overwritten when the gradient is wanted.
+        target: at the n positions; its log-probabilities are overwritten.
+        log_q: (n, V) `log_softmax` of the logits; overwritten when the gradient is needed.
+        need_grad: False: the gradient is None.
     """
     compare, log_p, ids = DIVERGENCES[kind], target.log_probs.clamp_(min=NOTHING), target.ids
     if ids is None:
         value, slope = compare(log_p, log_q)
-        grad = slope.addcmul_(log_q.exp_(), slope.sum(-1, keepdim=True), value=-1) if wanted else None
+        grad = slope.addcmul_(log_q.exp_(), slope.sum(-1, keepdim=True), value=-1) if need_grad else None
         return value.sum(), grad
     top = log_q.gather(-1, ids)
     rest = log_q.scatter_(-1, ids, -math.inf).logsumexp(-1, keepdim=True).clamp_(min=NOTHING)
     value, slope = compare(log_p, torch.cat([top, rest], -1))
-    if not wanted:
+    if not need_grad:
         log_q.scatter_(-1, ids, top)
         return value.sum(), None
     total, (of_top, of_rest) = slope.sum(-1, keepdim=True), slope.split([ids.shape[1], 1], -1)

@@ -9,7 +9,12 @@ from pydantic import Field
 from ..support.settings import Positive, Rate, Section
 
 
-class LossConfig(Section):
+class DistillLossConfig(Section):
+    """What is asked of the logits.
+
+    The divergence at `temperature` is multiplied by its square (Hinton et al. 2015, arXiv 1503.02531).
+    """
+
     divergence: Literal["forward", "reverse", "js"] = Field(
         "forward", description="KL(teacher || student), KL(student || teacher), or Jensen-Shannon."
     )

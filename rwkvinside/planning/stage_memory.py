@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from ..hybrid.freezing import TEACHER
 from ..hybrid.model import HybridModel
 from ..hybrid.quantized_linear import QuantizedLinear
-from ..losses.distillation import BLOCK_ELEMENTS, chunk_tokens
+from ..losses.chunked import BLOCK_ELEMENTS, chunk_tokens
 from ..stages.base import Backward
 from ..stages.plan import StagePlan
 from ..stages.rows import JUDGED_BATCH

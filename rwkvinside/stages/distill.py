@@ -78,7 +78,7 @@ class Distill(Stage):
     ) -> DistillStep:
         from .steps import DistillStep
 
-        return DistillStep(teacher, plan.loss)
+        return DistillStep(teacher, plan.settings.loss)
 
     def logit_models(self, kind: TeacherKind | None) -> int:
         return 1 if kind is TeacherKind.OFFLINE else 2

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from ..hybrid.assemble import LayerSpec
     from ..hybrid.model import StudentSpec
-    from ..losses.distillation import Objective
     from .param_groups import RateGroup
 
 
@@ -73,7 +72,6 @@ class StagePlan:
         phases: what trains from which step on; one where nothing unfreezes.
         layers: quantized layers and adapters.
         signal_teacher: the model that teacher distributions come from.
-        loss: what is compared; of stages whose objective has a loss.
     """
 
     name: str
@@ -85,7 +83,6 @@ class StagePlan:
     phases: tuple[Phase, ...]
     layers: LayerSpec
     signal_teacher: TeacherConfig
-    loss: Objective | None
 
     @property
     def title(self) -> str:

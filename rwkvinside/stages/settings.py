@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ..data.settings import StageData
-from ..losses.settings import LossConfig
+from ..losses.settings import DistillLossConfig
 from ..support.settings import Count, Section, problem
 from ..teacher.settings import TeacherModelConfig
 from ..training.schedule import StageLength
@@ -27,7 +27,7 @@ class StageConfig(Section):
     data: StageData = Field(description="Rows of this stage.")
     batch: BatchConfig = Field(description="Size of a step.")
     optim: OptimConfig | None = Field(None, description="Optimizer; calibrate has none.")
-    loss: LossConfig | None = Field(None, description="Loss; of distill and sft only.")
+    loss: DistillLossConfig | None = Field(None, description="Loss; of distill and sft only.")
     teacher: Literal["auto", "same", "separate", "cache"] = Field(
         "auto",
         description="The student's frozen weights, a second model, or logits on disk; auto: same where it is exact.",

@@ -62,9 +62,10 @@ class SupervisedFineTuning(Stage):
         return PaddedDocuments(store, seq_len, seed)
 
     def step(self, model, teacher: Teacher | None, plan: StagePlan, sample: Callable[[int], list[Batch]]) -> SftStep:
+        from ..losses.next_token import NextTokenLoss
         from .steps import SftStep
 
-        return SftStep(plan.loss)
+        return SftStep(NextTokenLoss(plan.settings.loss.chunk_tokens))
 
     def logit_models(self, kind: TeacherKind | None) -> int:
         return 1

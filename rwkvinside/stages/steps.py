@@ -1,5 +1,7 @@
-"""One step per objective: a packed batch in, a loss sum and metric sums out. The trainer divides by the global
-count."""
+"""One step per objective: a packed batch in, a loss sum and metric sums out.
+
+The trainer divides by the global count.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ from torch import Tensor, nn
 
 from ..data.batch import Batch
 from ..losses.alignment import alignment_loss
-from ..losses.distillation import Objective, Targets, head_losses
+from ..losses.distillation import DistillationLoss
+from ..losses.next_token import NextTokenLoss
+from ..losses.settings import DistillLossConfig
 from ..teacher.signals import Teacher
 
 
@@ -18,18 +22,18 @@ class AlignStep:
     """Each mixer imitates its layer's attention on the teacher's own hidden states (RADLADS step 1).
 
     Args:
-        power: {layer: mean squared norm per token of the teacher's attention output}, from `calibrate.teacher_norms`.
+        norms: {layer: mean squared norm per token of the teacher's attention output}, from `calibration.teacher_norms`.
         checkpoint: recompute mixers in the backward.
     """
 
-    power: dict[int, float]
+    norms: dict[int, float]
     checkpoint: bool = False
 
     def count(self, batch: Batch) -> int:
         return batch.num_tokens
 
-    def __call__(self, model, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, layers = alignment_loss(model(batch, mode="align", checkpoint=self.checkpoint), self.power)
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, layers = alignment_loss(model(batch, mode="align", checkpoint=self.checkpoint), self.norms)
         return loss, {"layers": layers}
 
 
@@ -38,35 +42,29 @@ class DistillStep:
     """The student's next-token distribution follows the teacher's; cross-entropy on the text may be added.
 
     Args:
-        teacher: where the targets come from.
-        objective: what is compared, and how.
+        teacher: where the distributions to follow come from.
+        config: what is compared, and how.
     """
 
     teacher: Teacher
-    objective: Objective = Objective()
+    config: DistillLossConfig = DistillLossConfig()
 
     def count(self, batch: Batch) -> int:
         return batch.num_targets
 
-    def __call__(self, model, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        return _judged(model, batch, self.teacher.targets(model, batch), self.objective)
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        signal = self.teacher.signal(model, batch)
+        return model(batch, mode="student", task=DistillationLoss(signal, self.config))
 
 
 @dataclass
 class SftStep:
     """Cross-entropy on the labeled positions (completions), no teacher."""
 
-    objective: Objective = Objective(kl=0.0, ce=1.0)
+    loss: NextTokenLoss = NextTokenLoss()
 
     def count(self, batch: Batch) -> int:
         return batch.num_targets
 
-    def __call__(self, model, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        return _judged(model, batch, None, self.objective)
-
-
-def _judged(model, batch: Batch, targets: Targets | None, objective: Objective) -> tuple[Tensor, dict[str, Tensor]]:
-    def readout(hidden: Tensor, head: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
-        return head_losses(hidden, head, batch.labels, targets, objective)
-
-    return model(batch, mode="student", readout=readout)
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        return model(batch, mode="student", task=self.loss)

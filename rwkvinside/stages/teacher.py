@@ -53,7 +53,7 @@ def online_teacher(plan: StagePlan, world: Distributed) -> OnlineTeacher:
         lm.float()
     model = TeacherModel(lm)
     if second.shard and world.launched:
-        return OnlineTeacher(*inference_engine(model, list(model.readout.parameters()), world))
+        return OnlineTeacher(*inference_engine(model, list(lm.lm_head.parameters()), world))
     return OnlineTeacher(model.to(world.device))
 
 

@@ -103,8 +103,8 @@ def test_every_position_has_the_likeliest_tokens_of_the_teacher(material, writte
     lm = AutoModelForCausalLM.from_pretrained(material / "teacher")
     for numbers in ([0, 1], [3, 4, 11], [6]):  # within a shard, across shards
         batch = rows.batch(numbers)
-        with teacher.targets(None, batch).open() as chunk:
-            target = chunk(slice(None))(slice(None), 257, 1.0)
+        (chunk,) = teacher.signal(None, batch).chunks(batch.num_targets)
+        target = chunk.distribution(slice(None), 257, 1.0)
         expected = []
         for row, segments, labels in zip(batch.input_ids, batch.segment_ids, batch.labels, strict=True):
             for document in range(1, int(segments.max()) + 1):  # each document alone
@@ -126,8 +126,8 @@ def test_a_larger_vocabulary_of_the_teacher_is_cut(material, tmp_path):
     write_logits(distillation_plan(configured(material, *more), "distill"), tmp_path / "logits", K)
     teacher, rows = cached(material, tmp_path / "logits", *more)
     batch = rows.batch([5])
-    with teacher.targets(None, batch).open() as chunk:
-        target = chunk(slice(None))(slice(None), 257, 2.0)
+    (chunk,) = teacher.signal(None, batch).chunks(batch.num_targets)
+    target = chunk.distribution(slice(None), 257, 2.0)
     lm = AutoModelForCausalLM.from_pretrained(material / "wide")
     first = (batch.segment_ids[0] == 1) & (batch.labels[0] != -100)
     with torch.no_grad():
@@ -145,8 +145,8 @@ def test_a_quantised_teacher_of_another_size(material):
         config = configured(material, *more)
         teacher = online_teacher(distillation_plan(config, "distill"), Distributed("cpu"))
         batch = rows_and_tokenizer(config)[0].batch([0])
-        with teacher.targets(None, batch).open() as chunk:
-            found.append(chunk(slice(None))(slice(None), 257, 1.0).log_probs)
+        (chunk,) = teacher.signal(None, batch).chunks(batch.num_targets)
+        found.append(chunk.distribution(slice(None), 257, 1.0).log_probs)
     kinds = {type(module).__name__ for name, module in teacher.module.lm.model.named_modules() if "_proj" in name}
     assert kinds == {"QuantizedLinear"} and type(teacher.module.lm.lm_head) is torch.nn.Linear
     kl = (found[0].exp() * (found[0] - found[1])).sum(-1).mean()
@@ -268,8 +268,8 @@ def test_damage_is_refused_in_one_line(material, copied):
     def refused(pattern):
         with pytest.raises(UserError, match=pattern) as error:
             teacher, rows = cached(material, copied)
-            teacher.targets(None, rows.batch([0]))
-            teacher.targets(None, rows.batch([5]))
+            teacher.signal(None, rows.batch([0]))
+            teacher.signal(None, rows.batch([5]))
         assert "\n" not in error.value.cause
 
     content[-100] ^= 1
@@ -290,7 +290,7 @@ def test_a_row_that_has_changed_is_refused_when_it_is_used(material, written):
     batch = rows.batch([2])
     batch.input_ids[0, 7] += 1
     with pytest.raises(UserError, match="row 2 of the data is not the one whose logits are in"):
-        teacher.targets(None, batch)
+        teacher.signal(None, batch)
 
 
 def test_what_writing_refuses(material, written, tmp_path, capsys):

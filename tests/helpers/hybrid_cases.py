@@ -4,6 +4,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from rwkvinside.data.batch import Batch
+from rwkvinside.hybrid.lm_head import Logits
 
 VOCAB = 50
 
@@ -54,7 +55,7 @@ def packed(documents, rows=1, seed=3):
 
 
 def logits(model, batch, mode):
-    return model(batch, mode=mode, readout=lambda hidden, head: head(hidden))
+    return model(batch, mode=mode, task=Logits())
 
 
 def batch_of(document):

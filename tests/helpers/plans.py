@@ -45,5 +45,4 @@ def stage_plan(**settings):
         phases=phases_of(section),
         layers=LayerSpec(),
         signal_teacher=run.teacher,
-        loss=None,
     )

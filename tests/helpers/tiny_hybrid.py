@@ -11,7 +11,7 @@ from rwkvinside.hybrid.adapters import AdapterSpec
 from rwkvinside.hybrid.assemble import LayerSpec, assemble
 from rwkvinside.hybrid.calibration import teacher_norms
 from rwkvinside.hybrid.model import HybridModel, StudentSpec
-from rwkvinside.losses.distillation import Objective
+from rwkvinside.losses.settings import DistillLossConfig
 from rwkvinside.stages.steps import AlignStep, DistillStep
 from rwkvinside.teacher.signals import OnlineTeacher, SelfTeacher, TeacherModel
 from rwkvinside.training.schedule import Schedule, StageLength
@@ -30,7 +30,7 @@ STRUCTURE = LayerSpec(
         AdapterSpec(rank=2, groups=("mixer.proj",), dora=True),
     ),
 )
-OBJECTIVE = Objective(ce=0.1, chunk_tokens=8)  # several chunks a micro-batch, not equally many on every rank
+LOSS = DistillLossConfig(ce=0.1, chunk_tokens=8)  # several chunks a micro-batch, not equally many on every rank
 
 
 class Source:
@@ -104,8 +104,8 @@ def distill(checkpointing=False, shard=None):
     if checkpointing:
         model.lm.train().activation_checkpointing_enable()
     its = TeacherModel(lm)
-    second = OnlineTeacher(its) if shard is None else OnlineTeacher(*shard(its, list(its.readout.parameters())))
-    return model, lambda module: DistillStep(second, OBJECTIVE)
+    second = OnlineTeacher(its) if shard is None else OnlineTeacher(*shard(its, list(lm.lm_head.parameters())))
+    return model, lambda module: DistillStep(second, LOSS)
 
 
 def quantized():
@@ -113,7 +113,7 @@ def quantized():
     torch.manual_seed(1)
     model = assemble(teacher(), StudentSpec(), STRUCTURE)
     model.set_trainable(["mixer", "adapters"])
-    return model, lambda module: DistillStep(SelfTeacher(), OBJECTIVE)
+    return model, lambda module: DistillStep(SelfTeacher(), LOSS)
 
 
 def judged():

@@ -36,7 +36,7 @@ def test_teacher_and_align_modes_do_not_hear_of_adapters():
         whole = packed([20], rows=2)
         assert torch.equal(logits(model, whole, "teacher"), original(input_ids=whole.input_ids).logits)
         hidden = model(batch, mode="teacher")
-        assert torch.equal(model.teacher_logits(hidden), logits(model, batch, "teacher"))
+        assert torch.equal(model.teacher_head(hidden), logits(model, batch, "teacher"))
         assert all(
             torch.equal(a, b) for i in errors for a, b in zip(errors[i], model(batch, mode="align")[i], strict=True)
         )

@@ -12,7 +12,7 @@ from rwkvinside.data.batch import Batch
 from rwkvinside.errors import UserError
 from rwkvinside.hybrid.calibration import calibrate, teacher_norms
 from rwkvinside.hybrid.model import HybridModel, StudentSpec
-from rwkvinside.losses.distillation import Objective
+from rwkvinside.losses.settings import DistillLossConfig
 from rwkvinside.stages.steps import AlignStep, DistillStep, SftStep
 from rwkvinside.teacher.signals import OnlineTeacher, SelfTeacher, TeacherModel, check_same_weights
 
@@ -54,7 +54,7 @@ def test_padding_tail_changes_no_loss():
         torch.cat([batch.segment_ids, pad.int()], 1),
         (0,),
     )
-    for step in (AlignStep({0: 1.0, 1: 1.0, 2: 1.0}), DistillStep(SelfTeacher(), Objective(ce=0.5)), SftStep()):
+    for step in (AlignStep({0: 1.0, 1: 1.0, 2: 1.0}), DistillStep(SelfTeacher(), DistillLossConfig(ce=0.5)), SftStep()):
         assert step.count(batch) == step.count(padded)
         # 1e-6: sums over tokens are fp32 by design
         assert step(hybrid, batch)[0].item() == pytest.approx(step(hybrid, padded)[0].item(), rel=1e-6)
@@ -71,10 +71,10 @@ def test_align_loss_is_the_relative_error_of_each_layer_on_teacher_activations()
         )
         for i, layer in enumerate(hybrid.lm.model.layers)
     ]
-    power, before = teacher_norms(hybrid, [batch])
+    norms, before = teacher_norms(hybrid, [batch])
     for hook in hooks:
         hook.remove()
-    loss, metrics = AlignStep(power)(hybrid, batch)
+    loss, metrics = AlignStep(norms)(hybrid, batch)
     # 1e-6 here and below: errors are summed in fp32 by design
     assert loss.item() / batch.num_tokens == pytest.approx(sum(before.values()) / 3, rel=1e-6)
     # layer 1 by hand, each document alone, from the teacher's own hidden states
@@ -92,7 +92,7 @@ def test_align_loss_is_the_relative_error_of_each_layer_on_teacher_activations()
             error += (y - target).square().sum().item()
             norm += target.square().sum().item()
     assert before[1] == pytest.approx(error / norm, rel=1e-6)
-    assert power[1] == pytest.approx(norm / batch.num_tokens, rel=1e-6)
+    assert norms[1] == pytest.approx(norm / batch.num_tokens, rel=1e-6)
     assert metrics["layers"].shape == (3,)
 
 
@@ -114,7 +114,7 @@ def test_activation_checkpointing_changes_no_gradient(objective):
         if objective == "align":
             step = AlignStep({0: 2.0, 2: 3.0}, checkpoint=checkpointing)
         else:
-            step = DistillStep(separate, Objective(chunk_tokens=7 if checkpointing else 1000))
+            step = DistillStep(separate, DistillLossConfig(chunk_tokens=7 if checkpointing else 1000))
             if checkpointing:
                 hybrid.lm.train().activation_checkpointing_enable()
         step(hybrid, packed([8, 5], rows=2))[0].backward()
@@ -153,7 +153,9 @@ def test_distill_step_equals_brute_force():
     hybrid = HybridModel.from_teacher(teacher(), StudentSpec()).double()
     wide = teacher(vocab_size=VOCAB + 14).double()  # a padded vocabulary: cut to the shared ids
     batch = packed([8, 5], rows=2)
-    step = DistillStep(OnlineTeacher(TeacherModel(wide)), Objective(kl=0.7, ce=0.3, temperature=2.0, chunk_tokens=5))
+    step = DistillStep(
+        OnlineTeacher(TeacherModel(wide)), DistillLossConfig(kl=0.7, ce=0.3, temperature=2.0, chunk_tokens=5)
+    )
     loss, metrics = step(hybrid, batch)
     s = logits(hybrid, batch, "student")
     with torch.no_grad():

@@ -66,7 +66,7 @@ def kept_by_autograd(model, *, align, bf16, checkpointing):
         else:
             if checkpointing:
                 model.lm.train().activation_checkpointing_enable()
-            model(batch(), mode="student", readout=lambda hidden, head: hidden)
+            model(batch(), mode="student")
     return sum(n for n, t in found.values() if tuple(t.shape) not in weights) / (ROWS * TOKENS)
 
 

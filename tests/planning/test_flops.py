@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 from rwkvinside.data.batch import Batch
 from rwkvinside.hybrid.adapters import AdapterSpec
 from rwkvinside.hybrid.assemble import LayerSpec, apply
+from rwkvinside.hybrid.lm_head import Logits
 from rwkvinside.hybrid.model import HybridModel, StudentSpec
 from rwkvinside.modeling import time_mixer
 from rwkvinside.planning import devices
@@ -90,7 +91,7 @@ def align(student, batch):
 def distill(student, batch, second=None):
     """A forward of each side through its head, and a loss that multiplies no matrices."""
     if second is None:
-        student(batch, mode="teacher", readout=lambda hidden, head: head(hidden))
+        student(batch, mode="teacher", task=Logits())
     else:
         with torch.no_grad():
             second(batch.input_ids)
@@ -98,7 +99,7 @@ def distill(student, batch, second=None):
 
 
 def sft(student, batch):
-    return student(batch, mode="student", readout=lambda hidden, head: head(hidden).logsumexp(-1).sum())
+    return student(batch, mode="student", task=Logits()).logsumexp(-1).sum()
 
 
 def formula(student, objective, source, teacher=None):

@@ -265,11 +265,11 @@ def test_random_states_survive_json():
     assert draw() == first
 
 
-@pytest.mark.parametrize("poisoned", ["model.layers.1.mlp", "readout"])
+@pytest.mark.parametrize("poisoned", ["model.layers.1.mlp", "lm_head_loss"])
 def test_nan_in_a_real_student_names_the_module_and_the_rows(poisoned):
     student, make_step = tiny.distill()
     engine = LocalEngine(student, tiny.groups(student), tiny.SETTINGS, Distributed("cpu"))
-    module = student.readout if poisoned == "readout" else student.lm.get_submodule(poisoned)
+    module = student.lm_head_loss if poisoned == "lm_head_loss" else student.lm.get_submodule(poisoned)
     bad = tiny.Source().batch([9]).input_ids  # in update 2
 
     def poison(module, args, output):
@@ -281,7 +281,7 @@ def test_nan_in_a_real_student_names_the_module_and_the_rows(poisoned):
     module.register_forward_hook(poison)
     with pytest.raises(UserError) as caught:
         tiny.trainer(engine, make_step(engine.module), micro_rows=2, metrics=seen).fit()
-    name = "readout" if poisoned == "readout" else f"lm.{poisoned}"
+    name = "lm_head_loss" if poisoned == "lm_head_loss" else f"lm.{poisoned}"
     assert f"beginning in the output of {name}, in rows 9, 10;" in caught.value.cause
 
 

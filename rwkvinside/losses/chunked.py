@@ -1,0 +1,196 @@
+"""Losses from final hidden states, a chunk of positions at a time.
+
+No batch ever has all its logits in memory.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, closing, nullcontext
+from itertools import repeat
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ..data.batch import IGNORE
+from ..hybrid.lm_head import AnyHead, LinearHead, open_head, wide
+from .divergence import TeacherDistribution
+
+CHUNK_ELEMENTS = 3 * 2**24  # logits of a chunk, 192 MiB in fp32: 331 tokens of a vocabulary of 152k
+BLOCK_ELEMENTS = {"cpu": 2**22, "cuda": 2**24}  # that are compared at a time, in buffers that the allocator keeps
+
+
+class TeacherChunk(Protocol):
+    """What a teacher says at the positions of one chunk."""
+
+    def distribution(self, positions: slice, vocab: int, temperature: float) -> TeacherDistribution:
+        """Return the distributions at some positions of the chunk.
+
+        They are over at most the first `vocab` ids.
+        """
+        ...
+
+
+class TeacherSignal(Protocol):
+    """What a teacher says of one batch, at the positions with a label in row-major order."""
+
+    def chunks(self, size: int) -> Generator[TeacherChunk, None, None]:
+        """Yield the chunks of `chunk_slices`, each made when it is asked for.
+
+        It may hold weights together meanwhile: run it to its end or close it.
+        """
+        ...
+
+
+def chunk_tokens(vocab: int) -> int:
+    """Return how many positions of a vocabulary of this size make a chunk."""
+    return max(1, CHUNK_ELEMENTS // vocab)
+
+
+def chunk_slices(count: int, size: int) -> Iterator[slice]:
+    """Yield slices of `size` positions.
+
+    One even of no position: so names and gradients are the same for every batch.
+    """
+    for start in range(0, max(count, 1), size):
+        yield slice(start, start + size)
+
+
+def open_chunks(signal: TeacherSignal | None, size: int) -> AbstractContextManager[Iterator[TeacherChunk | None]]:
+    """Return a context that gives a signal's chunks, or without a signal None for each.
+
+    Take each by `next` as an argument of what uses it: then its logits are gone before the next chunk's are made.
+    """
+    return nullcontext(repeat(None)) if signal is None else closing(signal.chunks(size))
+
+
+class ChunkedLoss(ABC):
+    """A loss summed over the positions with a label: a task of `LMHeadLoss`.
+
+    Each chunk of positions goes through head, loss and back at once: its logits are gone before the next one's are
+    made, nothing is recomputed, and the backward only hands out what was found. Softmax and sums are fp32, of fp64
+    logits fp64.
+
+    Attributes:
+        signal: the teacher's distributions at the positions with a label; None: there is no teacher.
+    """
+
+    signal: TeacherSignal | None
+
+    @property
+    @abstractmethod
+    def chunk_tokens(self) -> int | None:
+        """Positions at a time; None: `chunk_tokens` of the vocabulary."""
+
+    @property
+    @abstractmethod
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the sums that `block` gives after the loss."""
+
+    @abstractmethod
+    def block(
+        self, logits: Tensor, labels: Tensor, chunk: TeacherChunk | None, positions: slice, need_grad: bool
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Return the sums over some positions of a chunk and the gradient by the logits.
+
+        Args:
+            logits: (n, V) fp32 or fp64; not to be overwritten.
+            labels: (n,) int64.
+            chunk: the teacher's side of the whole chunk, where there is a signal.
+            positions: which positions of the chunk these are.
+            need_grad: False: there is no gradient.
+
+        Returns:
+            The loss and then the metrics, 0-d; the gradient (n, at most V) by the first ids, of the others it is 0.
+        """
+
+    def run(self, head: nn.Module, hidden: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss sum (0-d) and detached metric sums over the same positions.
+
+        Arguments as of `HeadTask.run`.
+        """
+        labeled = labels != IGNORE
+        hidden, labels, opened = hidden[labeled], labels[labeled], open_head(head)
+        if torch.is_grad_enabled():
+            loss, sums = _Prepared.apply(hidden, labels, self, opened, *opened.parameters)
+        else:
+            loss, sums, _ = self.over_chunks(hidden, labels, opened, inputs=False, parameters=False)
+        return loss, dict(zip(self.metrics, sums.unbind(), strict=True))
+
+    def over_chunks(
+        self, hidden: Tensor, labels: Tensor, head: LinearHead | AnyHead, inputs: bool, parameters: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return sums and gradient of one pass over the positions.
+
+        Gradients by the head's parameters add up in `head`.
+
+        Args:
+            hidden: (N, D) at the positions with a label.
+            labels: (N,) int64.
+            head: from `open_head`.
+            inputs, parameters: whether gradients by `hidden` and by the head's parameters are needed.
+
+        Returns:
+            Loss sum (0-d), metric sums (1-d), and the gradient by `hidden` where `inputs` asks for it.
+        """
+        need_grad, grads, sums = inputs or parameters, [], self._zeros(hidden.device)
+        size = self.chunk_tokens or chunk_tokens(head.out_features)
+        with open_chunks(self.signal, size) as chunks:
+            for positions in chunk_slices(len(hidden), size):
+                logits = head.forward(hidden[positions])
+                sums += self._chunk(logits, labels[positions], next(chunks), need_grad)
+                grad = head.backward(logits, inputs) if need_grad else None
+                if grad is not None:
+                    grads.append(grad)
+                del logits
+        sums = sums.to(wide(hidden.dtype))
+        return sums[0], sums[1:], torch.cat(grads).to(hidden.dtype) if inputs else None
+
+    def _zeros(self, device: torch.device) -> Tensor:
+        return torch.zeros(1 + len(self.metrics), dtype=torch.float64, device=device)
+
+    def _chunk(self, logits: Tensor, labels: Tensor, chunk: TeacherChunk | None, need_grad: bool) -> Tensor:
+        """Return the sums of a chunk (1-d, fp64), whose logits become their own gradient.
+
+        They stay as they are where none is needed.
+        """
+        size = max(1, BLOCK_ELEMENTS[logits.device.type] // logits.shape[1])
+        sums = self._zeros(logits.device)
+        for block in chunk_slices(len(logits), size):
+            values, grad = self.block(logits[block].to(wide(logits.dtype)), labels[block], chunk, block, need_grad)
+            sums += torch.stack(values).double()
+            if grad is not None:
+                logits[block, : grad.shape[1]] = grad
+                logits[block, grad.shape[1] :] = 0
+        return sums
+
+
+class _Prepared(torch.autograd.Function):
+    """A loss with its gradients, found in the forward; the backward scales them in place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        labels: Tensor,
+        loss: ChunkedLoss,
+        head: LinearHead | AnyHead,
+        *parameters: nn.Parameter,
+    ) -> tuple[Tensor, Tensor]:
+        inputs, _, _, _, *of_head = ctx.needs_input_grad
+        value, sums, grad = loss.over_chunks(hidden, labels, head, inputs, any(of_head))
+        of_parameters = [g.to(p.dtype) for g, p in zip(head.gradients, parameters, strict=True)]
+        ctx.grads = [grad, None, None, None, *of_parameters]
+        ctx.mark_non_differentiable(sums)
+        return value, sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor, of_sums: None) -> tuple[Tensor | None, ...]:
+        if ctx.grads is None:
+            raise RuntimeError("the gradients of this loss have been handed out already")
+        grads, ctx.grads = ctx.grads, None
+        return tuple(grad if grad is None else grad.mul_(scale) for grad in grads)

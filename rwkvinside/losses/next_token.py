@@ -1,0 +1,52 @@
+"""Cross-entropy on the labels, as a loss of its own (sft) and as a part of distillation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .chunked import ChunkedLoss, TeacherChunk
+
+
+@dataclass(frozen=True)
+class NextTokenLoss(ChunkedLoss):
+    """Cross-entropy on the labels, no teacher; its metric is "ce".
+
+    Args:
+        chunk_tokens: see `ChunkedLoss`.
+    """
+
+    chunk_tokens: int | None = None
+    signal = None
+    metrics = ("ce",)
+
+    def block(
+        self, logits: Tensor, labels: Tensor, chunk: TeacherChunk | None, positions: slice, need_grad: bool
+    ) -> tuple[list[Tensor], Tensor | None]:
+        log_q = F.log_softmax(logits, -1)
+        entropy = cross_entropy(log_q, labels)
+        return [entropy, entropy], cross_entropy_grad(log_q.exp_(), labels) if need_grad else None
+
+
+def cross_entropy(log_q: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross-entropy summed over positions (0-d, nats).
+
+    Args:
+        log_q: (n, V) log-probabilities.
+        labels: (n,) int64 below V.
+    """
+    return F.nll_loss(log_q, labels, reduction="sum")
+
+
+def cross_entropy_grad(q: Tensor, labels: Tensor, weight: float = 1.0) -> Tensor:
+    """Return the gradient of `weight` times `cross_entropy` by the logits.
+
+    Args:
+        q: (n, V) softmax of the logits; overwritten.
+        labels: (n,) int64 below V.
+        weight: of the cross-entropy.
+    """
+    at_labels = labels[:, None]
+    return q.scatter_(-1, at_labels, q.gather(-1, at_labels) - 1).mul_(weight)
