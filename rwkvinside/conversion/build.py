@@ -18,6 +18,7 @@ from ..hybrid.adapters import adapter_directory, is_adapter, write_peft
 from ..hybrid.assemble import adapters_of, assemble, frozen_weights_of
 from ..hybrid.model import HybridModel
 from ..losses.distillation import Objective
+from ..modeling.hybrid_base import mixer_fields
 from ..planning.flops import training_flops
 from ..stages.param_groups import rate_groups
 from ..stages.phases import Phase
@@ -117,8 +118,10 @@ def fingerprint(student: HybridModel) -> dict:
     """JSON values that tell students apart whose tensors do not fit each other, or would compute something else."""
     sizes = ("model_type", "num_hidden_layers", "vocab_size", "intermediate_size")
     values = {f"teacher.{name}": getattr(student.lm.config, name) for name in sizes}
-    mixer = student.mixer_config.to_dict()
-    values |= {name: value for name, value in mixer.items() if name not in ("backend", "precision", "detach_first")}
+    how = {"backend": "auto", "precision": "auto", "detach_first": False}  # the same student by another way
+    mixers = mixer_fields({i: config.replace(**how) for i, config in student.mixer_configs.items()})
+    values |= {name: value for name, value in mixers["mixer"].items() if name not in how}
+    values |= {"mixer_layers": mixers["mixer_layers"]} if mixers["mixer_layers"] else {}
     return values | {"rwkv_layers": student.rwkv_layers, "attention_rope": student.spec.attention_rope}
 
 
@@ -201,7 +204,7 @@ def make_engine(
 def work_of(stage: StageConfig, student: HybridModel, teacher: Teacher | None) -> float:
     """Operations for a token of a stage with what `prepare_stage` has made trainable; asked before an engine is."""
     source = "same" if isinstance(teacher, SelfTeacher) else None
-    second = teacher.module if isinstance(teacher, OnlineTeacher) else None
+    second = teacher.module.lm if isinstance(teacher, OnlineTeacher) else None
     return training_flops(student, stage, source, second).total
 
 

@@ -106,8 +106,9 @@ def train(
     shapes = meta_student(config)
     return_freed_memory(sum(p.numel() for p in shapes.parameters()))
     backend = config.student.backend
-    if backend != "auto" and (reason := why_unavailable(backend, device, torch.float32, shapes.mixer_config.head_size)):
-        raise UserError(f"student.backend {backend} cannot run: {reason}", "use student.backend=auto")
+    for head_size in {mixer.head_size for mixer in shapes.mixer_configs.values()}:
+        if backend != "auto" and (reason := why_unavailable(backend, device, torch.float32, head_size)):
+            raise UserError(f"student.backend {backend} cannot run: {reason}", "use student.backend=auto")
     world = join_process_group() if launched else Distributed(device)
     loggers = Loggers(config.loggers if world.is_main else (), directory.path, config.model_dump(mode="json"))
     try:

@@ -59,7 +59,7 @@ def plan_text(config: Config, stages: list[str] | None = None, ranks: int = 1) -
     c = model.lm.config
     layer_map = "".join("R" if i in model.rwkv_layers else "A" for i in range(c.num_hidden_layers))
     engine = f"DeepSpeed, ZeRO {zero_settings(config).settled().stage}" if ranks > 1 else "one process"
-    mixer = model.mixer_config
+    mixer = model.mixer_configs[model.rwkv_layers[0]]
     lines = [
         f"teacher   {config.teacher.path}: {c.model_type}, {c.num_hidden_layers} layers, width {c.hidden_size}, "
         f"{mixer.num_heads} heads of {mixer.head_size} ({mixer.num_kv_heads} for keys), "

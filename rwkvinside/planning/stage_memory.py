@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..config.precision import frozen_dtype
 from ..config.schema import Config, StageConfig
+from ..families.registry import find
 from ..hybrid.freezing import TEACHER
 from ..hybrid.model import HybridModel
 from ..hybrid.quantized_linear import QuantizedLinear, linear_names, quantize
@@ -30,7 +31,7 @@ def second_teacher(config: Config, stage: StageConfig) -> PreTrainedModel:
             teacher_config(config.model_copy(update={"teacher": teacher_of(config, stage)}))
         )
     if given.quantize is not None:
-        quantize(lm, linear_names(lm, skip=("lm_head",)), given.quantize)
+        quantize(lm, linear_names(lm, skip=(find(lm.config.model_type).head_path,)), given.quantize)
     return lm
 
 
@@ -104,14 +105,14 @@ def _weights(model: HybridModel, frozen: int, beside: bool, mapped: bool) -> Stu
             trainable += p.numel()
         else:
             others += size
-        layer = int(path.split(".layers.")[1].split(".")[0]) if ".layers." in path else None
+        layer = model.family.layer_of(path.removeprefix("lm."))
         layers[layer] = layers.get(layer, 0) + size
         if name is not None and layer is not None and p.dim() >= 2 and size == FP32 * p.numel():
             cast += p.numel()
     quantized = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
     others += sum(b.numel() * b.itemsize for m in quantized for b in m.buffers(recurse=False))
     others += sum(t.numel() * FP32 for t in model.master_weights.values())
-    head = model.lm.lm_head
+    head = model.family.head(model.lm)
     of_head = sum(p.numel() * (FP32 if p.requires_grad else frozen) for p in head.parameters())
     return StudentMemory(
         trainable=trainable,
@@ -137,11 +138,11 @@ def _work(
     bf16: bool,
     ranks: int,
 ) -> StepMemory:
-    c, mixer = model.lm.config, model.mixer_config
+    c = model.lm.config
     shape, T = step_shape(stage, ranks), stage.data.seq_len
     tokens = shape.micro_rows * T
     low = 2 if bf16 else FP32
-    trained_stream = "model.embed_tokens.weight" in model.trained
+    trained_stream = f"{model.family.embedding_path}.weight" in model.trained
     stream = FP32 if trained_stream or not bf16 else frozen.itemsize
     vocab = c.vocab_size
     whole, largest = (0, 0) if teacher is None else _teacher_bytes(teacher, frozen)
@@ -154,7 +155,9 @@ def _work(
         + judged * transient_bytes(model, align=False, low=low),
     )
     if stage.objective == "calibrate":
-        C, K = mixer.num_heads * mixer.head_size, mixer.num_kv_heads * mixer.head_size
+        mixers = model.mixer_configs.values()
+        C = max(mixer.num_heads * mixer.head_size for mixer in mixers)
+        K = max(mixer.num_kv_heads * mixer.head_size for mixer in mixers)
         # of all tokens: hidden states, their normed form, the teacher's heads, what later mixers read, masks; of one
         # batch: the streams of a mixer, and features and targets in two precisions
         held = stage.tokens * (FP32 * (2 * c.hidden_size + C + 2 * K) + T) + tokens * FP32 * 25 * C
@@ -190,7 +193,8 @@ def _teacher_bytes(lm: PreTrainedModel, frozen: torch.dtype) -> tuple[int, int]:
         tensors = [*module.parameters(), *(b for m in module.modules() for b in _scales(m))]
         return sum(t.numel() * (frozen.itemsize if t.dtype.is_floating_point else t.itemsize) for t in tensors)
 
-    whole = max(size(lm.lm_head), *(size(layer) for layer in lm.model.layers))
+    family = find(lm.config.model_type)
+    whole = max(size(family.head(lm)), *(size(layer) for layer in family.layers(lm)))
     return size(lm), whole + frozen.itemsize * min(PREFETCH, sum(p.numel() for p in lm.parameters()))
 
 

@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config.precision import device_and_precision
 from ..config.schema import Config, StageConfig
+from ..families.registry import find
 from ..hybrid.quantized_linear import linear_names, quantize
 from ..stages.rows import Rows
 from ..training.deepspeed_engine import inference_engine
@@ -28,7 +29,8 @@ def separate_teacher(
     own, teacher = stage.teacher_model, teacher_of(config, stage)
     lm = load_teacher(teacher.path, teacher.revision, dtype)
     if own.quantize:
-        quantize(lm, linear_names(lm, skip=("lm_head",)), own.quantize, device=world.device)
+        head = find(lm.config.model_type).head_path
+        quantize(lm, linear_names(lm, skip=(head,)), own.quantize, device=world.device)
     if device_and_precision(config)[1] == "fp32":
         lm.float()
     model = TeacherModel(lm)

@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig, StaticCache, TextIteratorStreamer
 
+from rwkvinside.modeling.hybrid_base import FP32_PARAMETERS
 from rwkvinside.modeling.mixer_presets import TimeMixerConfig
-from rwkvinside.modeling.modeling_hybrid import FAMILIES, FP32_PARAMETERS
 from rwkvinside.modeling.recurrent_cache import RecurrentLayer
+from rwkvinside.modeling.registry import HYBRIDS, hybrid_class
 
 LAYERS, HEADS, KV_HEADS, HEAD_SIZE, WIDTH, VOCAB = 4, 4, 2, 16, 48, 101
 LAYOUTS = {"all-rwkv": [0, 1, 2, 3], "mixed": [0, 2], "attention-first": [1, 2]}
@@ -32,8 +33,8 @@ def build(family="qwen3", rwkv_layers=(0, 2), preset="cxa079", dtype=torch.float
         qkv_bias=family == "qwen2",
         **(mixer or {}),
     )
-    config_class, model_class = FAMILIES[family]
-    config = config_class(
+    model_class = hybrid_class(f"hybrid_{family}")
+    config = model_class.config_class(
         vocab_size=VOCAB,
         hidden_size=WIDTH,
         intermediate_size=64,
@@ -58,7 +59,7 @@ def build(family="qwen3", rwkv_layers=(0, 2), preset="cxa079", dtype=torch.float
     return model
 
 
-@pytest.fixture(scope="module", params=list(FAMILIES))
+@pytest.fixture(scope="module", params=[name.removeprefix("hybrid_") for name in HYBRIDS])
 def family(request):
     return request.param
 
