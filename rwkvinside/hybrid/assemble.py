@@ -331,7 +331,7 @@ def _summary(names: Iterable[str]) -> list[str]:
     """Names with layer numbers drawn together: model.layers.{0-27}.mlp.up_proj."""
     numbers: dict[str, list[int]] = {}
     for name in names:
-        match = re.match(r"(model\.layers\.)(\d+)(\..*)", name)
+        match = re.match(r"(.*?\.)(\d+)(\..*)", name)
         if match is None:
             numbers[name] = []
         else:
