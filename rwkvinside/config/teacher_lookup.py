@@ -15,8 +15,7 @@ from pathlib import Path
 import yaml
 
 from ..errors import UserError
-
-SUPPORTED = ("llama", "qwen2", "qwen3")
+from ..families.registry import FAMILIES, unsupported
 
 
 @dataclass(frozen=True)
@@ -122,11 +121,8 @@ def _read(file: Path) -> dict:
 
 def _teacher(path: str, recipe: dict, fields: dict, local: bool) -> TeacherInfo:
     model_type = fields.get("model_type")
-    if model_type not in SUPPORTED:
-        raise UserError(
-            f"teacher {path} has architecture {model_type!r}, which is not supported",
-            f"supported: {', '.join(SUPPORTED)}",
-        )
+    if model_type not in FAMILIES:
+        raise unsupported(model_type, f"teacher {path}")
     names = ("hidden_size", "num_hidden_layers", "max_position_embeddings", "vocab_size")
     values = [fields.get(name) for name in names]
     for name, value in zip(names, values, strict=True):

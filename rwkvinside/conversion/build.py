@@ -14,6 +14,7 @@ from ..evaluate.quality import Scores
 from ..hybrid.adapters import adapter_directory, is_adapter, write_peft
 from ..hybrid.assemble import LayerSpec, adapters_of, assemble, frozen_weights_of
 from ..hybrid.model import HybridModel
+from ..modeling.hybrid_base import mixer_fields
 from ..planning.flops import training_flops
 from ..stages.param_groups import rate_groups
 from ..stages.phases import Phase
@@ -105,8 +106,10 @@ def fingerprint(student: HybridModel) -> dict:
     """Return JSON values that tell students apart whose tensors do not fit, or would compute something else."""
     sizes = ("model_type", "num_hidden_layers", "vocab_size", "intermediate_size")
     values = {f"teacher.{name}": getattr(student.lm.config, name) for name in sizes}
-    mixer = student.mixer_config.to_dict()
-    values |= {name: value for name, value in mixer.items() if name not in ("backend", "precision", "detach_first")}
+    how = {"backend": "auto", "precision": "auto", "detach_first": False}  # the same student by another way
+    mixers = mixer_fields({i: config.replace(**how) for i, config in student.mixer_configs.items()})
+    values |= {name: value for name, value in mixers["mixer"].items() if name not in how}
+    values |= {"mixer_layers": mixers["mixer_layers"]} if mixers["mixer_layers"] else {}
     return values | {"rwkv_layers": student.rwkv_layers, "attention_rope": student.spec.attention_rope}
 
 
@@ -132,7 +135,7 @@ def make_engine(
 
 def work_of(plan: StagePlan, student: HybridModel, kind: TeacherKind | None, teacher: Teacher | None) -> float:
     """Return operations for a token with what `Stage.prepare` has made trainable; asked before an engine is made."""
-    second = teacher.module if isinstance(teacher, OnlineTeacher) else None
+    second = teacher.module.lm if isinstance(teacher, OnlineTeacher) else None
     return training_flops(student, plan, kind, second).total
 
 

@@ -159,8 +159,9 @@ def _quiet_libraries() -> None:
 def _check_backend(backend: str, device: str, shapes: HybridModel) -> None:
     if backend == "auto":
         return
-    if reason := why_unavailable(backend, device, torch.float32, shapes.mixer_config.head_size):
-        raise UserError(f"student.backend {backend} cannot run: {reason}", "use student.backend=auto")
+    for head_size in {mixer.head_size for mixer in shapes.mixer_configs.values()}:
+        if reason := why_unavailable(backend, device, torch.float32, head_size):
+            raise UserError(f"student.backend {backend} cannot run: {reason}", "use student.backend=auto")
 
 
 def _check_inputs(run: Run) -> None:

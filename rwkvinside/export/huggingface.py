@@ -19,7 +19,7 @@ from ..hybrid.adapters import adapter_directory, write_peft
 from ..hybrid.assemble import make_plain, take_adapters
 from ..hybrid.model import HybridModel
 from ..hybrid.quantized_linear import relative_error
-from ..modeling.modeling_hybrid import FAMILIES
+from ..modeling.hybrid_base import mixer_fields
 from ..runs.trained import LEGAL_FILES, TOKENIZER_FILES, TrainedRun, open_run, public_name
 from ..training.checkpoint import measure
 from .card import measurements, model_card
@@ -79,7 +79,8 @@ def export_hf(
         stored = DTYPES[dtype] if dtype else run.teacher_config().dtype or torch.float32
         changes = {"quantized": _quantized(trained), "adapters": _adapters(run, adapters)}
         separate = take_adapters(trained, run.structure) if adapters == "separate" else []
-        if tie_embeddings is None and any(name.startswith("lm_head.") for _, own in separate for name in own):
+        head = f"{trained.family.head_path}."
+        if tie_embeddings is None and any(name.startswith(head) for _, own in separate for name in own):
             tie_embeddings = False  # an adapter of the head must not reach the embedding when it is merged
         model = build_hybrid(trained, run, stored, tie_embeddings)
         _check_disk(model, out.parent)
@@ -112,23 +113,24 @@ def build_hybrid(
     if tie_embeddings is False:
         trained.untie()  # one storage would be saved once
     tensors: dict[str, Tensor] = {name: p.detach() for name, p in trained.canonical_parameters().items()}
-    embeddings, head = tensors["model.embed_tokens.weight"], tensors["lm_head.weight"]
+    embeddings, head = (tensors[name] for name in trained.embedding_names)
     equal = embeddings.shape == head.shape and torch.equal(embeddings, head)
     if tie_embeddings and not equal:
         raise UserError(
             f"the embeddings cannot be tied: input and output differ by up to {(embeddings - head).abs().max():.3g}",
             "training moved them apart; export without tying, or train with embed and head frozen",
         )
-    config_class, model_class = FAMILIES[trained.lm.config.model_type]
+    model_class = trained.family.hybrid_class
+    mixers = {i: c.replace(backend="auto", precision="auto") for i, c in trained.mixer_configs.items()}
     fields = run.teacher_config().to_dict()
     for name in ("model_type", "architectures", "transformers_version", "dtype", "auto_map", "_name_or_path"):
         fields.pop(name, None)
-    config = config_class(
+    config = model_class.config_class(
         **fields
+        | mixer_fields(mixers)
         | {
             "tie_word_embeddings": equal if tie_embeddings is None else tie_embeddings,
             "rwkv_layers": trained.rwkv_layers,
-            "mixer": trained.mixer_config.replace(backend="auto", precision="auto").to_dict(),
             "attention_rope": trained.spec.attention_rope,
             "rwkv_architecture": trained.spec.preset,
             "teacher_model": run.teacher_id,
@@ -188,6 +190,7 @@ def _conversion(model: PreTrainedModel, trained: HybridModel, run: TrainedRun, f
         "teacher_revision": run.config["teacher"].get("revision"),
         "student": asdict(trained.spec),
         "mixer": config.mixer,
+        "mixer_layers": config.mixer_layers,
         "rwkv_layers": config.rwkv_layers,
         "attention_layers": [i for i in range(config.num_hidden_layers) if i not in config.rwkv_layers],
         "stage": run.stage,

@@ -4,7 +4,7 @@ import re
 
 import torch
 
-from ..modeling.modeling_hybrid import FP32_PARAMETERS
+from ..modeling.hybrid_base import FP32_PARAMETERS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -200,7 +200,7 @@ def make_plain(model: HybridModel, keep_adapters: bool = False) -> None:
     for path, layer in adapted(model.lm).items():
         if isinstance(layer.base_layer, QuantizedLinear):
             layer.base_layer = dequantized(layer.base_layer)
-        if path == "lm_head":
+        if path == model.family.head_path:
             model.untie()
     if not keep_adapters:
         merge(model.lm)
@@ -312,7 +312,7 @@ def _load_adapters(model: HybridModel, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _is_meta(model: HybridModel) -> bool:
-    return model.lm.model.embed_tokens.weight.is_meta
+    return model.family.embedding(model.lm).weight.is_meta
 
 
 def _undo(model: HybridModel) -> None:
@@ -331,7 +331,7 @@ def _summary(names: Iterable[str]) -> list[str]:
     """Names with layer numbers drawn together: model.layers.{0-27}.mlp.up_proj."""
     numbers: dict[str, list[int]] = {}
     for name in names:
-        match = re.match(r"(model\.layers\.)(\d+)(\..*)", name)
+        match = re.match(r"(.*?\.)(\d+)(\..*)", name)
         if match is None:
             numbers[name] = []
         else:

@@ -11,17 +11,17 @@ What copying the projections leaves open, and this fits on a few thousand tokens
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..data.batch import Batch, attention_mask_4d
-from ..modeling.first_layer import FirstLayerKV, ForwardContext
+from ..data.batch import Batch
+from ..modeling.first_layer import FirstLayerKV
 from ..modeling.time_mixer import DECAY_SCALE, ProjectedInputs, TimeMixer, times_shared
-from .adapters import disabled
+from .layerwise_teacher import AttentionActivations, LayerwiseTeacher
 from .model import HybridModel
 
 # Candidates: half-lives in tokens from the fastest representable decay on, rates as the mixer's sigmoid gives them.
@@ -58,7 +58,7 @@ def calibrate(
 
     Args:
         model: with its teacher attention and freshly initialized mixers.
-        batches: a few thousand tokens; the whole set's hidden states of one layer are held at a time.
+        batches: a few thousand tokens; the whole set's activations of one layer are held at a time.
         progress: called with the layer index after each layer.
 
     Returns:
@@ -66,9 +66,14 @@ def calibrate(
     """
     fits: dict[int, LayerFit] = {}
     firsts: list[FirstLayerKV | None] = [None] * len(batches)
-    for i, inputs in _layer_inputs(model, batches):
-        if i in model.mixers:
-            firsts, fits[i] = _fit(model.mixers[i], inputs, firsts)
+    teacher, mixers = LayerwiseTeacher(model, batches), model.mixers
+    for i in range(model.lm.config.num_hidden_layers):
+        activations = teacher.run(i)
+        if i in mixers:
+            inputs = [_Input(*parts) for parts in zip(activations, batches, firsts, strict=True)]
+            firsts, fits[i] = _fit(mixers[i], inputs)
+            del inputs
+        del activations  # before the next layer's are made
         if progress is not None:
             progress(i)
     return fits
@@ -89,44 +94,17 @@ def teacher_norms(model: HybridModel, batches: list[Batch]) -> tuple[dict[int, f
     return {i: norm / tokens for i, (_, norm) in sums.items()}, {i: error / norm for i, (error, norm) in sums.items()}
 
 
-@dataclass(frozen=True)
-class _Input:
-    """One batch as a layer's attention sees it: x (B, T, D) after the input norm, rotation, documents."""
+class _Input(NamedTuple):
+    """One batch: what the layer's attention did with it, and what the first RWKV layer gave (None: it is this one)."""
 
-    x: Tensor
-    rope: tuple[Tensor, Tensor]
+    seen: AttentionActivations
     batch: Batch
-    allowed: Tensor  # (B, 1, T, T)
+    first: FirstLayerKV | None
 
 
-def _layer_inputs(model: HybridModel, batches: list[Batch]) -> Iterator[tuple[int, list[_Input]]]:
-    """Walk the teacher one layer at a time, so that only one layer's hidden states are alive."""
-    backbone = model.lm.model
-    hidden = [backbone.embed_tokens(batch.input_ids) for batch in batches]
-    ropes = [backbone.rotary_emb(h, batch.position_ids) for h, batch in zip(hidden, batches, strict=True)]
-    masks = [attention_mask_4d(batch) for batch in batches]
-    for i, layer in enumerate(backbone.layers):
-        given = zip(hidden, ropes, batches, masks, strict=True)
-        yield i, [_Input(layer.input_layernorm(h), *rest) for h, *rest in given]
-        with disabled(layer, but="student_attn."):
-            hidden = [
-                layer(
-                    h,
-                    attention_mask=mask,
-                    position_ids=batch.position_ids,
-                    position_embeddings=rope,
-                    forward_context=ForwardContext(mode="teacher"),
-                )
-                for h, rope, batch, mask in zip(hidden, ropes, batches, masks, strict=True)
-            ]
-
-
-def _fit(
-    mixer: TimeMixer, inputs: list[_Input], firsts: list[FirstLayerKV | None]
-) -> tuple[list[FirstLayerKV], LayerFit]:
+def _fit(mixer: TimeMixer, inputs: list[_Input]) -> tuple[list[FirstLayerKV], LayerFit]:
     c = mixer.mixer_config
     H, N = c.num_heads, c.head_size
-    targets = [_teacher_heads(mixer, given) for given in inputs]
     if c.bonus:
         mixer.r_k.zero_()  # the recurrence alone; the bonus is a feature of its own in the regression
     half_lives = torch.tensor([h for h in HALF_LIVES if math.log(2) / h < DECAY_SCALE])
@@ -135,16 +113,16 @@ def _fit(
         "a0": torch.logit(torch.tensor(RATES)),
     }
 
-    ((_, before),) = _regress(mixer, inputs, firsts, targets)
+    ((_, before),) = _regress(mixer, inputs)
     error = before
     for _ in range(ROUNDS):
         for name, values in candidates.items():
             best = getattr(mixer, name).view(H, N).clone()
-            for value, (_, tried) in zip(values, _regress(mixer, inputs, firsts, targets, name, values), strict=True):
+            for value, (_, tried) in zip(values, _regress(mixer, inputs, name, values), strict=True):
                 best[tried < error] = float(value)
                 error = torch.minimum(error, tried)
             getattr(mixer, name).copy_(best.view_as(getattr(mixer, name)))
-    ((weights, error),) = _regress(mixer, inputs, firsts, targets)
+    ((weights, error),) = _regress(mixer, inputs)
 
     scale = weights[:, 0]
     # folded into the output projection: the gate and the copied value stay what they are
@@ -161,26 +139,17 @@ def _fit(
         scale=scale.tolist(),
         bonus=bonus.tolist(),
     )
-    return [_features(mixer, given, first)[1] for given, first in zip(inputs, firsts, strict=True)], fit
+    return [_features(mixer, given)[1] for given in inputs], fit
 
 
-def _features(mixer: TimeMixer, given: _Input, first: FirstLayerKV | None) -> tuple[ProjectedInputs, FirstLayerKV]:
-    return mixer.project_inputs(given.x, first=first, rope=given.rope, cu_seqlens=given.batch.cu_seqlens)[:2]
-
-
-def _teacher_heads(mixer: TimeMixer, given: _Input) -> Tensor:
-    """The teacher's attention before its output projection, (B, T, H, N), from the projections the mixer copied."""
-    q, k, v = (t.transpose(1, 2) for t in mixer.project(given.x, given.x, given.x, given.rope))
-    rows = zip(q.split(1), k.split(1), v.split(1), given.allowed.split(1), strict=True)  # one (H, T, T) at a time
-    heads = [F.scaled_dot_product_attention(*row[:3], attn_mask=row[3], enable_gqa=True) for row in rows]
-    return torch.cat(heads).transpose(1, 2)
+def _features(mixer: TimeMixer, given: _Input) -> tuple[ProjectedInputs, FirstLayerKV]:
+    seen, batch, first = given
+    return mixer.project_inputs(seen.x, first=first, rope=seen.rope, cu_seqlens=batch.cu_seqlens)[:2]
 
 
 def _regress(
     mixer: TimeMixer,
     inputs: list[_Input],
-    firsts: list[FirstLayerKV | None],
-    targets: list[Tensor],
     name: str | None = None,
     values: Sequence[float] = (math.nan,),
 ) -> list[tuple[Tensor, Tensor]]:
@@ -192,15 +161,16 @@ def _regress(
     """
     c = mixer.mixer_config
     sums = [_Sums() for _ in values]
-    for given, first, target in zip(inputs, firsts, targets, strict=True):
-        features, _ = _features(mixer, given, first)
+    for given in inputs:
+        features, _ = _features(mixer, given)
+        target = given.seen.heads.unflatten(-1, (c.num_heads, c.head_size)).float()
         for value, total in zip(values, sums, strict=True):
             if name is not None:
                 getattr(mixer, name).fill_(float(value))
             s = mixer.recurrence_inputs(features)
             y, _ = mixer.run_recurrence(s, None, None, given.batch.cu_seqlens)
             parts = [y * s.gate] + ([times_shared((s.r * s.k).sum(-1, keepdim=True), s.v) * s.gate] if c.bonus else [])
-            total.add([part.float() for part in parts], target.float(), given.batch.mask)
+            total.add([part.float() for part in parts], target, given.batch.mask)
     return [total.solve() for total in sums]
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
+from ..families.base import Family
 from .adapters import is_adapter
 
 PROJECTIONS = ("receptance", "key", "value", "output", "r_norm", "k_norm")
@@ -36,21 +36,13 @@ def _weights(layers: Iterable[str]) -> set[str]:
     return {f"{name}.weight" for name in layers if ".teacher_attn." not in name}
 
 
-def _group(name: str, rwkv_layers: list[int]) -> tuple[str, ...]:
-    """The groups a canonical parameter name belongs to, from wide to narrow."""
+def group_of(name: str, family: Family, rwkv_layers: list[int]) -> tuple[str, ...]:
+    """Return the groups that a canonical parameter name belongs to, from wide to narrow."""
     if is_adapter(name):
         return ("adapters",)
     if ".teacher_attn." in name:
         return (TEACHER,)
-    if name.startswith("model.embed_tokens."):
-        return ("embed",)
-    if name.startswith("lm_head."):
-        return ("head",)
-    match = re.match(r"model\.layers\.(\d+)\.(\w+)\.(\w+)", name)
-    if match is None or match[2].endswith("norm"):
-        return ("norms",)
-    if match[2] == "self_attn":
-        if int(match[1]) not in rwkv_layers:
-            return ("attention",)
-        return ("mixer", "mixer.proj" if match[3] in PROJECTIONS else "mixer.lora")
-    return (match[2],)
+    groups = family.group_of(name)
+    if groups[0] != "attention" or family.layer_of(name) not in rwkv_layers:
+        return groups
+    return ("mixer", "mixer.proj" if family.attention_part(name) in PROJECTIONS else "mixer.lora")

@@ -12,9 +12,6 @@ from .gptq import refit, round_to_inputs
 from .model import HybridModel
 from .quantized_linear import QuantizedLinear, use
 
-# Layers whose output is added to the residual stream, in every family that can be a teacher.
-ENDS_OF_BLOCKS = ("self_attn.o_proj", "teacher_attn.o_proj", "mlp.down_proj")
-
 
 @torch.no_grad()
 def round_layers(
@@ -37,15 +34,15 @@ def round_layers(
         format, double, block: nf4 or fp4, see `quantization.pack`.
         device: where to compute; None: where each weight is.
     """
-    layers = model.linear_layers()
-    walk = _Walk(model.lm, format, double, block, device)
+    layers, family = model.linear_layers(), model.family
+    walk = _Walk(model, format, double, block, device)
     paths = [layers[name] for name in names]
     hooks = [model.lm.get_submodule(path).register_forward_hook(walk.layer(path)) for path in paths]
-    if "lm_head" in paths:
-        hooks.append(model.lm.model.norm.register_forward_hook(walk.head))
-    for layer in model.lm.model.layers:
-        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-            hooks.append(norm.register_forward_pre_hook(walk.block_begins))
+    if family.head_path in paths:
+        hooks.append(family.final_norm(model.lm).register_forward_hook(walk.head))
+    for layer in family.layers(model.lm):
+        for reader in (family.attention_input(layer), family.mlp_input(layer)):
+            hooks.append(reader.register_forward_pre_hook(walk.block_begins))
     mode = "align" if any(model.group_of(f"{name}.weight")[0] == "mixer" for name in names) else "teacher"
     # in 16 bits the teacher's weights are that still, which the fp32 mixers beside them cannot take
     mixed = model.lm.dtype in (torch.bfloat16, torch.float16)
@@ -56,12 +53,13 @@ def round_layers(
 
 
 class _Walk:
-    def __init__(self, lm: nn.Module, format: str, double: bool, block: int, device: torch.device | None):
-        self.lm, self.format, self.double, self.block, self.device = lm, format, double, block, device
+    def __init__(self, model: HybridModel, format: str, double: bool, block: int, device: torch.device | None):
+        self.lm, self.family, self.device = model.lm, model.family, device
+        self.format, self.double, self.block = format, double, block
         self.stream = torch.empty(0)  # what the block that is running will add its output to
 
     def block_begins(self, norm: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """Pre-hook of a block's norm."""
+        """Pre-hook of what reads the residual stream for a block."""
         self.stream = args[0].detach()
 
     def layer(self, path: str) -> Callable:
@@ -75,7 +73,7 @@ class _Walk:
 
     def head(self, norm: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         """Hook of the last norm: quantizes what reads its output, which a forward without logits does not call."""
-        self.quantize("lm_head", self.lm.lm_head, output)
+        self.quantize(self.family.head_path, self.family.head(self.lm), output)
 
     def quantize(self, path: str, layer: nn.Linear, inputs: Tensor) -> QuantizedLinear:
         home = layer.weight.device
@@ -84,7 +82,8 @@ class _Walk:
             original, seen = _copies(inputs, device)
             weight = layer.weight.detach().to(device).float()
             wanted = original @ weight.t()
-            if path.endswith(ENDS_OF_BLOCKS):  # here the block can make good what is wrong in the stream before it
+            # the end of a block can make good what is wrong in the stream before it
+            if path.replace(".teacher_attn", "").endswith(self.family.block_ends):
                 wanted += torch.sub(*_copies(self.stream, device))
             fitted = refit(weight, seen, wanted)
             tensors = round_to_inputs(fitted, seen.t() @ seen, self.format, self.double, self.block)

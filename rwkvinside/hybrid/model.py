@@ -1,7 +1,8 @@
 """The student in training: the teacher's own model with a wrapper in place of each converted layer's attention.
 
 Knows which parameters belong to which group, which of them train, and under which names the exported model holds them.
-The exported model itself is `modeling/modeling_hybrid.py`; both run the same mixers.
+The exported model itself is `modeling/hybrid_<family>.py`; both run the same mixers. What differs between teachers is
+asked of the `Family`.
 """
 
 from __future__ import annotations
@@ -17,17 +18,18 @@ from transformers import PreTrainedModel
 
 from ..data.batch import Batch, attention_mask_4d
 from ..errors import UserError
+from ..families.base import Family
+from ..families.registry import find
 from ..modeling.first_layer import ForwardContext
 from ..modeling.mixer_init import init_mixer
-from ..modeling.mixer_presets import TimeMixerConfig
-from ..modeling.modeling_hybrid import FAMILIES
+from ..modeling.mixer_presets import TimeMixerConfig, check_first_layer
 from ..modeling.rwkv_attention import RWKVAttention, identity_rotation
 from .adapters import disabled, is_adapter, is_start, module_of
 from .attention_wrapper import AttentionWrapper
-from .freezing import GROUPS, _canonical, _group, _weights
+from .freezing import GROUPS, _canonical, _weights, group_of
 from .lm_head import HeadTask, LMHeadLoss
 from .quantized_linear import QuantizedLinear
-from .weight_transfer import mixer_config, transfer
+from .weight_transfer import transfer
 
 
 @dataclass(frozen=True)
@@ -65,21 +67,19 @@ class HybridModel(nn.Module):
 
     Attributes:
         lm: the teacher's causal language model with wrapped layers.
+        family: what the teacher's architecture is like.
         spec: what was asked for.
-        mixer_config: of every mixer.
         rwkv_layers: indices of the converted layers, ascending.
         trained: canonical names of what was ever trained, and so differs from the teacher.
         master_weights: full-precision weights that were trained before and are quantized now, by canonical name.
     """
 
-    def __init__(
-        self, lm: PreTrainedModel, spec: StudentSpec, mixer: TimeMixerConfig, rwkv_layers: list[int], tied: bool
-    ):
+    def __init__(self, lm: PreTrainedModel, family: Family, spec: StudentSpec, rwkv_layers: list[int], tied: bool):
         super().__init__()
         self.lm = lm
         self.lm_head_loss = LMHeadLoss(lm.lm_head)
+        self.family = family
         self.spec = spec
-        self.mixer_config = mixer
         self.rwkv_layers = rwkv_layers
         self.teacher_tied = tied
         self.trained: set[str] = self.mixer_names()
@@ -99,16 +99,8 @@ class HybridModel(nn.Module):
                 mixer has no place for one of the teacher's tensors.
         """
         config = teacher.config
-        if config.model_type not in FAMILIES:
-            raise UserError(
-                f"teacher architecture {config.model_type!r} is not supported",
-                f"supported: {', '.join(FAMILIES)}",
-            )
-        if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-            raise UserError(
-                "the teacher has sliding-window attention layers, which are not supported",
-                "use a teacher whose layers all see the whole context",
-            )
+        family = find(config.model_type)
+        family.check(config)
         count = config.num_hidden_layers
         if bad := sorted(i for i in spec.attention_layers if not 0 <= i < count):
             raise UserError(f"student.attention_layers has {bad}", f"the teacher has layers 0 to {count - 1}")
@@ -116,26 +108,28 @@ class HybridModel(nn.Module):
         if not rwkv_layers:
             raise UserError(f"student.attention_layers keeps all {count} layers", "leave at least one layer to convert")
 
-        layers = teacher.model.layers
+        overrides = spec.mixer_overrides()
         try:
-            mixer = mixer_config(layers[rwkv_layers[0]].self_attn, config, spec.preset, **spec.mixer_overrides())
-            for i in range(count):
+            mixers = {i: family.mixer_config(config, i, spec.preset, **overrides) for i in rwkv_layers}
+            check_first_layer(mixers)
+            for i, layer in enumerate(family.layers(teacher)):
+                attention = family.attention(layer)
                 if i in rwkv_layers:
-                    attention = layers[i].self_attn
-                    with torch.device(attention.q_proj.weight.device):
-                        student = RWKVAttention(mixer, layer_idx=i, is_first=i == rwkv_layers[0])
-                    if attention.q_proj.weight.device.type != "meta":
+                    device = next(attention.parameters()).device
+                    with torch.device(device):
+                        student = RWKVAttention(mixers[i], layer_idx=i, is_first=i == rwkv_layers[0])
+                    if device.type != "meta":
                         init_mixer(student, i, count, spec.init)
-                    transfer(attention, student)
-                    layers[i].self_attn = AttentionWrapper(attention, student)
+                    transfer(attention, student, family.weight_map)
+                    family.set_attention(layer, AttentionWrapper(attention, student))
                 elif not spec.attention_rope:
-                    layers[i].self_attn.register_forward_pre_hook(_without_rotation, with_kwargs=True)
+                    attention.register_forward_pre_hook(_without_rotation, with_kwargs=True)
         except ValueError as error:
             raise UserError(f"student.preset={spec.preset!r}: {error}") from error
 
         tied = config.tie_word_embeddings
         config.tie_word_embeddings = False
-        return cls(teacher, spec, mixer, rwkv_layers, tied)
+        return cls(teacher, family, spec, rwkv_layers, tied)
 
     def forward(
         self,
@@ -191,12 +185,21 @@ class HybridModel(nn.Module):
     def release_teacher(self) -> None:
         """Forget the teacher's attention of converted layers (a separate teacher model provides the targets)."""
         for i in self.rwkv_layers:
-            self.lm.model.layers[i].self_attn.teacher_attn = None
+            self.attention(i).teacher_attn = None
+
+    def attention(self, layer: int) -> nn.Module:
+        """Return what mixes time in a layer: an `AttentionWrapper`, or the teacher's attention where it is kept."""
+        return self.family.attention(self.family.layers(self.lm)[layer])
 
     @property
     def mixers(self) -> dict[int, RWKVAttention]:
         """The mixers by layer index."""
-        return {i: self.lm.model.layers[i].self_attn.student_attn for i in self.rwkv_layers}
+        return {i: self.attention(i).student_attn for i in self.rwkv_layers}
+
+    @property
+    def mixer_configs(self) -> dict[int, TimeMixerConfig]:
+        """The configurations of the mixers by layer index."""
+        return {i: mixer.mixer_config for i, mixer in self.mixers.items()}
 
     def canonical_parameters(self) -> dict[str, nn.Parameter]:
         """Every parameter of the student under its name in the exported model, to which adapters add theirs.
@@ -225,18 +228,27 @@ class HybridModel(nn.Module):
     @property
     def tied(self) -> bool:
         """Whether embedding and head are one matrix in memory."""
-        head = getattr(self.lm.lm_head, "base_layer", self.lm.lm_head)
-        return head._parameters.get("weight") is self.lm.model.embed_tokens.weight
+        return self._head._parameters.get("weight") is self.family.embedding(self.lm).weight
 
     def untie(self) -> None:
         """Give the head a matrix of its own where it is still the embedding."""
         if self.tied:
-            head = getattr(self.lm.lm_head, "base_layer", self.lm.lm_head)
-            head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+            self._head.weight = nn.Parameter(self._head.weight.detach().clone(), requires_grad=False)
+
+    @property
+    def embedding_names(self) -> tuple[str, str]:
+        """The canonical names of the matrices of embedding and head."""
+        return f"{self.family.embedding_path}.weight", f"{self.family.head_path}.weight"
+
+    @property
+    def _head(self) -> nn.Module:
+        """The head without adapters."""
+        head = self.family.head(self.lm)
+        return getattr(head, "base_layer", head)
 
     def group_of(self, name: str) -> tuple[str, ...]:
         """The groups of a canonical parameter name, from wide to narrow."""
-        return _group(name, self.rwkv_layers)
+        return group_of(name, self.family, self.rwkv_layers)
 
     def mixer_names(self) -> set[str]:
         """Canonical names of all parameters of the mixers, quantized ones included, adapters on them not."""
@@ -292,7 +304,7 @@ class HybridModel(nn.Module):
                     f"train pattern {pattern!r} matches {both[0]} (and {len(both) - 1} more), which is quantized",
                     "quantized weights stay frozen: take them out of `train`, or out of `quantize` of this stage",
                 )
-        if chosen & {"lm_head.weight", "model.embed_tokens.weight"}:
+        if chosen & set(self.embedding_names):
             self.untie()
         parameters = self.canonical_parameters()
         counts: dict[str, int] = {}
@@ -336,7 +348,7 @@ class HybridModel(nn.Module):
         Raises:
             UserError: names or shapes that do not fit this student.
         """
-        if tensors.keys() & {"lm_head.weight", "model.embed_tokens.weight"}:
+        if tensors.keys() & set(self.embedding_names):
             self.untie()
         parameters = self.canonical_parameters()
         mixers = self.mixer_names()

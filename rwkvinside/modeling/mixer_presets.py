@@ -125,6 +125,25 @@ class TimeMixerConfig:
         return replace(self, **changes)
 
 
+def check_first_layer(configs: dict[int, TimeMixerConfig]) -> None:
+    """Refuse mixers that would mix in the values or keys of a first layer with other heads.
+
+    Args:
+        configs: of all RWKV layers of a model, by index in ascending order.
+
+    Raises:
+        ValueError: a layer that reads v_first or k_first and has other heads than the first one.
+    """
+    sizes = {i: (c.num_heads, c.num_kv_heads, c.head_size) for i, c in configs.items()}
+    for i, c in configs.items():
+        first = min(configs)
+        if sizes[i] != sizes[first] and (c.key_residual or c.value_path.startswith("residual")):
+            raise ValueError(
+                f"layer {i} has (num_heads, num_kv_heads, head_size) {sizes[i]} and layer {first}, whose values and "
+                f"keys it mixes in, {sizes[first]}: use value_path plain or additive, and no key residual"
+            )
+
+
 def default_ranks(hidden_size: int, width: int) -> dict[str, int]:
     """Low-rank sizes of the published format for C = width; the floors of 256 shrink to D/4 for teachers below D =
     1024."""

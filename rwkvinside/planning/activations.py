@@ -10,6 +10,8 @@ bytes of a product's type (2 under bf16, else 4), `stream` of the residual strea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from ..hybrid.model import HybridModel
@@ -24,15 +26,12 @@ def kept_bytes(model: HybridModel, *, align: bool, low: int, stream: int) -> lis
     Args:
         align: only the mixers have a backward pass, each on its own.
     """
-    layers = model.lm.model.layers
+    count = model.lm.config.num_hidden_layers
     if align:
-        width = layers[0].mlp.down_proj.out_features
-        return [
-            _mixer(layer.self_attn.student_attn, low, stream) + FP32 * width if i in model.rwkv_layers else 0
-            for i, layer in enumerate(layers)
-        ]
+        width, mixers = model.lm.config.hidden_size, model.mixers
+        return [_mixer(mixers[i], low, stream) + FP32 * width if i in mixers else 0 for i in range(count)]
     first = _first_trained(model)
-    return [_layer(layer, low, stream) if i >= first else 0 for i, layer in enumerate(layers)]
+    return [_layer(model, i, low, stream) if i >= first else 0 for i in range(count)]
 
 
 def edge_bytes(model: HybridModel, *, align: bool, checkpointing: bool, stream: int) -> tuple[int, int]:
@@ -49,32 +48,36 @@ def edge_bytes(model: HybridModel, *, align: bool, checkpointing: bool, stream: 
 def transient_bytes(model: HybridModel, *, align: bool, low: int) -> int:
     """Bytes a token that the backward pass of one layer has beside what was kept: the gradients that are on their way
     through the recurrence (r, w, k, b and two more of C), or through the MLP (three of I)."""
-    c, inner = model.mixer_config, model.lm.config.intermediate_size
-    mixer = FP32 * 6 * c.num_heads * c.head_size
+    inner = model.lm.config.intermediate_size
+    mixer = FP32 * 6 * max(c.num_heads * c.head_size for c in model.mixer_configs.values())
     return mixer if align else max(mixer, 3 * low * inner)
 
 
 def _first_trained(model: HybridModel) -> int:
     """Index of the lowest layer through which a gradient has to go."""
-    backbone = model.lm.model
-    if any(p.requires_grad for p in backbone.embed_tokens.parameters()):
+    if any(p.requires_grad for p in model.family.embedding(model.lm).parameters()):
         return 0
-    trained = (i for i, layer in enumerate(backbone.layers) if any(p.requires_grad for p in layer.parameters()))
-    return next(trained, len(backbone.layers))
+    layers = model.family.layers(model.lm)
+    trained = (i for i, layer in enumerate(layers) if any(p.requires_grad for p in layer.parameters()))
+    return next(trained, len(layers))
 
 
-def _layer(layer: nn.Module, low: int, stream: int) -> int:
-    mlp, attention = layer.mlp, layer.self_attn
-    total = sum(_norm(norm, stream) for norm in (layer.input_layernorm, layer.post_attention_layernorm))
-    total += _inputs([mlp.gate_proj, mlp.up_proj], low, stream) + _inputs([mlp.down_proj], low, low)
-    total += 3 * low * mlp.down_proj.in_features  # gate, silu of it, up
-    if (mixer := getattr(attention, "student_attn", None)) is not None:
-        return total + _mixer(mixer, low, stream)
+def _layer(model: HybridModel, index: int, low: int, stream: int) -> int:
+    family = model.family
+    layer = family.layers(model.lm)[index]
+    mlp = family.mlp_linears(layer)
+    total = sum(_norm(norm, stream) for norm in (family.attention_input(layer), family.mlp_input(layer)))
+    total += _inputs(mlp.inputs, low, stream) + _inputs([mlp.output], low, low)
+    total += 3 * low * mlp.output.in_features  # gate, silu of it, up
+    if index in model.rwkv_layers:
+        return total + _mixer(model.mixers[index], low, stream)
     # attention: query, key and value for every head, the output, and norms of query and key over fp32
-    q, k = attention.q_proj.out_features, attention.k_proj.out_features
-    total += _inputs([attention.q_proj, attention.k_proj, attention.v_proj], low, stream)
-    total += _inputs([attention.o_proj], low, low) + 4 * low * q
-    return total + (2 * FP32 * (q + k) if hasattr(attention, "q_norm") else 0)
+    attention = family.attention_linears(family.attention(layer))
+    heads = family.attention_fields(model.lm.config, index)
+    q, k = (heads[name] * heads["head_size"] for name in ("num_heads", "num_kv_heads"))
+    total += _inputs(attention.inputs, low, stream)
+    total += _inputs([attention.output], low, low) + 4 * low * q
+    return total + (2 * FP32 * (q + k) if heads["qk_norm"] else 0)
 
 
 def _norm(norm: nn.Module, stream: int) -> int:
@@ -83,7 +86,7 @@ def _norm(norm: nn.Module, stream: int) -> int:
     return FP32 * (width + 1) + (stream * width if norm.weight.requires_grad else 0)
 
 
-def _inputs(linears: list[nn.Module], low: int, given: int) -> int:
+def _inputs(linears: Sequence[nn.Module], low: int, given: int) -> int:
     """What linear layers keep of their common input: nothing where they are frozen, it once where it has their type
     already, else a copy for each; and what is between the two factors of their adapters."""
     trained = [linear for linear in linears if any(p.requires_grad for p in linear.parameters())]

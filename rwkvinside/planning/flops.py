@@ -24,14 +24,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
 
+from ..families.base import Family
+from ..families.registry import find
 from ..hybrid.freezing import PROJECTIONS
 from ..hybrid.model import HybridModel
+from ..modeling.time_mixer import TimeMixer
 from ..stages.base import Backward
 from ..stages.plan import StagePlan
 from ..teacher.kinds import TeacherKind
-
-LAST = ("output", "o_proj", "down_proj")  # fed by the other matrices of their block, not by its input
 
 
 @dataclass
@@ -56,41 +58,46 @@ class Flops:
 
 
 def training_flops(
-    student: HybridModel, plan: StagePlan, kind: TeacherKind | None, teacher: nn.Module | None = None
+    student: HybridModel, plan: StagePlan, kind: TeacherKind | None, teacher: PreTrainedModel | None = None
 ) -> Flops:
     """Operations of one token of a training stage with what `Stage.prepare` has made trainable.
 
     Args:
         student: on any device, before an engine may shard it.
         kind: where the teacher's side comes from, as `Stage.prepare` said.
-        teacher: the second model of an online teacher, or what contains it.
+        teacher: the second model of an online teacher.
     """
     context = (plan.length.seq_len + 1) / 2
     found = Flops()
-    align = plan.stage.backward is Backward.MIXERS
-    own = kind is TeacherKind.SELF
-    layers, head = student.lm.model.layers, student.lm.lm_head
-    upstream = not align and _trains(student.lm.model.embed_tokens)
-    for i, layer in enumerate(layers):
-        converted = i in student.rwkv_layers
-        upstream |= not align and _trains(layer.input_layernorm)
-        block = layer.self_attn.student_attn if converted else layer.self_attn
+    align, own = plan.stage.backward is Backward.MIXERS, kind is TeacherKind.SELF
+    lm, family = student.lm, student.family
+    upstream = not align and _trains(family.embedding(lm))
+    for i, layer in enumerate(family.layers(lm)):
+        converted, attention = i in student.rwkv_layers, family.attention(layer)
+        scores = _scores(family, lm.config, i, context)
+        upstream |= not align and _trains(family.attention_input(layer))
         # adapters outside of the mixers are off in align
-        upstream |= _add_block(found, block, upstream, context, adapters=converted or not align) and not align
-        upstream |= not align and _trains(layer.post_attention_layernorm)
-        upstream |= _add_block(found, layer.mlp, upstream, adapters=not align) and not align
+        if converted:
+            trained = _add_mixer(found, family, attention.student_attn, upstream)
+        else:
+            trained = _add_attention(found, family, attention, scores, upstream, adapters=not align)
+        upstream |= trained and not align
+        upstream |= not align and _trains(family.mlp_input(layer))
+        mlp = family.mlp(layer)
+        upstream |= _add_block(found, family, mlp, upstream, "mlp", adapters=not align) and not align
         if converted and (align or own):
-            _add_teacher(found, layer.self_attn.teacher_attn, context)
+            _add_teacher(found, attention.teacher_attn, scores)
         if not align and own:
-            _add_teacher(found, layer.mlp)
+            _add_teacher(found, mlp)
             if not converted:
-                _add_teacher(found, layer.self_attn, context)
+                _add_teacher(found, attention, scores)
     if not align:
-        _add_block(found, head, upstream or _trains(student.lm.model.norm), kind="head")
+        head = family.head(lm)
+        _add_block(found, family, head, upstream or _trains(family.final_norm(lm)), "head")
         if own:
             _add_teacher(found, head)
     if teacher is not None:
-        _add_teacher(found, teacher, context)
+        _add_second(found, teacher, context)
     return found
 
 
@@ -98,45 +105,65 @@ def _trains(module: nn.Module) -> bool:
     return any(p.requires_grad for p in module.parameters())
 
 
-def _add_block(
-    found: Flops, block: nn.Module, upstream: bool, context: float = 0.0, kind: str = "mlp", adapters: bool = True
+def _add_mixer(found: Flops, family: Family, mixer: TimeMixer, upstream: bool) -> bool:
+    """Add what a mixer costs; returns whether something in it trains."""
+    core = 8 * mixer.mixer_config.num_heads * mixer.mixer_config.head_size**2
+    found.add("recurrence", core, 2 * core * _before_the_last(family, mixer, upstream, adapters=True))
+    return _add_block(found, family, mixer, upstream, "mixer")
+
+
+def _add_attention(
+    found: Flops, family: Family, attention: nn.Module, scores: float, upstream: bool, adapters: bool
 ) -> bool:
-    """Add what a mixer, an attention, an MLP or a head costs; returns whether something in it trains."""
-    trained = {name for name, p in block.named_parameters() if p.requires_grad and (adapters or not _in_adapter(name))}
-    mixer = getattr(block, "mixer_config", None)
-    if mixer is not None or hasattr(block, "q_proj"):
-        kind = "attention"
+    """Add what an attention costs; returns whether something in it trains."""
+    found.add("scores", scores, 2 * scores * _before_the_last(family, attention, upstream, adapters))
+    return _add_block(found, family, attention, upstream, "attention", adapters)
+
+
+def _add_block(
+    found: Flops, family: Family, block: nn.Module, upstream: bool, kind: str, adapters: bool = True
+) -> bool:
+    """Add the matrices of a mixer, an attention, an MLP or a head; returns whether something in it trains."""
+    trained, last = _trained(block, adapters), _last(family)
     for name, size, trains in _matrices(block, adapters):
-        first = name.split(".")[0]
+        group = kind
         if _in_adapter(name):
             group = "adapters"
-        elif mixer is not None:
-            group = "mixer.proj" if first in PROJECTIONS else "mixer.lora"
-        else:
-            group = kind
-        behind = upstream or any(_feeds(other, name) for other in trained)
+        elif kind == "mixer":
+            group = "mixer.proj" if name.split(".")[0] in PROJECTIONS else "mixer.lora"
+        behind = upstream or any(_feeds(other, name, last) for other in trained)
         found.add(group, 2 * size, 2 * size * (behind + trains))
-    # r, k, v or q, k, v: what stands in front of the block's last matrix
-    behind = upstream or any(other.split(".")[0] not in LAST for other in trained)
-    if mixer is not None:
-        core = 8 * mixer.num_heads * mixer.head_size**2
-        found.add("recurrence", core, 2 * core * behind)
-    elif kind == "attention":
-        core = _scores(block, context)
-        found.add("scores", core, 2 * core * behind)
     return bool(trained)
 
 
-def _add_teacher(found: Flops, block: nn.Module, context: float = 0.0) -> None:
+def _before_the_last(family: Family, block: nn.Module, upstream: bool, adapters: bool) -> bool:
+    """Whether something trains in front of the last matrix of a block: r, k and v, or q, k and v."""
+    return upstream or any(name.split(".")[0] not in _last(family) for name in _trained(block, adapters))
+
+
+def _trained(block: nn.Module, adapters: bool) -> set[str]:
+    return {name for name, p in block.named_parameters() if p.requires_grad and (adapters or not _in_adapter(name))}
+
+
+def _last(family: Family) -> tuple[str, ...]:
+    """Matrices that are fed by the others of their block, not by its input."""
+    return "output", family.attention_output, family.mlp_output
+
+
+def _add_teacher(found: Flops, block: nn.Module, scores: float = 0.0) -> None:
     """Add the forward of a part of the teacher, without adapters."""
-    sizes = [size for _, size, _ in _matrices(block, adapters=False)]
-    scores = [_scores(module, context) for module in block.modules() if hasattr(module, "q_proj")]
-    found.add("teacher", 2 * sum(sizes) + sum(scores))
+    found.add("teacher", 2 * sum(size for _, size, _ in _matrices(block, adapters=False)) + scores)
 
 
-def _scores(attention: nn.Module, context: float) -> float:
-    config = attention.config
-    return 4 * config.num_attention_heads * attention.head_dim * context
+def _add_second(found: Flops, teacher: PreTrainedModel, context: float) -> None:
+    """Add the forward of a second model."""
+    family, config = find(teacher.config.model_type), teacher.config
+    _add_teacher(found, teacher, sum(_scores(family, config, i, context) for i in range(config.num_hidden_layers)))
+
+
+def _scores(family: Family, config: PretrainedConfig, layer: int, context: float) -> float:
+    fields = family.attention_fields(config, layer)
+    return 4 * fields["num_heads"] * fields["head_size"] * context
 
 
 def _matrices(block: nn.Module, adapters: bool) -> Iterator[tuple[str, int, bool]]:
@@ -158,12 +185,12 @@ def _in_adapter(name: str) -> bool:
     return re.search(r"(^|\.)(lora_|miss_block)", name) is not None
 
 
-def _feeds(parameter: str, matrix: str) -> bool:
-    """Whether the input of a matrix depends on a parameter of the same block."""
+def _feeds(parameter: str, matrix: str, last: tuple[str, ...]) -> bool:
+    """Whether the input of a matrix depends on a parameter of the same block; `last` is of the block's family."""
     own, first = parameter.split(".")[0], matrix.split(".")[0]
     if own.startswith("x_") and own[2] == first[0]:  # token shift: x_r in front of receptance, x_w of w1, ...
         return True
-    if first in LAST and own != first:
+    if first in last and own != first:
         return True
     if "lora_B." in matrix:
         return parameter == matrix.replace("lora_B.", "lora_A.") + ".weight"

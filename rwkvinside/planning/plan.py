@@ -69,7 +69,7 @@ def meta_student(run: RunSettings) -> HybridModel:
 
 def _run_lines(plan: RunPlan, config: Config, model: HybridModel) -> list[str]:
     """Return what the plan says of the run as a whole."""
-    run, c, mixer = plan.settings, model.lm.config, model.mixer_config
+    run, c, mixer = plan.settings, model.lm.config, model.mixer_configs[model.rwkv_layers[0]]
     teacher = teacher_parameters(model)
     # a head that is still the embedding counts once
     total = sum({id(p): p.numel() for p in model.canonical_parameters().values()}.values())

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..families.registry import find
 from ..hybrid.freezing import TEACHER
 from ..hybrid.model import HybridModel
 from ..hybrid.quantized_linear import QuantizedLinear
@@ -83,14 +84,14 @@ def _weights(model: HybridModel, frozen: int, beside: bool, mapped: bool) -> Stu
             trainable += p.numel()
         else:
             others += size
-        layer = int(path.split(".layers.")[1].split(".")[0]) if ".layers." in path else None
+        layer = model.family.layer_of(path.removeprefix("lm."))
         layers[layer] = layers.get(layer, 0) + size
         if name is not None and layer is not None and p.dim() >= 2 and size == FP32 * p.numel():
             cast += p.numel()
     quantized = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
     others += sum(b.numel() * b.itemsize for m in quantized for b in m.buffers(recurse=False))
     others += sum(t.numel() * FP32 for t in model.master_weights.values())
-    head = model.lm.lm_head
+    head = model.family.head(model.lm)
     of_head = sum(p.numel() * (FP32 if p.requires_grad else frozen) for p in head.parameters())
     return StudentMemory(
         trainable=trainable,
@@ -111,7 +112,7 @@ def _work(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, teacher
     tokens = shape.micro_rows * T
     bf16 = plan.run.precision == "bf16"
     low = 2 if bf16 else FP32
-    trained_stream = "model.embed_tokens.weight" in model.trained
+    trained_stream = f"{model.family.embedding_path}.weight" in model.trained
     stream = FP32 if trained_stream or not bf16 else frozen.itemsize
     vocab = c.vocab_size
     attention = stage.needs_attention or kind is TeacherKind.SELF or len(model.rwkv_layers) < c.num_hidden_layers
@@ -159,7 +160,8 @@ def _teacher_bytes(lm: PreTrainedModel, frozen: torch.dtype) -> tuple[int, int]:
         tensors = [*module.parameters(), *(b for m in module.modules() for b in _scales(m))]
         return sum(t.numel() * (frozen.itemsize if t.dtype.is_floating_point else t.itemsize) for t in tensors)
 
-    whole = max(size(lm.lm_head), *(size(layer) for layer in lm.model.layers))
+    family = find(lm.config.model_type)
+    whole = max(size(family.head(lm)), *(size(layer) for layer in family.layers(lm)))
     return size(lm), whole + frozen.itemsize * min(PREFETCH, sum(p.numel() for p in lm.parameters()))
 
 

@@ -74,8 +74,9 @@ class Calibrate(Stage):
         Of all tokens: hidden states, their normed form, the teacher's heads, what later mixers read, masks. Of one
         batch: the inputs of a recurrence, and features and targets in two precisions.
         """
-        mixer, seq_len = student.mixer_config, plan.length.seq_len
-        C, K = mixer.num_heads * mixer.head_size, mixer.num_kv_heads * mixer.head_size
+        mixers, seq_len = student.mixer_configs.values(), plan.length.seq_len
+        C = max(mixer.num_heads * mixer.head_size for mixer in mixers)
+        K = max(mixer.num_kv_heads * mixer.head_size for mixer in mixers)
         of_token = FP32 * (2 * student.lm.config.hidden_size + C + 2 * K) + seq_len
         return plan.length.total_tokens * of_token + plan.shape.micro_rows * seq_len * FP32 * 25 * C
 

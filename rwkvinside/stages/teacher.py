@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.encode import tokenizer_hash
 from ..errors import UserError
+from ..families.registry import find
 from ..hybrid.quantized_linear import linear_names, quantize
 from ..teacher.kinds import TeacherKind
 from ..teacher.load import load_teacher, meta_teacher, open_tokenizer, teacher_config, weights_hash
@@ -47,13 +48,14 @@ def online_teacher(plan: StagePlan, world: Distributed) -> OnlineTeacher:
     """
     second, teacher = plan.settings.teacher_model, plan.signal_teacher
     lm = load_teacher(teacher.path, teacher.revision, plan.run.teacher_dtype)
+    family = find(lm.config.model_type)
     if second.quantize:
-        quantize(lm, linear_names(lm, skip=("lm_head",)), second.quantize, device=world.device)
+        quantize(lm, linear_names(lm, skip=(family.head_path,)), second.quantize, device=world.device)
     if plan.run.precision == "fp32":
         lm.float()
     model = TeacherModel(lm)
     if second.shard and world.launched:
-        return OnlineTeacher(*inference_engine(model, list(lm.lm_head.parameters()), world))
+        return OnlineTeacher(*inference_engine(model, list(family.head(lm).parameters()), world))
     return OnlineTeacher(model.to(world.device))
 
 
@@ -61,7 +63,7 @@ def meta_online_teacher(plan: StagePlan):
     """Return the shapes of `online_teacher`'s model, on the meta device."""
     lm = meta_teacher(plan.signal_teacher)
     if (format := plan.settings.teacher_model.quantize) is not None:
-        quantize(lm, linear_names(lm, skip=("lm_head",)), format)
+        quantize(lm, linear_names(lm, skip=(find(lm.config.model_type).head_path,)), format)
     return lm
 
 

@@ -12,7 +12,7 @@ from tiny import save_configuration
 from rwkvinside.config.load import DEFAULT_DATA, load_config
 from rwkvinside.config.resolve import resolve
 from rwkvinside.config.show import describe, to_yaml
-from rwkvinside.config.teacher_lookup import SUPPORTED, recipes
+from rwkvinside.config.teacher_lookup import recipes
 from rwkvinside.errors import UserError
 from rwkvinside.hybrid.settings import StudentConfig
 from rwkvinside.stages.registry import OBJECTIVES, STAGES, stage_class
@@ -282,14 +282,12 @@ def test_missing_teachers(tmp_path, teacher):
 def test_student_settings_are_those_of_the_model():
     from rwkvinside.hybrid.model import StudentSpec
     from rwkvinside.modeling.mixer_presets import PRESETS
-    from rwkvinside.modeling.modeling_hybrid import FAMILIES
 
     fields = {f.name for f in dataclasses.fields(StudentSpec)}
     assert fields == set(StudentConfig.model_fields)
     default = StudentConfig().model_dump() | {"ranks": {}}
     assert StudentSpec(**default) == StudentSpec()
     assert set(typing.get_args(StudentConfig.model_fields["preset"].annotation)) == set(PRESETS)
-    assert set(SUPPORTED) == set(FAMILIES)
 
 
 def test_every_field_is_described():

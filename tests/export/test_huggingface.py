@@ -33,8 +33,8 @@ def test_directory_is_complete(exported):
     code = {
         f"{m}.py"
         for m in (
-            "modeling_hybrid",
-            "configuration_hybrid",
+            "hybrid_qwen3",
+            "hybrid_base",
             "rwkv_attention",
             "recurrent_cache",
             "first_layer",
@@ -49,10 +49,11 @@ def test_directory_is_complete(exported):
     assert "model.safetensors.index.json" in names and sum(n.endswith(".safetensors") for n in names) > 2
     config = json.loads((out / "config.json").read_text())
     assert config["auto_map"] == {
-        "AutoConfig": "configuration_hybrid.HybridQwen3Config",
-        "AutoModelForCausalLM": "modeling_hybrid.HybridQwen3ForCausalLM",
+        "AutoConfig": "hybrid_qwen3.HybridQwen3Config",
+        "AutoModelForCausalLM": "hybrid_qwen3.HybridQwen3ForCausalLM",
     }
     assert config["rwkv_layers"] == [0, 2, 3] and config["rwkv_architecture"] == "cxa079"
+    assert config["mixer"]["num_heads"] == 4 and config["mixer_layers"] == {}
     assert json.loads((out / "conversion.json").read_text()) == report
     assert (out / "LICENSE").read_text() == "the licence" and (
         out / "chat_template.jinja"
@@ -256,7 +257,7 @@ def test_verify_notices(tmp_path, run, exported, fault):
     out = tmp_path / "out"
     shutil.copytree(exported[0], out)
     if fault == "imports the package":
-        source = out / "modeling_hybrid.py"
+        source = out / "hybrid_base.py"
         source.write_text(source.read_text().replace("from .first_layer", "from rwkvinside.modeling.first_layer"))
         expected = "rwkvinside"
     elif fault == "lost state":

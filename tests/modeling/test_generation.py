@@ -1,22 +1,22 @@
 """Stock `generate()` on hybrid models: every way of reaching a token must reach the same token.
 
-One set of checks for all families and layouts: with and without cache, in chunks, left-padded, in beams.
-Models are tiny and random, in float64 so that an argmax cannot flip by rounding.
+With and without cache, in chunks, left-padded, in beams. Models are tiny and random, in float64 so that an argmax
+cannot flip by rounding. tests/families has the checks that every family has to pass.
 """
 
 import threading
 
 import pytest
 import torch
+from generation_cases import NEW, check_paths, greedy
 from transformers import DynamicCache, GenerationConfig, StaticCache, TextIteratorStreamer
 
+from rwkvinside.modeling.hybrid_base import FP32_PARAMETERS
 from rwkvinside.modeling.mixer_presets import TimeMixerConfig
-from rwkvinside.modeling.modeling_hybrid import FAMILIES, FP32_PARAMETERS
-from rwkvinside.modeling.recurrent_cache import RecurrentLayer
+from rwkvinside.modeling.registry import hybrid_class
 
 LAYERS, HEADS, KV_HEADS, HEAD_SIZE, WIDTH, VOCAB = 4, 4, 2, 16, 48, 101
 LAYOUTS = {"all-rwkv": [0, 1, 2, 3], "mixed": [0, 2], "attention-first": [1, 2]}
-NEW = 12
 
 
 def build(family="qwen3", rwkv_layers=(0, 2), preset="cxa079", dtype=torch.float64, mixer=None, **config_fields):
@@ -32,8 +32,8 @@ def build(family="qwen3", rwkv_layers=(0, 2), preset="cxa079", dtype=torch.float
         qkv_bias=family == "qwen2",
         **(mixer or {}),
     )
-    config_class, model_class = FAMILIES[family]
-    config = config_class(
+    model_class = hybrid_class(f"hybrid_{family}")
+    config = model_class.config_class(
         vocab_size=VOCAB,
         hidden_size=WIDTH,
         intermediate_size=64,
@@ -58,55 +58,14 @@ def build(family="qwen3", rwkv_layers=(0, 2), preset="cxa079", dtype=torch.float
     return model
 
 
-@pytest.fixture(scope="module", params=list(FAMILIES))
-def family(request):
-    return request.param
-
-
 @pytest.fixture(scope="module", params=list(LAYOUTS))
-def model(request, family):
-    return build(family, LAYOUTS[request.param])
+def model(request):
+    return build("qwen3", LAYOUTS[request.param])
 
 
 @pytest.fixture(scope="module")
 def prompt():
     return torch.randint(2, VOCAB, (2, 21), generator=torch.Generator().manual_seed(1))
-
-
-def greedy(model, ids, **kwargs):
-    return model.generate(ids, max_new_tokens=NEW, do_sample=False, **kwargs)[:, -NEW:]
-
-
-def check_paths(model, prompt):
-    """Greedy tokens with cache = without = in chunks = from left-padded rows = continued from a returned cache."""
-    expected = greedy(model, prompt, use_cache=False)
-    assert expected.unique().numel() > 3, "a model that repeats one token would pass anything"
-    assert torch.equal(greedy(model, prompt), expected)
-    for chunk in (1, 5, 16):
-        assert torch.equal(greedy(model, prompt, prefill_chunk_size=chunk), expected), f"prefill in chunks of {chunk}"
-
-    short = prompt[:1, 8:]
-    alone = greedy(model, short)
-    padded = torch.cat([torch.cat([torch.zeros(1, 8, dtype=torch.long), short], 1), prompt[1:]])
-    mask = torch.ones_like(padded)
-    mask[0, :8] = 0
-    both = torch.cat([alone, expected[1:]])
-    for kwargs in ({}, {"use_cache": False}, {"prefill_chunk_size": 1}, {"prefill_chunk_size": 6}):
-        assert torch.equal(greedy(model, padded, attention_mask=mask, **kwargs), both), f"left padding, {kwargs}"
-
-    first = model.generate(prompt, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
-    again = model.generate(
-        first.sequences,
-        attention_mask=torch.ones_like(first.sequences),  # generate() would take a generated token 0 for padding
-        past_key_values=first.past_key_values,
-        max_new_tokens=NEW - 5,
-        do_sample=False,
-    )
-    assert torch.equal(again[:, -NEW:], expected), "continued from the returned cache"
-
-
-def test_every_path_gives_the_same_tokens(model, prompt):
-    check_paths(model, prompt)
 
 
 @pytest.mark.parametrize(
@@ -142,28 +101,6 @@ def test_kept_layers_with_a_sliding_window(layout, prompt):
     kinds = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]
     window = {"use_sliding_window": True, "sliding_window": 6, "layer_types": kinds}
     check_paths(build("qwen2", LAYOUTS[layout], **window), prompt)
-
-
-def test_cached_logits_equal_a_full_pass(model, prompt):
-    full = model(prompt, use_cache=False).logits
-    cache, parts = DynamicCache(config=model.config), []
-    for part in prompt.split([7, 1, 1, 12], dim=1):
-        parts.append(model(part, past_key_values=cache).logits)
-    # float64 all through except nothing: only the order of sums differs between the chunked and the stepwise path
-    torch.testing.assert_close(torch.cat(parts, 1), full, rtol=0, atol=1e-10)
-    assert cache.get_seq_length() == prompt.shape[1]
-    recurrent = [i for i, slot in enumerate(cache.layers) if isinstance(slot, RecurrentLayer)]
-    assert recurrent == model.config.rwkv_layers
-
-
-def test_left_padding_changes_no_logit(model, prompt):
-    expected = model(prompt[:, 5:]).logits
-    mask = torch.ones_like(prompt)
-    mask[:, :5] = 0
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    got = model(prompt, attention_mask=mask, position_ids=positions).logits[:, 5:]
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
-    assert not torch.allclose(model(prompt, position_ids=positions).logits[:, 5:], expected, atol=1e-3)
 
 
 def test_right_padding_leaves_the_state_alone(prompt):
@@ -231,13 +168,6 @@ def test_cache_rows_can_be_repeated_and_selected(prompt):
     cache.reset()
     assert cache.get_seq_length() == 0
     torch.testing.assert_close(model(prompt, past_key_values=cache).logits, model(prompt).logits, rtol=0, atol=1e-12)
-
-
-def test_packed_position_ids_reset_the_state(model, prompt):
-    positions = torch.cat([torch.arange(8), torch.arange(13)])[None]
-    packed = model(prompt, position_ids=positions, use_cache=False).logits
-    apart = torch.cat([model(prompt[:, :8]).logits, model(prompt[:, 8:]).logits], 1)
-    torch.testing.assert_close(packed, apart, rtol=0, atol=1e-10)
 
 
 def test_refusals(prompt):

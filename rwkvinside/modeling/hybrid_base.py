@@ -1,35 +1,78 @@
-"""Hybrid causal language models: a teacher family's own decoder in which some layers mix time by RWKV-7.
+"""What the hybrids of all families share: a teacher family's own decoder in which some layers mix time by RWKV-7.
 
 Embeddings, norms, MLPs and the kept attention layers are transformers' own classes; only `self_attn` of the layers in
-`config.rwkv_layers` is another module. The class names avoid "rwkv" on purpose: transformers gives models with that
-word in their name no default cache, and `generate()` could then neither chunk a prefill nor continue from a cache.
+`config.rwkv_layers` is another module. Each `hybrid_<family>.py` puts these mixins over its family's classes. Their
+names avoid "rwkv" on purpose: transformers gives models with that word in their name no default cache, and
+`generate()` could then neither chunk a prefill nor continue from a cache.
 This file travels with exported models (torch and transformers only) and knows nothing of training.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
-from transformers import (
-    LlamaForCausalLM,
-    LlamaModel,
-    PreTrainedModel,
-    Qwen2ForCausalLM,
-    Qwen2Model,
-    Qwen3ForCausalLM,
-    Qwen3Model,
-)
-from transformers.models.llama.modeling_llama import LlamaAttention
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+from transformers import PreTrainedModel
 
-from .configuration_hybrid import HybridLlamaConfig, HybridQwen2Config, HybridQwen3Config
 from .first_layer import ForwardContext, VFirstHolder
 from .mixer_init import init_mixer
-from .mixer_presets import TimeMixerConfig
+from .mixer_presets import TimeMixerConfig, check_first_layer
 from .rwkv_attention import RWKVAttention, identity_rotation
 
 # Parameters that shift a sigmoid or the decay: bf16 is too coarse for them (wl near -8 would be off by 2-3 %), so they
 # stay fp32 in files and in memory whatever dtype the model is loaded in. Searched by transformers as regexes.
 FP32_PARAMETERS = tuple(rf"self_attn\.{name}$" for name in ("w0", "a0", "v0", "k0"))
+
+
+@dataclass(kw_only=True, repr=False)
+class HybridFields:
+    """Mixin over a family's configuration: which layers are RWKV, and how they mix.
+
+    Everything that the family's fields say keeps its meaning. `layer_types`, where a family has it, goes on telling
+    transformers which masks and key/value slots to prepare; which layers are recurrent stands in `rwkv_layers` alone.
+
+    Attributes:
+        rwkv_layers: indices of the layers whose attention is an RWKV-7 time mixer, ascending. The first of them is the
+            source of v_first and k_first.
+        mixer: `TimeMixerConfig.to_dict()` of these layers.
+        mixer_layers: fields in which the mixer of a layer differs from `mixer`, by its index as text; {} where all are
+            equal.
+        attention_rope: whether the layers that keep attention rotate their queries and keys (False: NoPE).
+        rwkv_architecture: the preset the mixer was made from, for instance "cxa079".
+        teacher_model: name or path of the model that was converted.
+    """
+
+    rwkv_layers: list | None = None
+    mixer: dict | None = None
+    mixer_layers: dict | None = None
+    attention_rope: bool = True
+    rwkv_architecture: str | None = None
+    teacher_model: str | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.rwkv_layers = [] if self.rwkv_layers is None else list(self.rwkv_layers)
+        self.mixer_layers = {} if self.mixer_layers is None else self.mixer_layers
+        if any(not 0 <= i < self.num_hidden_layers for i in self.rwkv_layers):
+            raise ValueError(f"rwkv_layers={self.rwkv_layers}: the model has layers 0 to {self.num_hidden_layers - 1}")
+        if self.rwkv_layers != sorted(set(self.rwkv_layers)):
+            raise ValueError(f"rwkv_layers={self.rwkv_layers} must be ascending, each layer once")
+        if self.rwkv_layers and self.mixer is None:
+            raise ValueError(f"rwkv_layers={self.rwkv_layers} needs the field mixer")
+        if strangers := sorted(set(self.mixer_layers) - {str(i) for i in self.rwkv_layers}):
+            raise ValueError(f"mixer_layers has {strangers}, rwkv_layers is {self.rwkv_layers}")
+        check_first_layer({i: self.mixer_config(i) for i in self.rwkv_layers})
+
+    def mixer_config(self, layer: int) -> TimeMixerConfig:
+        """Return the configuration of an RWKV layer's mixer."""
+        return TimeMixerConfig.from_dict(self.mixer | self.mixer_layers.get(str(layer), {}))
+
+
+def mixer_fields(configs: dict[int, TimeMixerConfig]) -> dict:
+    """Return the fields `mixer` and `mixer_layers` of a configuration for the mixers of all RWKV layers, by index."""
+    every = {i: config.to_dict() for i, config in configs.items()}
+    mixer = every[min(every)]
+    differences = {i: {name: v for name, v in values.items() if v != mixer[name]} for i, values in every.items()}
+    return {"mixer": mixer, "mixer_layers": {str(i): fields for i, fields in differences.items() if fields}}
 
 
 class MixerInitialization:
@@ -67,8 +110,8 @@ class HybridBackbone(MixerInitialization):
         super().__init__(config)
         for i, layer in enumerate(self.layers):
             if i in config.rwkv_layers:
-                mixer = TimeMixerConfig.from_dict(config.mixer)
-                layer.self_attn = RWKVAttention(mixer, layer_idx=i, is_first=i == config.rwkv_layers[0])
+                is_first = i == config.rwkv_layers[0]
+                layer.self_attn = RWKVAttention(config.mixer_config(i), layer_idx=i, is_first=is_first)
             elif not config.attention_rope:
                 layer.self_attn = self.unrotated_attention_class(config, i)
         self.post_init()
@@ -145,53 +188,3 @@ def _document_boundaries(position_ids: Tensor) -> Tensor | None:
         return None
     ends = torch.tensor([position_ids.numel()], device=position_ids.device)
     return torch.cat([starts.flatten().nonzero().flatten(), ends]).int()
-
-
-class UnrotatedLlamaAttention(UnrotatedAttention, LlamaAttention):
-    pass
-
-
-class HybridLlamaModel(HybridBackbone, LlamaModel):
-    config: HybridLlamaConfig
-    unrotated_attention_class = UnrotatedLlamaAttention
-
-
-class HybridLlamaForCausalLM(HybridCausalLM, LlamaForCausalLM):
-    config: HybridLlamaConfig
-    backbone_class = HybridLlamaModel
-
-
-class UnrotatedQwen2Attention(UnrotatedAttention, Qwen2Attention):
-    pass
-
-
-class HybridQwen2Model(HybridBackbone, Qwen2Model):
-    config: HybridQwen2Config
-    unrotated_attention_class = UnrotatedQwen2Attention
-
-
-class HybridQwen2ForCausalLM(HybridCausalLM, Qwen2ForCausalLM):
-    config: HybridQwen2Config
-    backbone_class = HybridQwen2Model
-
-
-class UnrotatedQwen3Attention(UnrotatedAttention, Qwen3Attention):
-    pass
-
-
-class HybridQwen3Model(HybridBackbone, Qwen3Model):
-    config: HybridQwen3Config
-    unrotated_attention_class = UnrotatedQwen3Attention
-
-
-class HybridQwen3ForCausalLM(HybridCausalLM, Qwen3ForCausalLM):
-    config: HybridQwen3Config
-    backbone_class = HybridQwen3Model
-
-
-# model_type of the teacher -> (configuration class, causal language model class) of its hybrids
-FAMILIES = {
-    "llama": (HybridLlamaConfig, HybridLlamaForCausalLM),
-    "qwen2": (HybridQwen2Config, HybridQwen2ForCausalLM),
-    "qwen3": (HybridQwen3Config, HybridQwen3ForCausalLM),
-}

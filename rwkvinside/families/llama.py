@@ -1,0 +1,14 @@
+"""Llama, and what has its architecture: Llama 2 and 3, TinyLlama, SmolLM."""
+
+from transformers import LlamaConfig
+
+from .base import Family
+
+
+class Llama(Family):
+    model_type = "llama"
+    hybrid = "hybrid_llama"
+
+    def attention_fields(self, config: LlamaConfig, layer: int) -> dict:
+        bias = config.attention_bias
+        return self._attention_fields(config, qkv_bias=bias, output_bias=bias, qk_norm=False)

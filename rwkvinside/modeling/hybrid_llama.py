@@ -1,0 +1,24 @@
+"""Llama hybrids: the family's own decoder in which some layers mix time by RWKV-7; see hybrid_base.py."""
+
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers.models.llama.modeling_llama import LlamaAttention
+
+from .hybrid_base import HybridBackbone, HybridCausalLM, HybridFields, UnrotatedAttention
+
+
+class HybridLlamaConfig(HybridFields, LlamaConfig):
+    model_type = "hybrid_llama"
+
+
+class UnrotatedLlamaAttention(UnrotatedAttention, LlamaAttention):
+    pass
+
+
+class HybridLlamaModel(HybridBackbone, LlamaModel):
+    config: HybridLlamaConfig
+    unrotated_attention_class = UnrotatedLlamaAttention
+
+
+class HybridLlamaForCausalLM(HybridCausalLM, LlamaForCausalLM):
+    config: HybridLlamaConfig
+    backbone_class = HybridLlamaModel

@@ -1,0 +1,24 @@
+"""Qwen3 hybrids: the family's own decoder in which some layers mix time by RWKV-7; see hybrid_base.py."""
+
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+
+from .hybrid_base import HybridBackbone, HybridCausalLM, HybridFields, UnrotatedAttention
+
+
+class HybridQwen3Config(HybridFields, Qwen3Config):
+    model_type = "hybrid_qwen3"
+
+
+class UnrotatedQwen3Attention(UnrotatedAttention, Qwen3Attention):
+    pass
+
+
+class HybridQwen3Model(HybridBackbone, Qwen3Model):
+    config: HybridQwen3Config
+    unrotated_attention_class = UnrotatedQwen3Attention
+
+
+class HybridQwen3ForCausalLM(HybridCausalLM, Qwen3ForCausalLM):
+    config: HybridQwen3Config
+    backbone_class = HybridQwen3Model

@@ -1,0 +1,16 @@
+"""The table of hybrid models, each imported when asked for. Imports neither torch nor transformers."""
+
+from importlib import import_module
+
+# model_type of a hybrid's configuration -> "module:Class" of its causal language model in this package
+HYBRIDS = {
+    "hybrid_llama": "hybrid_llama:HybridLlamaForCausalLM",
+    "hybrid_qwen2": "hybrid_qwen2:HybridQwen2ForCausalLM",
+    "hybrid_qwen3": "hybrid_qwen3:HybridQwen3ForCausalLM",
+}
+
+
+def hybrid_class(model_type: str):
+    """Return the causal language model class of a hybrid; its `config_class` is the configuration's."""
+    module, _, name = HYBRIDS[model_type].partition(":")
+    return getattr(import_module(f".{module}", __package__), name)

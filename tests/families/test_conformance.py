@@ -1,0 +1,319 @@
+"""What every teacher family has to pass, in every layout: the same list of checks, and nothing about any one of them.
+
+A line in the registry brings a family in; `hybrid_cases.teacher` has to make a tiny teacher of it, and `BIASED` to list
+it where biases are a choice of its configuration. Weights are random fp32 values, computed with in float64, so that an
+argmax cannot flip by rounding and files lose nothing.
+"""
+
+import copy
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from generation_cases import check_paths
+from hybrid_cases import VOCAB, batch_of, logits, packed, teacher
+from transformers import DynamicCache
+
+from rwkvinside.data.batch import IGNORE, Batch
+from rwkvinside.errors import UserError
+from rwkvinside.export.huggingface import build_hybrid
+from rwkvinside.families import registry
+from rwkvinside.families.registry import FAMILIES, find
+from rwkvinside.hybrid.assemble import LayerSpec, assemble
+from rwkvinside.hybrid.freezing import GROUPS
+from rwkvinside.hybrid.layerwise_teacher import LayerwiseTeacher
+from rwkvinside.hybrid.model import HybridModel, StudentSpec
+from rwkvinside.modeling.recurrent_cache import RecurrentLayer
+from rwkvinside.modeling.registry import HYBRIDS
+
+LAYERS = 3
+LAYOUTS = {
+    "all": (StudentSpec(), {}),
+    "hybrid": (StudentSpec(attention_layers=(1,)), {}),
+    "attention-first": (StudentSpec(attention_layers=(0,)), {}),
+    "unrotated": (StudentSpec(attention_layers=(0, 2), attention_rope=False), {}),
+    "mha": (StudentSpec(attention_layers=(1,)), {"num_key_value_heads": 4}),
+    "untied": (StudentSpec(attention_layers=(2,)), {"tie_word_embeddings": False}),
+    "biases": (StudentSpec(attention_layers=(1,)), {"attention_bias": True}),
+}
+BIASED = ("llama", "qwen3")  # whose configuration chooses; others always or never have biases
+CASES = [(family, layout) for family in FAMILIES for layout in LAYOUTS if layout != "biases" or family in BIASED]
+
+
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
+def case(request):
+    """The teacher, and a student every parameter of whose mixers matters."""
+    family, layout = request.param
+    spec, changes = LAYOUTS[layout]
+    return _make(find(family), teacher(family, LAYERS, **changes), spec)
+
+
+@pytest.fixture(scope="module")
+def exported(case, tmp_path_factory):
+    return _export(case, tmp_path_factory.mktemp("exported"))
+
+
+def _make(family, original, spec):
+    student = HybridModel.from_teacher(copy.deepcopy(original), spec).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for mixer in student.mixers.values():
+            for parameter in mixer.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+    return SimpleNamespace(original=original.double(), student=student.double(), family=family, spec=spec)
+
+
+def _export(case, folder):
+    """The student as it is written to `folder` and read again."""
+    source = SimpleNamespace(teacher_config=lambda: case.original.config, teacher_id="tiny")
+    build_hybrid(copy.deepcopy(case.student), source, torch.float32, tie_embeddings=None).save_pretrained(folder)
+    model, info = case.family.hybrid_class.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values())
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    return model.double().eval()
+
+
+def test_registries_name_what_is_there():
+    assert {find(name).hybrid for name in FAMILIES} == set(HYBRIDS)
+    for name in FAMILIES:
+        family = find(name)
+        assert family.model_type == name and family.hybrid_class.config_class.model_type == family.hybrid
+        assert issubclass(family.hybrid_class.config_class, type(teacher(name, 1).config))
+    with pytest.raises(
+        UserError, match=r"architecture 'mamba', which is not supported\nsupported: llama, .*families.md"
+    ):
+        find("mamba")
+
+
+def test_sliding_windows_are_refused():
+    for name in FAMILIES:
+        windows = SimpleNamespace(layer_types=["full_attention", "sliding_attention"])
+        with pytest.raises(UserError, match="sliding-window attention layers"):
+            find(name).check(windows)
+
+
+def test_teacher_mode_is_the_original_bit_for_bit(case):
+    batch = packed([20], rows=2)
+    with torch.no_grad():
+        expected = case.original(input_ids=batch.input_ids).logits
+        assert torch.equal(logits(case.student, batch, "teacher"), expected)
+        assert not torch.allclose(logits(case.student, batch, "student"), expected, atol=1e-3)
+
+
+def test_the_weight_map_covers_every_tensor_of_the_attention(case):
+    fresh = HybridModel.from_teacher(copy.deepcopy(case.original), case.spec)
+    for i, mixer in fresh.mixers.items():
+        attention = dict(fresh.attention(i).teacher_attn.named_parameters())
+        copies = dict(mixer.named_parameters())
+        assert attention.keys() <= case.family.weight_map.keys()
+        for name, tensor in attention.items():
+            assert torch.equal(copies[case.family.weight_map[name]].double(), tensor), name
+        copied = {case.family.weight_map[name] for name in attention}
+        groups = {
+            n: fresh.group_of(f"{fresh.family.layers_path}.{i}.{fresh.family.attention_path}.{n}") for n in copies
+        }
+        assert {name for name, group in groups.items() if group[-1] == "mixer.proj"} == copied
+
+
+def test_mixers_are_what_the_family_says(case):
+    student, config = case.student, case.original.config
+    overrides = case.spec.mixer_overrides()
+    for i, made in student.mixer_configs.items():
+        assert made == case.family.mixer_config(config, i, case.spec.preset, **overrides)
+        assert (made.num_heads, made.num_kv_heads) == (config.num_attention_heads, config.num_key_value_heads)
+
+
+def test_groups_share_out_every_parameter(case):
+    student, parameters = case.student, case.student.canonical_parameters()
+    groups = {name: student.group_of(name) for name in parameters}
+    assert all(set(group) <= set(GROUPS) for group in groups.values())
+    kept = [i for i in range(LAYERS) if i not in student.rwkv_layers]
+    expected = {"mixer.proj", "mixer.lora", "mlp", "norms", "embed", "head"} | ({"attention"} if kept else set())
+    assert {group[-1] for group in groups.values()} == expected
+    for name, group in groups.items():
+        layer = case.family.layer_of(name)
+        assert (layer in student.rwkv_layers) if group[0] == "mixer" else group != ("attention",) or layer in kept
+    of = {group: {id(p) for n, p in parameters.items() if groups[n] == (group,)} for group in ("embed", "head", "mlp")}
+    assert of["embed"] == {id(p) for p in case.family.embedding(student.lm).parameters()}
+    assert of["head"] == {id(p) for p in case.family.head(student.lm).parameters()}
+    mlps = [case.family.mlp(layer) for layer in case.family.layers(student.lm)]
+    assert of["mlp"] == {id(p) for mlp in mlps for p in mlp.parameters()}
+
+
+def test_blocks_add_up_to_the_residual_stream(case):
+    """The embedding and the outputs of all `block_ends` are what the last norm reads; inputs are what they are said to
+    be."""
+    student, family, seen = case.student, case.family, {}
+
+    def note(name, what):
+        def hook(module, args, output):
+            seen[name] = args[0] if what == "input" else output
+
+        return hook
+
+    hooks = [family.embedding(student.lm).register_forward_hook(note("embedding", "output"))]
+    hooks.append(family.final_norm(student.lm).register_forward_hook(note("final", "input")))
+    for i, layer in enumerate(family.layers(student.lm)):
+        attention = getattr(student.attention(i), "teacher_attn", student.attention(i))
+        linears = {"attention": family.attention_linears(attention), "mlp": family.mlp_linears(layer)}
+        for block, (inputs, output) in linears.items():
+            reader = family.attention_input(layer) if block == "attention" else family.mlp_input(layer)
+            hooks.append(reader.register_forward_hook(note((i, block, "reader"), "output")))
+            hooks.append(output.register_forward_hook(note((i, block, "end"), "output")))
+            hooks += [x.register_forward_hook(note((i, block, j), "input")) for j, x in enumerate(inputs)]
+            path = next(name for name, module in student.lm.named_modules() if module is output)
+            assert path.replace(".teacher_attn", "").endswith(family.block_ends)
+    with torch.no_grad():
+        logits(student, packed([9, 4]), "teacher")
+    for hook in hooks:
+        hook.remove()
+    total = seen["embedding"] + sum(x for key, x in seen.items() if key[-1] == "end")
+    torch.testing.assert_close(total, seen["final"], rtol=0, atol=1e-12)
+    for key, x in seen.items():
+        if isinstance(key, tuple) and isinstance(key[-1], int):
+            assert torch.equal(x, seen[(*key[:2], "reader")])
+
+
+@pytest.mark.parametrize("mode", ["teacher", "student"])
+def test_packed_documents_equal_the_documents_alone(case, mode):
+    batch = packed([7, 1, 12], rows=2)
+    with torch.no_grad():
+        whole = logits(case.student, batch, mode)
+        for row in range(2):
+            documents = [batch.input_ids[row : row + 1, a:b] for a, b in ((0, 7), (7, 8), (8, 20))]
+            alone = [logits(case.student, batch_of(document), mode)[0] for document in documents]
+            torch.testing.assert_close(torch.cat(alone), whole[row], rtol=0, atol=1e-10)
+
+
+def test_calibration_sees_what_the_attention_sees(case):
+    """Layer by layer the same activations as in one forward of the whole model, also with padding."""
+    student, family, called, projected = case.student, case.family, {}, {}
+    batches = [packed([8, 5], rows=2), _padded(packed([9], rows=1), 4), packed([13], rows=1)]
+    hooks = []
+    for i in student.rwkv_layers:
+        hook = lambda m, args, kwargs, out, i=i: called.setdefault(i, []).append((kwargs, out[0]))  # noqa: E731
+        hooks.append(student.attention(i).register_forward_hook(hook, with_kwargs=True))
+        output = family.attention_linears(student.attention(i).teacher_attn).output
+        hook = lambda m, args, i=i: projected.setdefault(i, []).append(args[0])  # noqa: E731
+        hooks.append(output.register_forward_pre_hook(hook))
+    with torch.no_grad():
+        for batch in batches:
+            student(batch, mode="teacher")
+    for hook in hooks:
+        hook.remove()
+
+    layerwise = LayerwiseTeacher(student, batches)
+    for i in range(LAYERS):
+        activations = layerwise.run(i)
+        assert len(activations) == (len(batches) if i in student.rwkv_layers else 0)
+        for j, (x, rope, heads) in enumerate(activations):
+            kwargs, output = called[i][j]
+            assert torch.equal(x, kwargs["hidden_states"]) and torch.equal(heads, projected[i][j])
+            assert all(torch.equal(a, b) for a, b in zip(rope, kwargs["position_embeddings"], strict=True))
+            with torch.no_grad():
+                again = family.attention_linears(student.attention(i).teacher_attn).output(heads)
+            assert torch.equal(again, output)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_calibration_sees_the_heads_of_the_original_projections(family):
+    """Where those of the teacher are quantized, the heads are what their originals give from the same input."""
+    batch = packed([9, 5], rows=2)
+    student = assemble(teacher(family, 1), StudentSpec(), LayerSpec(("teacher",)))
+    ((quantized, *_),) = [LayerwiseTeacher(student, [batch]).run(0)]
+    ((plain, *_),) = [LayerwiseTeacher(HybridModel.from_teacher(teacher(family, 1), StudentSpec()), [batch]).run(0)]
+    assert student.quantized and torch.equal(quantized.x, plain.x)
+    torch.testing.assert_close(quantized.heads, plain.heads)
+
+
+def _padded(batch, count):
+    pad = torch.zeros(len(batch.input_ids), count, dtype=torch.long)
+    return Batch(
+        torch.cat([batch.input_ids, pad], 1),
+        torch.cat([batch.labels, pad + IGNORE], 1),
+        torch.cat([batch.position_ids, pad], 1),
+        torch.cat([batch.segment_ids, pad.int()], 1),
+        batch.rows,
+    )
+
+
+@pytest.fixture(scope="module")
+def prompt():
+    return torch.randint(2, VOCAB, (2, 21), generator=torch.Generator().manual_seed(1))
+
+
+def test_the_export_computes_what_was_trained(case, exported, prompt):
+    batch = batch_of(prompt)
+    with torch.no_grad():
+        expected = logits(case.student, batch, "student")
+        torch.testing.assert_close(exported(prompt).logits, expected, rtol=0, atol=1e-10)
+        packed_rows = packed([8, 13], rows=2)
+        got = exported(packed_rows.input_ids, position_ids=packed_rows.position_ids, use_cache=False).logits
+        torch.testing.assert_close(got, logits(case.student, packed_rows, "student"), rtol=0, atol=1e-10)
+
+
+def test_generation(exported, prompt):
+    check_paths(exported, prompt)
+
+
+def test_cached_logits_equal_a_full_pass(exported, prompt):
+    full = exported(prompt, use_cache=False).logits
+    cache = DynamicCache(config=exported.config)
+    parts = [exported(part, past_key_values=cache).logits for part in prompt.split([7, 1, 1, 12], dim=1)]
+    # float64 throughout: only the order of sums differs between the chunked and the stepwise path
+    torch.testing.assert_close(torch.cat(parts, 1), full, rtol=0, atol=1e-10)
+    assert cache.get_seq_length() == prompt.shape[1]
+    recurrent = [i for i, slot in enumerate(cache.layers) if isinstance(slot, RecurrentLayer)]
+    assert recurrent == exported.config.rwkv_layers
+
+
+def test_left_padding_changes_no_logit(exported, prompt):
+    expected = exported(prompt[:, 5:]).logits
+    mask = torch.ones_like(prompt)
+    mask[:, :5] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    got = exported(prompt, attention_mask=mask, position_ids=positions).logits[:, 5:]
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
+    assert not torch.allclose(exported(prompt, position_ids=positions).logits[:, 5:], expected, atol=1e-3)
+
+
+def test_the_configuration_survives_its_file(case, exported, tmp_path):
+    exported.config.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["model_type"] == case.family.hybrid and written["mixer_layers"] == {}
+    again = type(exported.config).from_pretrained(tmp_path)
+    assert again.to_dict() == exported.config.to_dict() | {"_name_or_path": ""}
+    made = {i: c.replace(backend="auto", precision="auto") for i, c in case.student.mixer_configs.items()}
+    assert {i: again.mixer_config(i) for i in again.rwkv_layers} == made
+    assert again.attention_rope == case.spec.attention_rope
+    teachers = {n: v for n, v in case.original.config.to_dict().items() if n in ("vocab_size", "rope_parameters")}
+    assert teachers.items() <= again.to_dict().items()
+
+
+@pytest.fixture(params=FAMILIES)
+def uneven(request, monkeypatch):
+    """A case whose family gives its layers different mixers."""
+    family = type(find(request.param))
+
+    class Uneven(family):
+        def mixer_config(self, config, layer, preset, **overrides):
+            fields = {"rank_decay": 8 * (layer + 1), "norm_eps": 10.0 ** -(layer + 4)}
+            return super().mixer_config(config, layer, preset, **overrides | fields)
+
+    monkeypatch.setattr(registry, "import_module", lambda *args: SimpleNamespace(**{family.__name__: Uneven}))
+    return _make(Uneven(), teacher(request.param, LAYERS), StudentSpec())
+
+
+def test_layers_may_have_mixers_of_their_own(uneven, tmp_path, prompt):
+    assert [c.rank_decay for c in uneven.student.mixer_configs.values()] == [8, 16, 24]
+    assert [m.w1.shape[1] for m in uneven.student.mixers.values()] == [8, 16, 24]
+    model = _export(uneven, tmp_path)
+    assert model.config.mixer["rank_decay"] == 8
+    assert model.config.mixer_layers == {
+        "1": {"rank_decay": 16, "norm_eps": 1e-5},
+        "2": {"rank_decay": 24, "norm_eps": 1e-6},
+    }
+    expected = logits(uneven.student, batch_of(prompt), "student")
+    torch.testing.assert_close(model(prompt).logits, expected, rtol=0, atol=1e-10)
+    check_paths(model, prompt)
