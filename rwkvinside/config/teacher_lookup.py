@@ -5,7 +5,6 @@ Reads configuration files only, no weights, and imports neither torch nor transf
 
 from __future__ import annotations
 
-import difflib
 import json
 from dataclasses import dataclass
 from functools import cache
@@ -15,6 +14,7 @@ from pathlib import Path
 import yaml
 
 from ..errors import UserError
+from ..support.text import did_you_mean
 
 SUPPORTED = ("llama", "qwen2", "qwen3")
 
@@ -88,10 +88,8 @@ def find_teacher(given: str, *, revision: str | None = None, fields: dict | None
     if fields is not None:
         return _teacher(given, {}, fields, local=False)
     if given.count("/") != 1 or given.startswith((".", "/", "~")):
-        near = difflib.get_close_matches(given.lower(), [name.lower() for name in recipes()], n=1)
-        hint = next((f"; did you mean {name}?" for name in recipes() if [name.lower()] == near), "")
         raise UserError(
-            f"teacher {given!r} is neither a directory nor a preset nor a hub id{hint}",
+            f"teacher {given!r} is neither a directory nor a preset nor a hub id{did_you_mean(given, recipes())}",
             f"presets: {', '.join(recipes())}; hub ids look like owner/name",
         )
     return _teacher(given, {}, _read(_download(given, revision)), local=False)

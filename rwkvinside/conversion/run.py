@@ -10,7 +10,6 @@ import gc
 import sys
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -38,11 +37,13 @@ from ..stages.phases import Phase, phases
 from ..stages.prepare import meta_student, prepare_stage, stage_layers
 from ..stages.rows import Rows, leading_text, report, rows_of, sample, validation_batches
 from ..support.process_memory import return_freed_memory
-from ..support.text import rounded_count
+from ..support.progress import Progress
+from ..support.text import rounded_flop
 from ..teacher.load import load_tokenizer
 from ..teacher.logits_check import check_teacher
 from ..teacher.signals import Teacher
 from ..training.batching import MICRO_TOKENS, micro_rows
+from ..training.callbacks import Evaluate, MeasureMFU, SaveExtra, ShowProgress, WriteMetrics
 from ..training.checkpoint import Checkpoint, Checkpointer
 from ..training.deepspeed_engine import join_process_group
 from ..training.frozen_weights import frozen_weights_digest
@@ -51,7 +52,7 @@ from ..training.metrics import Console, MetricsWriter
 from ..training.precision import precision_context
 from ..training.process_group import Distributed
 from ..training.schedule import StageLength
-from ..training.trainer import Trainer
+from ..training.trainer import Trainer, TrainingPlan
 from .build import (
     check_adapters,
     evaluation_teacher,
@@ -286,8 +287,9 @@ def _calibrate(run: _Run, name: str, student: HybridModel, teacher: Teacher | No
             return found
 
         evaluate(0)
-        with precision_context(run.precision, device):
-            fits = calibrate(student, batches, _every(10, lambda i: console.say(f"{name}: layer {i} is fitted")))
+        progress = Progress(name, len(student.rwkv_layers), unit="layers", stream=sys.stdout)
+        with precision_context(run.precision, device), progress:
+            fits = calibrate(student, batches, lambda layer: progress.advance())
         row = {"kind": "calibrate", "stage": name, "step": 1, "tokens": tokens, "time": time.time()}
         fields = ("error", "error_before", "half_life", "rate", "scale", "bonus")
         metrics.write(row | {field: {str(i): getattr(fit, field) for i, fit in fits.items()} for field in fields})
@@ -297,19 +299,6 @@ def _calibrate(run: _Run, name: str, student: HybridModel, teacher: Teacher | No
         run.checkpointer(name).save(1, student.student_state_dict(), None, state, required=True)
     run.world.barrier()
     return found if run.world.is_main else {}
-
-
-def _every(seconds: float, show: Callable[[int], None]) -> Callable[[int], None]:
-    """`show` at most this often."""
-    last = time.monotonic()
-
-    def throttled(value: int) -> None:
-        nonlocal last
-        if time.monotonic() - last >= seconds:
-            last = time.monotonic()
-            show(value)
-
-    return throttled
 
 
 def _train(
@@ -333,8 +322,8 @@ def _train(
     work = work_of(stage, student, teacher)
     if world.is_main:
         peak, origin = run.peak
-        run.say(f"{rounded_count(round(work))} operations a token; MFU is of {peak / 1e12:.3g} TFLOP/s ({origin})")
-    budget = StageLength(stage.tokens, stage.batch.tokens, stage.data.seq_len)
+        run.say(f"{rounded_flop(work)} a token; MFU is of {rounded_flop(peak)}/s ({origin})")
+    length = StageLength(stage.tokens, stage.batch.tokens, stage.data.seq_len)
     own = share(given.judged, world.rank, world.size)
     last: dict = {}
 
@@ -354,31 +343,36 @@ def _train(
                 together = max(1, MICRO_TOKENS // stage.data.seq_len)  # without gradients more rows fit than in a step
                 batches = sample(given.rows, POWER_TOKENS, together, world.device)
                 power, _ = teacher_norms(engine.module, batches)
+        plan = TrainingPlan(
+            name,
+            length,
+            schedule,
+            micro_rows(stage, world.size),
+            evaluate_every=length.steps_for(stage.evaluate_every_tokens) if stage.evaluate_every_tokens else 0,
+            save_every=config.checkpoint.every_steps,
+            labels={"layers": student.rwkv_layers},
+        )
+        callbacks = [Evaluate(evaluate), SaveExtra(others)]
+        if world.is_main:
+            callbacks += [
+                MeasureMFU(work, peak),
+                WriteMetrics(MetricsWriter(run.directory.path, run.loggers)),
+                ShowProgress(Console(name, length.steps, config.log_every)),
+            ]
         trainer = Trainer(
             engine,
             make_step(stage, student, teacher, power),
             given.rows,
-            stage=name,
-            budget=budget,
-            schedule=schedule,
-            micro_rows=micro_rows(stage, world.size),
+            plan,
             checkpointer=run.checkpointer(name),
             settings={"seed": config.seed, "data": given.data}
             | structure_settings(config, name, run.directory.stage(name)),
-            metrics=MetricsWriter(run.directory.path, run.loggers),
-            console=Console(name, budget.steps, config.log_every),
-            evaluate=evaluate,
-            evaluate_every=budget.steps_for(stage.evaluate_every_tokens) if stage.evaluate_every_tokens else 0,
-            save_every=config.checkpoint.every_steps,
-            other_tensors=lambda: others,
-            labels={"layers": student.rwkv_layers},
-            flops_per_token=work,
-            peak_flops=run.peak[0] if world.is_main else None,
+            callbacks=callbacks,
         )
         if checkpoint is not None:
             trainer.restore(checkpoint, joined=new if checkpoint.step == phase.first else ())
         trainer.fit(until=phase.until)
-        if not last and phase.until == budget.steps:  # killed between the last checkpoint and the end of the stage
+        if not last and phase.until == length.steps:  # killed between the last checkpoint and the end of the stage
             evaluate(phase.until)
     finally:
         engine.close()

@@ -16,7 +16,7 @@ from ..hybrid.model import HybridModel
 from ..stages.param_groups import rate_groups
 from ..stages.phases import phases
 from ..stages.prepare import meta_student, optimizer_settings, prepare_stage, stage_layers, zero_settings
-from ..support.text import rounded_bytes, rounded_count
+from ..support.text import rounded_bytes, rounded_count, rounded_flop
 from ..training.batching import step_shape
 from ..training.deepspeed_config import deepspeed_config
 from ..training.loggers import check_loggers
@@ -128,7 +128,7 @@ def _stage_lines(
         lines += _loss_lines(stage, source)
         lines += [f"  {line}" for line in training_table(model, stage, phases(stage)[0])]
         flops = training_flops(model, stage, source, teacher).total
-        lines.append(f"  work      {flops / 1e9:.3g} GFLOP a token, {flops * stage.tokens / 1e15:.4g} PFLOP in all")
+        lines.append(f"  work      {rounded_flop(flops)} a token, {rounded_flop(flops * stage.tokens)} in all")
         if ranks > 1:
             settings = deepspeed_config(zero_settings(config), optimizer_settings(stage), precision, shape)
     memory = stage_memory(config, stage, model, source, teacher, device, precision, ranks)

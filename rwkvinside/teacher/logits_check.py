@@ -13,6 +13,7 @@ from ..config.schema import Config, StageConfig
 from ..data.encode import tokenizer_hash
 from ..errors import UserError
 from ..stages.rows import Rows
+from ..support.files import file_digest
 from .load import open_tokenizer, teacher_config, teacher_of
 from .logits_store import LogitsReader, check_identity, row_digests
 
@@ -116,8 +117,5 @@ def weights_hash(path: str, revision: str | None) -> str | None:
         except OSError:
             return None
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    digests = []
-    for file in files:
-        with file.open("rb") as stream:
-            digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
-    return hashlib.sha256(" ".join(sorted(digests)).encode()).hexdigest()[:16] if files else None
+    digests = sorted(map(file_digest, files))
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()[:16] if files else None

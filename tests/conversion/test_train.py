@@ -102,7 +102,7 @@ def test_a_run_leaves_everything_that_describes_it(material, whole):
     assert set(rows(whole, "train", "align")[0]["layers"]) == {"0", "1", "2"}
     (fit,) = rows(whole, "calibrate", "calibrate")
     assert all(fit["error"][i] <= fit["error_before"][i] for i in "012")
-    assert not list(whole.rglob(".*writing*"))
+    assert not list(whole.rglob(".*unfinished*"))
 
 
 def test_each_stage_starts_from_the_last(whole):

@@ -101,10 +101,10 @@ def test_rates_and_when_they_begin(student):
 def test_a_group_that_joins_has_a_warm_up_of_its_own(student):
     stage = make_stage(unfreeze=[(100, ["mlp"])])
     schedule = make_schedule(stage, phases(stage)[1], student)
-    budget = StageLength(1000, 20, 10)
-    full = schedule.rates(50, budget)  # decays from the start to the end
+    length = StageLength(1000, 20, 10)
+    full = schedule.rates(50, length)  # decays from the start to the end
     assert set(full) == {"mixer", "rest@100"}
-    at = {step: schedule.rates(step, budget) for step in (6, 7, 9, 10)}
+    at = {step: schedule.rates(step, length) for step in (6, 7, 9, 10)}
     constant = {step: at[step]["mixer"] / 1e-3 for step in at}  # what the decay leaves of the rate
     for step, part in ((6, 1 / 4), (7, 2 / 4), (9, 1), (10, 1)):
         rest = 1e-5 + (1e-4 - 1e-5) * (constant[step] - 1e-2) / (1 - 1e-2)

@@ -29,14 +29,14 @@ def test_it_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
         done.append(("fsync", os.fstat(descriptor).st_ino))
         fsync(descriptor)
 
-    def renaming(self, target):
-        assert not Path(target).exists()
-        done.append(("rename", self.stat().st_ino))
-        return replace(self, target)
+    def renaming(source, target):
+        if Path(target).parent == folder:
+            assert not Path(target).exists()
+            done.append(("rename", Path(source).stat().st_ino))
+        replace(source, target)
 
     monkeypatch.setattr(os, "fsync", flushing)
-    monkeypatch.setattr(Path, "replace", renaming)
-    folder = tmp_path / "stage"
+    monkeypatch.setattr(os, "replace", renaming)
     write_frozen_weights(folder, TENSORS)
     (file,) = folder.iterdir()
     content, entry = file.stat().st_ino, folder.stat().st_ino
