@@ -13,7 +13,6 @@ from rwkvinside.planning.training_table import training_table
 from rwkvinside.stages.param_groups import joined, rate_groups
 from rwkvinside.stages.phases import phases
 from rwkvinside.stages.prepare import prepare_stage
-from rwkvinside.support.text import short_count
 from rwkvinside.training.schedule import StageLength
 
 
@@ -153,14 +152,3 @@ def test_the_table(student):
     ]
     later = training_table(student, stage, phases(stage)[1])
     assert [line.split()[-2:] for line in later if line.startswith("mlp")] == [["1e-05", "trains"]]
-
-
-def test_short_counts():
-    assert [short_count(n) for n in (7, 4096, 600_000, 2_500_000, 10**7, 10**9)] == [
-        "7",
-        "4096",
-        "600k",
-        "2500k",
-        "10M",
-        "1B",
-    ]
