@@ -6,6 +6,7 @@ package named `kernels` would hide Hugging Face's package of that name.
 
 import importlib.util
 import re
+import sys
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -13,6 +14,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 KERNELS = ["rwkvinside.kernels", *(f"rwkvinside.kernels.{part}" for part in ("bench", "gpu", "native"))]
+sys.path.insert(0, str(ROOT))  # for `rwkvinside.support`, which the build uses
 spec = importlib.util.spec_from_file_location("wkv7_native_build", ROOT / "kernels" / "wkv7" / "native" / "build.py")
 native = importlib.util.module_from_spec(spec)  # by its path: the package that it belongs to is not installed yet
 spec.loader.exec_module(native)

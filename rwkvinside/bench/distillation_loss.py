@@ -6,7 +6,6 @@ Every case runs in processes of its own, in turns, so that a peak belongs to it 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import statistics
 import time
@@ -23,7 +22,9 @@ from ..errors import UserError
 from ..hybrid.lm_head import LMHeadLoss
 from ..losses.chunked import chunk_tokens
 from ..losses.distillation import DistillationLoss
+from ..support.files import write_json
 from ..support.process_memory import forget_peak, peak_bytes
+from ..support.text import rounded_bytes
 from ..teacher.signals import HeadSignal
 
 
@@ -151,9 +152,9 @@ def main(args: argparse.Namespace) -> int:
         table.add_column(column, justify="left" if not column else "right")
     for kind, name in (("whole", "all logits at once"), ("chunks", f"{result['chunk_tokens']} tokens at a time")):
         found = result[kind]
-        table.add_row(name, f"{found['seconds']:.2f}", f"{found['bytes'] / 2**20:,.0f} MiB", f"{found['loss']:.6g}")
+        table.add_row(name, f"{found['seconds']:.2f}", rounded_bytes(found["bytes"]), f"{found['loss']:.6g}")
     table.add_row("relative", f"{result['time']:.2f}", f"{result['memory']:.3f}", "")
     Console().print(table)
     if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(args.json, result)
     return 0

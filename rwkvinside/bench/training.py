@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from ..hybrid.calibration import teacher_norms
 from ..hybrid.model import HybridModel, StudentSpec
 from ..modeling.wkv7 import BACKENDS
 from ..stages.steps import AlignStep, DistillStep
+from ..support.files import write_json
 from ..teacher.signals import OnlineTeacher, TeacherModel
 
 
@@ -157,5 +157,5 @@ def main(args: argparse.Namespace) -> int:
         table.add_row(name, f"{value:,.0f}", f"{value / speed['finetune']:.2f}")
     Console().print(table)
     if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(args.json, result)
     return 0

@@ -15,7 +15,7 @@ from ..config.teacher_lookup import find_teacher
 from ..data.binidx import is_binidx, pair, read_binidx
 from ..data.encode import agreement, tokenizer_hash
 from ..data.readers import HUB, source_files
-from ..data.sources import notice
+from ..data.sources import tokenizing_progress
 from ..data.statistics import Statistics
 from ..data.token_pack import is_pack, write_pack
 from ..data.token_store import TokenStore
@@ -65,16 +65,17 @@ def inspect(args: argparse.Namespace) -> int:
     lengths = {}
     with tempfile.TemporaryDirectory() as folder:
         for source in args.sources:
-            store = load_tokens(
-                [source],
-                tokenizer,
-                cache_dir=folder,
-                text_column=args.text_column,
-                rotate=not args.as_given,
-                trust_ids=True,  # what a run would refuse is shown
-                max_tokens=args.max_tokens,
-                progress=notice(),
-            )
+            with tokenizing_progress() as progress:
+                store = load_tokens(
+                    [source],
+                    tokenizer,
+                    cache_dir=folder,
+                    text_column=args.text_column,
+                    rotate=not args.as_given,
+                    trust_ids=True,  # what a run would refuse is shown
+                    max_tokens=args.max_tokens,
+                    progress=progress,
+                )
             lengths[source] = store.lengths
             console.print(f"{source}: {_format(source)}", style="bold")
             for line in _summary(store, tokenizer, vocab, args):
@@ -108,16 +109,17 @@ def pack(args: argparse.Namespace) -> int:
             f"output {args.out} cannot be written ({error.strerror or error})", "name another directory with --out"
         ) from error
     with cache as folder:
-        store = load_tokens(
-            args.sources,
-            tokenizer,
-            cache_dir=folder,
-            vocab_size=vocab,
-            text_column=args.text_column,
-            rotate=not args.as_given,
-            max_tokens=args.max_tokens,
-            progress=notice(),
-        )
+        with tokenizing_progress() as progress:
+            store = load_tokens(
+                args.sources,
+                tokenizer,
+                cache_dir=folder,
+                vocab_size=vocab,
+                text_column=args.text_column,
+                rotate=not args.as_given,
+                max_tokens=args.max_tokens,
+                progress=progress,
+            )
         meta = {
             "sources": [Path(source).name if Path(source).exists() else source for source in args.sources],
             "tokenizer": tokenizer_hash(tokenizer),

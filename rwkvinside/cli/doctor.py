@@ -11,6 +11,7 @@ import torch
 from packaging.requirements import Requirement
 
 from .. import kernels
+from ..support.text import rounded_bytes
 
 MISSING = "missing"
 EXTRAS = ("tensorboard", "wandb", "trackio")  # loggers, which nobody has to have
@@ -21,11 +22,11 @@ def main() -> int:
     print(f"python {platform.python_version()} on {platform.platform()}")
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(".")
     print(f"{psutil.cpu_count(logical=False)} cores, torch uses {torch.get_num_threads()} threads")
-    print(f"memory {memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free")
-    print(f"disk here {disk.free / 2**30:.1f} of {disk.total / 2**30:.1f} GiB free")
+    print(f"memory {rounded_bytes(memory.available)} of {rounded_bytes(memory.total)} free")
+    print(f"disk here {rounded_bytes(disk.free)} of {rounded_bytes(disk.total)} free")
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
-        print(f"cuda:{i} {properties.name}, {properties.total_memory / 2**30:.1f} GiB")
+        print(f"cuda:{i} {properties.name}, {rounded_bytes(properties.total_memory)}")
     if torch.cuda.is_available():
         print(f"training runs on cuda in {'bf16' if torch.cuda.is_bf16_supported() else 'fp32'}")
     else:

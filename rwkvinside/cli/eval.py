@@ -12,9 +12,10 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from ..errors import UserError
 from ..evaluate.compare import evaluate, read_documents
-from ..evaluate.load import is_run, load_pretrained, load_run
+from ..evaluate.load import load_pretrained, load_run
 from ..evaluate.quality import Evaluation, Scores
 from ..report.figures import position_figure, save_figure
+from ..runs.directory import RunDirectory
 from ..runs.trained import open_run
 from ..support.files import write_json
 
@@ -73,7 +74,7 @@ def main(args: argparse.Namespace) -> int:
     }
     show(found, Console())
     if args.json is not None:
-        write_json(result, args.json)
+        write_json(args.json, result)
     if args.png is not None:
         save_figure(position_figure(result), args.png)
     return 0
@@ -81,13 +82,13 @@ def main(args: argparse.Namespace) -> int:
 
 def _named_teacher(path: Path) -> str:
     """The teacher that a run or an export was made from."""
-    if is_run(path):
+    if RunDirectory(path).is_run:
         return open_run(path).teacher
     raise UserError("no teacher is given", "name the directory or the hub id of the original model: --teacher DIR")
 
 
 def _load_student(path: Path, device: str, notes: Console) -> PreTrainedModel:
-    if is_run(path):
+    if RunDirectory(path).is_run:
         notes.print(f"building the student of run {path} in memory", highlight=False)
         return load_run(path, device)
     if not (path / "config.json").is_file():

@@ -6,7 +6,6 @@ key=value.
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -20,6 +19,7 @@ from pydantic_core import ErrorDetails
 from ..errors import UserError
 from ..stages.registry import OBJECTIVES, RUN, STAGES, stage_class
 from ..stages.settings import StageConfig
+from ..support.text import did_you_mean
 from .schema import Config
 from .show import inner_model
 from .teacher_lookup import TeacherInfo, find_teacher, variants
@@ -104,7 +104,7 @@ def _variants(names: object, own: object) -> list[dict]:
     shipped, layers = variants(), []
     for name in names if isinstance(names, list) else []:
         if name not in shipped:
-            cause = f"variant {_show(name)} is not known{_nearest(str(name), shipped)}"
+            cause = f"variant {_show(name)} is not known{did_you_mean(str(name), shipped)}"
             raise UserError(cause, f"variants: {', '.join(shipped)}")
         layers += [shipped[name], _mapping(_mapping(own).get(name))]
     return layers
@@ -127,9 +127,9 @@ def _with_stage_defaults(given: object, found: TeacherInfo) -> tuple[dict, dict[
         elif stage is not None:
             own = _merge([stage.defaults(found.hidden_size, found.max_positions), own])
         elif objective is None:
-            problems[path] = f"stages.{name}: a stage of your own needs an objective{_nearest(name, STAGES)}"
+            problems[path] = f"stages.{name}: a stage of your own needs an objective{did_you_mean(name, STAGES)}"
         else:
-            near = _nearest(str(objective), OBJECTIVES)
+            near = did_you_mean(str(objective), OBJECTIVES)
             problems[path] = f"stages.{name}.objective = {_show(objective)}: allowed: {', '.join(OBJECTIVES)}{near}"
         stages[name] = own
     return stages, problems
@@ -156,7 +156,7 @@ def _validate(merged: dict, found: TeacherInfo, refused: dict[tuple[str, ...], s
     config = read(Config, merged | {"stages": fit}, num_layers=found.num_layers)
     for name in run:
         if isinstance(name, str) and name not in merged["stages"]:
-            problems.append(f"run names stage {name!r}, which is not in stages{_nearest(name, merged['stages'])}")
+            problems.append(f"run names stage {name!r}, which is not in stages{did_you_mean(name, merged['stages'])}")
     if len(problems) == 1:
         raise UserError(problems[0], REFERENCE)
     if problems:
@@ -237,12 +237,13 @@ def _problem(error: ErrorDetails, at: Sequence[str]) -> str:
     location = [str(part) for part in (*at, *error["loc"])]
     path = ".".join(location)
     if error["type"] == "extra_forbidden":
-        return f"{path}: unknown key{_nearest(location[-1], _keys(location[:-1]), location[:-1])}"
+        inside = "".join(f"{part}." for part in location[:-1])
+        return f"{path}: unknown key{did_you_mean(location[-1], _keys(location[:-1]), inside)}"
     if error["type"] == "missing":
         return f"{path}: missing"
     if error["type"] == "literal_error":
         allowed = error["ctx"]["expected"].replace("'", "").replace(" or ", ", ")
-        near = _nearest(str(error["input"]), allowed.split(", "))
+        near = did_you_mean(str(error["input"]), allowed.split(", "))
         return f"{path} = {_show(error['input'])}: allowed: {allowed}{near}"
     if error["type"] == "model_type":
         return f"{path} = {_show(error['input'])}: must be a mapping of settings"
@@ -254,11 +255,6 @@ def _problem(error: ErrorDetails, at: Sequence[str]) -> str:
 def _show(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _nearest(given: str, known: Iterable[str], prefix: Sequence[str] = ()) -> str:
-    close = difflib.get_close_matches(given, list(known), n=1)
-    return f"; did you mean {'.'.join([*prefix, *close])}?" if close else ""
 
 
 def _keys(location: list[str]) -> list[str]:

@@ -5,7 +5,6 @@ Reads configuration files only, no weights, and imports neither torch nor transf
 
 from __future__ import annotations
 
-import difflib
 import json
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +15,7 @@ import yaml
 
 from ..errors import UserError
 from ..families.registry import FAMILIES, unsupported
+from ..support.text import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,8 @@ def find_teacher(given: str, *, revision: str | None = None, fields: dict | None
     if fields is not None:
         return _teacher(given, {}, fields, local=False)
     if given.count("/") != 1 or given.startswith((".", "/", "~")):
-        near = difflib.get_close_matches(given.lower(), [name.lower() for name in recipes()], n=1)
-        hint = next((f"; did you mean {name}?" for name in recipes() if [name.lower()] == near), "")
         raise UserError(
-            f"teacher {given!r} is neither a directory nor a preset nor a hub id{hint}",
+            f"teacher {given!r} is neither a directory nor a preset nor a hub id{did_you_mean(given, recipes())}",
             f"presets: {', '.join(recipes())}; hub ids look like owner/name",
         )
     return _teacher(given, {}, _read(_download(given, revision)), local=False)

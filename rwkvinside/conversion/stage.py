@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
+import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -22,15 +22,20 @@ from ..stages.plan import StagePlan
 from ..stages.rows import Rows, leading_text, report, rows_of, sample, validation_batches
 from ..stages.summary import training_table
 from ..stages.teacher import build_teacher
-from ..support.text import rounded_count
+from ..support.progress import Progress
+from ..support.text import rounded_flop
 from ..teacher.kinds import TeacherKind
 from ..teacher.signals import Teacher
 from ..training.batching import MICRO_TOKENS, rows_within
+from ..training.callbacks import Callback, Evaluate, MeasureMFU, SaveExtra, ShowProgress, WriteMetrics
 from ..training.checkpoint import Checkpoint
+from ..training.deepspeed_engine import Engine
 from ..training.frozen_weights import frozen_weights_digest
 from ..training.metrics import Console, MetricsWriter
 from ..training.precision import precision_context
-from ..training.trainer import Trainer
+from ..training.protocols import Step
+from ..training.schedule import Schedule
+from ..training.trainer import Trainer, TrainingPlan
 from .build import (
     check_adapters,
     evaluation_teacher,
@@ -196,9 +201,10 @@ def _fit(run: Run, plan: StagePlan, models: _Models, inputs: _Inputs) -> dict:
         return scores
 
     evaluate(0)
-    with precision_context(plan.run.precision, device):
-        progress = _every(10, lambda i: console.say(f"{plan.name}: layer {i} is fitted"))
-        row(plan.stage.objective, 1, plan.stage.fit(student, batches, progress))
+    progress = Progress(plan.name, len(student.rwkv_layers), unit="layers", stream=sys.stdout)
+    with precision_context(plan.run.precision, device), progress:
+        fitted = plan.stage.fit(student, batches, lambda layer: progress.advance())
+    row(plan.stage.objective, 1, fitted)
     evaluation = evaluate(1)
     settings = layer_settings(plan.layers, run.directory.stage(plan.name))
     state = {"stage": plan.name, "step": 1, "finished": True, "settings": settings}
@@ -207,78 +213,98 @@ def _fit(run: Run, plan: StagePlan, models: _Models, inputs: _Inputs) -> dict:
     return evaluation
 
 
-def _every(seconds: float, show: Callable[[int], None]) -> Callable[[int], None]:
-    """`show` at most this often."""
-    last = time.monotonic()
-
-    def throttled(value: int) -> None:
-        nonlocal last
-        if time.monotonic() - last >= seconds:
-            last = time.monotonic()
-            show(value)
-
-    return throttled
-
-
 def _train(
     run: Run, plan: StagePlan, phase: Phase, models: _Models, inputs: _Inputs, checkpoint: Checkpoint | None
 ) -> dict:
-    world, student, teacher = run.world, models.student, evaluation_teacher(models.teacher)
+    student, world = models.student, run.world
     trainable = {n for n, p in student.canonical_parameters().items() if p.requires_grad}
     # an engine of several processes may round or cut what it does not train; one process keeps and saves it
     kept = student.student_state_dict() if world.is_main else {}
     others = {n: t.to("cpu", copy=world.launched) for n, t in kept.items() if n not in trainable}
-    new = joined(student, plan, phase)
-    schedule = plan.schedule(rate_groups(student, plan, phase))
+    new, groups = joined(student, plan, phase), rate_groups(student, plan, phase)
     run.say("\n".join([f"{plan.name} trains from step {phase.first + 1}:", *training_table(student, plan, phase)]))
     work = work_of(plan, student, models.kind, models.teacher)
-    if world.is_main:
-        peak, origin = run.peak
-        run.say(f"{rounded_count(round(work))} operations a token; MFU is of {peak / 1e12:.3g} TFLOP/s ({origin})")
-    own = share(inputs.validation, world.rank, world.size)
-    last: dict = {}
-
-    def evaluate(done: int) -> dict:
-        with engine.autocast():
-            scores = evaluate_student(engine.module, teacher, own, world.device, world.all_reduce_sum)
-        last.update(numbers(scores, teacher))
-        return dict(last)
-
     engine = make_engine(plan, phase, student, world)
     try:
-        with engine.autocast():  # without gradients more rows fit than in a step
-            rows = rows_within(MICRO_TOKENS, plan.length.seq_len)
-            batches = partial(sample, inputs.rows, micro_rows=rows, device=world.device)
-            step = plan.stage.step(engine.module, models.teacher, plan, batches)
-        if plan.settings.activation_checkpointing and plan.stage.recomputes_layers:
-            student.lm.train().activation_checkpointing_enable()  # transformers recomputes in training mode only
-        every = plan.settings.evaluate_every_tokens
+        evaluation = _Evaluation(engine, evaluation_teacher(models.teacher), inputs.validation)
         trainer = Trainer(
             engine,
-            watched(step, student),
+            watched(_step(plan, models, engine, inputs.rows), student),
             inputs.rows,
-            stage=plan.name,
-            budget=plan.length,
-            schedule=schedule,
-            micro_rows=plan.shape.micro_rows,
+            _training_plan(run, plan, plan.schedule(groups), student),
             checkpointer=run.checkpointer(plan.name),
             settings={"seed": plan.run.seed, "data": inputs.data}
             | layer_settings(plan.layers, run.directory.stage(plan.name)),
-            metrics=MetricsWriter(run.directory.path, run.loggers),
-            console=Console(plan.name, plan.length.steps, run.config.log_every),
-            evaluate=evaluate,
-            evaluate_every=plan.length.steps_for(every) if every else 0,
-            save_every=run.config.checkpoint.every_steps,
-            other_tensors=lambda: others,
-            labels={"layers": student.rwkv_layers},
-            flops_per_token=work,
-            peak_flops=run.peak[0] if world.is_main else None,
+            callbacks=[Evaluate(evaluation), SaveExtra(others), *_reports(run, plan, work)],
         )
         if checkpoint is not None:
             trainer.restore(checkpoint, joined=new if checkpoint.step == phase.first else ())
         trainer.fit(until=phase.until)
-        if not last and phase.until == plan.length.steps:  # killed between the last checkpoint and the stage's end
-            evaluate(phase.until)
+        if not evaluation.last and phase.until == plan.length.steps:
+            evaluation(phase.until)  # killed between the last checkpoint and the end of the stage
     finally:
         engine.close()
-    return last
+    return evaluation.last
+
+
+class _Evaluation:
+    """Scores of the student on the validation documents, shared by all ranks.
+
+    Attributes:
+        last: the numbers of the last evaluation, {} before the first one.
+    """
+
+    def __init__(self, engine: Engine, teacher: Teacher | None, batches: list[Batch]):
+        self._engine, self._teacher, self._world = engine, teacher, engine.world
+        self._batches = share(batches, self._world.rank, self._world.size)
+        self.last: dict[str, float] = {}
+
+    def __call__(self, done: int) -> dict[str, float]:
+        world = self._world
+        with self._engine.autocast():
+            scores = evaluate_student(
+                self._engine.module, self._teacher, self._batches, world.device, world.all_reduce_sum
+            )
+        self.last = numbers(scores, self._teacher)
+        return self.last
+
+
+def _step(plan: StagePlan, models: _Models, engine: Engine, rows: Rows) -> Step:
+    """Return the step of the stage's objective, once the engine has the student."""
+    with engine.autocast():  # without gradients more rows fit than in a step
+        together = rows_within(MICRO_TOKENS, plan.length.seq_len)
+        batches = partial(sample, rows, micro_rows=together, device=engine.world.device)
+        step = plan.stage.step(engine.module, models.teacher, plan, batches)
+    if plan.settings.activation_checkpointing and plan.stage.recomputes_layers:
+        models.student.lm.train().activation_checkpointing_enable()  # transformers recomputes in training mode only
+    return step
+
+
+def _training_plan(run: Run, plan: StagePlan, schedule: Schedule, student: HybridModel) -> TrainingPlan:
+    every = plan.settings.evaluate_every_tokens
+    return TrainingPlan(
+        plan.name,
+        plan.length,
+        schedule,
+        plan.shape.micro_rows,
+        evaluate_every=plan.length.steps_for(every) if every else 0,
+        save_every=run.config.checkpoint.every_steps,
+        labels={"layers": student.rwkv_layers},
+    )
+
+
+def _reports(run: Run, plan: StagePlan, work: float) -> list[Callback]:
+    """Return what reports the steps of a stage: on rank 0 alone.
+
+    Args:
+        work: operations for a token.
+    """
+    if not run.world.is_main:
+        return []
+    peak, origin = run.peak
+    run.say(f"{rounded_flop(work)} a token; MFU is of {rounded_flop(peak)}/s ({origin})")
+    return [
+        MeasureMFU(work, peak),
+        WriteMetrics(MetricsWriter(run.directory.path, run.loggers)),
+        ShowProgress(Console(plan.name, plan.length.steps, run.config.log_every)),
+    ]

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import shutil
-import time
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,11 +22,12 @@ from ..stages.plan import StagePlan
 from ..stages.registry import objective_class
 from ..stages.rows import Rows, rows_of
 from ..stages.teacher import cache_identity, check_tokenizer, data_hash, online_teacher, shared_vocab
+from ..support.files import free_bytes
+from ..support.progress import Progress
 from ..support.text import rounded_bytes
 from ..teacher.load import open_tokenizer
 from ..teacher.logits_store import SHARD_BYTES, LogitsWriter, position_bytes, row_digests
 from ..teacher.signals import OnlineTeacher
-from ..training.metrics import Console
 from ..training.precision import precision_context
 from ..training.process_group import Distributed
 
@@ -97,57 +96,26 @@ def write_logits(plan: StagePlan, out: Path, k: int, shard_bytes: int = SHARD_BY
     )
     missing = writer.missing()
     left = sum(map(len, missing))
-    console = Console("logits", 1)
+    kept = count - left
+    progress = Progress(plan.name, count, unit="rows", done=kept, stream=sys.stdout)
     size = rounded_bytes(left * row_bytes)
-    console.say(f"{plan.name}: {left:,} of {count:,} rows to write, at most {size}, to {out}")
-    if left * row_bytes > (free := shutil.disk_usage(out).free):
+    progress.say(f"{plan.name}: {left:,} of {count:,} rows to write, at most {size}, to {out}")
+    if left * row_bytes > (free := free_bytes(out)):
         raise UserError(f"{out} has {rounded_bytes(free)} free", "free some space, or lower --k or the stage's tokens")
-    progress = _Progress(console, count, left, plan.length.seq_len)
+
+    def advance(more: int) -> None:
+        progress.advance(more, f"{progress.rate * plan.length.seq_len:,.0f} tokens/s")
+
     try:
-        for part in missing:
-            with precision_context(plan.run.precision, world.device):
-                size, heat = plan.shape.micro_rows, plan.settings.loss.temperature
-                writer.write(part, *_shard(teacher, rows, part, size, vocab, k, heat, progress.add))
-            progress.kept = progress.done
-        if missing:
-            progress.say()
+        with progress:
+            for part in missing:
+                with precision_context(plan.run.precision, world.device):
+                    size, heat = plan.shape.micro_rows, plan.settings.loss.temperature
+                    writer.write(part, *_shard(teacher, rows, part, size, vocab, k, heat, advance))
+                kept += len(part)
     except KeyboardInterrupt as error:
-        kept = count - left + progress.kept
         raise Interrupted(f"stopped with {kept:,} of {count:,} rows", "the same command again goes on") from error
-
-
-@dataclass
-class _Progress:
-    """A line every ten seconds.
-
-    Args:
-        count, left: rows of the stage, and of these still to be written when it began.
-        row_tokens: tokens of a row.
-
-    Attributes:
-        done, kept: rows since then, and of these in whole shards.
-    """
-
-    console: Console
-    count: int
-    left: int
-    row_tokens: int
-    done: int = 0
-    kept: int = 0
-    start: float = field(default_factory=time.perf_counter)
-    said: float = field(default_factory=time.perf_counter)
-
-    def add(self, rows: int) -> None:
-        self.done += rows
-        if time.perf_counter() - self.said > 10:
-            self.say()
-
-    def say(self) -> None:
-        self.said = time.perf_counter()
-        speed = self.done / (self.said - self.start)
-        rows = f"{self.count - self.left + self.done:,}/{self.count:,} rows"
-        left = (self.left - self.done) / speed if speed else 0.0
-        self.console.say(f"{rows}  {speed * self.row_tokens:,.0f} tokens/s  {left / 60:.3g} min left")
+    progress.say(f"{plan.name}: {kept:,} of {count:,} rows are in {out}")
 
 
 def _shard(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -14,6 +13,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
+from ..support.progress import Progress
 from .binidx import is_binidx, pair
 from .encode import Encoder, check_ids
 from .readers import HUB
@@ -22,8 +22,6 @@ from .stream import TokenStream
 from .token_pack import is_pack
 from .token_store import TokenStore, join
 from .tokenize import load_tokens
-
-NOTICE_SECONDS = 10  # between lines that say how far tokenizing has come
 
 
 class Processes(Protocol):
@@ -64,17 +62,11 @@ def default_cache() -> Path:
     return Path.home() / ".cache" / "rwkvinside" / "tokens"
 
 
-def notice() -> Callable[[int, int], None]:
-    """A `progress` for `load_tokens` that speaks now and then, on stderr; what is done at once is not worth a word."""
-    last = time.monotonic()
-
-    def progress(documents: int, tokens: int) -> None:
-        nonlocal last
-        if time.monotonic() - last >= NOTICE_SECONDS:
-            last = time.monotonic()
-            print(f"tokenizing: {documents:,} documents, {tokens:,} tokens so far", file=sys.stderr)
-
-    return progress
+@contextmanager
+def tokenizing_progress() -> Iterator[Callable[[int, int], None]]:
+    """Show on stderr how far tokenizing is; yields a `progress` for `load_tokens`."""
+    with Progress("tokenizing", unit="documents") as shown:
+        yield lambda documents, tokens: shown.update(documents, f"{tokens:,} tokens")
 
 
 def tokens_of(
@@ -161,17 +153,18 @@ class _Loader:
         self.masks = stage.loss_on == "completions"
 
     def load(self, sources: Sequence[str], most: int | None) -> TokenStore:
-        store = load_tokens(
-            sources,
-            self.tokenizer,
-            cache_dir=self.cache,
-            vocab_size=self.vocab,
-            text_column=self.data.text_column,
-            rotate=self.data.rotate_options,
-            trust_ids=not self.data.check_ids,
-            max_tokens=most,
-            progress=notice(),
-        )
+        with tokenizing_progress() as progress:
+            store = load_tokens(
+                sources,
+                self.tokenizer,
+                cache_dir=self.cache,
+                vocab_size=self.vocab,
+                text_column=self.data.text_column,
+                rotate=self.data.rotate_options,
+                trust_ids=not self.data.check_ids,
+                max_tokens=most,
+                progress=progress,
+            )
         return store if self.masks else store.without_masks()
 
     def can_stream(self, source: str) -> bool:

@@ -10,9 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
-import uuid
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError
+from ..support.files import file_digest, publish, temporary_sibling
 from .batch import IGNORE
 
 FORMAT = 2
@@ -251,7 +250,7 @@ class StoreWriter:
             del self._digests["loss.bin"]
         np.save(self.directory / "offsets.npy", np.frombuffer(self._offsets, dtype=np.int64))
         np.save(self.directory / "hashes.npy", np.frombuffer(self._hashes, dtype=np.uint64))
-        small = {name: file_sha256(self.directory / name) for name in ("offsets.npy", "hashes.npy")}
+        small = {name: file_digest(self.directory / name) for name in ("offsets.npy", "hashes.npy")}
         counts = {
             "documents": self.documents,
             "tokens": self.tokens,
@@ -290,27 +289,20 @@ def stats_of(files: Iterable[Path]) -> list:
 
 @contextmanager
 def writing(target: Path) -> Iterator[Path]:
-    """A temporary path beside `target`; the file or store that is made there takes its place if all went well.
+    """A temporary path next to `target`; the file or store that is made there takes its place if all went well.
 
-    A store that was not finished is dropped.
+    Several processes may write the same. A store that was not finished is dropped.
 
     Raises:
         UserError: it cannot be written.
     """
-    unfinished = target.with_name(f"{target.name}.unfinished-{uuid.uuid4().hex[:8]}")
     try:
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_sibling(target, unique=True) as unfinished:
             yield unfinished
             if unfinished.is_file():
-                os.replace(unfinished, target)
+                publish(unfinished, target)
             elif (unfinished / META).is_file():
-                _publish(unfinished, target)
-        finally:
-            if unfinished.is_dir():
-                shutil.rmtree(unfinished, ignore_errors=True)
-            elif unfinished.exists():
-                unfinished.unlink()
+                _publish_store(unfinished, target)
     except OSError as error:
         raise UserError(
             f"tokens cannot be written below {str(target.parent)!r} ({error.strerror or error})",
@@ -318,12 +310,12 @@ def writing(target: Path) -> Iterator[Path]:
         ) from error
 
 
-def _publish(unfinished: Path, entry: Path) -> None:
+def _publish_store(unfinished: Path, entry: Path) -> None:
     """Rename a store into place; when another process was faster, its result is the same."""
     if entry.exists() and not is_whole(entry):
         shutil.rmtree(entry)
     try:
-        os.rename(unfinished, entry)
+        publish(unfinished, entry)
     except OSError:
         if not is_whole(entry):
             raise
@@ -350,7 +342,7 @@ def damage(entry: Path, *, every_byte: bool = False) -> str:
         for name, digest in meta["sha256"].items():
             if name in sizes and (size := (entry / name).stat().st_size) != sizes[name]:
                 return f"{name} has {size} bytes instead of {sizes[name]}"
-            if (every_byte or name not in sizes) and file_sha256(entry / name) != digest:
+            if (every_byte or name not in sizes) and file_digest(entry / name) != digest:
                 return f"{name} is not what was written"
         if not {"tokens.bin", "offsets.npy", "hashes.npy"} <= meta["sha256"].keys():
             return f"{META} is incomplete"
@@ -378,15 +370,6 @@ def open_store(entry: Path) -> TokenStore:
         max_id=meta["max_id"],
         facts=meta["facts"],
     )
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 def check_vocab(max_id: int, vocab_size: int) -> None:

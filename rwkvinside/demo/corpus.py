@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
+from ..support.files import write_text
 
 # Tests and generated tables are long and repetitive: a model that fits them says little about language.
 SKIPPED_FOLDERS = {
@@ -45,14 +46,9 @@ class Corpus:
 
     def write(self, folder: Path) -> tuple[Path, Path]:
         """Write `train.jsonl` and `val.jsonl` (one {"text": ...} per line) and return their paths."""
-        folder.mkdir(parents=True, exist_ok=True)
         paths = folder / "train.jsonl", folder / "val.jsonl"
         for path, documents in zip(paths, (self.train, self.val), strict=True):
-            unfinished = path.with_suffix(".tmp")
-            with unfinished.open("w", encoding="utf-8") as file:
-                for document in documents:
-                    file.write(json.dumps({"text": document}) + "\n")
-            os.replace(unfinished, path)
+            write_text(path, "".join(json.dumps({"text": document}) + "\n" for document in documents))
         return paths
 
 

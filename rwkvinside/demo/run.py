@@ -6,7 +6,7 @@ Needs no network and no GPU. Everything is done by the functions that `train_dis
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +26,8 @@ from ..evaluate.quality import Scores
 from ..export.huggingface import export_hf
 from ..report.write import write_report
 from ..support.files import write_json
-from ..support.progress import bar
+from ..support.progress import Progress
+from ..support.text import rounded_count
 from .corpus import collect
 from .tables import show_samples, show_scores, show_speed
 from .teacher import TeacherSettings, obtain_teacher
@@ -115,8 +116,10 @@ class Demo:
             stages = self._evaluate(student, teacher, documents)
         with self._step("generate"):
             samples = {name: self._sample(model, tokenizer) for name, model in models.items()}
-        with self._step("decode speed"), bar(self.console, "tokens", self.settings.new_tokens) as advance:
-            speed = decode_speed(models, self.settings.contexts, new_tokens=self.settings.new_tokens, progress=advance)
+        count = self.settings.new_tokens
+        bar = Progress("decode speed", count, unit="tokens", stream=self.console.file)
+        with self._step("decode speed"), bar as shown:
+            speed = decode_speed(models, self.settings.contexts, new_tokens=count, progress=shown.advance)
         show_samples(self.console, samples, f"temperature {TEMPERATURE}, same seed")
         show_scores(self.console, stages)
         show_speed(self.console, speed)
@@ -125,7 +128,7 @@ class Demo:
             "decode_speed": [asdict(row) for row in speed],
             "seconds": self.seconds,
         }
-        write_json(result, self.out / "demo.json")
+        write_json(self.out / "demo.json", result)
         self._show_files()
         return result
 
@@ -154,11 +157,15 @@ class Demo:
             corpus = collect()
             files = corpus.write(self.out / "text")
             counts = f"{len(corpus.train):,} documents to train, {len(corpus.val):,} to validate"
-            size = sum(map(len, corpus.train + corpus.val)) / 1e6
-            self.console.print(f"the Python standard library of this machine: {size:.1f} million characters, {counts}")
+            size = rounded_count(sum(map(len, corpus.train + corpus.val)))
+            self.console.print(f"the Python standard library of this machine: {size} characters, {counts}")
         with self._step("teacher"):
             settings = self.settings.teacher
-            if obtain_teacher(self.teacher_folder, settings, corpus, _training_lines(self.console)):
+            with Progress("teacher", settings.steps, unit="steps", stream=self.console.file) as shown:
+                trained = obtain_teacher(
+                    self.teacher_folder, settings, corpus, lambda step, loss: shown.update(step, f"loss {loss:.3f}")
+                )
+            if trained:
                 self.console.print(f"trained a Qwen3 of {settings.num_layers} layers, kept in {self.teacher_folder}")
             else:
                 self.console.print(f"the teacher of the last demo is still there: {self.teacher_folder}")
@@ -207,18 +214,3 @@ class Demo:
         self.console.print(f"student: {self.student_folder} (transformers, trust_remote_code=True)")
         self.console.print(f"numbers: {self.out}/demo.json")
         self.console.print(f"{(time.monotonic() - self.started) / 60:.1f} minutes in all")
-
-
-def _training_lines(console: Console) -> Callable[[int, int, float, float], None]:
-    """A line for every twentieth of the teacher's training."""
-    printed = 0
-
-    def progress(seen: int, total: int, loss: float, speed: float) -> None:
-        nonlocal printed
-        if seen * 20 // total > printed:
-            printed = seen * 20 // total
-            left = (total - seen) / speed
-            done = f"teacher {seen / 1e6:.2f}/{total / 1e6:.2f}M tokens"
-            console.print(f"{done}  loss {loss:.3f}  {speed:,.0f} tokens/s  {left:.0f} s left")
-
-    return progress

@@ -7,9 +7,7 @@ import hashlib
 import json
 import logging
 import math
-import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,13 +17,14 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
+from ..support.files import replacing, write_json
 from .corpus import Corpus
 from .tokenizer import train_tokenizer
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int, float, float], None]
-"""Called after every step with (tokens seen, all tokens, loss in nats, tokens per second)."""
+Progress = Callable[[int, float], None]
+"""Called after every step with (steps done, loss in nats)."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,11 @@ class TeacherSettings:
             bos_token_id=bos,
             eos_token_id=eos,
         )
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that read `tokens`, the last one whole."""
+        return math.ceil(self.tokens / (self.rows_per_step * self.seq_len))
 
     def key(self, corpus: Corpus) -> str:
         """A hash (hex) of the settings and of the text."""
@@ -110,13 +114,10 @@ def train_teacher(
     optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), fused=True)
     rows = token_rows(tokenizer, documents, settings.seq_len)
     batches = shuffled_rows(rows, settings.rows_per_step, settings.seed)
-    tokens_per_step = settings.rows_per_step * settings.seq_len
-    steps = math.ceil(settings.tokens / tokens_per_step)
-    started = time.monotonic()
     model.train()
-    for step in range(steps):
+    for step in range(settings.steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, settings)
+            group["lr"] = learning_rate(step, settings.steps, settings)
         batch = next(batches)
         logits = model(input_ids=batch[:, :-1], use_cache=False).logits
         loss = F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
@@ -124,8 +125,7 @@ def train_teacher(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        seen = (step + 1) * tokens_per_step
-        progress(seen, steps * tokens_per_step, loss.item(), seen / (time.monotonic() - started))
+        progress(step + 1, loss.item())
     return model.eval()
 
 
@@ -145,13 +145,10 @@ def obtain_teacher(folder: Path, settings: TeacherSettings, corpus: Corpus, prog
         return False
     tokenizer = train_tokenizer(corpus.train, settings.vocab_size)
     model = train_teacher(settings, tokenizer, corpus.train, progress)
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    for old in (unfinished, folder):
-        if old.exists():
-            shutil.rmtree(old)
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    stamp = {"key": key, "settings": asdict(settings)}
-    (unfinished / "demo_teacher.json").write_text(json.dumps(stamp, indent=2) + "\n")
-    os.replace(unfinished, folder)
+    with replacing(folder) as unfinished:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        write_json(unfinished / "demo_teacher.json", {"key": key, "settings": asdict(settings)})
+        if folder.exists():
+            shutil.rmtree(folder)
     return True

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from ..data.rows import PaddedDocuments, document_batches
 from ..data.tokenize import load_tokens
-from ..support.progress import bar
+from ..support.progress import Progress
 from .quality import Evaluation, evaluate_models
 
 LOGITS = 2**28  # elements of a batch's logits (1 GiB in fp32), for each of the two models
@@ -27,9 +27,8 @@ def read_documents(
 def evaluate(
     student: PreTrainedModel, teacher: PreTrainedModel, documents: PaddedDocuments, notes: Console
 ) -> Evaluation:
-    """`evaluate_models` with a bar on `notes`."""
+    """`evaluate_models`, showing on `notes` how far it is."""
     batch_tokens = min(8192, max(1, LOGITS // teacher.config.vocab_size))
-    with bar(notes, "documents judged", len(documents)) as advance:
-        return evaluate_models(
-            student, teacher, document_batches(documents, batch_tokens=batch_tokens), progress=advance
-        )
+    with Progress("evaluating", len(documents), unit="documents", stream=notes.file) as progress:
+        batches = document_batches(documents, batch_tokens=batch_tokens)
+        return evaluate_models(student, teacher, batches, progress=progress.advance)

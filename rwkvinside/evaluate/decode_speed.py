@@ -85,6 +85,7 @@ def decode_speed(
         models: name -> model.
         contexts: numbers of tokens read before the first measured one.
         new_tokens: tokens whose median is reported; `warmup_tokens` before them are not.
+        progress: called after each of the `new_tokens`.
 
     Raises:
         UserError: a model with a table of learned positions that is too short.
@@ -96,10 +97,10 @@ def decode_speed(
             generator = torch.Generator().manual_seed(seed)
             ids = torch.randint(0, model.config.vocab_size, (1, context), generator=generator)
             running.append(_Decoding(name, model, ids.to(model.device)))
-    for _ in range(warmup_tokens + new_tokens):
+    for number in range(warmup_tokens + new_tokens):
         for decoding in running:
             decoding.step()
-        if progress is not None:
+        if progress is not None and number >= warmup_tokens:
             progress()
     return [
         DecodeSpeed(one.name, one.context, median(one.milliseconds[warmup_tokens:]), one.prefill_seconds)

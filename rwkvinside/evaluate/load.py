@@ -11,11 +11,6 @@ from ..export.huggingface import build_hybrid
 from ..runs.trained import TrainedRun, open_run
 
 
-def is_run(path: Path) -> bool:
-    """Whether `path` is a run directory (it has stages) and not a model directory (it has config.json)."""
-    return (path / "config.yaml").is_file() and not (path / "config.json").is_file()
-
-
 def evaluation_dtype(device: str) -> torch.dtype | str:
     """fp32 on a CPU, where nothing is gained by less; elsewhere what is stored, so that large models fit."""
     return torch.float32 if device == "cpu" else "auto"
@@ -48,10 +43,10 @@ def at_stage(run: TrainedRun, stage: str) -> TrainedRun:
     Raises:
         UserError: the stage has no checkpoint.
     """
-    checkpoints = sorted((run.path / "stages" / stage).glob("step-*"))
-    if not checkpoints:
+    checkpoint = run.directory.newest_checkpoint(stage)
+    if checkpoint is None:
         raise UserError(f"stage {stage} of {run.path} has no checkpoint", "checkpoint.keep may have been too small")
-    return replace(run, stage=stage, checkpoint=checkpoints[-1])
+    return replace(run, stage=stage, checkpoint=checkpoint)
 
 
 def load_run(path: Path, device: str, stage: str | None = None) -> PreTrainedModel:

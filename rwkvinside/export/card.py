@@ -1,11 +1,12 @@
 """The model card of an export, from its conversion.json and the base model's own card. Writes no files."""
 
-import json
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..hybrid.adapters import AdapterSpec
+from ..runs.metrics_file import of_kind, read_metrics
+from ..support.text import rounded_bytes
 
 COLUMNS = {
     "tokens": "tokens",
@@ -53,13 +54,8 @@ Reloaded in a process without the training code, its fp32 logits differ from the
 
 def measurements(metrics: Path) -> dict[str, dict]:
     """The last evaluation of each stage in a run's metrics.jsonl, {} without one."""
-    last: dict[str, dict] = {}
-    if metrics.exists():
-        for line in metrics.read_text().splitlines():
-            row = json.loads(line)
-            if row.get("kind") == "eval":
-                last[row["stage"]] = {name: row[name] for name in ("step", *COLUMNS) if name in row}
-    return last
+    rows = of_kind(read_metrics(metrics), "eval") if metrics.exists() else []
+    return {row["stage"]: {name: row[name] for name in ("step", *COLUMNS) if name in row} for row in rows}
 
 
 def model_card(conversion: dict, base_card: Path) -> ModelCard:
@@ -107,7 +103,7 @@ def changes(conversion: dict) -> list[str]:
     if quantized := conversion.get("quantized"):
         lines.append(
             f"{len(quantized['layers'])} linear layers ({quantized['weights']:,} weights) were frozen in "
-            f"{quantized['format']} during training ({quantized['bytes_in_training'] / 2**20:.4g} MiB) and are stored "
+            f"{quantized['format']} during training ({rounded_bytes(quantized['bytes_in_training'])}) and are stored "
             f"unpacked, as they were trained with: they differ from the base model's by "
             f"{100 * quantized['relative_error']:.2g} %, and the rest has adapted to that"
         )

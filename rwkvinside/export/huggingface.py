@@ -21,7 +21,8 @@ from ..hybrid.model import HybridModel
 from ..hybrid.quantized_linear import relative_error
 from ..modeling.hybrid_base import mixer_fields
 from ..runs.trained import LEGAL_FILES, TOKENIZER_FILES, TrainedRun, open_run, public_name
-from ..training.checkpoint import measure
+from ..support.files import file_digest, free_bytes, replacing, write_json
+from ..support.text import rounded_bytes
 from .card import measurements, model_card
 from .verify import verify
 from .weights import DTYPES, stored_dtype
@@ -69,11 +70,8 @@ def export_hf(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"output directory {out} exists and is not empty", "name a new directory, or remove it first")
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.parent / f".{out.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)  # what a killed export left behind
-    partial.mkdir()
-    try:
+    with replacing(out) as partial:
+        partial.mkdir()
         trained = run.load_model()
         # a teacher's configuration that names no dtype means fp32
         stored = DTYPES[dtype] if dtype else run.teacher_config().dtype or torch.float32
@@ -88,14 +86,11 @@ def export_hf(
         for i, (spec, tensors) in enumerate(separate):
             write_peft(partial / adapter_directory(i), spec, tensors)
         report = _conversion(model, trained, run, partial, base_model or run.teacher_id) | changes
-        (partial / "conversion.json").write_text(json.dumps(report, indent=2) + "\n")
+        write_json(partial / "conversion.json", report)
         del trained, model  # verification loads both models itself
         verify(partial, against=run.path)
         report = json.loads((partial / "conversion.json").read_text())
         (partial / "README.md").write_text(str(model_card(report, run.teacher_files() / "README.md")))
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return report
 
 
@@ -156,9 +151,9 @@ def build_hybrid(
 
 def _check_disk(model: PreTrainedModel, folder: Path) -> None:
     needed = sum(p.numel() * p.element_size() for p in model.parameters())
-    if (free := shutil.disk_usage(folder).free) < needed * 1.02:
+    if (free := free_bytes(folder)) < needed * 1.02:
         raise UserError(
-            f"{folder} has {free / 2**30:.1f} GiB free, the export needs {needed / 2**30:.1f}", "free some space"
+            f"{folder} has {rounded_bytes(free)} free, the export needs {rounded_bytes(needed)}", "free some space"
         )
 
 
@@ -200,8 +195,8 @@ def _conversion(model: PreTrainedModel, trained: HybridModel, run: TrainedRun, f
         "dtype": str(config.dtype).removeprefix("torch."),
         "tie_word_embeddings": config.tie_word_embeddings,
         "parameters": model.num_parameters(),
-        "measurements": measurements(run.path / "metrics.jsonl"),
-        "files": {str(f.relative_to(folder)): measure(f)["sha256"] for f in sorted(folder.rglob("*")) if f.is_file()},
+        "measurements": measurements(run.directory.metrics),
+        "files": {str(f.relative_to(folder)): file_digest(f) for f in sorted(folder.rglob("*")) if f.is_file()},
         "versions": {"torch": torch.__version__, "transformers": transformers_version},
     }
 

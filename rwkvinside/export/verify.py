@@ -24,6 +24,7 @@ from ..hybrid.assemble import adapter_names, make_plain, take_adapters
 from ..hybrid.lm_head import Logits
 from ..hybrid.model import HybridModel
 from ..runs.trained import TrainedRun, open_run
+from ..support.files import write_json
 from .weights import DTYPES, stored_dtype
 
 ROWS, TOKENS, SEED = 2, 41, 0  # 41: no multiple of the chunk of any backend
@@ -91,7 +92,7 @@ def verify(folder: str | Path, against: str | Path) -> dict:
         problems.append(f"its tokenizer gives {got['sample_ids'].tolist()} where the teacher's gives {sample_ids}")
     result["passed"] = not problems
     conversion["verification"] = result | ({"problems": problems} if problems else {})
-    _write(folder / "conversion.json", conversion)
+    write_json(folder / "conversion.json", conversion)
     if problems:
         raise VerificationError(f"{folder} does not reproduce {run.path}: {'; '.join(problems)}")
     return result
@@ -200,9 +201,3 @@ def _max_difference(a: Tensor, b: Tensor) -> float:
 def _mean_kl(reference: Tensor, logits: Tensor) -> float:
     log_p, log_q = F.log_softmax(reference, -1), F.log_softmax(logits, -1)
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
-
-
-def _write(file: Path, value: dict) -> None:
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    partial.replace(file)

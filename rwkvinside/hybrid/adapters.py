@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..support.files import replacing
 from .quantized_linear import replace
 
 NAME, START = "default", "start"
@@ -188,23 +190,18 @@ def write_peft(directory: Path, spec: AdapterSpec, tensors: Mapping[str, Tensor]
     Raises:
         UserError: no space, or the directory cannot be written.
     """
-    import shutil
-
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     config, stored = peft_files(spec, tensors)
-    partial = directory.with_name(f".{directory.name}.writing")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        (partial / FILES[0]).write_text(json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
-        save_file({name: t.detach().cpu().contiguous() for name, t in stored.items()}, partial / FILES[1])
-        (partial / FILES[1]).chmod((partial / FILES[0]).stat().st_mode)
-        shutil.rmtree(directory, ignore_errors=True)
-        partial.rename(directory)
+        with replacing(directory) as temporary:
+            temporary.mkdir()
+            (temporary / FILES[0]).write_text(json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
+            save_file({name: t.detach().cpu().contiguous() for name, t in stored.items()}, temporary / FILES[1])
+            (temporary / FILES[1]).chmod((temporary / FILES[0]).stat().st_mode)
+            shutil.rmtree(directory, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"cannot write {directory}: {error}", "free space, then do the same again") from error
 
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ..data.batch import Batch
 from ..errors import UserError
+from ..support.text import rounded_bytes, rounded_count
 from .adapters import AdapterSpec, adapted, inject, is_adapter, is_start, merge, module_of, remove
 from .freezing import GROUPS, TEACHER
 from .gptq_walk import round_layers
@@ -228,8 +229,9 @@ def layer_lines(model: HybridModel, structure: LayerSpec) -> list[str]:
         if structure.rounding == "inputs" and structure.format != "int8":
             scales += ", fitted to their inputs"
         lines.append(
-            f"quantized {len(quantized)} linear layers in {structure.format}{scales}: {weights / 1e6:.4g} M weights in "
-            f"{size / 2**20:.4g} MiB" + (f", changed by {100 * error:.2g} %" if error else "")
+            f"quantized {len(quantized)} linear layers in {structure.format}{scales}: "
+            f"{rounded_count(weights)} weights in {rounded_bytes(size)}"
+            + (f", changed by {100 * error:.2g} %" if error else "")
         )
         lines += [f"          {line}" for line in _summary(quantized)]
         if quantised_teacher(model):
@@ -239,7 +241,7 @@ def layer_lines(model: HybridModel, structure: LayerSpec) -> list[str]:
         count = sum(t.numel() for name, t in tensors.items() if not is_start(name))
         scale = f", alpha {2 * spec.rank if spec.alpha is None else spec.alpha:g}" if spec.kind == "lora" else ""
         lines.append(
-            f"adapters  {spec.title}: rank {spec.rank}{scale}, {count / 1e6:.4g} M parameters on {len(names)} layers"
+            f"adapters  {spec.title}: rank {spec.rank}{scale}, {rounded_count(count)} parameters on {len(names)} layers"
         )
         lines += [f"          {line}" for line in _summary(names)]
         if any(model.group_of(f"{name}.weight")[0] == "mixer" for name in names):

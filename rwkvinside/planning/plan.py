@@ -13,7 +13,7 @@ from ..hybrid.assemble import apply, layer_lines
 from ..hybrid.model import HybridModel
 from ..stages.plan import RunPlan, RunSettings, StagePlan
 from ..stages.teacher import meta_online_teacher
-from ..support.text import rounded_bytes, rounded_count
+from ..support.text import rounded_bytes, rounded_count, rounded_flop
 from ..teacher.kinds import TeacherKind
 from ..teacher.load import meta_teacher
 from ..training.deepspeed_config import deepspeed_config, settle
@@ -110,7 +110,7 @@ def _stage_lines(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, 
     if plan.stage.trains:
         flops = training_flops(model, plan, kind, teacher).total
         total = flops * plan.length.total_tokens
-        details.append(f"work      {flops / 1e9:.3g} GFLOP a token, {total / 1e15:.4g} PFLOP in all")
+        details.append(f"work      {rounded_flop(flops)} a token, {rounded_flop(total)} in all")
     lines += [f"  {line}" for line in details]
     lines += _memory_lines(stage_memory(plan, model, kind, teacher), plan.run.device)
     saved, trainable = trained_bytes(model)

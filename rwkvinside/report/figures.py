@@ -4,14 +4,15 @@ Colors are Okabe and Ito's, which people with any color vision can tell apart; c
 """
 
 import itertools
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..errors import UserError
 from ..runs.metrics_file import alignment, column, of_kind, stages, tokens_before
+from ..support.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,11 +36,17 @@ def new_figure(width: float, height: float) -> "Figure":
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
-    """Write a PNG under a temporary name and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    figure.savefig(unfinished, format="png")
-    os.replace(unfinished, path)
+    """Write a PNG.
+
+    Raises:
+        UserError: no space, or the directory cannot be written.
+    """
+    try:
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png")
+    except OSError as error:
+        cause = f"cannot write {path}: {error.strerror or error}"
+        raise UserError(cause, "free space, or make the directory writable") from error
 
 
 def _finish(ax: "Axes", title: str, x: str, y: str) -> None:

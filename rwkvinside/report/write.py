@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ..errors import UserError
+from ..runs.directory import RunDirectory
 from ..runs.metrics_file import read_metrics
 from .figures import alignment_figure, loss_figure, overview_figure, save_figure, validation_figure
 
@@ -27,7 +28,8 @@ def write_report(run: Path, out: Path | None = None) -> list[Path]:
     Raises:
         UserError: no metrics, a damaged line, or nothing in it to draw.
     """
-    rows = read_metrics(run / "metrics.jsonl")
+    metrics = RunDirectory(run).metrics
+    rows = read_metrics(metrics)
     written = []
     for name, draw in FIGURES.items():
         figure = draw(rows)
@@ -36,5 +38,5 @@ def write_report(run: Path, out: Path | None = None) -> list[Path]:
             save_figure(figure, path)
             written.append(path)
     if not written:
-        raise UserError(f"{run / 'metrics.jsonl'} has no training step and no evaluation yet", "train first")
+        raise UserError(f"{metrics} has no training step and no evaluation yet", "train first")
     return written

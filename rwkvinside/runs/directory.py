@@ -10,14 +10,17 @@ RUN/stages/<stage>/   checkpoints (training/checkpoint.py)
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
+
+import yaml
 
 from ..config.schema import Config
 from ..config.show import to_yaml
 from ..errors import UserError
 from ..stages.settings import StageConfig
+from ..support.files import write_json, write_text
+from ..training.metrics import FILE as METRICS
 
 CONFIG, PLAN, CONVERSION = "config.yaml", "plan.txt", "conversion.json"
 
@@ -53,6 +56,16 @@ class RunDirectory:
             what = "is not empty" if stage is None else f"has begun stage {stage} already"
             raise UserError(f"output directory {self.path} {what}", "go on with --resume, or name another with --out")
 
+    @property
+    def is_run(self) -> bool:
+        """Whether this is a run (it has a config.yaml) and not a model directory (it has a config.json)."""
+        return (self.path / CONFIG).is_file() and not (self.path / "config.json").is_file()
+
+    @property
+    def metrics(self) -> Path:
+        """The file of its metrics, see `runs.metrics_file`."""
+        return self.path / METRICS
+
     def begun(self, stage: str) -> bool:
         """Whether the stage has left anything."""
         folder = self.stage(stage)
@@ -61,6 +74,29 @@ class RunDirectory:
     def stage(self, name: str) -> Path:
         """Where a stage keeps its checkpoints."""
         return self.path / "stages" / name
+
+    def newest_checkpoint(self, stage: str) -> Path | None:
+        """Directory of the last checkpoint of a stage; None where there is none."""
+        from ..training.checkpoint import newest_checkpoint  # brings torch, which a report does without
+
+        return newest_checkpoint(self.stage(stage))
+
+    def config(self) -> dict:
+        """The resolved configuration as plain values, as it was written: it may be of another version.
+
+        Raises:
+            UserError: it is missing, or not what was written.
+        """
+        file = self.path / CONFIG
+        try:
+            config = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise UserError(f"{self.path} is not a run directory: {CONFIG} is missing") from error
+        except (ValueError, yaml.YAMLError) as error:
+            raise UserError(f"{file} is damaged: {error}", "use another run directory") from error
+        if not isinstance(config, dict):
+            raise UserError(f"{file} is damaged: it holds no settings", "use another run directory")
+        return config
 
     def finished(self) -> list[str]:
         """Names of finished stages in the order in which they ended."""
@@ -82,7 +118,6 @@ class RunDirectory:
 
     def describe(self, config: Config, plan: str) -> None:
         """Write config.yaml and plan.txt, paths made absolute so that they mean the same from everywhere."""
-        self.path.mkdir(parents=True, exist_ok=True)
         data = config.data.model_copy(
             update={"train": [_absolute(p) for p in config.data.train], "val": [_absolute(p) for p in config.data.val]}
         )
@@ -99,23 +134,7 @@ class RunDirectory:
         conversion["finished_stages"] = stages + ([finished] if finished else [])
         if finished and evaluation:
             conversion.setdefault("evaluations", {})[finished] = dict(evaluation)
-        write_text(self.path / CONVERSION, json.dumps(conversion, indent=2) + "\n")
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write under a temporary name and rename, so that a reader sees the old or the new file.
-
-    Raises:
-        UserError: no space, or the directory cannot be written.
-    """
-    partial = file.with_name(f".{file.name}.writing")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, file)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        hint = "free space, or make the directory writable"
-        raise UserError(f"cannot write {file}: {error.strerror}", hint) from error
+        write_json(self.path / CONVERSION, conversion)
 
 
 def _absolute_stage(stage: StageConfig) -> StageConfig:

@@ -3,12 +3,10 @@
 The one place that decides which checkpoint of a run is "the trained model".
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig
 
@@ -18,6 +16,7 @@ from ..hybrid.model import HybridModel, StudentSpec
 from ..teacher.load import load_teacher
 from ..training.checkpoint import open_checkpoint
 from ..training.frozen_weights import NAME, frozen_weights_digest, read_frozen_weights
+from .directory import RunDirectory
 
 # Everything of a teacher's repository that a release passes on unchanged, beside the weights.
 TOKENIZER_FILES = (
@@ -39,18 +38,21 @@ class TrainedRun:
     """A run directory, checked and resolved; no weights are loaded yet.
 
     Attributes:
-        path: the run directory.
+        directory: of the run.
         config: its resolved configuration, as plain values.
-        conversion: its conversion.json.
         stage: the last finished stage.
         checkpoint: directory of that stage's newest checkpoint.
     """
 
-    path: Path
+    directory: RunDirectory
     config: dict
-    conversion: dict
     stage: str
     checkpoint: Path
+
+    @property
+    def path(self) -> Path:
+        """The run directory."""
+        return self.directory.path
 
     @property
     def teacher(self) -> str:
@@ -123,20 +125,11 @@ def open_run(path: str | Path) -> TrainedRun:
     Raises:
         UserError: not a run directory, or nothing in it is finished.
     """
-    path = Path(path)
-    try:
-        config = yaml.safe_load((path / "config.yaml").read_text())
-        conversion = _json(path / "conversion.json")
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is not a run directory: {Path(error.filename).name} is missing") from error
-    for stage in reversed(conversion.get("finished_stages", [])):
-        checkpoints = sorted((path / "stages" / stage).glob("step-*"))
-        if checkpoints:
-            return TrainedRun(path, config, conversion, stage, checkpoints[-1])
+    directory = RunDirectory(path)
+    config = directory.config()
+    for stage in reversed(directory.finished()):
+        if checkpoint := directory.newest_checkpoint(stage):
+            return TrainedRun(directory, config, stage, checkpoint)
     raise UserError(
         f"{path} has no finished stage with a checkpoint", "train first; --resume continues an interrupted run"
     )
-
-
-def _json(file: Path) -> dict:
-    return json.loads(file.read_text())

@@ -1,12 +1,129 @@
-"""Files that are complete or absent."""
+"""Files that are complete or absent: written next to their place, flushed to the disk, then renamed.
 
+The standard library only: the installation and the kernels use it too.
+"""
+
+from __future__ import annotations
+
+import hashlib
 import json
 import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from ..errors import UserError
 
-def write_json(values: dict, path: Path) -> None:
-    """Write under a temporary name and rename it."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+UNFINISHED = ".unfinished"  # the end of every temporary name; a dot stands at its beginning
+
+
+@contextmanager
+def temporary_sibling(path: Path, *, unique: bool = False) -> Iterator[Path]:
+    """Yield a name next to `path` for a file or a directory; what is left there at the end is removed.
+
+    Args:
+        path: what is to be written. The directories above it are made.
+        unique: with a name of its own for each writer, where several processes may write the same. Otherwise the name
+            is always the same, and what a killed process left there is replaced.
+    """
+    token = f".{uuid.uuid4().hex[:8]}" if unique else ""
+    temporary = path.with_name(f".{path.name}{token}{UNFINISHED}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if temporary.is_dir():
+        shutil.rmtree(temporary)
+    try:
+        yield temporary
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Flush a file or a directory with all it holds to the disk, then rename it to `path`.
+
+    A file takes the place of another one; a directory that of an empty one only.
+    """
+    fsync_tree(temporary)
+    os.replace(temporary, path)
+    fsync(path.parent)
+
+
+@contextmanager
+def replacing(path: Path, *, unique: bool = False) -> Iterator[Path]:
+    """Yield a temporary name next to `path`; what is written there takes its place, or nothing if an error comes.
+
+    Args:
+        path, unique: see `temporary_sibling`.
+    """
+    with temporary_sibling(path, unique=unique) as temporary:
+        yield temporary
+        publish(temporary, path)
+
+
+def remove_unfinished(directory: Path, names: str = "*") -> None:
+    """Remove what killed processes left in a directory that only this one writes to.
+
+    Args:
+        names: glob pattern of the files or directories that were to be written.
+    """
+    for temporary in directory.glob(f".{names}{UNFINISHED}"):
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink()
+
+
+def write_text(path: Path, text: str, hint: str = "free space, or make the directory writable") -> None:
+    """Write a UTF-8 text file; a reader sees the old or the new one.
+
+    Args:
+        hint: what to do when it cannot be written.
+
+    Raises:
+        UserError: no space, or the directory cannot be written.
+    """
+    try:
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}", hint) from error
+
+
+def write_json(path: Path, values: dict, hint: str = "free space, or make the directory writable") -> None:
+    """Write a JSON file, indented; arguments and errors as `write_text`."""
+    write_text(path, json.dumps(values, indent=2) + "\n", hint)
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def free_bytes(directory: Path) -> int:
+    """Return the free space on the disk of a directory."""
+    return shutil.disk_usage(directory).free
+
+
+def fsync(path: Path) -> None:
+    """Flush a file or the entries of a directory to the disk, so that a power cut leaves no half of it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_tree(path: Path) -> None:
+    """`fsync` a file, or a directory and everything below it."""
+    if path.is_dir():
+        for entry in path.iterdir():
+            fsync_tree(entry)
+    fsync(path)

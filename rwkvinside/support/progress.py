@@ -1,16 +1,118 @@
-"""Progress of long work on the terminal."""
+"""Progress of long work: a live bar on a terminal, a line now and then elsewhere."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from __future__ import annotations
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+import sys
+import time
+from typing import TextIO
+
+DELAY = 0.5  # seconds; what is done before is not worth a bar
+INTERVAL = 10.0  # seconds between lines
 
 
-@contextmanager
-def bar(console: Console, label: str, total: int) -> Iterator:
-    """A progress bar on a terminal, nothing elsewhere; yields a function that advances it by n."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(label, total=total)
-        yield lambda n=1: progress.advance(task, n)
+class Progress:
+    """How far some work is, shown while the `with` block runs; nothing of what is done at once.
+
+    Args:
+        label: of the work.
+        total: of what is counted; None where it is not known.
+        unit: what is counted, in the plural.
+        done: of `total` before it began, which says nothing about the speed.
+        stream: where to; None is standard error.
+        delay: seconds before a terminal has a bar.
+        interval: seconds between lines elsewhere; None: only what `say` is given.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        total: int | None = None,
+        *,
+        unit: str = "",
+        done: int = 0,
+        stream: TextIO | None = None,
+        delay: float = DELAY,
+        interval: float | None = INTERVAL,
+    ):
+        self.label, self.total, self.unit = label, total, unit
+        self.done = self._before = done
+        self.stream = stream or sys.stderr
+        self._delay, self._interval = delay, interval
+        self._detail = ""
+        self._start = self._said = time.monotonic()
+        self._shown: int | None = None  # what the last line said
+        self._bar = self._task = None
+
+    def __enter__(self) -> Progress:
+        self._start = self._said = time.monotonic()
+        self._draw()
+        return self
+
+    def __exit__(self, kind: type | None, *_) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        elif kind is None and self._shown is not None and self._shown != self.done:
+            self._line()  # work that had lines has one for its end
+
+    @property
+    def rate(self) -> float:
+        """Of what is counted, how many a second since the beginning."""
+        return (self.done - self._before) / max(time.monotonic() - self._start, 1e-9)
+
+    def advance(self, count: int = 1, detail: str = "") -> None:
+        """So many more are done; arguments as `update`."""
+        self.update(self.done + count, detail)
+
+    def update(self, done: int, detail: str = "") -> None:
+        """So many are done.
+
+        Args:
+            detail: more to show, such as a loss.
+        """
+        self.done, self._detail = done, detail
+        self._draw()
+        if not self.stream.isatty() and self._interval is not None and time.monotonic() - self._said >= self._interval:
+            self._line()
+
+    def say(self, line: str) -> None:
+        """Show a line of text, above the bar if there is one."""
+        if self._bar is not None:
+            self._bar.console.print(line, markup=False)
+        else:
+            self.stream.write(line + "\n")
+            self.stream.flush()
+
+    def _line(self) -> None:
+        self._said, self._shown = time.monotonic(), self.done
+        count = f"{self.done:,}" if self.total is None else f"{self.done:,}/{self.total:,}"
+        left = f"ETA {clock((self.total - self.done) / self.rate)}" if self.total is not None and self.rate else ""
+        counted = f"{self.label} {count} {self.unit}".rstrip()
+        self.say("  ".join(filter(None, (counted, self._detail, left))))
+
+    def _draw(self) -> None:
+        """Bring the bar of a terminal up to date; it begins when the work has taken a while."""
+        if self._bar is None:
+            if not self.stream.isatty() or time.monotonic() - self._start < self._delay:
+                return
+            self._begin_bar()
+        self._bar.update(self._task, completed=self.done, detail=f"{self.unit}  {self._detail}".strip())
+
+    def _begin_bar(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        text = (TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[detail]"))
+        label, detail = text
+        columns = (label, BarColumn(), MofNCompleteColumn(), detail, TimeRemainingColumn())
+        terminal = Console(file=self.stream, soft_wrap=True, highlight=False)
+        self._bar = Bar(*columns, console=terminal, transient=True)
+        self._task = self._bar.add_task(self.label, total=self.total, detail="")
+        self._bar.start()
+
+
+def clock(seconds: float) -> str:
+    """Return a duration as hours, minutes and seconds: 1:02:05."""
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

@@ -1,27 +1,64 @@
-"""Numbers for people: counts and bytes."""
+"""Text for people: counts, bytes and operations with prefixes, and the known word that is nearest to a wrong one."""
 
 from __future__ import annotations
 
+import difflib
+import math
+from collections.abc import Iterable, Sequence
+
+COUNTS = ((1, ""), (10**3, " K"), (10**6, " M"), (10**9, " B"), (10**12, " T"))
+BYTES = ((1, " bytes"), (2**10, " KiB"), (2**20, " MiB"), (2**30, " GiB"), (2**40, " TiB"))
+FLOP = tuple((1000**i, f" {prefix}FLOP") for i, prefix in enumerate(["", "K", "M", "G", "T", "P", "E", "Z", "Y"]))
+
 
 def short_count(number: int) -> str:
-    """A count as one writes it in a configuration: 600k, 2500k, 10M, 4097."""
+    """Return a count exactly, as one writes it in a configuration: 600k, 2500k, 10M, 4097."""
     for size, suffix in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
         if number >= size and number % size == 0:
             return f"{number // size}{suffix}"
     return str(number)
 
 
-def rounded_count(number: int) -> str:
-    """A count to four digits, for people: 1.235 M."""
-    for size, suffix in ((10**9, " B"), (10**6, " M"), (10**3, " K")):
-        if number >= size:
-            return f"{number / size:.4g}{suffix}"
-    return str(number)
+def rounded_count(number: float) -> str:
+    """Return a count to four digits: 987, 1.235 M, 100 B."""
+    return _rounded(number, COUNTS, 4)
 
 
-def rounded_bytes(number: int) -> str:
-    """A number of bytes to three digits, for people: 1.23 GiB."""
-    for size, suffix in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if number >= size:
-            return f"{number / size:.3g} {suffix}"
-    return f"{number} bytes"
+def rounded_bytes(number: float) -> str:
+    """Return a number of bytes to three digits, four from 1000 on: 12 bytes, 1020 KiB, 1.23 GiB."""
+    return _rounded(number, BYTES, 3)
+
+
+def rounded_flop(number: float) -> str:
+    """Return a number of floating-point operations to three digits: 4.27 GFLOP."""
+    return _rounded(number, FLOP, 3)
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """Return the known word that was probably meant, in whatever case it was written; None where none is near."""
+    by_lower = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower(), by_lower, n=1)
+    return by_lower[close[0]] if close else None
+
+
+def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """Return "; did you mean `prefix` + the nearest known word?" for the end of a message, or ""."""
+    found = nearest(word, known)
+    return "" if found is None else f"; did you mean {prefix}{found}?"
+
+
+def _rounded(number: float, units: Sequence[tuple[int, str]], digits: int) -> str:
+    """A number in the smallest unit in which it stays below the next one, also after rounding."""
+    limits = [*(size for size, _ in units[1:]), math.inf]
+    return next(
+        text + suffix
+        for (size, suffix), limit in zip(units, limits, strict=True)
+        if float(text := _fixed(number / size, digits)) * size < limit
+    )
+
+
+def _fixed(value: float, digits: int) -> str:
+    """A number >= 0 with so many digits, or all in front of the point, never in scientific notation."""
+    places = max(0, digits - len(str(int(value))))
+    text = f"{value:.{places}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text

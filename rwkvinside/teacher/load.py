@@ -18,6 +18,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from ..errors import UserError
+from ..support.files import file_digest
 from .settings import TeacherConfig
 
 
@@ -95,8 +96,5 @@ def weights_hash(path: str, revision: str | None) -> str | None:
         except OSError:
             return None
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    digests = []
-    for file in files:
-        with file.open("rb") as stream:
-            digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
-    return hashlib.sha256(" ".join(sorted(digests)).encode()).hexdigest()[:16] if files else None
+    digests = sorted(map(file_digest, files))
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()[:16] if files else None

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from ..data.batch import IGNORE, Batch
 from ..errors import UserError
+from ..support.files import file_digest, replacing
 
 FORMAT = 1
 INDEX = "index.json"
@@ -114,13 +114,10 @@ class LogitsWriter:
         self._write(INDEX, json.dumps(self._index, indent=1).encode())
 
     def _write(self, name: str, content: bytes) -> None:
-        partial = self.path / f".{name}.writing"
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(content)
-            os.replace(partial, self.path / name)
+            with replacing(self.path / name) as temporary:
+                temporary.write_bytes(content)
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise UserError(f"logits cannot be written to {self.path} ({error.strerror or error})", AGAIN) from error
 
 
@@ -191,9 +188,7 @@ class LogitsReader:
         name, facts = self._shards[first]
         path = self.path / name
         try:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if digest != facts["sha256"]:
+            if file_digest(path) != facts["sha256"]:
                 raise UserError(
                     f"{path} is corrupt: its SHA-256 is not the one written", "delete this file, then " + AGAIN
                 )

@@ -13,7 +13,6 @@ import errno
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -25,6 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import UserError
+from ..support.files import file_digest, free_bytes, fsync_tree, publish, remove_unfinished, temporary_sibling
+from ..support.text import rounded_bytes
 
 FORMAT = 1
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -84,9 +85,7 @@ class Checkpointer:
 
     def names(self) -> list[str]:
         """Finished checkpoints, oldest first; nothing is said about their health."""
-        if not self.directory.is_dir():
-            return []
-        return sorted((p.name for p in self.directory.iterdir() if re.fullmatch(r"step-\d+", p.name)), key=_number)
+        return [path.name for path in checkpoint_directories(self.directory)]
 
     def save(
         self,
@@ -113,27 +112,23 @@ class Checkpointer:
         files = {MODEL: tensors} | ({} if optimizer is None else {OPTIMIZER: optimizer})
         needed = sum(t.numel() * t.element_size() for f in files.values() for t in f.values()) + MARGIN
         target = self.directory / f"step-{step:08d}"
-        temporary = self.directory / f".writing-{target.name}"
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            for left in self.directory.glob(".writing-*"):  # of a killed process
-                shutil.rmtree(left)
-            if (free := free_bytes(self.directory)) < needed:
-                return self._no_space(target, f"{needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free", required)
-            temporary.mkdir()
-            for name, content in files.items():
-                save_file({k: t.detach().cpu().contiguous() for k, t in content.items()}, temporary / name)
-            digests = {name: measure(temporary / name) for name in files}
-            _write_state(temporary / STATE, {"fingerprint": self.fingerprint, "files": digests, "state": dict(state)})
-            for path in [*temporary.iterdir(), temporary]:
-                flush(path)
-            self._set_aside(step)
-            temporary.rename(target)
-            flush(self.directory)
-            for name in self.names()[: -self.keep]:
-                shutil.rmtree(self.directory / name)
+            with temporary_sibling(target) as temporary:
+                remove_unfinished(self.directory, "step-*")
+                if (free := free_bytes(self.directory)) < needed:
+                    problem = f"{rounded_bytes(needed)} needed, {rounded_bytes(free)} free"
+                    return self._no_space(target, problem, required)
+                temporary.mkdir()
+                for name, content in files.items():
+                    save_file({k: t.detach().cpu().contiguous() for k, t in content.items()}, temporary / name)
+                facts = {name: _facts(temporary / name) for name in files}
+                _write_state(temporary / STATE, {"fingerprint": self.fingerprint, "files": facts, "state": dict(state)})
+                fsync_tree(temporary)  # before another one makes room
+                self._set_aside(step)
+                publish(temporary, target)
+            for path in checkpoint_directories(self.directory)[: -self.keep]:
+                shutil.rmtree(path)
         except (OSError, SafetensorError) as error:  # safetensors reports a failed write as its own error
-            shutil.rmtree(temporary, ignore_errors=True)
             if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise UserError(f"cannot write checkpoint {target}: {error}", "make the directory writable") from error
             return self._no_space(target, str(error), required)
@@ -200,9 +195,17 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, _read(path)["state"])
 
 
-def free_bytes(directory: Path) -> int:
-    """Free space on the disk of a directory."""
-    return shutil.disk_usage(directory).free
+def checkpoint_directories(stage_folder: Path) -> list[Path]:
+    """Return the finished checkpoints in the folder of a stage, by their step; nothing is said about their health."""
+    if not stage_folder.is_dir():
+        return []
+    found = (path for path in stage_folder.iterdir() if re.fullmatch(r"step-\d+", path.name))
+    return sorted(found, key=lambda path: _number(path.name))
+
+
+def newest_checkpoint(stage_folder: Path) -> Path | None:
+    """Return the finished checkpoint of the latest step in the folder of a stage; None where there is none."""
+    return next(reversed(checkpoint_directories(stage_folder)), None)
 
 
 def _number(name: str) -> int:
@@ -219,18 +222,14 @@ def _read(path: Path) -> dict:
             raise CorruptCheckpoint(
                 f"checkpoint {path} is corrupt: {file} has {size} bytes, {wanted['bytes']} were written"
             )
-        if measure(path / file) != wanted:
+        if _facts(path / file) != wanted:
             raise CorruptCheckpoint(f"checkpoint {path} is corrupt: the SHA-256 of {file} is not the one written")
     return content
 
 
-def measure(path: Path) -> dict:
-    """Size and SHA-256 of a file: {"bytes": ..., "sha256": ...}."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+def _facts(path: Path) -> dict:
+    """Size and SHA-256 of a file."""
+    return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
 
 
 def _write_state(path: Path, content: dict) -> None:
@@ -259,12 +258,3 @@ def _digest(content: dict) -> str:
 def _differences(written: Mapping, wanted: Mapping) -> str:
     keys = [k for k in sorted(set(written) | set(wanted)) if written.get(k) != wanted.get(k)]
     return ", ".join(f"{k} is {written.get(k)!r} there and {wanted.get(k)!r} here" for k in keys)
-
-
-def flush(path: Path) -> None:
-    """To the disk, files and directories, so that a power cut leaves no half of it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import UserError
-from .checkpoint import MARGIN, flush, free_bytes, measure
+from ..support.files import file_digest, free_bytes, replacing
+from ..support.text import rounded_bytes
+from .checkpoint import MARGIN
 
 NAME = "frozen.safetensors"
 
@@ -23,18 +25,15 @@ def write_frozen_weights(directory: Path, tensors: Mapping[str, Tensor]) -> None
     Raises:
         UserError: no space, or the directory cannot be written.
     """
-    target, partial = directory / NAME, directory / f".{NAME}.writing"
+    target = directory / NAME
     needed = sum(t.numel() * t.element_size() for t in tensors.values()) + MARGIN
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if (free := free_bytes(directory)) < needed:
-            raise OSError(f"{needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial)
-        flush(partial)
-        partial.replace(target)
-        flush(directory)
+            raise OSError(f"{rounded_bytes(needed)} needed, {rounded_bytes(free)} free")
+        with replacing(target) as temporary:
+            save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"cannot write {target}: {error}", "free space or move --out, then --resume") from error
 
 
@@ -56,4 +55,4 @@ def read_frozen_weights(directory: Path) -> dict[str, Tensor] | None:
 def frozen_weights_digest(directory: Path) -> str | None:
     """SHA-256 of the file, which checkpoints of the stage remember; None where there is none."""
     file = directory / NAME
-    return measure(file)["sha256"] if file.exists() else None
+    return file_digest(file) if file.exists() else None

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ..errors import UserError
+from ..support.files import write_json
 
 IDENTITY = "loggers.json"  # in the run directory: under which name trackers know the run
 PROJECT = "rwkvinside"
@@ -184,7 +185,7 @@ def run_identity(run: Path) -> str:
     """The id of a run in trackers: drawn once, kept in the run directory.
 
     Raises:
-        UserError: the file there is damaged.
+        UserError: the file there is damaged, or cannot be written.
     """
     file = run / IDENTITY
     if file.exists():
@@ -193,9 +194,7 @@ def run_identity(run: Path) -> str:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file} is damaged: {error}", "remove it: trackers then begin a new run") from error
     identity = uuid.uuid4().hex[:8]
-    temporary = file.with_name(f".{IDENTITY}.writing")
-    temporary.write_text(json.dumps({"id": identity}) + "\n", encoding="utf-8")
-    temporary.replace(file)
+    write_json(file, {"id": identity})
     return identity
 
 

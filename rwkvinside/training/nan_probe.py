@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+
+from .deepspeed_engine import Engine
+from .protocols import Step, TrainingBatch
 
 
 class NaNProbe:
@@ -54,3 +59,21 @@ class NaNProbe:
     def _see_gradient(self, i: int, gradient: Tensor) -> None:
         if self._gradient is None and not gradient.isfinite().all():
             self._gradient = i
+
+
+def find_nonfinite(
+    engine: Engine, batches: Sequence[TrainingBatch], step: Step
+) -> tuple[str | None, TrainingBatch | None]:
+    """Run the micro-batches of a bad step again, up to the first that some rank finds something in.
+
+    Returns:
+        Where it begins (on the first rank that has found something), and the micro-batch if this rank has; None where
+        the trouble does not show again.
+    """
+    for batch in batches:
+        with NaNProbe(engine.model) as probe:
+            engine.backward(batch, step)
+        found = engine.world.gather(0 if probe.found is None else 1 + probe.found)
+        if any(found):
+            return probe.places[int(next(filter(None, found))) - 1], None if probe.found is None else batch
+    return None, None

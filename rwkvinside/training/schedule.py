@@ -87,9 +87,9 @@ class Schedule:
                 f"optim.decay from start={self.start} to end={self.end}", "fractions with 0 <= start <= end <= 1"
             )
 
-    def rates(self, step: int, budget: StageLength) -> dict[str, float]:
+    def rates(self, step: int, length: StageLength) -> dict[str, float]:
         """Learning rate of every group for the update number `step`, counted from 1."""
-        seen = (step - 1) * budget.tokens_per_step / budget.total_tokens
+        seen = (step - 1) * length.tokens_per_step / length.total_tokens
         if seen >= self.end:
             progress = 1.0
         elif seen <= self.start:

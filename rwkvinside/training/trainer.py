@@ -1,104 +1,104 @@
-"""The training loop of one stage: rows to micro-batches, schedule, metrics, checkpoints, and an orderly end.
+"""The training loop of one stage: rows to micro-batches, schedule, checkpoints, and an orderly end.
 
-Owns the loop only: the engine owns the devices, the step the objective, the source the data.
+Owns the loop only: the engine owns the devices, the step the objective, the source the data; what happens besides is
+left to callbacks.
 """
 
 from __future__ import annotations
 
 import math
-import signal
 import sys
 import time
 import zlib
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..errors import Interrupted, UserError
+from .callbacks import Callback
 from .checkpoint import Checkpoint, Checkpointer
 from .deepspeed_engine import Engine
-from .metrics import Console, MetricsWriter, Throughput, memory_mb
-from .nan_probe import NaNProbe
+from .nan_probe import find_nonfinite
 from .protocols import RowSource, Step, StepResult, TrainingBatch
 from .rng import rng_state, set_rng_state
 from .schedule import Schedule, StageLength
+from .stop_signal import StopSignal
+from .throughput import Throughput, memory_mb
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What the loop of a stage follows.
+
+    Args:
+        stage: name, for metrics and messages.
+        length, schedule: steps and learning rates.
+        micro_rows: rows of one forward pass.
+        evaluate_every: steps between evaluations, 0: only after the last step.
+        save_every: steps between checkpoints, 0: only after the last step.
+        labels: names of the entries of 1-d metrics, {"layers": [0, 1, 3]}; default 0, 1, 2, ...
+    """
+
+    stage: str
+    length: StageLength
+    schedule: Schedule
+    micro_rows: int
+    evaluate_every: int = 0
+    save_every: int = 0
+    labels: Mapping[str, Sequence[int | str]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.micro_rows < 1:
+            raise UserError(f"stages.{self.stage}.batch.micro_rows={self.micro_rows}", "must be at least 1")
 
 
 class Trainer:
     """Trains one stage from its current step to its end.
 
-    Update s (from 1) uses the rows [(s - 1) R, s R) of the source, R = `budget.rows_per_step`; rank r takes every
-    world-size-th of them, `micro_rows` at a time. So the data a step sees depends on its number only, and ranks need
-    not divide the rows.
+    Update s (from 1) uses the rows [(s - 1) R, s R), R = `plan.length.rows_per_step`; rank r takes every world-size-th
+    of them, `micro_rows` at a time. So the data a step sees depends on its number only, and ranks need not divide the
+    rows.
 
     Args:
-        engine, step, source: see their modules.
-        stage: name, for metrics and messages.
-        budget, schedule: length and learning rates.
-        micro_rows: rows of one forward pass.
+        engine, step, rows: see their modules.
+        plan: of the stage.
         checkpointer: of this stage. None: nothing is saved.
         settings: JSON values that a resumed run must share (seed, data identity, ...); batch size and row length are
             added here.
-        metrics, console: used on rank 0 only; None: nothing is written or shown.
-        evaluate: called with the number of steps done, on every rank; its numbers become an "eval" row.
-        evaluate_every: steps between evaluations, 0: only after the last step.
-        save_every: steps between checkpoints, 0: only after the last step.
-        other_tensors: more weights to save than those trained here (trained by earlier stages), by the same names.
-        load_tensors: called with all weights of a checkpoint before the engine takes its own.
-        labels: names of the entries of 1-d metrics, {"layers": [0, 1, 3]}; default 0, 1, 2, ...
-        flops_per_token: operations that a token of the stage needs.
-        peak_flops: operations that all devices together can do in a second; None: unknown, rows have no "mfu".
+        callbacks: told what happens, see `Callback`.
 
     Attributes:
         done: optimizer steps done.
+        seconds_left: estimate for the rest of the stage.
     """
 
     def __init__(
         self,
         engine: Engine,
         step: Step,
-        source: RowSource,
+        rows: RowSource,
+        plan: TrainingPlan,
         *,
-        stage: str,
-        budget: StageLength,
-        schedule: Schedule,
-        micro_rows: int,
         checkpointer: Checkpointer | None = None,
         settings: Mapping | None = None,
-        metrics: MetricsWriter | None = None,
-        console: Console | None = None,
-        evaluate: Callable[[int], dict] | None = None,
-        evaluate_every: int = 0,
-        save_every: int = 0,
-        other_tensors: Callable[[], Mapping[str, Tensor]] | None = None,
-        load_tensors: Callable[[Mapping[str, Tensor]], None] | None = None,
-        labels: Mapping[str, Sequence[int | str]] | None = None,
-        flops_per_token: float = 0.0,
-        peak_flops: float | None = None,
+        callbacks: Sequence[Callback] = (),
     ):
-        self.engine, self.step, self.source = engine, step, source
+        self.engine, self.step, self.rows, self.plan = engine, step, rows, plan
         self.world = engine.world
-        self.stage, self.budget, self.schedule = stage, budget, schedule
-        self.micro_rows = micro_rows
         self.checkpointer = checkpointer
-        self.settings = dict(settings or {}) | {"batch_tokens": budget.batch_tokens, "seq_len": budget.seq_len}
-        self.metrics = metrics if self.world.is_main else None
-        self.console = console if self.world.is_main else None
-        self.evaluate, self.evaluate_every, self.save_every = evaluate, evaluate_every, save_every
-        self.other_tensors, self.load_tensors = other_tensors, load_tensors
-        self.labels = labels or {}
-        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        length = plan.length
+        self.settings = dict(settings or {}) | {"batch_tokens": length.batch_tokens, "seq_len": length.seq_len}
+        self.callbacks = [each for each in callbacks if self.world.is_main or not each.main_only]
         self.done = 0
+        self.seconds_left = math.inf
         self._saved: int | None = None
-        self._signal: int | None = None
-        if micro_rows < 1:
-            raise UserError(f"stages.{stage}.batch.micro_rows={micro_rows}", "must be at least 1")
-        if budget.rows_per_step < self.world.size:
+        if length.rows_per_step < self.world.size:
             raise UserError(
-                f"stages.{stage}: {budget.rows_per_step} rows a step are too few for {self.world.size} processes",
-                f"raise batch.tokens to at least {self.world.size} x data.seq_len={budget.seq_len}",
+                f"stages.{plan.stage}: {length.rows_per_step} rows a step are too few for {self.world.size} processes",
+                f"raise batch.tokens to at least {self.world.size} x data.seq_len={length.seq_len}",
             )
 
     def restore(self, checkpoint: Checkpoint, joined: Collection[str] = ()) -> None:
@@ -112,7 +112,7 @@ class Trainer:
             UserError: made with another batch size, row length, seed or data, or without an optimizer.
         """
         state = checkpoint.state
-        wanted = {"stage": self.stage} | self.settings
+        wanted = {"stage": self.plan.stage} | self.settings
         there = {"stage": state.get("stage")} | state.get("settings", {})
         for key in sorted(set(there) | set(wanted)):
             if there.get(key) != wanted.get(key):
@@ -123,15 +123,12 @@ class Trainer:
         optimizer = checkpoint.optimizer()
         if optimizer is None:
             raise UserError(f"checkpoint {checkpoint.path} has no optimizer state", "start the next stage from it")
-        if checkpoint.step > self.budget.steps:
+        if checkpoint.step > self.plan.length.steps:
             raise UserError(
-                f"checkpoint {checkpoint.path} is at step {checkpoint.step}, the stage has {self.budget.steps}",
+                f"checkpoint {checkpoint.path} is at step {checkpoint.step}, the stage has {self.plan.length.steps}",
                 "raise the stage's tokens or start it again without --resume",
             )
-        tensors = checkpoint.tensors()
-        if self.load_tensors is not None:
-            self.load_tensors(tensors)
-        trained = {n: t for n, t in tensors.items() if n in self.engine.trainable}
+        trained = {n: t for n, t in checkpoint.tensors().items() if n in self.engine.trainable}
         self.engine.load_parameters(trained, absent=set(joined) - set(trained))
         self.engine.load_optimizer_state(optimizer, absent={n for n in joined if f"{n}/step" not in optimizer})
         set_rng_state(state["rng"])
@@ -147,90 +144,87 @@ class Trainer:
             UserError: a loss or gradient that is not finite (the last good checkpoint stays), or no space to save.
             Interrupted: SIGTERM or SIGINT came on any rank; the step was finished and saved.
         """
-        if self.metrics is not None:
-            self.metrics.begin(self.stage, self.done or None)
-        steps = self.budget.steps
+        plan, steps = self.plan, self.plan.length.steps
         end = steps if until is None else min(until, steps)
-        with self._signals(), self.console or nullcontext():
-            pace = Throughput()
+        with StopSignal() as signal, self._callbacks_told():
+            throughput = Throughput()
             while self.done < end:
-                pace.mark()
+                throughput.mark()
                 with self._heard():
-                    batches, step = self._micro_batches(self.done)
+                    batches, step = self._micro_batches()
                 count = sum(step.count(batch) for batch in batches)
-                count, stopped = self.world.all_reduce_sum([count, self._signal is not None])
+                count, stopped = self.world.all_reduce_sum([count, signal.received is not None])
                 if stopped:
                     self._interrupt()
-                number = self.done + 1
-                rates = self.schedule.rates(number, self.budget)
-                self.engine.set_rates(rates)
                 # a step in which nothing counts has loss 0
-                with self._heard():
-                    result = self.engine.train_step(batches, step, max(int(count), 1))
-                if not result.finite:
-                    self._refuse(number, result, batches, step)
-                self.done = number
-                self._report(result, rates, pace)
-                if self.evaluate is not None and (number == steps or _due(number, self.evaluate_every)):
+                self._update(batches, step, max(int(count), 1), throughput)
+                if self.done == steps or _due(self.done, plan.evaluate_every):
                     self._evaluate()
-                if number == end or _due(number, self.save_every):
-                    self._save(required=number == end)
+                if self.done == end or _due(self.done, plan.save_every):
+                    self._save(required=self.done == end)
             # a signal during the last step must not be lost: more stages may follow
-            if self.world.all_reduce_sum([self._signal is not None])[0]:
+            if self.world.all_reduce_sum([signal.received is not None])[0]:
                 self._interrupt()
 
-    def _micro_batches(self, done: int) -> tuple[list[TrainingBatch], Step]:
+    def _micro_batches(self) -> tuple[list[TrainingBatch], Step]:
         """This rank's micro-batches, as many as any other rank has, and the step that trains on them."""
-        R, n, world = self.budget.rows_per_step, self.micro_rows, self.world
+        R, n, world = self.plan.length.rows_per_step, self.plan.micro_rows, self.world
         if world.size > 1:  # what dropout draws is a function of step and rank: the same after a resume
-            torch.manual_seed(zlib.crc32(f"{self.settings.get('seed', 0)} {self.stage} {done} {world.rank}".encode()))
-        first = done * R
+            key = f"{self.settings.get('seed', 0)} {self.plan.stage} {self.done} {world.rank}"
+            torch.manual_seed(zlib.crc32(key.encode()))
+        first = self.done * R
         rows = range(first, first + R)[world.rank :: world.size]
-        batches = [self.source.batch(rows[i : i + n]).to(world.device) for i in range(0, len(rows), n)]
+        batches = [self.rows.batch(rows[i : i + n]).to(world.device) for i in range(0, len(rows), n)]
         if len(batches) == math.ceil(math.ceil(R / world.size) / n):
             return batches, self.step
         # engines work in step with each other: one forward and backward that counts nothing
-        idle = self.source.batch(rows[-1:]).to(world.device)
+        idle = self.rows.batch(rows[-1:]).to(world.device)
         return [*batches, idle], _Except(self.step, idle)
 
-    def _report(self, result: StepResult, rates: Mapping[str, float], pace: Throughput) -> None:
-        tokens = self.budget.tokens_per_step
-        speed, left = pace.step(tokens, self.budget.steps - self.done)
+    def _update(self, batches: Sequence[TrainingBatch], step: Step, count: int, throughput: Throughput) -> None:
+        """Make an optimizer step, and a row of metrics of it."""
+        length, number = self.plan.length, self.done + 1
+        rates = self.plan.schedule.rates(number, length)
+        self.engine.set_rates(rates)
+        with self._heard():
+            result = self.engine.train_step(batches, step, count)
+        if not result.finite:
+            self._refuse(number, result, batches, step)
+        self.done = number
+        speed, self.seconds_left = throughput.step(length.tokens_per_step, length.steps - number)
         first, *others = rates
-        mfu = {"mfu": speed * self.flops_per_token / self.peak_flops} if self.peak_flops else {}
         row = {
-            "kind": "train",
-            "stage": self.stage,
-            "step": self.done,
-            "tokens": self.done * tokens,
+            **self._row("train"),
             "loss": result.loss,
             "lr": rates[first],
             **{f"lr_{group}": rates[group] for group in others},
             "grad_norm": result.grad_norm,
             "tokens_per_s": speed,
-            **mfu,
             "memory_mb": memory_mb(self.world.device),
             "time": time.time(),
             **{name: self._labeled(name, value) for name, value in result.metrics.items()},
         }
-        if self.metrics is not None:
-            self.metrics.write(row)
-        if self.console is not None:
-            self.console.step(row, left)
+        for callback in self.callbacks:
+            callback.step(self, row)
+
+    def _evaluate(self) -> None:
+        numbers: dict[str, float] = {}
+        for callback in self.callbacks:
+            numbers |= callback.evaluate(self)
+        if numbers:
+            row = {**self._row("eval"), **numbers, "time": time.time()}
+            for callback in self.callbacks:
+                callback.evaluation(self, row)
+
+    def _row(self, kind: str) -> dict:
+        """The beginning of a row of metrics."""
+        tokens = self.done * self.plan.length.tokens_per_step
+        return {"kind": kind, "stage": self.plan.stage, "step": self.done, "tokens": tokens}
 
     def _labeled(self, name: str, value: float | list[float]) -> float | dict[str, float]:
         if not isinstance(value, list):
             return value
-        return {str(k): v for k, v in zip(self.labels.get(name, range(len(value))), value, strict=True)}
-
-    def _evaluate(self) -> None:
-        numbers = self.evaluate(self.done)
-        tokens = self.done * self.budget.tokens_per_step
-        row = {"kind": "eval", "stage": self.stage, "step": self.done, "tokens": tokens, **numbers, "time": time.time()}
-        if self.metrics is not None:
-            self.metrics.write(row)
-        if self.console is not None:
-            self.console.evaluation(row)
+        return {str(k): v for k, v in zip(self.plan.labels.get(name, range(len(value))), value, strict=True)}
 
     def _save(self, required: bool) -> None:
         if self.checkpointer is None or self._saved == self.done:
@@ -238,31 +232,37 @@ class Trainer:
         trained, optimizer = self.engine.full_parameters(), self.engine.optimizer_state()
         problem = None
         if self.world.is_main:
-            tensors = dict(self.other_tensors() if self.other_tensors is not None else {}) | trained
-            state = {
-                "stage": self.stage,
-                "step": self.done,
-                "tokens": self.done * self.budget.tokens_per_step,
-                "rows": self.done * self.budget.rows_per_step,
-                "finished": self.done == self.budget.steps,
-                "world_size": self.world.size,
-                "settings": self.settings,
-                "rng": rng_state(),
-            }
             try:
-                path = self.checkpointer.save(self.done, tensors, optimizer, state, required)
+                self._write(trained, optimizer, required)
             except UserError as error:
                 problem = error
-            else:
-                self._saved = self._saved if path is None else self.done
-                if path is None and self.console is not None:
-                    self.console.say(f"{self.stage} {self.done}/{self.budget.steps}  NOT SAVED: the disk is full")
         (failed,) = self.world.all_reduce_sum([problem is not None])
         if failed:
             raise problem or UserError("rank 0 could not write the checkpoint", "its own message says why")
 
+    def _write(self, trained: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], required: bool) -> None:
+        """Write a checkpoint, on rank 0."""
+        length, tensors = self.plan.length, {}
+        for callback in self.callbacks:
+            tensors |= callback.extra_tensors(self)
+        state = {
+            "stage": self.plan.stage,
+            "step": self.done,
+            "tokens": self.done * length.tokens_per_step,
+            "rows": self.done * length.rows_per_step,
+            "finished": self.done == length.steps,
+            "world_size": self.world.size,
+            "settings": self.settings,
+            "rng": rng_state(),
+        }
+        if self.checkpointer.save(self.done, tensors | dict(trained), optimizer, state, required) is not None:
+            self._saved = self.done
+            return
+        for callback in self.callbacks:
+            callback.notice(self, f"{self.plan.stage} {self.done}/{length.steps}  NOT SAVED: the disk is full")
+
     def _interrupt(self) -> None:
-        where = f"stage {self.stage} stopped at step {self.done} of {self.budget.steps}"
+        where = f"stage {self.plan.stage} stopped at step {self.done} of {self.plan.length.steps}"
         if self.checkpointer is None or not self.done:
             raise Interrupted(f"{where}, nothing to save", "start it again")
         self._save(required=True)
@@ -270,9 +270,9 @@ class Trainer:
 
     def _refuse(self, number: int, result: StepResult, batches: Sequence[TrainingBatch], step: Step) -> None:
         """Say what was not finite, where it began and in which rows."""
-        R = self.budget.rows_per_step
+        R, stage = self.plan.length.rows_per_step, self.plan.stage
         first = (number - 1) * R
-        begin, guilty = self._search(batches, step)
+        begin, guilty = find_nonfinite(self.engine, batches, step)
         bad = [0] * R
         for batch, loss in zip(batches, result.losses, strict=True):
             if batch is guilty or not math.isfinite(loss):
@@ -288,53 +288,29 @@ class Trainer:
         parts += [f"beginning in {begin}"] if begin else []
         saved = self.checkpointer.names() if self.checkpointer is not None else []
         raise UserError(
-            f"stage {self.stage}, step {number}: {', '.join(parts)}, in rows {_listed(rows)}; the update was not kept",
+            f"stage {stage}, step {number}: {', '.join(parts)}, in rows {_listed(rows)}; the update was not kept",
             (f"the last good checkpoint is {saved[-1]}; " if saved else "")
-            + f"lower stages.{self.stage}.optim.lr or look at these rows of the data",
+            + f"lower stages.{stage}.optim.lr or look at these rows of the data",
         )
 
-    def _search(self, batches: Sequence[TrainingBatch], step: Step) -> tuple[str | None, TrainingBatch | None]:
-        """Run the micro-batches of a bad step again, up to the first that some rank finds something in.
-
-        Returns:
-            Where it begins (on the first rank that has found something), and the micro-batch if this rank has; None
-            where the trouble does not show again.
-        """
-        for batch in batches:
-            with NaNProbe(self.engine.model) as probe:
-                self.engine.backward(batch, step)
-            found = self.world.gather(0 if probe.found is None else 1 + probe.found)
-            if any(found):
-                return probe.places[int(next(filter(None, found))) - 1], None if probe.found is None else batch
-        return None, None
+    @contextmanager
+    def _callbacks_told(self) -> Iterator[None]:
+        """Tell the callbacks of the beginning and, whatever happens, of the end."""
+        with ExitStack() as stack:
+            for callback in self.callbacks:
+                callback.begin(self)
+                stack.callback(callback.end, self)
+            yield
 
     @contextmanager
-    def _heard(self):
-        """What is wrong with this rank's rows is said by this rank: the first one speaks for what all have found."""
+    def _heard(self) -> Iterator[None]:
+        """What is wrong with this rank's rows is said by this rank: rank 0 prints what all have found."""
         try:
             yield
         except UserError as error:
             if not self.world.is_main:
                 print(f"rank {self.world.rank}: {error}", file=sys.stderr, flush=True)
             raise
-
-    @contextmanager
-    def _signals(self):
-        """While training, the first SIGTERM or SIGINT asks for an orderly end, a second one ends at once."""
-
-        def note(number, frame):
-            self._signal = number
-            for each, handler in previous.items():
-                signal.signal(each, handler)
-
-        previous = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
-        for each in previous:
-            signal.signal(each, note)
-        try:
-            yield
-        finally:
-            for each, handler in previous.items():
-                signal.signal(each, handler)
 
 
 class _Except:

@@ -14,8 +14,8 @@ from tiny import byte_tokenizer, save_qwen3
 
 import train_distill
 from rwkvinside.config.load import load_config
+from rwkvinside.training.callbacks import WriteMetrics
 from rwkvinside.training.schedule import StageLength
-from rwkvinside.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +54,16 @@ def train(material, out, *more):
 
 
 def cut_off(monkeypatch, stage, step, material, out, *more):
-    """Train as far as the report of a step, where the power fails."""
-    report = Trainer._report
+    """Train until the metrics of a step are written, where the power fails."""
+    write = WriteMetrics.step
 
-    def crash(self, *args):
-        report(self, *args)
-        if (self.stage, self.done) == (stage, step):
+    def crash(self, trainer, row):
+        write(self, trainer, row)
+        if (row["stage"], row["step"]) == (stage, step):
             raise RuntimeError("power cut")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_report", crash)
+        patch.setattr(WriteMetrics, "step", crash)
         with pytest.raises(RuntimeError, match="power cut"):
             train(material, out, *more)
 
@@ -102,7 +102,7 @@ def test_a_run_leaves_everything_that_describes_it(material, whole):
     assert set(rows(whole, "train", "align")[0]["layers"]) == {"0", "1", "2"}
     (fit,) = rows(whole, "calibrate", "calibrate")
     assert all(fit["error"][i] <= fit["error_before"][i] for i in "012")
-    assert not list(whole.rglob(".*writing*"))
+    assert not list(whole.rglob(".*unfinished*"))
 
 
 def test_each_stage_starts_from_the_last(whole):

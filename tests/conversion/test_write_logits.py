@@ -161,7 +161,7 @@ def test_killed_at_any_moment_it_goes_on_with_whole_shards(material, written, tm
 
         def dying(self, name, content):
             if len(calls) == 4:
-                (self.path / ".half.writing").write_bytes(content[:10])
+                (self.path / ".half.unfinished").write_bytes(content[:10])
                 os.kill(os.getpid(), signal.SIGKILL)
             calls.append(name)
             write(self, name, content)
@@ -354,7 +354,7 @@ def test_training_on_stored_logits_is_training_on_the_teachers_top_k(material, t
 
     logits = tmp_path / "logits"
     assert main(["data", "logits", *arguments(material, "--out", logits, "--k", K)]) == 0
-    assert "12/12 rows" in capsys.readouterr().out
+    assert "12 of 12 rows are in" in capsys.readouterr().out
     at_hand, judged = train(tmp_path / "at_hand", "stages.distill.teacher=separate", f"stages.distill.loss.top_k={K}")
     stored, alone = train(tmp_path / "stored", "stages.distill.teacher=cache", f"stages.distill.teacher_cache={logits}")
     assert len(stored) == 3 and [row["loss"] for row in stored] == pytest.approx(

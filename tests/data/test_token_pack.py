@@ -64,8 +64,8 @@ def test_every_byte_is_read_once_and_again_when_a_file_changes(packed, tokenizer
     read = []
     from rwkvinside.data import token_store as module
 
-    real = module.file_sha256
-    monkeypatch.setattr(module, "file_sha256", lambda file: read.append(file.name) or real(file))
+    real = module.file_digest
+    monkeypatch.setattr(module, "file_digest", lambda file: read.append(file.name) or real(file))
     open_(path, tokenizer, tmp_path)
     assert "tokens.bin" not in read
     tokens = path / "tokens.bin"

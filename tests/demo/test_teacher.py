@@ -72,7 +72,7 @@ def test_schedule_warms_up_and_falls_to_two_percent():
 def test_teacher_learns_is_saved_whole_and_is_kept(tmp_path, corpus, monkeypatch):
     losses = []
     folder = tmp_path / "teacher"
-    assert obtain_teacher(folder, SETTINGS, corpus, lambda seen, total, loss, speed: losses.append(loss))
+    assert obtain_teacher(folder, SETTINGS, corpus, lambda step, loss: losses.append(loss))
     assert len(losses) == 40
     assert losses[0] == pytest.approx(math.log(300), abs=0.5)
     assert losses[-1] < 0.6 * losses[0]

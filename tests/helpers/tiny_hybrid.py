@@ -4,6 +4,7 @@ import copy
 from dataclasses import replace
 
 import torch
+from toy_training import callbacks
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from rwkvinside.data.batch import IGNORE, Batch
@@ -16,10 +17,10 @@ from rwkvinside.stages.steps import AlignStep, DistillStep
 from rwkvinside.teacher.signals import OnlineTeacher, SelfTeacher, TeacherModel
 from rwkvinside.training.schedule import Schedule, StageLength
 from rwkvinside.training.settings import OptimConfig
-from rwkvinside.training.trainer import Trainer
+from rwkvinside.training.trainer import Trainer, TrainingPlan
 
 VOCAB, SEQ_LEN, ROWS, MICRO_ROWS, STEPS = 40, 12, 7, 3, 5  # neither two nor three ranks share seven rows evenly
-BUDGET = StageLength(STEPS * ROWS * SEQ_LEN, ROWS * SEQ_LEN, SEQ_LEN)
+LENGTH = StageLength(STEPS * ROWS * SEQ_LEN, ROWS * SEQ_LEN, SEQ_LEN)
 SCHEDULE = Schedule({"mixer": 1e-3, "rest": 1e-4}, {})
 SETTINGS = OptimConfig(clip=0.05)  # below the norms that occur: clipping takes part
 STRUCTURE = LayerSpec(
@@ -83,8 +84,10 @@ def groups(model):
     return {name: members for name, members in (("mixer", mixer), ("rest", rest)) if members}
 
 
-def trainer(engine, step, **options):
-    return Trainer(engine, step, Source(), stage="hybrid", budget=BUDGET, schedule=SCHEDULE, **options)
+def trainer(engine, step, micro_rows, checkpointer=None, **options):
+    """Of the hybrid; `options` are those of `callbacks`."""
+    plan = TrainingPlan("hybrid", LENGTH, SCHEDULE, micro_rows)
+    return Trainer(engine, step, Source(), plan, checkpointer=checkpointer, callbacks=callbacks(options))
 
 
 def align(checkpointing=False):

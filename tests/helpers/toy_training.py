@@ -12,14 +12,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from rwkvinside.training.batching import StepShape
+from rwkvinside.training.callbacks import Evaluate, SaveExtra, ShowProgress, WriteMetrics
 from rwkvinside.training.deepspeed_engine import LocalEngine
 from rwkvinside.training.process_group import Distributed
 from rwkvinside.training.schedule import Schedule, StageLength
 from rwkvinside.training.settings import OptimConfig
-from rwkvinside.training.trainer import Trainer
+from rwkvinside.training.trainer import Trainer, TrainingPlan
 
 SEQ_LEN, ROWS_PER_STEP, STEPS = 6, 8, 8
-BUDGET = StageLength(STEPS * ROWS_PER_STEP * SEQ_LEN, ROWS_PER_STEP * SEQ_LEN, SEQ_LEN)
+LENGTH = StageLength(STEPS * ROWS_PER_STEP * SEQ_LEN, ROWS_PER_STEP * SEQ_LEN, SEQ_LEN)
 SCHEDULE = Schedule({"mixer": 3e-2, "rest": 1e-2}, {"mixer": 3e-3}, warmup_steps=2, end=0.9)
 SHAPE = partial(StepShape, ROWS_PER_STEP)  # (micro_rows, ranks)
 SETTINGS = OptimConfig(weight_decay=0.01, clip=0.5)
@@ -111,11 +112,20 @@ def local_engine(dropout=0.1, precision="fp32"):
     return LocalEngine(toy, toy.groups(), SETTINGS, Distributed("cpu"), precision)
 
 
-def trainer(engine, *, micro_rows=4, step=None, source=None, **options):
-    options.setdefault("stage", "toy")
-    options.setdefault("budget", BUDGET)
-    options.setdefault("schedule", SCHEDULE)
-    return Trainer(engine, step or ToyStep(), source or Source(), micro_rows=micro_rows, **options)
+def callbacks(options):
+    """Take those out of keyword arguments that these name; what adds to rows comes first."""
+    kinds = {"evaluate": Evaluate, "extra": SaveExtra, "metrics": WriteMetrics, "console": ShowProgress}
+    return [kind(options.pop(name)) for name, kind in kinds.items() if name in options]
+
+
+def trainer(engine, *, step=None, source=None, checkpointer=None, settings=None, **options):
+    """Of the toy; `options` are those of `callbacks` and of the plan."""
+    told = callbacks(options)
+    plan = TrainingPlan(**{"stage": "toy", "length": LENGTH, "schedule": SCHEDULE, "micro_rows": 4} | options)
+    source = source or Source()
+    return Trainer(
+        engine, step or ToyStep(), source, plan, checkpointer=checkpointer, settings=settings, callbacks=told
+    )
 
 
 class Losses:

@@ -10,7 +10,6 @@ from rwkvinside.errors import UserError
 from rwkvinside.hybrid.model import HybridModel, StudentSpec
 from rwkvinside.stages.param_groups import joined, rate_groups
 from rwkvinside.stages.summary import training_table
-from rwkvinside.support.text import short_count
 from rwkvinside.training.schedule import StageLength
 
 
@@ -98,10 +97,10 @@ def test_rates_and_when_they_begin(student):
 def test_a_group_that_joins_has_a_warm_up_of_its_own(student):
     stage = make_stage(unfreeze=[(100, ["mlp"])])
     schedule = stage.schedule(rate_groups(student, stage, stage.phases[1]))
-    budget = StageLength(1000, 20, 10)
-    full = schedule.rates(50, budget)  # decays from the start to the end
+    length = StageLength(1000, 20, 10)
+    full = schedule.rates(50, length)  # decays from the start to the end
     assert set(full) == {"mixer", "rest@100"}
-    at = {step: schedule.rates(step, budget) for step in (6, 7, 9, 10)}
+    at = {step: schedule.rates(step, length) for step in (6, 7, 9, 10)}
     constant = {step: at[step]["mixer"] / 1e-3 for step in at}  # what the decay leaves of the rate
     for step, part in ((6, 1 / 4), (7, 2 / 4), (9, 1), (10, 1)):
         rest = 1e-5 + (1e-4 - 1e-5) * (constant[step] - 1e-2) / (1 - 1e-2)
@@ -150,14 +149,3 @@ def test_the_table(student):
     ]
     later = training_table(student, stage, stage.phases[1])
     assert [line.split()[-2:] for line in later if line.startswith("mlp")] == [["1e-05", "trains"]]
-
-
-def test_short_counts():
-    assert [short_count(n) for n in (7, 4096, 600_000, 2_500_000, 10**7, 10**9)] == [
-        "7",
-        "4096",
-        "600k",
-        "2500k",
-        "10M",
-        "1B",
-    ]

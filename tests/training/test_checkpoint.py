@@ -106,7 +106,7 @@ def test_nothing_there_and_wrong_name(tmp_path, two):
 
 def test_a_full_disk_stops_or_goes_on_as_told(two, monkeypatch, caplog):
     monkeypatch.setattr(module, "free_bytes", lambda directory: 1000)
-    with pytest.raises(UserError, match="GB free"):
+    with pytest.raises(UserError, match="1000 bytes free"):
         two.save(30, TENSORS, OPTIMIZER, {})
     told = Checkpointer(two.directory, two.fingerprint, on_disk_full="continue")
     assert told.save(30, TENSORS, OPTIMIZER, {}) is None
@@ -144,7 +144,7 @@ def small_disk(tmp_path):
 def test_a_small_disk_that_fills_in_the_middle(small_disk, monkeypatch, large):
     """The estimate is fooled, as by another program that writes at the same time."""
     checkpointer = Checkpointer(small_disk / "stage", {})
-    with pytest.raises(UserError, match="GB free"):
+    with pytest.raises(UserError, match="iB free"):
         checkpointer.save(10, TENSORS, OPTIMIZER, {})
     monkeypatch.setattr(module, "free_bytes", lambda directory: 10**12)
     checkpointer.save(10, TENSORS, OPTIMIZER, {"step": 10})
@@ -162,7 +162,7 @@ def test_a_small_disk_that_fills_in_the_middle(small_disk, monkeypatch, large):
 
 
 def test_what_a_killed_writer_left_is_ignored_and_removed(two):
-    left = two.directory / ".writing-step-00000030"
+    left = two.directory / ".step-00000030.unfinished"
     shutil.copytree(two.directory / "step-00000020", left)
     assert two.load().step == 20
     two.save(40, TENSORS, OPTIMIZER, {})

@@ -3,10 +3,9 @@ import json
 import math
 
 import pytest
-import torch
 
 from rwkvinside.errors import UserError
-from rwkvinside.training.metrics import Console, MetricsWriter, memory_mb
+from rwkvinside.training.metrics import Console, MetricsWriter
 
 
 def rows(path):
@@ -45,7 +44,7 @@ def test_console_lines():
     stream = io.StringIO()
     with Console("align", 5, every=2, stream=stream) as console:
         for step in range(1, 6):
-            console.step(ROW | {"step": step}, eta_s=3725)
+            console.step(ROW | {"step": step}, seconds_left=3725)
         console.evaluation({"kind": "eval", "stage": "align", "step": 5, "tokens": 10, "kl": 0.125, "time": 1.0})
     lines = stream.getvalue().splitlines()
     assert [line.split("  ")[0] for line in lines] == ["align 2/5", "align 4/5", "align 5/5", "align 5/5"]
@@ -56,7 +55,7 @@ def test_console_lines():
 def test_the_console_shows_mfu_where_the_peak_is_known():
     stream = io.StringIO()
     with Console("align", 1, stream=stream) as console:
-        console.step(ROW | {"step": 1, "mfu": 0.4237}, eta_s=0)
+        console.step(ROW | {"step": 1, "mfu": 0.4237}, seconds_left=0)
     assert "1234 tokens/s  MFU 42.4 %  99 MB" in stream.getvalue()
 
 
@@ -68,16 +67,9 @@ class Terminal(io.StringIO):
 def test_a_terminal_has_a_live_bar():
     stream = Terminal()
     with Console("align", 2, every=1, stream=stream) as console:
-        console.step(ROW | {"step": 1}, eta_s=1)
+        console.step(ROW | {"step": 1}, seconds_left=1)
     assert "align 1/2  loss 0.25" in stream.getvalue()
     assert "\x1b[" in stream.getvalue()  # drawn and redrawn
-
-
-def test_memory_is_that_of_this_process():
-    before = memory_mb(torch.device("cpu"))
-    block = torch.ones(64_000_000 // 4)
-    assert before > 20 and memory_mb(torch.device("cpu")) >= before
-    assert block.numel()
 
 
 def test_no_space_for_a_row_is_one_clear_line(tmp_path):
@@ -91,7 +83,7 @@ def test_no_space_to_begin_a_stage_again_loses_nothing(tmp_path):
     writer = MetricsWriter(tmp_path)
     writer.write({"kind": "train", "stage": "align", "step": 1})
     before = writer.path.read_text()
-    writer.path.with_name(f".{writer.path.name}.writing").symlink_to("/dev/full")
+    writer.path.with_name(f".{writer.path.name}.unfinished").symlink_to("/dev/full")
     with pytest.raises(UserError, match="metrics.jsonl: No space left on device"):
         writer.begin("distill")
     assert writer.path.read_text() == before and [p.name for p in tmp_path.iterdir()] == [writer.path.name]

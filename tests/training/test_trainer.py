@@ -9,7 +9,7 @@ import pytest
 import tiny_hybrid as tiny
 import torch
 from toy_training import (
-    BUDGET,
+    LENGTH,
     ROWS_PER_STEP,
     SCHEDULE,
     STEPS,
@@ -138,9 +138,9 @@ def test_metrics_rows(tmp_path):
     rows = metrics(tmp_path)
     train = [row for row in rows if row["kind"] == "train"]
     assert [row["step"] for row in train] == list(range(1, STEPS + 1))
-    assert train[2]["tokens"] == 3 * BUDGET.tokens_per_step
-    assert train[2]["lr"] == SCHEDULE.rates(3, BUDGET)["mixer"]
-    assert train[2]["lr_rest"] == SCHEDULE.rates(3, BUDGET)["rest"]
+    assert train[2]["tokens"] == 3 * LENGTH.tokens_per_step
+    assert train[2]["lr"] == SCHEDULE.rates(3, LENGTH)["mixer"]
+    assert train[2]["lr_rest"] == SCHEDULE.rates(3, LENGTH)["rest"]
     assert train[2]["loss"] == pytest.approx(sum(train[2]["layers"].values()))
     assert set(train[2]["layers"]) == {"0", "1"} and train[2]["ce"] == train[2]["layers"]["1"]
     assert [row["step"] for row in rows if row["kind"] == "eval"] == [3, 6, STEPS]
@@ -215,8 +215,8 @@ def test_a_checkpoint_of_other_settings_is_refused(saved):
     for options, said in (
         ({"settings": {"seed": 2}}, "seed=1, not 2"),
         ({"settings": {"seed": 1}, "stage": "other"}, "stage='toy'"),
-        ({"settings": {"seed": 1}, "budget": StageLength(1000, 24, 6)}, "batch_tokens=48, not 24"),
-        ({"settings": {"seed": 1}, "budget": StageLength(96, 48, 6)}, "is at step 8, the stage has 2"),
+        ({"settings": {"seed": 1}, "length": StageLength(1000, 24, 6)}, "batch_tokens=48, not 24"),
+        ({"settings": {"seed": 1}, "length": StageLength(96, 48, 6)}, "is at step 8, the stage has 2"),
     ):
         with pytest.raises(UserError) as caught:
             trainer(local_engine(), **options).restore(saved)
@@ -230,15 +230,15 @@ def test_a_checkpoint_of_other_parameters_is_refused(saved):
         trainer(engine, settings={"seed": 1}).restore(saved)
 
 
-def test_other_tensors_are_saved_and_handed_back(tmp_path):
+def test_extra_tensors_are_saved_with_those_that_train(tmp_path):
     checkpointer, engine = Checkpointer(tmp_path, {}), local_engine()
     frozen = {"frozen.weight": engine.module.frozen.weight, "scale": torch.zeros(8)}
-    trainer(engine, checkpointer=checkpointer, other_tensors=lambda: frozen).fit()
-    loaded = {}
-    resumed = trainer(local_engine(), load_tensors=loaded.update)
+    trainer(engine, checkpointer=checkpointer, extra=frozen).fit()
+    saved = checkpointer.load().tensors()
+    assert torch.equal(saved["frozen.weight"], engine.module.frozen.weight)
+    assert torch.equal(saved["scale"], engine.module.scale)  # what trains comes from the engine
+    resumed = trainer(local_engine())
     resumed.restore(checkpointer.load())
-    assert torch.equal(loaded["frozen.weight"], engine.module.frozen.weight)
-    assert torch.equal(loaded["scale"], engine.module.scale)  # what trains comes from the engine
     resumed.fit()  # a finished stage: nothing left to do
     assert same(resumed.engine.full_parameters(), engine.full_parameters())
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from toy_training import (
     BOUNDARY,
-    BUDGET,
+    LENGTH,
     ROWS_PER_STEP,
     SETTINGS,
     STEPS,
@@ -48,7 +48,7 @@ def by_hand(steps=STEPS):
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         torch.nn.utils.clip_grad_norm_(parameters, SETTINGS.clip)
-        for name, rate in UNFREEZING.rates(number, BUDGET).items():
+        for name, rate in UNFREEZING.rates(number, LENGTH).items():
             for group in optimizers[name].param_groups if name in optimizers else ():
                 group["lr"] = rate
         for optimizer in optimizers.values():

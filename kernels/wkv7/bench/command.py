@@ -11,9 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
-import json
 import math
-import os
 import platform
 import sys
 import time
@@ -28,6 +26,7 @@ from rwkvinside.errors import UserError
 from rwkvinside.kernels.bench.candidates import CANDIDATES, Candidate, choose
 from rwkvinside.kernels.bench.measure import Bench, copy_bandwidth
 from rwkvinside.kernels.bench.problem import DTYPES, Shape
+from rwkvinside.support.files import write_json
 
 SHAPES = {
     "cpu": "1,512,8,64;1,2048,8,64;1,8192,8,64",
@@ -130,7 +129,7 @@ def main(args: argparse.Namespace) -> int:
             where = f"{report['machine']['device']}, copy {bandwidth / 1e9:.3g} GB/s"
             print(f"{stage.title}: {shape}, {stage.dtype}, {where}", *_table(measured["shapes"][-1]), "", sep="\n")
             if args.json:
-                _write(args.json, json.dumps(report, indent=1) + "\n")
+                write_json(args.json, report)
     if args.png:
         from rwkvinside.report.figures import kernel_figure, save_figure
 
@@ -198,12 +197,6 @@ def _processor() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _write(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)
 
 
 HEADS = ["", "forward ms", "of bound", "MiB", "fwd+bwd ms", "of bound", "MiB", "error y", "state", "gradient", ""]

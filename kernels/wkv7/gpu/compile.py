@@ -36,6 +36,7 @@ from rwkvinside.kernels.gpu.decode import plan_step
 from rwkvinside.kernels.gpu.launch import Launch
 from rwkvinside.kernels.gpu.op import NARROW, plan_backward, plan_forward
 from rwkvinside.kernels.gpu.table import PRECISIONS
+from rwkvinside.support.files import write_text
 
 DESCRIPTION = "Compile every shipped configuration for GPUs that need not be there, and compare with a baseline."
 ARCHITECTURES = (80, 90)
@@ -222,7 +223,7 @@ def read_baseline(path: Path) -> tuple[str, dict[str, Usage]]:
 def write_baseline(path: Path, found: dict[str, Usage]) -> None:
     kernels = ",\n".join(f"    {json.dumps(name)}: {json.dumps(asdict(usage))}" for name, usage in found.items())
     text = f'{{\n  "triton": "{triton.__version__}",\n  "kernels": {{\n{kernels}\n  }}\n}}\n'
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from rwkvinside.support.files import write_text
 
 SHIPPED = Path(__file__).with_name("configurations.json")
 HEAD_SIZES = (16, 32, 64, 128, 256)
@@ -144,6 +145,4 @@ def write(path: Path, table: Table) -> None:
     """Write entries as `read` takes them; a reader sees the old or the new file, never half of one."""
     keys = sorted(table, key=lambda key: (*key[:2], (*PRECISIONS, STEP).index(key[2])))
     lines = [f'  "sm_{key[0]}/{key[1]}/{key[2]}": {json.dumps(asdict(table[key]))}' for key in keys]
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")

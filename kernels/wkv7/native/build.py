@@ -1,6 +1,6 @@
 """Compiles the CPU kernels into a shared library: at installation, or once into the user's cache.
 
-Standard library only, because the installation runs it before anything else is there.
+Standard library and `rwkvinside.support` only, because the installation runs it before anything else is there.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+
+from rwkvinside.support.files import file_digest, replacing
 
 HERE = Path(__file__).parent
 SOURCES = ("kernels.cpp", "dispatch.cpp", "wkv7.h")
@@ -38,10 +40,8 @@ class CompileError(Exception):
 
 def source_hash() -> str:
     """Changes with the sources and the flags; a library built from others is not used."""
-    digest = hashlib.sha256(repr((FLAGS, PORTABLE, X86)).encode())
-    for name in SOURCES:
-        digest.update((HERE / name).read_bytes())
-    return digest.hexdigest()[:16]
+    parts = FLAGS, PORTABLE, X86, [file_digest(HERE / name) for name in SOURCES]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def compile_library(target: Path) -> None:
@@ -72,15 +72,12 @@ def compile_library(target: Path) -> None:
         for process, error in zip(running, errors, strict=True):
             if process.returncode:
                 raise CompileError(f"{compiler} failed: {_first_error(error)}")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = target.with_name(f".{target.name}.{os.getpid()}")
-        link = subprocess.run(
-            [compiler, "-shared", *openmp, *objects, "-o", str(unfinished)], stderr=subprocess.PIPE, text=True
-        )
-        if link.returncode:
-            unfinished.unlink(missing_ok=True)
-            raise CompileError(f"{compiler} failed to link: {_first_error(link.stderr)}")
-        os.replace(unfinished, target)
+        with replacing(target, unique=True) as temporary:
+            link = subprocess.run(
+                [compiler, "-shared", *openmp, *objects, "-o", str(temporary)], stderr=subprocess.PIPE, text=True
+            )
+            if link.returncode:
+                raise CompileError(f"{compiler} failed to link: {_first_error(link.stderr)}")
 
 
 def cached_library() -> Path:

@@ -1,0 +1,34 @@
+"""A request to end from outside, heard in the main thread while training runs."""
+
+from __future__ import annotations
+
+import signal
+
+
+class StopSignal:
+    """Within the `with` block the first SIGTERM or SIGINT is only noted, a second one ends the process at once.
+
+    Attributes:
+        received: number of the signal that came, None so far.
+    """
+
+    def __init__(self):
+        self.received: int | None = None
+        self._handlers: dict[int, object] = {}
+
+    def __enter__(self) -> StopSignal:
+        self._handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        for number in self._handlers:
+            signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._restore()
+
+    def _note(self, number: int, frame) -> None:
+        self.received = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)

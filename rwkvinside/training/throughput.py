@@ -1,0 +1,34 @@
+"""How fast this process trains, and the memory it needs: the measured part of a training row."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from ..support.process_memory import peak_bytes
+
+
+class Throughput:
+    """Tokens per second and time to go, over the steps of this process only (a resumed run starts afresh)."""
+
+    def __init__(self):
+        self._mark = time.perf_counter()
+        self._mean: float | None = None
+
+    def mark(self) -> None:
+        """A step begins: time since the last one (evaluation, checkpoint) does not count."""
+        self._mark = time.perf_counter()
+
+    def step(self, tokens: int, steps_left: int) -> tuple[float, float]:
+        """The step that began at `mark` is done: its tokens/s, and the estimated seconds for the steps left."""
+        seconds = max(time.perf_counter() - self._mark, 1e-9)
+        self._mean = seconds if self._mean is None else 0.9 * self._mean + 0.1 * seconds
+        return tokens / seconds, self._mean * steps_left
+
+
+def memory_mb(device: torch.device) -> float:
+    """Peak memory in MB (1e6 bytes): of the CUDA allocator, elsewhere the resident set of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return peak_bytes() / 1e6
