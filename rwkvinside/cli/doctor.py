@@ -4,52 +4,85 @@ from __future__ import annotations
 
 import platform
 import shutil
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
+from typing import TYPE_CHECKING
 
-import psutil
-import torch
-from packaging.requirements import Requirement
+from .arguments import ArgumentParser
 
-from .. import kernels
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 MISSING = "missing"
 EXTRAS = ("tensorboard", "wandb", "trackio")  # loggers, which nobody has to have
 
 
-def main() -> int:
+def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     """Print the findings; 2 when something that this package needs is missing or of another version."""
-    print(f"python {platform.python_version()} on {platform.platform()}")
+    parser.parse(argv)
+    packages, problems = _packages()
+    verdict = "all requirements are met" if not problems else f"{problems} requirements are not met: pip install -e ."
+    print(*_machine(), *_kernels(), *packages, verdict, sep="\n")
+    return 2 if problems else 0
+
+
+def _machine() -> list[str]:
+    """Lines on Python, processor, memory, disk and GPUs, and on where training would run."""
+    import psutil
+    import torch
+
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(".")
-    print(f"{psutil.cpu_count(logical=False)} cores, torch uses {torch.get_num_threads()} threads")
-    print(f"memory {memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free")
-    print(f"disk here {disk.free / 2**30:.1f} of {disk.total / 2**30:.1f} GiB free")
+    lines = [
+        f"python {platform.python_version()} on {platform.platform()}",
+        f"{psutil.cpu_count(logical=False)} cores, torch uses {torch.get_num_threads()} threads",
+        f"memory {memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free",
+        f"disk here {disk.free / 2**30:.1f} of {disk.total / 2**30:.1f} GiB free",
+    ]
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
-        print(f"cuda:{i} {properties.name}, {properties.total_memory / 2**30:.1f} GiB")
+        lines.append(f"cuda:{i} {properties.name}, {properties.total_memory / 2**30:.1f} GiB")
     if torch.cuda.is_available():
-        print(f"training runs on cuda in {'bf16' if torch.cuda.is_bf16_supported() else 'fp32'}")
+        lines.append(f"training runs on cuda in {'bf16' if torch.cuda.is_bf16_supported() else 'fp32'}")
     else:
-        print("training runs on the CPU in fp32: PyTorch finds no CUDA device")
+        lines.append("training runs on the CPU in fp32: PyTorch finds no CUDA device")
+    return lines
 
-    for device, backend in _backends():
-        print(f"WKV-7 on the {device}: {_kernel(backend)}")
 
-    problems = 0
+def _kernels() -> list[str]:
+    """A line for each kind of device that is here: what runs WKV-7 on it."""
+    import torch
+
+    from .. import kernels
+
+    lines = []
+    for device, backend in [("CPU", "native")] + ([("GPU", "triton")] if torch.cuda.is_available() else []):
+        if reason := kernels.why_unavailable(backend):
+            found = f"chunked PyTorch, several times slower than the {backend} kernel: {reason}"
+        else:
+            found = f"the {backend} kernel" + (f" with {kernels.instructions()} code" if backend == "native" else "")
+        lines.append(f"WKV-7 on the {device}: {found}")
+    return lines
+
+
+def _packages() -> tuple[list[str], int]:
+    """A line for each package that is needed or of use, and how many that are needed are not as they should be."""
+    lines, problems = [], 0
     for requirement in _requirements():
         found, good = _installed(requirement)
         problems += not good
-        print(f"{'ok ' if good else 'BAD'} {requirement.name} {found} (needs {requirement.specifier})")
+        lines.append(f"{'ok ' if good else 'BAD'} {requirement.name} {found} (needs {requirement.specifier})")
     for extra in EXTRAS:
         for requirement in _requirements(extra):
             found, good = _installed(requirement)
             state = "ok " if good else "-  " if found == MISSING else "BAD"
-            print(f"{state} {requirement.name} {found} (extra {extra})")
-    print("all requirements are met" if not problems else f"{problems} requirements are not met: pip install -e .")
-    return 2 if problems else 0
+            lines.append(f"{state} {requirement.name} {found} (extra {extra})")
+    return lines, problems
 
 
 def _requirements(extra: str = "") -> list[Requirement]:
     """What this package needs here; of an extra, what it adds."""
+    from packaging.requirements import Requirement
+
     found = []
     for requirement in map(Requirement, requires("rwkvinside") or ()):
         marker = requirement.marker
@@ -66,13 +99,3 @@ def _installed(requirement: Requirement) -> tuple[str, bool]:
     except PackageNotFoundError:
         return MISSING, False
     return found, requirement.specifier.contains(found, prereleases=True)
-
-
-def _backends() -> list[tuple[str, str]]:
-    return [("CPU", "native")] + ([("GPU", "triton")] if torch.cuda.is_available() else [])
-
-
-def _kernel(backend: str) -> str:
-    if reason := kernels.why_unavailable(backend):
-        return f"chunked PyTorch, several times slower than the {backend} kernel: {reason}"
-    return f"the {backend} kernel" + (f" with {kernels.instructions()} code" if backend == "native" else "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
-from ..cli.arguments import add_config_arguments, config_from
 from ..config.precision import device_and_precision, teacher_dtype
 from ..config.schema import Config, StageConfig
 from ..data.batch import IGNORE, Batch
@@ -33,35 +31,24 @@ from ..training.precision import precision_context
 from ..training.process_group import Distributed
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `rwkvinside data logits`."""
-    add_config_arguments(parser, out="where to write them; default: the stage's teacher_cache")
-    parser.add_argument("--stage", default="distill", metavar="NAME", help="whose rows these are (default: distill)")
-    parser.add_argument("--k", type=int, default=64, help="tokens of each position (default: 64)")
-
-
-def main(args: argparse.Namespace) -> int:
-    """Write what is still missing."""
-    config = config_from(args, args.stage)
-    out = args.out or _stage(config, args.stage).teacher_cache
-    if out is None:
-        hint = f"name a directory with --out, or stages.{args.stage}.teacher_cache"
-        raise UserError("nowhere to write the logits to", hint)
-    write_logits(config, args.stage, Path(out), args.k)
-    return 0
-
-
-def write_logits(config: Config, name: str, out: Path, k: int, shard_bytes: int = SHARD_BYTES) -> None:
+def write_logits(config: Config, name: str, out: str | Path | None, k: int, shard_bytes: int = SHARD_BYTES) -> None:
     """Write the logits of a stage, or what is missing of them.
 
     Args:
+        out: directory; None is the stage's `teacher_cache`.
         k: tokens of each position.
         shard_bytes: about what a file is to have.
 
     Raises:
-        UserError: no such stage, other logits in `out`, no space; `Interrupted` by ctrl-C, with whole shards kept.
+        UserError: no such stage, no directory, other logits in it, no space; `Interrupted` by ctrl-C, with whole
+            shards kept.
     """
     stage = _stage(config, name)
+    out = out or stage.teacher_cache
+    if out is None:
+        hint = f"name a directory with --out, or stages.{name}.teacher_cache"
+        raise UserError("nowhere to write the logits to", hint)
+    out = Path(out)
     disable_progress_bar()
     device, precision = device_and_precision(config)
     if device == "cuda" and not torch.cuda.is_available():

@@ -1,6 +1,9 @@
-"""Numbers for people: counts and bytes."""
+"""Text for people: counts, bytes, and the word that was meant."""
 
 from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 def short_count(number: int) -> str:
@@ -25,3 +28,18 @@ def rounded_bytes(number: int) -> str:
         if number >= size:
             return f"{number / size:.3g} {suffix}"
     return f"{number} bytes"
+
+
+def did_you_mean(given: str, known: Iterable[str], prefix: str = "") -> str:
+    """Return "; did you mean WORD?" with the known word nearest to what was given.
+
+    Args:
+        given: what is not known.
+        known: the words that are.
+        prefix: stands before the word that is shown.
+
+    Returns:
+        "" where none is near.
+    """
+    close = difflib.get_close_matches(given, list(known), n=1)
+    return f"; did you mean {prefix}{close[0]}?" if close else ""

@@ -2,8 +2,8 @@
 
     python -m rwkvinside.kernels.bench [--shapes "B,T,H,N;..."] [--candidates triton,fla] [--decode] [--json FILE]
 
-This file is the command: arguments, stages, tables, JSON. What is compared stands in `candidates`, on what in
-`problem`, how it is measured in `measure`. Needs torch alone; the figure needs matplotlib.
+This file is the command: stages, tables, JSON. Its flags stand in `arguments`, what is compared in `candidates`, on
+what in `problem`, how it is measured in `measure`. Needs torch alone; the figure needs matplotlib.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
-import json
 import math
-import os
 import platform
 import sys
 import time
@@ -28,6 +26,7 @@ from rwkvinside.errors import UserError
 from rwkvinside.kernels.bench.candidates import CANDIDATES, Candidate, choose
 from rwkvinside.kernels.bench.measure import Bench, copy_bandwidth
 from rwkvinside.kernels.bench.problem import DTYPES, Shape
+from rwkvinside.support.files import write_json
 
 SHAPES = {
     "cpu": "1,512,8,64;1,2048,8,64;1,8192,8,64",
@@ -89,24 +88,6 @@ def parse_shapes(text: str) -> list[Shape]:
     return shapes
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `rwkvinside bench wkv7`."""
-    names = ", ".join(dict.fromkeys(c.name.split(":")[0] for c in CANDIDATES))
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    parser.add_argument("--shapes", metavar="B,T,H,N;...", help="problems; the default depends on the device")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: fp32 on the CPU, bf16 on a GPU")
-    parser.add_argument("--candidates", metavar="NAME,...", help=f"of {names}, or one member such as triton:fast")
-    parser.add_argument("--decode", action="store_true", help="one token with a state instead of sequences")
-    parser.add_argument("--suite", choices=("gpu",), help="what to measure on a new GPU, in under eight minutes")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: as torch chooses)")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="turns of each candidate (default 5)")
-    parser.add_argument(
-        "--seconds", type=float, default=10, help="of turns per candidate and pass; what does not fit is left out"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here, after each shape")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the times here (needs matplotlib)")
-
-
 def main(args: argparse.Namespace) -> int:
     """Measure, print a table per shape, write JSON and PNG.
 
@@ -130,7 +111,7 @@ def main(args: argparse.Namespace) -> int:
             where = f"{report['machine']['device']}, copy {bandwidth / 1e9:.3g} GB/s"
             print(f"{stage.title}: {shape}, {stage.dtype}, {where}", *_table(measured["shapes"][-1]), "", sep="\n")
             if args.json:
-                _write(args.json, json.dumps(report, indent=1) + "\n")
+                write_json(report, args.json)
     if args.png:
         from rwkvinside.report.figures import kernel_figure, save_figure
 
@@ -198,12 +179,6 @@ def _processor() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _write(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)
 
 
 HEADS = ["", "forward ms", "of bound", "MiB", "fwd+bwd ms", "of bound", "MiB", "error y", "state", "gradient", ""]
