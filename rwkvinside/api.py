@@ -40,7 +40,7 @@ def train(
     resume_from: str | None = None,
     launched: bool = False,
 ) -> None:
-    """Run the stages of a conversion that are not finished, into the directory `config.out`.
+    """Run the stages of a conversion that are not finished, in `config.out`.
 
         config = rw.load_config(teacher="Qwen3-0.6B", data=["train.jsonl"], out="run")
         rw.train(config)
@@ -115,7 +115,7 @@ def evaluate(
     max_length: int | None = None,
     device: str = "auto",
 ) -> dict:
-    """Measure how close a student is to its teacher on texts: KL, cross entropies, agreement, also by position.
+    """Measure how close a student is to its teacher on texts.
 
         scores = rw.evaluate("student", "Qwen/Qwen3-0.6B", data=["val.jsonl"])
         print(scores["kl"], scores["agreement"])
@@ -129,7 +129,7 @@ def evaluate(
         device: "auto", "cpu" or "cuda".
 
     Returns:
-        The JSON of `rwkvinside eval`, see `rwkvinside.evaluate.compare.Comparison`.
+        KL, cross entropies, perplexities and agreement, over all tokens and by position: the JSON of `rwkvinside eval`.
 
     Raises:
         UserError: a directory that is no model and no run, no teacher, data that cannot be read.

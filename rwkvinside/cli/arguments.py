@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from argparse import SUPPRESS
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -40,7 +41,7 @@ class ArgumentParser(argparse.ArgumentParser):
         for word in argv:
             name = word.partition("=")[0]
             if name.startswith("--") and not any(flag.startswith(name) for flag in flags):
-                shown = [flag.lstrip("-") for flag, action in flags.items() if action.help != argparse.SUPPRESS]
+                shown = [flag[2:] for flag, action in flags.items() if flag[:2] == "--" and action.help != SUPPRESS]
                 raise UserError(f"unknown flag {name}{did_you_mean(name[2:], shown, prefix='--')}", self._hint)
         return self.parse_intermixed_args(argv)
 
@@ -54,7 +55,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run_command(parser: ArgumentParser, argv: Sequence[str], commands: Mapping[str, tuple[str, str]]) -> int:
-    """Run the command that `argv` begins with; without one, parse what there is, such as --help.
+    """Run the command that `argv` begins with; without one, parse it (--help).
 
     Args:
         parser: of what comes before the command.
@@ -107,7 +108,7 @@ def count(text: str) -> int:
 
 
 def output_file(text: str) -> Path:
-    """Check that an output can be written, before hours of work and not after: a `type` of arguments.
+    """Check that an output can be written, before the work: a `type` of arguments.
 
     Raises:
         UserError: its folder does not exist or is not ours to write in, or it is a folder itself.
@@ -128,7 +129,7 @@ def add_output_arguments(parser: ArgumentParser, png: str | None = None) -> None
 
 
 def add_config_arguments(parser: ArgumentParser, out: str = "run directory") -> None:
-    """Add the arguments that make a configuration, read by `config_from`; `out` is the help of --out."""
+    """Add what `config_from` makes a configuration of; `out` is the help of --out."""
     parser.add_argument("-c", "--config", action="append", default=[], metavar="FILE", help="YAML file; may repeat")
     parser.add_argument("--teacher", metavar="NAME", help="preset such as Qwen3-14B, hub id or local directory")
     parser.add_argument("--variant", action="append", default=[], metavar="NAME", help="such as one-card; may repeat")
@@ -140,10 +141,10 @@ def add_config_arguments(parser: ArgumentParser, out: str = "run directory") -> 
 
 
 def config_from(args: argparse.Namespace, stage: str | None = None) -> Config:
-    """Return the checked configuration that the arguments of `add_config_arguments` ask for.
+    """Return the checked configuration that parsed arguments ask for.
 
     Args:
-        args: the parsed arguments.
+        args: of a parser with `add_config_arguments`.
         stage: see `load_config`.
 
     Raises:

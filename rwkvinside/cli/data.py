@@ -156,7 +156,7 @@ def _add_inspect_arguments(parser: ArgumentParser) -> None:
 
 
 def _tokenizer(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, int | None]:
-    """The tokenizer, and the rows of the teacher's embedding where a teacher is named."""
+    """Return the tokenizer, and the size of the vocabulary of a teacher that is named."""
     from ..config.schema import TeacherConfig
     from ..config.teacher_lookup import find_teacher
     from ..teacher.load import open_tokenizer
@@ -168,7 +168,7 @@ def _tokenizer(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, int |
 
 
 def _show_sample(console: Console, sample: Sample) -> None:
-    """Print a document; what carries no loss is dim on a terminal and in brackets elsewhere."""
+    """Print a document; what has no loss is dim on a terminal, in brackets elsewhere."""
     rest = f", the first {sample.shown} of them" if sample.shown < sample.tokens else ""
     console.print(
         f"  document {sample.number:,}: {sample.tokens:,} tokens, {sample.targets:,} targets{rest}", style="bold"

@@ -18,7 +18,7 @@ EXTRAS = ("tensorboard", "wandb", "trackio")  # loggers, which nobody has to hav
 
 
 def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
-    """Print the findings; 2 when something that this package needs is missing or of another version."""
+    """Print the findings; return 2 where a needed package is missing or does not fit."""
     parser.parse(argv)
     packages, problems = _packages()
     verdict = "all requirements are met" if not problems else f"{problems} requirements are not met: pip install -e ."
@@ -27,7 +27,7 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
 
 
 def _machine() -> list[str]:
-    """Lines on Python, processor, memory, disk and GPUs, and on where training would run."""
+    """Return lines on Python, processor, memory, disk, GPUs and where training runs."""
     import psutil
     import torch
 
@@ -49,7 +49,7 @@ def _machine() -> list[str]:
 
 
 def _kernels() -> list[str]:
-    """A line for each kind of device that is here: what runs WKV-7 on it."""
+    """Return a line for each kind of device that is here: what runs WKV-7 on it."""
     import torch
 
     from .. import kernels
@@ -65,7 +65,7 @@ def _kernels() -> list[str]:
 
 
 def _packages() -> tuple[list[str], int]:
-    """A line for each package that is needed or of use, and how many that are needed are not as they should be."""
+    """Return a line for each package, and how many needed ones do not fit."""
     lines, problems = [], 0
     for requirement in _requirements():
         found, good = _installed(requirement)
@@ -80,7 +80,7 @@ def _packages() -> tuple[list[str], int]:
 
 
 def _requirements(extra: str = "") -> list[Requirement]:
-    """What this package needs here; of an extra, what it adds."""
+    """Return what this package needs here; of an extra, what it adds."""
     from packaging.requirements import Requirement
 
     found = []
@@ -93,7 +93,7 @@ def _requirements(extra: str = "") -> list[Requirement]:
 
 
 def _installed(requirement: Requirement) -> tuple[str, bool]:
-    """The version that is there, and whether it is the one that is needed."""
+    """Return the version that is there, and whether it is one that fits."""
     try:
         found = version(requirement.name)
     except PackageNotFoundError:

@@ -41,7 +41,7 @@ class Comparison:
     evaluation: Evaluation
 
     def to_dict(self) -> dict:
-        """Return plain JSON: what was compared and the numbers on one level, see `Evaluation.to_dict`."""
+        """Return plain JSON: what was compared, with `Evaluation.to_dict` beside it."""
         return {
             "student": self.student,
             "teacher": self.teacher,
@@ -62,7 +62,7 @@ def evaluate_saved(
     device: str = "auto",
     notes: Console | None = None,
 ) -> Comparison:
-    """Compare an exported model, or the student of a run as its export would be, with its teacher.
+    """Compare an exported model, or a run as its export would be, with its teacher.
 
     Args:
         student: exported directory, whose model code is run, or run directory.
@@ -99,7 +99,7 @@ def evaluate_saved(
 
 
 def _named_teacher(path: Path) -> str:
-    """The teacher that a run was made from."""
+    """Return the teacher that a run was made from."""
     if is_run(path):
         return open_run(path).teacher
     raise UserError(
@@ -122,7 +122,7 @@ def _load_student(path: Path, device: str, notes: Console) -> PreTrainedModel:
 def read_documents(
     sources: list[str], tokenizer, cache_dir: Path, max_length: int, max_documents: int | None = None
 ) -> PaddedDocuments:
-    """Documents to evaluate, one per row; the token ids stand in `cache_dir` as long as they are used."""
+    """Return documents, one per row; the ids stand in `cache_dir` while they are used."""
     store = load_tokens(sources, tokenizer, cache_dir=cache_dir)
     if max_documents is not None:
         store = store.select(np.arange(min(max_documents, store.num_documents)))
@@ -132,7 +132,7 @@ def read_documents(
 def evaluate(
     student: PreTrainedModel, teacher: PreTrainedModel, documents: PaddedDocuments, notes: Console
 ) -> Evaluation:
-    """`evaluate_models` with a bar on `notes`."""
+    """Run `evaluate_models` with a bar on `notes`."""
     batch_tokens = min(8192, max(1, LOGITS // teacher.config.vocab_size))
     with bar(notes, "documents judged", len(documents)) as advance:
         return evaluate_models(
