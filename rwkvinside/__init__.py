@@ -1,26 +1,37 @@
 """RWKVInside turns a pretrained softmax-attention language model into a linear-time RWKV-7 hybrid by distillation.
 
-What others may rely on is listed in `__all__`; it is imported on first use, so that the command line answers at once.
+What others may rely on is listed in `__all__`. The classes and `wkv7` are imported on first use, and the functions of
+`api` import what they need when they are called, so that `import rwkvinside` and the command line answer at once.
 """
 
 from importlib import import_module
 
-_PUBLIC = {
+# Two functions have the name of a package. A package replaces its parent's attribute when it is imported, which it is
+# once: here, before the functions take their names.
+for _package in ("evaluate", "export"):
+    import_module(f".{_package}", __name__)
+
+from .api import evaluate, export, plan, train, verify  # noqa: E402
+from .errors import UserError  # noqa: E402
+
+_LAZY = {
+    "load_config": ".config.load",
     "HybridModel": ".hybrid.model",
-    "StudentSpec": ".hybrid.model",
     "TimeMixer": ".modeling.time_mixer",
     "TimeMixerConfig": ".modeling.mixer_presets",
     "VFirstHolder": ".modeling.first_layer",
     "wkv7": ".modeling.wkv7",
-    "export_hf": ".export.huggingface",
-    "verify": ".export.verify",
 }
 
-__all__ = list(_PUBLIC)
+__all__ = ["UserError", "__version__", "evaluate", "export", "plan", "train", "verify", *_LAZY]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str):
-    if name not in _PUBLIC:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; public names: {', '.join(_PUBLIC)}")
-    return getattr(import_module(_PUBLIC[name], __name__), name)
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; public names: {', '.join(__all__)}")
+    return getattr(import_module(_LAZY[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,15 +1,18 @@
 """Compiled WKV-7 kernels: C++ for CPUs (`native`), Triton for GPUs (`gpu`), chosen by `rwkvinside.modeling.wkv7`.
 
-Importing this imports neither; exported models that find it installed use it as well.
+Importing this imports neither, nor torch, so that the help of the benchmark comes at once; exported models that find it
+installed use it as well.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @functools.cache
@@ -26,6 +29,8 @@ def why_unavailable(backend: str) -> str | None:
         return "the package triton is not installed: pip install triton"
     if _interpreted():
         return None
+    import torch
+
     if not torch.cuda.is_available():
         return "PyTorch finds no GPU"
     if torch.version.hip is not None:
@@ -45,6 +50,8 @@ def instructions() -> str:
 
 def why_unsupported(backend: str, device: str, dtype: torch.dtype, head_size: int) -> str | None:
     """Why a backend does not take tensors of this device type, dtype and head size, on any machine; None if it does."""
+    import torch
+
     if dtype == torch.float64:
         return "it computes in fp32 and was given float64"
     if head_size % 8 or not 8 <= head_size <= 256:
@@ -75,6 +82,8 @@ def run(
 
         return wkv7(r, w, k, v, a, b, state, mask, cu_seqlens, inplace)
     if r.shape[1] == 1 and cu_seqlens is None and not _tracked(r, w, k, v, a, b, state):
+        import torch
+
         from .gpu.decode import step
 
         if state is None:
@@ -89,6 +98,8 @@ def run(
 
 
 def _tracked(*tensors: Tensor | None) -> bool:
+    import torch
+
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 

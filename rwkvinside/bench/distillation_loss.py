@@ -5,26 +5,19 @@ Every case runs in processes of its own, in turns, so that a peak belongs to it 
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import statistics
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
-from ..errors import UserError
 from ..hybrid.lm_head import LMHeadLoss
 from ..losses.chunked import chunk_tokens
 from ..losses.distillation import DistillationLoss
-from ..support.files import write_json
 from ..support.process_memory import forget_peak, peak_bytes
-from ..support.text import rounded_bytes
 from ..teacher.signals import HeadSignal
 
 
@@ -33,13 +26,16 @@ class Problem:
     """Random hidden states of student and teacher, and a head for each.
 
     Args:
+        tokens: with a label.
+        vocab: rows of the heads.
+        hidden: their width.
         trained: the student's head has a gradient too.
     """
 
-    tokens: int = 2048
-    vocab: int = 151_936
-    hidden: int = 1024
-    trained: bool = False
+    tokens: int
+    vocab: int
+    hidden: int
+    trained: bool
 
 
 def measure(kind: str, problem: Problem, threads: int) -> dict[str, float]:
@@ -121,40 +117,3 @@ def head_cost(problem: Problem, repeats: int = 3) -> dict:
     about = {"chunk_tokens": chunk_tokens(problem.vocab), "threads": threads, "device": device}
     ratios = {"memory": chunks["bytes"] / whole["bytes"], "time": chunks["seconds"] / whole["seconds"]}
     return medians | ratios | about | asdict(problem)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `rwkvinside bench head`."""
-    shape = Problem()
-    parser.add_argument("--tokens", type=int, default=shape.tokens, help=f"with a label (default {shape.tokens})")
-    parser.add_argument("--vocab", type=int, default=shape.vocab, help=f"rows of the head (default {shape.vocab})")
-    parser.add_argument("--hidden", type=int, default=shape.hidden, help=f"width of the head (default {shape.hidden})")
-    parser.add_argument("--trained", action="store_true", help="the student's head is trained too")
-    parser.add_argument("--repeats", type=int, default=3, help="processes of each kind (default 3)")
-    parser.add_argument("--json", type=Path, help="write the numbers here")
-
-
-def main(args: argparse.Namespace) -> int:
-    """Measure, print a table, write JSON."""
-    for name in ("tokens", "vocab", "hidden", "repeats"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}", "give at least 1")
-    if args.json is not None and not args.json.parent.is_dir():  # before minutes of work, not after
-        raise UserError(f"folder {args.json.parent} of the output {args.json.name} does not exist", "make it first")
-    result = head_cost(Problem(args.tokens, args.vocab, args.hidden, args.trained), args.repeats)
-    head = "trained" if args.trained else "frozen"
-    title = (
-        f"KL of {args.tokens} tokens, vocabulary {args.vocab}, width {args.hidden}, head {head}, fp32, "
-        f"{result['device']}, {result['threads']} threads"
-    )
-    table = Table(title=title)
-    for column in ("", "seconds", "extra memory", "loss"):
-        table.add_column(column, justify="left" if not column else "right")
-    for kind, name in (("whole", "all logits at once"), ("chunks", f"{result['chunk_tokens']} tokens at a time")):
-        found = result[kind]
-        table.add_row(name, f"{found['seconds']:.2f}", rounded_bytes(found["bytes"]), f"{found['loss']:.6g}")
-    table.add_row("relative", f"{result['time']:.2f}", f"{result['memory']:.3f}", "")
-    Console().print(table)
-    if args.json:
-        write_json(args.json, result)
-    return 0

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
-from transformers.utils.logging import disable_progress_bar
 
 from ..data.batch import Batch
+from ..errors import UserError
 from ..hybrid.calibration import teacher_norms
 from ..hybrid.model import HybridModel, StudentSpec
 from ..modeling.wkv7 import BACKENDS
 from ..stages.steps import AlignStep, DistillStep
-from ..support.files import write_json
 from ..teacher.signals import OnlineTeacher, TeacherModel
 
 
@@ -30,8 +25,8 @@ def training_speed(
     *,
     rows: int,
     seq_len: int,
-    repeats: int = 5,
-    backends: Sequence[str] = ("auto",),
+    repeats: int,
+    backends: Sequence[str],
     seed: int = 0,
 ) -> dict:
     """Tokens per second of one optimizer step (forward, backward, clip, AdamW) in fp32 on the CPU or the first GPU.
@@ -45,7 +40,13 @@ def training_speed(
     Returns:
         {"tokens_per_second": {"finetune", "align BACKEND", "distill BACKEND": median}, "rows", "seq_len", "device",
         "threads"}.
+
+    Raises:
+        UserError: an unknown backend.
     """
+    for backend in backends:
+        if backend not in BACKENDS:
+            raise UserError(f"backend {backend!r} is not known", f"allowed: {', '.join(BACKENDS)}")
     torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -118,44 +119,6 @@ def random_teacher(layers: int, heads: int, head_size: int, seed: int = 0) -> nn
     return Qwen3ForCausalLM(config)
 
 
-def _shape(text: str) -> tuple[int, ...]:
-    sizes = tuple(int(part) for part in text.split(",") if part.isdecimal())
-    if len(sizes) != 3 or not all(sizes) or text.count(",") != 2:
-        raise argparse.ArgumentTypeError(f"{text!r} is not LAYERS,HEADS,HEAD_SIZE, as in 8,8,64")
-    return sizes
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `rwkvinside bench training`."""
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--teacher", help="local directory or hub id")
-    source.add_argument("--random", type=_shape, metavar="LAYERS,HEADS,HEAD_SIZE", help="a teacher of random weights")
-    parser.add_argument("--rows", type=int, default=8, help="rows of the batch (default 8)")
-    parser.add_argument("--seq-len", type=int, default=512, help="tokens per row (default 512)")
-    parser.add_argument("--repeats", type=int, default=5, help="measured steps of each kind (default 5)")
-    parser.add_argument(
-        "--backend", nargs="+", choices=BACKENDS, default=["auto"], help="of the recurrence; several are compared"
-    )
-    parser.add_argument("--json", type=Path, help="write the numbers here")
-
-
-def main(args: argparse.Namespace) -> int:
-    """Measure, print a table, write JSON."""
-    disable_progress_bar()  # of transformers: every kind loads the teacher
-    load = (
-        partial(random_teacher, *args.random)
-        if args.random
-        else partial(AutoModelForCausalLM.from_pretrained, args.teacher, dtype=torch.float32)
-    )
-    result = training_speed(load, rows=args.rows, seq_len=args.seq_len, repeats=args.repeats, backends=args.backend)
-    title = f"one step of {args.rows} x {args.seq_len} tokens, fp32, {result['device']}, {result['threads']} threads"
-    table = Table(title=title)
-    for column in ("", "tokens/s", "of fine-tuning"):
-        table.add_column(column, justify="left" if not column else "right")
-    speed = result["tokens_per_second"]
-    for name, value in speed.items():
-        table.add_row(name, f"{value:,.0f}", f"{value / speed['finetune']:.2f}")
-    Console().print(table)
-    if args.json:
-        write_json(args.json, result)
-    return 0
+def pretrained_teacher(path: str) -> nn.Module:
+    """A causal language model in fp32 from a local directory or the hub."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)

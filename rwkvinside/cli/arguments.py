@@ -1,28 +1,135 @@
-"""Arguments that several verbs share. Imports nothing heavy."""
+"""The grammar of all verbs: one parser class, the choice of a command, arguments that several verbs share.
+
+Imports nothing heavy, so that help and complaints come at once.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+import os
+from argparse import SUPPRESS
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from ..errors import UserError
+from ..support.text import did_you_mean
 
 if TYPE_CHECKING:
     from ..config.schema import Config
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    """An argparse parser that raises `UserError` and lets flags and positionals mix.
+
+    Args:
+        prog: the command as it is typed.
+        description: what stands at the top of its help.
+    """
+
+    def __init__(self, prog: str, description: str):
+        super().__init__(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse all of `argv`, flags and positionals in any order.
+
+        Raises:
+            UserError: an unknown flag, with the nearest known one; any other complaint of argparse.
+        """
+        flags = self._option_string_actions
+        for word in argv:
+            name = word.partition("=")[0]
+            if name.startswith("--") and not any(flag.startswith(name) for flag in flags):
+                shown = [flag[2:] for flag, action in flags.items() if flag[:2] == "--" and action.help != SUPPRESS]
+                raise UserError(f"unknown flag {name}{did_you_mean(name[2:], shown, prefix='--')}", self._hint)
+        return self.parse_intermixed_args(argv)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the complaint instead of printing the usage and leaving the process."""
+        raise UserError(message, self._hint)
+
+    @property
+    def _hint(self) -> str:
+        return f"see {self.prog} --help"
+
+
+def run_command(parser: ArgumentParser, argv: Sequence[str], commands: Mapping[str, tuple[str, str]]) -> int:
+    """Run the command that `argv` begins with; without one, parse it (--help).
+
+    Args:
+        parser: of what comes before the command.
+        argv: its arguments.
+        commands: name -> ("module:function", one line of help); the module is one of this package, imported when it is
+            chosen, and the function takes a parser of its own and the arguments after the name.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        UserError: no such command, with the nearest one.
+    """
+    width = max(map(len, commands))
+    listing = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in commands.items())
+    parser.epilog = f"commands:\n{listing}\n\n{parser.prog} COMMAND --help says more."
+    hint = f"commands: {', '.join(commands)}"
+    if not argv or argv[0].startswith("-"):
+        parser.usage = f"{parser.prog} COMMAND ..."
+        parser.parse(argv)
+        raise UserError(f"{parser.prog} needs a command", hint)
+    name, *rest = argv
+    if name not in commands:
+        raise UserError(f"{parser.prog} has no command {name!r}{did_you_mean(name, commands)}", hint)
+    target, text = commands[name]
+    module, function = target.split(":")
+    run = getattr(import_module(f".{module}", __package__), function)
+    return run(ArgumentParser(f"{parser.prog} {name}", f"{text[:1].upper()}{text[1:]}."), rest)
+
+
 def at_least(lowest: int) -> Callable[[str], int]:
-    """A `type` of arguments: whole numbers that are not below `lowest`."""
+    """Return a `type` of arguments: whole numbers from `lowest` on."""
 
     def parse(text: str) -> int:
         if not text.isdecimal() or int(text) < lowest:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {lowest} on")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {lowest}")
         return int(text)
 
     return parse
 
 
-def add_config_arguments(parser: argparse.ArgumentParser, out: str = "run directory") -> None:
-    """The arguments that together make a configuration; `config_from` reads them. `out` is what --out is said to be."""
+def count(text: str) -> int:
+    """Parse a number of tokens such as 600k, 5M or 4096: a `type` of arguments."""
+    from ..config.schema import parse_count
+
+    try:
+        return parse_count(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number such as 600k, 5M or 4096") from error
+
+
+def output_file(text: str) -> Path:
+    """Check that an output can be written, before the work: a `type` of arguments.
+
+    Raises:
+        UserError: its folder does not exist or is not ours to write in, or it is a folder itself.
+    """
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise UserError(f"folder {path.parent} of the output {path.name} does not exist", "make it first")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"output {path} cannot be written", "name another file")
+    return path
+
+
+def add_output_arguments(parser: ArgumentParser, png: str | None = None) -> None:
+    """Add --json for a command's numbers and, where `png` says what it draws, --png."""
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the numbers here")
+    if png is not None:
+        parser.add_argument("--png", type=output_file, metavar="FILE", help=f"draw {png} here")
+
+
+def add_config_arguments(parser: ArgumentParser, out: str = "run directory") -> None:
+    """Add what `config_from` makes a configuration of; `out` is the help of --out."""
     parser.add_argument("-c", "--config", action="append", default=[], metavar="FILE", help="YAML file; may repeat")
     parser.add_argument("--teacher", metavar="NAME", help="preset such as Qwen3-14B, hub id or local directory")
     parser.add_argument("--variant", action="append", default=[], metavar="NAME", help="such as one-card; may repeat")
@@ -34,9 +141,10 @@ def add_config_arguments(parser: argparse.ArgumentParser, out: str = "run direct
 
 
 def config_from(args: argparse.Namespace, stage: str | None = None) -> Config:
-    """The checked configuration that the arguments of `add_config_arguments` ask for.
+    """Return the checked configuration that parsed arguments ask for.
 
     Args:
+        args: of a parser with `add_config_arguments`.
         stage: see `load_config`.
 
     Raises:
@@ -44,14 +152,7 @@ def config_from(args: argparse.Namespace, stage: str | None = None) -> Config:
     """
     from ..config.load import load_config
 
-    return load_config(
-        args.config,
-        teacher=args.teacher,
-        variant=args.variant,
-        data=args.data,
-        val=args.val,
-        out=args.out,
-        deepspeed=args.deepspeed,
-        stage=stage,
-        overrides=args.overrides,
-    )
+    settings: dict[str, Any] = {
+        name: getattr(args, name) for name in ("teacher", "variant", "data", "val", "out", "deepspeed", "overrides")
+    }
+    return load_config(args.config, stage=stage, **settings)

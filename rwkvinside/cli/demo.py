@@ -1,31 +1,33 @@
 """`rwkvinside demo`: the whole path on one small machine."""
 
-import argparse
+from __future__ import annotations
+
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from rich.console import Console
-from transformers.utils.logging import disable_progress_bar
 
-from ..demo.run import FULL, QUICK, Demo
-from ..demo.tables import MAX_CE_GAP
 from ..errors import VerificationError
+from .arguments import ArgumentParser
 
 
-def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `rwkvinside demo`."""
-    parser.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="its folder (default: demo)")
-    parser.add_argument("--quick", action="store_true", help="a tiny version in seconds, to see that all parts work")
-
-
-def main(args: argparse.Namespace) -> int:
-    """Run the demo; returns the exit code.
+def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
+    """Run the demo.
 
     Raises:
         UserError: `--out` holds something else, or this Python has no sources.
         VerificationError: the export differs from the trained model, or the student is further from its teacher than
             promised (not with --quick).
     """
+    parser.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="its folder (default: demo)")
+    parser.add_argument("--quick", action="store_true", help="a tiny version in seconds, to see that all parts work")
+    args = parser.parse(argv)
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    from ..demo.run import FULL, QUICK, Demo
+    from ..demo.tables import MAX_CE_GAP
+
     disable_progress_bar()  # transformers' bars for loading weights
     # With matrices this small a second thread is worth 1.5 on an idle machine but costs a factor of ten as soon as
     # anything else runs, because OpenMP's threads spin while they wait for one that has no core.

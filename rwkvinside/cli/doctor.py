@@ -4,53 +4,86 @@ from __future__ import annotations
 
 import platform
 import shutil
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
+from typing import TYPE_CHECKING
 
-import psutil
-import torch
-from packaging.requirements import Requirement
-
-from .. import kernels
 from ..support.text import rounded_bytes
+from .arguments import ArgumentParser
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 MISSING = "missing"
 EXTRAS = ("tensorboard", "wandb", "trackio")  # loggers, which nobody has to have
 
 
-def main() -> int:
-    """Print the findings; 2 when something that this package needs is missing or of another version."""
-    print(f"python {platform.python_version()} on {platform.platform()}")
+def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
+    """Print the findings; return 2 where a needed package is missing or does not fit."""
+    parser.parse(argv)
+    packages, problems = _packages()
+    verdict = "all requirements are met" if not problems else f"{problems} requirements are not met: pip install -e ."
+    print(*_machine(), *_kernels(), *packages, verdict, sep="\n")
+    return 2 if problems else 0
+
+
+def _machine() -> list[str]:
+    """Return lines on Python, processor, memory, disk, GPUs and where training runs."""
+    import psutil
+    import torch
+
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(".")
-    print(f"{psutil.cpu_count(logical=False)} cores, torch uses {torch.get_num_threads()} threads")
-    print(f"memory {rounded_bytes(memory.available)} of {rounded_bytes(memory.total)} free")
-    print(f"disk here {rounded_bytes(disk.free)} of {rounded_bytes(disk.total)} free")
+    lines = [
+        f"python {platform.python_version()} on {platform.platform()}",
+        f"{psutil.cpu_count(logical=False)} cores, torch uses {torch.get_num_threads()} threads",
+        f"memory {rounded_bytes(memory.available)} of {rounded_bytes(memory.total)} free",
+        f"disk here {rounded_bytes(disk.free)} of {rounded_bytes(disk.total)} free",
+    ]
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
-        print(f"cuda:{i} {properties.name}, {rounded_bytes(properties.total_memory)}")
+        lines.append(f"cuda:{i} {properties.name}, {rounded_bytes(properties.total_memory)}")
     if torch.cuda.is_available():
-        print(f"training runs on cuda in {'bf16' if torch.cuda.is_bf16_supported() else 'fp32'}")
+        lines.append(f"training runs on cuda in {'bf16' if torch.cuda.is_bf16_supported() else 'fp32'}")
     else:
-        print("training runs on the CPU in fp32: PyTorch finds no CUDA device")
+        lines.append("training runs on the CPU in fp32: PyTorch finds no CUDA device")
+    return lines
 
-    for device, backend in _backends():
-        print(f"WKV-7 on the {device}: {_kernel(backend)}")
 
-    problems = 0
+def _kernels() -> list[str]:
+    """Return a line for each kind of device that is here: what runs WKV-7 on it."""
+    import torch
+
+    from .. import kernels
+
+    lines = []
+    for device, backend in [("CPU", "native")] + ([("GPU", "triton")] if torch.cuda.is_available() else []):
+        if reason := kernels.why_unavailable(backend):
+            found = f"chunked PyTorch, several times slower than the {backend} kernel: {reason}"
+        else:
+            found = f"the {backend} kernel" + (f" with {kernels.instructions()} code" if backend == "native" else "")
+        lines.append(f"WKV-7 on the {device}: {found}")
+    return lines
+
+
+def _packages() -> tuple[list[str], int]:
+    """Return a line for each package, and how many needed ones do not fit."""
+    lines, problems = [], 0
     for requirement in _requirements():
         found, good = _installed(requirement)
         problems += not good
-        print(f"{'ok ' if good else 'BAD'} {requirement.name} {found} (needs {requirement.specifier})")
+        lines.append(f"{'ok ' if good else 'BAD'} {requirement.name} {found} (needs {requirement.specifier})")
     for extra in EXTRAS:
         for requirement in _requirements(extra):
             found, good = _installed(requirement)
             state = "ok " if good else "-  " if found == MISSING else "BAD"
-            print(f"{state} {requirement.name} {found} (extra {extra})")
-    print("all requirements are met" if not problems else f"{problems} requirements are not met: pip install -e .")
-    return 2 if problems else 0
+            lines.append(f"{state} {requirement.name} {found} (extra {extra})")
+    return lines, problems
 
 
 def _requirements(extra: str = "") -> list[Requirement]:
-    """What this package needs here; of an extra, what it adds."""
+    """Return what this package needs here; of an extra, what it adds."""
+    from packaging.requirements import Requirement
+
     found = []
     for requirement in map(Requirement, requires("rwkvinside") or ()):
         marker = requirement.marker
@@ -61,19 +94,9 @@ def _requirements(extra: str = "") -> list[Requirement]:
 
 
 def _installed(requirement: Requirement) -> tuple[str, bool]:
-    """The version that is there, and whether it is the one that is needed."""
+    """Return the version that is there, and whether it is one that fits."""
     try:
         found = version(requirement.name)
     except PackageNotFoundError:
         return MISSING, False
     return found, requirement.specifier.contains(found, prereleases=True)
-
-
-def _backends() -> list[tuple[str, str]]:
-    return [("CPU", "native")] + ([("GPU", "triton")] if torch.cuda.is_available() else [])
-
-
-def _kernel(backend: str) -> str:
-    if reason := kernels.why_unavailable(backend):
-        return f"chunked PyTorch, several times slower than the {backend} kernel: {reason}"
-    return f"the {backend} kernel" + (f" with {kernels.instructions()} code" if backend == "native" else "")

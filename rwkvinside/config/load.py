@@ -44,6 +44,9 @@ def load_config(
 ) -> Config:
     """Read, merge and check a configuration.
 
+        config = rw.load_config(["mine.yaml"], teacher="Qwen3-14B", overrides=["stages.align.tokens=600k"])
+        print(config.stages["align"].tokens)
+
     Args:
         files: YAML files, later ones beat earlier ones.
         teacher: name of a recipe, local directory or hub id.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
-from ..cli.arguments import add_config_arguments, config_from
 from ..config.resolve import resolve
 from ..config.schema import Config
 from ..data.batch import IGNORE, Batch
@@ -32,24 +30,6 @@ from ..training.precision import precision_context
 from ..training.process_group import Distributed
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `rwkvinside data logits`."""
-    add_config_arguments(parser, out="where to write them; default: the stage's teacher_cache")
-    parser.add_argument("--stage", default="distill", metavar="NAME", help="whose rows these are (default: distill)")
-    parser.add_argument("--k", type=int, default=64, help="tokens of each position (default: 64)")
-
-
-def main(args: argparse.Namespace) -> int:
-    """Write what is still missing."""
-    plan = distillation_plan(config_from(args, args.stage), args.stage)
-    out = args.out or plan.settings.teacher_cache
-    if out is None:
-        hint = f"name a directory with --out, or stages.{args.stage}.teacher_cache"
-        raise UserError("nowhere to write the logits to", hint)
-    write_logits(plan, Path(out), args.k)
-    return 0
-
-
 def distillation_plan(config: Config, name: str) -> StagePlan:
     """Return the plan of a stage that follows a teacher.
 
@@ -66,11 +46,13 @@ def write_logits(plan: StagePlan, out: Path, k: int, shard_bytes: int = SHARD_BY
     """Write the logits of a stage, or what is missing of them.
 
     Args:
+        out: directory; None is the stage's `teacher_cache`.
         k: tokens of each position.
         shard_bytes: about what a file is to have.
 
     Raises:
-        UserError: no such stage, other logits in `out`, no space; `Interrupted` by ctrl-C, with whole shards kept.
+        UserError: no such stage, no directory, other logits in it, no space; `Interrupted` by ctrl-C, with whole
+            shards kept.
     """
     disable_progress_bar()
     device = plan.run.device

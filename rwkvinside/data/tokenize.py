@@ -6,6 +6,7 @@ its chat template, and the options. Knows nothing of rows or order.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from zipfile import BadZipFile
@@ -14,9 +15,9 @@ import numpy as np
 
 from ..errors import UserError
 from .binidx import is_binidx, pair, read_binidx, scan
-from .encode import CHUNK_DOCUMENTS, Encoder, check_ids, chunks
+from .encode import CHUNK_DOCUMENTS, Encoder, check_ids, chunks, tokenizer_hash
 from .readers import HUB, DocumentReader, source_files
-from .token_pack import is_pack, open_pack
+from .token_pack import is_pack, open_pack, write_pack
 from .token_store import StoreWriter, TokenStore, check_vocab, entry_key, is_whole, join, open_store, stats_of, writing
 
 Progress = Callable[[int, int], None]
@@ -75,6 +76,58 @@ def load_tokens(
             left -= store.num_tokens
         stores.append(store)
     return join(stores)
+
+
+def pack(
+    sources: Sequence[str | Path],
+    out: Path,
+    tokenizer,
+    *,
+    vocab_size: int | None = None,
+    text_column: str = "text",
+    rotate: bool = True,
+    max_tokens: int | None = None,
+    progress: Progress | None = None,
+) -> TokenStore:
+    """Tokenize sources into a directory of their own, see `write_pack`.
+
+    Args:
+        out: the directory to be made.
+        sources, tokenizer, vocab_size, text_column, rotate, max_tokens, progress: see `load_tokens`.
+
+    Returns:
+        What is in the directory.
+
+    Raises:
+        UserError: bad data, an output that is there already or cannot be written.
+    """
+    if out.exists():
+        raise UserError(f"output {out} exists already", "name a new directory with --out")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        cache = tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent)
+    except OSError as error:
+        raise UserError(
+            f"output {out} cannot be written ({error.strerror or error})", "name another directory with --out"
+        ) from error
+    with cache as folder:
+        store = load_tokens(
+            sources,
+            tokenizer,
+            cache_dir=folder,
+            vocab_size=vocab_size,
+            text_column=text_column,
+            rotate=rotate,
+            max_tokens=max_tokens,
+            progress=progress,
+        )
+        meta = {
+            "sources": [Path(source).name if Path(source).exists() else str(source) for source in sources],
+            "tokenizer": tokenizer_hash(tokenizer),
+            "tokenizer_name": Path(tokenizer.name_or_path).name,
+        }
+        write_pack(store, out, meta)
+    return open_store(out)
 
 
 def source_identity(source: str | Path) -> list:

@@ -1,23 +1,129 @@
-"""Compare two models on documents."""
+"""Compare a saved student with its teacher on documents: load both, read the texts, measure."""
 
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from rich.console import Console
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from ..data.rows import PaddedDocuments, document_batches
 from ..data.tokenize import load_tokens
+from ..errors import UserError
+from ..runs.directory import RunDirectory
+from ..runs.trained import open_run
 from ..support.progress import Progress
+from .load import load_pretrained, load_run
 from .quality import Evaluation, evaluate_models
 
 LOGITS = 2**28  # elements of a batch's logits (1 GiB in fp32), for each of the two models
+LONGEST = 4096  # tokens of a document that are judged unless more are asked for
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An evaluation and what was compared on what.
+
+    Args:
+        student, teacher: names of the directories, or the teacher's hub id.
+        data: names of the files.
+        max_length: tokens judged of a document at most.
+        truncated_documents: how many documents are longer.
+        evaluation: the numbers.
+    """
+
+    student: str
+    teacher: str
+    data: list[str]
+    max_length: int
+    truncated_documents: int
+    evaluation: Evaluation
+
+    def to_dict(self) -> dict:
+        """Return plain JSON: what was compared, with `Evaluation.to_dict` beside it."""
+        return {
+            "student": self.student,
+            "teacher": self.teacher,
+            "data": self.data,
+            "max_length": self.max_length,
+            "truncated_documents": self.truncated_documents,
+            **self.evaluation.to_dict(),
+        }
+
+
+def evaluate_saved(
+    student: str | Path,
+    teacher: str | Path | None,
+    data: list[str],
+    *,
+    max_documents: int | None = None,
+    max_length: int | None = None,
+    device: str = "auto",
+    notes: Console | None = None,
+) -> Comparison:
+    """Compare an exported model, or a run as its export would be, with its teacher.
+
+    Args:
+        student: exported directory, whose model code is run, or run directory.
+        teacher: directory or hub id; None is the one that the run names.
+        data: files or directories, see `DocumentReader`.
+        max_documents: the first so many only.
+        max_length: tokens judged of a document; None is 4096, or what the teacher was made for where that is less.
+        device: "auto" (the first GPU where there is one), "cpu" or "cuda".
+        notes: where to say what is being loaded, and to show progress; None: nowhere.
+
+    Raises:
+        UserError: a directory that is no model and no run, no teacher, data that cannot be read.
+    """
+    student, notes = Path(student), notes or Console(quiet=True)
+    if teacher is None:
+        teacher = _named_teacher(student)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    student_model = _load_student(student, device, notes)
+    teacher_model = load_pretrained(teacher, device)
+    max_length = max_length or min(LONGEST, teacher_model.config.max_position_embeddings)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = AutoTokenizer.from_pretrained(teacher)
+        documents = read_documents(data, tokenizer, Path(folder), max_length, max_documents)
+        evaluation = evaluate(student_model, teacher_model, documents, notes)
+    return Comparison(
+        student=student.name,
+        teacher=Path(teacher).name,
+        data=[Path(source).name for source in data],
+        max_length=documents.seq_len,
+        truncated_documents=documents.num_truncated,
+        evaluation=evaluation,
+    )
+
+
+def _named_teacher(path: Path) -> str:
+    """Return the teacher that a run was made from."""
+    if RunDirectory(path).is_run:
+        return open_run(path).teacher
+    raise UserError(
+        "no teacher is given", "name the directory or the hub id of the original model: --teacher DIR or teacher=DIR"
+    )
+
+
+def _load_student(path: Path, device: str, notes: Console) -> PreTrainedModel:
+    if RunDirectory(path).is_run:
+        notes.print(f"building the student of run {path} in memory", highlight=False)
+        return load_run(path, device)
+    if not (path / "config.json").is_file():
+        raise UserError(
+            f"{path} is neither an exported model nor a run directory", "they have a config.json or a config.yaml"
+        )
+    notes.print(f"loading {path} with the model code that stands in it (trust_remote_code)", highlight=False)
+    return load_pretrained(path, device, trust_remote_code=True)
 
 
 def read_documents(
     sources: list[str], tokenizer, cache_dir: Path, max_length: int, max_documents: int | None = None
 ) -> PaddedDocuments:
-    """Documents to evaluate, one per row; the token ids stand in `cache_dir` as long as they are used."""
+    """Return documents, one per row; the ids stand in `cache_dir` while they are used."""
     store = load_tokens(sources, tokenizer, cache_dir=cache_dir)
     if max_documents is not None:
         store = store.select(np.arange(min(max_documents, store.num_documents)))
@@ -27,7 +133,7 @@ def read_documents(
 def evaluate(
     student: PreTrainedModel, teacher: PreTrainedModel, documents: PaddedDocuments, notes: Console
 ) -> Evaluation:
-    """`evaluate_models`, showing on `notes` how far it is."""
+    """Run `evaluate_models`, showing on `notes` how far it is."""
     batch_tokens = min(8192, max(1, LOGITS // teacher.config.vocab_size))
     with Progress("evaluating", len(documents), unit="documents", stream=notes.file) as progress:
         batches = document_batches(documents, batch_tokens=batch_tokens)

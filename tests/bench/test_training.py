@@ -2,8 +2,6 @@
 
 import json
 
-import pytest
-
 from rwkvinside.cli.main import main
 
 
@@ -27,10 +25,3 @@ def test_measures_all_kinds_with_every_backend(tmp_path):
     names = ["finetune", "align chunked", "distill chunked", "align reference", "distill reference"]
     assert list(speed) == names and min(speed.values()) > 0
     assert (result["rows"], result["seq_len"]) == (2, 32)
-
-
-@pytest.mark.parametrize("shape", ["8", "8,8", "8,8,64,1", "8,x,64", "8,0,64"])
-def test_a_shape_that_is_none(shape, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["bench", "training", "--random", shape])
-    assert stopped.value.code == 2 and "as in 8,8,64" in capsys.readouterr().err

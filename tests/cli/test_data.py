@@ -172,16 +172,20 @@ def test_bad_input(teacher, tmp_path, monkeypatch, capsys, arguments, cause):
     assert "output a.csv/packed cannot be written" in capsys.readouterr().err
 
 
-def test_usage(capsys):
-    for arguments in (["inspect", "x"], ["pack", "x", "--tokenizer", "y"], ["nonsense"], []):
-        with pytest.raises(SystemExit):
-            run(*arguments)
-    with pytest.raises(SystemExit):
-        run("inspect", "x", "--tokenizer", "y", "--max-tokens", "many")
-    assert "'many' is no positive number" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        run("inspect", "x", "--tokenizer", "y", "--samples", "-1")
-    assert "'-1' is no whole number from 0 on" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "arguments, cause",
+    [
+        (["inspect", "x"], "one of the arguments --teacher --tokenizer is required"),
+        (["pack", "x", "--tokenizer", "y"], "the following arguments are required: --out"),
+        (["inspect", "--tokenizer", "y"], "the following arguments are required: SOURCE"),
+        (["inspect", "x", "--tokenizer", "y", "--max-tokens", "many"], "'many' is not a positive number such as 600k"),
+        (["inspect", "x", "--tokenizer", "y", "--samples", "-1"], "'-1' is not a whole number of at least 0"),
+        (["inspect", "x", "--tokenizer", "y", "--png", "no/x.png"], "folder no of the output x.png does not exist"),
+    ],
+)
+def test_usage(capsys, arguments, cause):
+    assert run(*arguments) == 2
+    assert cause in capsys.readouterr().err
 
 
 @pytest.mark.slow

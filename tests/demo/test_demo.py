@@ -1,24 +1,16 @@
 """The whole demo in its quick form, and what it refuses."""
 
 import json
-from argparse import ArgumentParser
 
 import pytest
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rwkvinside.cli import demo as verb
+from rwkvinside.cli.main import main
 from rwkvinside.demo import run as command
 from rwkvinside.demo.corpus import Corpus, collect
 from rwkvinside.demo.tables import show_speed, slowdown
-from rwkvinside.errors import UserError
 from rwkvinside.evaluate.decode_speed import DecodeSpeed
-
-
-def arguments(*given):
-    parser = ArgumentParser()
-    verb.add_demo_arguments(parser)
-    return parser.parse_args([str(one) for one in given])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,7 +28,7 @@ def test_quick_demo_from_text_to_a_student_that_generates(tmp_path, monkeypatch,
     whole = collect()
     monkeypatch.setattr(command, "collect", lambda: Corpus(whole.train[:300], whole.val[:12]))
     out = tmp_path / "demo"
-    assert verb.main(arguments("--out", out, "--quick")) == 0
+    assert main(["demo", "--out", str(out), "--quick"]) == 0
 
     result = json.loads((out / "demo.json").read_text())
     assert list(result["stages"]) == ["calibrate", "align", "distill"]
@@ -66,11 +58,11 @@ def test_quick_demo_from_text_to_a_student_that_generates(tmp_path, monkeypatch,
     assert (out / "teacher" / "model.safetensors").stat().st_mtime_ns == teacher
 
 
-def test_a_folder_with_something_else_is_left_alone(tmp_path):
+def test_a_folder_with_something_else_is_left_alone(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").write_text("mine")
-    with pytest.raises(UserError, match="not the folder of a demo"):
-        verb.main(arguments("--out", tmp_path))
+    assert main(["demo", "--out", str(tmp_path)]) == 2
+    assert "not the folder of a demo" in capsys.readouterr().err
     assert (tmp_path / "run" / "mine.txt").read_text() == "mine"
 
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from rwkvinside.errors import UserError
+from rwkvinside.kernels.bench.arguments import add_arguments
 from rwkvinside.kernels.bench.candidates import CANDIDATES, choose
-from rwkvinside.kernels.bench.command import Stage, add_arguments, gpu_suite, main, parse_shapes
+from rwkvinside.kernels.bench.command import Stage, gpu_suite, main, parse_shapes
 from rwkvinside.kernels.bench.measure import Bench, extra_memory_cpu, race
 from rwkvinside.kernels.bench.problem import Shape, ideal_bytes, make_inputs, relative_errors
 from rwkvinside.modeling.wkv7 import wkv7_reference

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 import train_distill
+from rwkvinside.cli import main as cli
 from rwkvinside.errors import UserError
 from rwkvinside.training.launch import check_hosts, launch, read_hostfile
 
@@ -62,20 +63,27 @@ def test_real_ssh_says_why(tmp_path):
         check_hosts({"nowhere.invalid": 1, "nowhere-else.invalid": 1})
 
 
-def test_the_command_checks_then_becomes_the_launcher(tmp_path, ssh, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("main", "started_again"),
+    [
+        (train_distill.main, [train_distill.__file__]),
+        (lambda arguments: cli.main(["train", *arguments]), ["--module", "rwkvinside", "train"]),
+    ],
+)
+def test_the_command_checks_then_becomes_the_launcher(main, started_again, tmp_path, ssh, monkeypatch, capsys):
     file, started = tmp_path / "hosts", []
     monkeypatch.setattr(os, "execv", lambda path, command: started.append(command) or sys.exit(0))
     arguments = ["--hostfile", str(file), "--teacher", "Qwen3-0.6B", "--data", str(tmp_path), "run=[align]"]
     file.write_text("good-1 slots=8\nfar slots=8\n")
-    assert train_distill.main(arguments) == 2
+    assert main(arguments) == 2
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 2 and "far" in error[0] and "hostfile" in error[1] and not started
     file.write_text("good-1 slots=8\ngood-2 slots=8\n")
     with pytest.raises(SystemExit):
-        train_distill.main(arguments)
+        main(arguments)
     (command,) = started
     assert command[1:5] == ["-m", "deepspeed.launcher.runner", "--hostfile", str(file)]
-    assert command[5].endswith("train_distill.py") and command[6:] == arguments
+    assert command[5:] == [*started_again, *arguments]
 
 
 def test_a_plan_for_the_hosts_starts_nothing(tmp_path, monkeypatch, capsys):

@@ -5,7 +5,8 @@ import sys
 
 from rwkvinside.errors import report_errors
 from rwkvinside.kernels import bench
-from rwkvinside.kernels.bench.command import add_arguments, main
+from rwkvinside.kernels.bench.arguments import add_arguments
+from rwkvinside.kernels.bench.command import main
 
 
 @report_errors

@@ -2,8 +2,8 @@
 
     python -m rwkvinside.kernels.bench [--shapes "B,T,H,N;..."] [--candidates triton,fla] [--decode] [--json FILE]
 
-This file is the command: arguments, stages, tables, JSON. What is compared stands in `candidates`, on what in
-`problem`, how it is measured in `measure`. Needs torch alone; the figure needs matplotlib.
+This file is the command: stages, tables, JSON. Its flags stand in `arguments`, what is compared in `candidates`, on
+what in `problem`, how it is measured in `measure`. Needs torch alone; the figure needs matplotlib.
 """
 
 from __future__ import annotations
@@ -86,24 +86,6 @@ def parse_shapes(text: str) -> list[Shape]:
             raise UserError(f"--shapes: {part!r} has a size below 1")
         shapes.append(shape)
     return shapes
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `rwkvinside bench wkv7`."""
-    names = ", ".join(dict.fromkeys(c.name.split(":")[0] for c in CANDIDATES))
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    parser.add_argument("--shapes", metavar="B,T,H,N;...", help="problems; the default depends on the device")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: fp32 on the CPU, bf16 on a GPU")
-    parser.add_argument("--candidates", metavar="NAME,...", help=f"of {names}, or one member such as triton:fast")
-    parser.add_argument("--decode", action="store_true", help="one token with a state instead of sequences")
-    parser.add_argument("--suite", choices=("gpu",), help="what to measure on a new GPU, in under eight minutes")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: as torch chooses)")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="turns of each candidate (default 5)")
-    parser.add_argument(
-        "--seconds", type=float, default=10, help="of turns per candidate and pass; what does not fit is left out"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here, after each shape")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="draw the times here (needs matplotlib)")
 
 
 def main(args: argparse.Namespace) -> int:

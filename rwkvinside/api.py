@@ -1,0 +1,148 @@
+"""What the verbs of the command line do, as functions: `import rwkvinside as rw`, then `rw.train(...)`.
+
+Each imports what it needs when it is called; the work is done by the package that its first line points to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config.schema import Config
+
+
+def plan(config: Config, *, stages: Sequence[str] | None = None, ranks: int = 1) -> str:
+    """Return what a run would do, as text; load no weights.
+
+        config = rw.load_config(teacher="Qwen3-0.6B", data=["train.jsonl"])
+        print(rw.plan(config))
+
+    Args:
+        config: from `load_config`.
+        stages: those to show; None is all that the configuration runs.
+        ranks: processes that share the work.
+
+    Raises:
+        UserError: whatever of the student can only be seen with its parameters.
+    """
+    from .config.resolve import resolve
+    from .planning.plan import plan_text
+
+    return plan_text(resolve(config, stages, ranks), config)
+
+
+def train(
+    config: Config,
+    *,
+    stage: str | None = None,
+    resume: bool = False,
+    resume_from: str | None = None,
+    launched: bool = False,
+) -> None:
+    """Run the stages of a conversion that are not finished, in `config.out`.
+
+        config = rw.load_config(teacher="Qwen3-0.6B", data=["train.jsonl"], out="run")
+        rw.train(config)
+
+    Args:
+        config: from `load_config`.
+        stage: run this one alone, from what the stages before it left.
+        resume: continue in a run directory that is not empty.
+        resume_from: checkpoint of the first unfinished stage to continue from; None is the newest.
+        launched: this process is one of those that `deepspeed` or `torchrun` started.
+
+    Raises:
+        UserError: whatever is wrong with the input; `Interrupted` after SIGTERM or SIGINT, with the work saved.
+    """
+    from .conversion import run
+
+    run.train(config, stage=stage, resume=resume, resume_from=resume_from, launched=launched)
+
+
+def export(run: str | Path, out: str | Path, to: str = "hf", **options: Any) -> dict:
+    """Write the last finished stage of a run in another format, and verify it.
+
+        report = rw.export("run", "student", dtype="bfloat16")
+        print(report["verification"]["max_difference"])
+
+    Args:
+        run: run directory.
+        out: directory to create.
+        to: a format of `rwkvinside.export.registry`; "hf" is Hugging Face transformers.
+        **options: of the format; of "hf", see `rwkvinside.export.huggingface.export_hf`.
+
+    Returns:
+        What conversion.json of the export says.
+
+    Raises:
+        UserError: an unknown format, a run that is not finished, an output that is not empty.
+        VerificationError: the export does not reproduce the trained model; nothing is left at `out`.
+    """
+    from .export import registry
+
+    return registry.export(run, out, to, **options)
+
+
+def verify(directory: str | Path, against: str | Path) -> dict:
+    """Compare an exported directory with the run it was made from.
+
+        result = rw.verify("student", against="run")
+        print(result["max_difference"], result["tolerance"])
+
+    Args:
+        directory: exported directory.
+        against: run directory.
+
+    Returns:
+        What was compared, the differences and their tolerances, see `rwkvinside.export.verify.verify`.
+
+    Raises:
+        UserError: not an exported directory, or a run that cannot be read.
+        VerificationError: a difference exceeds its tolerance.
+    """
+    from .export.verify import verify as compare
+
+    return compare(directory, against)
+
+
+def evaluate(
+    student: str | Path,
+    teacher: str | Path | None = None,
+    *,
+    data: Sequence[str | Path],
+    max_documents: int | None = None,
+    max_length: int | None = None,
+    device: str = "auto",
+) -> dict:
+    """Measure how close a student is to its teacher on texts.
+
+        scores = rw.evaluate("student", "Qwen/Qwen3-0.6B", data=["val.jsonl"])
+        print(scores["kl"], scores["agreement"])
+
+    Args:
+        student: exported directory, whose model code is run, or run directory.
+        teacher: directory or hub id; None is the one that a run names.
+        data: files or directories of texts.
+        max_documents: the first so many only.
+        max_length: tokens judged of a document; None is 4096, or what the teacher was made for where that is less.
+        device: "auto", "cpu" or "cuda".
+
+    Returns:
+        KL, cross entropies, perplexities and agreement, over all tokens and by position: the JSON of `rwkvinside eval`.
+
+    Raises:
+        UserError: a directory that is no model and no run, no teacher, data that cannot be read.
+    """
+    from .evaluate.compare import evaluate_saved
+
+    comparison = evaluate_saved(
+        student,
+        teacher,
+        [str(source) for source in data],
+        max_documents=max_documents,
+        max_length=max_length,
+        device=device,
+    )
+    return comparison.to_dict()

@@ -1,0 +1,110 @@
+"""`rwkvinside bench`: speed and memory, measured side by side."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+
+from rich.console import Console
+from rich.table import Table
+
+from ..support.files import write_json
+from ..support.text import rounded_bytes
+from .arguments import ArgumentParser, add_output_arguments, at_least, run_command
+
+COMMANDS = {
+    "wkv7": ("bench:wkv7", "the recurrence: our kernels beside others and attention"),
+    "training": ("bench:training", "align and distill beside plain fine-tuning of the same teacher"),
+    "head": ("bench:head", "memory and time of the distillation loss, all logits at once beside a chunk at a time"),
+}
+
+
+def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
+    """Run one of the commands."""
+    return run_command(parser, argv, COMMANDS)
+
+
+def wkv7(parser: ArgumentParser, argv: Sequence[str]) -> int:
+    """Measure the kernels; the same as `python -m rwkvinside.kernels.bench`."""
+    from ..kernels.bench.arguments import add_arguments
+
+    add_arguments(parser)
+    args = parser.parse(argv)
+    from ..kernels.bench import command
+
+    return command.main(args)
+
+
+def training(parser: ArgumentParser, argv: Sequence[str]) -> int:
+    """Measure training steps, print a table, write JSON."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--teacher", help="local directory or hub id")
+    source.add_argument("--random", type=_shape, metavar="LAYERS,HEADS,HEAD_SIZE", help="a teacher of random weights")
+    parser.add_argument("--rows", type=at_least(1), default=8, metavar="N", help="rows of the batch (default: 8)")
+    parser.add_argument("--seq-len", type=at_least(1), default=512, metavar="N", help="tokens per row (default: 512)")
+    parser.add_argument(
+        "--repeats", type=at_least(1), default=5, metavar="N", help="measured steps of each kind (default: 5)"
+    )
+    parser.add_argument(
+        "--backend", nargs="+", default=["auto"], metavar="NAME", help="as student.backend; several are compared"
+    )
+    add_output_arguments(parser)
+    args = parser.parse(argv)
+    from transformers.utils.logging import disable_progress_bar
+
+    from ..bench.training import pretrained_teacher, random_teacher, training_speed
+
+    disable_progress_bar()  # of transformers: every kind loads the teacher
+    load = partial(random_teacher, *args.random) if args.random else partial(pretrained_teacher, args.teacher)
+    result = training_speed(load, rows=args.rows, seq_len=args.seq_len, repeats=args.repeats, backends=args.backend)
+    table = Table(
+        title=f"one step of {args.rows} x {args.seq_len} tokens, fp32, {result['device']}, {result['threads']} threads"
+    )
+    for column in ("", "tokens/s", "of fine-tuning"):
+        table.add_column(column, justify="left" if not column else "right")
+    speed = result["tokens_per_second"]
+    for name, value in speed.items():
+        table.add_row(name, f"{value:,.0f}", f"{value / speed['finetune']:.2f}")
+    Console().print(table)
+    if args.json is not None:
+        write_json(args.json, result)
+    return 0
+
+
+def head(parser: ArgumentParser, argv: Sequence[str]) -> int:
+    """Measure the distillation loss, print a table, write JSON."""
+    for flag, default, text in (
+        ("--tokens", 2048, "with a label"),
+        ("--vocab", 151_936, "rows of the head"),
+        ("--hidden", 1024, "width of the head"),
+        ("--repeats", 3, "processes of each kind"),
+    ):
+        parser.add_argument(flag, type=at_least(1), default=default, metavar="N", help=f"{text} (default: {default})")
+    parser.add_argument("--trained", action="store_true", help="the student's head is trained too")
+    add_output_arguments(parser)
+    args = parser.parse(argv)
+    from ..bench.distillation_loss import Problem, head_cost
+
+    result = head_cost(Problem(args.tokens, args.vocab, args.hidden, args.trained), args.repeats)
+    table = Table(
+        title=f"KL of {args.tokens} tokens, vocabulary {args.vocab}, width {args.hidden}, head "
+        f"{'trained' if args.trained else 'frozen'}, fp32, {result['device']}, {result['threads']} threads"
+    )
+    for column in ("", "seconds", "extra memory", "loss"):
+        table.add_column(column, justify="left" if not column else "right")
+    for kind, name in (("whole", "all logits at once"), ("chunks", f"{result['chunk_tokens']} tokens at a time")):
+        found = result[kind]
+        table.add_row(name, f"{found['seconds']:.2f}", rounded_bytes(found["bytes"]), f"{found['loss']:.6g}")
+    table.add_row("relative", f"{result['time']:.2f}", f"{result['memory']:.3f}", "")
+    Console().print(table)
+    if args.json is not None:
+        write_json(args.json, result)
+    return 0
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    sizes = tuple(int(part) for part in text.split(",") if part.isdecimal())
+    if len(sizes) != 3 or not all(sizes) or text.count(",") != 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not LAYERS,HEADS,HEAD_SIZE, as in 8,8,64")
+    return sizes

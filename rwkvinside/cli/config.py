@@ -1,0 +1,37 @@
+"""`rwkvinside config`: the configuration that results from files, flags and `key=value`, and what its fields mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .arguments import ArgumentParser, add_config_arguments, config_from, run_command
+
+COMMANDS = {
+    "show": ("config:show", "print the configuration with all defaults filled in, as YAML"),
+    "fields": ("config:fields", "list every field with its default and meaning"),
+}
+
+
+def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
+    """Run one of the commands."""
+    return run_command(parser, argv, COMMANDS)
+
+
+def show(parser: ArgumentParser, argv: Sequence[str]) -> int:
+    """Print a configuration as YAML."""
+    add_config_arguments(parser)
+    config = config_from(parser.parse(argv))
+    from ..config.show import to_yaml
+
+    print(to_yaml(config), end="")
+    return 0
+
+
+def fields(parser: ArgumentParser, argv: Sequence[str]) -> int:
+    """Print a line for each field."""
+    parser.parse(argv)
+    from ..config.show import describe
+
+    for path, default, description in describe():
+        print(f"{path} [{default}]: {description}" if default else f"{path}: {description}")
+    return 0

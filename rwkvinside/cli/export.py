@@ -1,0 +1,43 @@
+"""`rwkvinside export RUN --to FORMAT --out DIR`: a finished run in a format that others read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..export.registry import FORMATS, export
+from .arguments import ArgumentParser
+
+OPTIONS = ("dtype", "tie_embeddings", "adapters")  # of the formats; those that are not given have the format's defaults
+
+
+def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
+    """Export, and print what was written."""
+    _add_arguments(parser)
+    args = parser.parse(argv)
+    options = {name: value for name in OPTIONS if (value := getattr(args, name)) is not None}
+    report = export(args.run, args.out, args.to, **options)
+    from ..export.card import changes
+
+    print(f"wrote {args.out}: stage {report['stage']}, {report['parameters']} parameters, {report['dtype']}")
+    for line in changes(report):
+        print(line)
+    return 0
+
+
+def _add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="run directory")
+    formats = "; ".join(f"{name}: {text}" for name, (_, text) in FORMATS.items())
+    parser.add_argument("--to", default="hf", metavar="FORMAT", help=f"{formats} (default: hf)")
+    parser.add_argument("--out", required=True, metavar="DIR", help="directory to create")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: the teacher's)"
+    )
+    tie = parser.add_mutually_exclusive_group()
+    tie.add_argument("--tie-embeddings", action="store_true", default=None, help="one matrix for embedding and head")
+    tie.add_argument("--untie-embeddings", action="store_false", dest="tie_embeddings", help="two matrices")
+    parser.add_argument(
+        "--adapters",
+        choices=["merge", "separate"],
+        help="merge adapters into the weights (default), or keep them apart, as PEFT stores them",
+    )
+    parser.add_argument("--merge", action="store_const", const="merge", dest="adapters", help="as --adapters merge")

@@ -1,0 +1,38 @@
+"""The formats that a run can be exported to: where a format is added. Imports none of them before it is chosen."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..support.text import did_you_mean
+
+# name -> ("module:function" of this package, one line of help); the function takes the run, the output and options of
+# its own, verifies what it writes, and returns what conversion.json says
+FORMATS = {"hf": ("huggingface:export_hf", "Hugging Face transformers")}
+
+
+def export(run: str | Path, out: str | Path, to: str = "hf", **options: Any) -> dict:
+    """Write the last finished stage of a run in one of the `FORMATS`, and verify it.
+
+    Args:
+        run: run directory.
+        out: directory to create.
+        to: name of the format.
+        **options: of the format, see its function.
+
+    Returns:
+        What conversion.json of the export says.
+
+    Raises:
+        UserError: an unknown format, with the nearest one, and whatever the format refuses.
+        VerificationError: the export does not reproduce the trained model.
+    """
+    if to not in FORMATS:
+        raise UserError(
+            f"export format {to!r} is not known{did_you_mean(to, FORMATS)}", f"formats: {', '.join(FORMATS)}"
+        )
+    module, function = FORMATS[to][0].split(":")
+    return getattr(import_module(f".{module}", __package__), function)(run, out, **options)

@@ -1,0 +1,142 @@
+"""`rwkvinside train` and its script: plans without weights, a line of cause and one of hint, one rank that speaks."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import save_configuration
+
+import train_distill
+from rwkvinside import kernels
+from rwkvinside.cli import main as cli
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    return save_configuration(tmp_path / "tiny")
+
+
+def run(*command, **options):
+    return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, **options)
+
+
+@pytest.mark.slow
+def test_dry_run_of_a_14b_teacher_takes_less_than_20_seconds():
+    started = time.monotonic()
+    result = run("train_distill.py", "--teacher", "Qwen3-14B", "--dry-run", "--local_rank=0")
+    assert result.returncode == 0, result.stderr
+    assert time.monotonic() - started < 20
+    assert "R" * 40 in result.stdout
+
+
+def test_dry_run_shows_the_whole_plan(teacher, capsys, tmp_path):
+    out = tmp_path / "run"
+    argv = ["--teacher", teacher, "--out", str(out), "--dry-run", "student.attention_layers=[0,2]"]
+    argv += ["stages.align.tokens=600k", "stages.distill.tokens=600k", "stages.distill.train=[mixer,'.*mlp.*']"]
+    assert train_distill.main(argv) == 0
+    plan = capsys.readouterr().out
+    assert not out.exists()
+    assert "layers    ARAR   (2 R = RWKV, 2 A = attention)" in plan
+    assert "run       calibrate -> align -> distill" in plan
+    assert plan.count("steps     147 of 16 rows") == 2
+    # layer 3 of the two mixers has residual mixes, layer 1 has none: both are counted in one group
+    align = plan[plan.index("\nalign:") : plan.index("\ndistill:")]
+    states = {
+        line.split()[0]: "trains" if line.endswith("trains") else "frozen"
+        for line in align.splitlines()
+        if line.endswith((" trains", " frozen"))
+    }
+    assert states == {
+        "mixer.proj": "trains",
+        "mixer.lora": "trains",
+        "attention": "frozen",
+        "mlp": "frozen",
+        "norms": "frozen",
+        "embed": "frozen",
+        "head": "frozen",
+    }
+    distill = plan[plan.index("\ndistill:") :]
+    assert "teacher   a second model" in distill
+    assert "memory    about" in distill and "teacher" in distill.split("memory")[1]
+    mlp = 4 * 3 * 32 * 48
+    assert next(line for line in distill.splitlines() if line.startswith("  mlp")).split()[1:3] == [
+        f"{mlp / 1e3:.4g}",
+        "K",
+    ]
+
+
+def test_dry_run_of_one_stage_knows_what_came_before(teacher, capsys):
+    argv = ["--teacher", teacher, "--dry-run", "--stage", "long", "stages.long.train=[mixer]"]
+    assert train_distill.main(argv) == 0
+    plan = capsys.readouterr().out
+    assert "align: " not in plan and "long (distill): " in plan
+    assert "a second model" in plan  # distill, in `run` before it, has trained what the teacher needs
+    assert train_distill.main([*argv, "run=[align]"]) == 0
+    assert "the student's own frozen weights" in capsys.readouterr().out
+    longer = ["--teacher", teacher, "--dry-run", "stages.long.data.seq_len=9999"]
+    assert train_distill.main(longer) == 0  # does not run
+    assert train_distill.main([*longer, "--stage", "long"]) == 2
+    assert "stages.long.data.seq_len = 9999: is longer than the" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "overrides, cause",
+    [
+        (
+            ["student.attention_layers=[4]"],
+            "student.attention_layers = [4]: has layer 4, but the teacher has layers 0 to 3",
+        ),
+        (["stages.align.train=[mixr]"], "train pattern 'mixr' matches no parameter"),
+        (["stages.align.train=['mixer(']"], "is not a regular expression"),
+        (["stages.distill.teacher=same"], "teacher: same cannot be used"),
+        (["student.preset=x070"], "student.preset='x070'"),
+    ],
+)
+def test_bad_input_ends_in_one_line_of_cause_and_one_of_cure(teacher, capsys, overrides, cause):
+    assert train_distill.main(["--teacher", teacher, "--dry-run", *overrides]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = err.splitlines()
+    assert lines[0].startswith("error: ") and cause in lines[0]
+    assert len(lines) <= 2  # some causes name their hint
+
+
+def test_a_backend_that_cannot_run_is_refused_before_anything_is_loaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(kernels, "why_unavailable", lambda backend: "PyTorch finds no GPU")
+    given = ["--teacher", "Qwen3-0.6B", "--data", str(tmp_path), "--out", str(tmp_path / "run"), "device=cpu"]
+    assert train_distill.main([*given, "student.backend=triton"]) == 2
+    assert "student.backend triton cannot run: PyTorch finds no GPU" in capsys.readouterr().err
+
+
+def test_only_the_first_rank_speaks():
+    result = run("train_distill.py", "--teacher", "Qwen3-14C", env=os.environ | {"RANK": "1"})
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", "")
+
+
+def test_the_script_is_the_verb(teacher, capsys):
+    argv = ["--teacher", teacher, "--dry-run", "run=[align]", "--local_rank=0"]
+    assert train_distill.main(argv) == 0
+    plan = capsys.readouterr().out
+    assert cli.main(["train", *argv]) == 0
+    assert capsys.readouterr().out == plan
+    assert cli.main(["plan", *argv[:2], argv[3]]) == 0
+    assert capsys.readouterr().out == plan
+
+
+@pytest.mark.slow
+def test_the_module_runs_under_deepspeeds_launcher(teacher):
+    """Which puts --local_rank before the verb."""
+    launcher = ("-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", "29519", "--quiet")
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "DS_ACCELERATOR": "cpu",
+    }
+    argv = ("--module", "rwkvinside", "train", "--teacher", teacher, "--dry-run", "run=[align]")
+    result = run(*launcher, *argv, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("2 ranks, DeepSpeed") == 2
