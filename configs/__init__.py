@@ -1,1 +1,1 @@
-"""Recipes shipped with the package, one YAML per teacher; importable as `rwkvinside.recipes`."""
+"""What ships with the package: `recipes/`, one YAML per teacher, and `variants/`; importable as `rwkvinside.recipes`."""
