@@ -1,1 +1,1 @@
-"""What ships with the package: `recipes/`, one YAML per teacher, and `variants/`; importable as `rwkvinside.recipes`."""
+"""What ships with the package, as `rwkvinside.recipes`: `recipes/`, one YAML per teacher, and `variants/`."""

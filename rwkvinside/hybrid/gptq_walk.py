@@ -44,8 +44,8 @@ def round_layers(
     if "lm_head" in paths:
         hooks.append(model.lm.model.norm.register_forward_hook(walk.head))
     for layer in model.lm.model.layers:
-        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-            hooks.append(norm.register_forward_pre_hook(walk.block_begins))
+        norms = (layer.input_layernorm, layer.post_attention_layernorm)
+        hooks.extend(norm.register_forward_pre_hook(walk.block_begins) for norm in norms)
     mode = "align" if any(model.group_of(f"{name}.weight")[0] == "mixer" for name in names) else "teacher"
     # in 16 bits the teacher's weights are that still, which the fp32 mixers beside them cannot take
     mixed = model.lm.dtype in (torch.bfloat16, torch.float16)

@@ -55,7 +55,7 @@ def plan_text(config: Config, stages: list[str] | None = None, ranks: int = 1) -
     table = model.group_table()
     # a head that is still the embedding counts once
     total = sum({id(p): p.numel() for p in model.canonical_parameters().values()}.values())
-    new = dict((group, count) for group, _, count in table).get(NEW, 0)
+    new = {group: count for group, _, count in table}.get(NEW, 0)
     c = model.lm.config
     layer_map = "".join("R" if i in model.rwkv_layers else "A" for i in range(c.num_hidden_layers))
     engine = f"DeepSpeed, ZeRO {zero_settings(config).settled().stage}" if ranks > 1 else "one process"

@@ -39,7 +39,7 @@ def token(B=2, H=4, N=64, G=None):
     return {
         "r": full,
         "w": full,
-        **{name: shared for name in "kvab"},
+        **dict.fromkeys("kvab", shared),
         "state": torch.empty(B, H, N, N, device="meta"),
         "mask": None,
     }

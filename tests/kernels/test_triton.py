@@ -77,7 +77,7 @@ def test_few_heads_are_split_and_many_are_not():
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    "changes, message",
     [
         ({"precision": "bf16"}, "precision"),
         ({"r": torch.empty(1, 3, 2, 20)}, "multiple of 8"),

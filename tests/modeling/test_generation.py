@@ -146,9 +146,8 @@ def test_kept_layers_with_a_sliding_window(layout, prompt):
 
 def test_cached_logits_equal_a_full_pass(model, prompt):
     full = model(prompt, use_cache=False).logits
-    cache, parts = DynamicCache(config=model.config), []
-    for part in prompt.split([7, 1, 1, 12], dim=1):
-        parts.append(model(part, past_key_values=cache).logits)
+    cache = DynamicCache(config=model.config)
+    parts = [model(part, past_key_values=cache).logits for part in prompt.split([7, 1, 1, 12], dim=1)]
     # float64 all through except nothing: only the order of sums differs between the chunked and the stepwise path
     torch.testing.assert_close(torch.cat(parts, 1), full, rtol=0, atol=1e-10)
     assert cache.get_seq_length() == prompt.shape[1]
@@ -250,9 +249,9 @@ def test_refusals(prompt):
         model.generate(prompt, max_new_tokens=2, cache_implementation="static")
     with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
         model.generate(prompt[:1], max_new_tokens=2, assistant_model=model)
+    cache = DynamicCache(config=model.config)
+    model(prompt, past_key_values=cache)
     with pytest.raises(NotImplementedError, match="cannot be cropped"):
-        cache = DynamicCache(config=model.config)
-        model(prompt, past_key_values=cache)
         cache.crop(-1)
 
 

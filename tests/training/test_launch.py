@@ -30,7 +30,7 @@ def test_a_hostfile_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    "text, said",
     [
         ("", "names no host"),
         ("worker-1 slots=0\n", "line 1: 'worker-1 slots=0'"),

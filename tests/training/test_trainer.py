@@ -275,6 +275,7 @@ def test_nan_in_a_real_student_names_the_module_and_the_rows(poisoned):
     def poison(module, args, output):
         if len(seen.rows) == 1 and torch.equal(ids[-1][:1], bad):
             return (output[0] * torch.nan, output[1]) if isinstance(output, tuple) else output * torch.nan
+        return None
 
     seen, ids = Losses(), []
     student.register_forward_pre_hook(lambda model, args: ids.append(args[0].input_ids))

@@ -220,6 +220,7 @@ def read_baseline(path: Path) -> tuple[str, dict[str, Usage]]:
 
 
 def write_baseline(path: Path, found: dict[str, Usage]) -> None:
+    """Write usages by name, one a line, with Triton's version."""
     kernels = ",\n".join(f"    {json.dumps(name)}: {json.dumps(asdict(usage))}" for name, usage in found.items())
     text = f'{{\n  "triton": "{triton.__version__}",\n  "kernels": {{\n{kernels}\n  }}\n}}\n'
     path.write_text(text, encoding="utf-8")
