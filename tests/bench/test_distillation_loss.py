@@ -27,7 +27,6 @@ def test_what_cannot_be_measured_is_refused(capsys, tmp_path):
     assert capsys.readouterr().err == "error: --repeats 0\ngive at least 1\n"
 
 
-@pytest.mark.slow
 def test_memory_at_a_large_vocabulary(tmp_path, capsys):
     """Needs 7 GiB; a narrow head, because only the time depends on its width."""
     out = tmp_path / "head.json"

@@ -38,7 +38,7 @@ def test_help_imports_nothing_heavy(command):
     assert not imported & {"torch", "transformers", "numpy", "pydantic", "deepspeed"}
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_dry_run_of_a_14b_teacher_takes_less_than_20_seconds():
     started = time.monotonic()
     result = run("train_distill.py", "--teacher", "Qwen3-14B", "--dry-run", "--local_rank=0")
@@ -200,6 +200,7 @@ def test_export_of_something_else_is_refused(tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.integration
 def test_kernels_do_not_hide_the_package_of_that_name():
     code = "import kernels, rwkvinside.kernels as k, rwkvinside.recipes; print(kernels.__file__, k.__name__)"
     assert run("-c", code).stdout.split() == ["None", "rwkvinside.kernels"]

@@ -23,12 +23,13 @@ def run(*arguments, **environment):
     return subprocess.run(command, env=inherited | environment, capture_output=True, text=True)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_every_shipped_configuration_compiles_as_the_baseline_says():
     result = run("--check", BASELINE)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+@pytest.mark.integration
 def test_nothing_is_compiled_under_the_interpreter():
     result = run("--only", "sm_90/64/step", TRITON_INTERPRET="1")
     assert result.returncode == 2
@@ -165,7 +166,7 @@ def test_tuning_needs_a_gpu(tmp_path, capsys):
 
 
 @pytest.mark.gpu
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_tuning_writes_what_lookup_reads(tmp_path):
     path = tmp_path / "table.json"

@@ -22,7 +22,7 @@ def run_cases(interpret: bool):
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_properties_in_the_interpreter():
     run_cases(interpret=True)
 

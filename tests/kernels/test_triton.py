@@ -9,7 +9,7 @@ from rwkvinside.kernels.gpu import op
 from rwkvinside.kernels.gpu.table import Config, Tuning, lookup
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_properties_in_the_interpreter():
     run_cases("triton_cases.py", interpret=True)
 

@@ -57,7 +57,7 @@ BF16 = ["precision=bf16", "teacher.dtype=bfloat16"]
 NF4 = ["quantize.groups=[mlp,teacher]", "adapters=[{kind: lora, groups: [mlp], rank: 16}]"]
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 @pytest.mark.skipif(kernels.why_unavailable("native") is not None, reason="the counts are those of the native kernel")
 @pytest.mark.parametrize(

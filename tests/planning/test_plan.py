@@ -33,7 +33,7 @@ def test_variants_are_found_as_package_data():
     assert shipped == {f"{name}.yaml" for name in VARIANTS}
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("name", sorted(recipes()))
 def test_every_recipe_plans_with_every_variant(name):
     for variant in VARIANTS:
