@@ -37,7 +37,7 @@ types: $(STAMP)
 
 # The pages of docs/ and of the public API, into site/; without network, a warning is an error.
 docs: $(STAMP)
-	$(VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 # All GPU kernels on the first GPU; starts nothing new after seven minutes. PYTHON needs torch and triton only.
 bench-gpu:

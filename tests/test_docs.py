@@ -8,7 +8,6 @@ other machines is run with --dry-run; what takes minutes is only parsed (`ONLY_P
 
 import importlib.metadata
 import importlib.util
-import json
 import re
 import shlex
 import shutil
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import byte_tokenizer, save_qwen3
+from tiny import byte_tokenizer, save_qwen3, save_texts
 
 import convert_checkpoint
 import train_distill
@@ -99,8 +98,7 @@ def material(tmp_path_factory):
     tokenizer = byte_tokenizer("<|end|>", eos_token="<|end|>")
     save_qwen3(folder / "TEACHER", tokenizer, eos_token_id=tokenizer.eos_token_id)
     for name in ("train", "val", "texts"):
-        lines = [json.dumps({"text": f"{name} {i}: " + "the quick brown fox " * (i % 5 + 1)}) for i in range(30)]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+        save_texts(folder / f"{name}.jsonl")
     data = {"train": [str(folder / "train.jsonl")], "val": [str(folder / "val.jsonl")]}
     stages = {name: {"data": {"seq_len": 32}, "batch": {"tokens": 128}} for name in ("calibrate", "align", "distill")}
     config = {"teacher": {"path": str(folder / "TEACHER")}, "data": data, "stages": stages, "out": "from-yaml"}
