@@ -3,8 +3,11 @@ PYTHON ?= python3
 JOBS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2); [ $$n -gt 4 ] && echo 4 || echo $$n)
 VENV := .venv
 STAMP := $(VENV)/.installed
+# One process per core with one thread each: the tests' tensors are too small to be worth a second thread. A file stays
+# on one worker, because its tests share what they trained; files begin in the order of tests/conftest.py.
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: venv demo test lint bench-gpu
+.PHONY: venv demo test unit lint types docs bench-gpu
 .DEFAULT_GOAL := venv
 
 venv: $(STAMP)
@@ -17,12 +20,24 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 demo: $(STAMP)
 	DS_ACCELERATOR=cpu $(VENV)/bin/rwkvinside demo $(ARGS)
 
-# One process per core with one thread each: the tests' tensors are too small to be worth a second thread.
+# Everything. ARGS takes pytest's, such as ARGS='-m "not distributed"' or ARGS=tests/data.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(JOBS) --dist loadfile $(ARGS)
+	$(PYTEST) $(ARGS)
+
+# What to run after every change: about a minute.
+unit: $(STAMP)
+	$(PYTEST) -m unit $(ARGS)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(STAMP)
+	$(VENV)/bin/mypy
+
+# The pages of docs/ and of the public API, into site/; without network, a warning is an error.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 # All GPU kernels on the first GPU; starts nothing new after seven minutes. PYTHON needs torch and triton only.
 bench-gpu:

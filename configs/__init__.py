@@ -1,1 +1,1 @@
-"""Recipes shipped with the package, one YAML per teacher; importable as `rwkvinside.recipes`."""
+"""What ships with the package, as `rwkvinside.recipes`: `recipes/`, one YAML per teacher, and `variants/`."""

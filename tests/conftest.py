@@ -28,6 +28,38 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
+# What a test is, where it does not say so itself: by its file or folder, the longest name that fits. All others: unit.
+TIERS = {
+    "bench": "integration",
+    "conversion": "integration",
+    "data/test_stream.py": "integration",
+    "demo/test_demo.py": "integration",
+    "export": "integration",
+    "hybrid/test_gptq.py": "integration",
+    "modeling/test_generation.py": "integration",
+    "test_docs.py": "integration",
+    "test_packaging.py": "integration",
+}
+ORDER = ("distributed", "integration", "gpu", "unit")  # what takes long begins first, so that workers end together
+
+
+def tier_of(item) -> str:
+    """Return the tier of a test: its own marker, or that of its file."""
+    if own := next((name for name in ORDER if item.get_closest_marker(name)), None):
+        return own
+    path = item.path.relative_to(REPOSITORY / "tests").as_posix()
+    fits = [prefix for prefix in TIERS if path == prefix or path.startswith(f"{prefix}/")]
+    return TIERS[max(fits, key=len)] if fits else "unit"
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items):
+    """Mark every test with its tier and put what takes long first."""
+    for item in items:
+        item.add_marker(tier_of(item))
+    items.sort(key=lambda item: ORDER.index(tier_of(item)))
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("no CUDA device")

@@ -157,9 +157,11 @@ def _validate(merged: dict, found: TeacherInfo, refused: dict[tuple[str, ...], s
             stages[name] = read(StageConfig, own, "stages", name, max_positions=longest)
     fit = {name: own for name, own in stages.items() if own is not None}
     config = read(Config, merged | {"stages": fit}, num_layers=found.num_layers)
-    for name in run:
-        if isinstance(name, str) and name not in merged["stages"]:
-            problems.append(f"run names stage {name!r}, which is not in stages{did_you_mean(name, merged['stages'])}")
+    problems.extend(
+        f"run names stage {name!r}, which is not in stages{did_you_mean(name, merged['stages'])}"
+        for name in run
+        if isinstance(name, str) and name not in merged["stages"]
+    )
     if len(problems) == 1:
         raise UserError(problems[0], REFERENCE)
     if problems:

@@ -47,7 +47,7 @@ class TeacherInfo:
 @cache
 def recipes() -> dict[str, dict]:
     """The shipped recipes by name, Qwen3-14B and so on; under `variants` what a variant needs for that model."""
-    return _shipped()
+    return _shipped("recipes")
 
 
 @cache
@@ -56,8 +56,8 @@ def variants() -> dict[str, dict]:
     return _shipped("variants")
 
 
-def _shipped(*folder: str) -> dict[str, dict]:
-    entries = sorted(files("rwkvinside.recipes").joinpath(*folder).iterdir(), key=lambda entry: entry.name)
+def _shipped(folder: str) -> dict[str, dict]:
+    entries = sorted(files("rwkvinside.recipes").joinpath(folder).iterdir(), key=lambda entry: entry.name)
     return {
         entry.name.removesuffix(".yaml"): yaml.safe_load(entry.read_text(encoding="utf-8"))
         for entry in entries

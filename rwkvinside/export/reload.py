@@ -18,6 +18,7 @@ class Blocked:
 
 
 def main(folder: str, request: str, result: str, threads: str, sample: str, adapters: str) -> None:
+    """Load the directory and write what it computes; the arguments are those of the process."""
     import torch
     from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache

@@ -41,8 +41,8 @@ def round_layers(
     if family.head_path in paths:
         hooks.append(family.final_norm(model.lm).register_forward_hook(walk.head))
     for layer in family.layers(model.lm):
-        for reader in (family.attention_input(layer), family.mlp_input(layer)):
-            hooks.append(reader.register_forward_pre_hook(walk.block_begins))
+        readers = (family.attention_input(layer), family.mlp_input(layer))
+        hooks.extend(reader.register_forward_pre_hook(walk.block_begins) for reader in readers)
     mode = "align" if any(model.group_of(f"{name}.weight")[0] == "mixer" for name in names) else "teacher"
     # in 16 bits the teacher's weights are that still, which the fp32 mixers beside them cannot take
     mixed = model.lm.dtype in (torch.bfloat16, torch.float16)

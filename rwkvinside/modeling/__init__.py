@@ -1,0 +1,1 @@
+"""The portable model: what an export carries. Needs torch and transformers only."""

@@ -22,6 +22,10 @@ class FirstLayerKV(NamedTuple):
     v: Tensor
     k: Tensor | None
 
+    def detach(self) -> FirstLayerKV:
+        """Return the same values without gradient."""
+        return FirstLayerKV(self.v.detach(), None if self.k is None else self.k.detach())
+
 
 class VFirstHolder:
     """Carries v_first and k_first from the first RWKV layer to the later ones, gradients intact.
@@ -69,9 +73,7 @@ class VFirstHolder:
         All ranks must hold the same shape (B, T). Without a process group the world size is 1.
         """
 
-        def assemble(x: Tensor | None) -> Tensor | None:
-            if x is None:
-                return None
+        def assemble(x: Tensor) -> Tensor:
             own = x.detach().flatten(2).contiguous()
             if not dist.is_initialized():
                 return own[None]
@@ -80,7 +82,7 @@ class VFirstHolder:
             return torch.stack(slices)
 
         first = self.read()
-        return FirstLayerKV(assemble(first.v), assemble(first.k))
+        return FirstLayerKV(assemble(first.v), None if first.k is None else assemble(first.k))
 
     def broadcast(self, src: int, group: dist.ProcessGroup | None = None) -> None:
         """Overwrite this rank's slice with that of global rank `src`, without gradient. Every rank must hold a tensor

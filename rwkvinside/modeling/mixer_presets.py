@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 # What the published mixers differ in. None = as the teacher has it. `hxa` names are the same mixers in a hybrid whose
 # kept attention carries no rotation.
@@ -83,7 +84,7 @@ class TimeMixerConfig:
     backend: str = "auto"
     precision: str = "auto"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, value, allowed in (
             ("value_path", self.value_path, ("plain", "residual_kv", "residual_full", "additive")),
             ("key_scale", self.key_scale, ("decay", "log", "k_a")),
@@ -97,7 +98,7 @@ class TimeMixerConfig:
                 setattr(self, f"rank_{name}", rank)
 
     @classmethod
-    def from_preset(cls, preset: str, *, qk_norm: bool, **overrides) -> TimeMixerConfig:
+    def from_preset(cls, preset: str, *, qk_norm: bool, **overrides: Any) -> TimeMixerConfig:
         """A published variant for a teacher; `qk_norm` says whether the teacher has q/k norms, other arguments are
         fields.
 
@@ -121,7 +122,7 @@ class TimeMixerConfig:
             raise ValueError(f"unknown mixer fields {unknown}, known: {sorted(known)}")
         return cls(**values)
 
-    def replace(self, **changes) -> TimeMixerConfig:
+    def replace(self, **changes: Any) -> TimeMixerConfig:
         return replace(self, **changes)
 
 

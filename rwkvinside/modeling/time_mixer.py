@@ -61,6 +61,17 @@ class TimeMixer(nn.Module):
         is_first: this is the first RWKV layer of the model: it provides v_first and k_first and has no residual mixes.
     """
 
+    w0: nn.Parameter  # decay: bias, and the matrices of its low-rank map
+    w1: nn.Parameter
+    w2: nn.Parameter
+    a0: nn.Parameter  # in-context learning rate
+    a1: nn.Parameter
+    a2: nn.Parameter
+    g1: nn.Parameter  # gate
+    g2: nn.Parameter
+    v1: nn.Parameter  # share of v_first
+    v2: nn.Parameter
+
     def __init__(self, config: TimeMixerConfig, is_first: bool):
         super().__init__()
         self.mixer_config = config
@@ -132,14 +143,32 @@ class TimeMixer(nn.Module):
         y, wkv = self.run_recurrence(s, None if state is None else state.wkv, mask, cu_seqlens, inplace)
         return self.output((y * s.gate).flatten(2).to(x.dtype)), first, MixerState(wkv, shift)
 
-    def streams(self, x, *, first, state=None, rope=None, mask=None, cu_seqlens=None):
+    def streams(
+        self,
+        x: Tensor,
+        *,
+        first: FirstLayerKV | None,
+        state: MixerState | None = None,
+        rope: tuple[Tensor, Tensor] | None = None,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[RecurrenceInputs, FirstLayerKV, Tensor | None]:
         """All that is computed before the recurrence: (RecurrenceInputs, FirstLayerKV, shift state)."""
         features, first, shift = self.project_inputs(
             x, first=first, state=state, rope=rope, mask=mask, cu_seqlens=cu_seqlens
         )
         return self.recurrence_inputs(features), first, shift
 
-    def project_inputs(self, x, *, first, state=None, rope=None, mask=None, cu_seqlens=None):
+    def project_inputs(
+        self,
+        x: Tensor,
+        *,
+        first: FirstLayerKV | None,
+        state: MixerState | None = None,
+        rope: tuple[Tensor, Tensor] | None = None,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[ProjectedInputs, FirstLayerKV, Tensor | None]:
         """What of it does not depend on w0 and a0: (ProjectedInputs, FirstLayerKV, shift state)."""
         c = self.mixer_config
         H, N = c.num_heads, c.head_size
@@ -158,10 +187,12 @@ class TimeMixer(nn.Module):
         if self.is_first:
             first = FirstLayerKV(v, k if c.key_residual else None)
         else:
-            v_first, k_first = (t if t is None or not c.detach_first else t.detach() for t in first)
+            assert first is not None, "only the first RWKV layer runs without v_first"
+            v_first, k_first = first.detach() if c.detach_first else first
             if c.value_path in ("residual_kv", "residual_full"):
                 v = v + (v_first - v) * self._low_rank_sigmoid(xv, "v").unflatten(-1, (-1, N)).to(v.dtype)
             if c.key_residual:
+                assert k_first is not None, "the first RWKV layer has no key residual"
                 k = k + (k_first - k) * self._low_rank_sigmoid(xk, "k").unflatten(-1, (-1, N)).to(k.dtype)
         if c.value_path == "additive":
             v = _to_heads(v, H) + 0.2 * ((xv @ self.v1) @ self.v2).unflatten(-1, (H, N))
@@ -191,7 +222,9 @@ class TimeMixer(nn.Module):
             k = times_shared((1 - s + iclr).to(k.dtype), k)
         return RecurrenceInputs(r, log_decay, k, v, kk, iclr, gate)
 
-    def project(self, xr: Tensor, xk: Tensor, xv: Tensor, rope: tuple[Tensor, Tensor] | None):
+    def project(
+        self, xr: Tensor, xk: Tensor, xv: Tensor, rope: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Receptance (B, T, H, N), key and value (B, T, G, N), normed and rotated; as copied, the teacher's q, k, v."""
         c = self.mixer_config
         r = self.receptance(xr).unflatten(-1, (c.num_heads, c.head_size))
@@ -204,22 +237,32 @@ class TimeMixer(nn.Module):
         return r, k, v
 
     def run_recurrence(
-        self, s: RecurrenceInputs, wkv: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None, inplace=False
-    ):
+        self,
+        s: RecurrenceInputs,
+        wkv: Tensor | None,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        inplace: bool = False,
+    ) -> tuple[Tensor, Tensor]:
         """The recurrence, its scale or norm, and the bonus: (y (B, T, H, N) before the gate, final state).
 
         With `inplace` the final state may take the memory of `wkv`.
         """
         c = self.mixer_config
         B, T = s.r.shape[:2]
-        inputs = (s.r, s.log_decay, s.k, s.v, -s.kk, times_shared(s.iclr, s.kk))
-        if cu_seqlens is not None:
-            inputs = tuple(t.reshape(1, B * T, *t.shape[2:]) for t in inputs)
-            mask = None if mask is None else mask.reshape(1, B * T)
+
+        def joined(x: Tensor) -> Tensor:
+            return x if cu_seqlens is None else x.reshape(1, B * T, *x.shape[2:])
+
         y, wkv = wkv7(
-            *inputs,
+            joined(s.r),
+            joined(s.log_decay),
+            joined(s.k),
+            joined(s.v),
+            joined(-s.kk),
+            joined(times_shared(s.iclr, s.kk)),
             wkv,
-            mask=mask,
+            mask=None if mask is None else joined(mask),
             cu_seqlens=cu_seqlens,
             backend=c.backend,
             precision=c.precision,
@@ -258,7 +301,7 @@ def _to_heads(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2)
 
 
-def _shift(x, last, mask, cu_seqlens):
+def _shift(x: Tensor, last: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """The previous real token of each position (0 at the start of a document) and the last real token of each row."""
     B, T, D = x.shape
     last = x.new_zeros(B, D) if last is None else last.to(x.dtype)

@@ -71,7 +71,8 @@ def wkv7(
         ValueError: shapes that do not fit, a log decay outside what the chosen path represents, an unknown backend.
         RuntimeError: a backend that is known but cannot run here or on these tensors.
     """
-    _check(r, log_decay, k, v, a, b, state, mask, cu_seqlens, backend, precision)
+    _check_choices(backend, precision)
+    _check_shapes(r, log_decay, {"k": k, "v": v, "a": a, "b": b}, state, mask, cu_seqlens)
     backend = _choose(backend, r)
     if backend in _COMPILED:
         mask = None if mask is None else mask.bool()
@@ -134,15 +135,24 @@ def _to_heads(x: Tensor, heads: int) -> Tensor:
     return x.repeat_interleave(heads // x.shape[2], dim=2)
 
 
-def wkv7_reference(r, log_decay, k, v, a, b, state, cu_seqlens=None) -> tuple[Tensor, Tensor]:
+def wkv7_reference(
+    r: Tensor,
+    log_decay: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """The recurrence as it is written, one step after the other; every faster path is judged by it. Arguments as
     `wkv7`."""
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
         ys, states = [], []
         for s, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-            part = (x[:, start:end] for x in (r, log_decay, k, v, a, b))
-            y, final = wkv7_reference(*part, state[s : s + 1])
+            at = (slice(None), slice(start, end))
+            y, final = wkv7_reference(r[at], log_decay[at], k[at], v[at], a[at], b[at], state[s : s + 1])
             ys.append(y)
             states.append(final)
         return torch.cat(ys, 1), torch.cat(states)
@@ -159,14 +169,24 @@ def wkv7_reference(r, log_decay, k, v, a, b, state, cu_seqlens=None) -> tuple[Te
     return y.to(out_dtype), S
 
 
-def _check(r, log_decay, k, v, a, b, state, mask, cu_seqlens, backend, precision) -> None:
+def _check_choices(backend: str, precision: str) -> None:
     for name, value, allowed in (("backend", backend, BACKENDS), ("precision", precision, PRECISIONS)):
         if value not in allowed:
             raise ValueError(f"unknown WKV-7 {name} {value!r}: choose one of {', '.join(allowed)}")
+
+
+def _check_shapes(
+    r: Tensor,
+    log_decay: Tensor,
+    others: dict[str, Tensor],
+    state: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
     if log_decay.shape != r.shape:
         raise ValueError(f"log_decay has shape {tuple(log_decay.shape)}, r has {tuple(r.shape)}: they must agree")
     B, T, H, N = r.shape
-    for name, x in (("k", k), ("v", v), ("a", a), ("b", b)):
+    for name, x in others.items():
         if x.dim() != 4 or x.shape[:2] != (B, T) or x.shape[3] != N or not x.shape[2] or H % x.shape[2]:
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)}, r has {tuple(r.shape)}: all must be (B, T, H, N), or have a "

@@ -6,11 +6,14 @@ Reached through `wkv7` in wkv7.py. This file travels with exported models: torch
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_Block = tuple[int, int, int, int]  # first step, end step, first chunk, end chunk
 
 
 class _Layout(NamedTuple):
@@ -20,10 +23,10 @@ class _Layout(NamedTuple):
 
     length: int  # L, tokens per chunk
     counts: list[int]  # sequences that take part in step i; never rises
-    index: Tensor | None  # (chunks, L) positions in the flattened tokens, -1 = padding; None: B equal rows
+    token_index: Tensor | None  # (chunks, L) positions in the flattened tokens, -1 = padding; None: B equal rows
     order: Tensor | None  # (S,) sequence held by slot s of the scan; None: as they are
 
-    def blocks(self, size: int):
+    def blocks(self, size: int) -> Iterator[_Block]:
         """Yields (first step, end step, first chunk, end chunk) for runs of steps of about `size` chunks."""
         step = chunk = 0
         while step < len(self.counts):
@@ -33,13 +36,13 @@ class _Layout(NamedTuple):
                 step += 1
             yield first_step, step, first_chunk, chunk
 
-    def fetch(self, x: Tensor, block, dtype: torch.dtype) -> Tensor:
+    def fetch(self, x: Tensor, block: _Block, dtype: torch.dtype) -> Tensor:
         """(B, T, H, N) -> (chunks of the block, H, L, N), zero where a chunk has no token."""
         first_step, end_step, first_chunk, end_chunk = block
         B, T, H, N = x.shape
         L = self.length
-        if self.index is not None:
-            index = self.index[first_chunk:end_chunk]
+        if self.token_index is not None:
+            index = self.token_index[first_chunk:end_chunk]
             part = x.reshape(B * T, H, N)[index.clamp(min=0)].to(dtype).masked_fill((index < 0)[:, :, None, None], 0)
             return part.transpose(1, 2)
         part = x[:, first_step * L : end_step * L].to(dtype)
@@ -47,13 +50,13 @@ class _Layout(NamedTuple):
             part = F.pad(part, (0, 0, 0, 0, 0, end_step * L - T))
         return part.view(B, end_step - first_step, L, H, N).permute(1, 0, 3, 2, 4).reshape(-1, H, L, N)
 
-    def store(self, out: Tensor, value: Tensor, block) -> None:
+    def store(self, out: Tensor, value: Tensor, block: _Block) -> None:
         """The inverse of `fetch`: write (chunks, H, L, N) into the tokens of `out` (B, T, H, N)."""
         first_step, end_step, first_chunk, end_chunk = block
         B, T, H, N = out.shape
         L = self.length
-        if self.index is not None:
-            index = self.index[first_chunk:end_chunk]
+        if self.token_index is not None:
+            index = self.token_index[first_chunk:end_chunk]
             real = index >= 0
             out.view(B * T, H, N)[index[real]] = value.transpose(1, 2)[real].to(out.dtype)
             return
@@ -98,7 +101,7 @@ def _causal(L: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.cat([ones.tril().repeat(1, 2), ones.tril(-1).repeat(1, 2)])
 
 
-def _local(r, w, k, a, b) -> _Local:
+def _local(r: Tensor, w: Tensor, k: Tensor, a: Tensor, b: Tensor) -> _Local:
     # The exponents are taken from the middle of the chunk, which halves their range; rounding is relative and
     # unaffected.
     L = r.shape[-2]
@@ -128,7 +131,17 @@ class Chunked(torch.autograd.Function):
     MIN_LOG_DECAY = -5.0  # 17 steps of this stay inside fp32 on either side of the middle of a chunk
 
     @staticmethod
-    def forward(ctx, r, w, k, v, a, b, state, cu_seqlens):
+    def forward(
+        ctx: Any,
+        r: Tensor,
+        w: Tensor,
+        k: Tensor,
+        v: Tensor,
+        a: Tensor,
+        b: Tensor,
+        state: Tensor,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         dtype = state.dtype
         B, T, H, N = r.shape
         if T and float(w.detach().amin()) < Chunked.MIN_LOG_DECAY:
@@ -167,7 +180,7 @@ class Chunked(torch.autograd.Function):
         return y, final
 
     @staticmethod
-    def backward(ctx, dy, dfinal):
+    def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
         r, w, k, v, a, b, starts = ctx.saved_tensors
         layout, dtype = ctx.layout, starts.dtype
         N, L = r.shape[-1], layout.length

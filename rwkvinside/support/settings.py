@@ -38,4 +38,9 @@ class Section(BaseModel):
 
 
 def problem(message: str, *values: Any) -> PydanticCustomError:
+    """Return an error of a validator.
+
+    Args:
+        message: with a pair of braces for each value.
+    """
     return PydanticCustomError("problem", message.format(*values).replace("{", "{{").replace("}", "}}"))

@@ -4,6 +4,7 @@ DeepSpeed itself, so that a plan can show it."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from ..errors import UserError
 from .batching import StepShape
@@ -62,7 +63,7 @@ def deepspeed_config(zero: DeepSpeedConfig, settings: OptimConfig, precision: st
     _check_optimizer(user.pop("optimizer", {}), settings)
     if given := _settled(user.pop("scheduler", {})).get("params"):
         raise UserError(f"DeepSpeed's scheduler sets {', '.join(given)}", "the recipe has the schedule: leave it out")
-    ours = {
+    ours: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": shape.micro_rows,
         "gradient_accumulation_steps": shape.micro_batches,
         "gradient_clipping": settings.clip,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from .deepspeed_engine import Engine
 from .protocols import Step, TrainingBatch
@@ -30,7 +32,7 @@ class NaNProbe:
         self.places = [*outputs, *gradients, *(f"the gradient of {name}" for name, _ in self._parameters)]
         self._output: int | None = None
         self._gradient: int | None = None
-        self._handles = []
+        self._handles: list[RemovableHandle] = []
 
     @property
     def found(self) -> int | None:
@@ -43,11 +45,11 @@ class NaNProbe:
             self._handles.append(parameter.register_hook(lambda gradient, i=i: self._see_gradient(i, gradient)))
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def _see_output(self, i: int, output) -> None:
+    def _see_output(self, i: int, output: Any) -> None:
         for value in tree_leaves(output):
             if isinstance(value, Tensor) and value.is_floating_point():
                 if self._output is None and not value.isfinite().all():

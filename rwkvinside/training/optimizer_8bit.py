@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,8 +57,11 @@ def moments_of(state: Mapping) -> dict[str, Tensor]:
     return found
 
 
-def load_moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, moments: Mapping[str, Tensor]) -> None:
-    """Inverse of `moments_of`; without scales, as from another optimizer, the moments are packed anew."""
+def load_moments(optimizer: Any, parameter: nn.Parameter, moments: Mapping[str, Tensor]) -> None:
+    """Inverse of `moments_of`; without scales, as from another optimizer, the moments are packed anew.
+
+    `optimizer` is one of bitsandbytes', which has no types.
+    """
     bnb = _library().functional
     optimizer.init_state(optimizer.param_groups[0], parameter, 0, 0)  # no group overrides what this reads
     state = optimizer.state[parameter]

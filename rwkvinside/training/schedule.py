@@ -26,7 +26,7 @@ class StageLength:
     batch_tokens: int
     seq_len: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if min(self.total_tokens, self.seq_len) < 1:
             raise UserError(f"tokens={self.total_tokens}, seq_len={self.seq_len}", "both must be at least 1")
         if self.batch_tokens < self.seq_len:
@@ -79,7 +79,7 @@ class Schedule:
     start: float = 0.0
     end: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.shape not in ("cosine", "linear"):
             raise UserError(f"optim.decay.shape={self.shape!r}", "allowed: cosine, linear")
         if not 0 <= self.start <= self.end <= 1:

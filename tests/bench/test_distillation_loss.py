@@ -20,7 +20,6 @@ def test_both_ways_agree(trained):
     agree(*(measure(kind, problem, torch.get_num_threads()) for kind in ("whole", "chunks")))
 
 
-@pytest.mark.slow
 def test_memory_at_a_large_vocabulary(tmp_path, capsys):
     """Needs 7 GiB; a narrow head, because only the time depends on its width."""
     out = tmp_path / "head.json"

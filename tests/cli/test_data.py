@@ -188,7 +188,7 @@ def test_usage(capsys, arguments, cause):
     assert cause in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_real_text_and_tokenizer(shared, capsys):
     path = shared / "data" / "tinystories-260k-samples" / "val.jsonl"
     assert run("inspect", path, "--teacher", shared / "teachers" / "stories260k", "--samples", 1) == 0

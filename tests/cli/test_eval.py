@@ -50,6 +50,7 @@ def run(tmp_path_factory, teacher):
     return path
 
 
+@pytest.mark.integration
 def test_teacher_against_itself_reaches_its_published_cross_entropy(teacher, val, tmp_path, capsys):
     out = tmp_path / "result.json"
     arguments = (teacher, "--teacher", teacher, "--data", val, "--json", out, "--max-documents", 40)

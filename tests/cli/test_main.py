@@ -108,6 +108,7 @@ def test_exit_codes(capsys, error, code):
     assert capsys.readouterr().err == "error: cause\nhint\n"
 
 
+@pytest.mark.integration
 def test_kernels_do_not_hide_the_package_of_that_name():
     code = "import kernels, rwkvinside.kernels as k, rwkvinside.recipes; print(kernels.__file__, k.__name__)"
     assert run("-c", code).stdout.split() == ["None", "rwkvinside.kernels"]

@@ -25,7 +25,7 @@ def run(*command, **options):
     return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, **options)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_dry_run_of_a_14b_teacher_takes_less_than_20_seconds():
     started = time.monotonic()
     result = run("train_distill.py", "--teacher", "Qwen3-14B", "--dry-run", "--local_rank=0")
@@ -128,7 +128,7 @@ def test_the_script_is_the_verb(teacher, capsys):
     assert capsys.readouterr().out == plan
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_the_module_runs_under_deepspeeds_launcher(teacher):
     """Which puts --local_rank before the verb."""
     launcher = ("-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", "29519", "--quiet")

@@ -72,7 +72,9 @@ def test_every_recipe_loads_and_describes_the_model_of_that_name(name):
 
 
 def test_recipes_are_found_as_package_data():
-    shipped = {entry.name for entry in files("rwkvinside.recipes").iterdir() if entry.name.endswith(".yaml")}
+    shipped = {
+        entry.name for entry in (files("rwkvinside.recipes") / "recipes").iterdir() if entry.name.endswith(".yaml")
+    }
     assert shipped == {f"{name}.yaml" for name in PARAMETERS}
 
 

@@ -70,7 +70,6 @@ def straight(world):
     return out
 
 
-@pytest.mark.slow
 def test_one_go(world, straight):
     assert json.loads((straight / "conversion.json").read_text())["finished_stages"] == [
         "calibrate",
@@ -85,7 +84,6 @@ def test_one_go(world, straight):
     assert again.returncode == 2 and str(straight) in again.stderr and "--resume" in again.stderr
 
 
-@pytest.mark.slow
 def test_kill_and_resume_is_bit_identical(world, straight):
     out = world / "killed"
     process = subprocess.Popen(
@@ -108,7 +106,6 @@ def test_kill_and_resume_is_bit_identical(world, straight):
         assert a == b
 
 
-@pytest.mark.slow
 def test_sigterm_saves_and_exits_75(world):
     out = world / "terminated"
     process = subprocess.Popen(
@@ -174,7 +171,7 @@ def on_two_ranks(world, straight):
     return out
 
 
-@pytest.mark.slow
+@pytest.mark.distributed
 def test_two_deepspeed_ranks_are_one_process(straight, on_two_ranks):
     # 1e-4: Adam divides by the root of tiny second moments, which lets rounding of the summation order through
     assert_same(straight, on_two_ranks, 1e-5, 1e-4)
@@ -184,7 +181,7 @@ def test_two_deepspeed_ranks_are_one_process(straight, on_two_ranks):
         assert [row[name] for row in two] == pytest.approx([row[name] for row in one], abs=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.distributed
 def test_two_torchrun_ranks_with_a_deepspeed_file(world, straight, tmp_path):
     out, file = distill_only(straight, world / "file"), tmp_path / "deepspeed.json"
     cpu = {"device": "cpu"}
@@ -195,7 +192,7 @@ def test_two_torchrun_ranks_with_a_deepspeed_file(world, straight, tmp_path):
     assert_same(straight, out, 1e-5, 1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.distributed
 def test_two_nodes_with_a_launcher_each(world, straight):
     """They find each other by address and port, and share the run directory, as several machines do; here a second
     teacher is spread over them too, which has the weights of the student's own."""
@@ -227,7 +224,7 @@ def test_two_nodes_with_a_launcher_each(world, straight):
     assert_same(straight, out, 1e-5, 1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.distributed
 def test_one_rank_killed_and_all_restarted(world, straight, on_two_ranks):
     out = distill_only(straight, world / "one-killed")
     command, environment = two_ranks("deepspeed", world, out)
@@ -248,7 +245,6 @@ def test_one_rank_killed_and_all_restarted(world, straight, on_two_ranks):
     assert_same(on_two_ranks, out, 1e-6, 1e-6)
 
 
-@pytest.mark.slow
 def test_export_of_a_trained_run_and_its_use_elsewhere(world, straight, tmp_path):
     out = tmp_path / "exported"
     run("convert_checkpoint.py", "export", str(straight), "--to", "hf", "--out", str(out))

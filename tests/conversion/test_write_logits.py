@@ -265,11 +265,14 @@ def test_damage_is_refused_in_one_line(material, copied):
     shard = copied / "logits-00001.safetensors"
     content = bytearray(shard.read_bytes())
 
+    def read_both_shards():
+        teacher, rows = cached(material, copied)
+        teacher.signal(None, rows.batch([0]))
+        teacher.signal(None, rows.batch([5]))
+
     def refused(pattern):
         with pytest.raises(UserError, match=pattern) as error:
-            teacher, rows = cached(material, copied)
-            teacher.signal(None, rows.batch([0]))
-            teacher.signal(None, rows.batch([5]))
+            read_both_shards()
         assert "\n" not in error.value.cause
 
     content[-100] ^= 1

@@ -23,7 +23,6 @@ def _own_module_cache(tmp_path_factory):
         yield
 
 
-@pytest.mark.slow
 def test_quick_demo_from_text_to_a_student_that_generates(tmp_path, monkeypatch, capsys):
     whole = collect()
     monkeypatch.setattr(command, "collect", lambda: Corpus(whole.train[:300], whole.val[:12]))

@@ -105,7 +105,7 @@ def test_card(exported):
     assert "| distill | 200 | 0.2500 | 1.5000 | 0.8750 |" in card.text and "`RARR`" in card.text
 
 
-@pytest.mark.parametrize("family", [pytest.param("llama", marks=pytest.mark.slow), "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_other_families(tmp_path, family, make_teacher, make_run):
     bias = {"attention_bias": True} if family == "llama" else {}
     teacher = make_teacher(tmp_path / "teacher", family, tie_word_embeddings=False, **bias)
@@ -250,9 +250,7 @@ def test_a_wrong_weight_fails_verification_and_leaves_nothing(tmp_path, run, mon
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "fault", ["imports the package", "lost state", pytest.param("weight changed", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("fault", ["imports the package", "lost state", "weight changed"])
 def test_verify_notices(tmp_path, run, exported, fault):
     out = tmp_path / "out"
     shutil.copytree(exported[0], out)
@@ -274,7 +272,6 @@ def test_verify_notices(tmp_path, run, exported, fault):
         verify(out, against=run)
 
 
-@pytest.mark.slow
 def test_verify_again(exported, run):
     assert verify(exported[0], against=run) == exported[1]["verification"]
 

@@ -53,3 +53,9 @@ def save_configuration(folder, **changes):
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(fields | changes))
     return str(folder)
+
+
+def save_texts(file, count=40):
+    """A .jsonl file of `count` short texts of different lengths."""
+    lines = [json.dumps({"text": f"{file.stem} {i}: " + "the quick brown fox " * (i % 5 + 1)}) for i in range(count)]
+    file.write_text("\n".join(lines) + "\n")

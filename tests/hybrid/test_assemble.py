@@ -127,6 +127,7 @@ def test_rounding_for_inputs_lowers_the_error_of_the_teacher():
     assert errors["inputs"] < 0.7 * errors["nearest"]
 
 
+@pytest.mark.integration
 def test_rounding_for_inputs_makes_good_what_earlier_layers_did(monkeypatch):
     """A fit to what the original model has in that place is worth something on text that it has not seen."""
     structure, errors = LayerSpec(("mlp", "attention", "teacher"), rounding="inputs"), {}

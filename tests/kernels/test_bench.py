@@ -34,6 +34,7 @@ def by_name(shape: dict) -> dict[str, dict]:
     return {result["candidate"]: result for result in shape["results"]}
 
 
+@pytest.mark.integration
 def test_sequences(tmp_path, capsys):
     file, png = tmp_path / "bench.json", tmp_path / "bench.png"
     names = "chunked,reference,loop,attention,triton:fast"
@@ -109,6 +110,7 @@ def test_figure_needs_matplotlib(monkeypatch, tmp_path):
         run("--device", "cpu", "--png", tmp_path / "x.png")
 
 
+@pytest.mark.integration
 def test_everyone_takes_turns_and_what_does_not_fit_is_left_out():
     order = []
 

@@ -22,7 +22,7 @@ def run_cases(interpret: bool):
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_properties_in_the_interpreter():
     run_cases(interpret=True)
 
@@ -39,7 +39,7 @@ def token(B=2, H=4, N=64, G=None):
     return {
         "r": full,
         "w": full,
-        **{name: shared for name in "kvab"},
+        **dict.fromkeys("kvab", shared),
         "state": torch.empty(B, H, N, N, device="meta"),
         "mask": None,
     }

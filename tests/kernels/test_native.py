@@ -249,7 +249,7 @@ def test_under_activation_checkpointing(reentrant):
     assert all(torch.equal(p, q) for p, q in zip(*grads, strict=True))
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_is_one_operator_to_the_compiler():
     x = [t.requires_grad_() for t in inputs(2, 40, 4, 16, G=2)]
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -303,7 +303,7 @@ def test_no_compiler_and_a_broken_one(monkeypatch, tmp_path):
     assert not list(tmp_path.glob("*.so"))
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_compiled_into_the_users_cache_once(tmp_path):
     code = (
         "import sys; from pathlib import Path; from rwkvinside.kernels.native import build, library\n"

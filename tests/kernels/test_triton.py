@@ -9,7 +9,7 @@ from rwkvinside.kernels.gpu import op
 from rwkvinside.kernels.gpu.table import Config, Tuning, lookup
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_properties_in_the_interpreter():
     run_cases("triton_cases.py", interpret=True)
 
@@ -77,7 +77,7 @@ def test_few_heads_are_split_and_many_are_not():
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    "changes, message",
     [
         ({"precision": "bf16"}, "precision"),
         ({"r": torch.empty(1, 3, 2, 20)}, "multiple of 8"),

@@ -134,7 +134,7 @@ def planned(args, dy, dfinal, precision="fp32", segments=1, block_v=None, **chan
 
 
 @pytest.mark.parametrize(
-    ("N", "T"),
+    "N, T",
     [(16, T) for T in (1, 2, 15, 16, 17, 31, 32, 33, 65)] + [(8, 17), (40, 33), (64, 33), (128, 17), (192, 17)],
 )
 def test_every_length_and_head_size(N, T):
@@ -231,7 +231,7 @@ def test_repeated_keys():
 
 
 @pytest.mark.parametrize(
-    ("decay", "limits"),
+    "decay, limits",
     [(0.0, {}), (-1e-6, {}), (-0.6065, {}), (-5.0, {"dw": 5e-5 if INTERPRETED else 2e-4})],
 )
 def test_pinned_decays(decay, limits):

@@ -48,6 +48,7 @@ def _rank(rank, world, path):
         dist.destroy_process_group()
 
 
+@pytest.mark.distributed
 def test_two_ranks(tmp_path):
     mp.spawn(_rank, (2, tmp_path / "store"), nprocs=2)
 

@@ -180,9 +180,9 @@ def test_refusals(prompt):
         model.generate(prompt, max_new_tokens=2, cache_implementation="static")
     with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
         model.generate(prompt[:1], max_new_tokens=2, assistant_model=model)
+    cache = DynamicCache(config=model.config)
+    model(prompt, past_key_values=cache)
     with pytest.raises(NotImplementedError, match="cannot be cropped"):
-        cache = DynamicCache(config=model.config)
-        model(prompt, past_key_values=cache)
         cache.crop(-1)
 
 

@@ -140,6 +140,7 @@ def test_packed_documents_equal_the_documents_alone(backend):
     assert worst(packed, [y.detach(), final.detach(), *(t.grad for t in leaves)]) < 1e-10
 
 
+@pytest.mark.integration
 def test_gradcheck():
     x = inputs(1, 18, 1, 8, grad=True)
     torch.autograd.gradcheck(lambda *t: wkv7(*t[:6], t[6], backend="chunked"), x, atol=1e-7)
@@ -177,6 +178,7 @@ def test_closed_forms():
     assert torch.allclose(y[0, :, 0], expected, atol=1e-10)
 
 
+@pytest.mark.integration
 def test_against_flas_naive_recurrence():
     naive = pytest.importorskip(
         "fla.ops.generalized_delta_rule.dplr.naive", reason="flash-linear-attention is not installed"

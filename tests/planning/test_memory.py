@@ -60,7 +60,7 @@ BF16 = ["precision=bf16", "teacher.dtype=bfloat16"]
 NF4 = ["quantize.groups=[mlp,teacher]", "adapters=[{kind: lora, groups: [mlp], rank: 16}]"]
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 @pytest.mark.skipif(kernels.why_unavailable("native") is not None, reason="the counts are those of the native kernel")
 @pytest.mark.parametrize(
@@ -130,8 +130,10 @@ def test_offloading_moves_to_the_host():
 def test_gradients_and_activations_are_there_together_only_with_several_micro_batches():
     many = StepMemory(tokens=1, kept=[100, 100], micro_batches=2)
     assert {**device_of(work=many), "weights": 0} == {
-        **{"weights": 0, "optimizer": 80},
-        **{"gradients": 40, "activations": 200},
+        "weights": 0,
+        "optimizer": 80,
+        "gradients": 40,
+        "activations": 200,
     }
     one = StepMemory(tokens=1, kept=[100, 100])
     assert "gradients" not in device_of(work=one) and device_of(work=one)["activations"] == 200

@@ -35,7 +35,7 @@ def test_variants_are_found_as_package_data():
     assert shipped == {f"{name}.yaml" for name in VARIANTS}
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("name", sorted(recipes()))
 def test_every_recipe_plans_with_every_variant(name):
     for variant in VARIANTS:
@@ -56,7 +56,7 @@ def test_every_recipe_plans_with_every_variant(name):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_recipe_as_a_file_is_the_recipe_by_name(variant):
     for name in recipes():
-        with (files("rwkvinside.recipes") / f"{name}.yaml").open() as file:
+        with (files("rwkvinside.recipes") / "recipes" / f"{name}.yaml").open() as file:
             by_file = load_config([file.name], variant=[variant])
         assert by_file == load_config(teacher=name, variant=[variant])
 

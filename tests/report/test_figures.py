@@ -26,8 +26,9 @@ def rows() -> list[dict]:
             {"kind": "train", "stage": "align", "step": step, "tokens": 10 * step, "loss": 1 / step, "layers": layers}
         )
     found.append(measured("align", 300, 1, 4, 0.5))
-    for step in range(1, 31):
-        found.append({"kind": "train", "stage": "distill", "step": step, "tokens": 20 * step, "loss": 0.3})
+    found.extend(
+        {"kind": "train", "stage": "distill", "step": step, "tokens": 20 * step, "loss": 0.3} for step in range(1, 31)
+    )
     found.append(measured("distill", 600, 0.5, 3.5, 0.9))
     return found
 

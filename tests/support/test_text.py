@@ -4,7 +4,7 @@ from rwkvinside.support.text import did_you_mean, nearest, rounded_bytes, rounde
 
 
 @pytest.mark.parametrize(
-    ("number", "text"),
+    "number, text",
     [
         (0, "0"),
         (999, "999"),
@@ -22,7 +22,7 @@ def test_counts(number, text):
 
 
 @pytest.mark.parametrize(
-    ("number", "text"),
+    "number, text",
     [
         (0, "0 bytes"),
         (1023, "1023 bytes"),

@@ -61,7 +61,7 @@ def change_step(path):
 
 
 @pytest.mark.parametrize(
-    ("file", "damage", "said"),
+    "file, damage, said",
     [
         ("model.safetensors", truncate, "bytes"),
         ("optimizer.safetensors", truncate, "bytes"),

@@ -33,7 +33,7 @@ def config(user=None, precision="fp32", settings=None, shape=SHAPE, **zero):
 
 
 @pytest.mark.parametrize(
-    ("rows", "micro_rows", "ranks", "micro_batches"),
+    "rows, micro_rows, ranks, micro_batches",
     [(12, 2, 2, 3), (7, 2, 2, 2), (7, 2, 3, 2), (7, 3, 3, 1), (4, 1, 4, 1)],
 )
 def test_every_rank_has_the_same_number_of_micro_batches(rows, micro_rows, ranks, micro_batches):
@@ -98,7 +98,7 @@ def test_a_file_may_repeat_the_recipe():
 
 
 @pytest.mark.parametrize(
-    ("user", "said"),
+    "user, said",
     [
         ({"train_batch_size": 8}, "train_batch_size=8, the recipe gives 12"),
         ({"train_micro_batch_size_per_gpu": 4}, "the recipe gives 2"),

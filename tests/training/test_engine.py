@@ -20,7 +20,7 @@ def test_weight_decay_spares_vectors():
 def test_one_step_is_adamw_on_the_clipped_mean():
     """Against plain torch, written out: mean over all items, clipping of the global norm, one rate for each group."""
     engine, plain = local_engine(dropout=0.0), model(dropout=0.0)
-    batches = [Source().batch(range(0, 3)), Source().batch(range(3, 8))]
+    batches = [Source().batch(range(3)), Source().batch(range(3, 8))]
     step = ToyStep()
     count = sum(step.count(b) for b in batches)
     engine.set_rates({"mixer": 0.1, "rest": 0.01})

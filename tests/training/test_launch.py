@@ -31,7 +31,7 @@ def test_a_hostfile_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    "text, said",
     [
         ("", "names no host"),
         ("worker-1 slots=0\n", "line 1: 'worker-1 slots=0'"),
@@ -64,7 +64,7 @@ def test_real_ssh_says_why(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("main", "started_again"),
+    "main, started_again",
     [
         (train_distill.main, [train_distill.__file__]),
         (lambda arguments: cli.main(["train", *arguments]), ["--module", "rwkvinside", "train"]),

@@ -19,7 +19,7 @@ from rwkvinside.training.checkpoint import Checkpointer
 from rwkvinside.training.local_engine import LocalEngine
 from rwkvinside.training.process_group import Distributed
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.distributed
 HELPERS = Path(__file__).resolve().parents[1] / "helpers"
 ZERO = ("zero0", "zero1", "zero2", "zero3")
 WAYS = (*ZERO, "zero1-offload", "zero3-offload")

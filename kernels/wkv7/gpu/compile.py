@@ -14,7 +14,9 @@ Triton that it was written with; another one's register allocation differs, ther
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
+import hashlib
 import io
 import itertools
 import json
@@ -214,6 +216,32 @@ def _words(usage: Usage) -> str:
     )
 
 
+def source_hash() -> str:
+    """Return a hash of what decides what is compiled, beside Triton: the code and the tables of this folder."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.iterdir()):
+        if file.suffix in (".py", ".json"):
+            text = file.read_text(encoding="utf-8")
+            digest.update(f"{file.name}\0{_code(text) if file.suffix == '.py' else text}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _code(text: str) -> str:
+    """Python without its comments and docstrings."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(body := getattr(node, "body", None), list):
+            text_only = [isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant) for each in body]
+            node.body = [each for each, is_text in zip(body, text_only, strict=True) if not is_text]
+    return ast.unparse(tree)
+
+
+def is_current(path: Path) -> bool:
+    """Return whether a baseline was written with these sources and this Triton, which compile to the same again."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return (content["triton"], content["sources"]) == (triton.__version__, source_hash())
+
+
 def read_baseline(path: Path) -> tuple[str, dict[str, Usage]]:
     """Triton's version at the time, and usages by name."""
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -221,8 +249,10 @@ def read_baseline(path: Path) -> tuple[str, dict[str, Usage]]:
 
 
 def write_baseline(path: Path, found: dict[str, Usage]) -> None:
+    """Write usages by name, one a line, with what they were compiled from and by."""
     kernels = ",\n".join(f"    {json.dumps(name)}: {json.dumps(asdict(usage))}" for name, usage in found.items())
-    text = f'{{\n  "triton": "{triton.__version__}",\n  "kernels": {{\n{kernels}\n  }}\n}}\n'
+    made = f'"triton": "{triton.__version__}",\n  "sources": "{source_hash()}"'
+    text = f'{{\n  {made},\n  "kernels": {{\n{kernels}\n  }}\n}}\n'
     write_text(path, text)
 
 

@@ -1,0 +1,260 @@
+"""README and docs: every command runs, every YAML is a configuration, every link leads somewhere, lines can be read.
+
+Commands are taken from indented and fenced blocks and run in this process, block by block, in a folder that has what
+they name: a tiny teacher as `DIR` and `TEACHER`, texts, a finished run as `RUN`, its export as `DIR`. They are made
+smaller by arguments at their end (`SMALLER`). What trains a recipe's teacher, whose weights lie on the hub, or starts
+other machines is run with --dry-run; what takes minutes is only parsed (`ONLY_PARSED`).
+"""
+
+import importlib.metadata
+import importlib.util
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import byte_tokenizer, save_qwen3, save_texts
+
+import convert_checkpoint
+import train_distill
+from rwkvinside.cli.main import main as rwkvinside
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PROGRAMS = ("python", "rwkvinside", "deepspeed", "torchrun", "make", "pip", "pre-commit")
+COMMAND = re.compile(rf"\s*([A-Z_]+=\S+ )*({'|'.join(PROGRAMS)})\s+[\w.-]")
+WIDTH = 100
+
+TRAIN = [
+    *(f"stages.{name}.tokens=512" for name in ("calibrate", "align", "distill")),
+    *(f"stages.{name}.data.seq_len=32" for name in ("calibrate", "align", "distill")),
+    *(f"stages.{name}.batch.tokens=128" for name in ("calibrate", "align", "distill")),
+]
+# how a command begins -> arguments that make it small enough for a test
+SMALLER = {
+    "train_distill.py": TRAIN,
+    "rwkvinside train": TRAIN,
+    "rwkvinside bench training": ["--rows", "1", "--seq-len", "16", "--repeats", "1"],
+    "rwkvinside bench wkv7": ["--shapes", "1,16,1,8", "--repeats", "1", "--candidates", "reference"],
+    "rwkvinside data logits": ["stages.distill.tokens=512", "device=cpu"],
+}
+# how a command begins -> why its arguments are parsed and no more
+ONLY_PARSED = {
+    "rwkvinside bench head": "starts processes that measure for minutes; tests/bench runs it",
+    "rwkvinside demo": "trains for minutes; tests/demo runs it",
+}
+RECIPE = r"(Qwen|Llama)[\w.-]+"
+
+
+def blocks(page):
+    """Yield (line number, language, text) of every indented and fenced block; indented ones have no language."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    at = 0
+    while at < len(lines):
+        start = at
+        if fence := re.match(r"\s*```(\w*)", lines[at]):
+            at += 1
+            while not lines[at].lstrip().startswith("```"):
+                at += 1
+            yield start + 1, fence[1], "\n".join(lines[start + 1 : at])
+        elif lines[at].startswith("    "):
+            while at < len(lines) and lines[at].startswith("    "):
+                at += 1
+            yield start + 1, "", "\n".join(lines[start:at])
+        at += 1
+
+
+def commands(text):
+    """Yield the commands of a block as lists of words: comments gone, continued lines joined, no variables in front."""
+    for line in text.replace("\\\n", " ").splitlines():
+        if COMMAND.match(line):
+            words = shlex.split(line, comments=True)
+            while re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+                words = words[1:]
+            yield words
+
+
+def shell_blocks():
+    for page in PAGES:
+        for line, language, text in blocks(page):
+            if language in ("", "bash", "sh") and (found := list(commands(text))):
+                yield pytest.param(found, id=f"{page.name}:{line}")
+
+
+def blocks_of(language):
+    for page in PAGES:
+        for line, given, text in blocks(page):
+            if given == language:
+                yield pytest.param(text, id=f"{page.name}:{line}")
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """A folder with all that commands name: teacher, texts, a configuration, a host file, a run and its export."""
+    folder = tmp_path_factory.mktemp("docs")
+    tokenizer = byte_tokenizer("<|end|>", eos_token="<|end|>")
+    save_qwen3(folder / "TEACHER", tokenizer, eos_token_id=tokenizer.eos_token_id)
+    for name in ("train", "val", "texts"):
+        save_texts(folder / f"{name}.jsonl")
+    data = {"train": [str(folder / "train.jsonl")], "val": [str(folder / "val.jsonl")]}
+    stages = {name: {"data": {"seq_len": 32}, "batch": {"tokens": 128}} for name in ("calibrate", "align", "distill")}
+    config = {"teacher": {"path": str(folder / "TEACHER")}, "data": data, "stages": stages, "out": "from-yaml"}
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    (folder / "hosts").write_text("worker-1 slots=8\n")
+    files = ["--data", str(folder / "train.jsonl"), "--val", str(folder / "val.jsonl")]
+    run, export = str(folder / "RUN"), str(folder / "DIR")
+    adapters = ["adapters=[{kind: lora, groups: [mlp], rank: 2}]", "stages.distill.train=[mixer,adapters]"]
+    assert train_distill.main(["--teacher", str(folder / "TEACHER"), *files, "--out", run, *TRAIN, *adapters]) == 0
+    assert convert_checkpoint.main(["export", run, "--to", "hf", "--out", export]) == 0
+    return folder
+
+
+@pytest.fixture
+def workshop(material, tmp_path, monkeypatch):
+    """A copy of the material to work in."""
+    shutil.copytree(material, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def option(words, name):
+    return words[words.index(name) + 1] if name in words else None
+
+
+def placed(words):
+    """The words with the teacher where `--teacher DIR` or a stand-in for one is meant."""
+    stand_ins = ("DIR", "NAME", "stories260k")
+    return [
+        "TEACHER" if before == "--teacher" and word in stand_ins else word
+        for before, word in zip(["", *words], words, strict=False)
+    ]
+
+
+def run_python(words):
+    """Call what the words name in this process, as the shell would start it."""
+    program, *rest = words
+    mains = {"train_distill.py": train_distill.main, "convert_checkpoint.py": convert_checkpoint.main}
+    code = mains[program](rest) if program in mains else rwkvinside(rest)
+    assert code == 0, shlex.join(words)
+
+
+def parse_only(words):
+    """Hand the words to the real parser with an option nobody knows: it must be the one thing that is refused."""
+    with pytest.raises(SystemExit) as stopped:
+        run_python([*words, "--no-such-option"])
+    assert stopped.value.code == 2
+
+
+def check_make(words):
+    targets = [word for word in words[1:] if "=" not in word]
+    subprocess.run(["make", "-n", "-C", str(ROOT), *targets], check=True, capture_output=True)
+
+
+def check_pip(words):
+    """What `pip install` names: this directory, with extras that exist."""
+    extras = re.findall(r"\[(.+?)\]", " ".join(words))
+    known = importlib.metadata.metadata("rwkvinside").get_all("Provides-Extra")
+    assert {name for each in extras for name in each.split(",")} <= set(known)
+
+
+def check_pre_commit(words):
+    """It would change this checkout's git hooks: its configuration must name hooks that exist."""
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert words == ["pre-commit", "install"] and all(each["hooks"] for each in hooks)
+
+
+CHECKS = {"make": check_make, "pip": check_pip, "pre-commit": check_pre_commit}  # the others run
+
+
+def check(words, capsys):
+    if words[0] in CHECKS:
+        CHECKS[words[0]](words)
+        return
+    words = placed(words[words.index("train_distill.py") :] if "train_distill.py" in words else words)
+    words = words[words[0] == "python" :]
+    begins = [key for key in (*SMALLER, *ONLY_PARSED) if shlex.join(words).startswith(key)]
+    if begins and begins[0] in ONLY_PARSED:
+        parse_only(words)
+        assert re.search(r"unrecognized arguments: --no-such-option\s*$", capsys.readouterr().err)
+        return
+    trains = words[0] == "train_distill.py" or words[:2] == ["rwkvinside", "train"]
+    recipe = re.fullmatch(RECIPE, option(words, "--teacher") or "")
+    if trains and (recipe or "--hostfile" in words):
+        words = [*words, "--dry-run"]
+    else:
+        if words[:2] == ["rwkvinside", "data"] and recipe:  # its tokenizer lies on the hub
+            words[words.index("--teacher") + 1] = "TEACHER"
+        words = [*words, *(word for key in begins for word in SMALLER[key])]
+        if "export" in words or trains:  # what the commands around this one have left
+            shutil.rmtree(option(words, "--out") or "from-yaml", ignore_errors=True)
+    run_python(words)
+
+
+@pytest.mark.parametrize("block", list(shell_blocks()))
+def test_commands_run(block, workshop, capsys):
+    for words in block:
+        check(words, capsys)
+
+
+@pytest.mark.parametrize("text", list(blocks_of("python")))
+def test_python_runs(text, workshop):
+    exec(compile(text, "docs", "exec"), {"__name__": "docs"})
+
+
+@pytest.mark.parametrize("text", list(blocks_of("yaml")))
+def test_yaml_is_a_configuration(text, workshop, capsys):
+    Path("page.yaml").write_text(text)
+    assert rwkvinside(["config", "show", "-c", "page.yaml", "--teacher", "Qwen3-8B"]) == 0
+
+
+def inline_commands():
+    """Verbs and modules that the text names between backticks."""
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    verbs = set(re.findall(r"`rwkvinside((?: [a-z]\w+){1,2})", text))
+    return sorted(verbs), sorted(set(re.findall(r"`python -m ([\w.]+)", text)))
+
+
+def test_verbs_in_the_text_exist(capsys):
+    verbs, modules = inline_commands()
+    assert verbs and modules
+    for verb in verbs:
+        with pytest.raises(SystemExit) as stopped:
+            rwkvinside([*verb.split(), "--help"])
+        assert stopped.value.code == 0, verb
+    for module in modules:
+        assert importlib.util.find_spec(module), module
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)", text):
+        if target.startswith(("http:", "https:", "mailto:")):
+            continue
+        file = page if not target else page.parent / target
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.M)
+            assert anchor in {re.sub(r"[^\w -]", "", each).lower().replace(" ", "-") for each in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_lines_can_be_read(page):
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    long = [
+        line
+        for line in text.splitlines()
+        if len(line) > WIDTH and not line.startswith(("|", "    ")) and not re.search(r"`[^`]{60,}`|https?://", line)
+    ]
+    assert not long
+
+
+def test_files_that_the_text_names_exist():
+    """Paths between backticks that look like files of this repository."""
+    named = re.compile(r"(?<!no[ \n])`((?:rwkvinside|kernels|configs|tests|docs|\.github)/[\w./-]+)`")
+    for page in PAGES:
+        for path in named.findall(page.read_text(encoding="utf-8")):
+            assert (ROOT / path).exists(), f"{page.name}: {path}"

@@ -1,0 +1,128 @@
+"""The sdist and the wheel: what is in them, and that the wheel works where the repository is not."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from tiny import byte_tokenizer, save_qwen3, save_texts
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("rwkvinside", "kernels", "configs", "docs", "tests")
+# folder of the repository -> folder in the wheel
+PLACES = {"rwkvinside": "rwkvinside", "kernels/wkv7": "rwkvinside/kernels", "configs": "rwkvinside/recipes"}
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("build") is None, reason="needs build, which the extra `dev` installs"
+)
+
+
+def tree(folder):
+    """Files below a folder, relative to it, without what is made by tools."""
+    return {
+        file.relative_to(folder).as_posix()
+        for file in folder.rglob("*")
+        if file.is_file() and file.suffix not in (".so", ".pyc")
+    }
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """The repository as a fresh checkout has it, so that nothing left by earlier builds gets in."""
+    copy = tmp_path_factory.mktemp("source")
+    for path in ROOT.iterdir():
+        if path.is_file():
+            shutil.copy(path, copy)
+        elif path.name in FOLDERS:
+            shutil.copytree(path, copy / path.name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return copy
+
+
+@pytest.fixture(scope="module")
+def built(source):
+    """(sdist, wheel); the wheel is built from the unpacked sdist, as `python -m build` does."""
+    command = [sys.executable, "-m", "build", "--no-isolation", str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    [sdist], [wheel] = (source / "dist").glob("*.tar.gz"), (source / "dist").glob("*.whl")
+    return sdist, wheel
+
+
+@pytest.fixture(scope="module")
+def installed(built, tmp_path_factory):
+    """A folder with what the wheel installs, and a way to run Python on it far from the repository."""
+    folder = tmp_path_factory.mktemp("installed")
+    with zipfile.ZipFile(built[1]) as wheel:
+        wheel.extractall(folder / "site")
+
+    def run(*command):
+        environment = os.environ | {"PYTHONPATH": str(folder / "site")}
+        done = subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        return done.stdout
+
+    return run
+
+
+def test_the_sdist_has_what_tests_and_docs_need(built, source):
+    with tarfile.open(built[0]) as sdist:
+        names = {name.partition("/")[2] for name in sdist.getnames()}
+    for folder in FOLDERS:
+        assert {f"{folder}/{name}" for name in tree(source / folder)} <= names
+    top = {"CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "constraints.txt"}
+    assert top | {"mkdocs.yml", "pyproject.toml", "setup.py"} | {path.name for path in source.glob("*.py")} <= names
+
+
+def test_the_wheel_is_the_package_and_nothing_else(built, source):
+    with zipfile.ZipFile(built[1]) as wheel:
+        names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    expected = {f"{there}/{name}" for here, there in PLACES.items() for name in tree(source / here)}
+    assert {name for name in names if not name.endswith(".so")} == expected
+    assert "rwkvinside/py.typed" in names
+
+
+@pytest.mark.skipif(
+    not os.environ.get("CXX") and not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler"
+)
+def test_the_wheel_has_the_kernel(built):
+    with zipfile.ZipFile(built[1]) as wheel:
+        assert [name for name in wheel.namelist() if name.startswith("rwkvinside/kernels/native/_wkv7")]
+
+
+def test_the_wheel_runs_without_the_repository(installed):
+    where = installed("-c", "import rwkvinside, rwkvinside.kernels as k; print(rwkvinside.__file__, k.__file__)")
+    assert str(ROOT) not in where
+    assert "all requirements are met" in installed("-m", "rwkvinside", "doctor")
+    assert "preset:" in installed("-m", "rwkvinside", "config", "show", "--teacher", "Qwen3-0.6B")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("rwkvinside.cli.train") is None, reason="the verb `train` is to come")
+def test_the_wheel_trains_exports_and_verifies(installed, tmp_path):
+    tokenizer = byte_tokenizer("<|end|>", eos_token="<|end|>")
+    save_qwen3(tmp_path / "teacher", tokenizer, eos_token_id=tokenizer.eos_token_id)
+    text = tmp_path / "text.jsonl"
+    save_texts(text)
+    stages = ("calibrate", "align", "distill")
+    fields = {"tokens": 512, "data.seq_len": 32, "batch.tokens": 128}
+    small = [f"stages.{stage}.{name}={value}" for stage in stages for name, value in fields.items()]
+    run, export = str(tmp_path / "run"), str(tmp_path / "export")
+    teacher = ["--teacher", str(tmp_path / "teacher"), "--data", str(text)]
+    installed("-m", "rwkvinside", "train", *teacher, "--out", run, *small)
+    installed("-m", "rwkvinside", "export", run, "--to", "hf", "--out", export)
+    installed("-m", "rwkvinside", "verify", export, "--against", run)
+
+
+def test_importing_setup_runs_nothing_but_setup():
+    """Metadata can be read without a compiler and without the package."""
+    code = (
+        "import setuptools, sys\n"
+        "setuptools.setup = lambda **arguments: print(sorted(arguments))\n"
+        "import setup; assert not {'rwkvinside', 'wkv7_native_build'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "version" not in done.stdout
