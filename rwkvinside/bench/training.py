@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from ..data.batch import Batch
 from ..errors import UserError
 from ..hybrid.calibration import teacher_norms
-from ..hybrid.model import HybridModel, StudentSpec
+from ..hybrid.model import HybridModel
+from ..hybrid.settings import StudentConfig
 from ..modeling.wkv7 import BACKENDS
 from ..stages.steps import AlignStep, DistillStep
 from ..teacher.signals import OnlineTeacher, TeacherModel
@@ -61,7 +62,7 @@ def training_speed(
 
     kinds = {"finetune": _stepper(plain, lambda: plain(input_ids=batch.input_ids, labels=batch.input_ids).loss)}
     for backend in backends:
-        spec = StudentSpec(backend=backend)
+        spec = StudentConfig(backend=backend)
         aligned = HybridModel.from_teacher(load(), spec).to(device)
         align = AlignStep(teacher_norms(aligned, [batch])[0])
         aligned.set_trainable(["mixer"])

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from ..data.sources import endless_tokens
 from ..errors import UserError
-from ..hybrid.assemble import LayerSpec
-from ..hybrid.model import StudentSpec
+from ..hybrid.settings import LayerSpec
 from ..stages.phases import phases_of
 from ..stages.plan import RunPlan, RunSettings, StagePlan
 from ..stages.registry import stage_class
@@ -41,7 +40,7 @@ def resolve(config: Config, stages: Sequence[str] | None = None, ranks: int = 1)
     longest = max(config.stages[name].length.tokens_read for name in order)
     settings = RunSettings(
         teacher=config.teacher,
-        student=StudentSpec.from_fields(config.student.model_dump()),
+        student=config.student,
         data=config.data,
         seed=config.seed,
         device=device,
@@ -67,7 +66,7 @@ def _stage_plan(name: str, config: Config, run: RunSettings) -> StagePlan:
         length=length,
         shape=StepShape.of(length, settings.batch.micro_rows, ranks),
         phases=phases_of(settings),
-        layers=LayerSpec.from_fields(config.model_dump(), name),
+        layers=LayerSpec.of_stage(config.quantize, config.adapters, settings.quantize),
         signal_teacher=_signal_teacher(config.teacher, settings),
     )
 

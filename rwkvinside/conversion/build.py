@@ -12,8 +12,9 @@ from ..data.batch import Batch
 from ..errors import UserError
 from ..evaluate.quality import Scores
 from ..hybrid.adapters import adapter_directory, is_adapter, write_peft
-from ..hybrid.assemble import LayerSpec, adapters_of, assemble, frozen_weights_of
+from ..hybrid.assemble import adapters_of, assemble, frozen_weights_of
 from ..hybrid.model import HybridModel
+from ..hybrid.settings import LayerSpec
 from ..modeling.hybrid_base import mixer_fields
 from ..planning.flops import training_flops
 from ..stages.param_groups import rate_groups
@@ -87,7 +88,7 @@ def check_adapters(layers: LayerSpec, state: Mapping) -> None:
 
 
 def _adapter_settings(layers: LayerSpec) -> list[dict]:
-    return [spec.to_dict() for spec in layers.adapters]
+    return [adapter.model_dump(mode="json") for adapter in layers.adapters]
 
 
 def write_adapters(layers: LayerSpec, student: HybridModel, tensors: Mapping[str, Tensor], directory: Path) -> None:

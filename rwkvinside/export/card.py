@@ -4,7 +4,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ..hybrid.adapters import AdapterSpec
+from ..hybrid.settings import AdapterConfig
 from ..runs.metrics_file import of_kind, read_metrics
 from ..support.text import rounded_bytes
 
@@ -108,7 +108,7 @@ def changes(conversion: dict) -> list[str]:
             f"{100 * quantized['relative_error']:.2g} %, and the rest has adapted to that"
         )
     if adapters := conversion.get("adapters"):
-        kinds = ", ".join(AdapterSpec.from_fields(spec).title for spec in adapters["trained"])
+        kinds = ", ".join(AdapterConfig.model_validate(spec).title for spec in adapters["trained"])
         directories = adapters["directories"]
         where = "merged into the weights" if adapters["merged"] else f"PEFT adapters in {', '.join(directories)}"
         order = ", each to be merged (`merge_and_unload`) before the next is loaded" if len(directories) > 1 else ""

@@ -6,7 +6,6 @@ fresh process against the trained model, and only then renamed. The model card i
 
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -65,7 +64,7 @@ def export_hf(
         raise UserError(f"dtype is {dtype!r}", f"allowed: {', '.join(DTYPES)}")
     if adapters not in ("merge", "separate"):
         raise UserError(f"adapters is {adapters!r}", "allowed: merge, separate")
-    if adapters == "separate" and not run.structure.adapters:
+    if adapters == "separate" and not run.layers.adapters:
         raise UserError(f"{run.path} was trained without adapters", "leave out --adapters separate")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"output directory {out} exists and is not empty", "name a new directory, or remove it first")
@@ -76,7 +75,7 @@ def export_hf(
         # a teacher's configuration that names no dtype means fp32
         stored = DTYPES[dtype] if dtype else run.teacher_config().dtype or torch.float32
         changes = {"quantized": _quantized(trained), "adapters": _adapters(run, adapters)}
-        separate = take_adapters(trained, run.structure) if adapters == "separate" else []
+        separate = take_adapters(trained, run.layers) if adapters == "separate" else []
         head = f"{trained.family.head_path}."
         if tie_embeddings is None and any(name.startswith(head) for _, own in separate for name in own):
             tie_embeddings = False  # an adapter of the head must not reach the embedding when it is merged
@@ -183,7 +182,7 @@ def _conversion(model: PreTrainedModel, trained: HybridModel, run: TrainedRun, f
         "base_model": base_model,
         "teacher": run.teacher_id,
         "teacher_revision": run.config["teacher"].get("revision"),
-        "student": asdict(trained.spec),
+        "student": trained.spec.model_dump(mode="json"),
         "mixer": config.mixer,
         "mixer_layers": config.mixer_layers,
         "rwkv_layers": config.rwkv_layers,
@@ -217,11 +216,15 @@ def _quantized(trained: HybridModel) -> dict | None:
 
 
 def _adapters(run: TrainedRun, adapters: str) -> dict | None:
-    specs = run.structure.adapters
+    specs = run.layers.adapters
     if not specs:
         return None
     separate = [adapter_directory(i) for i in range(len(specs))] if adapters == "separate" else []
-    return {"merged": not separate, "directories": separate, "trained": [spec.to_dict() for spec in specs]}
+    return {
+        "merged": not separate,
+        "directories": separate,
+        "trained": [adapter.model_dump(mode="json") for adapter in specs],
+    }
 
 
 def _without_paths(stage: dict | None) -> dict | None:

@@ -120,7 +120,7 @@ def _expected_logits(run: TrainedRun, dtype: torch.dtype, separate: bool) -> tup
     _round(model, dtype)
     logits["adapted"] = _logits(model, batch)
     if separate:
-        take_adapters(model, run.structure)
+        take_adapters(model, run.layers)
     return batch, logits | {"full": _logits(model, batch)}
 
 

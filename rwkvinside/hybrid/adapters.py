@@ -15,7 +15,6 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -25,15 +24,9 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..support.files import replacing
 from .quantized_linear import replace
+from .settings import AdapterConfig
 
 NAME, START = "default", "start"
-
-
-KINDS = {
-    "lora": "LoRA",
-    "miss": "MiSS",
-    "bone": "Bone, which is MiSS in its bat form",
-}
 
 
 PISSA = "pissa_niter_16"  # randomized SVD; the exact one takes minutes for a large matrix
@@ -43,37 +36,6 @@ FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 _TENSOR = re.compile(r"\.(lora_[AB]|lora_magnitude_vector|miss_block)\.(default|start)(\.weight)?$")
-
-
-@dataclass(frozen=True)
-class AdapterSpec:
-    """One entry of `adapters:` in a configuration."""
-
-    kind: str = "lora"
-    groups: tuple[str, ...] = ("mlp",)
-    rank: int = 16
-    alpha: float | None = None
-    dropout: float = 0.0
-    rank_stabilized: bool = False
-    dora: bool = False
-    init: str = "default"
-
-    @classmethod
-    def from_fields(cls, fields: Mapping) -> AdapterSpec:
-        """From plain values."""
-        return cls(**dict(fields) | {"groups": tuple(fields.get("groups", cls.groups))})
-
-    @property
-    def title(self) -> str:
-        """What a reader should call it."""
-        if self.kind != "lora":
-            return KINDS[self.kind]
-        parts = [("rank-stabilized", self.rank_stabilized), ("DoRA", self.dora), ("PiSSA", self.init == "pissa")]
-        return " ".join(["LoRA", *(name for name, there in parts if there)])
-
-    def to_dict(self) -> dict:
-        """JSON values."""
-        return asdict(self) | {"groups": list(self.groups)}
 
 
 def is_adapter(name: str) -> bool:
@@ -91,7 +53,7 @@ def module_of(name: str) -> str:
     return _TENSOR.sub("", name)
 
 
-def inject(model: nn.Module, spec: AdapterSpec, names: Sequence[str]) -> None:
+def inject(model: nn.Module, spec: AdapterConfig, names: Sequence[str]) -> None:
     """Put adapters around linear layers, in place and without effect at first. Their tensors are fp32 and trainable,
     nothing else is.
 
@@ -157,7 +119,7 @@ def remove(model: nn.Module) -> None:
         replace(model, name, layer.base_layer)
 
 
-def peft_files(spec: AdapterSpec, tensors: Mapping[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
+def peft_files(spec: AdapterConfig, tensors: Mapping[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
     """An adapter as PEFT stores it.
 
     PiSSA becomes the ordinary LoRA of twice the rank that has the same effect on the unchanged weights.
@@ -184,7 +146,7 @@ def adapter_directory(index: int) -> str:
     return f"adapter-{index + 1}" if index else "adapter"
 
 
-def write_peft(directory: Path, spec: AdapterSpec, tensors: Mapping[str, Tensor]) -> None:
+def write_peft(directory: Path, spec: AdapterConfig, tensors: Mapping[str, Tensor]) -> None:
     """Write an adapter as a directory for `PeftModel.from_pretrained`, complete or not at all.
 
     Raises:
@@ -213,7 +175,7 @@ class _TrainingDropout(nn.Dropout):
         return F.dropout(x, self.p, training=torch.is_grad_enabled())
 
 
-def _config(spec: AdapterSpec, names: Sequence[str]):
+def _config(spec: AdapterConfig, names: Sequence[str]):
     from peft import LoraConfig, MissConfig
 
     if spec.kind == "lora":
@@ -229,14 +191,14 @@ def _config(spec: AdapterSpec, names: Sequence[str]):
     return MissConfig(r=spec.rank, miss_dropout=spec.dropout, init_weights=shape, target_modules=list(names))
 
 
-def _inject(model: nn.Module, spec: AdapterSpec, names: Sequence[str], name: str) -> None:
+def _inject(model: nn.Module, spec: AdapterConfig, names: Sequence[str], name: str) -> None:
     from peft import inject_adapter_in_model
 
     inject_adapter_in_model(_config(spec, names), model, adapter_name=name)
     del model.peft_config  # every entry of `adapters` has its own; one that is left behind would be read as this one's
 
 
-def _check(model: nn.Module, spec: AdapterSpec, names: Iterable[str]) -> None:
+def _check(model: nn.Module, spec: AdapterConfig, names: Iterable[str]) -> None:
     plain = spec.kind == "lora"
     for field in ("rank_stabilized", "dora"):
         if getattr(spec, field) and not plain:

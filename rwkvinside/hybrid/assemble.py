@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,12 +16,11 @@ from transformers import PreTrainedModel
 from ..data.batch import Batch
 from ..errors import UserError
 from ..support.text import rounded_bytes, rounded_count
-from .adapters import AdapterSpec, adapted, inject, is_adapter, is_start, merge, module_of, remove
+from .adapters import adapted, inject, is_adapter, is_start, merge, module_of, remove
 from .freezing import GROUPS, TEACHER
 from .gptq_walk import round_layers
-from .model import HybridModel, StudentSpec
+from .model import HybridModel
 from .quantized_linear import (
-    BLOCK,
     QuantizedLinear,
     dequantized,
     flat_tensors,
@@ -32,6 +30,7 @@ from .quantized_linear import (
     replace,
     restore,
 )
+from .settings import AdapterConfig, LayerSpec, StudentConfig
 
 WARNING = (
     "adapters on the mixers' own projections: RADLADS (arXiv 2505.03005) found LoRA there detrimental; "
@@ -39,47 +38,10 @@ WARNING = (
 )
 
 
-@dataclass(frozen=True)
-class LayerSpec:
-    """Quantized layers and adapters of one stage.
-
-    Args:
-        quantize: groups of linear layers, or regular expressions over their names.
-        format, double, block: see `quantization.pack`.
-        rounding: "nearest", or "inputs", see `rounding.round_to_inputs`; int8 is rounded to the nearest in any case.
-        adapters: on layers that no other entry names.
-    """
-
-    quantize: tuple[str, ...] = ()
-    format: str = "nf4"
-    double: bool = True
-    block: int = BLOCK
-    rounding: str = "nearest"
-    adapters: tuple[AdapterSpec, ...] = ()
-
-    @property
-    def has_frozen_weights(self) -> bool:
-        """Whether a stage has `frozen_weights_of`."""
-        return bool(self.quantize) or any(spec.init == "pissa" for spec in self.adapters)
-
-    @classmethod
-    def from_fields(cls, config: Mapping, stage: str) -> LayerSpec:
-        """That of a stage, from a whole configuration as plain values; runs older than a field have its default."""
-        general, own = config.get("quantize") or {}, config["stages"][stage].get("quantize")
-        return cls(
-            tuple(general.get("groups", ()) if own is None else own),
-            general.get("format", cls.format),
-            general.get("double", cls.double),
-            general.get("block", cls.block),
-            general.get("rounding", cls.rounding),
-            tuple(AdapterSpec.from_fields(fields) for fields in config.get("adapters") or ()),
-        )
-
-
 def assemble(
     lm: PreTrainedModel,
-    spec: StudentSpec,
-    structure: LayerSpec,
+    spec: StudentConfig,
+    layer_spec: LayerSpec,
     tensors: Mapping[str, Tensor] | None = None,
     frozen_weights: Mapping[str, Tensor] | None = None,
     device: torch.device | None = None,
@@ -93,7 +55,7 @@ def assemble(
         tensors: `student_state_dict` of the stage before, or of a checkpoint; None at the start of a conversion.
         frozen_weights: `frozen_weights_of` of the stage, where it has begun before; None: quantize now.
         device: where to quantize; the student itself stays where `lm` is.
-        text: makes a text of a few thousand tokens, on the model's device, where rounding is "inputs".
+        text: makes a text of a few thousand tokens, on the model's device, where the method is gptq.
         earlier: `frozen_weights_of` of the stage before: what both quantize alike keeps its bits.
 
     Raises:
@@ -102,7 +64,7 @@ def assemble(
     model = HybridModel.from_teacher(lm, spec).eval()
     if tensors is not None:
         model.load_student_state_dict({n: t for n, t in tensors.items() if not is_adapter(n)})
-    apply(model, structure, frozen_weights, device, text, earlier)
+    apply(model, layer_spec, frozen_weights, device, text, earlier)
     if tensors is not None:
         _load_adapters(model, {n: t for n, t in tensors.items() if is_adapter(n)})
     return model.eval()
@@ -110,20 +72,21 @@ def assemble(
 
 def apply(
     model: HybridModel,
-    structure: LayerSpec,
+    layer_spec: LayerSpec,
     frozen_weights: Mapping[str, Tensor] | None = None,
     device: torch.device | None = None,
     text: Callable[[], Batch] | None = None,
     earlier: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Quantize layers and put adapters on; on the meta device also in place of an earlier structure, to plan a run.
+    """Quantize layers and put adapters on; on the meta device also in place of an earlier layer_spec, to plan a run.
 
     Args, raises: see `assemble`.
     """
     if model.quantized or adapter_names(model):
         _undo(model)
     layers = model.linear_layers()
-    names = _chosen(model, layers, structure.quantize, "quantize")
+    how = layer_spec.quantize
+    names = _chosen(model, layers, how.groups, "quantize")
     stored = _packed(frozen_weights)
     if frozen_weights is not None and set(stored) != set(names):
         first = min(set(stored) ^ set(names))
@@ -136,7 +99,11 @@ def apply(
     model.master_weights = {weight: parameters[weight].detach() for weight in trained}
     del parameters
     if frozen_weights is None:
-        wanted = structure.format, structure.double and structure.format != "int8", structure.block
+        wanted = (
+            how.format,
+            how.double and how.format != "int8",
+            how.block,
+        )
         for name, (format, parts, block) in _packed(earlier).items():
             if name in names and (format, "outer" in parts, block) == wanted:
                 stored[name] = format, parts, block
@@ -144,16 +111,24 @@ def apply(
         restore(model.lm, layers[name], *parts)
     if frozen_weights is None:
         new = [name for name in names if name not in stored]
-        if new and structure.rounding == "inputs" and structure.format != "int8" and not _is_meta(model):
+        if new and how.fits_inputs and not _is_meta(model):
             if text is None:
-                raise RuntimeError("rounding to inputs needs a text")
-            round_layers(model, new, text(), structure.format, structure.double, structure.block, device)
+                raise RuntimeError("gptq needs a text")
+            round_layers(
+                model,
+                new,
+                text(),
+                how.format,
+                how.double,
+                how.block,
+                device,
+            )
         rounded = model.quantized
         left = [layers[name] for name in names if name not in rounded]
-        quantize(model.lm, left, structure.format, structure.double, structure.block, device)
+        quantize(model.lm, left, how.format, how.double, how.block, device)
     if set(model.quantized) != set(names):
         raise RuntimeError(f"quantized {sorted(model.quantized)}, asked for {names}")
-    _add_adapters(model, structure.adapters, frozen_weights or {})
+    _add_adapters(model, layer_spec.adapters, frozen_weights or {})
     model.lm_head_loss.head = model.lm.lm_head
     model.requires_grad_(False)
 
@@ -171,22 +146,22 @@ def adapter_names(model: HybridModel) -> list[str]:
 
 
 def adapters_of(
-    model: HybridModel, structure: LayerSpec, tensors: Mapping[str, Tensor] | None = None
-) -> list[tuple[AdapterSpec, dict[str, Tensor]]]:
+    model: HybridModel, layer_spec: LayerSpec, tensors: Mapping[str, Tensor] | None = None
+) -> list[tuple[AdapterConfig, dict[str, Tensor]]]:
     """Each entry of `adapters` with its tensors by canonical name: those given, None: the model's own."""
     if tensors is None:
         tensors = {name: p.detach() for name, p in model.canonical_parameters().items()}
     layers = model.linear_layers()
     found = []
-    for spec in structure.adapters:
+    for spec in layer_spec.adapters:
         names = set(_chosen(model, layers, spec.groups, "adapters"))
         found.append((spec, {n: t for n, t in tensors.items() if is_adapter(n) and module_of(n) in names}))
     return found
 
 
-def take_adapters(model: HybridModel, structure: LayerSpec) -> list[tuple[AdapterSpec, dict[str, Tensor]]]:
+def take_adapters(model: HybridModel, layer_spec: LayerSpec) -> list[tuple[AdapterConfig, dict[str, Tensor]]]:
     """The adapters as `adapters_of` gives them; afterwards the model has none."""
-    taken = adapters_of(model, structure)
+    taken = adapters_of(model, layer_spec)
     remove(model.lm)
     model.lm_head_loss.head = model.lm.lm_head
     return taken
@@ -217,26 +192,26 @@ def quantised_teacher(model: HybridModel) -> bool:
     return any(model.group_of(f"{name}.weight")[0] != "mixer" for name in model.quantized)
 
 
-def layer_lines(model: HybridModel, structure: LayerSpec) -> list[str]:
+def layer_lines(model: HybridModel, layer_spec: LayerSpec) -> list[str]:
     """For the plan and the console: exactly which layers are quantized and adapted, and what to know about it."""
     lines = []
     if quantized := model.quantized:
         weights = sum(layer.weight_numel for layer in quantized.values())
         size = sum(layer.nbytes for layer in quantized.values())
-        scales = "" if structure.format == "int8" else f" in blocks of {structure.block}"
-        scales += ", scales quantized too" if structure.double and scales else ""
+        scales = "" if layer_spec.quantize.format == "int8" else f" in blocks of {layer_spec.quantize.block}"
+        scales += ", scales quantized too" if layer_spec.quantize.double and scales else ""
         error = relative_error(quantized.values())
-        if structure.rounding == "inputs" and structure.format != "int8":
+        if layer_spec.quantize.fits_inputs:
             scales += ", fitted to their inputs"
         lines.append(
-            f"quantized {len(quantized)} linear layers in {structure.format}{scales}: "
+            f"quantized {len(quantized)} linear layers in {layer_spec.quantize.format}{scales}: "
             f"{rounded_count(weights)} weights in {rounded_bytes(size)}"
             + (f", changed by {100 * error:.2g} %" if error else "")
         )
         lines += [f"          {line}" for line in _summary(quantized)]
         if quantised_teacher(model):
             lines.append("          the student's own weights as teacher are quantized too: not exactly the original")
-    for spec, tensors in adapters_of(model, structure):
+    for spec, tensors in adapters_of(model, layer_spec):
         names = sorted({module_of(name) for name in tensors})
         count = sum(t.numel() for name, t in tensors.items() if not is_start(name))
         scale = f", alpha {2 * spec.rank if spec.alpha is None else spec.alpha:g}" if spec.kind == "lora" else ""
@@ -278,7 +253,7 @@ def _chosen(model: HybridModel, layers: Collection[str], patterns: Sequence[str]
     return [name for name in groups if name in chosen]
 
 
-def _add_adapters(model: HybridModel, specs: Iterable[AdapterSpec], frozen_weights: Mapping[str, Tensor]) -> None:
+def _add_adapters(model: HybridModel, specs: Iterable[AdapterConfig], frozen_weights: Mapping[str, Tensor]) -> None:
     layers = model.linear_layers()
     taken: set[str] = set()
     for spec in specs:
@@ -320,7 +295,7 @@ def _is_meta(model: HybridModel) -> bool:
 def _undo(model: HybridModel) -> None:
     """Back to plain layers; of shapes only, the weights are gone."""
     if not _is_meta(model):
-        raise RuntimeError("a student with weights gets its structure once")
+        raise RuntimeError("a student with weights gets its layer_spec once")
     remove(model.lm)
     quantized = model.quantized
     for name, path in model.linear_layers().items():

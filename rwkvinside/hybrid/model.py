@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -29,37 +28,8 @@ from .attention_wrapper import AttentionWrapper
 from .freezing import GROUPS, _canonical, _weights, group_of
 from .lm_head import HeadTask, LMHeadLoss
 from .quantized_linear import QuantizedLinear
+from .settings import StudentConfig
 from .weight_transfer import transfer
-
-
-@dataclass(frozen=True)
-class StudentSpec:
-    """What the student is; see the fields of `student:` in a configuration."""
-
-    preset: str = "cxa079"
-    attention_layers: tuple[int, ...] = ()
-    key_scale: str | None = "decay"
-    key_residual: bool | None = None
-    init: str = "calibrated"
-    detach_first: bool = False
-    backend: str = "auto"
-    precision: str = "auto"
-    attention_rope: bool = True
-    ranks: dict[str, int] = field(default_factory=dict)
-
-    @classmethod
-    def from_fields(cls, fields: dict) -> StudentSpec:
-        """From the `student:` part of a configuration as plain values."""
-        ranks = {name: rank for name, rank in (fields.get("ranks") or {}).items() if rank}
-        layers = tuple(fields.get("attention_layers") or ())
-        return cls(**fields | {"attention_layers": layers, "ranks": ranks})
-
-    def mixer_overrides(self) -> dict:
-        values = {"detach_first": self.detach_first, "backend": self.backend, "precision": self.precision}
-        # the stock mixer's k_a form is a matter of its equations, not a choice
-        values |= {} if self.key_scale is None or self.preset == "x070" else {"key_scale": self.key_scale}
-        values |= {} if self.key_residual is None else {"key_residual": self.key_residual}
-        return values | {f"rank_{name}": rank for name, rank in self.ranks.items() if rank}
 
 
 class HybridModel(nn.Module):
@@ -74,7 +44,7 @@ class HybridModel(nn.Module):
         master_weights: full-precision weights that were trained before and are quantized now, by canonical name.
     """
 
-    def __init__(self, lm: PreTrainedModel, family: Family, spec: StudentSpec, rwkv_layers: list[int], tied: bool):
+    def __init__(self, lm: PreTrainedModel, family: Family, spec: StudentConfig, rwkv_layers: list[int], tied: bool):
         super().__init__()
         self.lm = lm
         self.lm_head_loss = LMHeadLoss(lm.lm_head)
@@ -87,7 +57,7 @@ class HybridModel(nn.Module):
         self.requires_grad_(False)
 
     @classmethod
-    def from_teacher(cls, teacher: PreTrainedModel, spec: StudentSpec) -> HybridModel:
+    def from_teacher(cls, teacher: PreTrainedModel, spec: StudentConfig) -> HybridModel:
         """Wrap a loaded teacher, which afterwards belongs to the hybrid (its layers are changed in place).
 
         Embeddings that the teacher ties to its head stay one matrix until one of them trains, which gives the head

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from ..support.settings import Positive, Section, problem
 
+TITLES = {"miss": "MiSS", "bone": "Bone, which is MiSS in its bat form"}
+
 
 class RanksConfig(Section):
+    """Ranks of the low-rank parts of a mixer."""
+
     decay: Positive | None = Field(None, description="Rank of the decay's low-rank part; null: by the model's width.")
     iclr: Positive | None = Field(None, description="Rank of the in-context learning rate; null: by the model's width.")
     value: Positive | None = Field(None, description="Rank of the mix with v_first; null: by the model's width.")
@@ -18,6 +24,8 @@ class RanksConfig(Section):
 
 
 class StudentConfig(Section):
+    """What the student is."""
+
     preset: Literal["cxa079", "hxa079", "hxa07a", "hxa07b", "hxa07c", "cxa078", "cxa076r", "rad", "x070"] = Field(
         "cxa079", description="Variant of the RWKV mixer, see docs/mixer.md."
     )
@@ -52,21 +60,38 @@ class StudentConfig(Section):
                 raise problem("keeps all {} layers; leave at least one to convert", count)
         return tuple(sorted(layers))
 
+    def mixer_overrides(self) -> dict:
+        """Return the fields of `TimeMixerConfig` in which the mixers differ from their preset."""
+        values = {"detach_first": self.detach_first, "backend": self.backend, "precision": self.precision}
+        # the stock mixer's k_a form is a matter of its equations, not a choice
+        values |= {} if self.key_scale is None or self.preset == "x070" else {"key_scale": self.key_scale}
+        values |= {} if self.key_residual is None else {"key_residual": self.key_residual}
+        return values | {f"rank_{name}": rank for name, rank in self.ranks.model_dump(exclude_none=True).items()}
+
 
 class QuantizeConfig(Section):
+    """Frozen weights in 4 or 8 bits."""
+
     groups: list[str] = Field(
         [], description="Frozen linear layers to quantize: mlp, attention, teacher, mixer.proj, head; or expressions."
     )
     format: Literal["nf4", "fp4", "int8"] = Field("nf4", description="Type of the quantized weights (bitsandbytes).")
     double: bool = Field(True, description="Quantize the scales of nf4 and fp4 too.")
-    block: Literal[32, 64, 128] = Field(64, description="MixtureWeights of nf4 and fp4 that share a scale.")
-    rounding: Literal["nearest", "inputs"] = Field(
+    block: Literal[32, 64, 128] = Field(64, description="Weights of nf4 and fp4 that share a scale.")
+    method: Literal["nearest", "gptq"] = Field(
         "nearest",
         description="To the nearest value, or, nf4 and fp4, as suits the inputs of layers (GPTQ, GPTAQ).",
     )
 
+    @property
+    def fits_inputs(self) -> bool:
+        """Whether weights are chosen for what reaches their layers; int8 is rounded to the nearest in any case."""
+        return self.method == "gptq" and self.format != "int8"
+
 
 class AdapterConfig(Section):
+    """One adapter, on layers that no other one names."""
+
     kind: Literal["lora", "miss", "bone"] = Field(
         "lora", description="PEFT method; bone is MiSS in its `bat` form, which is what Bone became."
     )
@@ -79,3 +104,42 @@ class AdapterConfig(Section):
     init: Literal["default", "pissa"] = Field(
         "default", description="lora: start at zero, or from principal components of the weight (PiSSA)."
     )
+
+    @property
+    def title(self) -> str:
+        """What a reader should call it."""
+        if self.kind != "lora":
+            return TITLES[self.kind]
+        parts = [("rank-stabilized", self.rank_stabilized), ("DoRA", self.dora), ("PiSSA", self.init == "pissa")]
+        return " ".join(["LoRA", *(name for name, there in parts if there)])
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """Quantized layers and adapters of one stage.
+
+    Attributes:
+        quantize: which layers, and how.
+        adapters: on layers that no other entry names.
+    """
+
+    quantize: QuantizeConfig = QuantizeConfig()
+    adapters: tuple[AdapterConfig, ...] = ()
+
+    @classmethod
+    def of_stage(
+        cls, quantize: QuantizeConfig, adapters: Sequence[AdapterConfig], groups: list[str] | None
+    ) -> LayerSpec:
+        """Return what a stage has.
+
+        Args:
+            quantize, adapters: of the run.
+            groups: what this stage quantizes; None: the run's groups.
+        """
+        own = quantize if groups is None else quantize.model_copy(update={"groups": groups})
+        return cls(own, tuple(adapters))
+
+    @property
+    def has_frozen_weights(self) -> bool:
+        """Whether a stage computes weights once and keeps them in a file of their own."""
+        return bool(self.quantize.groups) or any(adapter.init == "pissa" for adapter in self.adapters)

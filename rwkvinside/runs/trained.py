@@ -11,8 +11,9 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig
 
 from ..errors import UserError
-from ..hybrid.assemble import LayerSpec, assemble
-from ..hybrid.model import HybridModel, StudentSpec
+from ..hybrid.assemble import assemble
+from ..hybrid.model import HybridModel
+from ..hybrid.settings import AdapterConfig, LayerSpec, QuantizeConfig, StudentConfig
 from ..teacher.load import load_teacher
 from ..training.checkpoint import open_checkpoint
 from ..training.frozen_weights import NAME, frozen_weights_digest, read_frozen_weights
@@ -65,13 +66,15 @@ class TrainedRun:
         return public_name(self.teacher)
 
     @property
-    def spec(self) -> StudentSpec:
-        return StudentSpec.from_fields(self.config["student"])
+    def spec(self) -> StudentConfig:
+        return StudentConfig.model_validate(self.config["student"])
 
     @property
-    def structure(self) -> LayerSpec:
+    def layers(self) -> LayerSpec:
         """What the stage quantized, and its adapters."""
-        return LayerSpec.from_fields(self.config, self.stage)
+        quantize = QuantizeConfig.model_validate(self.config.get("quantize") or {})
+        adapters = [AdapterConfig.model_validate(fields) for fields in self.config.get("adapters") or ()]
+        return LayerSpec.of_stage(quantize, adapters, self.config["stages"][self.stage].get("quantize"))
 
     def teacher_config(self):
         """The teacher's transformers configuration."""
@@ -99,7 +102,7 @@ class TrainedRun:
                 "restore it from a copy of the run",
             )
         lm = load_teacher(self.teacher, self._revision, torch.float32)
-        return assemble(lm, self.spec, self.structure, checkpoint.tensors(), read_frozen_weights(folder))
+        return assemble(lm, self.spec, self.layers, checkpoint.tensors(), read_frozen_weights(folder))
 
     def load_student(self) -> dict[str, torch.Tensor]:
         """The student's own tensors, by exported name.

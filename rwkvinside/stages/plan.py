@@ -22,8 +22,7 @@ from .settings import StageConfig
 if TYPE_CHECKING:
     import torch
 
-    from ..hybrid.assemble import LayerSpec
-    from ..hybrid.model import StudentSpec
+    from ..hybrid.settings import LayerSpec, StudentConfig
     from .param_groups import RateGroup
 
 
@@ -46,7 +45,7 @@ class RunSettings:
     """
 
     teacher: TeacherConfig
-    student: StudentSpec
+    student: StudentConfig
     data: DataConfig
     seed: int
     device: str

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from rwkvinside.cli.main import main
 from rwkvinside.errors import UserError
 from rwkvinside.evaluate.load import load_run
-from rwkvinside.hybrid.model import HybridModel, StudentSpec
+from rwkvinside.hybrid.model import HybridModel
+from rwkvinside.hybrid.settings import StudentConfig
 from rwkvinside.training.checkpoint import Checkpointer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -38,7 +39,7 @@ def run(tmp_path_factory, teacher):
     path = tmp_path_factory.mktemp("run")
     spec = {"attention_layers": [0, 1, 2, 3]}
     model = HybridModel.from_teacher(
-        AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32), StudentSpec(attention_layers=(0, 1, 2, 3))
+        AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32), StudentConfig(attention_layers=(0, 1, 2, 3))
     )
     for stage, scale in (("align", 0.0), ("distill", 1.0)):
         tensors = {name: scale * tensor for name, tensor in model.student_state_dict().items()}

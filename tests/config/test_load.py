@@ -1,6 +1,5 @@
 """Configurations: what wins over what, which defaults a teacher gets, and that every problem is named at once."""
 
-import dataclasses
 import json
 import typing
 from importlib.resources import files
@@ -282,13 +281,8 @@ def test_missing_teachers(tmp_path, teacher):
 
 
 def test_student_settings_are_those_of_the_model():
-    from rwkvinside.hybrid.model import StudentSpec
     from rwkvinside.modeling.mixer_presets import PRESETS
 
-    fields = {f.name for f in dataclasses.fields(StudentSpec)}
-    assert fields == set(StudentConfig.model_fields)
-    default = StudentConfig().model_dump() | {"ranks": {}}
-    assert StudentSpec(**default) == StudentSpec()
     assert set(typing.get_args(StudentConfig.model_fields["preset"].annotation)) == set(PRESETS)
 
 

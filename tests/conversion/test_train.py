@@ -378,7 +378,7 @@ def test_plan_and_trainer_count_the_same_steps(material, tokens, batch, seq_len)
 
 
 ECONOMY = [
-    "quantize={groups: [mlp, teacher], rounding: inputs}",
+    "quantize={groups: [mlp, teacher], method: gptq}",
     "adapters=[{kind: lora, groups: [mlp], rank: 4, init: pissa}]",
     "stages.distill.train=[mixer, embed, adapters]",
     *(f"stages.{name}.optim.kind=adamw8bit" for name in ("align", "distill")),

@@ -10,14 +10,15 @@ from rwkvinside.errors import UserError
 from rwkvinside.evaluate import in_training
 from rwkvinside.evaluate.in_training import evaluate_student, share
 from rwkvinside.evaluate.quality import compare
-from rwkvinside.hybrid.model import HybridModel, StudentSpec
+from rwkvinside.hybrid.model import HybridModel
+from rwkvinside.hybrid.settings import StudentConfig
 from rwkvinside.teacher.signals import OnlineTeacher, SelfTeacher, TeacherModel
 
 CPU = torch.device("cpu")
 
 
 def student():
-    return HybridModel.from_teacher(teacher(), StudentSpec(attention_layers=(1,))).train()
+    return HybridModel.from_teacher(teacher(), StudentConfig(attention_layers=(1,))).train()
 
 
 @pytest.mark.parametrize("size", [3, 1000])

@@ -7,7 +7,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-from rwkvinside.hybrid.model import HybridModel, StudentSpec
+from rwkvinside.hybrid.model import HybridModel
+from rwkvinside.hybrid.settings import StudentConfig
 from rwkvinside.training.checkpoint import Checkpointer
 
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
@@ -41,7 +42,7 @@ def save_run(path, teacher, train=("mixer", "attention"), student=None, stage="d
     torch.manual_seed(1)
     student = {"preset": "cxa079", "attention_layers": [1], "key_scale": "decay"} | (student or {})
     lm = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
-    spec = StudentSpec(**student | {"attention_layers": tuple(student["attention_layers"])})
+    spec = StudentConfig(**student | {"attention_layers": tuple(student["attention_layers"])})
     model = HybridModel.from_teacher(lm, spec)
     model.set_trainable(train)
     with torch.no_grad():

@@ -7,14 +7,15 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from plans import layer_spec
 from transformers import AutoModelForCausalLM
 
 import convert_checkpoint
 from rwkvinside.errors import UserError
 from rwkvinside.export.huggingface import _without_paths, export_hf
-from rwkvinside.hybrid.adapters import AdapterSpec, is_adapter
-from rwkvinside.hybrid.assemble import LayerSpec, assemble, frozen_weights_of, make_plain
-from rwkvinside.hybrid.model import StudentSpec
+from rwkvinside.hybrid.adapters import is_adapter
+from rwkvinside.hybrid.assemble import assemble, frozen_weights_of, make_plain
+from rwkvinside.hybrid.settings import AdapterConfig, StudentConfig
 from rwkvinside.runs.trained import open_run
 from rwkvinside.training.checkpoint import Checkpointer
 from rwkvinside.training.frozen_weights import NAME, frozen_weights_digest, write_frozen_weights
@@ -34,8 +35,8 @@ def economical(tmp_path_factory, teacher, make_run):
     config |= {"quantize": {"groups": ["mlp", "teacher"], "format": "nf4", "double": True}, "adapters": ADAPTERS}
     before = open_run(path).load_student()
     lm = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
-    structure = LayerSpec(("mlp", "teacher"), adapters=tuple(map(AdapterSpec.from_fields, ADAPTERS)))
-    student = assemble(lm, StudentSpec.from_fields(config["student"]), structure, before)
+    structure = layer_spec(("mlp", "teacher"), adapters=tuple(map(AdapterConfig.model_validate, ADAPTERS)))
+    student = assemble(lm, StudentConfig.model_validate(config["student"]), structure, before)
     torch.manual_seed(2)
     for name, parameter in student.canonical_parameters().items():
         if is_adapter(name):

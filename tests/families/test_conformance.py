@@ -13,6 +13,7 @@ import pytest
 import torch
 from generation_cases import check_paths
 from hybrid_cases import VOCAB, batch_of, logits, packed, teacher
+from plans import layer_spec
 from transformers import DynamicCache
 
 from rwkvinside.data.batch import IGNORE, Batch
@@ -20,22 +21,23 @@ from rwkvinside.errors import UserError
 from rwkvinside.export.huggingface import build_hybrid
 from rwkvinside.families import registry
 from rwkvinside.families.registry import FAMILIES, find
-from rwkvinside.hybrid.assemble import LayerSpec, assemble
+from rwkvinside.hybrid.assemble import assemble
 from rwkvinside.hybrid.freezing import GROUPS
 from rwkvinside.hybrid.layerwise_teacher import LayerwiseTeacher
-from rwkvinside.hybrid.model import HybridModel, StudentSpec
+from rwkvinside.hybrid.model import HybridModel
+from rwkvinside.hybrid.settings import StudentConfig
 from rwkvinside.modeling.recurrent_cache import RecurrentLayer
 from rwkvinside.modeling.registry import HYBRIDS
 
 LAYERS = 3
 LAYOUTS = {
-    "all": (StudentSpec(), {}),
-    "hybrid": (StudentSpec(attention_layers=(1,)), {}),
-    "attention-first": (StudentSpec(attention_layers=(0,)), {}),
-    "unrotated": (StudentSpec(attention_layers=(0, 2), attention_rope=False), {}),
-    "mha": (StudentSpec(attention_layers=(1,)), {"num_key_value_heads": 4}),
-    "untied": (StudentSpec(attention_layers=(2,)), {"tie_word_embeddings": False}),
-    "biases": (StudentSpec(attention_layers=(1,)), {"attention_bias": True}),
+    "all": (StudentConfig(), {}),
+    "hybrid": (StudentConfig(attention_layers=(1,)), {}),
+    "attention-first": (StudentConfig(attention_layers=(0,)), {}),
+    "unrotated": (StudentConfig(attention_layers=(0, 2), attention_rope=False), {}),
+    "mha": (StudentConfig(attention_layers=(1,)), {"num_key_value_heads": 4}),
+    "untied": (StudentConfig(attention_layers=(2,)), {"tie_word_embeddings": False}),
+    "biases": (StudentConfig(attention_layers=(1,)), {"attention_bias": True}),
 }
 BIASED = ("llama", "qwen3")  # whose configuration chooses; others always or never have biases
 CASES = [(family, layout) for family in FAMILIES for layout in LAYOUTS if layout != "biases" or family in BIASED]
@@ -220,9 +222,9 @@ def test_calibration_sees_what_the_attention_sees(case):
 def test_calibration_sees_the_heads_of_the_original_projections(family):
     """Where those of the teacher are quantized, the heads are what their originals give from the same input."""
     batch = packed([9, 5], rows=2)
-    student = assemble(teacher(family, 1), StudentSpec(), LayerSpec(("teacher",)))
+    student = assemble(teacher(family, 1), StudentConfig(), layer_spec(("teacher",)))
     ((quantized, *_),) = [LayerwiseTeacher(student, [batch]).run(0)]
-    ((plain, *_),) = [LayerwiseTeacher(HybridModel.from_teacher(teacher(family, 1), StudentSpec()), [batch]).run(0)]
+    ((plain, *_),) = [LayerwiseTeacher(HybridModel.from_teacher(teacher(family, 1), StudentConfig()), [batch]).run(0)]
     assert student.quantized and torch.equal(quantized.x, plain.x)
     torch.testing.assert_close(quantized.heads, plain.heads)
 
@@ -302,7 +304,7 @@ def uneven(request, monkeypatch):
             return super().mixer_config(config, layer, preset, **overrides | fields)
 
     monkeypatch.setattr(registry, "import_module", lambda *args: SimpleNamespace(**{family.__name__: Uneven}))
-    return _make(Uneven(), teacher(request.param, LAYERS), StudentSpec())
+    return _make(Uneven(), teacher(request.param, LAYERS), StudentConfig())
 
 
 def test_layers_may_have_mixers_of_their_own(uneven, tmp_path, prompt):

@@ -3,8 +3,7 @@
 import torch
 
 from rwkvinside.data.settings import DataConfig
-from rwkvinside.hybrid.assemble import LayerSpec
-from rwkvinside.hybrid.model import StudentSpec
+from rwkvinside.hybrid.settings import LayerSpec, QuantizeConfig, StudentConfig
 from rwkvinside.stages.phases import phases_of
 from rwkvinside.stages.plan import RunSettings, StagePlan
 from rwkvinside.stages.registry import objective_class
@@ -14,10 +13,15 @@ from rwkvinside.training.batching import StepShape
 from rwkvinside.training.settings import DeepSpeedConfig
 
 
+def layer_spec(groups=(), format="nf4", adapters=(), **quantize):
+    """Quantized groups and adapters."""
+    return LayerSpec(QuantizeConfig(groups=list(groups), format=format, **quantize), tuple(adapters))
+
+
 def run_settings(**changes):
     values = {
         "teacher": TeacherConfig(path="teacher"),
-        "student": StudentSpec(),
+        "student": StudentConfig(),
         "data": DataConfig(),
         "seed": 0,
         "device": "cpu",

@@ -4,14 +4,15 @@ import copy
 from dataclasses import replace
 
 import torch
+from plans import layer_spec
 from toy_training import callbacks
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from rwkvinside.data.batch import IGNORE, Batch
-from rwkvinside.hybrid.adapters import AdapterSpec
-from rwkvinside.hybrid.assemble import LayerSpec, assemble
+from rwkvinside.hybrid.assemble import assemble
 from rwkvinside.hybrid.calibration import teacher_norms
-from rwkvinside.hybrid.model import HybridModel, StudentSpec
+from rwkvinside.hybrid.model import HybridModel
+from rwkvinside.hybrid.settings import AdapterConfig, StudentConfig
 from rwkvinside.losses.settings import DistillLossConfig
 from rwkvinside.stages.steps import AlignStep, DistillStep
 from rwkvinside.teacher.signals import OnlineTeacher, SelfTeacher, TeacherModel
@@ -23,12 +24,12 @@ VOCAB, SEQ_LEN, ROWS, MICRO_ROWS, STEPS = 40, 12, 7, 3, 5  # neither two nor thr
 LENGTH = StageLength(STEPS * ROWS * SEQ_LEN, ROWS * SEQ_LEN, SEQ_LEN)
 SCHEDULE = Schedule({"mixer": 1e-3, "rest": 1e-4}, {})
 SETTINGS = OptimConfig(clip=0.05)  # below the norms that occur: clipping takes part
-STRUCTURE = LayerSpec(
+STRUCTURE = layer_spec(
     ("mlp", "teacher", "head"),
     adapters=(
-        AdapterSpec("bone", rank=4, groups=("mlp",)),
-        AdapterSpec(rank=2, groups=("head",), init="pissa"),
-        AdapterSpec(rank=2, groups=("mixer.proj",), dora=True),
+        AdapterConfig(kind="bone", rank=4, groups=["mlp"]),
+        AdapterConfig(rank=2, groups=["head"], init="pissa"),
+        AdapterConfig(rank=2, groups=["mixer.proj"], dora=True),
     ),
 )
 LOSS = DistillLossConfig(ce=0.1, chunk_tokens=8)  # several chunks a micro-batch, not equally many on every rank
@@ -72,7 +73,7 @@ def teacher():
 
 def student(train, lm=None):
     torch.manual_seed(1)
-    model = HybridModel.from_teacher(copy.deepcopy(lm or teacher()), StudentSpec()).eval()
+    model = HybridModel.from_teacher(copy.deepcopy(lm or teacher()), StudentConfig()).eval()
     model.set_trainable(train)
     return model
 
@@ -114,7 +115,7 @@ def distill(checkpointing=False, shard=None):
 def quantized():
     """Frozen weights in nf4, the head's too, under three kinds of adapters; the student is its own teacher."""
     torch.manual_seed(1)
-    model = assemble(teacher(), StudentSpec(), STRUCTURE)
+    model = assemble(teacher(), StudentConfig(), STRUCTURE)
     model.set_trainable(["mixer", "adapters"])
     return model, lambda module: DistillStep(SelfTeacher(), LOSS)
 

@@ -9,29 +9,20 @@ import torch
 from torch import nn
 
 from rwkvinside.errors import UserError
-from rwkvinside.hybrid.adapters import (
-    AdapterSpec,
-    adapted,
-    disabled,
-    inject,
-    is_adapter,
-    is_start,
-    merge,
-    module_of,
-    write_peft,
-)
+from rwkvinside.hybrid.adapters import adapted, disabled, inject, is_adapter, is_start, merge, module_of, write_peft
 from rwkvinside.hybrid.quantized_linear import dequantized, quantize
+from rwkvinside.hybrid.settings import AdapterConfig
 from rwkvinside.training.gradient_watch import GradientWatch
 
 SPECS = {
-    "lora": AdapterSpec(rank=4),
-    "rslora": AdapterSpec(rank=4, rank_stabilized=True, alpha=3.0),
-    "dora": AdapterSpec(rank=4, dora=True),
-    "pissa": AdapterSpec(rank=4, init="pissa"),
-    "rs-pissa": AdapterSpec(rank=4, init="pissa", rank_stabilized=True),
-    "dropout": AdapterSpec(rank=4, dropout=0.5),
-    "miss": AdapterSpec("miss", rank=5),
-    "bone": AdapterSpec("bone", rank=4),
+    "lora": AdapterConfig(rank=4),
+    "rslora": AdapterConfig(rank=4, rank_stabilized=True, alpha=3.0),
+    "dora": AdapterConfig(rank=4, dora=True),
+    "pissa": AdapterConfig(rank=4, init="pissa"),
+    "rs-pissa": AdapterConfig(rank=4, init="pissa", rank_stabilized=True),
+    "dropout": AdapterConfig(rank=4, dropout=0.5),
+    "miss": AdapterConfig(kind="miss", rank=5),
+    "bone": AdapterConfig(kind="bone", rank=4),
 }
 
 
@@ -158,13 +149,13 @@ def test_dropout_is_for_training_only():
 @pytest.mark.parametrize(
     "spec, message",
     [
-        (AdapterSpec("miss", rank=4, dora=True), "dora is a form of lora, not of miss"),
-        (AdapterSpec("bone", rank=4, rank_stabilized=True), "rank_stabilized is a form of lora"),
-        (AdapterSpec("bone", rank=4, init="pissa"), "pissa does not go with bone"),
-        (AdapterSpec(rank=4, init="pissa", dora=True), "pissa does not go with dora or dropout"),
-        (AdapterSpec("miss", rank=4, alpha=2.0), "miss has no alpha"),
-        (AdapterSpec("bone", rank=5), "block size 5 does not divide up"),
-        (AdapterSpec(rank=49), r"rank 49 is more than up has \(48\)"),
+        (AdapterConfig(kind="miss", rank=4, dora=True), "dora is a form of lora, not of miss"),
+        (AdapterConfig(kind="bone", rank=4, rank_stabilized=True), "rank_stabilized is a form of lora"),
+        (AdapterConfig(kind="bone", rank=4, init="pissa"), "pissa does not go with bone"),
+        (AdapterConfig(rank=4, init="pissa", dora=True), "pissa does not go with dora or dropout"),
+        (AdapterConfig(kind="miss", rank=4, alpha=2.0), "miss has no alpha"),
+        (AdapterConfig(kind="bone", rank=5), "block size 5 does not divide up"),
+        (AdapterConfig(rank=49), r"rank 49 is more than up has \(48\)"),
     ],
 )
 def test_refusals(spec, message):

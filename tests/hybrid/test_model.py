@@ -9,14 +9,15 @@ from transformers import Qwen3ForCausalLM
 from rwkvinside.data.batch import Batch
 from rwkvinside.errors import UserError
 from rwkvinside.hybrid.calibration import calibrate, teacher_norms
-from rwkvinside.hybrid.model import HybridModel, StudentSpec
+from rwkvinside.hybrid.model import HybridModel
+from rwkvinside.hybrid.settings import StudentConfig
 from rwkvinside.losses.settings import DistillLossConfig
 from rwkvinside.stages.steps import AlignStep, DistillStep, SftStep
 from rwkvinside.teacher.signals import OnlineTeacher, SelfTeacher, TeacherModel, check_same_weights
 
 
 def test_padding_tail_changes_no_loss():
-    hybrid = HybridModel.from_teacher(teacher(), StudentSpec()).double()
+    hybrid = HybridModel.from_teacher(teacher(), StudentConfig()).double()
     batch = packed([9, 6])
     pad = torch.zeros(1, 5, dtype=torch.long)
     padded = Batch(
@@ -33,7 +34,7 @@ def test_padding_tail_changes_no_loss():
 
 
 def test_align_loss_is_the_relative_error_of_each_layer_on_teacher_activations():
-    hybrid = HybridModel.from_teacher(teacher(), StudentSpec()).double()
+    hybrid = HybridModel.from_teacher(teacher(), StudentConfig()).double()
     batch = packed([8, 5], rows=2)
     seen = {}
     hooks = [
@@ -78,7 +79,7 @@ def _mix(mixer, x, first, rope):
 def test_activation_checkpointing_changes_no_gradient(objective):
     gradients = []
     for checkpointing in (False, True):
-        hybrid = HybridModel.from_teacher(teacher(), StudentSpec(attention_layers=(1,))).double()
+        hybrid = HybridModel.from_teacher(teacher(), StudentConfig(attention_layers=(1,))).double()
         hybrid.set_trainable(
             ["mixer"] if objective == "align" else ["mixer", "mlp", "norms", "embed", "head", "attention"]
         )
@@ -98,7 +99,7 @@ def test_activation_checkpointing_changes_no_gradient(objective):
 
 @pytest.mark.parametrize("detach", [False, True])
 def test_v_first_gradient_reaches_the_first_layer(detach):
-    hybrid = HybridModel.from_teacher(teacher(), StudentSpec(detach_first=detach)).double()
+    hybrid = HybridModel.from_teacher(teacher(), StudentConfig(detach_first=detach)).double()
     batch = packed([12])
     hybrid.set_trainable(["mixer"])
     # only the last layer's own error: layer 0 can hear of it through v_first and k_first alone
@@ -113,7 +114,7 @@ def test_v_first_gradient_reaches_the_first_layer(detach):
 def test_v_first_gradient_is_part_of_the_first_layers_gradient_in_distill():
     gradients = []
     for detach in (False, True):
-        hybrid = HybridModel.from_teacher(teacher(), StudentSpec(detach_first=detach)).double()
+        hybrid = HybridModel.from_teacher(teacher(), StudentConfig(detach_first=detach)).double()
         hybrid.set_trainable(["mixer"])
         DistillStep(SelfTeacher())(hybrid, packed([12]))[0].backward()
         gradients.append([w.weight.grad for w in (hybrid.mixers[0].value, hybrid.mixers[0].key)])
@@ -122,7 +123,7 @@ def test_v_first_gradient_is_part_of_the_first_layers_gradient_in_distill():
 
 
 def test_distill_step_equals_brute_force():
-    hybrid = HybridModel.from_teacher(teacher(), StudentSpec()).double()
+    hybrid = HybridModel.from_teacher(teacher(), StudentConfig()).double()
     wide = teacher(vocab_size=VOCAB + 14).double()  # a padded vocabulary: cut to the shared ids
     batch = packed([8, 5], rows=2)
     step = DistillStep(
@@ -149,7 +150,7 @@ def test_distill_step_equals_brute_force():
 
 
 def test_same_weights_teacher_equals_a_separate_one_and_is_refused_when_the_rest_trains():
-    hybrid = HybridModel.from_teacher(teacher(), StudentSpec())
+    hybrid = HybridModel.from_teacher(teacher(), StudentConfig())
     batch = packed([8, 5])
     same, _ = DistillStep(SelfTeacher())(hybrid, batch)
     separate, _ = DistillStep(OnlineTeacher(TeacherModel(teacher())))(hybrid, batch)
@@ -165,7 +166,7 @@ def trained_names(hybrid):
 
 
 def test_groups():
-    hybrid = HybridModel.from_teacher(teacher(), StudentSpec(attention_layers=(1,)))
+    hybrid = HybridModel.from_teacher(teacher(), StudentConfig(attention_layers=(1,)))
     assert set(hybrid.set_trainable(["mixer.lora"])) == {"mixer.lora"}
     names = trained_names(hybrid)
     assert "model.layers.0.self_attn.w0" in names and "model.layers.2.self_attn.k2" in names
@@ -182,7 +183,7 @@ def test_groups():
 
 
 def test_state_dict_round_trip_and_refusals():
-    spec = StudentSpec()
+    spec = StudentConfig()
     one = HybridModel.from_teacher(teacher(), spec)
     one.set_trainable(["mixer", "head"])
     with torch.no_grad():
@@ -196,7 +197,7 @@ def test_state_dict_round_trip_and_refusals():
     batch = packed([9])
     with torch.no_grad():
         assert torch.equal(logits(one, batch, "student"), logits(two, batch, "student"))
-    other = HybridModel.from_teacher(teacher(), StudentSpec(preset="hxa07a"))
+    other = HybridModel.from_teacher(teacher(), StudentConfig(preset="hxa07a"))
     with pytest.raises(UserError, match="does not fit this student"):
         other.load_student_state_dict(state)
     with pytest.raises(UserError, match="is missing"):
@@ -208,18 +209,18 @@ def test_refusals_of_teachers_and_layers():
 
     with pytest.raises(UserError, match="'gpt2', which is not supported\nsupported: llama, qwen2, qwen3; "):
         HybridModel.from_teacher(
-            GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9)), StudentSpec()
+            GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9)), StudentConfig()
         )
     with pytest.raises(UserError, match=r"\[7\]"):
-        HybridModel.from_teacher(teacher(), StudentSpec(attention_layers=(0, 7)))
+        HybridModel.from_teacher(teacher(), StudentConfig(attention_layers=(0, 7)))
     with pytest.raises(UserError, match="all 3 layers"):
-        HybridModel.from_teacher(teacher(), StudentSpec(attention_layers=(0, 1, 2)))
+        HybridModel.from_teacher(teacher(), StudentConfig(attention_layers=(0, 1, 2)))
     with pytest.raises(UserError, match="k_norm|q_norm"):
-        HybridModel.from_teacher(teacher("qwen3", num_key_value_heads=4), StudentSpec(preset="x070"))
+        HybridModel.from_teacher(teacher("qwen3", num_key_value_heads=4), StudentConfig(preset="x070"))
 
 
 def test_head_and_embedding_are_one_matrix_until_one_trains():
-    hybrid = HybridModel.from_teacher(teacher(), StudentSpec())
+    hybrid = HybridModel.from_teacher(teacher(), StudentConfig())
     names = set(hybrid.canonical_parameters())
     hybrid.set_trainable(["mixer"])
     assert hybrid.teacher_tied and hybrid.tied
@@ -235,7 +236,7 @@ def test_head_and_embedding_are_one_matrix_until_one_trains():
 @pytest.mark.parametrize("preset", ["cxa079", "hxa07a", "cxa076r"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_calibration_lowers_the_alignment_error(preset, family):
-    hybrid = HybridModel.from_teacher(teacher(family), StudentSpec(preset=preset))
+    hybrid = HybridModel.from_teacher(teacher(family), StudentConfig(preset=preset))
     batches = [packed([30, 14], rows=2), packed([5, 39], rows=2)]
     _, before = teacher_norms(hybrid, batches)
     fits = calibrate(hybrid, batches)
@@ -252,7 +253,7 @@ def test_calibration_survives_a_dead_head():
     model = teacher()
     with torch.no_grad():
         model.model.layers[1].self_attn.v_proj.weight[:16] = 0  # the first key/value head, which two heads read
-    hybrid = HybridModel.from_teacher(model, StudentSpec())
+    hybrid = HybridModel.from_teacher(model, StudentConfig())
     fit = calibrate(hybrid, [packed([30, 14])])[1]
     assert fit.scale[:2] == [0, 0] and fit.bonus[:2] == [0, 0] and all(abs(x) > 0 for x in fit.scale[2:])
     assert all(p.isfinite().all() for p in hybrid.parameters())
@@ -261,13 +262,13 @@ def test_calibration_survives_a_dead_head():
 def test_meta_device_makes_shapes_only():
     with torch.device("meta"):
         model = Qwen3ForCausalLM(teacher().config)
-    hybrid = HybridModel.from_teacher(model, StudentSpec())
+    hybrid = HybridModel.from_teacher(model, StudentConfig())
     assert all(p.is_meta for p in hybrid.parameters())
     assert hybrid.set_trainable(["mixer"])["mixer.proj"] > 0
 
 
 def test_a_batch_without_targets_has_a_zero_loss_with_a_graph():
-    hybrid = HybridModel.from_teacher(teacher(), StudentSpec())
+    hybrid = HybridModel.from_teacher(teacher(), StudentConfig())
     hybrid.set_trainable(["mixer", "head"])
     batch = packed([1], rows=2)  # a document of one token predicts nothing
     for step in (DistillStep(SelfTeacher()), SftStep()):

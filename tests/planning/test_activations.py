@@ -4,13 +4,14 @@ import contextlib
 
 import pytest
 import torch
+from plans import layer_spec
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from rwkvinside import kernels
 from rwkvinside.data.batch import Batch
-from rwkvinside.hybrid.adapters import AdapterSpec
-from rwkvinside.hybrid.assemble import LayerSpec, apply
-from rwkvinside.hybrid.model import HybridModel, StudentSpec
+from rwkvinside.hybrid.assemble import apply
+from rwkvinside.hybrid.model import HybridModel
+from rwkvinside.hybrid.settings import AdapterConfig, StudentConfig
 from rwkvinside.planning.activations import edge_bytes, kept_bytes
 
 ROWS, TOKENS = 2, 256
@@ -28,13 +29,13 @@ SIZES = dict(
 FAMILIES = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
 
 
-def student(family="qwen3", preset="cxa079", kept=(), dtype=torch.float32, structure=None):
+def student(family="qwen3", preset="cxa079", kept=(), dtype=torch.float32, layers=None):
     torch.manual_seed(0)
     config, model = FAMILIES[family]
     teacher = model(config(**SIZES)).to(dtype)
-    hybrid = HybridModel.from_teacher(teacher, StudentSpec(preset=preset, attention_layers=kept))
-    if structure is not None:
-        apply(hybrid, structure)
+    hybrid = HybridModel.from_teacher(teacher, StudentConfig(preset=preset, attention_layers=kept))
+    if layers is not None:
+        apply(hybrid, layers)
     return hybrid
 
 
@@ -70,8 +71,8 @@ def kept_by_autograd(model, *, align, bf16, checkpointing):
     return sum(n for n, t in found.values() if tuple(t.shape) not in weights) / (ROWS * TOKENS)
 
 
-LORA = LayerSpec(adapters=(AdapterSpec(rank=8),))
-QUANTISED = LayerSpec(quantize=("mlp", "teacher"), adapters=(AdapterSpec(rank=8),))
+LORA = layer_spec(adapters=(AdapterConfig(rank=8),))
+QUANTISED = layer_spec(("mlp", "teacher"), adapters=(AdapterConfig(rank=8),))
 
 
 @pytest.mark.skipif(kernels.why_unavailable("native") is not None, reason="the counts are those of the native kernel")
@@ -89,9 +90,9 @@ QUANTISED = LayerSpec(quantize=("mlp", "teacher"), adapters=(AdapterSpec(rank=8)
         ("distill", [".*"], False, {"family": "llama", "kept": (0, 2)}),
         ("distill", ["mixer"], False, {}),
         ("distill", ["mixer"], True, {"dtype": torch.bfloat16}),
-        ("distill", ["mixer", "adapters"], False, {"structure": LORA}),
-        ("distill", ["mixer", "adapters"], False, {"structure": QUANTISED}),
-        ("distill", ["mixer", "adapters"], True, {"structure": QUANTISED, "dtype": torch.bfloat16}),
+        ("distill", ["mixer", "adapters"], False, {"layers": LORA}),
+        ("distill", ["mixer", "adapters"], False, {"layers": QUANTISED}),
+        ("distill", ["mixer", "adapters"], True, {"layers": QUANTISED, "dtype": torch.bfloat16}),
     ],
 )
 def test_activations_are_those_that_autograd_keeps(mode, train, bf16, made):

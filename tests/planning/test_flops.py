@@ -4,15 +4,15 @@ from functools import partial
 
 import pytest
 import torch
-from plans import stage_plan
+from plans import layer_spec, stage_plan
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from rwkvinside.data.batch import Batch
-from rwkvinside.hybrid.adapters import AdapterSpec
-from rwkvinside.hybrid.assemble import LayerSpec, apply
+from rwkvinside.hybrid.assemble import apply
 from rwkvinside.hybrid.lm_head import Logits
-from rwkvinside.hybrid.model import HybridModel, StudentSpec
+from rwkvinside.hybrid.model import HybridModel
+from rwkvinside.hybrid.settings import AdapterConfig, StudentConfig
 from rwkvinside.modeling import time_mixer
 from rwkvinside.planning import devices
 from rwkvinside.planning.devices import measured_flops, peak_flops
@@ -37,11 +37,11 @@ def teacher(layers=3):
     return Qwen3ForCausalLM(Qwen3Config(**SIZES | {"num_hidden_layers": layers})).eval()
 
 
-def hybrid(train, kept=(), preset="cxa079", structure=None):
+def hybrid(train, kept=(), preset="cxa079", layers=None):
     model = teacher() if preset != "x070" else LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
-    student = HybridModel.from_teacher(model, StudentSpec(preset=preset, attention_layers=kept))
-    if structure is not None:
-        apply(student, structure)
+    student = HybridModel.from_teacher(model, StudentConfig(preset=preset, attention_layers=kept))
+    if layers is not None:
+        apply(student, layers)
     student.set_trainable(train)
     return student
 
@@ -150,8 +150,11 @@ def test_distill(counted, train, kept):
 
 @pytest.mark.parametrize("kind", ["lora", "miss"])
 def test_adapters_on_quantised_layers(counted, kind):
-    specs = (AdapterSpec(kind, ("mlp", "head"), 4), AdapterSpec("lora", (r".*\.layers\.0\..*output",), 4))
-    student = hybrid(["adapters"], (1,), structure=LayerSpec(("mlp", "attention", "teacher"), adapters=specs))
+    specs = (
+        AdapterConfig(kind=kind, groups=["mlp", "head"], rank=4),
+        AdapterConfig(groups=[r".*\.layers\.0\..*output"], rank=4),
+    )
+    student = hybrid(["adapters"], (1,), layers=layer_spec(("mlp", "attention", "teacher"), adapters=specs))
     found = training_flops(student, stage("distill"), TeacherKind.SELF)
     assert found.forward["adapters"] > 0 and found.backward["mlp"] <= found.forward["mlp"]
     assert formula(student, "distill", TeacherKind.SELF) == pytest.approx(counted(student, distill))
@@ -161,7 +164,9 @@ def test_adapters_on_quantised_layers(counted, kind):
 
 def test_bone_needs_the_gradient_of_the_whole_weight():
     """Its small matrices change the weight itself: products that do not grow with tokens are not counted."""
-    student = hybrid(["adapters"], structure=LayerSpec(adapters=(AdapterSpec("bone", ("mlp", "head"), 2),)))
+    student = hybrid(
+        ["adapters"], layers=layer_spec(adapters=(AdapterConfig(kind="bone", groups=["mlp", "head"], rank=2),))
+    )
     found = training_flops(student, stage("sft"), None)
     entry = 2 * 2 * 32 * 48  # up and gate of the first layer, in front of which nothing trains
     assert found.backward["mlp"] == 2 * found.forward["mlp"] - entry

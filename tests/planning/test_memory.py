@@ -12,7 +12,7 @@ from tiny import byte_tokenizer, save_qwen3
 from rwkvinside import kernels
 from rwkvinside.config.load import load_config
 from rwkvinside.config.resolve import resolve
-from rwkvinside.hybrid import assemble as structure
+from rwkvinside.hybrid.assemble import apply
 from rwkvinside.planning.devices import card_for
 from rwkvinside.planning.memory import EngineSpec, StepMemory, StudentMemory, memory_of
 from rwkvinside.planning.plan import meta_student
@@ -50,7 +50,7 @@ def predicted(config):
     (name,) = config.run
     plan = resolve(config).stage(name)
     model = meta_student(plan.run)
-    structure.apply(model, plan.layers)
+    apply(model, plan.layers)
     kind = plan.stage.prepare(model, plan, plan.phases[0].train)
     teacher = meta_online_teacher(plan) if kind is TeacherKind.ONLINE else None
     return stage_memory(plan, model, kind, teacher)

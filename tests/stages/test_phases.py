@@ -7,7 +7,8 @@ from pydantic import ValidationError
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from rwkvinside.errors import UserError
-from rwkvinside.hybrid.model import HybridModel, StudentSpec
+from rwkvinside.hybrid.model import HybridModel
+from rwkvinside.hybrid.settings import StudentConfig
 from rwkvinside.stages.param_groups import joined, rate_groups
 from rwkvinside.stages.summary import training_table
 from rwkvinside.training.schedule import StageLength
@@ -40,7 +41,7 @@ def student():
     )
     with torch.device("meta"):
         teacher = Qwen3ForCausalLM(Qwen3Config(**sizes))
-    return HybridModel.from_teacher(teacher, StudentSpec(attention_layers=(2,)))
+    return HybridModel.from_teacher(teacher, StudentConfig(attention_layers=(2,)))
 
 
 def test_one_phase_where_nothing_unfreezes():

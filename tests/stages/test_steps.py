@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from hybrid_cases import logits, packed, teacher
 
-from rwkvinside.hybrid.model import HybridModel, StudentSpec
+from rwkvinside.hybrid.model import HybridModel
+from rwkvinside.hybrid.settings import StudentConfig
 from rwkvinside.losses.alignment import alignment_loss
 from rwkvinside.losses.next_token import NextTokenLoss
 from rwkvinside.losses.settings import DistillLossConfig
@@ -14,7 +15,7 @@ from rwkvinside.teacher.signals import OnlineTeacher, SelfTeacher, TeacherModel
 
 
 def student():
-    hybrid = HybridModel.from_teacher(teacher(), StudentSpec(attention_layers=(1,))).double()
+    hybrid = HybridModel.from_teacher(teacher(), StudentConfig(attention_layers=(1,))).double()
     hybrid.set_trainable(["mixer", "mlp", "head"])
     return hybrid
 

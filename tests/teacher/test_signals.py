@@ -4,7 +4,8 @@ import pytest
 import torch
 from hybrid_cases import VOCAB, logits, packed, teacher
 
-from rwkvinside.hybrid.model import HybridModel, StudentSpec
+from rwkvinside.hybrid.model import HybridModel
+from rwkvinside.hybrid.settings import StudentConfig
 from rwkvinside.teacher.signals import HeadSignal, OnlineTeacher, SelfTeacher, StoredSignal, TeacherModel
 
 
@@ -20,7 +21,7 @@ def distributions(signal, size, vocab=VOCAB, temperature=1.0):
 
 @pytest.mark.parametrize("source", ["self", "online"])
 def test_a_teacher_in_memory_says_what_its_logits_say(source):
-    student = HybridModel.from_teacher(teacher(), StudentSpec(attention_layers=(1,))).double()
+    student = HybridModel.from_teacher(teacher(), StudentConfig(attention_layers=(1,))).double()
     batch = packed([8, 5], rows=2)
     its = SelfTeacher() if source == "self" else OnlineTeacher(TeacherModel(teacher().double()))
     expected = logits(student, batch, "teacher")[batch.labels != -100]
@@ -45,7 +46,7 @@ def test_a_self_teacher_is_asked_without_adapters():
         def forward(self, x):
             return 2 * self.base_layer(x)
 
-    student = HybridModel.from_teacher(teacher(), StudentSpec())
+    student = HybridModel.from_teacher(teacher(), StudentConfig())
     base = student.teacher_head
     student.lm_head_loss.head = Adapted(base)
     batch = packed([8])
