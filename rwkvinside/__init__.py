@@ -7,7 +7,7 @@ What others may rely on is listed in `__all__`. The classes and `wkv7` are impor
 from importlib import import_module
 
 # Two functions have the name of a package. A package replaces its parent's attribute when it is imported, which it is
-# once: here, before the functions take their names.
+# once: here, before the functions take their names. What is in these packages is had by `from rwkvinside.export...`.
 for _package in ("evaluate", "export"):
     import_module(f".{_package}", __name__)
 

@@ -2,6 +2,7 @@
 
 import os
 import random
+import tempfile
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -19,6 +20,10 @@ for name, value in {
     "OMP_NUM_THREADS": "1",
 }.items():
     os.environ.setdefault(name, value)
+
+# Code of exported models: one folder for each process of tests, as transformers imports it from the first that it has.
+MODULES = tempfile.TemporaryDirectory(prefix="hf_modules-")
+os.environ["HF_MODULES_CACHE"] = MODULES.name
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402

@@ -24,16 +24,13 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory):
-    """A folder with a tiny teacher and texts; code of exported models goes to it as well, not to the user's cache."""
+    """A folder with a tiny teacher and texts."""
     root = tmp_path_factory.mktemp("api")
     save_qwen3(root / "teacher", byte_tokenizer("<eos>", eos_token="<eos>"))
     for name, count in (("train", 40), ("val", 5)):
         lines = [json.dumps({"text": f"{name} {i}: the quick brown fox " * (i % 3 + 1)}) for i in range(count)]
         (root / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_MODULES_CACHE", str(root / "modules"))
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(root / "modules"))
-        yield root
+    return root
 
 
 @pytest.fixture(scope="module")

@@ -13,16 +13,6 @@ from rwkvinside.demo.tables import show_speed, slowdown
 from rwkvinside.evaluate.decode_speed import DecodeSpeed
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _own_module_cache(tmp_path_factory):
-    """Code of exported models goes to a directory of this session, not to the user's cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = str(tmp_path_factory.mktemp("hf_modules"))
-        patch.setenv("HF_MODULES_CACHE", folder)
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", folder)
-        yield
-
-
 def test_quick_demo_from_text_to_a_student_that_generates(tmp_path, monkeypatch, capsys):
     whole = collect()
     monkeypatch.setattr(command, "collect", lambda: Corpus(whole.train[:300], whole.val[:12]))

@@ -1,5 +1,7 @@
 """decode_speed generates what the model would, reports a median, and allows contexts beyond the config with RoPE."""
 
+import time
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -41,7 +43,7 @@ def test_the_median_is_of_the_measured_tokens_only(model, monkeypatch):
             clock["now"] += next(durations)
         return clock["now"]
 
-    monkeypatch.setattr("rwkvinside.evaluate.decode_speed.time.perf_counter", perf_counter)
+    monkeypatch.setattr(time, "perf_counter", perf_counter)
     (row,) = decode_speed({"a": model}, (4,), new_tokens=3, warmup_tokens=2)
     assert (row.prefill_seconds, row.milliseconds) == (5.0, 2000.0)
 

@@ -72,16 +72,6 @@ def save_run(path, teacher, train=("mixer", "attention"), student=None, stage="d
     return path
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _own_module_cache(tmp_path_factory):
-    """Code of exported models goes to a directory of this session, not to the user's cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = str(tmp_path_factory.mktemp("hf_modules"))
-        patch.setenv("HF_MODULES_CACHE", folder)
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", folder)
-        yield
-
-
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory):
     path = save_teacher(tmp_path_factory.mktemp("teacher") / "tiny-qwen3")
