@@ -374,7 +374,7 @@ def test_plan_and_trainer_count_the_same_steps(material, tokens, batch, seq_len)
     overrides = [f"stages.align.{name}={value}" for name, value in fields.items()]
     stage = load_config(teacher=str(material / "teacher"), overrides=overrides).stages["align"]
     budget = StageLength(tokens, batch, seq_len)
-    assert (stage.steps, stage.rows) == (budget.steps, budget.rows_per_step)
+    assert (stage.length.steps, stage.length.rows_per_step) == (budget.steps, budget.rows_per_step)
 
 
 ECONOMY = [
