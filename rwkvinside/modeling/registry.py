@@ -1,6 +1,7 @@
 """The table of hybrid models, each imported when asked for. Imports neither torch nor transformers."""
 
 from importlib import import_module
+from typing import Any
 
 # model_type of a hybrid's configuration -> "module:Class" of its causal language model in this package
 HYBRIDS = {
@@ -10,7 +11,7 @@ HYBRIDS = {
 }
 
 
-def hybrid_class(model_type: str):
+def hybrid_class(model_type: str) -> Any:
     """Return the causal language model class of a hybrid; its `config_class` is the configuration's."""
     module, _, name = HYBRIDS[model_type].partition(":")
     return getattr(import_module(f".{module}", __package__), name)
