@@ -1,4 +1,4 @@
-"""What crosses the layers within one forward call: v_first, k_first and the call's settings.
+"""What crosses layers within one forward call: v_first, k_first and its settings.
 
 A new object is made for every forward call of the whole model and handed to each layer as the keyword argument
 `forward_context` (Hugging Face decoder layers pass unknown keyword arguments on to their attention). Nothing is kept
@@ -16,7 +16,10 @@ from torch import Tensor
 
 
 class FirstLayerKV(NamedTuple):
-    """Value and key of the first RWKV layer, (B, T, heads, N); k is None for mixers without a key residual."""
+    """Value and key of the first RWKV layer, (B, T, heads, N).
+
+    k is None for mixers without a key residual.
+    """
 
     v: Tensor
     k: Tensor | None
@@ -27,12 +30,12 @@ class FirstLayerKV(NamedTuple):
 
 
 class VFirstHolder:
-    """Carries v_first and k_first from the first RWKV layer to the later ones, gradients intact.
+    """The way of v_first and k_first from the first RWKV layer to the later ones.
 
-    The logical tensor has shape (world_size, B, T, width); each rank holds its own slice, so data parallel and ZeRO
-    runs exchange nothing. `gather` assembles the logical tensor for inspection; `to_tensors` / `from_tensors` are what
-    pipeline stages put into the tuple they exchange; `broadcast` serves inference where one rank computes the first
-    layer.
+    Gradients pass through it. The logical tensor has shape (world_size, B, T, width); each rank holds its own slice, so
+    data parallel and ZeRO runs exchange nothing. `gather` assembles the logical tensor for inspection; `to_tensors` /
+    `from_tensors` are what pipeline stages put into the tuple they exchange; `broadcast` serves inference where one
+    rank computes the first layer.
 
     The first RWKV layer always writes and the later ones always read. Nothing branches on "was it written": a
     recomputed activation checkpoint would take the other branch.
@@ -42,7 +45,10 @@ class VFirstHolder:
         self._first: FirstLayerKV | None = None
 
     def write(self, first: FirstLayerKV) -> None:
-        """Store the value and key of the first RWKV layer; a recomputation in the backward writes the same again."""
+        """Store the value and key of the first RWKV layer.
+
+        A recomputation in the backward writes the same values again.
+        """
         self._first = first
 
     def read(self) -> FirstLayerKV:
@@ -56,7 +62,10 @@ class VFirstHolder:
         return self._first
 
     def to_tensors(self) -> tuple[Tensor, ...]:
-        """Return (v,) or (v, k), to be sent to the next pipeline stage; autograd crosses ranks with them."""
+        """Return (v,) or (v, k), to be sent to the next pipeline stage.
+
+        Autograd crosses ranks with them.
+        """
         return tuple(t for t in self.read() if t is not None)
 
     @classmethod

@@ -1,10 +1,11 @@
-"""What the hybrids of all families share: a teacher family's own decoder in which some layers mix time by RWKV-7.
+"""What the hybrids of all families share.
 
-Embeddings, norms, MLPs and the kept attention layers are transformers' own classes; only `self_attn` of the layers in
-`config.rwkv_layers` is another module. Each `hybrid_<family>.py` puts these mixins over its family's classes. Their
-names avoid "rwkv" on purpose: transformers gives models with that word in their name no default cache, and
-`generate()` could then neither chunk a prefill nor continue from a cache.
-This file travels with exported models (torch and transformers only) and knows nothing of training.
+A hybrid is a teacher family's own decoder in which some layers mix time by RWKV-7. Embeddings, norms, MLPs and the kept
+attention layers are transformers' own classes; only `self_attn` of the layers in `config.rwkv_layers` is another
+module. Each `hybrid_<family>.py` puts these mixins over its family's classes. Their names avoid "rwkv" on purpose:
+transformers gives models with that word in their name no default cache, and `generate()` could then neither chunk a
+prefill nor continue from a cache. This file travels with exported models (torch and transformers only) and knows
+nothing of training.
 """
 
 from dataclasses import dataclass, field
@@ -70,7 +71,11 @@ class HybridFields:
 
 
 def mixer_fields(configs: dict[int, TimeMixerConfig]) -> dict:
-    """Return the fields `mixer` and `mixer_layers` of a configuration for the mixers of all RWKV layers, by index."""
+    """Return the fields `mixer` and `mixer_layers` for the mixers of all RWKV layers.
+
+    Args:
+        configs: by layer index.
+    """
     fields = {i: config.to_dict() for i, config in configs.items()}
     mixer = fields[min(fields)]
     differences = {i: {name: v for name, v in values.items() if v != mixer[name]} for i, values in fields.items()}
@@ -78,7 +83,7 @@ def mixer_fields(configs: dict[int, TimeMixerConfig]) -> dict:
 
 
 class MixerInitialization(PreTrainedModel):
-    """Mixin over a family's models: what transformers' initialization of unloaded weights means for a time mixer."""
+    """Mixin over a family's models: the initialization of mixers that were not loaded."""
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -94,7 +99,7 @@ class MixerInitialization(PreTrainedModel):
 
 
 class UnrotatedAttention(nn.Module):
-    """Mixin over a family's attention: queries and keys without positions (`attention_rope` False)."""
+    """Mixin over a family's attention: no positions (`attention_rope` False)."""
 
     def forward(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], *args: Any, **kwargs: Any
@@ -104,7 +109,9 @@ class UnrotatedAttention(nn.Module):
 
 
 class HybridBackbone(MixerInitialization):
-    """Mixin over a family's `<Family>Model`: swaps the attention of RWKV layers, makes the `ForwardContext`.
+    """Mixin over a family's `<Family>Model`.
+
+    Replaces the attention of RWKV layers and makes the `ForwardContext`.
 
     Attributes:
         layers: decoder layers of the family's model.
@@ -138,9 +145,10 @@ class HybridBackbone(MixerInitialization):
         forward_context: ForwardContext | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Run the family's backbone with a `ForwardContext`, the one given or one made from the other arguments.
+        """Run the family's backbone.
 
-        `attention_mask` is (B, past + T). Without mask and with use_cache=False, `position_ids` that restart inside a row mark packed documents, as they
+        `attention_mask` is (B, past + T). A `forward_context` replaces the one that is made from the other arguments.
+        Without mask and with use_cache=False, `position_ids` that restart inside a row mark packed documents, as they
         do for the attention layers: each document then starts from an empty state.
 
         Raises:

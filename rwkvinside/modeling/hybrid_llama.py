@@ -1,4 +1,4 @@
-"""Llama hybrids: the family's own decoder in which some layers mix time by RWKV-7; see hybrid_base.py."""
+"""Llama hybrids; see hybrid_base.py."""
 
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaAttention

@@ -1,4 +1,4 @@
-"""Qwen2 hybrids: the family's own decoder in which some layers mix time by RWKV-7; see hybrid_base.py."""
+"""Qwen2 hybrids; see hybrid_base.py."""
 
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Model
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention

@@ -1,4 +1,4 @@
-"""Qwen3 hybrids: the family's own decoder in which some layers mix time by RWKV-7; see hybrid_base.py."""
+"""Qwen3 hybrids; see hybrid_base.py."""
 
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention

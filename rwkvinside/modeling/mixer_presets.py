@@ -39,7 +39,9 @@ PRESETS["hxa079"] = PRESETS["cxa079"]
 
 @dataclass
 class TimeMixerConfig:
-    """Everything that determines a mixer's parameters and equations; plain values, as a config.json can hold them.
+    """Everything that determines a mixer's parameters and equations.
+
+    Only plain values, so that a config.json can hold it.
 
     Attributes:
         hidden_size: D, width of the residual stream.
@@ -137,7 +139,7 @@ class TimeMixerConfig:
 
 
 def check_first_layer(configs: dict[int, TimeMixerConfig]) -> None:
-    """Refuse mixers that would mix in the values or keys of a first layer with other heads.
+    """Refuse mixers that would mix in values or keys of a layer with other heads.
 
     Args:
         configs: of all RWKV layers of a model, by index in ascending order.

@@ -1,8 +1,8 @@
-"""The recurrent state of a time mixer inside transformers' own cache, so that stock `generate()` needs no change.
+"""The recurrent state of a time mixer inside transformers' own cache.
 
-`generate()` builds a `DynamicCache` with one key/value slot per layer before the model has run. A recurrent layer
-replaces its own slot, in place, the first time it stores something (`write_state`); attention layers keep theirs.
-This module holds tensors and their batch bookkeeping; it computes nothing.
+So stock `generate()` needs no change. It builds a `DynamicCache` with one key/value slot per layer before the model has
+run. A recurrent layer replaces its own slot, in place, the first time it stores something (`write_state`); attention
+layers keep theirs. This module holds tensors and their batch bookkeeping; it computes nothing.
 """
 
 from collections.abc import Callable
@@ -16,10 +16,10 @@ from .time_mixer import MixerState
 
 
 class RecurrentLayer(CacheLayerMixin):
-    """One layer's `MixerState` plus the number of positions it has seen, padding included.
+    """One layer's `MixerState` and the number of positions it has seen.
 
-    The length is what makes a cache without any attention layer, or with a recurrent layer 0, answer
-    `get_seq_length()`: transformers' own linear-attention layers refuse that question.
+    Positions include padding. Their number is what makes a cache without any attention layer, or with a recurrent layer
+    0, answer `get_seq_length()`: transformers' own linear-attention layers refuse that question.
     """
 
     is_sliding = False
@@ -48,7 +48,7 @@ class RecurrentLayer(CacheLayerMixin):
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the length and offset of the keys that an attention layer would have at this position."""
+        """Return length and offset of the keys that an attention layer would have."""
         return self.seen + query_length, 0
 
     def get_max_length(self) -> int:
@@ -100,7 +100,10 @@ class RecurrentLayer(CacheLayerMixin):
 
 
 def read_state(cache: Cache | None, layer_idx: int) -> MixerState | None:
-    """Return the state that a layer left in the cache; None at the start of a sequence or without a cache."""
+    """Return the state that a layer left in the cache.
+
+    None at the start of a sequence or without a cache.
+    """
     if cache is None or layer_idx >= len(cache.layers):
         return None
     slot = cache.layers[layer_idx]
@@ -108,10 +111,13 @@ def read_state(cache: Cache | None, layer_idx: int) -> MixerState | None:
 
 
 def write_state(cache: Cache, layer_idx: int, state: MixerState, tokens: int) -> None:
-    """Store the state after `tokens` further positions, replacing the key/value slot made for this layer.
+    """Store the state after `tokens` further positions in the slot of a layer.
+
+    The key/value slot that was made for this layer is replaced.
 
     Raises:
-        TypeError: a static cache, which prepares its masks and shapes for keys and values in every layer.
+        TypeError: a static cache, which prepares its masks and shapes for keys and values in every layer, or one of
+            fewer layers that cannot grow.
     """
     if isinstance(cache, StaticCache):
         raise TypeError(
@@ -119,7 +125,10 @@ def write_state(cache: Cache, layer_idx: int, state: MixerState, tokens: int) ->
             "transformers.DynamicCache, without cache_implementation='static'"
         )
     while len(cache.layers) <= layer_idx:
+        if cache.layer_class_to_replicate is None:
+            raise TypeError(f"the cache has {len(cache.layers)} layers and cannot grow to layer {layer_idx}")
         cache.layers.append(cache.layer_class_to_replicate())
-    if not isinstance(cache.layers[layer_idx], RecurrentLayer):
-        cache.layers[layer_idx] = RecurrentLayer()
-    cache.layers[layer_idx].write(state, tokens)
+    slot = cache.layers[layer_idx]
+    if not isinstance(slot, RecurrentLayer):
+        slot = cache.layers[layer_idx] = RecurrentLayer()
+    slot.write(state, tokens)

@@ -1,4 +1,7 @@
-"""The table of hybrid models, each imported when asked for. Imports neither torch nor transformers."""
+"""The table of hybrid models, each imported when asked for.
+
+Imports neither torch nor transformers.
+"""
 
 from importlib import import_module
 from typing import Any
@@ -12,6 +15,9 @@ HYBRIDS = {
 
 
 def hybrid_class(model_type: str) -> Any:
-    """Return the causal language model class of a hybrid; its `config_class` is the configuration's."""
+    """Return the causal language model class of a hybrid.
+
+    Its `config_class` is the class of the configuration.
+    """
     module, _, name = HYBRIDS[model_type].partition(":")
     return getattr(import_module(f".{module}", __package__), name)

@@ -1,4 +1,4 @@
-"""The time mixer in Hugging Face's attention call convention, and the rotation of attention without positions.
+"""The time mixer in Hugging Face's attention call convention.
 
 Used as `layer.self_attn` in exported models and as the student next to the teacher's attention in training. What
 crosses layers (v_first, k_first, padding, document boundaries) arrives in one `ForwardContext` made for each forward of
@@ -18,7 +18,7 @@ from .time_mixer import TimeMixer
 
 
 class RWKVAttention(TimeMixer):
-    """A `TimeMixer` that decoder layers of transformers can call in place of their attention.
+    """A `TimeMixer` that decoder layers of transformers can call as their attention.
 
     Args:
         config: the mixer's configuration.
@@ -39,10 +39,11 @@ class RWKVAttention(TimeMixer):
         forward_context: ForwardContext | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """Mix (B, T, D) over time, continuing from the state in `past_key_values` and leaving the new one there.
+        """Mix (B, T, D) over time.
 
-        `attention_mask` is the attention layers' (B, 1, Q, K) mask and is not read: padding is `forward_context.mask`,
-        (B, T) for the current tokens only. Keyword arguments meant for other attention implementations are ignored.
+        Continues from the state in `past_key_values` and leaves the new one there. `attention_mask` is the attention
+        layers' (B, 1, Q, K) mask and is not read: padding is `forward_context.mask`, (B, T) for the current tokens
+        only. Keyword arguments meant for other attention implementations are ignored.
 
         Returns:
             (output (B, T, D), None): a recurrence has no attention weights.
@@ -80,6 +81,6 @@ def _to(tensor: Tensor | None, like: Tensor) -> Tensor | None:
 
 
 def identity_rotation(position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return (cos, sin) of the same shapes that rotate nothing, for attention layers without positions."""
+    """Return (cos, sin) of the same shapes that rotate nothing."""
     cos, sin = position_embeddings
     return torch.ones_like(cos), torch.zeros_like(sin)

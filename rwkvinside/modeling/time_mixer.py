@@ -63,7 +63,7 @@ class ProjectedInputs(NamedTuple):
 
 
 class TimeMixer(nn.Module):
-    """RWKV-7 time mixing with the shapes of a softmax attention: (B, T, D) -> (B, T, D).
+    """RWKV-7 time mixing with the shapes of a softmax attention.
 
     Args:
         config: see `TimeMixerConfig`.
@@ -295,10 +295,10 @@ def _fp32(x: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return the rotary embedding of x (B, T, heads, N) in the half-split layout of Llama and Qwen.
+    """Return the rotary embedding of x in the half-split layout of Llama and Qwen.
 
     Args:
-        x: queries or keys.
+        x: (B, T, heads, N).
         cos, sin: (B or 1, T, N).
     """
     half = x.shape[-1] // 2
@@ -307,7 +307,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def times_shared(x: Tensor, shared: Tensor) -> Tensor:
-    """Return x (B, T, H, N or 1) times what heads share, (B, T, G, N), without copying that for every head."""
+    """Return x (B, T, H, N or 1) times what heads share, (B, T, G, N).
+
+    No copy of what they share is made for every head.
+    """
     return (x.unflatten(2, (shared.shape[2], -1)) * shared.unsqueeze(3)).flatten(2, 3)
 
 
@@ -317,9 +320,9 @@ def _to_heads(x: Tensor, heads: int) -> Tensor:
 
 
 def _shift(x: Tensor, last: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the previous real token of each position and the last real token of each row.
+    """Return each position's previous real token and each row's last real token.
 
-    At the start of a document the previous one is 0.
+    At the start of a document the previous token is 0.
     """
     B, T, D = x.shape
     last = x.new_zeros(B, D) if last is None else last.to(x.dtype)

@@ -1,4 +1,4 @@
-"""The WKV-7 recurrence: its contract, a slow reference, and the choice of who computes it.
+"""The WKV-7 recurrence: its contract, a slow reference, and who computes it.
 
 That is the chunked path, which runs on any torch device, or the compiled kernels of `rwkvinside.kernels` where that
 package is installed.
@@ -87,7 +87,14 @@ _COMPILED = ("native", "triton")
 
 
 def why_unavailable(backend: str, device: str, dtype: torch.dtype, head_size: int) -> str | None:
-    """Return why a backend cannot run here on tensors of this device type, dtype and head size; None: it can."""
+    """Return why a backend cannot run here on tensors like these; None: it can.
+
+    Args:
+        backend: one of `BACKENDS`.
+        device: type of device, as in `torch.device.type`.
+        dtype: of `r`.
+        head_size: N.
+    """
     if backend not in _COMPILED:
         return None
     if kernels is None:
@@ -154,9 +161,9 @@ def wkv7_reference(
     state: Tensor,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run the recurrence as it is written, one step after the other; every faster path is judged by it.
+    """Run the recurrence as it is written, one step after the other.
 
-    Arguments as of `wkv7`.
+    Every faster path is judged by it. Arguments as of `wkv7`.
     """
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
