@@ -46,7 +46,7 @@ def whole(hidden, head, labels, teacher_hidden, teacher_weight, o):
 
 
 CONFIGS = [
-    DistillLossConfig(kind, top_k, kl=0.7, ce=ce, temperature=temperature)
+    DistillLossConfig(divergence=kind, top_k=top_k, kl=0.7, ce=ce, temperature=temperature)
     for kind in ("forward", "reverse", "js")
     for top_k, ce, temperature in ((None, 0.0, 1.0), (None, 0.3, 2.0), (5, 0.3, 1.0), (5, 0.0, 0.7))
 ]
