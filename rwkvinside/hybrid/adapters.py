@@ -200,7 +200,7 @@ def _inject(model: nn.Module, spec: AdapterConfig, names: Sequence[str], name: s
     from peft import inject_adapter_in_model
 
     inject_adapter_in_model(_config(spec, names), model, adapter_name=name)
-    del model.peft_config  # every entry of `adapters` has its own; one that is left behind would be read as this one's
+    del model.peft_config  # each entry of `adapters` has one; PEFT would read a leftover as the next one's
 
 
 def _check(model: nn.Module, spec: AdapterConfig, names: Iterable[str]) -> None:

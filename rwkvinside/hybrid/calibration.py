@@ -117,7 +117,7 @@ def _fit(mixer: TimeMixer, inputs: list[_Input]) -> tuple[list[FirstLayerKV], La
     c = mixer.mixer_config
     H, N = c.num_heads, c.head_size
     if c.bonus:
-        mixer.r_k.zero_()  # the recurrence alone; the bonus is a feature of its own in the regression
+        mixer.r_k.zero_()  # the recurrence alone; the bonus is a separate term of the regression
     half_lives = torch.tensor([h for h in HALF_LIVES if math.log(2) / h < DECAY_SCALE])
     candidates = {
         "w0": torch.logit(math.log(2) / half_lives / DECAY_SCALE),

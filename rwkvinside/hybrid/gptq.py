@@ -1,10 +1,10 @@
 """4-bit weights chosen for the inputs that a layer sees.
 
-They are in bitsandbytes' format, which by itself rounds each weight to its nearest value. Three things lower the error of the model's output at no cost
-later: a layer is fitted to what the original model would give at that place, so that it takes back errors of the layers
-before it (as GPTAQ does, Li et al. 2025, arXiv 2504.02692); the scale of a block is searched; and the error of each
-column is compensated by the columns after it (GPTQ, Frantar et al. 2022, arXiv 2210.17323). docs/benchmarks.md says
-what that is worth.
+They are in bitsandbytes' format, which by itself rounds each weight to its nearest value. Three things lower the error
+of the model's output at no cost later: a layer is fitted to what the original model would give at that place, so that
+it takes back errors of the layers before it (as GPTAQ does, Li et al. 2025, arXiv 2504.02692); the scale of a block is
+searched; and the error of each column is compensated by the columns after it (GPTQ, Frantar et al. 2022, arXiv
+2210.17323). docs/benchmarks.md says what that is worth.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class StudentConfig(Section):
     @classmethod
     def _layers(cls, layers: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
         if repeated := sorted({i for i in layers if layers.count(i) > 1}):
-            raise problem("has layer {} twice; name each layer once", *repeated)
+            raise problem("lists layer {} twice; name each layer once", *repeated)
         count = (info.context or {}).get("num_layers")
         if count is not None:
             if unknown := sorted(i for i in layers if not 0 <= i < count):

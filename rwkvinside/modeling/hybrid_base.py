@@ -90,7 +90,7 @@ class MixerInitialization(PreTrainedModel):
         if not isinstance(module, RWKVAttention) or any(p.is_meta for p in module.parameters()):
             return
         loaded = {name for name, p in module.named_parameters() if getattr(p, "_is_hf_initialized", False)}
-        projections = {name for name, _ in module.named_parameters() if "." in name}  # done as modules of their own
+        projections = {name for name, _ in module.named_parameters() if "." in name}  # initialized as modules
         missing = [name for name, _ in module.named_parameters() if name not in loaded | projections]
         if missing and loaded - projections:
             raise ValueError(f"weights of RWKV layer {module.layer_idx} are missing: {', '.join(missing)}")

@@ -175,7 +175,7 @@ def test_padding_on_either_side_and_packed_documents(preset):
     assert torch.allclose(padded[:, 3:-3], alone, atol=1e-12)
     assert all(p is None or torch.allclose(p, q, atol=1e-12) for p, q in zip(after, state, strict=True))
 
-    # two rows of [5 tokens | 8 tokens]: each document as if it stood alone
+    # two rows of [5 tokens | 8 tokens]: each document as if it were alone
     cu = torch.tensor([0, 5, T, T + 5, 2 * T], dtype=torch.int32)
     rope = tuple(torch.cat([p, q], 1) for p, q in zip(rope_of(0, 5), rope_of(0, T - 5), strict=True))
     packed, _, ends = mixer(x, first=None, rope=rope, cu_seqlens=cu)
