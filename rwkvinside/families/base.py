@@ -1,14 +1,15 @@
-"""What a teacher family is to the rest of the package: where its parts are, and what its attention turns into.
+"""What a teacher family is to the rest of the package.
 
-The defaults describe a decoder in the layout of Llama, which Qwen shares: norms before attention and MLP, separate
-query, key and value projections, a gated MLP. A family says what differs.
+That is, where its modules are, and what its attention turns into. The defaults describe a decoder in the layout of
+Llama, which Qwen shares: norms before attention and MLP, separate query, key and value projections, a gated MLP. A
+family says what differs.
 """
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -32,7 +33,7 @@ WEIGHT_MAP = {
 class BlockLinears(NamedTuple):
     """The linear layers of an attention or an MLP.
 
-    Args:
+    Attributes:
         inputs: those that read the block's input.
         output: the one that they feed, whose output is the block's.
     """
@@ -42,16 +43,16 @@ class BlockLinears(NamedTuple):
 
 
 class Family(ABC):
-    """A teacher family; stateless, so that one object serves every model of the family.
+    """A teacher family, without state: one object serves every model of the family.
 
     Attributes:
         model_type: of the teacher's configuration.
         hybrid: model_type of its hybrids, a name of `modeling.registry`.
-        weight_map: tensor of the attention -> tensor of the mixer. Optional ones exist on both sides or on neither.
+        weight_map: tensor of the attention -> tensor of the mixer; optional ones exist on both sides or on neither.
         embedding_path, layers_path, final_norm_path, head_path: where modules are below the causal language model.
         attention_path, mlp_path, attention_norm_path, mlp_norm_path: where they are below a decoder layer.
         attention_inputs, attention_output, mlp_inputs, mlp_output: linear layers below an attention and an MLP.
-        block_ends: paths below a decoder layer of the layers whose output is added to the residual stream.
+        block_ends: paths below a decoder layer of the linear layers whose output is added to the residual stream.
     """
 
     model_type: ClassVar[str]
@@ -75,10 +76,10 @@ class Family(ABC):
     block_ends: ClassVar[tuple[str, ...]] = ("self_attn.o_proj", "mlp.down_proj")
 
     def check(self, config: PretrainedConfig) -> None:
-        """Refuse what a hybrid of this family cannot be.
+        """Refuse a teacher that no hybrid of this family can be made from.
 
         Raises:
-            UserError: a property of the configuration, by name, with the reason.
+            UserError: names the property of the configuration, and the reason.
         """
         if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
             raise UserError(
@@ -90,7 +91,7 @@ class Family(ABC):
     def attention_fields(self, config: PretrainedConfig, layer: int) -> dict:
         """Return the fields of `TimeMixerConfig` that the attention of a layer determines."""
 
-    def mixer_config(self, config: PretrainedConfig, layer: int, preset: str, **overrides) -> TimeMixerConfig:
+    def mixer_config(self, config: PretrainedConfig, layer: int, preset: str, **overrides: Any) -> TimeMixerConfig:
         """Return the configuration of the mixer that replaces the attention of a layer.
 
         Args:
@@ -108,7 +109,7 @@ class Family(ABC):
 
     def layers(self, lm: PreTrainedModel) -> nn.ModuleList:
         """Return the decoder layers."""
-        return lm.get_submodule(self.layers_path)
+        return cast(nn.ModuleList, lm.get_submodule(self.layers_path))
 
     def embedding(self, lm: PreTrainedModel) -> nn.Module:
         """Return the input embedding."""
@@ -123,11 +124,11 @@ class Family(ABC):
         return lm.get_submodule(self.head_path)
 
     def attention(self, layer: nn.Module) -> nn.Module:
-        """Return what mixes time in a decoder layer: the family's attention, or what stands in its place."""
+        """Return a decoder layer's attention, or what has replaced it."""
         return layer.get_submodule(self.attention_path)
 
     def set_attention(self, layer: nn.Module, module: nn.Module) -> None:
-        """Put another module in the place of a decoder layer's attention."""
+        """Replace a decoder layer's attention."""
         layer.set_submodule(self.attention_path, module)
 
     def mlp(self, layer: nn.Module) -> nn.Module:
@@ -135,15 +136,18 @@ class Family(ABC):
         return layer.get_submodule(self.mlp_path)
 
     def attention_input(self, layer: nn.Module) -> nn.Module:
-        """Return the module that reads the residual stream and whose output the attention reads."""
+        """Return the module between the residual stream and the attention."""
         return layer.get_submodule(self.attention_norm_path)
 
     def mlp_input(self, layer: nn.Module) -> nn.Module:
-        """Return the module that reads the residual stream and whose output the MLP reads."""
+        """Return the module between the residual stream and the MLP."""
         return layer.get_submodule(self.mlp_norm_path)
 
     def attention_linears(self, attention: nn.Module) -> BlockLinears:
-        """Return the projections of the family's attention; the input of the last one is the heads' outputs."""
+        """Return the projections of the family's attention.
+
+        The last one's input is the outputs of the heads.
+        """
         return _linears(attention, self.attention_inputs, self.attention_output)
 
     def mlp_linears(self, layer: nn.Module) -> BlockLinears:
@@ -151,7 +155,11 @@ class Family(ABC):
         return _linears(self.mlp(layer), self.mlp_inputs, self.mlp_output)
 
     def layer_of(self, name: str) -> int | None:
-        """Return the index of the decoder layer that a parameter or module is in, by its name below the model."""
+        """Return the index of the decoder layer that a parameter or module is in.
+
+        Args:
+            name: below the causal language model.
+        """
         match = re.match(rf"{re.escape(self.layers_path)}\.(\d+)\.", name)
         return None if match is None else int(match[1])
 
@@ -162,7 +170,7 @@ class Family(ABC):
             name: below the causal language model.
 
         Returns:
-            Names of `hybrid.freezing.GROUPS`; layers that are converted are not told apart.
+            Names of `hybrid.freezing.GROUPS`, as if no layer were converted.
         """
         for path, group in ((self.embedding_path, "embed"), (self.head_path, "head")):
             if name.startswith(f"{path}."):
@@ -174,12 +182,12 @@ class Family(ABC):
         return ("norms",)
 
     def attention_part(self, name: str) -> str:
-        """Return the name, within its attention, of the module or tensor that a parameter's name leads to."""
+        """Return which module or tensor of an attention a parameter's name leads to."""
         _, _, inside = name.partition(f".{self.attention_path}.")
         return inside.split(".")[0]
 
     def _attention_fields(self, config: PretrainedConfig, *, qkv_bias: bool, output_bias: bool, qk_norm: bool) -> dict:
-        """Return `attention_fields` of a layer with the heads that the configuration gives to all layers."""
+        """Return `attention_fields` of a layer with the same heads as all others."""
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return {
             "hidden_size": config.hidden_size,

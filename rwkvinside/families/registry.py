@@ -1,4 +1,7 @@
-"""The table of teacher families, each imported when asked for. Imports neither torch nor transformers."""
+"""The table of teacher families, each imported when asked for.
+
+Imports neither torch nor transformers.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ def find(model_type: str) -> Family:
         model_type: as in its Hugging Face configuration.
 
     Raises:
-        UserError: no family of that name.
+        UserError: there is no family of that name.
     """
     if model_type not in FAMILIES:
         raise unsupported(model_type)

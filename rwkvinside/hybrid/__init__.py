@@ -1,1 +1,1 @@
-"""The student in training: the teacher's own model with mixers in place of attention layers."""
+"""The student in training: the teacher's own model with mixers for attention."""

@@ -1,4 +1,6 @@
-"""Low-rank adapters on linear layers, through PEFT; the only file that imports it, and only when it is needed.
+"""Low-rank adapters on linear layers, through PEFT.
+
+Only this file imports PEFT, and only when it is needed.
 
 LoRA (also rank-stabilized, weight-decomposed, or started from principal components) and MiSS. "Bone" is the name under
 which MiSS was first published; its successor in PEFT is MiSS with `init_weights="bat"`. Bone checkpoints of older
@@ -27,42 +29,38 @@ from .quantized_linear import replace
 from .settings import AdapterConfig
 
 NAME, START = "default", "start"
-
-
 PISSA = "pissa_niter_16"  # randomized SVD; the exact one takes minutes for a large matrix
-
-
 FILES = ("adapter_config.json", "adapter_model.safetensors")
-
-
 _TENSOR = re.compile(r"\.(lora_[AB]|lora_magnitude_vector|miss_block)\.(default|start)(\.weight)?$")
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter's name is that of an adapter's tensor."""
+    """Return whether a parameter's name is that of an adapter's tensor."""
     return _TENSOR.search(name) is not None
 
 
 def is_start(name: str) -> bool:
-    """Whether a parameter belongs to the frozen start of PiSSA."""
+    """Return whether a parameter belongs to the frozen start of PiSSA."""
     return is_adapter(name) and f".{START}" in name
 
 
 def module_of(name: str) -> str:
-    """The linear layer that an adapter's tensor sits on."""
+    """Return the name of the linear layer that an adapter's tensor sits on."""
     return _TENSOR.sub("", name)
 
 
 def inject(model: nn.Module, spec: AdapterConfig, names: Sequence[str]) -> None:
-    """Put adapters around linear layers, in place and without effect at first. Their tensors are fp32 and trainable,
-    nothing else is.
+    """Put adapters around linear layers, in place.
+
+    At first they have no effect. Their tensors are fp32 and trainable, nothing else is.
 
     Args:
         model: module with the layers; on the meta device adapters are made there too.
-        names: of linear layers below it, quantized or not, none of which has an adapter.
+        spec: what the adapters are like.
+        names: of linear layers below the model, quantized or not, none of which has an adapter.
 
     Raises:
-        UserError: a layer that the kind does not fit.
+        UserError: a layer that the kind of adapter does not fit.
     """
     _check(model, spec, names)
     device = next(model.parameters()).device
@@ -84,47 +82,52 @@ def inject(model: nn.Module, spec: AdapterConfig, names: Sequence[str]) -> None:
 
 @contextmanager
 def disabled(model: nn.Module, but: str | None = None) -> Iterator[None]:
-    """Layers work without their adapters in this context.
+    """Return a context in which layers work without their adapters.
 
     Args:
+        model: module with the layers.
         but: layers with this in their name keep their adapters.
     """
     layers = [layer for name, layer in adapted(model).items() if but is None or but not in name]
-    before = [layer._disable_adapters for layer in layers]  # the public switch also freezes parameters
+    states = [layer._disable_adapters for layer in layers]  # the public switch also freezes parameters
     try:
         for layer in layers:
             layer._disable_adapters = True
         yield
     finally:
-        for layer, value in zip(layers, before, strict=True):
+        for layer, value in zip(layers, states, strict=True):
             layer._disable_adapters = value
 
 
 def adapted(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that have an adapter, by name."""
+    """Return the layers that have an adapter, by name."""
     return {name: m for name, m in model.named_modules() if hasattr(m, "base_layer") and hasattr(m, "merge")}
 
 
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
-    """Replace every adapted layer by an ordinary one with the same effect. The layers below must be plain ones."""
+    """Replace every adapted layer by a plain one with the same effect.
+
+    The layers below the adapters must be plain ones.
+    """
     for name, layer in adapted(model).items():
         layer.merge()
         replace(model, name, layer.base_layer)
 
 
 def remove(model: nn.Module) -> None:
-    """Take the adapters off; the layers are again what they were."""
+    """Take the adapters off: the layers are again what they were."""
     for name, layer in adapted(model).items():
         replace(model, name, layer.base_layer)
 
 
 def peft_files(spec: AdapterConfig, tensors: Mapping[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
-    """An adapter as PEFT stores it.
+    """Return an adapter as PEFT stores it.
 
-    PiSSA becomes the ordinary LoRA of twice the rank that has the same effect on the unchanged weights.
+    PiSSA becomes the plain LoRA of twice the rank that has the same effect on the unchanged weights.
 
     Args:
+        spec: what the adapter is like.
         tensors: of this adapter, by the names of the exported model.
 
     Returns:
@@ -142,15 +145,15 @@ def peft_files(spec: AdapterConfig, tensors: Mapping[str, Tensor]) -> tuple[dict
 
 
 def adapter_directory(index: int) -> str:
-    """Name of the directory of an entry of `adapters`."""
+    """Return the name of the directory for an entry of `adapters`."""
     return f"adapter-{index + 1}" if index else "adapter"
 
 
 def write_peft(directory: Path, spec: AdapterConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Write an adapter as a directory for `PeftModel.from_pretrained`, complete or not at all.
+    """Write a directory for `PeftModel.from_pretrained`, complete or not at all.
 
     Raises:
-        UserError: no space, or the directory cannot be written.
+        UserError: the directory cannot be written, for lack of space for example.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -164,12 +167,14 @@ def write_peft(directory: Path, spec: AdapterConfig, tensors: Mapping[str, Tenso
             (temporary / FILES[1]).chmod((temporary / FILES[0]).stat().st_mode)
             shutil.rmtree(directory, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {directory}: {error}", "free space, then do the same again") from error
+        raise UserError(f"cannot write {directory}: {error}", "free space, then run the same command again") from error
 
 
 class _TrainingDropout(nn.Dropout):
-    """Dropout that is active where gradients are wanted: the model itself is always in evaluation mode, and a
-    recomputation in the backward must drop the same."""
+    """Dropout that is active where gradients are computed.
+
+    The model itself is always in evaluation mode, and a recomputation in the backward must drop the same.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.p, training=torch.is_grad_enabled())
@@ -187,28 +192,28 @@ def _config(spec: AdapterConfig, names: Sequence[str]):
             use_dora=spec.dora,
             target_modules=list(names),
         )
-    shape = "bat" if spec.kind == "bone" else True
-    return MissConfig(r=spec.rank, miss_dropout=spec.dropout, init_weights=shape, target_modules=list(names))
+    init = "bat" if spec.kind == "bone" else True
+    return MissConfig(r=spec.rank, miss_dropout=spec.dropout, init_weights=init, target_modules=list(names))
 
 
 def _inject(model: nn.Module, spec: AdapterConfig, names: Sequence[str], name: str) -> None:
     from peft import inject_adapter_in_model
 
     inject_adapter_in_model(_config(spec, names), model, adapter_name=name)
-    del model.peft_config  # every entry of `adapters` has its own; one that is left behind would be read as this one's
+    del model.peft_config  # each entry of `adapters` has one; PEFT would read a leftover as the next one's
 
 
 def _check(model: nn.Module, spec: AdapterConfig, names: Iterable[str]) -> None:
-    plain = spec.kind == "lora"
+    lora = spec.kind == "lora"
     for field in ("rank_stabilized", "dora"):
-        if getattr(spec, field) and not plain:
+        if getattr(spec, field) and not lora:
             raise UserError(f"adapters: {field} is a form of lora, not of {spec.kind}", "use kind: lora")
-    if spec.init == "pissa" and (not plain or spec.dora or spec.dropout):
+    if spec.init == "pissa" and (not lora or spec.dora or spec.dropout):
         raise UserError(
-            f"adapters: init pissa does not go with {'dora or dropout' if plain else spec.kind}",
+            f"adapters: init pissa does not go with {'dora or dropout' if lora else spec.kind}",
             "use kind: lora without dora and dropout, or init: default",
         )
-    if spec.alpha is not None and not plain:
+    if spec.alpha is not None and not lora:
         raise UserError(f"adapters: {spec.kind} has no alpha", "leave it out")
     for name in names:
         linear = model.get_submodule(name)
@@ -224,7 +229,7 @@ def _check(model: nn.Module, spec: AdapterConfig, names: Iterable[str]) -> None:
 
 @torch.no_grad()
 def _start_from_principal_components(layer: nn.Module) -> None:
-    """PiSSA (arXiv 2404.02948) by PEFT's own decomposition, on a copy of the weight."""
+    """Initialize PiSSA (arXiv 2404.02948) by PEFT, on a copy of the weight."""
     layer.set_adapter([NAME, START])
     layer.scaling[START] = -layer.scaling[NAME]
     if layer.lora_A[NAME].weight.is_meta:
@@ -235,8 +240,8 @@ def _start_from_principal_components(layer: nn.Module) -> None:
     layer.base_layer = copy
     layer.pissa_init(NAME, PISSA)
     layer.base_layer = base
-    for part in (layer.lora_A, layer.lora_B):
-        part[START].weight.data = part[NAME].weight.data.clone()
+    for matrices in (layer.lora_A, layer.lora_B):
+        matrices[START].weight.data = matrices[NAME].weight.data.clone()
 
 
 def _as_plain_lora(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

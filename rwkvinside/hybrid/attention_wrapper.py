@@ -1,4 +1,7 @@
-"""Teacher attention and RWKV-7 mixer side by side in one decoder layer; which of them runs is said per call."""
+"""Teacher attention and RWKV-7 mixer side by side in one decoder layer.
+
+The mode of each call says which of them runs.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from ..modeling.rwkv_attention import RWKVAttention
 
 
 class AttentionWrapper(nn.Module):
-    """Takes the place of `layer.self_attn` while a student is trained.
+    """The module in place of a decoder layer's attention while a student is trained.
 
     Args:
         teacher_attn: the layer's original attention, frozen; None once a separate teacher model has taken over.
@@ -26,7 +29,7 @@ class AttentionWrapper(nn.Module):
     def forward(
         self, hidden_states: Tensor, *, forward_context: ForwardContext, **kwargs
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, T, D) -> (output (B, T, D), attention weights or None), in the attention convention of transformers.
+        """Return output (B, T, D) and attention weights or None, as transformers does.
 
         Mode "align" returns the teacher's output, so that every layer sees the teacher's own activations, and leaves
         the squared error and the teacher's squared norm (sums over real tokens, fp32) in `forward_context.errors`.
@@ -47,11 +50,12 @@ class AttentionWrapper(nn.Module):
         return target, weights
 
     def _error(
-        self, hidden_states: Tensor, target: Tensor, call: ForwardContext, kwargs: dict
+        self, hidden_states: Tensor, target: Tensor, forward_context: ForwardContext, kwargs: dict
     ) -> tuple[Tensor, Tensor]:
-        output, _ = self.student_attn(hidden_states, forward_context=call, **kwargs)
+        output, _ = self.student_attn(hidden_states, forward_context=forward_context, **kwargs)
         target = target.float()
         error, norm = (output.float() - target).square().sum(-1), target.square().sum(-1)
-        if call.mask is not None:
-            error, norm = error.masked_fill(~call.mask, 0), norm.masked_fill(~call.mask, 0)
+        if forward_context.mask is not None:
+            padding = ~forward_context.mask
+            error, norm = error.masked_fill(padding, 0), norm.masked_fill(padding, 0)
         return error.sum(), norm.sum()

@@ -1,5 +1,6 @@
-"""The start of a mixer from the teacher's own attention, layer by layer and in closed form: no training, no constant
-to tune.
+"""The start of a mixer from the teacher's own attention, without training.
+
+It is computed layer by layer and in closed form, with no constant to tune.
 
 What copying the projections leaves open, and this fits on a few thousand tokens:
 - how fast each head forgets and how strongly it overwrites (decay w0 and in-context rate a0, one value per head), by a
@@ -32,14 +33,15 @@ ROUNDS = 2  # decay, rate, then both again with the other one's value
 
 @dataclass(frozen=True)
 class LayerFit:
-    """What one layer got; lists are per head.
+    """What was fitted in one layer; lists are per head.
 
-    Args:
+    Attributes:
         error: squared error to the teacher heads' outputs relative to their squared norm, after the fit.
         error_before: the same with the initial decay and rate and the best output scale.
         half_life: tokens after which a head's state has lost half.
         rate: in-context learning rate.
-        scale: factor of the head's output, bonus: weight of the current token.
+        scale: factor of the head's output.
+        bonus: weight of the current token.
     """
 
     error: float
@@ -70,7 +72,7 @@ def calibrate(
     for i in range(model.lm.config.num_hidden_layers):
         activations = teacher.run(i)
         if i in mixers:
-            inputs = [_Input(*parts) for parts in zip(activations, batches, firsts, strict=True)]
+            inputs = [_Input(*fields) for fields in zip(activations, batches, firsts, strict=True)]
             firsts, fits[i] = _fit(mixers[i], inputs)
             del inputs
         del activations  # before the next layer's are made
@@ -81,9 +83,12 @@ def calibrate(
 
 @torch.no_grad()
 def teacher_norms(model: HybridModel, batches: list[Batch]) -> tuple[dict[int, float], dict[int, float]]:
-    """Per converted layer, over all tokens of the batches: the mean squared norm of the teacher's attention output
-    (the weight of the alignment loss), and the student's squared error relative to it (1 is what an output of zeros
-    would get)."""
+    """Measure the teacher's attention outputs and the student's error in them.
+
+    Returns:
+        Per converted layer, over all tokens of the batches: the mean squared norm of the teacher's attention output
+        (the weight of the alignment loss), and the student's squared error relative to it (outputs of zeros get 1).
+    """
     sums: dict[int, list[float]] = {}
     for batch in batches:
         for i, (error, norm) in model(batch, mode="align").items():
@@ -95,9 +100,15 @@ def teacher_norms(model: HybridModel, batches: list[Batch]) -> tuple[dict[int, f
 
 
 class _Input(NamedTuple):
-    """One batch: what the layer's attention did with it, and what the first RWKV layer gave (None: it is this one)."""
+    """One batch in a layer.
 
-    seen: AttentionActivations
+    Attributes:
+        activations: what the layer's attention did with it.
+        batch: the batch.
+        first: what the first RWKV layer gave; None: it is this one.
+    """
+
+    activations: AttentionActivations
     batch: Batch
     first: FirstLayerKV | None
 
@@ -106,21 +117,21 @@ def _fit(mixer: TimeMixer, inputs: list[_Input]) -> tuple[list[FirstLayerKV], La
     c = mixer.mixer_config
     H, N = c.num_heads, c.head_size
     if c.bonus:
-        mixer.r_k.zero_()  # the recurrence alone; the bonus is a feature of its own in the regression
+        mixer.r_k.zero_()  # the recurrence alone; the bonus is a separate term of the regression
     half_lives = torch.tensor([h for h in HALF_LIVES if math.log(2) / h < DECAY_SCALE])
     candidates = {
         "w0": torch.logit(math.log(2) / half_lives / DECAY_SCALE),
         "a0": torch.logit(torch.tensor(RATES)),
     }
 
-    ((_, before),) = _regress(mixer, inputs)
-    error = before
+    ((_, error_before),) = _regress(mixer, inputs)
+    error = error_before
     for _ in range(ROUNDS):
         for name, values in candidates.items():
             best = getattr(mixer, name).view(H, N).clone()
-            for value, (_, tried) in zip(values, _regress(mixer, inputs, name, values), strict=True):
-                best[tried < error] = float(value)
-                error = torch.minimum(error, tried)
+            for value, (_, candidate) in zip(values, _regress(mixer, inputs, name, values), strict=True):
+                best[candidate < error] = float(value)
+                error = torch.minimum(error, candidate)
             getattr(mixer, name).copy_(best.view_as(getattr(mixer, name)))
     ((weights, error),) = _regress(mixer, inputs)
 
@@ -133,18 +144,18 @@ def _fit(mixer: TimeMixer, inputs: list[_Input]) -> tuple[list[FirstLayerKV], La
         mixer.r_k.copy_(bonus[:, None].expand(H, N))
     fit = LayerFit(
         error=float(error.mean()),
-        error_before=float(before.mean()),
+        error_before=float(error_before.mean()),
         half_life=(math.log(2) / (DECAY_SCALE * torch.sigmoid(mixer.w0.view(H, N)).mean(-1))).tolist(),
         rate=torch.sigmoid(mixer.a0.view(H, N)).mean(-1).tolist(),
         scale=scale.tolist(),
         bonus=bonus.tolist(),
     )
-    return [_features(mixer, given)[1] for given in inputs], fit
+    return [_project(mixer, layer_input)[1] for layer_input in inputs], fit
 
 
-def _features(mixer: TimeMixer, given: _Input) -> tuple[ProjectedInputs, FirstLayerKV]:
-    seen, batch, first = given
-    return mixer.project_inputs(seen.x, first=first, rope=seen.rope, cu_seqlens=batch.cu_seqlens)[:2]
+def _project(mixer: TimeMixer, layer_input: _Input) -> tuple[ProjectedInputs, FirstLayerKV]:
+    activations, batch, first = layer_input
+    return mixer.project_inputs(activations.x, first=first, rope=activations.rope, cu_seqlens=batch.cu_seqlens)[:2]
 
 
 def _regress(
@@ -153,47 +164,62 @@ def _regress(
     name: str | None = None,
     values: Sequence[float] = (math.nan,),
 ) -> list[tuple[Tensor, Tensor]]:
-    """Least squares of the teacher heads on [recurrence, bonus], for each value of the parameter `name`, which is left
-    at the last one; None: once, as the mixer is. Values share what does not depend on them.
+    """Fit the teacher heads by [recurrence, bonus], in least squares.
+
+    Args:
+        mixer: the layer's.
+        inputs: the layer's batches.
+        name: a parameter to try values of, which is left at the last one; None: fit once, with the mixer as it is.
+        values: of the parameter; they share what does not depend on them.
 
     Returns:
         For each value the weights (H, 1 or 2) and the relative squared error (H,).
     """
     c = mixer.mixer_config
     sums = [_Sums() for _ in values]
-    for given in inputs:
-        features, _ = _features(mixer, given)
-        target = given.seen.heads.unflatten(-1, (c.num_heads, c.head_size)).float()
+    for layer_input in inputs:
+        projected, _ = _project(mixer, layer_input)
+        batch = layer_input.batch
+        target = layer_input.activations.heads.unflatten(-1, (c.num_heads, c.head_size)).float()
         for value, total in zip(values, sums, strict=True):
             if name is not None:
                 getattr(mixer, name).fill_(float(value))
-            s = mixer.recurrence_inputs(features)
-            y, _ = mixer.run_recurrence(s, None, None, given.batch.cu_seqlens)
-            parts = [y * s.gate] + ([times_shared((s.r * s.k).sum(-1, keepdim=True), s.v) * s.gate] if c.bonus else [])
-            total.add([part.float() for part in parts], target, given.batch.mask)
+            s = mixer.recurrence_inputs(projected)
+            y, _ = mixer.run_recurrence(s, None, None, batch.cu_seqlens)
+            terms = [y * s.gate]
+            if c.bonus:
+                terms.append(times_shared((s.r * s.k).sum(-1, keepdim=True), s.v) * s.gate)
+            total.add([term.float() for term in terms], target, batch.mask)
     return [total.solve() for total in sums]
 
 
 class _Sums:
-    """Normal equations of every head, in fp64 from the tokens on."""
+    """Normal equations of every head, summed over tokens in fp64."""
 
     def __init__(self):
-        self.gram = self.moment = self.power = 0
+        self.gram = self.moment = self.target_norm = 0
 
-    def add(self, parts: list[Tensor], target: Tensor, mask: Tensor) -> None:
-        """Parts that should add up to the target, (B, T, H, N) each, where mask (B, T) is True."""
+    def add(self, terms: list[Tensor], target: Tensor, mask: Tensor) -> None:
+        """Add terms that should sum to the target, (B, T, H, N) each.
+
+        Args:
+            terms: of the regression.
+            target: outputs of the teacher's heads.
+            mask: (B, T), False where tokens do not count.
+        """
 
         def dot(x: Tensor, y: Tensor) -> Tensor:
             return ((x * y).sum(-1).double() * mask[..., None]).sum((0, 1))
 
-        self.gram = self.gram + torch.stack([torch.stack([dot(x, y) for y in parts], -1) for x in parts], -1)
-        self.moment = self.moment + torch.stack([dot(x, target) for x in parts], -1)
-        self.power = self.power + dot(target, target)
+        self.gram = self.gram + torch.stack([torch.stack([dot(x, y) for y in terms], -1) for x in terms], -1)
+        self.moment = self.moment + torch.stack([dot(x, target) for x in terms], -1)
+        self.target_norm = self.target_norm + dot(target, target)
 
     def solve(self) -> tuple[Tensor, Tensor]:
-        """Weights (H, parts) and relative squared error (H,)."""
+        """Return weights (H, terms) and relative squared errors (H,)."""
         smallest = torch.finfo(torch.float64).tiny  # keeps a head without any output solvable
         ridge = smallest + 1e-9 * self.gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
         ridge = ridge * torch.eye(self.gram.shape[-1]).to(self.gram)
         weights = torch.linalg.solve(self.gram + ridge, self.moment)
-        return weights.float(), (1 - (weights * self.moment).sum(-1) / self.power.clamp(min=smallest)).float()
+        error = 1 - (weights * self.moment).sum(-1) / self.target_norm.clamp(min=smallest)
+        return weights.float(), error.float()

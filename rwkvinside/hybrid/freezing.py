@@ -9,7 +9,6 @@ from .adapters import is_adapter
 
 PROJECTIONS = ("receptance", "key", "value", "output", "r_norm", "k_norm")
 
-
 GROUPS = {
     "mixer": "every parameter of the RWKV mixers",
     "mixer.proj": "receptance, key, value, output and their norms: what was copied from the teacher",
@@ -22,22 +21,21 @@ GROUPS = {
     "adapters": "every adapter, wherever it sits",
 }
 
+TEACHER = "teacher"  # the group of the frozen attention next to the mixers, which can be quantized and nothing else
 
-TEACHER = "teacher"  # the group of the frozen attention beside the mixers, which can be quantized and nothing else
 
-
-def _canonical(name: str) -> str:
-    """A parameter's or module's name in training -> in the exported model."""
+def canonical_name(name: str) -> str:
+    """Return the name in the exported model of a student's parameter or module."""
     return name.removeprefix("lm.").replace(".student_attn", "").replace(".base_layer", "")
 
 
-def _weights(layers: Iterable[str]) -> set[str]:
-    """Names of the weights of the student's own layers."""
+def weight_names(layers: Iterable[str]) -> set[str]:
+    """Return the names of linear layers' weights, without the teacher's attention."""
     return {f"{name}.weight" for name in layers if ".teacher_attn." not in name}
 
 
 def group_of(name: str, family: Family, rwkv_layers: list[int]) -> tuple[str, ...]:
-    """Return the groups that a canonical parameter name belongs to, from wide to narrow."""
+    """Return the groups of a canonical parameter name, from wide to narrow."""
     if is_adapter(name):
         return ("adapters",)
     if ".teacher_attn." in name:

@@ -1,7 +1,7 @@
 """Everything between final hidden states and logits.
 
-The module that owns that moment, and gradients through any head, a chunk of tokens at a time and without keeping logits
-for a backward pass.
+A module that runs a loss on them, and gradients through any head, a chunk of tokens at a time and without keeping
+logits for a backward pass.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ from torch import Tensor, nn
 
 
 class HeadTask(Protocol):
-    """What is asked of the head: a loss, scores, logits. Plain data, which says in `run` what is computed from it."""
+    """What is computed by the head: a loss, scores, logits.
+
+    Its fields are plain data.
+    """
 
     def run(self, head: nn.Module, hidden: Tensor, labels: Tensor):
-        """Return what the task is about.
+        """Return the task's result.
 
         Args:
             head: (..., D) -> (..., V), with `out_features` = V; to be called by `head.forward`, see `LMHeadLoss`.
@@ -34,11 +37,12 @@ class Logits:
     """All logits of a small batch at once, (B, T, V)."""
 
     def run(self, head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Return the logits."""
         return head.forward(hidden)
 
 
 class LMHeadLoss(nn.Module):
-    """The end of the model's forward: final hidden states and the head meet in the loss, or another `HeadTask`.
+    """The end of the model's forward: a loss, or another `HeadTask`.
 
     It owns no weights; its child is the model's head, whose parameters keep their names. To ZeRO 3 it is a leaf: the
     head's weights stay gathered for the whole task, however many chunks that has on this rank. So tasks call
@@ -59,7 +63,7 @@ class LMHeadLoss(nn.Module):
 def logits_function(head: nn.Module) -> Callable[[Tensor], Tensor]:
     """Return the function (tokens, D) -> logits (tokens, V) for many chunks.
 
-    It gives no gradients by the head's weights, which must be whole as long as it is used.
+    It gives no gradients of the head's weights, which must be gathered as long as it is used.
     """
     return LinearHead(head).forward if type(head) is nn.Linear else head.forward
 
@@ -74,9 +78,10 @@ def open_head(head: nn.Module) -> LinearHead | AnyHead:
 
 
 class LinearHead:
-    """A plain linear head by its matrix products, which add gradients of its large weight up in place.
+    """A plain linear head by its matrix products.
 
-    Under autocast the weight is cast once for all chunks. Gradients add up in fp32, in fp64 for fp64 weights.
+    They add gradients of its large weight up in place. Under autocast the weight is cast once for all chunks. Gradients
+    add up in fp32, in fp64 for fp64 weights.
 
     Attributes:
         out_features: V, the size of the vocabulary.
@@ -96,16 +101,17 @@ class LinearHead:
         self.gradients: list[Tensor] = []
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the logits (tokens, V) of (tokens, D), which the next `backward` is about."""
+        """Return the logits (tokens, V) of x (tokens, D), which `backward` refers to."""
         self._x = x.to(self._dtype)
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(self._x, self._weight, self._bias)
 
     def backward(self, grad: Tensor, inputs: bool) -> Tensor | None:
-        """Add to `gradients`, and return the gradient by `x` where `inputs` asks for it.
+        """Add to `gradients`, and return the gradient of `x` where it is needed.
 
         Args:
-            grad: by the logits of the last `forward`.
+            grad: gradient of the logits of the last `forward`.
+            inputs: whether the gradient of `x` is needed.
         """
         if not self.gradients:
             self.gradients = [torch.zeros_like(p, dtype=wide(p.dtype)) for p in self.parameters]
@@ -121,7 +127,7 @@ class LinearHead:
 
 
 class AnyHead:
-    """A head of any make (quantized, with adapters) by autograd, one chunk at a time; as `LinearHead`."""
+    """A head of any kind (quantized, with adapters) by autograd; used as `LinearHead`."""
 
     def __init__(self, head: nn.Module):
         self._head = head
@@ -130,6 +136,7 @@ class AnyHead:
         self.gradients: list[Tensor] = []
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the logits, see `LinearHead.forward`."""
         self._x = x.detach().requires_grad_()
         with torch.enable_grad():
             logits = self._head.forward(self._x)
@@ -137,6 +144,7 @@ class AnyHead:
         return logits.detach()
 
     def backward(self, grad: Tensor, inputs: bool) -> Tensor | None:
+        """Add to `gradients`, see `LinearHead.backward`."""
         leaves = [self._x] * inputs + self.parameters
         if not leaves:
             return None
@@ -149,5 +157,5 @@ class AnyHead:
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """Return in which dtype logits are compared and gradients added up: fp32, or fp64 for fp64."""
+    """Return the dtype to compare logits and add gradients up in: fp32, of fp64 fp64."""
     return torch.float64 if dtype == torch.float64 else torch.float32

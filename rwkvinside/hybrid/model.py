@@ -1,8 +1,8 @@
-"""The student in training: the teacher's own model with a wrapper in place of each converted layer's attention.
+"""The student in training: the teacher's own model with wrapped attention layers.
 
-Knows which parameters belong to which group, which of them train, and under which names the exported model holds them.
-The exported model itself is `modeling/hybrid_<family>.py`; both run the same mixers. What differs between teachers is
-asked of the `Family`.
+It knows which parameters belong to which group, which of them train, and under which names the exported model holds
+them. The exported model itself is `modeling/hybrid_<family>.py`; both run the same mixers. The `Family` knows what
+differs between teachers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..modeling.mixer_presets import TimeMixerConfig, check_first_layer
 from ..modeling.rwkv_attention import RWKVAttention, identity_rotation
 from .adapters import disabled, is_adapter, is_start, module_of
 from .attention_wrapper import AttentionWrapper
-from .freezing import GROUPS, _canonical, _weights, group_of
+from .freezing import GROUPS, canonical_name, group_of, weight_names
 from .lm_head import HeadTask, LMHeadLoss
 from .quantized_linear import QuantizedLinear
 from .settings import StudentConfig
@@ -33,12 +33,15 @@ from .weight_transfer import transfer
 
 
 class HybridModel(nn.Module):
-    """A teacher whose converted layers can run their attention, their mixer, or both; made by `from_teacher`.
+    """A teacher whose converted layers can run attention, mixer, or both.
+
+    Made by `from_teacher`.
 
     Attributes:
         lm: the teacher's causal language model with wrapped layers.
+        lm_head_loss: runs tasks on the head.
         family: what the teacher's architecture is like.
-        spec: what was asked for.
+        spec: settings of the student.
         rwkv_layers: indices of the converted layers, ascending.
         trained: canonical names of what was ever trained, and so differs from the teacher.
         master_weights: full-precision weights that were trained before and are quantized now, by canonical name.
@@ -47,7 +50,7 @@ class HybridModel(nn.Module):
     def __init__(self, lm: PreTrainedModel, family: Family, spec: StudentConfig, rwkv_layers: list[int], tied: bool):
         super().__init__()
         self.lm = lm
-        self.lm_head_loss = LMHeadLoss(lm.lm_head)
+        self.lm_head_loss = LMHeadLoss(family.head(lm))
         self.family = family
         self.spec = spec
         self.rwkv_layers = rwkv_layers
@@ -58,15 +61,15 @@ class HybridModel(nn.Module):
 
     @classmethod
     def from_teacher(cls, teacher: PreTrainedModel, spec: StudentConfig) -> HybridModel:
-        """Wrap a loaded teacher, which afterwards belongs to the hybrid (its layers are changed in place).
+        """Wrap a loaded teacher, which afterwards belongs to the hybrid.
 
-        Embeddings that the teacher ties to its head stay one matrix until one of them trains, which gives the head
-        a copy.
-        On the meta device only shapes are made, nothing is initialized. Mixers are fp32 whatever the teacher is.
+        Its layers are changed in place. Embeddings that the teacher ties to its head stay one matrix until one of them
+        trains, which gives the head a copy. On the meta device only shapes are made, nothing is initialized. Mixers are
+        fp32 whatever the teacher is.
 
         Raises:
-            UserError: an unsupported architecture, layer indices out of range, no layer left to convert, a preset whose
-                mixer has no place for one of the teacher's tensors.
+            UserError: an unsupported architecture, layer indices out of range, no layer left to convert, or a preset
+                whose mixer has no tensor for one of the teacher's.
         """
         config = teacher.config
         family = find(config.model_type)
@@ -113,9 +116,9 @@ class HybridModel(nn.Module):
         Args:
             batch: token ids, positions and documents of the rows.
             mode: "student", "teacher" (the original model as long as only mixers and adapters were trained) or "align".
-                But in mode "student", adapters outside of the mixers are off.
-            task: what is asked of the head (a loss, scores, logits); it runs inside the forward, so that an engine that
-                shards parameters gathers the head for it. None: final hidden states. Not of "align".
+                Adapters outside of the mixers are on in mode "student" only.
+            task: what the head computes (a loss, scores, logits); it runs inside the forward, so that an engine that
+                shards parameters gathers the head for it. None: nothing. Ignored in mode "align".
             checkpoint: align only: recompute each mixer in the backward.
 
         Returns:
@@ -131,7 +134,7 @@ class HybridModel(nn.Module):
         )
         adapters = nullcontext() if mode == "student" else disabled(self.lm, but=".student_attn.")
         with torch.set_grad_enabled(torch.is_grad_enabled() and mode != "teacher"), adapters:
-            hidden = self.lm.model(
+            hidden = self.lm.base_model(
                 input_ids=batch.input_ids,
                 attention_mask=None if whole_rows else attention_mask_4d(batch),
                 position_ids=batch.position_ids,
@@ -148,17 +151,21 @@ class HybridModel(nn.Module):
     def teacher_head(self) -> nn.Module:
         """The head without adapters, for the hidden states of mode "teacher".
 
-        Under ZeRO 3 its weights are whole only while a task runs.
+        Under ZeRO 3 its weights are gathered only while a task runs.
         """
         return getattr(self.lm_head_loss.head, "base_layer", self.lm_head_loss.head)
 
+    def refresh_head(self) -> None:
+        """Give `lm_head_loss` the model's head, after that has been replaced."""
+        self.lm_head_loss.head = self.family.head(self.lm)
+
     def release_teacher(self) -> None:
-        """Forget the teacher's attention of converted layers (a separate teacher model provides the targets)."""
+        """Drop the teacher's attention of converted layers: another teacher is used."""
         for i in self.rwkv_layers:
             self.attention(i).teacher_attn = None
 
     def attention(self, layer: int) -> nn.Module:
-        """Return what mixes time in a layer: an `AttentionWrapper`, or the teacher's attention where it is kept."""
+        """Return the `AttentionWrapper` of a layer, or its attention where that is kept."""
         return self.family.attention(self.family.layers(self.lm)[layer])
 
     @property
@@ -172,22 +179,25 @@ class HybridModel(nn.Module):
         return {i: mixer.mixer_config for i, mixer in self.mixers.items()}
 
     def canonical_parameters(self) -> dict[str, nn.Parameter]:
-        """Every parameter of the student under its name in the exported model, to which adapters add theirs.
+        """Return every parameter of the student under its name in the exported model.
 
-        Left out are the teacher's attention and the weights of quantized layers. A head that is still the embedding
-        stands under both names.
+        Adapters are included, the teacher's attention and the weights of quantized layers are not. A head that is still
+        the embedding is listed under both names.
         """
         return {
-            _canonical(name): parameter
+            canonical_name(name): parameter
             for name, parameter in self.named_parameters(remove_duplicate=False)
             if name.startswith("lm.") and ".teacher_attn." not in name and not name.endswith(".packed")
         }
 
     def linear_layers(self) -> dict[str, str]:
-        """Linear layers that can be quantized or adapted: {canonical name: name below `lm`}, also of the teacher's
-        attention, whose canonical names have `.teacher_attn`."""
-        found = (name for name, module in self.lm.named_modules() if isinstance(module, nn.Linear))
-        return {_canonical(name): name for name in found if not is_adapter(f"{name}.weight")}
+        """Return the layers that can be quantized or adapted.
+
+        Returns:
+            {canonical name: name below `lm`}; the canonical names of the teacher's attention have `.teacher_attn`.
+        """
+        names = (name for name, module in self.lm.named_modules() if isinstance(module, nn.Linear))
+        return {canonical_name(name): name for name in names if not is_adapter(f"{name}.weight")}
 
     @property
     def quantized(self) -> dict[str, QuantizedLinear]:
@@ -201,7 +211,7 @@ class HybridModel(nn.Module):
         return self._head._parameters.get("weight") is self.family.embedding(self.lm).weight
 
     def untie(self) -> None:
-        """Give the head a matrix of its own where it is still the embedding."""
+        """Give the head its own matrix where it still shares the embedding's."""
         if self.tied:
             self._head.weight = nn.Parameter(self._head.weight.detach().clone(), requires_grad=False)
 
@@ -217,25 +227,31 @@ class HybridModel(nn.Module):
         return getattr(head, "base_layer", head)
 
     def group_of(self, name: str) -> tuple[str, ...]:
-        """The groups of a canonical parameter name, from wide to narrow."""
+        """Return the groups of a canonical parameter name, from wide to narrow."""
         return group_of(name, self.family, self.rwkv_layers)
 
     def mixer_names(self) -> set[str]:
-        """Canonical names of all parameters of the mixers, quantized ones included, adapters on them not."""
-        names = [*self.canonical_parameters(), *_weights(self.quantized)]
+        """Return the canonical names of all parameters of the mixers.
+
+        Quantized ones are included, adapters are not.
+        """
+        names = [*self.canonical_parameters(), *weight_names(self.quantized)]
         return {name for name in names if self.group_of(name)[0] == "mixer"}
 
     def adapters_beside_mixers(self) -> list[str]:
-        """Trainable tensors of adapters on layers that mode "align" and the teacher run without them."""
+        """Return trainable tensors of adapters that are on in mode "student" only."""
         names = [n for n, p in self.canonical_parameters().items() if p.requires_grad and is_adapter(n)]
         return [n for n in names if self.group_of(f"{module_of(n)}.weight")[0] != "mixer"]
 
     def teacher_changes(self) -> list[str]:
-        """What was trained that runs in mode "teacher" too: empty as long as that mode is the teacher."""
+        """Return what was trained that runs in mode "teacher" too.
+
+        Empty as long as that mode is the teacher.
+        """
         return sorted(self.trained - self.mixer_names() - {n for n in self.trained if is_adapter(n)})
 
     def matching(self, pattern: str) -> set[str]:
-        """Canonical names of the parameters that can train and that a pattern names.
+        """Return the canonical names of trainable parameters that a pattern names.
 
         Args:
             pattern: a name of `GROUPS`, or a regular expression matched against whole canonical parameter names.
@@ -244,7 +260,7 @@ class HybridModel(nn.Module):
             UserError: it names neither these nor quantized weights, or is not a regular expression.
         """
         parameters = {name for name in self.canonical_parameters() if not is_start(name)}
-        quantized = _weights(self.quantized)
+        quantized = weight_names(self.quantized)
         names = self._named(pattern, parameters | quantized)
         if not names:
             raise UserError(
@@ -266,12 +282,12 @@ class HybridModel(nn.Module):
             UserError: a pattern that matches nothing, is not a regular expression, or names what is quantized.
         """
         chosen: set[str] = set()
-        quantized = _weights(self.quantized)
+        quantized = weight_names(self.quantized)
         for pattern in patterns:
             chosen |= self.matching(pattern)
-            if both := sorted(self._named(pattern, quantized)):
+            if clash := sorted(self._named(pattern, quantized)):
                 raise UserError(
-                    f"train pattern {pattern!r} matches {both[0]} (and {len(both) - 1} more), which is quantized",
+                    f"train pattern {pattern!r} matches {clash[0]} (and {len(clash) - 1} more), which is quantized",
                     "quantized weights stay frozen: take them out of `train`, or out of `quantize` of this stage",
                 )
         if chosen & set(self.embedding_names):
@@ -295,7 +311,10 @@ class HybridModel(nn.Module):
             raise UserError(f"train pattern {pattern!r} is not a regular expression: {error}") from error
 
     def group_table(self) -> list[tuple[str, int, int]]:
-        """(group, trainable parameters, all parameters) for every group that the student has, but quantized weights."""
+        """Return (group, trainable parameters, all parameters) for every group.
+
+        Groups that the student does not have and quantized weights are left out.
+        """
         rows: dict[str, list[int]] = {}
         for name, parameter in self.canonical_parameters().items():
             row = rows.setdefault(self.group_of(name)[-1], [0, 0])
@@ -304,16 +323,20 @@ class HybridModel(nn.Module):
         return [(group, *rows[group]) for group in GROUPS if group in rows]
 
     def student_state_dict(self) -> dict[str, Tensor]:
-        """What differs from the teacher, under exported names: mixers, all that was ever trained, and adapters."""
+        """Return what differs from the teacher, under exported names.
+
+        That is mixers, all that was ever trained, and adapters.
+        """
         named = {n: p.detach() for n, p in self.canonical_parameters().items() if n in self.trained or is_adapter(n)}
         return named | self.master_weights
 
     @torch.no_grad()
     def load_student_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `student_state_dict` gave; nothing may be missing, unknown, or of another shape.
+        """Load what `student_state_dict` gave.
 
-        Parameters take on the dtype of what they get, so that nothing that training gained over the teacher's precision
-        is lost. Adapters of the student that are not among the tensors stay as they are.
+        Nothing may be missing, unknown, or of another shape. Parameters take on the dtype of the tensors, so that what
+        training gained over the teacher's precision is not lost. Adapters that are not among the tensors stay as they
+        are.
 
         Raises:
             UserError: names or shapes that do not fit this student.
@@ -341,7 +364,7 @@ class HybridModel(nn.Module):
 
 
 def _without_rotation(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Kept attention layers of a NoPE hybrid: no rotation in the student, the teacher's own in the other modes."""
+    """Remove the rotation of a NoPE hybrid's attention layer in mode "student"."""
     if kwargs["forward_context"].mode != "student":
         return args, kwargs
     return args, kwargs | {"position_embeddings": identity_rotation(kwargs["position_embeddings"])}

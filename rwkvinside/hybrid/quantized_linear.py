@@ -1,9 +1,8 @@
-"""Frozen linear layers in 4 or 8 bits, and AdamW with 8-bit states; the only file that imports bitsandbytes, and only
-when it is needed.
+"""Frozen linear layers in 4 or 8 bits.
 
-bitsandbytes packs and unpacks. The module that holds the result is ours, because bitsandbytes' own layers repack
-themselves on some CPUs in evaluation mode, round activations to fp16 (int8), and put parts of their state where neither
-a sharding engine nor a checkpoint finds them.
+Only this file imports bitsandbytes, and only when it is needed. bitsandbytes packs and unpacks; the module that holds
+the result is ours, because bitsandbytes' own layers repack themselves on some CPUs in evaluation mode, round
+activations to fp16 (int8), and put parts of their state where neither a sharding engine nor a checkpoint finds them.
 """
 
 from __future__ import annotations
@@ -18,25 +17,22 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 
-# it warns of an optional kernel that is not there, whether it is used or not
+# it warns of an optional kernel that is not installed, whether it is used or not
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-
 FORMATS = ("nf4", "fp4", "int8")
-
-
 BLOCK, OUTER_BLOCK = 64, 256  # weights that share a scale, unless told; scales that share one when they are quantized
 
 
 class QuantizedLinear(nn.Linear):
-    """A frozen linear layer whose weight is unpacked whenever it is used, in the forward and again in the backward.
+    """A frozen linear layer whose weight is unpacked whenever it is used.
 
-    Gives gradients to its input and bias, never to its weight. Products run in the dtype of autocast where that is on,
-    else in the input's.
+    That is in the forward and again in the backward. Gives gradients to its input and bias, never to its weight.
+    Products run in the dtype of autocast where that is on, else in the input's.
 
     Args:
         in_features, out_features: of the weight (out, in).
-        bias: the layer's own parameter, kept as it is.
+        bias: the layer's own parameter, which stays as it is.
         format: nf4, fp4 or int8.
         tensors: what `pack` or `tensors` gave.
         block: nf4 and fp4: weights with a common scale.
@@ -66,27 +62,27 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:
-        """The weight that the layer computes with, unpacked to fp32; a new tensor each time."""
+        """The weight that the layer computes with, in fp32; a new tensor each time."""
         return self.unpack()
 
     @property
     def weight_numel(self) -> int:
-        """Weights that are stored."""
+        """Number of weights."""
         return self.in_features * self.out_features
 
     @property
     def nbytes(self) -> int:
-        """Bytes that they take, scales included."""
+        """Bytes that the weights take, scales included."""
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that the weight is made of, by name; integers only."""
-        parts = {"packed": self.packed.detach(), "scales": self.scales, "outer": self.outer, "offset": self.offset}
-        return {name: part for name, part in parts.items() if part is not None}
+        """Return everything that the weight is made of, by name; integers only."""
+        tensors = {"packed": self.packed.detach(), "scales": self.scales, "outer": self.outer, "offset": self.offset}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     @torch.no_grad()
     def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight (out, in) in `dtype`."""
+        """Return the weight (out, in) in `dtype`."""
         if self.packed.is_meta:
             return torch.empty(self.out_features, self.in_features, dtype=dtype, device="meta")
         bnb = _library().functional
@@ -114,17 +110,22 @@ class QuantizedLinear(nn.Linear):
         return bnb.dequantize_4bit(self.packed, state).view(self.out_features, self.in_features).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return x W^T + b."""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         y = _Product.apply(x.to(dtype), self)
         return y if self.bias is None else y + self.bias.to(dtype)
 
     def extra_repr(self) -> str:
+        """Return what `repr` says in addition to the class."""
         return f"{super().extra_repr()}, format={self.format}"
 
 
 class _Product(torch.autograd.Function):
-    """x W^T without keeping W; the module, not its tensors, is remembered, so that ZeRO 3 may gather them anew."""
+    """x W^T without keeping W.
+
+    The module, not its tensors, is remembered, so that ZeRO 3 may gather them anew.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, module: QuantizedLinear) -> Tensor:
@@ -138,11 +139,12 @@ class _Product(torch.autograd.Function):
 
 @torch.no_grad()
 def pack(weight: Tensor, format: str, double: bool = True, block: int = BLOCK) -> dict[str, Tensor]:
-    """The tensors of a `QuantizedLinear` for a weight (out, in); on the meta device their shapes.
+    """Return the tensors of a `QuantizedLinear`; on the meta device their shapes.
 
     Args:
+        weight: (out, in).
         format: nf4 or fp4: blocks with a common scale; int8: a scale for each output row.
-        double: nf4 and fp4: scales in 8 bits too, 256 with a common scale.
+        double: nf4 and fp4: scales in 8 bits too, 256 of them with a common scale.
         block: nf4 and fp4: consecutive weights with a common scale: 32, 64 or 128.
     """
     rows, columns = weight.shape
@@ -159,8 +161,15 @@ def pack(weight: Tensor, format: str, double: bool = True, block: int = BLOCK) -
 
 @torch.no_grad()
 def pack_scales(scales: Tensor, double: bool) -> tuple[dict[str, Tensor], Tensor]:
-    """All of `pack` but the weights themselves, for the scales of all blocks in fp32, and the scales as they will be
-    used."""
+    """Pack the scales of all blocks.
+
+    Args:
+        scales: (blocks,) fp32.
+        double: see `pack`.
+
+    Returns:
+        What `pack` returns except "packed", and the scales as they will be used.
+    """
     bnb = _library().functional
     if not double:
         return {"scales": scales.view(torch.int32)}, scales
@@ -171,7 +180,7 @@ def pack_scales(scales: Tensor, double: bool) -> tuple[dict[str, Tensor], Tensor
 
 
 def codebook(format: str, device: torch.device) -> Tensor:
-    """What the 16 indices of nf4 or fp4 stand for, in units of their block's scale."""
+    """Return the 16 values of nf4 or fp4, in units of their block's scale."""
     bnb = _library().functional
     return bnb.get_4bit_type(format, device)
 
@@ -184,7 +193,9 @@ def quantize(
     block: int = BLOCK,
     device: torch.device | None = None,
 ) -> list[str]:
-    """Replace linear layers by quantized ones, one after the other, so that no second copy of the model is made.
+    """Replace linear layers by quantized ones.
+
+    They are replaced one after the other, so that no second copy of the model is made.
 
     Args:
         model: changed in place.
@@ -196,7 +207,7 @@ def quantize(
         The quantized modules in the model's order, exactly those named.
 
     Raises:
-        UserError: a name that is no linear layer, or an unknown format.
+        UserError: a name that is not a linear layer's, or an unknown format.
     """
     if format not in FORMATS:
         raise UserError(f"quantization format {format!r}", f"allowed: {', '.join(FORMATS)}")
@@ -204,26 +215,31 @@ def quantize(
         linear = model.get_submodule(name)
         if type(linear) is not nn.Linear:
             raise UserError(
-                f"{name} is a {type(linear).__name__}, which cannot be quantized", "name linear layers only"
+                f"{name} is a {type(linear).__name__}, which cannot be quantized", "name plain linear layers only"
             )
         home = linear.weight.device
         packed = pack(linear.weight.to(device or home), format, double, block)
         del linear
-        use(model, name, format, {part: t.to(home) for part, t in packed.items()}, block)
-    done = [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
-    if missed := set(names) - set(done):
-        raise RuntimeError(f"not quantized: {', '.join(sorted(missed))}")
-    return [name for name in done if name in set(names)]
+        insert_quantized(model, name, format, {part: t.to(home) for part, t in packed.items()}, block)
+    quantized = [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
+    if missing := set(names) - set(quantized):
+        raise RuntimeError(f"not quantized: {', '.join(sorted(missing))}")
+    return [name for name in quantized if name in set(names)]
 
 
 def linear_names(model: nn.Module, skip: Collection[str] = ()) -> list[str]:
-    """Linear layers of a model by name, but those whose last part of the name is in `skip`."""
-    found = (name for name, module in model.named_modules() if type(module) is nn.Linear)
-    return [name for name in found if name.rsplit(".", 1)[-1] not in skip]
+    """Return the names of plain linear layers.
+
+    Args:
+        model: with the layers.
+        skip: last components of names that are left out.
+    """
+    names = (name for name, module in model.named_modules() if type(module) is nn.Linear)
+    return [name for name in names if name.rsplit(".", 1)[-1] not in skip]
 
 
 def dequantized(module: QuantizedLinear, dtype: torch.dtype = torch.float32) -> nn.Linear:
-    """An ordinary linear layer that computes with the same weight."""
+    """Return a plain linear layer that computes with the same weight."""
     device = module.packed.device
     linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
     linear.weight = nn.Parameter(module.unpack(dtype).to(device), requires_grad=False)
@@ -232,49 +248,53 @@ def dequantized(module: QuantizedLinear, dtype: torch.dtype = torch.float32) -> 
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module into the place of the one called `name`."""
+    """Replace the module called `name`."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
 
 def flat_tensors(modules: Mapping[str, QuantizedLinear]) -> dict[str, Tensor]:
-    """The tensors of quantized modules for a file: "<module>/<format>-<block>/<part>"."""
-    return {f"{n}/{m.format}-{m.block}/{part}": t for n, m in modules.items() for part, t in m.tensors().items()}
+    """Return tensors for a file, by "<module>/<format>-<block>/<tensor>"."""
+    return {f"{n}/{m.format}-{m.block}/{name}": t for n, m in modules.items() for name, t in m.tensors().items()}
 
 
 def read_flat(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, dict[str, Tensor], int]]:
-    """Inverse of `flat_tensors`: {module: (format, its tensors, block)}."""
-    found: dict[str, tuple[str, dict[str, Tensor], int]] = {}
+    """Return what `flat_tensors` was made from, {module: (format, tensors, block)}."""
+    modules: dict[str, tuple[str, dict[str, Tensor], int]] = {}
     for key, tensor in tensors.items():
-        name, kind, part = key.split("/")
+        module, kind, name = key.split("/")
         format, block = kind.split("-")
-        found.setdefault(name, (format, {}, int(block)))[1][part] = tensor
-    return found
+        modules.setdefault(module, (format, {}, int(block)))[1][name] = tensor
+    return modules
 
 
 def restore(model: nn.Module, name: str, format: str, tensors: Mapping[str, Tensor], block: int = BLOCK) -> None:
     """Replace a linear layer by one that was quantized before.
 
     Raises:
-        UserError: tensors of another shape.
+        UserError: the tensors do not have the layer's shape.
     """
     linear = model.get_submodule(name)
     double = "outer" in tensors
     shapes = _shapes(linear.out_features, linear.in_features, format, double, block)
-    if {part: t.shape for part, t in shapes.items()} != {part: t.shape for part, t in tensors.items()}:
+    if {key: t.shape for key, t in shapes.items()} != {key: t.shape for key, t in tensors.items()}:
         raise UserError(f"the stored {format} tensors of {name} do not fit it", "use the teacher they were made from")
-    use(model, name, format, {part: t.to(linear.weight.device) for part, t in tensors.items()}, block)
+    insert_quantized(model, name, format, {key: t.to(linear.weight.device) for key, t in tensors.items()}, block)
 
 
 def relative_error(modules: Iterable[QuantizedLinear]) -> float:
-    """What quantization has changed: the norm of all differences over the norm of the original weights."""
-    difference, norm = (sum(parts) for parts in zip((0.0, 0.0), *(m.error for m in modules), strict=True))
+    """Return the norm of what quantization changed over that of the original weights."""
+    difference, norm = (sum(squares) for squares in zip((0.0, 0.0), *(m.error for m in modules), strict=True))
     return (difference / norm) ** 0.5 if norm else 0.0
 
 
-def use(model: nn.Module, name: str, format: str, tensors: Mapping[str, Tensor], block: int = BLOCK) -> QuantizedLinear:
-    """Replace a linear layer by a quantized one made of these tensors, which remembers how far they are from its
-    weight."""
+def insert_quantized(
+    model: nn.Module, name: str, format: str, tensors: Mapping[str, Tensor], block: int = BLOCK
+) -> QuantizedLinear:
+    """Replace a linear layer by a quantized one made of these tensors.
+
+    The new layer knows how far they are from the old weight, see `QuantizedLinear.error`.
+    """
     linear = model.get_submodule(name)
     module = QuantizedLinear(linear.in_features, linear.out_features, linear.bias, format, tensors, block)
     if not linear.weight.is_meta:
@@ -285,7 +305,7 @@ def use(model: nn.Module, name: str, format: str, tensors: Mapping[str, Tensor],
 
 
 def _shapes(rows: int, columns: int, format: str, double: bool, block: int) -> dict[str, Tensor]:
-    """What `pack` gives, on the meta device."""
+    """Return what `pack` returns on the meta device."""
 
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -305,7 +325,7 @@ def _shapes(rows: int, columns: int, format: str, double: bool, block: int) -> d
 
 @cache
 def _dynamic_code(device: torch.device) -> Tensor:
-    """The 256 values that 8-bit scales stand for."""
+    """Return the 256 values of 8-bit scales."""
     bnb = _library().functional
     return bnb.create_dynamic_map().to(device)
 

@@ -14,7 +14,7 @@ TITLES = {"miss": "MiSS", "bone": "Bone, which is MiSS in its bat form"}
 
 
 class RanksConfig(Section):
-    """Ranks of the low-rank parts of a mixer."""
+    """Ranks of a mixer's low-rank maps."""
 
     decay: Positive | None = Field(None, description="Rank of the decay's low-rank part; null: by the model's width.")
     iclr: Positive | None = Field(None, description="Rank of the in-context learning rate; null: by the model's width.")
@@ -50,18 +50,19 @@ class StudentConfig(Section):
     @field_validator("attention_layers")
     @classmethod
     def _layers(cls, layers: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
-        if twice := sorted({i for i in layers if layers.count(i) > 1}):
-            raise problem("has layer {} twice; name each layer once", *twice)
+        if repeated := sorted({i for i in layers if layers.count(i) > 1}):
+            raise problem("lists layer {} twice; name each layer once", *repeated)
         count = (info.context or {}).get("num_layers")
         if count is not None:
-            if bad := sorted(i for i in layers if not 0 <= i < count):
-                raise problem("has layer {}, but the teacher has layers 0 to {}", ", ".join(map(str, bad)), count - 1)
+            if unknown := sorted(i for i in layers if not 0 <= i < count):
+                listed = ", ".join(map(str, unknown))
+                raise problem("has layer {}, but the teacher has layers 0 to {}", listed, count - 1)
             if len(layers) == count:
                 raise problem("keeps all {} layers; leave at least one to convert", count)
         return tuple(sorted(layers))
 
     def mixer_overrides(self) -> dict:
-        """Return the fields of `TimeMixerConfig` in which the mixers differ from their preset."""
+        """Return fields of `TimeMixerConfig` in which the mixers differ from the preset."""
         values = {"detach_first": self.detach_first, "backend": self.backend, "precision": self.precision}
         # the stock mixer's k_a form is a matter of its equations, not a choice
         values |= {} if self.key_scale is None or self.preset == "x070" else {"key_scale": self.key_scale}
@@ -85,7 +86,7 @@ class QuantizeConfig(Section):
 
     @property
     def fits_inputs(self) -> bool:
-        """Whether weights are chosen for what reaches their layers; int8 is rounded to the nearest in any case."""
+        """Whether weights are chosen for the inputs of their layers; never for int8."""
         return self.method == "gptq" and self.format != "int8"
 
 
@@ -107,11 +108,11 @@ class AdapterConfig(Section):
 
     @property
     def title(self) -> str:
-        """What a reader should call it."""
+        """Name for readers."""
         if self.kind != "lora":
             return TITLES[self.kind]
-        parts = [("rank-stabilized", self.rank_stabilized), ("DoRA", self.dora), ("PiSSA", self.init == "pissa")]
-        return " ".join(["LoRA", *(name for name, there in parts if there)])
+        forms = [("rank-stabilized", self.rank_stabilized), ("DoRA", self.dora), ("PiSSA", self.init == "pissa")]
+        return " ".join(["LoRA", *(name for name, used in forms if used)])
 
 
 @dataclass(frozen=True)
@@ -130,16 +131,16 @@ class LayerSpec:
     def of_stage(
         cls, quantize: QuantizeConfig, adapters: Sequence[AdapterConfig], groups: list[str] | None
     ) -> LayerSpec:
-        """Return what a stage has.
+        """Return the quantized layers and adapters of a stage.
 
         Args:
             quantize, adapters: of the run.
             groups: what this stage quantizes; None: the run's groups.
         """
-        own = quantize if groups is None else quantize.model_copy(update={"groups": groups})
-        return cls(own, tuple(adapters))
+        stage_quantize = quantize if groups is None else quantize.model_copy(update={"groups": groups})
+        return cls(stage_quantize, tuple(adapters))
 
     @property
     def has_frozen_weights(self) -> bool:
-        """Whether a stage computes weights once and keeps them in a file of their own."""
+        """Whether a stage computes weights once and keeps them in a separate file."""
         return bool(self.quantize.groups) or any(adapter.init == "pissa" for adapter in self.adapters)

@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 def alignment_loss(errors: dict[int, tuple[Tensor, Tensor]], norms: dict[int, float]) -> tuple[Tensor, Tensor]:
-    """Return the layers' squared errors, each relative to its mean squared teacher norm.
+    """Return the layers' squared errors relative to their mean squared teacher norms.
 
     The per-layer weights 1 / norms are those of RADLADS (arXiv 2505.03005, step 1) up to a common factor. They are
-    constants measured before the stage, not statistics of the micro-batch: so the loss does not depend on how a batch
-    is cut.
+    constants measured before the stage, not statistics of the micro-batch, so that the loss does not depend on how a
+    batch is cut.
 
     Args:
         errors: {layer: (squared error, squared teacher norm)}, 0-d sums over real tokens.

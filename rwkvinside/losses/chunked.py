@@ -35,12 +35,12 @@ class TeacherChunk(Protocol):
 
 
 class TeacherSignal(Protocol):
-    """What a teacher says of one batch, at the positions with a label in row-major order."""
+    """What a teacher says of one batch, at its labels in row-major order."""
 
     def chunks(self, size: int) -> Generator[TeacherChunk, None, None]:
         """Yield the chunks of `chunk_slices`, each made when it is asked for.
 
-        It may hold weights together meanwhile: run it to its end or close it.
+        It may keep sharded weights gathered meanwhile: run it to its end or close it.
         """
         ...
 
@@ -53,16 +53,16 @@ def chunk_tokens(vocab: int) -> int:
 def chunk_slices(count: int, size: int) -> Iterator[slice]:
     """Yield slices of `size` positions.
 
-    One even of no position: so names and gradients are the same for every batch.
+    No positions give one empty slice, so that metrics and gradients are the same for every batch.
     """
     for start in range(0, max(count, 1), size):
         yield slice(start, start + size)
 
 
 def open_chunks(signal: TeacherSignal | None, size: int) -> AbstractContextManager[Iterator[TeacherChunk | None]]:
-    """Return a context that gives a signal's chunks, or without a signal None for each.
+    """Return a context that gives a signal's chunks; without a signal, Nones.
 
-    Take each by `next` as an argument of what uses it: then its logits are gone before the next chunk's are made.
+    Take each by `next` as an argument of what uses it: then its logits are freed before the next chunk's are made.
     """
     return nullcontext(repeat(None)) if signal is None else closing(signal.chunks(size))
 
@@ -70,8 +70,8 @@ def open_chunks(signal: TeacherSignal | None, size: int) -> AbstractContextManag
 class ChunkedLoss(ABC):
     """A loss summed over the positions with a label: a task of `LMHeadLoss`.
 
-    Each chunk of positions goes through head, loss and back at once: its logits are gone before the next one's are
-    made, nothing is recomputed, and the backward only hands out what was found. Softmax and sums are fp32, of fp64
+    Each chunk of positions goes through head, loss and back at once: its logits are freed before the next one's are
+    made, nothing is recomputed, and the backward only hands out the gradients. Softmax and sums are fp32, of fp64
     logits fp64.
 
     Attributes:
@@ -94,7 +94,7 @@ class ChunkedLoss(ABC):
     def block(
         self, logits: Tensor, labels: Tensor, chunk: TeacherChunk | None, positions: slice, need_grad: bool
     ) -> tuple[list[Tensor], Tensor | None]:
-        """Return the sums over some positions of a chunk and the gradient by the logits.
+        """Return the sums over some positions of a chunk and the logits' gradient.
 
         Args:
             logits: (n, V) fp32 or fp64; not to be overwritten.
@@ -104,7 +104,7 @@ class ChunkedLoss(ABC):
             need_grad: False: there is no gradient.
 
         Returns:
-            The loss and then the metrics, 0-d; the gradient (n, at most V) by the first ids, of the others it is 0.
+            The loss and then the metrics, 0-d; the gradient (n, at most V) of the first ids, that of the others is 0.
         """
 
     def run(self, head: nn.Module, hidden: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -125,18 +125,19 @@ class ChunkedLoss(ABC):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return sums and gradient of one pass over the positions.
 
-        Gradients by the head's parameters add up in `head`.
+        Gradients of the head's parameters add up in `head`.
 
         Args:
             hidden: (N, D) at the positions with a label.
             labels: (N,) int64.
             head: from `open_head`.
-            inputs, parameters: whether gradients by `hidden` and by the head's parameters are needed.
+            inputs, parameters: whether gradients of `hidden` and of the head's parameters are needed.
 
         Returns:
-            Loss sum (0-d), metric sums (1-d), and the gradient by `hidden` where `inputs` asks for it.
+            Loss sum (0-d), metric sums (1-d), and the gradient of `hidden` where `inputs` asks for it.
         """
-        need_grad, grads, sums = inputs or parameters, [], self._zeros(hidden.device)
+        need_grad, sums = inputs or parameters, self._zeros(hidden.device)
+        grads: list[Tensor] = []
         size = self.chunk_tokens or chunk_tokens(head.out_features)
         with open_chunks(self.signal, size) as chunks:
             for positions in chunk_slices(len(hidden), size):
@@ -153,9 +154,9 @@ class ChunkedLoss(ABC):
         return torch.zeros(1 + len(self.metrics), dtype=torch.float64, device=device)
 
     def _chunk(self, logits: Tensor, labels: Tensor, chunk: TeacherChunk | None, need_grad: bool) -> Tensor:
-        """Return the sums of a chunk (1-d, fp64), whose logits become their own gradient.
+        """Return the sums of a chunk (1-d, fp64).
 
-        They stay as they are where none is needed.
+        Its logits become their own gradient where it is needed.
         """
         size = max(1, BLOCK_ELEMENTS[logits.device.type] // logits.shape[1])
         sums = self._zeros(logits.device)
@@ -169,7 +170,7 @@ class ChunkedLoss(ABC):
 
 
 class _Prepared(torch.autograd.Function):
-    """A loss with its gradients, found in the forward; the backward scales them in place."""
+    """A loss whose gradients the forward computes; the backward scales them in place."""
 
     @staticmethod
     def forward(

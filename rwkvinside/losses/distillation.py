@@ -1,4 +1,4 @@
-"""The distillation loss: divergence from a teacher, and cross-entropy on the text where it is mixed in."""
+"""The distillation loss: divergence from a teacher, and cross-entropy on the text."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class DistillationLoss(ChunkedLoss):
     """Divergence from a teacher and cross-entropy on the labels, weighted.
 
     Ids are those that both vocabularies share (the larger one is cut: families pad it differently). Metrics are "ce",
-    "kl" ("reverse_kl", "js") and "agreement" (top-1 of student and teacher coincide).
+    "kl" ("reverse_kl", "js") and "agreement" (student and teacher have the same likeliest token).
 
-    Args:
+    Attributes:
         signal: see `ChunkedLoss`.
         config: what is compared, and how.
     """
@@ -32,15 +32,19 @@ class DistillationLoss(ChunkedLoss):
 
     @property
     def chunk_tokens(self) -> int | None:
+        """Positions at a time, see `ChunkedLoss`."""
         return self.config.chunk_tokens
 
     @property
     def metrics(self) -> tuple[str, ...]:
+        """Names of the sums that `block` gives after the loss."""
         return "ce", METRIC[self.config.divergence], "agreement"
 
     def block(
-        self, logits: Tensor, labels: Tensor, chunk: TeacherChunk, positions: slice, need_grad: bool
+        self, logits: Tensor, labels: Tensor, chunk: TeacherChunk | None, positions: slice, need_grad: bool
     ) -> tuple[list[Tensor], Tensor | None]:
+        """Return sums over some positions and the logits' gradient, see `ChunkedLoss`."""
+        assert chunk is not None, "this loss has a signal"
         c = self.config
         target = chunk.distribution(positions, logits.shape[1], c.temperature)
         logits = logits[:, : target.vocab]
@@ -48,11 +52,11 @@ class DistillationLoss(ChunkedLoss):
         plain = F.log_softmax(logits, -1)
         log_q = plain if c.temperature == 1 else F.log_softmax(logits / c.temperature, -1)
         entropy = cross_entropy(plain, labels)
-        towards_labels = cross_entropy_grad(plain.exp(), labels, c.ce) if need_grad and c.ce else None
+        labels_grad = cross_entropy_grad(plain.exp(), labels, c.ce) if need_grad and c.ce else None
         value, grad = divergence(c.divergence, target.top(c.top_k), log_q, need_grad)
         value = value * c.temperature**2
         if grad is not None:
             grad.mul_(c.kl * c.temperature)  # of the square, one went into the logits
-            if towards_labels is not None:
-                grad.add_(towards_labels)
+            if labels_grad is not None:
+                grad.add_(labels_grad)
         return [c.kl * value + c.ce * entropy, entropy, value, agreement], grad

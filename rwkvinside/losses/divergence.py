@@ -1,8 +1,8 @@
-"""Divergences of a student q from a teacher p, given as log-probabilities, with gradients in closed form.
+"""Divergences of a student q from a teacher p, with gradients in closed form.
 
-Each form returns (value, slope): the value per row in nats, and its derivative by log q up to a multiple of q, which
-makes no difference to the logits. It overwrites `log_p`: rows are as long as a vocabulary, and memory traffic is what
-this costs.
+Each takes log-probabilities and returns (value, slope): the value per row in nats, and its derivative with respect to
+log q up to a multiple of q, which makes no difference to the logits. It overwrites `log_p`: rows are as long as a
+vocabulary, and memory traffic is what this costs.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def reverse_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def jensen_shannon(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean of KL(p || m) and KL(q || m) with m = (p + q) / 2, and its slope.
+    """Return the mean of KL(p || m) and KL(q || m), m = (p + q) / 2, and its slope.
 
-    At most log 2.
+    The value is at most log 2.
     """
     log_m = torch.logaddexp(log_p, log_q).sub_(math.log(2))
     p = log_p.exp()
@@ -48,7 +48,7 @@ DIVERGENCES = {"forward": forward_kl, "reverse": reverse_kl, "js": jensen_shanno
 class TeacherDistribution:
     """A teacher's distributions at n positions.
 
-    Args:
+    Attributes:
         log_probs: (n, V) over the vocabulary; or (n, k + 1) over k of its tokens and all others together. May be
             overwritten.
         ids: (n, k) int64, which tokens these are, the likeliest first; None: all.
@@ -78,11 +78,11 @@ class TeacherDistribution:
 
 
 def divergence(kind: str, target: TeacherDistribution, log_q: Tensor, need_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """Return the value summed over positions and its gradient by the student's logits.
+    """Return the value summed over positions and the gradient of the student's logits.
 
     Args:
-        kind: of `DIVERGENCES`.
-        target: at the n positions; its log-probabilities are overwritten.
+        kind: a name of `DIVERGENCES`.
+        target: the teacher's distributions at the n positions; its log-probabilities are overwritten.
         log_q: (n, V) `log_softmax` of the logits; overwritten when the gradient is needed.
         need_grad: False: the gradient is None.
     """

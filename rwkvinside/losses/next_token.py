@@ -1,4 +1,4 @@
-"""Cross-entropy on the labels, as a loss of its own (sft) and as a part of distillation."""
+"""Cross-entropy on the labels: all of the loss of sft, and a part of distillation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .chunked import ChunkedLoss, TeacherChunk
 class NextTokenLoss(ChunkedLoss):
     """Cross-entropy on the labels, no teacher; its metric is "ce".
 
-    Args:
+    Attributes:
         chunk_tokens: see `ChunkedLoss`.
     """
 
@@ -25,6 +25,7 @@ class NextTokenLoss(ChunkedLoss):
     def block(
         self, logits: Tensor, labels: Tensor, chunk: TeacherChunk | None, positions: slice, need_grad: bool
     ) -> tuple[list[Tensor], Tensor | None]:
+        """Return sums over some positions and the logits' gradient, see `ChunkedLoss`."""
         log_q = F.log_softmax(logits, -1)
         entropy = cross_entropy(log_q, labels)
         return [entropy, entropy], cross_entropy_grad(log_q.exp_(), labels) if need_grad else None
@@ -41,7 +42,7 @@ def cross_entropy(log_q: Tensor, labels: Tensor) -> Tensor:
 
 
 def cross_entropy_grad(q: Tensor, labels: Tensor, weight: float = 1.0) -> Tensor:
-    """Return the gradient of `weight` times `cross_entropy` by the logits.
+    """Return the logits' gradient of `weight` times `cross_entropy`.
 
     Args:
         q: (n, V) softmax of the logits; overwritten.

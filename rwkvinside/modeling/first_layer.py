@@ -1,5 +1,4 @@
-"""What crosses the layers within one forward call: v_first and k_first of the first RWKV layer, and the call's
-settings.
+"""What crosses layers within one forward call: v_first, k_first and its settings.
 
 A new object is made for every forward call of the whole model and handed to each layer as the keyword argument
 `forward_context` (Hugging Face decoder layers pass unknown keyword arguments on to their attention). Nothing is kept
@@ -17,7 +16,10 @@ from torch import Tensor
 
 
 class FirstLayerKV(NamedTuple):
-    """Value and key of the first RWKV layer, (B, T, heads, N); k is None for mixers without a key residual."""
+    """Value and key of the first RWKV layer, (B, T, heads, N).
+
+    k is None for mixers without a key residual.
+    """
 
     v: Tensor
     k: Tensor | None
@@ -28,12 +30,12 @@ class FirstLayerKV(NamedTuple):
 
 
 class VFirstHolder:
-    """Carries v_first and k_first from the first RWKV layer to the later ones, gradients intact.
+    """The way of v_first and k_first from the first RWKV layer to the later ones.
 
-    The logical tensor has shape (world_size, B, T, width); each rank holds its own slice, so data parallel and ZeRO
-    runs exchange nothing. `gather` assembles the logical tensor for inspection; `to_tensors` / `from_tensors` are what
-    pipeline stages put into the tuple they exchange; `broadcast` serves inference where one rank computes the first
-    layer.
+    Gradients pass through it. The logical tensor has shape (world_size, B, T, width); each rank holds its own slice, so
+    data parallel and ZeRO runs exchange nothing. `gather` assembles the logical tensor for inspection; `to_tensors` /
+    `from_tensors` are what pipeline stages put into the tuple they exchange; `broadcast` serves inference where one
+    rank computes the first layer.
 
     The first RWKV layer always writes and the later ones always read. Nothing branches on "was it written": a
     recomputed activation checkpoint would take the other branch.
@@ -43,50 +45,58 @@ class VFirstHolder:
         self._first: FirstLayerKV | None = None
 
     def write(self, first: FirstLayerKV) -> None:
-        """Called by the first RWKV layer; a recomputation in the backward writes the same values again."""
+        """Store the value and key of the first RWKV layer.
+
+        A recomputation in the backward writes the same values again.
+        """
         self._first = first
 
     def read(self) -> FirstLayerKV:
-        """The first layer's value and key.
+        """Return the first layer's value and key.
 
         Raises:
-            RuntimeError: when a later layer runs before the first one, which only a wrongly built model does.
+            RuntimeError: a later layer ran before the first one, which only a wrongly built model does.
         """
         if self._first is None:
             raise RuntimeError("v_first was read before the first RWKV layer wrote it")
         return self._first
 
     def to_tensors(self) -> tuple[Tensor, ...]:
-        """(v,) or (v, k), to be sent to the next pipeline stage; autograd crosses ranks with them."""
+        """Return (v,) or (v, k), to be sent to the next pipeline stage.
+
+        Autograd crosses ranks with them.
+        """
         return tuple(t for t in self.read() if t is not None)
 
     @classmethod
     def from_tensors(cls, tensors: tuple[Tensor, ...]) -> VFirstHolder:
-        """The inverse of `to_tensors`, on the receiving stage."""
+        """Return the holder that `to_tensors` was called on, on the receiving stage."""
         holder = cls()
         holder.write(FirstLayerKV(tensors[0], tensors[1] if len(tensors) > 1 else None))
         return holder
 
     def gather(self, group: dist.ProcessGroup | None = None) -> FirstLayerKV:
-        """The logical tensors (world_size, B, T, width), detached, on every rank; every rank must call it.
+        """Return the logical tensors (world_size, B, T, width), detached, on every rank.
 
-        All ranks must hold the same shape (B, T). Without a process group the world size is 1.
+        Every rank must call it, with the same shape (B, T). Without a process group the world size is 1.
         """
 
         def assemble(x: Tensor) -> Tensor:
-            own = x.detach().flatten(2).contiguous()
+            local = x.detach().flatten(2).contiguous()
             if not dist.is_initialized():
-                return own[None]
-            slices = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-            dist.all_gather(slices, own, group=group)
+                return local[None]
+            slices = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(slices, local, group=group)
             return torch.stack(slices)
 
         first = self.read()
         return FirstLayerKV(assemble(first.v), None if first.k is None else assemble(first.k))
 
     def broadcast(self, src: int, group: dist.ProcessGroup | None = None) -> None:
-        """Overwrite this rank's slice with that of global rank `src`, without gradient. Every rank must hold a tensor
-        of the same shape already."""
+        """Overwrite this rank's slice with that of global rank `src`, without gradient.
+
+        Every rank must hold a tensor of the same shape already.
+        """
         received = []
         for x in self.to_tensors():
             x = x.detach().contiguous().clone()
@@ -99,9 +109,9 @@ class VFirstHolder:
 class ForwardContext:
     """One forward call of a hybrid model, seen by every layer.
 
-    Args:
+    Attributes:
         mode: "student" (RWKV layers run their mixer), "teacher" (their frozen attention), or "align" (both, the layer's
-            output is the teacher's). Exported models only know "student".
+            output is the teacher's). Exported models know "student" only.
         mask: (B, T) bool over the tokens of this call, True = real; None when there is no padding.
         cu_seqlens: (S + 1,) int32 document boundaries over the flattened B*T tokens, rows included; None when every
             row is one document.

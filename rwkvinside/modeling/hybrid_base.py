@@ -1,17 +1,21 @@
-"""What the hybrids of all families share: a teacher family's own decoder in which some layers mix time by RWKV-7.
+"""What the hybrids of all families share.
 
-Embeddings, norms, MLPs and the kept attention layers are transformers' own classes; only `self_attn` of the layers in
-`config.rwkv_layers` is another module. Each `hybrid_<family>.py` puts these mixins over its family's classes. Their
-names avoid "rwkv" on purpose: transformers gives models with that word in their name no default cache, and
-`generate()` could then neither chunk a prefill nor continue from a cache.
-This file travels with exported models (torch and transformers only) and knows nothing of training.
+A hybrid is a teacher family's own decoder in which some layers mix time by RWKV-7. Embeddings, norms, MLPs and the kept
+attention layers are transformers' own classes; only `self_attn` of the layers in `config.rwkv_layers` is another
+module. Each `hybrid_<family>.py` puts these mixins over its family's classes. Their names avoid "rwkv" on purpose:
+transformers gives models with that word in their name no default cache, and `generate()` could then neither chunk a
+prefill nor continue from a cache. This file travels with exported models (torch and transformers only) and knows
+nothing of training.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .first_layer import ForwardContext, VFirstHolder
 from .mixer_init import init_mixer
@@ -20,7 +24,7 @@ from .rwkv_attention import RWKVAttention, identity_rotation
 
 # Parameters that shift a sigmoid or the decay: bf16 is too coarse for them (wl near -8 would be off by 2-3 %), so they
 # stay fp32 in files and in memory whatever dtype the model is loaded in. Searched by transformers as regexes.
-FP32_PARAMETERS = tuple(rf"self_attn\.{name}$" for name in ("w0", "a0", "v0", "k0"))
+FP32_PARAMETERS = [rf"self_attn\.{name}$" for name in ("w0", "a0", "v0", "k0")]
 
 
 @dataclass(kw_only=True, repr=False)
@@ -28,7 +32,7 @@ class HybridFields:
     """Mixin over a family's configuration: which layers are RWKV, and how they mix.
 
     Everything that the family's fields say keeps its meaning. `layer_types`, where a family has it, goes on telling
-    transformers which masks and key/value slots to prepare; which layers are recurrent stands in `rwkv_layers` alone.
+    transformers which masks and key/value slots to prepare; only `rwkv_layers` tells which layers are recurrent.
 
     Attributes:
         rwkv_layers: indices of the layers whose attention is an RWKV-7 time mixer, ascending. The first of them is the
@@ -41,49 +45,52 @@ class HybridFields:
         teacher_model: name or path of the model that was converted.
     """
 
-    rwkv_layers: list | None = None
+    rwkv_layers: list = field(default_factory=list)
     mixer: dict | None = None
-    mixer_layers: dict | None = None
+    mixer_layers: dict = field(default_factory=dict)
     attention_rope: bool = True
     rwkv_architecture: str | None = None
     teacher_model: str | None = None
 
-    def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
-        self.rwkv_layers = [] if self.rwkv_layers is None else list(self.rwkv_layers)
-        self.mixer_layers = {} if self.mixer_layers is None else self.mixer_layers
-        if any(not 0 <= i < self.num_hidden_layers for i in self.rwkv_layers):
-            raise ValueError(f"rwkv_layers={self.rwkv_layers}: the model has layers 0 to {self.num_hidden_layers - 1}")
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)  # type: ignore[misc]  # of the family's configuration, which comes next
+        count: int = self.num_hidden_layers  # type: ignore[attr-defined]  # a field of the family's configuration
+        if any(not 0 <= i < count for i in self.rwkv_layers):
+            raise ValueError(f"rwkv_layers={self.rwkv_layers}: the model has layers 0 to {count - 1}")
         if self.rwkv_layers != sorted(set(self.rwkv_layers)):
             raise ValueError(f"rwkv_layers={self.rwkv_layers} must be ascending, each layer once")
         if self.rwkv_layers and self.mixer is None:
             raise ValueError(f"rwkv_layers={self.rwkv_layers} needs the field mixer")
-        if strangers := sorted(set(self.mixer_layers) - {str(i) for i in self.rwkv_layers}):
-            raise ValueError(f"mixer_layers has {strangers}, rwkv_layers is {self.rwkv_layers}")
+        if unknown := sorted(set(self.mixer_layers) - {str(i) for i in self.rwkv_layers}):
+            raise ValueError(f"mixer_layers has {unknown}, rwkv_layers is {self.rwkv_layers}")
         check_first_layer({i: self.mixer_config(i) for i in self.rwkv_layers})
 
     def mixer_config(self, layer: int) -> TimeMixerConfig:
         """Return the configuration of an RWKV layer's mixer."""
-        return TimeMixerConfig.from_dict(self.mixer | self.mixer_layers.get(str(layer), {}))
+        return TimeMixerConfig.from_dict((self.mixer or {}) | self.mixer_layers.get(str(layer), {}))
 
 
 def mixer_fields(configs: dict[int, TimeMixerConfig]) -> dict:
-    """Return the fields `mixer` and `mixer_layers` of a configuration for the mixers of all RWKV layers, by index."""
-    every = {i: config.to_dict() for i, config in configs.items()}
-    mixer = every[min(every)]
-    differences = {i: {name: v for name, v in values.items() if v != mixer[name]} for i, values in every.items()}
-    return {"mixer": mixer, "mixer_layers": {str(i): fields for i, fields in differences.items() if fields}}
+    """Return the fields `mixer` and `mixer_layers` for the mixers of all RWKV layers.
+
+    Args:
+        configs: by layer index.
+    """
+    fields = {i: config.to_dict() for i, config in configs.items()}
+    mixer = fields[min(fields)]
+    differences = {i: {name: v for name, v in values.items() if v != mixer[name]} for i, values in fields.items()}
+    return {"mixer": mixer, "mixer_layers": {str(i): values for i, values in differences.items() if values}}
 
 
-class MixerInitialization:
-    """Mixin over `PreTrainedModel`: what transformers' initialization of unloaded weights means for a time mixer."""
+class MixerInitialization(PreTrainedModel):
+    """Mixin over a family's models: the initialization of mixers that were not loaded."""
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if not isinstance(module, RWKVAttention) or any(p.is_meta for p in module.parameters()):
             return
         loaded = {name for name, p in module.named_parameters() if getattr(p, "_is_hf_initialized", False)}
-        projections = {name for name, _ in module.named_parameters() if "." in name}  # done as modules of their own
+        projections = {name for name, _ in module.named_parameters() if "." in name}  # initialized as modules
         missing = [name for name, _ in module.named_parameters() if name not in loaded | projections]
         if missing and loaded - projections:
             raise ValueError(f"weights of RWKV layer {module.layer_idx} are missing: {', '.join(missing)}")
@@ -91,22 +98,33 @@ class MixerInitialization:
             init_mixer(module, module.layer_idx, self.config.num_hidden_layers)
 
 
-class UnrotatedAttention:
-    """Mixin over a family's attention: queries and keys without positions (`attention_rope` False)."""
+class UnrotatedAttention(nn.Module):
+    """Mixin over a family's attention: no positions (`attention_rope` False)."""
 
-    def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], *args, **kwargs):
+    def forward(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what the family's attention returns for a rotation by 0."""
         return super().forward(hidden_states, identity_rotation(position_embeddings), *args, **kwargs)
 
 
 class HybridBackbone(MixerInitialization):
-    """Mixin over a family's `<Family>Model`: swaps the attention of RWKV layers, makes the `ForwardContext`."""
+    """Mixin over a family's `<Family>Model`.
 
+    Replaces the attention of RWKV layers and makes the `ForwardContext`.
+
+    Attributes:
+        layers: decoder layers of the family's model.
+        unrotated_attention_class: the family's attention with `UnrotatedAttention`.
+    """
+
+    layers: nn.ModuleList
     _keep_in_fp32_modules_strict = FP32_PARAMETERS
     unrotated_attention_class: type[nn.Module]
     _is_stateful = True  # a recurrent state cannot be rolled back: assisted generation is refused by transformers
     _can_compile_fullgraph = False  # the cache slots of RWKV layers are replaced at run time
 
-    def __init__(self, config) -> None:
+    def __init__(self, config: Any) -> None:  # the family's configuration with `HybridFields`, which no type can say
         super().__init__(config)
         for i, layer in enumerate(self.layers):
             if i in config.rwkv_layers:
@@ -121,22 +139,26 @@ class HybridBackbone(MixerInitialization):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values=None,
+        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         forward_context: ForwardContext | None = None,
-        **kwargs,
-    ):
-        """As the family's backbone; `attention_mask` is (B, past + T), `forward_context` replaces what is derived here.
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Run the family's backbone.
 
+        `attention_mask` is (B, past + T). A `forward_context` replaces the one that is made from the other arguments.
         Without mask and with use_cache=False, `position_ids` that restart inside a row mark packed documents, as they
         do for the attention layers: each document then starts from an empty state.
 
         Raises:
-            ValueError: a prepared 4-D mask without `forward_context`, from which padding could not be told.
+            ValueError: no tokens, or a prepared 4-D mask without `forward_context`, which does not show padding.
         """
         if forward_context is None:
-            batch, tokens = (input_ids if input_ids is not None else inputs_embeds).shape[:2]
+            inputs = inputs_embeds if input_ids is None else input_ids
+            if inputs is None:
+                raise ValueError("the model needs input_ids or inputs_embeds")
+            batch, tokens = inputs.shape[:2]
             caching = self.config.use_cache if use_cache is None else use_cache
             mask = cu_seqlens = None
             if attention_mask is not None:
@@ -157,13 +179,17 @@ class HybridBackbone(MixerInitialization):
 
 
 class HybridCausalLM(MixerInitialization):
-    """Mixin over a family's `<Family>ForCausalLM`: the same head on a hybrid backbone (`backbone_class`)."""
+    """Mixin over a family's `<Family>ForCausalLM`: the same head on a hybrid backbone.
+
+    Attributes:
+        backbone_class: the family's model with `HybridBackbone`.
+    """
 
     _is_stateful = True
     _can_compile_fullgraph = False
     backbone_class: type[PreTrainedModel]
 
-    def __init__(self, config) -> None:
+    def __init__(self, config: Any) -> None:
         PreTrainedModel.__init__(self, config)  # not the family's, which would build its own backbone first
         self.model = self.backbone_class(config)
         self.vocab_size = config.vocab_size

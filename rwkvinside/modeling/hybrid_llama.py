@@ -1,4 +1,4 @@
-"""Llama hybrids: the family's own decoder in which some layers mix time by RWKV-7; see hybrid_base.py."""
+"""Llama hybrids; see hybrid_base.py."""
 
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaAttention
@@ -7,18 +7,24 @@ from .hybrid_base import HybridBackbone, HybridCausalLM, HybridFields, Unrotated
 
 
 class HybridLlamaConfig(HybridFields, LlamaConfig):
+    """Configuration of a Llama hybrid."""
+
     model_type = "hybrid_llama"
 
 
-class UnrotatedLlamaAttention(UnrotatedAttention, LlamaAttention):
-    pass
+class UnrotatedLlamaAttention(UnrotatedAttention, LlamaAttention):  # type: ignore[misc]  # here a rotation is required
+    """Attention without positions."""
 
 
 class HybridLlamaModel(HybridBackbone, LlamaModel):
+    """Decoder without a head."""
+
     config: HybridLlamaConfig
     unrotated_attention_class = UnrotatedLlamaAttention
 
 
 class HybridLlamaForCausalLM(HybridCausalLM, LlamaForCausalLM):
+    """Causal language model."""
+
     config: HybridLlamaConfig
     backbone_class = HybridLlamaModel

@@ -1,4 +1,4 @@
-"""Qwen2 hybrids: the family's own decoder in which some layers mix time by RWKV-7; see hybrid_base.py."""
+"""Qwen2 hybrids; see hybrid_base.py."""
 
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Model
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
@@ -7,18 +7,24 @@ from .hybrid_base import HybridBackbone, HybridCausalLM, HybridFields, Unrotated
 
 
 class HybridQwen2Config(HybridFields, Qwen2Config):
+    """Configuration of a Qwen2 hybrid."""
+
     model_type = "hybrid_qwen2"
 
 
 class UnrotatedQwen2Attention(UnrotatedAttention, Qwen2Attention):
-    pass
+    """Attention without positions."""
 
 
 class HybridQwen2Model(HybridBackbone, Qwen2Model):
+    """Decoder without a head."""
+
     config: HybridQwen2Config
     unrotated_attention_class = UnrotatedQwen2Attention
 
 
 class HybridQwen2ForCausalLM(HybridCausalLM, Qwen2ForCausalLM):
+    """Causal language model."""
+
     config: HybridQwen2Config
     backbone_class = HybridQwen2Model

@@ -1,4 +1,4 @@
-"""Qwen3 hybrids: the family's own decoder in which some layers mix time by RWKV-7; see hybrid_base.py."""
+"""Qwen3 hybrids; see hybrid_base.py."""
 
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
@@ -7,18 +7,24 @@ from .hybrid_base import HybridBackbone, HybridCausalLM, HybridFields, Unrotated
 
 
 class HybridQwen3Config(HybridFields, Qwen3Config):
+    """Configuration of a Qwen3 hybrid."""
+
     model_type = "hybrid_qwen3"
 
 
 class UnrotatedQwen3Attention(UnrotatedAttention, Qwen3Attention):
-    pass
+    """Attention without positions."""
 
 
 class HybridQwen3Model(HybridBackbone, Qwen3Model):
+    """Decoder without a head."""
+
     config: HybridQwen3Config
     unrotated_attention_class = UnrotatedQwen3Attention
 
 
 class HybridQwen3ForCausalLM(HybridCausalLM, Qwen3ForCausalLM):
+    """Causal language model."""
+
     config: HybridQwen3Config
     backbone_class = HybridQwen3Model

@@ -26,8 +26,13 @@ def init_mixer(mixer: TimeMixer, layer: int, num_layers: int, init: str = "calib
     | norms | 1 | 1 |
 
     Args:
-        layer, num_layers: position in the model, which sets the ramp of w0.
+        mixer: changed in place.
+        layer: index in the model, which together with `num_layers` sets the ramp of w0.
+        num_layers: of the model.
         init: "published" or "calibrated".
+
+    Raises:
+        ValueError: another `init`.
     """
     if init not in ("published", "calibrated"):
         raise ValueError(f"init is {init!r}, allowed: published, calibrated")

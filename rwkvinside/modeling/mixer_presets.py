@@ -39,13 +39,14 @@ PRESETS["hxa079"] = PRESETS["cxa079"]
 
 @dataclass
 class TimeMixerConfig:
-    """Everything that determines a mixer's parameters and equations; plain values, so that it lives in a config.json.
+    """Everything that determines a mixer's parameters and equations.
 
-    Args:
+    Only plain values, so that a config.json can hold it.
+
+    Attributes:
         hidden_size: D, width of the residual stream.
         num_heads, num_kv_heads, head_size: H, G, N; G divides H; C = H * N may differ from D.
-        rank_decay, rank_iclr, rank_value, rank_key, rank_gate: low-rank sizes; 0 = the published rule
-            (`default_ranks`).
+        rank_decay, rank_iclr, rank_value, rank_key, rank_gate: low-rank sizes; 0: as `default_ranks` says.
         rope: rotate r and k exactly as the teacher rotates q and k.
         qk_norm: RMS norm of r and k per head before the rotation, with epsilon norm_eps.
         value_path: "plain", "residual_kv" (mix with v_first at G heads), "residual_full" (at H heads),
@@ -99,8 +100,12 @@ class TimeMixerConfig:
 
     @classmethod
     def from_preset(cls, preset: str, *, qk_norm: bool, **overrides: Any) -> TimeMixerConfig:
-        """A published variant for a teacher; `qk_norm` says whether the teacher has q/k norms, other arguments are
-        fields.
+        """Return a published variant for a teacher.
+
+        Args:
+            preset: a name of `PRESETS`.
+            qk_norm: whether the teacher has q/k norms.
+            overrides: fields that differ from the preset.
 
         Raises:
             ValueError: unknown preset, or a field value outside its choices.
@@ -113,21 +118,28 @@ class TimeMixerConfig:
         return cls(**(values | overrides))
 
     def to_dict(self) -> dict:
+        """Return all fields by name."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict) -> TimeMixerConfig:
+        """Return the configuration with these fields.
+
+        Raises:
+            ValueError: a field that does not exist, or a value outside its choices.
+        """
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ValueError(f"unknown mixer fields {unknown}, known: {sorted(known)}")
         return cls(**values)
 
     def replace(self, **changes: Any) -> TimeMixerConfig:
+        """Return a copy in which some fields differ."""
         return replace(self, **changes)
 
 
 def check_first_layer(configs: dict[int, TimeMixerConfig]) -> None:
-    """Refuse mixers that would mix in the values or keys of a first layer with other heads.
+    """Refuse mixers that would mix in values or keys of a layer with other heads.
 
     Args:
         configs: of all RWKV layers of a model, by index in ascending order.
@@ -146,8 +158,12 @@ def check_first_layer(configs: dict[int, TimeMixerConfig]) -> None:
 
 
 def default_ranks(hidden_size: int, width: int) -> dict[str, int]:
-    """Low-rank sizes of the published format for C = width; the floors of 256 shrink to D/4 for teachers below D =
-    1024."""
+    """Return the low-rank sizes of the published format.
+
+    Args:
+        hidden_size: D; below 1024 the floors of 256 shrink to D/4.
+        width: C, all heads together.
+    """
 
     def round32(x: float) -> int:
         return 32 * round(x / 32)

@@ -1,9 +1,12 @@
-"""The recurrent state of a time mixer inside transformers' own cache, so that stock `generate()` needs no change.
+"""The recurrent state of a time mixer inside transformers' own cache.
 
-`generate()` builds a `DynamicCache` with one key/value slot per layer before the model has run. A recurrent layer
-replaces its own slot, in place, the first time it stores something (`write_state`); attention layers keep theirs.
-This module holds tensors and their batch bookkeeping; it computes nothing.
+So stock `generate()` needs no change. It builds a `DynamicCache` with one key/value slot per layer before the model has
+run. A recurrent layer replaces its own slot, in place, the first time it stores something (`write_state`); attention
+layers keep theirs. This module holds tensors and their batch bookkeeping; it computes nothing.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +16,10 @@ from .time_mixer import MixerState
 
 
 class RecurrentLayer(CacheLayerMixin):
-    """One layer's `MixerState` plus the number of positions it has seen, padding included.
+    """One layer's `MixerState` and the number of positions it has seen.
 
-    The length is what makes a cache without any attention layer, or with a recurrent layer 0, answer
-    `get_seq_length()`: transformers' own linear-attention layers refuse that question.
+    Positions include padding. Their number is what makes a cache without any attention layer, or with a recurrent layer
+    0, answer `get_seq_length()`: transformers' own linear-attention layers refuse that question.
     """
 
     is_sliding = False
@@ -35,54 +38,72 @@ class RecurrentLayer(CacheLayerMixin):
         self.seen += tokens
         self.is_initialized = True
 
-    def _map_state(self, change) -> None:
+    def _map_state(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.state is not None:
-            self.state = MixerState(*(None if part is None else change(part) for part in self.state))
+            wkv, shift = self.state
+            self.state = MixerState(change(wkv), None if shift is None else change(shift))
 
     def get_seq_length(self) -> int:
+        """Return the number of positions seen."""
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return length and offset of the keys that an attention layer would have."""
         return self.seen + query_length, 0
 
     def get_max_length(self) -> int:
+        """Return -1: there is no limit."""
         return -1
 
     def reset(self) -> None:
+        """Forget everything."""
         self.state = None
         self.seen = 0
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Give each row the state of the row `beam_idx` names."""
         self._map_state(lambda part: part.index_select(0, beam_idx.to(part.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
         self._map_state(lambda part: part.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows only."""
         self._map_state(lambda part: part[indices.to(part.device)])
 
     def offload(self) -> None:
-        """The state is small and constant in size: it stays on its device."""
+        """Do nothing: the state is small and constant in size, it stays on its device."""
 
     def prefetch(self) -> None:
-        """Nothing to bring back, see `offload`."""
+        """Do nothing, see `offload`."""
 
     def crop(self, tokens_to_remove: int) -> None:
+        """Refuse to forget tokens.
+
+        Raises:
+            NotImplementedError: any number of tokens but 0.
+        """
         if tokens_to_remove != 0:
             raise NotImplementedError(
                 f"a recurrent state cannot be cropped (asked to remove {tokens_to_remove} tokens)"
             )
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Refuse keys and values (NotImplementedError)."""
         raise NotImplementedError("a recurrent layer stores no keys and values")
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Refuse keys and values (NotImplementedError)."""
         raise NotImplementedError("a recurrent layer stores no keys and values")
 
 
 def read_state(cache: Cache | None, layer_idx: int) -> MixerState | None:
-    """The state layer `layer_idx` left in `cache`, or None at the start of a sequence or without a cache."""
+    """Return the state that a layer left in the cache.
+
+    None at the start of a sequence or without a cache.
+    """
     if cache is None or layer_idx >= len(cache.layers):
         return None
     slot = cache.layers[layer_idx]
@@ -90,10 +111,13 @@ def read_state(cache: Cache | None, layer_idx: int) -> MixerState | None:
 
 
 def write_state(cache: Cache, layer_idx: int, state: MixerState, tokens: int) -> None:
-    """Store the state after `tokens` further positions, replacing the key/value slot made for this layer.
+    """Store the state after `tokens` further positions in the slot of a layer.
+
+    The key/value slot that was made for this layer is replaced.
 
     Raises:
-        TypeError: a static cache, which prepares its masks and shapes for keys and values in every layer.
+        TypeError: a static cache, which prepares its masks and shapes for keys and values in every layer, or one of
+            fewer layers that cannot grow.
     """
     if isinstance(cache, StaticCache):
         raise TypeError(
@@ -101,7 +125,10 @@ def write_state(cache: Cache, layer_idx: int, state: MixerState, tokens: int) ->
             "transformers.DynamicCache, without cache_implementation='static'"
         )
     while len(cache.layers) <= layer_idx:
+        if cache.layer_class_to_replicate is None:
+            raise TypeError(f"the cache has {len(cache.layers)} layers and cannot grow to layer {layer_idx}")
         cache.layers.append(cache.layer_class_to_replicate())
-    if not isinstance(cache.layers[layer_idx], RecurrentLayer):
-        cache.layers[layer_idx] = RecurrentLayer()
-    cache.layers[layer_idx].write(state, tokens)
+    slot = cache.layers[layer_idx]
+    if not isinstance(slot, RecurrentLayer):
+        slot = cache.layers[layer_idx] = RecurrentLayer()
+    slot.write(state, tokens)

@@ -1,6 +1,10 @@
-"""The table of hybrid models, each imported when asked for. Imports neither torch nor transformers."""
+"""The table of hybrid models, each imported when asked for.
+
+Imports neither torch nor transformers.
+"""
 
 from importlib import import_module
+from typing import Any
 
 # model_type of a hybrid's configuration -> "module:Class" of its causal language model in this package
 HYBRIDS = {
@@ -10,7 +14,10 @@ HYBRIDS = {
 }
 
 
-def hybrid_class(model_type: str):
-    """Return the causal language model class of a hybrid; its `config_class` is the configuration's."""
+def hybrid_class(model_type: str) -> Any:
+    """Return the causal language model class of a hybrid.
+
+    Its `config_class` is the class of the configuration.
+    """
     module, _, name = HYBRIDS[model_type].partition(":")
     return getattr(import_module(f".{module}", __package__), name)

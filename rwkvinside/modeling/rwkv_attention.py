@@ -1,8 +1,11 @@
-"""The time mixer behind Hugging Face's attention call convention, and the rotation of attention without positions.
+"""The time mixer in Hugging Face's attention call convention.
 
-Used as `layer.self_attn` in exported models and as the student beside the teacher's attention in training. What crosses
-layers (v_first, k_first, padding, document boundaries) arrives in one `ForwardContext` made per forward of the model.
+Used as `layer.self_attn` in exported models and as the student next to the teacher's attention in training. What
+crosses layers (v_first, k_first, padding, document boundaries) arrives in one `ForwardContext` made for each forward of
+the model.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +18,7 @@ from .time_mixer import TimeMixer
 
 
 class RWKVAttention(TimeMixer):
-    """A `TimeMixer` that decoder layers of transformers can call in place of their attention.
+    """A `TimeMixer` that decoder layers of transformers can call as their attention.
 
     Args:
         config: the mixer's configuration.
@@ -27,35 +30,38 @@ class RWKVAttention(TimeMixer):
         super().__init__(config, is_first)
         self.layer_idx = layer_idx
 
-    def forward(
+    def forward(  # type: ignore[override]  # a mixer that is called as an attention
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         forward_context: ForwardContext | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """Mix (B, T, D) over time, continuing from the state in `past_key_values` and leaving the new one there.
+        """Mix (B, T, D) over time.
 
-        `attention_mask` is the attention layers' (B, 1, Q, K) mask and is not read: padding is `forward_context.mask`,
-        (B, T) for the current tokens only. Keyword arguments meant for other attention implementations are ignored.
+        Continues from the state in `past_key_values` and leaves the new one there. `attention_mask` is the attention
+        layers' (B, 1, Q, K) mask and is not read: padding is `forward_context.mask`, (B, T) for the current tokens
+        only. Keyword arguments meant for other attention implementations are ignored.
 
         Returns:
             (output (B, T, D), None): a recurrence has no attention weights.
 
         Raises:
-            ValueError: no `forward_context`, that is, the layer was called by a model that does not know RWKV layers.
+            ValueError: no `forward_context`: the layer was called by a model that does not know RWKV layers.
         """
         if forward_context is None:
             raise ValueError(
                 "an RWKV layer needs forward_context=ForwardContext(...), one per forward of the whole model"
             )
+        first = None
+        if not self.is_first:
+            v, k = forward_context.first.read()
+            first = FirstLayerKV(v.to(hidden_states.device), _to(k, hidden_states))
         output, first, state = super().forward(
             hidden_states,
-            first=None
-            if self.is_first
-            else FirstLayerKV(*(_to(part, hidden_states) for part in forward_context.first.read())),
+            first=first,
             state=read_state(past_key_values, self.layer_idx),
             rope=position_embeddings,
             mask=_to(forward_context.mask, hidden_states),
@@ -69,12 +75,12 @@ class RWKVAttention(TimeMixer):
         return output, None
 
 
-def _to(part: Tensor | None, like: Tensor) -> Tensor | None:
-    """`part` on the device of `like`: layers may be spread over devices, and what moves inputs there misses these."""
-    return None if part is None else part.to(like.device)
+def _to(tensor: Tensor | None, like: Tensor) -> Tensor | None:
+    # layers may be spread over devices, and what moves a layer's inputs to its device misses these
+    return None if tensor is None else tensor.to(like.device)
 
 
 def identity_rotation(position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """(cos, sin) of the same shapes that rotate nothing: what attention layers get when `attention_rope` is False."""
+    """Return (cos, sin) of the same shapes that rotate nothing."""
     cos, sin = position_embeddings
     return torch.ones_like(cos), torch.zeros_like(sin)

@@ -1,6 +1,6 @@
-"""The RWKV-7 time mixer that stands in for a softmax attention: one class, and a table of the published variants.
+"""The RWKV-7 time mixer that replaces a softmax attention.
 
-The student's equations are those of docs/mixer.md; parameter names and shapes are those of existing cxa079 / hxa079
+Its equations are those of docs/mixer.md; parameter names and shapes are those of existing cxa079 / hxa079
 checkpoints and of RWKV-Infer. No state lives on the module. This file travels with exported models: torch only, no I/O.
 """
 
@@ -21,16 +21,22 @@ DECAY_SCALE = math.exp(-0.5)  # log_decay = -DECAY_SCALE * sigmoid(z) lies in (-
 
 
 class MixerState(NamedTuple):
-    """What a mixer carries from token to token: wkv (B, H, N, N) fp32 as (value, key); shift (B, D), the last input,
-    or None."""
+    """What a mixer carries from token to token.
+
+    Attributes:
+        wkv: (B, H, N, N) fp32, as (value, key).
+        shift: (B, D), the last input; None without token shift.
+    """
 
     wkv: Tensor
     shift: Tensor | None
 
 
 class RecurrenceInputs(NamedTuple):
-    """The inputs of the recurrence and what is done to its output, (B, T, H, N) each; v and kk may have the G heads of
-    keys and values, which head h reads as h // (H / G); see `TimeMixer.streams`."""
+    """The inputs of the recurrence and the gate of its output, (B, T, H, N) each.
+
+    v and kk may have the G heads of keys and values, which head h reads as h // (H / G).
+    """
 
     r: Tensor
     log_decay: Tensor
@@ -42,8 +48,11 @@ class RecurrenceInputs(NamedTuple):
 
 
 class ProjectedInputs(NamedTuple):
-    """Projections of a layer's input: r, gate (B, T, H, N); k, v (B, T, H or G, N); decay and iclr (B, T, H * N), which
-    are added to w0 and a0."""
+    """Projections of a layer's input.
+
+    r and gate are (B, T, H, N), k and v (B, T, H or G, N), decay and iclr (B, T, H * N); the latter are added to w0
+    and a0.
+    """
 
     r: Tensor
     k: Tensor
@@ -54,7 +63,7 @@ class ProjectedInputs(NamedTuple):
 
 
 class TimeMixer(nn.Module):
-    """RWKV-7 time mixing with the shapes of a softmax attention: (B, T, D) -> (B, T, D).
+    """RWKV-7 time mixing with the shapes of a softmax attention.
 
     Args:
         config: see `TimeMixerConfig`.
@@ -139,25 +148,12 @@ class TimeMixer(nn.Module):
             y (B, T, D), the FirstLayerKV to hand to later layers, and the state after the last token, (S, ...) with
             cu_seqlens.
         """
-        s, first, shift = self.streams(x, first=first, state=state, rope=rope, mask=mask, cu_seqlens=cu_seqlens)
-        y, wkv = self.run_recurrence(s, None if state is None else state.wkv, mask, cu_seqlens, inplace)
-        return self.output((y * s.gate).flatten(2).to(x.dtype)), first, MixerState(wkv, shift)
-
-    def streams(
-        self,
-        x: Tensor,
-        *,
-        first: FirstLayerKV | None,
-        state: MixerState | None = None,
-        rope: tuple[Tensor, Tensor] | None = None,
-        mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-    ) -> tuple[RecurrenceInputs, FirstLayerKV, Tensor | None]:
-        """All that is computed before the recurrence: (RecurrenceInputs, FirstLayerKV, shift state)."""
-        features, first, shift = self.project_inputs(
+        projected, first, shift = self.project_inputs(
             x, first=first, state=state, rope=rope, mask=mask, cu_seqlens=cu_seqlens
         )
-        return self.recurrence_inputs(features), first, shift
+        s = self.recurrence_inputs(projected)
+        y, wkv = self.run_recurrence(s, None if state is None else state.wkv, mask, cu_seqlens, inplace)
+        return self.output((y * s.gate).flatten(2).to(x.dtype)), first, MixerState(wkv, shift)
 
     def project_inputs(
         self,
@@ -169,7 +165,11 @@ class TimeMixer(nn.Module):
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> tuple[ProjectedInputs, FirstLayerKV, Tensor | None]:
-        """What of it does not depend on w0 and a0: (ProjectedInputs, FirstLayerKV, shift state)."""
+        """Compute what does not depend on w0 and a0; arguments as of `forward`.
+
+        Returns:
+            The projections, the FirstLayerKV to hand to later layers, and the shift state.
+        """
         c = self.mixer_config
         H, N = c.num_heads, c.head_size
         if c.token_shift:
@@ -202,11 +202,11 @@ class TimeMixer(nn.Module):
         gate = (torch.sigmoid(xg @ self.g1) @ self.g2).unflatten(-1, (H, N))
         return ProjectedInputs(r, k, v, decay, iclr, gate), first, shift
 
-    def recurrence_inputs(self, features: ProjectedInputs) -> RecurrenceInputs:
-        """The inputs of the recurrence from features, w0 and a0."""
+    def recurrence_inputs(self, projected: ProjectedInputs) -> RecurrenceInputs:
+        """Return the inputs of the recurrence, from projections, w0 and a0."""
         c = self.mixer_config
         H, N = c.num_heads, c.head_size
-        r, k, v, decay, iclr, gate = features
+        r, k, v, decay, iclr, gate = projected
         # decay and in-context learning rate stay in fp32: near 0 a bf16 log decay is off by 2-3 %
         z = (_fp32(self.w0) + _fp32(decay)).unflatten(-1, (H, N))
         log_decay = -DECAY_SCALE * torch.sigmoid(z)
@@ -225,7 +225,10 @@ class TimeMixer(nn.Module):
     def project(
         self, xr: Tensor, xk: Tensor, xv: Tensor, rope: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Receptance (B, T, H, N), key and value (B, T, G, N), normed and rotated; as copied, the teacher's q, k, v."""
+        """Return receptance (B, T, H, N), key and value (B, T, G, N), normed and rotated.
+
+        With weights as they were copied these are the teacher's query, key and value.
+        """
         c = self.mixer_config
         r = self.receptance(xr).unflatten(-1, (c.num_heads, c.head_size))
         k = self.key(xk).unflatten(-1, (c.num_kv_heads, c.head_size))
@@ -244,9 +247,16 @@ class TimeMixer(nn.Module):
         cu_seqlens: Tensor | None,
         inplace: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """The recurrence, its scale or norm, and the bonus: (y (B, T, H, N) before the gate, final state).
+        """Run the recurrence, its scale or norm, and the bonus.
 
-        With `inplace` the final state may take the memory of `wkv`.
+        Args:
+            s: from `recurrence_inputs`.
+            wkv: (B, H, N, N), or None for zeros.
+            mask, cu_seqlens: as of `forward`.
+            inplace: the final state may take the memory of `wkv`.
+
+        Returns:
+            y (B, T, H, N) before the gate, and the final state.
         """
         c = self.mixer_config
         B, T = s.r.shape[:2]
@@ -280,29 +290,40 @@ class TimeMixer(nn.Module):
 
 
 def _fp32(x: Tensor) -> Tensor:
-    """At least fp32: a float64 tensor stays what it is."""
+    """Return `x` in fp32, or in fp64 if it is fp64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of (B, T, heads, N) in the half-split layout of Llama and Qwen; cos, sin (B or 1, T, N)."""
+    """Return the rotary embedding of x in the half-split layout of Llama and Qwen.
+
+    Args:
+        x: (B, T, heads, N).
+        cos, sin: (B or 1, T, N).
+    """
     half = x.shape[-1] // 2
     turned = torch.cat([-x[..., half:], x[..., :half]], -1)
     return x * cos.unsqueeze(2) + turned * sin.unsqueeze(2)
 
 
 def times_shared(x: Tensor, shared: Tensor) -> Tensor:
-    """x (B, T, H, N or 1) times what heads share, (B, T, G, N), without a copy of it for every head: (B, T, H, N)."""
+    """Return x (B, T, H, N or 1) times what heads share, (B, T, G, N).
+
+    No copy of what they share is made for every head.
+    """
     return (x.unflatten(2, (shared.shape[2], -1)) * shared.unsqueeze(3)).flatten(2, 3)
 
 
 def _to_heads(x: Tensor, heads: int) -> Tensor:
-    """(B, T, G, N) -> (B, T, H, N): head h reads key/value head h // (H / G)."""
+    """Repeat (B, T, G, N) to (B, T, H, N): head h reads key/value head h // (H / G)."""
     return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2)
 
 
 def _shift(x: Tensor, last: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The previous real token of each position (0 at the start of a document) and the last real token of each row."""
+    """Return each position's previous real token and each row's last real token.
+
+    At the start of a document the previous token is 0.
+    """
     B, T, D = x.shape
     last = x.new_zeros(B, D) if last is None else last.to(x.dtype)
     history = torch.cat([last[:, None], x], 1)

@@ -1,5 +1,7 @@
-"""The WKV-7 recurrence: its contract, a slow reference, and who computes it: the chunked path that runs on any torch
-device, or the compiled kernels of `rwkvinside.kernels` where that package is installed.
+"""The WKV-7 recurrence: its contract, a slow reference, and who computes it.
+
+That is the chunked path, which runs on any torch device, or the compiled kernels of `rwkvinside.kernels` where that
+package is installed.
 
 Per batch row and head, with the state S of shape (N_v, N_k) in fp32 (RWKV-7 "Goose", arXiv 2503.14456, eq. 1-3)
 
@@ -78,26 +80,21 @@ def wkv7(
         mask = None if mask is None else mask.bool()
         how = dict(mask=mask, cu_seqlens=cu_seqlens, precision=precision, inplace=inplace)
         return kernels.run(backend, r, log_decay, k, v, a, b, state, **how)
-    k, v, a, b = (x if x.shape[2] == r.shape[2] else _to_heads(x, r.shape[2]) for x in (k, v, a, b))
-    if mask is not None:
-        pad = ~mask.bool()[:, :, None, None]
-        log_decay, k, v, a, b = (x.masked_fill(pad, 0) for x in (log_decay, k, v, a, b))
-    sequences = r.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-    dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
-    if state is None:
-        state = r.new_zeros(sequences, r.shape[2], r.shape[3], r.shape[3], dtype=dtype)
-    if backend == "reference":
-        y, state = wkv7_reference(r, log_decay, k, v, a, b, state, cu_seqlens)
-    else:
-        y, state = Chunked.apply(r, log_decay, k, v, a, b, state.to(dtype), cu_seqlens)
-    return (y if mask is None else y.masked_fill(pad, 0)), state
+    return _run_torch(backend, (r, log_decay, k, v, a, b), state, mask, cu_seqlens)
 
 
 _COMPILED = ("native", "triton")
 
 
 def why_unavailable(backend: str, device: str, dtype: torch.dtype, head_size: int) -> str | None:
-    """Why a backend cannot run on tensors of this device type, dtype and head size here; None when it can."""
+    """Return why a backend cannot run here on tensors like these; None: it can.
+
+    Args:
+        backend: one of `BACKENDS`.
+        device: type of device, as in `torch.device.type`.
+        dtype: of `r`.
+        head_size: N.
+    """
     if backend not in _COMPILED:
         return None
     if kernels is None:
@@ -106,13 +103,13 @@ def why_unavailable(backend: str, device: str, dtype: torch.dtype, head_size: in
 
 
 def _choose(backend: str, r: Tensor) -> str:
-    """What "auto" means for r, or the named backend if it can run."""
-    given = (r.device.type, r.dtype, r.shape[3])
-    if reason := why_unavailable(backend, *given):
+    """Return what "auto" means for r, or the named backend if it can run."""
+    properties = (r.device.type, r.dtype, r.shape[3])
+    if reason := why_unavailable(backend, *properties):
         raise RuntimeError(f"WKV-7 backend '{backend}' cannot run: {reason}; use 'auto' or 'chunked'")
     if backend == "auto":
         compiled = {"cpu": "native", "cuda": "triton"}.get(r.device.type)
-        if compiled and kernels is not None and not kernels.why_unsupported(compiled, *given):
+        if compiled and kernels is not None and not kernels.why_unsupported(compiled, *properties):
             reason = _unavailable(compiled)
             if reason is None:
                 return compiled
@@ -135,6 +132,25 @@ def _to_heads(x: Tensor, heads: int) -> Tensor:
     return x.repeat_interleave(heads // x.shape[2], dim=2)
 
 
+def _run_torch(
+    backend: str, inputs: tuple[Tensor, ...], state: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    r, log_decay, k, v, a, b = inputs
+    k, v, a, b = (x if x.shape[2] == r.shape[2] else _to_heads(x, r.shape[2]) for x in (k, v, a, b))
+    if mask is not None:
+        pad = ~mask.bool()[:, :, None, None]
+        log_decay, k, v, a, b = (x.masked_fill(pad, 0) for x in (log_decay, k, v, a, b))
+    sequences = r.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
+    if state is None:
+        state = r.new_zeros(sequences, r.shape[2], r.shape[3], r.shape[3], dtype=dtype)
+    if backend == "reference":
+        y, state = wkv7_reference(r, log_decay, k, v, a, b, state, cu_seqlens)
+    else:
+        y, state = Chunked.apply(r, log_decay, k, v, a, b, state.to(dtype), cu_seqlens)
+    return (y if mask is None else y.masked_fill(pad, 0)), state
+
+
 def wkv7_reference(
     r: Tensor,
     log_decay: Tensor,
@@ -145,8 +161,10 @@ def wkv7_reference(
     state: Tensor,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence as it is written, one step after the other; every faster path is judged by it. Arguments as
-    `wkv7`."""
+    """Run the recurrence as it is written, one step after the other.
+
+    Every faster path is judged by it. Arguments as of `wkv7`.
+    """
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
         ys, states = [], []

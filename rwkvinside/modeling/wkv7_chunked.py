@@ -1,6 +1,7 @@
-"""WKV-7 as matrix products over chunks of tokens, in PyTorch alone; docs/wkv7.md has the derivation.
+"""WKV-7 as matrix products over chunks of tokens, in PyTorch alone.
 
-Reached through `wkv7` in wkv7.py. This file travels with exported models: torch only, no I/O.
+docs/wkv7.md has the derivation. Reached through `wkv7` in wkv7.py. This file travels with exported models: torch only,
+no I/O.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ _Block = tuple[int, int, int, int]  # first step, end step, first chunk, end chu
 
 
 class _Layout(NamedTuple):
-    """How tokens lie in chunks. Chunks are ordered step by step: first the first chunk of every sequence (longest
-    sequences first), then the second chunk of those that have one, and so on, so that each step of the scan is one
-    contiguous slice."""
+    """How tokens lie in chunks.
+
+    Chunks are ordered step by step: first the first chunk of every sequence (longest sequences first), then the second
+    chunk of those that have one, and so on, so that each step of the scan is one contiguous slice.
+    """
 
     length: int  # L, tokens per chunk
     counts: list[int]  # sequences that take part in step i; never rises
@@ -27,7 +30,7 @@ class _Layout(NamedTuple):
     order: Tensor | None  # (S,) sequence held by slot s of the scan; None: as they are
 
     def blocks(self, size: int) -> Iterator[_Block]:
-        """Yields (first step, end step, first chunk, end chunk) for runs of steps of about `size` chunks."""
+        """Yield a block for each run of steps that has about `size` chunks."""
         step = chunk = 0
         while step < len(self.counts):
             first_step, first_chunk = step, chunk
@@ -37,21 +40,24 @@ class _Layout(NamedTuple):
             yield first_step, step, first_chunk, chunk
 
     def fetch(self, x: Tensor, block: _Block, dtype: torch.dtype) -> Tensor:
-        """(B, T, H, N) -> (chunks of the block, H, L, N), zero where a chunk has no token."""
+        """Return the chunks (chunks, H, L, N) of a block of x (B, T, H, N).
+
+        They are zero where a chunk has no token.
+        """
         first_step, end_step, first_chunk, end_chunk = block
         B, T, H, N = x.shape
         L = self.length
         if self.token_index is not None:
             index = self.token_index[first_chunk:end_chunk]
-            part = x.reshape(B * T, H, N)[index.clamp(min=0)].to(dtype).masked_fill((index < 0)[:, :, None, None], 0)
-            return part.transpose(1, 2)
-        part = x[:, first_step * L : end_step * L].to(dtype)
+            tokens = x.reshape(B * T, H, N)[index.clamp(min=0)].to(dtype)
+            return tokens.masked_fill((index < 0)[:, :, None, None], 0).transpose(1, 2)
+        tokens = x[:, first_step * L : end_step * L].to(dtype)
         if end_step * L > T:
-            part = F.pad(part, (0, 0, 0, 0, 0, end_step * L - T))
-        return part.view(B, end_step - first_step, L, H, N).permute(1, 0, 3, 2, 4).reshape(-1, H, L, N)
+            tokens = F.pad(tokens, (0, 0, 0, 0, 0, end_step * L - T))
+        return tokens.view(B, end_step - first_step, L, H, N).permute(1, 0, 3, 2, 4).reshape(-1, H, L, N)
 
     def store(self, out: Tensor, value: Tensor, block: _Block) -> None:
-        """The inverse of `fetch`: write (chunks, H, L, N) into the tokens of `out` (B, T, H, N)."""
+        """Write chunks (chunks, H, L, N) into `out` (B, T, H, N), as `fetch` read them."""
         first_step, end_step, first_chunk, end_chunk = block
         B, T, H, N = out.shape
         L = self.length
@@ -79,7 +85,10 @@ def _layout(B: int, T: int, L: int, cu_seqlens: Tensor | None) -> _Layout:
 
 
 class _Local(NamedTuple):
-    """What one chunk needs that does not depend on the state; names follow docs/wkv7.md. All (chunks, H, L, N or L)."""
+    """What one chunk needs that does not depend on the state.
+
+    All are (chunks, H, L, N or L); names follow docs/wkv7.md.
+    """
 
     p: Tensor  # exp of the log decay summed up to and including the token, relative to the middle of the chunk
     pe: Tensor  # the same without the token's own decay
@@ -96,7 +105,10 @@ class _Local(NamedTuple):
 
 
 def _causal(L: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(2L, 2L) of 0 and 1: rows r then a, columns k then b. r sees its own token, a only earlier ones."""
+    """Return (2L, 2L) of 0 and 1: rows r then a, columns k then b.
+
+    r sees its own token, a only earlier ones.
+    """
     ones = torch.ones(L, L, dtype=dtype, device=device)
     return torch.cat([ones.tril().repeat(1, 2), ones.tril(-1).repeat(1, 2)])
 
@@ -116,15 +128,21 @@ def _local(r: Tensor, w: Tensor, k: Tensor, a: Tensor, b: Tensor) -> _Local:
 
 
 def _solve(ab: Tensor, rhs: Tensor, transpose: bool = False) -> Tensor:
-    """(I - ab)^-1 rhs, or with (I - ab)^T, by exact substitution: a Neumann product explodes on repeated keys."""
+    """Return (I - ab)^-1 rhs, or with (I - ab)^T, by exact substitution.
+
+    A Neumann product would explode on repeated keys.
+    """
     system = torch.eye(ab.shape[-1], dtype=ab.dtype, device=ab.device) - ab
     system = system.transpose(-1, -2) if transpose else system
     return torch.linalg.solve_triangular(system, rhs, upper=transpose, unitriangular=True)
 
 
 class Chunked(torch.autograd.Function):
-    """Affine scan over chunks: S' = S M + D with M, D from chunk-local products. Saves the inputs and the state before
-    each chunk, and recomputes the rest in the backward (docs/wkv7.md has the derivation)."""
+    """Affine scan over chunks: S' = S M + D with M, D from chunk-local products.
+
+    Saves the inputs and the state before each chunk, and recomputes the rest in the backward (docs/wkv7.md has the
+    derivation).
+    """
 
     LENGTH_SMALL, LENGTH = 16, 32  # tokens per chunk for N < 32 and above: measured, see docs/benchmarks.md
     BLOCK = 1 << 19  # elements of one (chunks, H, L, N) tensor that are worked on at a time: stays in the cache
@@ -142,6 +160,10 @@ class Chunked(torch.autograd.Function):
         state: Tensor,
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
+        """Return y and the final state.
+
+        Arguments as of `wkv7`; `state` is in the dtype to compute in.
+        """
         dtype = state.dtype
         B, T, H, N = r.shape
         if T and float(w.detach().amin()) < Chunked.MIN_LOG_DECAY:
@@ -181,6 +203,7 @@ class Chunked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of all inputs."""
         r, w, k, v, a, b, starts = ctx.saved_tensors
         layout, dtype = ctx.layout, starts.dtype
         N, L = r.shape[-1], layout.length

@@ -6,7 +6,7 @@ from enum import Enum
 
 
 class TeacherKind(Enum):
-    """A source of teacher distributions, by its name in the configuration (`stages.<name>.teacher`)."""
+    """A source of teacher distributions; its value is that of `stages.<name>.teacher`."""
 
     SELF = "same"
     ONLINE = "separate"
@@ -14,7 +14,7 @@ class TeacherKind(Enum):
 
     @property
     def title(self) -> str:
-        """What a plan calls it."""
+        """Name in plans."""
         return {
             TeacherKind.SELF: "the student's own frozen weights",
             TeacherKind.ONLINE: "a second model",

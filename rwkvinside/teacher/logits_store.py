@@ -1,10 +1,12 @@
-"""A teacher's most likely next tokens on disk, row by row of a stage: written once in shards, read in training.
+"""A teacher's most likely next tokens on disk, row by row of a stage.
+
+They are written once in shards, and read in training:
 
 DIR/index.json                  identity of what was written, and every finished shard with its rows, size and SHA-256
 DIR/logits-00000.safetensors    positions with a label of the shard's rows, one after another:
     ids        (N, k) int32, the likeliest first
     log_probs  (N, k + 1) fp16, last the logarithm of the mass of all other tokens. fp16 keeps a probability to 0.4 %
-               down to e^-16; normalized again after reading this changes a KL divergence by less than 1e-5 nats.
+               down to e^-16; normalized again after reading, this changes a KL divergence by less than 1e-5 nats.
     offsets    (rows + 1,) int64, where each row begins
     digests    (rows,) int64 of each row's tokens and labels
 
@@ -36,28 +38,31 @@ AGAIN = "run the same `rwkvinside data logits` again: it goes on where it stoppe
 
 
 def row_digests(batch: Batch) -> Tensor:
-    """(rows,) int64: a hash of tokens, labels and documents of each row, whatever it is padded to."""
+    """Return a hash of each row's tokens, labels and documents, (rows,) int64.
+
+    It does not depend on how far a row is padded.
+    """
     digests = []
-    for real, *parts in zip(batch.mask, batch.input_ids, batch.labels, batch.segment_ids, strict=True):
-        content = b"".join(part[real].cpu().to(torch.int64).numpy().tobytes() for part in parts)
+    for real, *fields in zip(batch.mask, batch.input_ids, batch.labels, batch.segment_ids, strict=True):
+        content = b"".join(field[real].cpu().to(torch.int64).numpy().tobytes() for field in fields)
         digests.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True))
     return torch.tensor(digests, dtype=torch.int64)
 
 
 def position_bytes(k: int) -> int:
-    """On disk, for each position with a label."""
+    """Return how many bytes a position with a label takes on disk."""
     return 4 * k + 2 * (k + 1)
 
 
 class LogitsWriter:
-    """Adds shards to a directory; what an earlier process finished stays.
+    """A directory that shards are added to; what an earlier process finished stays.
 
     Args:
         directory: made if missing; must be empty or hold logits of the same identity.
         identity: JSON values by a name that a message can use; equal ones give equal rows and logits.
         k: tokens of a position.
         vocab: distributions are over the ids below this.
-        rows: of the stage; rows [0, rows) are wanted.
+        rows: of the stage; rows [0, rows) are to be written.
         rows_per_shard: the same for all shards but the last.
 
     Raises:
@@ -74,26 +79,26 @@ class LogitsWriter:
             check_identity(self.path, {name: old.get(name) for name in facts}, facts)
             shards = old["shards"]
         elif self.path.exists() and not (self.path.is_dir() and not any(self.path.iterdir())):
-            raise UserError(f"output {self.path} is not empty, and holds no logits", "name another one with --out")
+            raise UserError(f"output {self.path} is not empty and holds no logits", "name another directory with --out")
         self._index = facts | {"identity": dict(identity), "rows": rows, "shards": shards}
         self._write(INDEX, json.dumps(self._index, indent=1).encode())
 
     @property
-    def parts(self) -> list[range]:
+    def shard_rows(self) -> list[range]:
         """The rows of each shard."""
         size, rows = self._index["rows_per_shard"], self._index["rows"]
         return [range(first, min(first + size, rows)) for first in range(0, rows, size)]
 
     def missing(self) -> list[range]:
-        """The rows of shards that are still to be written."""
+        """Return the rows of the shards that are still to be written."""
         done = {tuple(shard["rows"]) for name, shard in self._index["shards"].items() if _whole(self.path, name, shard)}
-        return [part for part in self.parts if (part.start, part.stop) not in done]
+        return [rows for rows in self.shard_rows if (rows.start, rows.stop) not in done]
 
-    def write(self, part: range, ids: Tensor, log_probs: Tensor, counts: Tensor, digests: Tensor) -> None:
-        """One shard, all of it or nothing.
+    def write(self, rows: range, ids: Tensor, log_probs: Tensor, counts: Tensor, digests: Tensor) -> None:
+        """Write one shard, all of it or nothing.
 
         Args:
-            part: one of `missing`.
+            rows: one of `missing`.
             ids, log_probs: (N, k) and (N, k + 1) of the positions with a label.
             counts: (rows,) positions of each row.
             digests: see `row_digests`.
@@ -106,10 +111,10 @@ class LogitsWriter:
                 "digests": digests,
             }
         )
-        name = f"logits-{part.start // self._index['rows_per_shard']:05d}.safetensors"
+        name = f"logits-{rows.start // self._index['rows_per_shard']:05d}.safetensors"
         self._write(name, content)
         digest = hashlib.sha256(content).hexdigest()
-        facts = {"rows": [part.start, part.stop], "positions": len(ids), "bytes": len(content), "sha256": digest}
+        facts = {"rows": [rows.start, rows.stop], "positions": len(ids), "bytes": len(content), "sha256": digest}
         self._index["shards"][name] = facts
         self._write(INDEX, json.dumps(self._index, indent=1).encode())
 
@@ -138,10 +143,10 @@ class LogitsReader:
         directory: of the writer.
 
     Attributes:
-        identity, k, vocab: as they were given to the writer.
+        identity, k, vocab: those of the writer.
 
     Raises:
-        UserError: nothing there, or its index damaged.
+        UserError: there are no logits, or their index is damaged.
     """
 
     def __init__(self, directory: str | Path):
@@ -153,21 +158,31 @@ class LogitsReader:
         self._open = lru_cache(maxsize=4)(self._open_shard)
 
     def require(self, rows: int) -> None:
-        """Refuse (`UserError`) unless rows [0, rows) are all there, in whole files."""
+        """Refuse logits in which some of rows [0, rows) are missing.
+
+        Raises:
+            UserError: rows that were not written, or a file that is missing or cut.
+        """
         for first in range(0, rows, self._rows_per_shard):
             last = min(first + self._rows_per_shard, rows)
             if first not in self._shards or self._shards[first][1]["rows"][1] < last:
-                there = sum(shard["rows"][1] - shard["rows"][0] for _, shard in self._shards.values())
-                raise UserError(f"the logits in {self.path} are incomplete: {there} of {rows} rows", AGAIN)
+                count = sum(shard["rows"][1] - shard["rows"][0] for _, shard in self._shards.values())
+                raise UserError(f"the logits in {self.path} are incomplete: {count} of {rows} rows", AGAIN)
             name, shard = self._shards[first]
             if not _whole(self.path, name, shard):
-                raise UserError(f"{self.path / name} is missing or has not the {shard['bytes']} bytes written", AGAIN)
+                raise UserError(
+                    f"{self.path / name} is missing or does not have the {shard['bytes']} bytes that were written",
+                    AGAIN,
+                )
 
     def batch(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """ids (N, k) int32 and log-probabilities (N, k + 1) fp16 at the batch's positions with a label, row by row.
+        """Return what is stored for the batch's positions with a label, row by row.
+
+        Returns:
+            Ids (N, k) int32 and log-probabilities (N, k + 1) fp16.
 
         Raises:
-            UserError: a damaged shard; a row that holds other tokens or labels than when the logits were made.
+            UserError: a damaged shard; a row that has other tokens or labels than when the logits were written.
         """
         counts = (batch.labels != IGNORE).sum(1).tolist()
         ids, log_probs = [], []
@@ -193,19 +208,23 @@ class LogitsReader:
                     f"{path} is corrupt: its SHA-256 is not the one written", "delete this file, then " + AGAIN
                 )
             file = safe_open(path, "pt")
-            slices = [file.get_slice(part) for part in ("ids", "log_probs")]
+            slices = [file.get_slice(name) for name in ("ids", "log_probs")]
             return _Shard(first, file.get_tensor("offsets"), file.get_tensor("digests"), *slices)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path} cannot be read: {error}", AGAIN) from error
 
 
-def check_identity(path: Path, found: Mapping, wanted: Mapping) -> None:
-    """Refuse logits that are not the wanted ones (`UserError`), naming the first part in which they differ."""
-    for name in dict.fromkeys([*wanted, *found]):
-        if found.get(name) != wanted.get(name):
+def check_identity(path: Path, stored: Mapping, expected: Mapping) -> None:
+    """Refuse logits of another identity.
+
+    Raises:
+        UserError: names the first property in which they differ.
+    """
+    for name in dict.fromkeys([*expected, *stored]):
+        if stored.get(name) != expected.get(name):
             raise UserError(
-                f"the logits in {path} are not those of this run: {name} {found.get(name)!r} there, "
-                f"{wanted.get(name)!r} here",
+                f"the logits in {path} are not those of this run: {name} {stored.get(name)!r} there, "
+                f"{expected.get(name)!r} here",
                 "write logits for this run into another directory with `rwkvinside data logits`",
             )
 

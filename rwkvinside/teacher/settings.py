@@ -10,6 +10,8 @@ from ..support.settings import Section
 
 
 class TeacherConfig(Section):
+    """The model that is converted."""
+
     path: str = Field(description="Local directory or hub id; when read also the name of a recipe.")
     revision: str | None = Field(None, description="Branch, tag or commit of the hub repository.")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the tokenizer.")
@@ -23,6 +25,8 @@ class TeacherConfig(Section):
 
 
 class TeacherModelConfig(Section):
+    """The second model of a stage with `teacher: separate`."""
+
     path: str | None = Field(None, description="Local directory or hub id; null: the model that is converted.")
     revision: str | None = Field(None, description="Branch, tag or commit of the hub repository.")
     quantize: Literal["nf4", "fp4", "int8"] | None = Field(None, description="Quantize its linear layers.")

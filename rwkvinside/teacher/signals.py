@@ -1,6 +1,6 @@
 """Where the teacher's side of a distillation comes from.
 
-The student's own frozen weights, a model of its own, or logits that were written to disk.
+It comes from the student's own frozen weights, a second model, or logits that were written to disk.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from ..data.batch import IGNORE, Batch, attention_mask_4d
 from ..errors import UserError
+from ..families.registry import find
 from ..hybrid.lm_head import logits_function, wide
 from ..losses.chunked import TeacherChunk, TeacherSignal, chunk_slices
 from ..losses.divergence import TeacherDistribution
@@ -38,23 +39,28 @@ class Teacher(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of what the teacher holds: the stage is over."""
+        """Release what the teacher holds, at the end of the stage."""
+        return
 
 
 class SelfTeacher(Teacher):
-    """The hybrid in teacher mode: one model in memory. Exact only while nothing but mixers and adapters trained."""
+    """The hybrid in teacher mode: one model in memory.
+
+    Exact only while nothing but mixers and adapters was trained.
+    """
 
     def signal(self, model: nn.Module | None, batch: Batch) -> TeacherSignal:
+        """Return the distributions of mode "teacher", without adapters."""
         return HeadSignal(model(batch, mode="teacher")[batch.labels != IGNORE], model.teacher_head)
 
 
 class OnlineTeacher(Teacher):
-    """A frozen model next to the student, of the same tokenizer but possibly another size.
+    """A frozen model next to the student, of the same tokenizer.
 
     Args:
         module: a `TeacherModel`, or what an engine that shards weights made of it.
-        gathered: the context in which such an engine keeps the head's weights together.
-        release: what such an engine wants done at the end.
+        gathered: the context in which such an engine keeps the head's weights gathered.
+        release: closes such an engine.
     """
 
     def __init__(
@@ -66,26 +72,29 @@ class OnlineTeacher(Teacher):
         self.module, self._gathered, self._release = module, gathered, release
 
     def close(self) -> None:
+        """Close the engine, if there is one."""
         if self._release is not None:
             self._release()
 
     @torch.no_grad()
     def signal(self, model: nn.Module | None, batch: Batch) -> TeacherSignal:
-        return HeadSignal(self.module(batch)[batch.labels != IGNORE], self.module.lm.lm_head, self._gathered)
+        """Return the distributions of the second model."""
+        return HeadSignal(self.module(batch)[batch.labels != IGNORE], self.module.head, self._gathered)
 
 
 class OfflineTeacher(Teacher):
-    """The most likely tokens of a teacher that is not here any more; see `rwkvinside data logits`.
+    """The most likely tokens of a teacher, from disk; see `rwkvinside data logits`.
 
     Args:
-        reader: of the rows of this stage; it was checked against teacher, tokenizer and data.
+        reader: of the rows of this stage, checked against teacher, tokenizer and data.
     """
 
     def __init__(self, reader: LogitsReader):
         self.reader = reader
 
     def signal(self, model: nn.Module | None, batch: Batch) -> TeacherSignal:
-        ids, log_probs = (part.to(batch.labels.device) for part in self.reader.batch(batch))
+        """Return the distributions that were stored for the batch."""
+        ids, log_probs = (tensor.to(batch.labels.device) for tensor in self.reader.batch(batch))
         return StoredSignal(ids, log_probs, self.reader.vocab)
 
 
@@ -95,11 +104,17 @@ class TeacherModel(nn.Module):
     def __init__(self, lm: PreTrainedModel):
         super().__init__()
         self.lm = lm.requires_grad_(False).eval()
+        self._family = find(lm.config.model_type)
+
+    @property
+    def head(self) -> nn.Module:
+        """The output head."""
+        return self._family.head(self.lm)
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the final hidden states (B, T, D)."""
         whole_rows = bool((batch.segment_ids == 1).all())
-        return self.lm.model(
+        return self.lm.base_model(
             input_ids=batch.input_ids,
             attention_mask=None if whole_rows else attention_mask_4d(batch),
             position_ids=batch.position_ids,
@@ -109,9 +124,11 @@ class TeacherModel(nn.Module):
 
 @dataclass(frozen=True)
 class HeadSignal(TeacherSignal):
-    """Distributions from a teacher's final hidden states, whose logits are made a chunk at a time.
+    """Distributions from a teacher's final hidden states.
 
-    Args:
+    Their logits are made a chunk at a time.
+
+    Attributes:
         hidden: (N, D) at the positions with a label.
         head: from hidden states to logits.
         gathered: see `OnlineTeacher`; entered once for all chunks.
@@ -122,12 +139,13 @@ class HeadSignal(TeacherSignal):
     gathered: Callable[[], AbstractContextManager] = nullcontext
 
     def chunks(self, size: int) -> Generator[TeacherChunk, None, None]:
+        """Yield the chunks of `chunk_slices`, each made when it is asked for."""
         with self.gathered():
             logits_of = logits_function(self.head)
             for positions in chunk_slices(len(self.hidden), size):
                 yield self._chunk(logits_of, positions)
 
-    @torch.no_grad()  # not around the generator: that would hold each chunk until the next one is there
+    @torch.no_grad()  # not around the generator: that would hold each chunk until the next one is made
     def _chunk(self, logits_of: Callable[[Tensor], Tensor], positions: slice) -> TeacherChunk:
         return _LogitsChunk(logits_of(self.hidden[positions]))
 
@@ -150,7 +168,7 @@ class _LogitsChunk(TeacherChunk):
 class StoredSignal(TeacherSignal):
     """Distributions over k tokens and the rest, by position.
 
-    Args:
+    Attributes:
         ids: (N, k) integers, the likeliest first.
         log_probs: (N, k + 1), the rest last; any float type.
         vocab: they are over the ids below this.
@@ -161,6 +179,7 @@ class StoredSignal(TeacherSignal):
     vocab: int
 
     def chunks(self, size: int) -> Generator[TeacherChunk, None, None]:
+        """Yield the chunks of `chunk_slices`."""
         for positions in chunk_slices(len(self.ids), size):
             yield _StoredChunk(self.ids[positions].long(), self.log_probs[positions], self.vocab)
 
@@ -172,8 +191,8 @@ class _StoredChunk(TeacherChunk):
     vocab: int
 
     def distribution(self, positions: slice, vocab: int, temperature: float) -> TeacherDistribution:
-        # whoever opened the cache has seen that vocabulary and temperature are those of the stage;
-        # rounding to 16 bits left sums that are not quite 1
+        # vocabulary and temperature were checked against the stage when the cache was opened; rounding to 16 bits left
+        # sums that are not quite 1
         log_probs = F.log_softmax(self.log_probs[positions].float(), -1)
         return TeacherDistribution(log_probs, self.ids[positions], self.ids[positions, 0], self.vocab)
 
@@ -182,7 +201,7 @@ def check_same_weights(changed: list[str]) -> None:
     """Refuse the one-model teacher when something that it also uses has been trained.
 
     Args:
-        changed: see `HybridModel.teacher_changes`.
+        changed: from `HybridModel.teacher_changes`.
 
     Raises:
         UserError: names the first such parameter.

@@ -176,7 +176,7 @@ def test_all_problems_at_once(teacher):
         "stages.algn: a stage of your own needs an objective; did you mean align?",
         "student.preset = 'cxa78': allowed: cxa079, hxa079, hxa07a, hxa07b, hxa07c, cxa078, cxa076r, rad, x070; "
         "did you mean cxa078?",
-        "student.attention_layers = [1, 1]: has layer 1 twice; name each layer once",
+        "student.attention_layers = [1, 1]: lists layer 1 twice; name each layer once",
         "student.presett: unknown key; did you mean student.preset?",
         "data = 'foo': must be a mapping of settings",
         "stages.align.tokens = '600q': must be a positive number such as 600k, 100M, 1B or 4096",

@@ -279,7 +279,7 @@ def test_damage_is_refused_in_one_line(material, copied):
     shard.write_bytes(content)
     refused("logits-00001.safetensors is corrupt: its SHA-256")
     shard.write_bytes(content[:-1])
-    refused("logits-00001.safetensors is missing or has not the")
+    refused("logits-00001.safetensors is missing or does not have the")
     shard.unlink()
     refused("logits-00001.safetensors is missing")
     (copied / "index.json").write_text('{"format": 1}')
@@ -315,7 +315,7 @@ def test_what_writing_refuses(material, written, tmp_path, capsys):
     longer = [*arguments, "long", "run=[align]", "stages.long.data.seq_len=9999"]
     assert main(longer) == 2 and "seq_len = 9999: is longer than the 128 positions" in capsys.readouterr().err
     (tmp_path / "something").write_text("")
-    with pytest.raises(UserError, match="not empty, and holds no logits"):
+    with pytest.raises(UserError, match="not empty and holds no logits"):
         write_logits(distillation_plan(config, "distill"), tmp_path, K)
 
 

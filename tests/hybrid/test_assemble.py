@@ -9,7 +9,7 @@ from hybrid_cases import logits, packed, teacher
 from plans import layer_spec
 
 from rwkvinside.errors import UserError
-from rwkvinside.hybrid import gptq_walk as input_rounding
+from rwkvinside.hybrid import gptq
 from rwkvinside.hybrid.adapters import is_adapter
 from rwkvinside.hybrid.assemble import assemble, frozen_weights_of, layer_lines, make_plain
 from rwkvinside.hybrid.quantized_linear import relative_error
@@ -62,7 +62,7 @@ def test_adapters_on_mixers_learn_in_align():
 @pytest.mark.parametrize(
     "groups", [("mlp", "teacher"), ("head", "attention", "mixer.proj"), (r"model\.layers\.0\..*",)]
 )
-def test_a_quantised_student_computes_with_the_unpacked_weights(groups):
+def test_a_quantized_student_computes_with_the_unpacked_weights(groups):
     model = assemble(teacher(), SPEC, layer_spec(groups, format="nf4"))
     names = set(model.quantized)
     batch = packed([8, 5], rows=2)
@@ -113,7 +113,7 @@ def test_stored_tensors_give_the_same_student(adapter):
         assemble(teacher(), SPEC, layer_spec(), one.student_state_dict())
 
 
-def test_rounding_for_inputs_lowers_the_error_of_the_teacher():
+def test_gptq_lowers_the_error_of_the_teacher():
     batch, errors = packed([40], rows=6), {}
     with torch.no_grad():
         wanted = logits(assemble(teacher(), SPEC, layer_spec()), batch, "teacher")
@@ -129,15 +129,15 @@ def test_rounding_for_inputs_lowers_the_error_of_the_teacher():
 
 
 @pytest.mark.integration
-def test_rounding_for_inputs_makes_good_what_earlier_layers_did(monkeypatch):
+def test_gptq_makes_good_what_earlier_layers_did(monkeypatch):
     """A fit to what the original model has in that place is worth something on text that it has not seen."""
     layers, errors = layer_spec(("mlp", "attention", "teacher"), method="gptq"), {}
-    fits = {"fitted": input_rounding.refit, "not fitted": lambda weight, inputs, wanted: weight}
+    fits = {"fitted": gptq.refit, "not fitted": lambda weight, inputs, target: weight}
     texts = [(packed([40], rows=24, seed=seed), packed([40], rows=6, seed=seed + 1)) for seed in (1, 11, 21, 31)]
     original = assemble(teacher(), SPEC, layer_spec())
     with torch.no_grad():
         for name, fit in fits.items():
-            monkeypatch.setattr(input_rounding, "refit", fit)
+            monkeypatch.setattr(gptq, "refit", fit)
             errors[name] = 0.0
             for text, other in texts:
                 model = assemble(teacher(), SPEC, layers, text=lambda text=text: text)
@@ -148,22 +148,22 @@ def test_rounding_for_inputs_makes_good_what_earlier_layers_did(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("groups", [("mlp", "teacher", "head"), ("mixer.proj", "mlp", "attention", "teacher", "head")])
-def test_the_text_goes_through_the_original_and_the_quantised_model(monkeypatch, dtype, groups):
+def test_the_text_goes_through_the_original_and_the_quantized_model(monkeypatch, dtype, groups):
     """Layer by layer, the head too: what a layer is fitted to is the original's output, in fp32 whatever the dtype."""
     batch, fits, weights = packed([20, 20], rows=6), [], []
-    fit, copies = input_rounding.refit, input_rounding._copies
+    fit, copies = gptq.refit, gptq._copies
 
-    def watched(weight, inputs, wanted):
-        assert not torch.is_autocast_enabled("cpu") and {inputs.dtype, wanted.dtype} == {torch.float32}
-        fits.append((inputs, wanted))
-        return fit(weight, inputs, wanted)
+    def watched(weight, inputs, target):
+        assert not torch.is_autocast_enabled("cpu") and {inputs.dtype, target.dtype} == {torch.float32}
+        fits.append((inputs, target))
+        return fit(weight, inputs, target)
 
     def inputs_of_original(x, device):
         weights.append(copies(x, device)[0])
         return copies(x, device)
 
-    monkeypatch.setattr(input_rounding, "refit", watched)
-    monkeypatch.setattr(input_rounding, "_copies", inputs_of_original)
+    monkeypatch.setattr(gptq, "refit", watched)
+    monkeypatch.setattr(gptq, "_copies", inputs_of_original)
     original = assemble(teacher().to(dtype), SPEC, layer_spec())
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         hidden = original(batch, mode="teacher").float().flatten(0, 1)
@@ -177,7 +177,7 @@ def test_the_text_goes_through_the_original_and_the_quantised_model(monkeypatch,
     assert (after - hidden).norm() > 0.01 * hidden.norm()
 
 
-def test_what_the_stage_before_quantised_alike_keeps_its_bits():
+def test_what_the_stage_before_quantized_alike_keeps_its_bits():
     batch, other = packed([40], rows=6), packed([40], rows=6, seed=4)
     layers = layer_spec(("mlp",), method="gptq")
     before = assemble(teacher(), SPEC, layers, text=lambda: batch)
@@ -193,5 +193,5 @@ def test_what_the_stage_before_quantised_alike_keeps_its_bits():
         assert all((layer.outer is not None) == changed.double for layer in model.quantized.values())
 
 
-def test_rounding_for_inputs_needs_no_text_where_nothing_is_quantized():
+def test_gptq_needs_no_text_where_nothing_is_quantized():
     assert not assemble(teacher(), SPEC, layer_spec(method="gptq")).quantized

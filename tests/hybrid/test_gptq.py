@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from rwkvinside.hybrid.gptq import STRENGTHS, refit, round_to_inputs
+from rwkvinside.hybrid.gptq import STRENGTHS, gptq_pack, refit
 from rwkvinside.hybrid.quantized_linear import QuantizedLinear, codebook, pack
 
 
@@ -29,7 +29,7 @@ def test_output_is_closer_than_with_nearest_values(format, double, shape, block)
     weight, x = torch.randn(shape), inputs(1000, shape[1])
     held_out = inputs(500, shape[1], seed=1)
     nearest = linear(pack(weight, format, double, block), *shape, format, block)
-    chosen = linear(round_to_inputs(weight, x.T @ x, format, double, block), *shape, format, block)
+    chosen = linear(gptq_pack(weight, x.T @ x, format, double, block), *shape, format, block)
     assert {n: (t.shape, t.dtype) for n, t in chosen.tensors().items()} == {
         n: (t.shape, t.dtype) for n, t in nearest.tensors().items()
     }
@@ -41,7 +41,7 @@ def test_output_is_closer_than_with_nearest_values(format, double, shape, block)
 def test_without_correlations_every_weight_is_a_nearest_value():
     torch.manual_seed(0)
     weight = torch.randn(8, 64)
-    layer = linear(round_to_inputs(weight, torch.eye(64), "nf4", False, 64), 8, 64, "nf4")
+    layer = linear(gptq_pack(weight, torch.eye(64), "nf4", False, 64), 8, 64, "nf4")
     values = layer.scales.view(torch.float32)[:, None, None] * codebook("nf4", torch.device("cpu"))
     best = (values - weight[:, :, None]).abs().amin(-1)
     torch.testing.assert_close((layer.unpack() - weight).abs(), best, rtol=0, atol=1e-6)
@@ -51,9 +51,9 @@ def test_inputs_that_are_always_zero():
     """A layer that no calibration token reaches (an expert, a dead channel) still gets sensible weights."""
     torch.manual_seed(0)
     weight = torch.randn(8, 64)
-    layer = linear(round_to_inputs(weight, torch.zeros(64, 64), "nf4", True, 64), 8, 64, "nf4")
+    layer = linear(gptq_pack(weight, torch.zeros(64, 64), "nf4", True, 64), 8, 64, "nf4")
     assert float((layer.unpack() - weight).norm() / weight.norm()) < 0.15
-    zero = linear(round_to_inputs(torch.zeros(8, 64), torch.eye(64), "nf4", True, 64), 8, 64, "nf4")
+    zero = linear(gptq_pack(torch.zeros(8, 64), torch.eye(64), "nf4", True, 64), 8, 64, "nf4")
     assert not zero.unpack().any()
     assert isinstance(zero, nn.Linear)
 

@@ -175,7 +175,7 @@ def test_groups():
     assert trained_names(hybrid) - hybrid.mixer_names() == {"model.layers.1.self_attn.o_proj.weight"}
     table = {group: (trained, total) for group, trained, total in hybrid.group_table()}
     assert table["mlp"][0] == 0 < table["mlp"][1] and table["mixer.proj"][0] == table["mixer.proj"][1]
-    # every parameter of the student stands in exactly one row of the table
+    # every parameter of the student is in exactly one row of the table
     assert sum(total for _, total in table.values()) == sum(p.numel() for p in hybrid.canonical_parameters().values())
     for pattern in ("mixers", "model.layers.9.*", "(["):
         with pytest.raises(UserError, match="train pattern"):

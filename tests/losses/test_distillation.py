@@ -2,7 +2,6 @@
 
 import copy
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -46,7 +45,7 @@ def whole(hidden, head, labels, teacher_hidden, teacher_weight, o):
 
 
 CONFIGS = [
-    DistillLossConfig(kind, top_k, kl=0.7, ce=ce, temperature=temperature)
+    DistillLossConfig(divergence=kind, top_k=top_k, kl=0.7, ce=ce, temperature=temperature)
     for kind in ("forward", "reverse", "js")
     for top_k, ce, temperature in ((None, 0.0, 1.0), (None, 0.3, 2.0), (5, 0.3, 1.0), (5, 0.0, 0.7))
 ]
@@ -66,7 +65,7 @@ def test_chunks_give_what_the_whole_gives(config, dtype):
     tolerance = 1e-6 if dtype == torch.float32 else 1e-13
     name = {"forward": "kl", "reverse": "reverse_kl", "js": "js"}[config.divergence]
     for size in (None, 1, 8, 1000):
-        chunked = replace(config, chunk_tokens=size)
+        chunked = config.model_copy(update=dict(chunk_tokens=size))
         loss, sums = distill(hidden, head, labels, teacher, chunked)
         for got, want in zip((loss, sums[name], sums["ce"], sums["agreement"]), expected, strict=True):
             assert got.item() == pytest.approx(want.item(), rel=tolerance)
@@ -83,7 +82,7 @@ def test_other_heads(head, config):
     trained = [p for p in head.parameters() if p.requires_grad]
     expected = whole(hidden, head, labels, *teacher, config)[0]
     wanted = torch.autograd.grad(expected, [hidden, *trained])
-    chunked = replace(config, chunk_tokens=9)
+    chunked = config.model_copy(update=dict(chunk_tokens=9))
     loss, _ = distill(hidden, head, labels, teacher, chunked)
     for got, want in zip(torch.autograd.grad(loss, [hidden, *trained]), wanted, strict=True):
         assert (got - want).norm() <= 1e-13 * want.norm()
@@ -125,7 +124,7 @@ def test_a_head_that_is_the_embedding():
 def test_a_vocabulary_that_is_padded_further_is_cut(vocab, teacher_vocab):
     hidden, head, labels, *teacher = problem(torch.float64, vocab, teacher_vocab)
     hidden.requires_grad_()
-    o = DistillLossConfig("js", ce=0.1, chunk_tokens=10)
+    o = DistillLossConfig(divergence="js", ce=0.1, chunk_tokens=10)
     expected = whole(hidden, head, labels, *teacher, o)[0]
     loss, _ = distill(hidden, head, labels, teacher, o)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
@@ -137,7 +136,7 @@ def test_top_k_of_all_tokens_is_the_whole_divergence_and_less_is_a_lower_bound()
     hidden, head, labels, *teacher = problem(torch.float64)
 
     def value(kind, k):
-        return distill(hidden, head, labels, teacher, DistillLossConfig(kind, k))[0].item()
+        return distill(hidden, head, labels, teacher, DistillLossConfig(divergence=kind, top_k=k))[0].item()
 
     for kind in ("forward", "reverse", "js"):
         assert value(kind, VOCAB) == value(kind, None)
@@ -154,7 +153,7 @@ def test_a_stored_signal_gives_what_the_head_gives():
     rest = log_p.exp().scatter(-1, ids, 0).sum(-1, keepdim=True).log()
     stored = StoredSignal(ids.int(), torch.cat([top, rest], -1).half(), VOCAB)
     for k in (8, 3, None):  # fewer than are stored: the others join the rest
-        o = DistillLossConfig("forward", k, chunk_tokens=10)
+        o = DistillLossConfig(divergence="forward", top_k=k, chunk_tokens=10)
         loss, sums = distill(hidden, head, labels, stored, o)
         expected, _ = distill(hidden, head, labels, (teacher_hidden, weight), DistillLossConfig(top_k=k or 8))
         assert loss.item() == pytest.approx(expected.item(), rel=1e-5)  # stored in 16 bits

@@ -175,7 +175,7 @@ def test_padding_on_either_side_and_packed_documents(preset):
     assert torch.allclose(padded[:, 3:-3], alone, atol=1e-12)
     assert all(p is None or torch.allclose(p, q, atol=1e-12) for p, q in zip(after, state, strict=True))
 
-    # two rows of [5 tokens | 8 tokens]: each document as if it stood alone
+    # two rows of [5 tokens | 8 tokens]: each document as if it were alone
     cu = torch.tensor([0, 5, T, T + 5, 2 * T], dtype=torch.int32)
     rope = tuple(torch.cat([p, q], 1) for p, q in zip(rope_of(0, 5), rope_of(0, T - 5), strict=True))
     packed, _, ends = mixer(x, first=None, rope=rope, cu_seqlens=cu)
@@ -205,7 +205,8 @@ def test_calibrated_init_starts_neutral():
     init_mixer(mixer, 1, 4, "calibrated")
     x = torch.randn(1, 9, 128)
     first = FirstLayerKV(torch.randn(1, 9, 2, 32), torch.randn(1, 9, 2, 32))
-    s, _, _ = mixer.streams(x, first=first, rope=(torch.ones(1, 9, 32), torch.zeros(1, 9, 32)))
+    rope = (torch.ones(1, 9, 32), torch.zeros(1, 9, 32))
+    s = mixer.recurrence_inputs(mixer.project_inputs(x, first=first, rope=rope)[0])
     assert torch.allclose(s.gate, torch.ones_like(s.gate), atol=1e-5)
     plain = mixer.value(x).view(1, 9, 2, 32)
     assert (s.v - plain).abs().max() < 0.02 * (first.v.abs().max() + plain.abs().max())
@@ -222,7 +223,7 @@ def test_bf16_keeps_decay_and_rate_in_fp32():
     x = torch.randn(1, T, D)
     rope = tuple(t.float() for t in rope_of())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        s, _, _ = mixer.streams(x, first=None, rope=rope)
+        s = mixer.recurrence_inputs(mixer.project_inputs(x, first=None, rope=rope)[0])
         y, _, state = mixer(x, first=None, rope=rope)
     assert s.log_decay.dtype == s.iclr.dtype == s.kk.dtype == torch.float32 and state.wkv.dtype == torch.float32
     exact, *_ = mixer(x, first=None, rope=rope)
