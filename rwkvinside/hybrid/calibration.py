@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.batch import Batch
 from ..modeling.first_layer import FirstLayerKV
@@ -80,7 +80,7 @@ def calibrate(
 
 
 @torch.no_grad()
-def teacher_norms(model: HybridModel, batches: list[Batch]) -> tuple[dict[int, float], dict[int, float]]:
+def teacher_norms(model: nn.Module, batches: list[Batch]) -> tuple[dict[int, float], dict[int, float]]:
     """Per converted layer, over all tokens of the batches: the mean squared norm of the teacher's attention output
     (the weight of the alignment loss), and the student's squared error relative to it (1 is what an output of zeros
     would get)."""
