@@ -263,10 +263,10 @@ def _problem(error: ErrorDetails, at: Sequence[str]) -> str:
 
     It has the path (below `at`), the value, what is allowed, and the nearest known key.
     """
-    location = [str(part) for part in (*at, *error["loc"])]
+    location = [str(key) for key in (*at, *error["loc"])]
     path = ".".join(location)
     if error["type"] == "extra_forbidden":
-        inside = "".join(f"{part}." for part in location[:-1])
+        inside = "".join(f"{key}." for key in location[:-1])
         return f"{path}: unknown key{did_you_mean(location[-1], _keys(location[:-1]), inside)}"
     if error["type"] == "missing":
         return f"{path}: missing"

@@ -44,5 +44,5 @@ class Config(Section):
         if not run:
             raise problem("is empty; name at least one stage")
         if repeated := sorted({name for name in run if run.count(name) > 1}):
-            raise problem("lists {} twice; give a second pass a name of its own", ", ".join(repeated))
+            raise problem("lists {} twice; give a second pass another name", ", ".join(repeated))
         return run

@@ -36,6 +36,7 @@ class AlignStep:
         return batch.num_tokens
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the alignment loss, and by layer under "layers"."""
         loss, layers = alignment_loss(model(batch, mode="align", checkpoint=self.checkpoint), self.norms)
         return loss, {"layers": layers}
 
@@ -59,6 +60,7 @@ class DistillStep:
         return batch.num_targets
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the distillation loss and its metrics."""
         signal = self.teacher.signal(model, batch)
         return model(batch, mode="student", task=DistillationLoss(signal, self.config))
 
@@ -78,4 +80,5 @@ class SftStep:
         return batch.num_targets
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the cross-entropy."""
         return model(batch, mode="student", task=self.loss)

@@ -53,25 +53,21 @@ def deepspeed_config(zero: DeepSpeedConfig, settings: OptimConfig, precision: st
     user = {key: value for key, value in (zero.config or {}).items() if value != AUTO}
     _check_sections(_settled(user))
     bf16 = precision == "bf16"
-    _agree(user, "train_batch_size", shape.rows)
-    _agree(user, "train_micro_batch_size_per_gpu", shape.micro_rows)
-    _agree(user, "gradient_accumulation_steps", shape.micro_batches)
-    _agree(user, "gradient_clipping", settings.clip)
-    _agree(user, "zero_allow_untested_optimizer", True)
-    _agree(user, "zero_force_ds_cpu_optimizer", False)
-    _check_optimizer(user.pop("optimizer", {}), settings)
-    if parameters := _settled(user.pop("scheduler", {})).get("params"):
-        raise UserError(
-            f"DeepSpeed's scheduler sets {', '.join(parameters)}", "the recipe has the schedule: leave it out"
-        )
-    ours: dict[str, Any] = {
+    recipe = {
         "train_micro_batch_size_per_gpu": shape.micro_rows,
         "gradient_accumulation_steps": shape.micro_batches,
         "gradient_clipping": settings.clip,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 1_000_000_000,
     }
+    for key, value in {"train_batch_size": shape.rows, **recipe}.items():
+        _agree(user, key, value)
+    _check_optimizer(user.pop("optimizer", {}), settings)
+    if parameters := _settled(user.pop("scheduler", {})).get("params"):
+        raise UserError(
+            f"DeepSpeed's scheduler sets {', '.join(parameters)}", "the recipe has the schedule: leave it out"
+        )
+    ours: dict[str, Any] = {**recipe, "steps_per_print": 1_000_000_000}
     for section, allowed in (("fp16", False), ("bf16", bf16), ("torch_autocast", bf16)):
         if user.get(section, {}).get("enabled") is not True:
             user.pop(section, None)

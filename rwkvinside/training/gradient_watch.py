@@ -39,6 +39,11 @@ class GradientWatch(Generic[AnyBatch]):
         return self.step.count(batch)
 
     def __call__(self, model: nn.Module, batch: AnyBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the step's loss and metrics; check the adapters once.
+
+        Raises:
+            UserError: names an adapter without a gradient.
+        """
         if self._hooks:
             if self._counted:
                 self._check()

@@ -85,6 +85,6 @@ def _nearest(values: Tensor, scales: Tensor, code: Tensor) -> Tensor:
 
     These are in units of their blocks' scales; `code` ascends.
     """
-    each = scales.repeat_interleave(MOMENT_BLOCK)[: values.numel()]
-    units = (values.flatten() / each).nan_to_num(0)
+    block_scales = scales.repeat_interleave(MOMENT_BLOCK)[: values.numel()]
+    units = (values.flatten() / block_scales).nan_to_num(0)
     return torch.bucketize(units, (code[1:] + code[:-1]) / 2).to(torch.uint8).view_as(values)

@@ -209,6 +209,8 @@ def test_all_problems_at_once(teacher):
             "stages.mine.objective = 'distil': allowed: calibrate, align, distill, sft; did you mean distill?",
         ),
         ("stages.align.batch.token=1", "unknown key; did you mean stages.align.batch.tokens?"),
+        ("adapters=[{rnk: 4}]", "adapters.0.rnk: unknown key; did you mean adapters.0.rank?"),
+        ("stages.align.unfreeze=[{at: 1k, train: [mlp]}]", "stages.align.unfreeze.0.at: unknown key"),
         ("run=[]", "run = []: is empty"),
         ("run=[align,align]", "lists align twice"),
         ("deepspeed.zero_stage=4", "deepspeed.zero_stage = 4: allowed: 0, 1, 2, 3"),
