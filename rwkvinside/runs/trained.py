@@ -109,14 +109,6 @@ class TrainedRun:
         lm = load_teacher(self.teacher, self._revision, torch.float32)
         return assemble(lm, self.spec, self.layers, checkpoint.tensors(), read_frozen_weights(folder))
 
-    def load_student(self) -> dict[str, torch.Tensor]:
-        """Return the student's own tensors, by exported name.
-
-        Raises:
-            UserError: the file is missing, truncated, or not what its state.json says.
-        """
-        return open_checkpoint(self.checkpoint).tensors()
-
     @property
     def _revision(self) -> str | None:
         return self.config["teacher"].get("revision")

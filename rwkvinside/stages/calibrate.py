@@ -27,9 +27,9 @@ FP32 = 4
 
 
 class Calibrate(Stage):
-    """The start of the mixers.
+    """Start of the mixers: each head is fitted by search and least squares.
 
-    Nothing trains: each head is fitted by search and least squares.
+    Nothing trains.
     """
 
     objective = "calibrate"
@@ -40,7 +40,7 @@ class Calibrate(Stage):
 
     @classmethod
     def learning_rates(cls, width: int) -> dict[str, float]:
-        """Return none."""
+        """Return none: nothing trains."""
         return {}
 
     @classmethod

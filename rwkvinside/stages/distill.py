@@ -1,6 +1,6 @@
 """Distill: the student's next-token distribution follows the teacher's.
 
-It does so at any length of context.
+The stage `long` does the same on longer rows.
 """
 
 from __future__ import annotations
@@ -120,10 +120,7 @@ class Distill(Stage):
 
 
 class LongContext(Distill):
-    """The stage `long`: gentle distillation on longer rows.
-
-    It has some cross-entropy, too.
-    """
+    """The stage `long`: gentle distillation on longer rows, with cross-entropy."""
 
     small = StageSize("1M", 1024, 16384)
     large = StageSize("100M", 16384, 1572864)
@@ -131,6 +128,6 @@ class LongContext(Distill):
 
     @classmethod
     def learning_rates(cls, width: int) -> dict[str, float]:
-        """Return a tenth of the distillation's rates, without decay."""
+        """Return one rate for all: a tenth of distillation's, constant."""
         lr = narrow_rate(1e-4, 0.72, width) / 10
         return {"lr": lr, "lr_rest": lr, "lr_final": lr}

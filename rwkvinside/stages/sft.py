@@ -39,7 +39,7 @@ class SupervisedFineTuning(Stage):
 
     @classmethod
     def learning_rates(cls, width: int) -> dict[str, float]:
-        """Return a tenth of the distillation's rates, without decay."""
+        """Return one rate for all: a tenth of distillation's, constant."""
         lr = narrow_rate(1e-4, 0.72, width) / 10
         return {"lr": lr, "lr_rest": lr, "lr_final": lr}
 
