@@ -210,7 +210,7 @@ def test_all_problems_at_once(teacher):
         ),
         ("stages.align.batch.token=1", "unknown key; did you mean stages.align.batch.tokens?"),
         ("adapters=[{rnk: 4}]", "adapters.0.rnk: unknown key; did you mean adapters.0.rank?"),
-        ("stages.align.unfreeze=[{at: 1k, train: [mlp]}]", "stages.align.unfreeze.0.at: unknown key"),
+        ("stages.align.unfreeze=[{at_tokens: 1k, train: [mlp], lr: 1}]", "stages.align.unfreeze.0.lr: unknown key"),
         ("run=[]", "run = []: is empty"),
         ("run=[align,align]", "lists align twice"),
         ("deepspeed.zero_stage=4", "deepspeed.zero_stage = 4: allowed: 0, 1, 2, 3"),
