@@ -1,1 +1,4 @@
-"""The typed configuration: its tree, defaults, how files and flags become one, how it is shown."""
+"""The typed configuration of a run.
+
+Its tree, its defaults, how files and flags become one configuration, and how it is shown.
+"""

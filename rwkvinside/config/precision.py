@@ -1,4 +1,7 @@
-"""Device, arithmetic and weight types of a run, with "auto" resolved for this machine."""
+"""Device, arithmetic and weight types of a run.
+
+"auto" is resolved for this machine.
+"""
 
 from __future__ import annotations
 
@@ -7,31 +10,35 @@ import torch
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def resolve_device(asked: str) -> str:
-    """Return the type of device to train on; one that is named need not be here."""
-    if asked != "auto":
-        return asked
+def resolve_device(setting: str) -> str:
+    """Return the type of device to train on.
+
+    A device that is named need not be present on this machine.
+    """
+    if setting != "auto":
+        return setting
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def resolve_precision(asked: str, device: str) -> str:
+def resolve_precision(setting: str, device: str) -> str:
     """Return the arithmetic of the steps, "fp32" or "bf16"."""
-    if asked != "auto":
-        return asked
-    old = torch.cuda.is_available() and not torch.cuda.is_bf16_supported()
-    return "bf16" if device == "cuda" and not old else "fp32"
+    if setting != "auto":
+        return setting
+    lacks_bf16 = torch.cuda.is_available() and not torch.cuda.is_bf16_supported()
+    return "bf16" if device == "cuda" and not lacks_bf16 else "fp32"
 
 
-def teacher_dtype(asked: str, device: str, precision: str) -> torch.dtype:
+def teacher_dtype(setting: str, device: str, precision: str) -> torch.dtype:
     """Return the type in which the teacher is loaded."""
-    if asked != "auto":
-        return DTYPES[asked]
+    if setting != "auto":
+        return DTYPES[setting]
     return torch.bfloat16 if device == "cuda" and precision == "bf16" else torch.float32
 
 
 def frozen_dtype(teacher: torch.dtype, precision: str) -> torch.dtype:
-    """Return the type of frozen weights that are not quantized, once a model is complete.
+    """Return the type of frozen weights once a model is complete.
 
-    Training in fp32 computes in fp32, whatever the teacher was loaded in before its layers were quantized.
+    Quantized weights are not concerned. Training in fp32 computes in fp32, whatever type the teacher was loaded in
+    before its layers were quantized.
     """
     return torch.float32 if precision == "fp32" else teacher

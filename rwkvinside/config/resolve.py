@@ -1,4 +1,7 @@
-"""From a configuration to the plan of a run: everything that follows from it is computed here, once."""
+"""From a configuration to the plan of a run.
+
+Everything that follows from a configuration is computed here, once.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +26,11 @@ def resolve(config: Config, stages: Sequence[str] | None = None, ranks: int = 1)
 
     Args:
         config: from `load_config`.
-        stages: those that run now; None: all of `run`. Earlier ones count for what has been trained before.
+        stages: names of those that run now; None: all of `run`. Earlier ones count for what has been trained before.
         ranks: processes that share the work.
 
     Raises:
-        UserError: a stage that there is not.
+        UserError: a stage of that name is not configured.
     """
     for name in stages or ():
         if name not in config.stages:
@@ -36,7 +39,7 @@ def resolve(config: Config, stages: Sequence[str] | None = None, ranks: int = 1)
     selected = tuple(config.run if stages is None else stages)
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
-    loaded = teacher_dtype(config.teacher.dtype, device, precision)
+    loaded_dtype = teacher_dtype(config.teacher.dtype, device, precision)
     longest = max(config.stages[name].length.tokens_read for name in order)
     settings = RunSettings(
         teacher=config.teacher,
@@ -45,8 +48,8 @@ def resolve(config: Config, stages: Sequence[str] | None = None, ranks: int = 1)
         seed=config.seed,
         device=device,
         precision=precision,
-        teacher_dtype=loaded,
-        frozen_dtype=frozen_dtype(loaded, precision),
+        teacher_dtype=loaded_dtype,
+        frozen_dtype=frozen_dtype(loaded_dtype, precision),
         ranks=ranks,
         zero=config.deepspeed,
         endless_tokens=endless_tokens(config.data, longest),
@@ -57,7 +60,7 @@ def resolve(config: Config, stages: Sequence[str] | None = None, ranks: int = 1)
 def _stage_plan(name: str, config: Config, run: RunSettings) -> StagePlan:
     settings = config.stages[name]
     length, stage = settings.length, stage_class(name, settings.objective)()
-    ranks = run.ranks if stage.trains else 1  # what does not train is done by one process
+    ranks = run.ranks if stage.trains else 1  # a stage that does not train runs in one process
     return StagePlan(
         name=name,
         stage=stage,
@@ -72,7 +75,10 @@ def _stage_plan(name: str, config: Config, run: RunSettings) -> StagePlan:
 
 
 def _signal_teacher(converted: TeacherConfig, settings: StageConfig) -> TeacherConfig:
-    """Return the model that a stage's teacher distributions come from: `teacher_model`, or the converted one."""
+    """Return the model that a stage's teacher distributions come from.
+
+    It is `teacher_model`, or else the model that is converted.
+    """
     second = settings.teacher_model
     if second.path is None:
         return converted

@@ -15,6 +15,8 @@ from ..training.settings import CheckpointConfig, DeepSpeedConfig
 
 
 class Config(Section):
+    """All settings of a run."""
+
     teacher: TeacherConfig = Field(description="The model to convert.")
     variant: list[str] = Field([], description="Shipped variants of the recipe, such as one-card; later beat earlier.")
     student: StudentConfig = Field(StudentConfig(), description="What it becomes.")
@@ -32,7 +34,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="When to save, and how much is kept.")
     deepspeed: DeepSpeedConfig = Field(DeepSpeedConfig(), description="Used when started by a launcher.")
     loggers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
-        [], description="Where metrics go beside metrics.jsonl; each is an extra of the installation."
+        [], description="Where metrics go in addition to metrics.jsonl; each is an optional extra."
     )
     log_every: Positive = Field(10, description="Optimizer steps between lines on the console.")
 
@@ -41,6 +43,6 @@ class Config(Section):
     def _each_once(cls, run: list[str]) -> list[str]:
         if not run:
             raise problem("is empty; name at least one stage")
-        if twice := sorted({name for name in run if run.count(name) > 1}):
-            raise problem("has {} twice; a second pass is a stage of its own name", ", ".join(twice))
+        if repeated := sorted({name for name in run if run.count(name) > 1}):
+            raise problem("lists {} twice; give a second pass another name", ", ".join(repeated))
         return run

@@ -12,28 +12,38 @@ from .schema import Config
 
 
 def describe(model: type[BaseModel] = Config, prefix: str = "") -> list[tuple[str, str, str]]:
-    """Every field as (path, default, description), depth first; <stage> stands for the stages' names."""
+    """Return every field as (path, default, description), depth first.
+
+    In paths, <stage> stands for the stages' names.
+    """
     rows = []
     for name, field in model.model_fields.items():
         inner = inner_model(field.annotation)
         path = f"{prefix}{name}"
         if inner is None:
-            rows.append((path, "" if field.is_required() else str(field.get_default()), field.description))
+            default = "" if field.is_required() else str(field.get_default())
+            rows.append((path, default, field.description or ""))
         else:
             rows += describe(inner, f"{path}.<stage>." if name == "stages" else f"{path}.")
     return rows
 
 
 def inner_model(annotation: Any) -> type[BaseModel] | None:
-    """The model in X, X | None or dict[str, X]."""
-    for part in (annotation, *getattr(annotation, "__args__", ())):
-        if isinstance(part, type) and issubclass(part, BaseModel):
-            return part
+    """Return the model in X, X | None, list[X] or dict[str, X].
+
+    None where there is no model in the annotation.
+    """
+    for candidate in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
     return None
 
 
 def to_yaml(config: Config) -> str:
-    """The configuration with all defaults filled in, a sentence on each field; -c reads it back as the same one."""
+    """Return the configuration as YAML with defaults and a sentence on each field.
+
+    Read back with -c, it gives the same configuration.
+    """
     return "\n".join(_yaml_lines(config)) + "\n"
 
 
@@ -54,12 +64,15 @@ def _yaml_lines(model: BaseModel, indent: str = "", explained: frozenset[str] = 
 
 
 def _flow(value: object) -> str:
-    """A value on one line of YAML."""
+    """Return a value on one line of YAML."""
     text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6)
     return text.removesuffix("\n").removesuffix("\n...")
 
 
 def _names(model: type[BaseModel]) -> frozenset[str]:
-    """All field names below a model: explained once, at the first stage."""
+    """Return all field names below a model.
+
+    They are explained once, at the first stage.
+    """
     inner = [inner_model(field.annotation) for field in model.model_fields.values()]
     return frozenset(model.model_fields).union(*(_names(m) for m in inner if m is not None))

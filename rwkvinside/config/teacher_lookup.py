@@ -1,6 +1,7 @@
-"""Finding a teacher and its architecture: a preset of the shipped recipes, a local directory, or a hub id.
+"""Finding a teacher and its architecture.
 
-Reads configuration files only, no weights, and imports neither torch nor transformers, so that mistakes show at once.
+A teacher is a preset of the shipped recipes, a local directory, or a hub id. Reads configuration files only, no
+weights, and imports neither torch nor transformers, so that mistakes show at once.
 """
 
 from __future__ import annotations
@@ -46,13 +47,19 @@ class TeacherInfo:
 
 @cache
 def recipes() -> dict[str, dict]:
-    """The shipped recipes by name, Qwen3-14B and so on; under `variants` what a variant needs for that model."""
+    """Return the shipped recipes by name, such as Qwen3-14B.
+
+    Under `variants` a recipe has what a variant needs for its model.
+    """
     return _shipped("recipes")
 
 
 @cache
 def variants() -> dict[str, dict]:
-    """The shipped variants by name: settings for any teacher, laid over its recipe."""
+    """Return the shipped variants by name.
+
+    A variant has settings for any teacher, which are laid over its recipe.
+    """
     return _shipped("variants")
 
 
@@ -65,33 +72,33 @@ def _shipped(folder: str) -> dict[str, dict]:
     }
 
 
-def find_teacher(given: str, *, revision: str | None = None, fields: dict | None = None) -> TeacherInfo:
-    """Resolve what the user called the teacher.
+def find_teacher(name: str, *, revision: str | None = None, fields: dict | None = None) -> TeacherInfo:
+    """Return what is known of the teacher that the user named.
 
     Args:
-        given: directory with a config.json, name of a recipe in any case, or hub id, tried in this order.
+        name: directory with a config.json, name of a recipe in any case, or hub id, tried in this order.
         revision: of the hub repository.
         fields: its Hugging Face configuration where known; saves the look-up on the hub.
 
     Raises:
-        UserError: nothing of that name, an unreadable or incomplete configuration, an unsupported architecture.
+        UserError: an unknown name, an unreadable or incomplete configuration, an unsupported architecture.
     """
-    directory = Path(given)
+    directory = Path(name)
     if (directory / "config.json").is_file():
-        return _teacher(given, {}, _read(directory / "config.json"), local=True)
+        return _teacher(name, {}, _read(directory / "config.json"), local=True)
     if directory.exists():
-        raise UserError(f"teacher {given} holds no config.json", "give a Hugging Face model directory")
-    for name, recipe in recipes().items():
-        if given.lower() in (name.lower(), recipe["teacher"]["path"].lower()):
+        raise UserError(f"teacher {name} has no config.json", "give a Hugging Face model directory")
+    for preset, recipe in recipes().items():
+        if name.lower() in (preset.lower(), recipe["teacher"]["path"].lower()):
             return _teacher(recipe["teacher"]["path"], recipe, recipe["teacher"]["config"], local=False)
     if fields is not None:
-        return _teacher(given, {}, fields, local=False)
-    if given.count("/") != 1 or given.startswith((".", "/", "~")):
+        return _teacher(name, {}, fields, local=False)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(
-            f"teacher {given!r} is neither a directory nor a preset nor a hub id{did_you_mean(given, recipes())}",
+            f"teacher {name!r} is neither a directory nor a preset nor a hub id{did_you_mean(name, recipes())}",
             f"presets: {', '.join(recipes())}; hub ids look like owner/name",
         )
-    return _teacher(given, {}, _read(_download(given, revision)), local=False)
+    return _teacher(name, {}, _read(_download(name, revision)), local=False)
 
 
 def _download(repository: str, revision: str | None) -> Path:
@@ -102,7 +109,7 @@ def _download(repository: str, revision: str | None) -> Path:
         return Path(hf_hub_download(repository, "config.json", revision=revision))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise UserError(
-            f"teacher {repository}: its config.json cannot be had from the hub ({type(error).__name__})",
+            f"teacher {repository}: its config.json cannot be fetched from the hub ({type(error).__name__})",
             "check the name, the network and your access to it, or give a local directory",
         ) from error
 
@@ -113,7 +120,7 @@ def _read(file: Path) -> dict:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{file} cannot be read as JSON: {error}", "give a Hugging Face model directory") from error
     if not isinstance(fields, dict):
-        raise UserError(f"{file} holds no JSON object", "give a Hugging Face model directory")
+        raise UserError(f"{file} is not a JSON object", "give a Hugging Face model directory")
     return fields
 
 
@@ -121,11 +128,21 @@ def _teacher(path: str, recipe: dict, fields: dict, local: bool) -> TeacherInfo:
     model_type = fields.get("model_type")
     if model_type not in FAMILIES:
         raise unsupported(model_type, f"teacher {path}")
-    names = ("hidden_size", "num_hidden_layers", "max_position_embeddings", "vocab_size")
-    values = [fields.get(name) for name in names]
-    for name, value in zip(names, values, strict=True):
+
+    def size(name: str) -> int:
+        value = fields.get(name)
         if not isinstance(value, int) or value < 1:
-            raise UserError(
-                f"teacher {path}: its configuration has {name} = {value!r}", "it must be a positive integer"
-            )
-    return TeacherInfo(path, recipe, model_type, *values, local=local)
+            cause = f"teacher {path}: its configuration has {name} = {value!r}"
+            raise UserError(cause, "it must be a positive integer")
+        return value
+
+    return TeacherInfo(
+        path=path,
+        recipe=recipe,
+        model_type=model_type,
+        hidden_size=size("hidden_size"),
+        num_layers=size("num_hidden_layers"),
+        max_positions=size("max_position_embeddings"),
+        vocab_size=size("vocab_size"),
+        local=local,
+    )

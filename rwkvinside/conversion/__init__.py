@@ -1,1 +1,1 @@
-"""The pipeline: a configuration becomes data, student, engine and trainer, stage after stage."""
+"""The pipeline: a configuration becomes a trained student, stage after stage."""

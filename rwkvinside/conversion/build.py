@@ -1,4 +1,7 @@
-"""The parts of one stage: student, engine, what its checkpoints remember. What happens with them is in `run.py`."""
+"""The parts of one stage: student, engine, what its checkpoints remember.
+
+What happens with them is in `stage.py`.
+"""
 
 from __future__ import annotations
 
@@ -44,6 +47,7 @@ def make_student(
     Mixers and all that was trained are fp32, with precision fp32 all that is not quantized.
 
     Args:
+        plan: of the stage.
         before: the student's tensors after the stage before; None at the start of a conversion.
         directory: of the stage; what it quantized when it began is read from there.
         device, text: with what to quantize otherwise, see `assemble`.
@@ -58,14 +62,20 @@ def make_student(
 
 
 def save_frozen_weights(student: HybridModel, directory: Path) -> None:
-    """Write what a stage has quantized, if that was not done before; for one process, before anything trains."""
+    """Write what a stage has quantized, if that was not done before.
+
+    For one process, before anything trains.
+    """
     tensors = frozen_weights_of(student)
     if tensors and frozen_weights_digest(directory) is None:
         write_frozen_weights(directory, tensors)
 
 
 def layer_settings(layers: LayerSpec, directory: Path) -> dict:
-    """Return JSON values that a resumed stage must share, so that adapters and quantized weights mean the same."""
+    """Return what a resumed stage must share, as JSON values.
+
+    With it adapters and quantized weights mean the same.
+    """
     return {"adapters": _adapter_settings(layers), "frozen": frozen_weights_digest(directory)}
 
 
@@ -73,16 +83,17 @@ def check_adapters(layers: LayerSpec, state: Mapping) -> None:
     """Refuse a checkpoint whose adapters would compute something else in a stage.
 
     Args:
+        layers: of the stage.
         state: of the checkpoint.
 
     Raises:
         UserError: shows both settings.
     """
-    there = state.get("settings", {}).get("adapters")
-    here = _adapter_settings(layers)
-    if there and there != here:
+    written = state.get("settings", {}).get("adapters")
+    current = _adapter_settings(layers)
+    if written and written != current:
         raise UserError(
-            f"the weights to start from were trained with other adapters: {there} there, {here} here",
+            f"the weights to start from were trained with other adapters: {written} there, {current} here",
             "leave `adapters` as it was, or start a new run",
         )
 
@@ -92,34 +103,43 @@ def _adapter_settings(layers: LayerSpec) -> list[dict]:
 
 
 def write_adapters(layers: LayerSpec, student: HybridModel, tensors: Mapping[str, Tensor], directory: Path) -> None:
-    """Write the adapters of a finished stage as PEFT directories `adapter`, `adapter-2`, ... in the stage's own.
+    """Write the adapters of a finished stage as PEFT directories.
+
+    They are `adapter`, `adapter-2`, ... in the stage's directory.
 
     Args:
+        layers: of the stage.
         student: has the adapters; its weights are not read.
         tensors: of the stage's last checkpoint.
         directory: of the stage.
     """
-    for i, (spec, own) in enumerate(adapters_of(student, layers, tensors)):
-        write_peft(directory / adapter_directory(i), spec, own)
+    for i, (spec, weights) in enumerate(adapters_of(student, layers, tensors)):
+        write_peft(directory / adapter_directory(i), spec, weights)
 
 
 def fingerprint(student: HybridModel) -> dict:
-    """Return JSON values that tell students apart whose tensors do not fit, or would compute something else."""
+    """Return what tells students apart, as JSON values.
+
+    Students with other values have tensors that do not fit, or would compute something else.
+    """
     sizes = ("model_type", "num_hidden_layers", "vocab_size", "intermediate_size")
     values = {f"teacher.{name}": getattr(student.lm.config, name) for name in sizes}
-    how = {"backend": "auto", "precision": "auto", "detach_first": False}  # the same student by another way
-    mixers = mixer_fields({i: config.replace(**how) for i, config in student.mixer_configs.items()})
-    values |= {name: value for name, value in mixers["mixer"].items() if name not in how}
+    implementation = {"backend": "auto", "precision": "auto", "detach_first": False}  # the same student by another way
+    mixers = mixer_fields({i: config.replace(**implementation) for i, config in student.mixer_configs.items()})
+    values |= {name: value for name, value in mixers["mixer"].items() if name not in implementation}
     values |= {"mixer_layers": mixers["mixer_layers"]} if mixers["mixer_layers"] else {}
     return values | {"rwkv_layers": student.rwkv_layers, "attention_rope": student.spec.attention_rope}
 
 
 def evaluation_teacher(teacher: Teacher | None) -> Teacher | None:
-    """Return the teacher that an evaluation can ask: one on disk knows nothing but the rows of its stage."""
+    """Return the teacher that an evaluation can ask.
+
+    A teacher on disk knows the rows of its stage only.
+    """
     return None if isinstance(teacher, OfflineTeacher) else teacher
 
 
-def watched(step: Step, student: HybridModel) -> Step:
+def watched(step: Step[Batch], student: HybridModel) -> Step[Batch]:
     """Return a step that makes sure that adapters learn, where some train."""
     trainable = {name: p for name, p in student.canonical_parameters().items() if p.requires_grad}
     return GradientWatch(step, trainable) if any(map(is_adapter, trainable)) else step
@@ -128,20 +148,29 @@ def watched(step: Step, student: HybridModel) -> Step:
 def make_engine(
     plan: StagePlan, phase: Phase, student: HybridModel, world: Distributed
 ) -> LocalEngine | DeepSpeedEngine:
-    """Return the engine of a phase, with an optimizer over what `Stage.prepare` has made trainable."""
+    """Return the engine of a phase.
+
+    Its optimizer is over what `Stage.prepare` has made trainable.
+    """
     groups = {name: group.parameters for name, group in rate_groups(student, plan, phase).items()}
-    common = student, groups, plan.settings.optim, world, plan.run.precision
+    common = student, groups, plan.optim, world, plan.run.precision
     return DeepSpeedEngine(*common, plan.run.zero, plan.shape) if world.launched else LocalEngine(*common)
 
 
 def work_of(plan: StagePlan, student: HybridModel, kind: TeacherKind | None, teacher: Teacher | None) -> float:
-    """Return operations for a token with what `Stage.prepare` has made trainable; asked before an engine is made."""
+    """Return the operations for a token.
+
+    `Stage.prepare` has made trainable what trains; to be asked before an engine is made.
+    """
     second = teacher.module.lm if isinstance(teacher, OnlineTeacher) else None
     return training_flops(student, plan, kind, second).total
 
 
 def numbers(scores: Scores, teacher: Teacher | None) -> dict[str, float]:
-    """Return what an evaluation reports by name; without a teacher, the student's cross-entropy alone."""
+    """Return what an evaluation reports by name.
+
+    Without a teacher it is the student's cross-entropy alone.
+    """
     if teacher is None:
         return {"ce": scores.ce}
     return {"kl": scores.kl, "ce": scores.ce, "ce_teacher": scores.ce_teacher, "agreement": scores.agreement}

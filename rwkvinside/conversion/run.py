@@ -49,7 +49,7 @@ class Run:
         world: the processes.
         tokenizer: the teacher's.
         shapes: the student on the meta device.
-        loggers: trackers beside metrics.jsonl.
+        loggers: trackers in addition to metrics.jsonl.
     """
 
     config: Config
@@ -63,9 +63,9 @@ class Run:
 
     @cached_property
     def peak(self) -> tuple[float, str]:
-        """Operations that the devices of all ranks can do in a second, and where the number is from."""
-        one, origin = peak_flops(self.world.device, self.plan.settings.precision)
-        return one * self.world.size, origin
+        """Operations of all ranks' devices in a second, and the source of the number."""
+        of_device, origin = peak_flops(self.world.device, self.plan.settings.precision)
+        return of_device * self.world.size, origin
 
     def say(self, line: str) -> None:
         """Print a line, on rank 0."""
@@ -78,7 +78,9 @@ class Run:
         return Checkpointer(self.directory.stage(stage), student, settings.keep, settings.on_disk_full)
 
     def stage_before(self, name: str) -> str | None:
-        """Return the stage whose result a stage starts from: the one before it in `run`, or the last that was run.
+        """Return the stage whose result a stage starts from.
+
+        It is the one before it in `run`, or the last that was run.
 
         Raises:
             UserError: it is not finished.
@@ -165,7 +167,7 @@ def _check_backend(backend: str, device: str, shapes: HybridModel) -> None:
 
 
 def _check_inputs(run: Run) -> None:
-    """Refuse now, not after days, what a later stage lacks."""
+    """Refuse now, not after days, what a later stage cannot use."""
     for name in run.plan.selected:
         if name not in run.directory.finished():
             stage = run.plan.stage(name)

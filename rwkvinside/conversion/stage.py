@@ -1,4 +1,4 @@
-"""One stage of a run: its data, its phases, and what each of them is built from and leaves."""
+"""One stage of a run: its data, its phases, and what each of them leaves."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ from .build import (
 if TYPE_CHECKING:
     from .run import Run
 
-ROUNDING_TOKENS = 4096  # whose inputs decide how weights are rounded, where they do
+ROUNDING_TOKENS = 4096  # whose inputs decide how gptq rounds weights
 
 
 @dataclass(frozen=True)
@@ -125,15 +125,17 @@ def _load_inputs(run: Run, plan: StagePlan, before: str | None) -> _Inputs:
     if run.world.is_main:
         run.directory.describe(run.config, run.plan_text)
         data = run.directory.conversion().get("data", {}) | {plan.name: facts}
-        about = {"rwkvinside": __version__, "teacher": settings.teacher.path, "student": fingerprint(run.shapes)}
-        run.directory.note(about | {"data": data})
+        facts_of_run = {"rwkvinside": __version__, "teacher": settings.teacher.path, "student": fingerprint(run.shapes)}
+        run.directory.note(facts_of_run | {"data": data})
         run.loggers.open()
     run.say("\n".join([f"{plan.name}: {lines[0]}", *lines[1:]]))
     return _Inputs(before, rows, validation_batches(val, lm.max_position_embeddings), tokens.fingerprint)
 
 
 def _run_phase(run: Run, plan: StagePlan, phase: Phase, inputs: _Inputs, checkpoint: Checkpoint | None) -> dict:
-    """Run one phase, with a student built for it, so that a stage that unfreezes goes the way of a resumed one.
+    """Run one phase, with a student built for it.
+
+    So a stage that unfreezes takes the same way as a resumed one.
 
     Returns:
         The last evaluation, {} where there was none.
@@ -155,20 +157,23 @@ def _run_phase(run: Run, plan: StagePlan, phase: Phase, inputs: _Inputs, checkpo
 
 
 def _build_student(run: Run, plan: StagePlan, inputs: _Inputs, checkpoint: Checkpoint | None) -> HybridModel:
-    """Return the student of a phase; rank 0 writes what it quantizes, the others read it."""
+    """Return the student of a phase.
+
+    Rank 0 writes what it quantizes, the others read it.
+    """
     world, folder, before = run.world, run.directory.stage(plan.name), inputs.before
     start = checkpoint or (before and run.checkpointer(before).load())
     if start is not None:
         check_adapters(plan.layers, start.state)
-    reads = plan.layers.has_frozen_weights and not world.is_main and frozen_weights_digest(folder) is None
-    if reads:
+    waits = plan.layers.has_frozen_weights and not world.is_main and frozen_weights_digest(folder) is None
+    if waits:
         world.barrier()
     text = partial(leading_text, inputs.rows, ROUNDING_TOKENS)
     earlier = before and run.directory.stage(before)
     student = make_student(plan, start and start.tensors(), folder, world.device, text, earlier)
     if world.is_main:
         save_frozen_weights(student, folder)
-    if not reads:
+    if not waits:
         world.barrier()
     if quantized := student.quantized.values():
         error = relative_error(quantized)
@@ -189,8 +194,8 @@ def _fit(run: Run, plan: StagePlan, models: _Models, inputs: _Inputs) -> dict:
     tokens = sum(batch.num_tokens for batch in batches)
 
     def row(kind: str, step: int, values: dict) -> dict:
-        about = {"kind": kind, "stage": plan.name, "step": step, "tokens": step * tokens}
-        written = about | values | {"time": time.time()}
+        place = {"kind": kind, "stage": plan.name, "step": step, "tokens": step * tokens}
+        written = place | values | {"time": time.time()}
         metrics.write(written)
         return written
 
@@ -219,9 +224,9 @@ def _train(
     student, world = models.student, run.world
     trainable = {n for n, p in student.canonical_parameters().items() if p.requires_grad}
     # an engine of several processes may round or cut what it does not train; one process keeps and saves it
-    kept = student.student_state_dict() if world.is_main else {}
-    others = {n: t.to("cpu", copy=world.launched) for n, t in kept.items() if n not in trainable}
-    new, groups = joined(student, plan, phase), rate_groups(student, plan, phase)
+    tensors = student.student_state_dict() if world.is_main else {}
+    others = {n: t.to("cpu", copy=world.launched) for n, t in tensors.items() if n not in trainable}
+    new_names, groups = joined(student, plan, phase), rate_groups(student, plan, phase)
     run.say("\n".join([f"{plan.name} trains from step {phase.first + 1}:", *training_table(student, plan, phase)]))
     work = work_of(plan, student, models.kind, models.teacher)
     engine = make_engine(plan, phase, student, world)
@@ -238,7 +243,7 @@ def _train(
             callbacks=[Evaluate(evaluation), SaveExtra(others), *_reports(run, plan, work)],
         )
         if checkpoint is not None:
-            trainer.restore(checkpoint, joined=new if checkpoint.step == phase.first else ())
+            trainer.restore(checkpoint, joined=new_names if checkpoint.step == phase.first else ())
         trainer.fit(until=phase.until)
         if not evaluation.last and phase.until == plan.length.steps:
             evaluation(phase.until)  # killed between the last checkpoint and the end of the stage
@@ -269,11 +274,11 @@ class _Evaluation:
         return self.last
 
 
-def _step(plan: StagePlan, models: _Models, engine: Engine, rows: Rows) -> Step:
+def _step(plan: StagePlan, models: _Models, engine: Engine, rows: Rows) -> Step[Batch]:
     """Return the step of the stage's objective, once the engine has the student."""
     with engine.autocast():  # without gradients more rows fit than in a step
-        together = rows_within(MICRO_TOKENS, plan.length.seq_len)
-        batches = partial(sample, rows, micro_rows=together, device=engine.world.device)
+        micro_rows = rows_within(MICRO_TOKENS, plan.length.seq_len)
+        batches = partial(sample, rows, micro_rows=micro_rows, device=engine.world.device)
         step = plan.stage.step(engine.module, models.teacher, plan, batches)
     if plan.settings.activation_checkpointing and plan.stage.recomputes_layers:
         models.student.lm.train().activation_checkpointing_enable()  # transformers recomputes in training mode only
@@ -294,7 +299,7 @@ def _training_plan(run: Run, plan: StagePlan, schedule: Schedule, student: Hybri
 
 
 def _reports(run: Run, plan: StagePlan, work: float) -> list[Callback]:
-    """Return what reports the steps of a stage: on rank 0 alone.
+    """Return what reports the steps of a stage, on rank 0 alone.
 
     Args:
         work: operations for a token.

@@ -1,4 +1,7 @@
-"""`rwkvinside data logits`: a teacher's likeliest tokens for the rows of a distillation stage, written to disk."""
+"""A teacher's likeliest tokens for the rows of a stage, written to disk.
+
+This is `rwkvinside data logits`.
+"""
 
 from __future__ import annotations
 
@@ -36,9 +39,9 @@ def distillation_plan(config: Config, name: str) -> StagePlan:
     Raises:
         UserError: there is no such stage, or its objective has no teacher.
     """
-    following = [each for each, its in config.stages.items() if objective_class(its.objective).follows_teacher]
+    following = [n for n, stage in config.stages.items() if objective_class(stage.objective).follows_teacher]
     if name not in following:
-        raise UserError(f"{name!r} is no stage with objective distill", f"those are: {', '.join(following)}")
+        raise UserError(f"{name!r} is not a stage that follows a teacher", f"stages that do: {', '.join(following)}")
     return resolve(config, [name]).stage(name)
 
 
@@ -46,13 +49,14 @@ def write_logits(plan: StagePlan, out: Path, k: int, shard_bytes: int = SHARD_BY
     """Write the logits of a stage, or what is missing of them.
 
     Args:
-        out: directory; None is the stage's `teacher_cache`.
+        plan: of the stage.
+        out: directory.
         k: tokens of each position.
         shard_bytes: about what a file is to have.
 
     Raises:
-        UserError: no such stage, no directory, other logits in it, no space; `Interrupted` by ctrl-C, with whole
-            shards kept.
+        UserError: there is no space, or other logits are in the directory; `Interrupted` by ctrl-C, with whole shards
+            kept.
     """
     disable_progress_bar()
     device = plan.run.device
@@ -78,8 +82,8 @@ def write_logits(plan: StagePlan, out: Path, k: int, shard_bytes: int = SHARD_BY
     )
     missing = writer.missing()
     left = sum(map(len, missing))
-    kept = count - left
-    progress = Progress(plan.name, count, unit="rows", done=kept, stream=sys.stdout)
+    written = count - left
+    progress = Progress(plan.name, count, unit="rows", done=written, stream=sys.stdout)
     size = rounded_bytes(left * row_bytes)
     progress.say(f"{plan.name}: {left:,} of {count:,} rows to write, at most {size}, to {out}")
     if left * row_bytes > (free := free_bytes(out)):
@@ -90,30 +94,33 @@ def write_logits(plan: StagePlan, out: Path, k: int, shard_bytes: int = SHARD_BY
 
     try:
         with progress:
-            for part in missing:
+            for shard in missing:
                 with precision_context(plan.run.precision, world.device):
-                    size, heat = plan.shape.micro_rows, plan.settings.loss.temperature
-                    writer.write(part, *_shard(teacher, rows, part, size, vocab, k, heat, advance))
-                kept += len(part)
+                    micro_rows, temperature = plan.shape.micro_rows, plan.loss.temperature
+                    writer.write(shard, *_shard(teacher, rows, shard, micro_rows, vocab, k, temperature, advance))
+                written += len(shard)
     except KeyboardInterrupt as error:
-        raise Interrupted(f"stopped with {kept:,} of {count:,} rows", "the same command again goes on") from error
-    progress.say(f"{plan.name}: {kept:,} of {count:,} rows are in {out}")
+        raise Interrupted(f"stopped with {written:,} of {count:,} rows", "the same command again goes on") from error
+    progress.say(f"{plan.name}: {written:,} of {count:,} rows are in {out}")
 
 
 def _shard(
     teacher: OnlineTeacher,
     rows: Rows,
-    part: range,
-    size: int,
+    numbers: range,
+    micro_rows: int,
     vocab: int,
     k: int,
     temperature: float,
     progress: Callable[[int], None],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `LogitsWriter.write` takes, for some rows, `size` at a time."""
+    """Return what `LogitsWriter.write` takes, for the rows of one shard.
+
+    They are computed `micro_rows` at a time.
+    """
     ids, log_probs, counts, digests = [], [], [], []
-    for start in range(part.start, part.stop, size):
-        batch = rows.batch(range(start, min(start + size, part.stop)))
+    for start in range(numbers.start, numbers.stop, micro_rows):
+        batch = rows.batch(range(start, min(start + micro_rows, numbers.stop)))
         counts.append((batch.labels != IGNORE).sum(1))
         digests.append(row_digests(batch))
         for top_ids, top in _top(teacher, batch.to(next(teacher.module.parameters()).device), vocab, k, temperature):

@@ -23,7 +23,9 @@ class Rows(Protocol):
     """What is mixed: `PackedRows`, `PaddedDocuments` or `StreamedRows`."""
 
     seq_len: int
-    tokens_per_row: float
+
+    @property
+    def tokens_per_row(self) -> float: ...
 
     def row(self, i: int) -> Row: ...
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.batch import Batch
 from ..modeling.first_layer import FirstLayerKV
@@ -82,7 +82,7 @@ def calibrate(
 
 
 @torch.no_grad()
-def teacher_norms(model: HybridModel, batches: list[Batch]) -> tuple[dict[int, float], dict[int, float]]:
+def teacher_norms(model: nn.Module, batches: list[Batch]) -> tuple[dict[int, float], dict[int, float]]:
     """Measure the teacher's attention outputs and the student's error in them.
 
     Returns:

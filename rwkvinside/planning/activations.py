@@ -1,8 +1,8 @@
-"""What the backward pass needs of a forward pass, in bytes for each token, from the student's structure.
+"""What the backward pass needs of a forward pass, in bytes for each token.
 
-The counts are those of the code as it runs on a CPU with the native kernel, which `tests/test_memory.py` compares with
-what autograd really keeps. The chunked path and the Triton kernels keep other things beside the recurrence; their
-counts are taken to be the same, which nobody has measured.
+The counts follow from the student's structure. They are those of the code as it runs on a CPU with the native kernel,
+which `tests/planning/test_activations.py` compares with what autograd really keeps. The chunked path and the Triton
+kernels keep other things next to the recurrence; their counts are taken to be the same, which nobody has measured.
 
 Notation: D width, C = heads x head size, K = the same for keys and values, N head size, I inner size of the MLP; `low`
 bytes of a product's type (2 under bf16, else 4), `stream` of the residual stream's. What is named fp32 has 4 bytes.
@@ -21,10 +21,14 @@ FP32 = 4
 
 
 def kept_bytes(model: HybridModel, *, align: bool, low: int, stream: int) -> list[int]:
-    """Bytes that each layer keeps for one token, in the order of the layers; what trains is read from the model.
+    """Return the bytes that each layer keeps for one token.
+
+    In the order of the layers; what trains is read from the model.
 
     Args:
+        model: with its trainable parameters marked.
         align: only the mixers have a backward pass, each on its own.
+        low, stream: see the notation.
     """
     count = model.lm.config.num_hidden_layers
     if align:
@@ -35,10 +39,13 @@ def kept_bytes(model: HybridModel, *, align: bool, low: int, stream: int) -> lis
 
 
 def edge_bytes(model: HybridModel, *, align: bool, checkpointing: bool, stream: int) -> tuple[int, int]:
-    """Bytes a token that are kept whatever the layers keep: (for each layer, for the whole model).
+    """Return the bytes a token that are kept whatever the layers keep.
 
     A layer that is recomputed keeps its input, in align also its target. The whole model keeps what the last norm
     needs, the hidden states that the head reads, their gradient, and the teacher's.
+
+    Returns:
+        For each layer, and for the whole model.
     """
     width = model.lm.config.hidden_size
     inputs = (2 if align else 1) * stream * width if checkpointing else 0
@@ -46,15 +53,18 @@ def edge_bytes(model: HybridModel, *, align: bool, checkpointing: bool, stream: 
 
 
 def transient_bytes(model: HybridModel, *, align: bool, low: int) -> int:
-    """Bytes a token that the backward pass of one layer has beside what was kept: the gradients that are on their way
-    through the recurrence (r, w, k, b and two more of C), or through the MLP (three of I)."""
+    """Return the bytes a token of one layer's backward pass beyond what was kept.
+
+    They are the gradients on their way through the recurrence (r, w, k, b and two more of C), or through the MLP (three
+    of I).
+    """
     inner = model.lm.config.intermediate_size
     mixer = FP32 * 6 * max(c.num_heads * c.head_size for c in model.mixer_configs.values())
     return mixer if align else max(mixer, 3 * low * inner)
 
 
 def _first_trained(model: HybridModel) -> int:
-    """Index of the lowest layer through which a gradient has to go."""
+    """Return the index of the lowest layer through which a gradient has to go."""
     if any(p.requires_grad for p in model.family.embedding(model.lm).parameters()):
         return 0
     layers = model.family.layers(model.lm)
@@ -81,16 +91,22 @@ def _layer(model: HybridModel, index: int, low: int, stream: int) -> int:
 
 
 def _norm(norm: nn.Module, stream: int) -> int:
-    """The input in fp32, and the normed value where the weight trains."""
+    """Return the bytes that a norm keeps.
+
+    They are its input in fp32, and the normed value where the weight trains.
+    """
     width = norm.weight.numel()
     return FP32 * (width + 1) + (stream * width if norm.weight.requires_grad else 0)
 
 
-def _inputs(linears: Sequence[nn.Module], low: int, given: int) -> int:
-    """What linear layers keep of their common input: nothing where they are frozen, it once where it has their type
-    already, else a copy for each; and what is between the two factors of their adapters."""
+def _inputs(linears: Sequence[nn.Module], low: int, input_bytes: int) -> int:
+    """Return the bytes that linear layers keep of their common input.
+
+    Nothing where they are frozen; the input once where it has their type already, else a copy for each. In addition
+    what is between the two factors of their adapters.
+    """
     trained = [linear for linear in linears if any(p.requires_grad for p in linear.parameters())]
-    copies = len(trained) if given != low else min(len(trained), 1)
+    copies = len(trained) if input_bytes != low else min(len(trained), 1)
     ranks = sum(p.shape[0] for linear in trained for name, p in linear.named_parameters() if ".lora_A." in f".{name}")
     return low * (copies * linears[0].in_features + ranks)
 
@@ -117,7 +133,7 @@ def _mixer(mixer: TimeMixer, low: int, stream: int) -> int:
     # sigmoids of decay and rate; the decay itself, or two for its logarithm, or for the stock key; removed; the state
     # before every 16th token
     total += FP32 * C * (2 + (1 if c.key_scale == "decay" else 2) + 1 + N / 16)
-    # of the recurrence: log decay and b in fp32, r, k and v, and a; in front of it the scale of the key, behind r k
+    # of the recurrence: log decay and b in fp32, r, k and v, and a; before it the scale of the key, after it r k
     total += FP32 * 2 * C + turned * 2 * C + low * values + FP32 * keys
     total += turned * C * (1 + c.bonus) + FP32 * 2 * H
     # the key before and after it is scaled to length one

@@ -37,48 +37,55 @@ PEAKS = (
     ("MI250X", 191.5, 47.9),  # of one of its two chips, each of which is a device
 )
 
+RESERVED = 2**30  # of a GPU: context, allocator, kernels
+CARDS = (8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 141, 192, 288)  # GB of common GPUs
+
 
 def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
-    """What one device can do at most in a second, and where the number is from: "data sheet" or "measured".
+    """Return what one device can do at most in a second, and the source.
 
     Args:
+        device: of the run.
         precision: "fp32" or "bf16".
+
+    Returns:
+        Operations per second, and "data sheet" or "measured".
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        for part, bf16, fp32 in PEAKS:
-            if re.search(rf"\b{part}\b", name) and "Laptop" not in name:
+        for words, bf16, fp32 in PEAKS:
+            if re.search(rf"\b{words}\b", name) and "Laptop" not in name:
                 return (bf16 if precision == "bf16" else fp32) * 1e12, "data sheet"
     return measured_flops(device, precision), "measured"
 
 
 def measured_flops(device: torch.device, precision: str, seconds: float = 0.2) -> float:
-    """The best rate of products of square matrices, tried for about `seconds` with PyTorch's threads of now."""
+    """Return the best rate of products of square matrices.
+
+    It is tried for about `seconds`, with PyTorch's current number of threads.
+    """
     size = 8192 if device.type == "cuda" else 1024
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a = torch.full((size, size), 0.5, device=device, dtype=dtype)
 
-    def turn() -> float:
+    def time_product() -> float:
         start = time.perf_counter()
         a @ a
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - start
 
-    turn()  # starts the library
-    best, spent = turn(), 0.0
+    time_product()  # starts the library
+    best, spent = time_product(), 0.0
     while spent < seconds:
-        once = turn()
-        best, spent = min(best, once), spent + once
+        elapsed = time_product()
+        best, spent = min(best, elapsed), spent + elapsed
     return 2 * size**3 / best
 
 
-RESERVED = 2**30  # of a GPU: context, allocator, kernels
-
-
-CARDS = (8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 141, 192, 288)  # GB of common GPUs
-
-
 def card_for(size: int) -> int | None:
-    """GB of the smallest common GPU that a peak of `size` bytes fits on; None: no such GPU."""
+    """Return the GB of the smallest common GPU that a peak of `size` bytes fits on.
+
+    None: there is no such GPU.
+    """
     return next((card for card in CARDS if size + RESERVED <= card * 10**9), None)

@@ -1,17 +1,18 @@
-"""Floating-point operations that a stage needs for one token, from the student's structure, and what a device can do.
+"""Floating-point operations that a stage needs for one token.
 
-Counted are products of matrices, a multiplication and an addition as two operations; not norms, activations, the
-softmax, the optimizer, and nothing twice (recomputation is not counted). For a matrix of n weights, a token costs
+They follow from the student's structure. Counted are products of matrices, a multiplication and an addition as two
+operations; not norms, activations, the softmax, the optimizer, and nothing twice (recomputation is not counted). For a
+matrix of n weights, a token costs
 
     2 n   in the forward
-    2 n   for the gradient of its input, where something in front of it trains
+    2 n   for the gradient of its input, where something before it trains
     2 n   for the gradient of its weights, where it trains
 
 and without matrices of weights, with C = heads x head size, N = head size, T = tokens of a row:
 
     scores      4 C (T + 1) / 2 in the forward: queries with keys, weights with values, half of the square
     recurrence  8 C N in the forward: S a, (S a) b^T, v k^T and S r for every head
-                both: twice that in the backward, where something in front of it trains
+                both: twice that in the backward, where something before it trains
 
 The teacher's side has a forward only. Embeddings are looked up. MFU is these operations, times the tokens per second,
 over the peak of the devices: the share of the hardware that did necessary work.
@@ -40,9 +41,9 @@ from ..teacher.kinds import TeacherKind
 class Flops:
     """Operations for one token by what they are for.
 
-    Args:
-        forward, backward: by "mixer.proj", "mixer.lora", "recurrence", "attention", "scores", "mlp", "adapters",
-            "head" and "teacher" (everything of its side).
+    Attributes:
+        forward, backward: by "mixer.proj", "mixer.lora", "recurrence", "attention", "scores", "mlp", "adapters", "head"
+            and "teacher" (everything of its side).
     """
 
     forward: dict[str, float] = field(default_factory=dict)
@@ -50,9 +51,11 @@ class Flops:
 
     @property
     def total(self) -> float:
+        """Operations of forward and backward together."""
         return sum(self.forward.values()) + sum(self.backward.values())
 
     def add(self, kind: str, forward: float, backward: float = 0.0) -> None:
+        """Add operations to a purpose."""
         self.forward[kind] = self.forward.get(kind, 0.0) + forward
         self.backward[kind] = self.backward.get(kind, 0.0) + backward
 
@@ -60,16 +63,19 @@ class Flops:
 def training_flops(
     student: HybridModel, plan: StagePlan, kind: TeacherKind | None, teacher: PreTrainedModel | None = None
 ) -> Flops:
-    """Operations of one token of a training stage with what `Stage.prepare` has made trainable.
+    """Return the operations of one token of a training stage.
+
+    `Stage.prepare` has made trainable what trains.
 
     Args:
         student: on any device, before an engine may shard it.
+        plan: of the stage.
         kind: where the teacher's side comes from, as `Stage.prepare` said.
         teacher: the second model of an online teacher.
     """
     context = (plan.length.seq_len + 1) / 2
-    found = Flops()
-    align, own = plan.stage.backward is Backward.MIXERS, kind is TeacherKind.SELF
+    flops = Flops()
+    align, self_teacher = plan.stage.backward is Backward.MIXERS, kind is TeacherKind.SELF
     lm, family = student.lm, student.family
     upstream = not align and _trains(family.embedding(lm))
     for i, layer in enumerate(family.layers(lm)):
@@ -78,52 +84,56 @@ def training_flops(
         upstream |= not align and _trains(family.attention_input(layer))
         # adapters outside of the mixers are off in align
         if converted:
-            trained = _add_mixer(found, family, attention.student_attn, upstream)
+            trained = _add_mixer(flops, family, attention.student_attn, upstream)
         else:
-            trained = _add_attention(found, family, attention, scores, upstream, adapters=not align)
+            trained = _add_attention(flops, family, attention, scores, upstream, adapters=not align)
         upstream |= trained and not align
         upstream |= not align and _trains(family.mlp_input(layer))
         mlp = family.mlp(layer)
-        upstream |= _add_block(found, family, mlp, upstream, "mlp", adapters=not align) and not align
-        if converted and (align or own):
-            _add_teacher(found, attention.teacher_attn, scores)
-        if not align and own:
-            _add_teacher(found, mlp)
+        upstream |= _add_block(flops, family, mlp, upstream, "mlp", adapters=not align) and not align
+        if converted and (align or self_teacher):
+            _add_teacher(flops, attention.teacher_attn, scores)
+        if not align and self_teacher:
+            _add_teacher(flops, mlp)
             if not converted:
-                _add_teacher(found, attention, scores)
+                _add_teacher(flops, attention, scores)
     if not align:
         head = family.head(lm)
-        _add_block(found, family, head, upstream or _trains(family.final_norm(lm)), "head")
-        if own:
-            _add_teacher(found, head)
+        _add_block(flops, family, head, upstream or _trains(family.final_norm(lm)), "head")
+        if self_teacher:
+            _add_teacher(flops, head)
     if teacher is not None:
-        _add_second(found, teacher, context)
-    return found
+        _add_second(flops, teacher, context)
+    return flops
 
 
 def _trains(module: nn.Module) -> bool:
     return any(p.requires_grad for p in module.parameters())
 
 
-def _add_mixer(found: Flops, family: Family, mixer: TimeMixer, upstream: bool) -> bool:
-    """Add what a mixer costs; returns whether something in it trains."""
+def _add_mixer(flops: Flops, family: Family, mixer: TimeMixer, upstream: bool) -> bool:
+    """Add what a mixer costs; return whether something in it trains."""
     core = 8 * mixer.mixer_config.num_heads * mixer.mixer_config.head_size**2
-    found.add("recurrence", core, 2 * core * _before_the_last(family, mixer, upstream, adapters=True))
-    return _add_block(found, family, mixer, upstream, "mixer")
+    flops.add("recurrence", core, 2 * core * _before_the_last(family, mixer, upstream, adapters=True))
+    return _add_block(flops, family, mixer, upstream, "mixer")
 
 
 def _add_attention(
-    found: Flops, family: Family, attention: nn.Module, scores: float, upstream: bool, adapters: bool
+    flops: Flops, family: Family, attention: nn.Module, scores: float, upstream: bool, adapters: bool
 ) -> bool:
-    """Add what an attention costs; returns whether something in it trains."""
-    found.add("scores", scores, 2 * scores * _before_the_last(family, attention, upstream, adapters))
-    return _add_block(found, family, attention, upstream, "attention", adapters)
+    """Add what an attention costs; return whether something in it trains."""
+    flops.add("scores", scores, 2 * scores * _before_the_last(family, attention, upstream, adapters))
+    return _add_block(flops, family, attention, upstream, "attention", adapters)
 
 
 def _add_block(
-    found: Flops, family: Family, block: nn.Module, upstream: bool, kind: str, adapters: bool = True
+    flops: Flops, family: Family, block: nn.Module, upstream: bool, kind: str, adapters: bool = True
 ) -> bool:
-    """Add the matrices of a mixer, an attention, an MLP or a head; returns whether something in it trains."""
+    """Add the matrices of a mixer, an attention, an MLP or a head.
+
+    Returns:
+        Whether something in it trains.
+    """
     trained, last = _trained(block, adapters), _last(family)
     for name, size, trains in _matrices(block, adapters):
         group = kind
@@ -131,13 +141,16 @@ def _add_block(
             group = "adapters"
         elif kind == "mixer":
             group = "mixer.proj" if name.split(".")[0] in PROJECTIONS else "mixer.lora"
-        behind = upstream or any(_feeds(other, name, last) for other in trained)
-        found.add(group, 2 * size, 2 * size * (behind + trains))
+        input_trains = upstream or any(_feeds(other, name, last) for other in trained)
+        flops.add(group, 2 * size, 2 * size * (input_trains + trains))
     return bool(trained)
 
 
 def _before_the_last(family: Family, block: nn.Module, upstream: bool, adapters: bool) -> bool:
-    """Whether something trains in front of the last matrix of a block: r, k and v, or q, k and v."""
+    """Return whether something trains before the last matrix of a block.
+
+    That is r, k and v, or q, k and v.
+    """
     return upstream or any(name.split(".")[0] not in _last(family) for name in _trained(block, adapters))
 
 
@@ -146,19 +159,19 @@ def _trained(block: nn.Module, adapters: bool) -> set[str]:
 
 
 def _last(family: Family) -> tuple[str, ...]:
-    """Matrices that are fed by the others of their block, not by its input."""
+    """Return the matrices that are fed by the others of their block, not by its input."""
     return "output", family.attention_output, family.mlp_output
 
 
-def _add_teacher(found: Flops, block: nn.Module, scores: float = 0.0) -> None:
+def _add_teacher(flops: Flops, block: nn.Module, scores: float = 0.0) -> None:
     """Add the forward of a part of the teacher, without adapters."""
-    found.add("teacher", 2 * sum(size for _, size, _ in _matrices(block, adapters=False)) + scores)
+    flops.add("teacher", 2 * sum(size for _, size, _ in _matrices(block, adapters=False)) + scores)
 
 
-def _add_second(found: Flops, teacher: PreTrainedModel, context: float) -> None:
+def _add_second(flops: Flops, teacher: PreTrainedModel, context: float) -> None:
     """Add the forward of a second model."""
     family, config = find(teacher.config.model_type), teacher.config
-    _add_teacher(found, teacher, sum(_scores(family, config, i, context) for i in range(config.num_hidden_layers)))
+    _add_teacher(flops, teacher, sum(_scores(family, config, i, context) for i in range(config.num_hidden_layers)))
 
 
 def _scores(family: Family, config: PretrainedConfig, layer: int, context: float) -> float:
@@ -167,9 +180,13 @@ def _scores(family: Family, config: PretrainedConfig, layer: int, context: float
 
 
 def _matrices(block: nn.Module, adapters: bool) -> Iterator[tuple[str, int, bool]]:
-    """(name, weights, whether its gradient is needed) of every matrix that the block's tokens are multiplied with."""
+    """Yield every matrix that the block's tokens are multiplied with.
+
+    Yields:
+        Name, weights, and whether its gradient is needed.
+    """
     parameters = {n: p for n, p in block.named_parameters() if adapters or not _in_adapter(n)}
-    # MiSS in its bat form trains a function of the whole weight, which so needs a gradient of its own
+    # MiSS in its bat form trains a function of the whole weight, which therefore needs a gradient
     bat = {n.partition("miss_block.")[0] for n, p in parameters.items() if "miss_block." in n and p.ndim == 3}
     for name, module in block.named_modules():
         if isinstance(module, nn.Linear) and (adapters or not _in_adapter(name)):
@@ -186,11 +203,14 @@ def _in_adapter(name: str) -> bool:
 
 
 def _feeds(parameter: str, matrix: str, last: tuple[str, ...]) -> bool:
-    """Whether the input of a matrix depends on a parameter of the same block; `last` is of the block's family."""
-    own, first = parameter.split(".")[0], matrix.split(".")[0]
-    if own.startswith("x_") and own[2] == first[0]:  # token shift: x_r in front of receptance, x_w of w1, ...
+    """Return whether the input of a matrix depends on a parameter of the same block.
+
+    `last` is of the block's family.
+    """
+    source, target = parameter.split(".")[0], matrix.split(".")[0]
+    if source.startswith("x_") and source[2] == target[0]:  # token shift: x_r before receptance, x_w before w1, ...
         return True
-    if first in last and own != first:
+    if target in last and source != target:
         return True
     if "lora_B." in matrix:
         return parameter == matrix.replace("lora_B.", "lora_A.") + ".weight"

@@ -13,17 +13,18 @@ With t trainable parameters (fp32 masters), f bytes of the student's other weigh
                  layer; calibrate: hidden states and targets of all its tokens
     logits       a chunk of the student's and one of the teacher's, four blocks of them in fp32 (five with a
                  cross-entropy), and the head's weights in bf16
-    teacher      its bytes when it is a model of its own; sharded: 1 / W and what is whole at a time
+    teacher      the bytes of a second model; sharded: 1 / W and what is whole at a time
     file pages   on a CPU, of weights in the type of their file: those that were read to be quantized; the system takes
                  them back when it has to
 
 The peak is the larger of two moments of a step: when the forward of the last layer is done (of one micro-batch a step,
-no gradients are there yet), and when the backward of the first one is (no activations are left). Beside the step are
-saving (DeepSpeed gathers masters and moments on the first rank's host, 12 t; one process writes those that it has) and
-evaluating (a chunk of both models' logits).
+no gradients are there yet), and when the backward of the first one is (no activations are left). Next to the step there
+are saving (DeepSpeed gathers masters and moments on the first rank's host, 12 t; one process writes those that it has)
+and evaluating (a chunk of both models' logits).
 
-The formula is checked against the resident memory of runs on a CPU (tests/test_memory.py). On a GPU the CUDA context,
-the allocator's rounding and kernels' own buffers come on top, which is `RESERVED`; nobody has measured it there.
+The formula is checked against the resident memory of runs on a CPU (tests/planning/test_memory.py). On a GPU the CUDA
+context, the allocator's rounding and kernels' own buffers come on top, which is `RESERVED`; nobody has measured it
+there.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ BUCKET = 500_000_000  # elements that DeepSpeed reduces at a time
 class StudentMemory:
     """A student in memory, before anything is shared among ranks.
 
-    Args:
+    Attributes:
         trainable: parameters that train.
-        others: bytes of the rest: frozen, quantized, the teacher's attention that stays beside the mixers.
+        others: bytes of the rest: frozen, quantized, the teacher's attention that stays next to the mixers.
         parameters: all parameters that are not quantized.
         cast: weights of products of which autocast makes a bf16 copy.
         whole: bytes that ZeRO 3 has to gather at a time: the largest of a layer and the head.
@@ -64,13 +65,13 @@ class StudentMemory:
 class StepMemory:
     """What a stage computes on one rank.
 
-    Args:
+    Attributes:
         tokens: of a micro-batch.
         micro_batches: of a step.
         kept: bytes a token that each layer keeps for its backward; empty: there is none.
         inputs: bytes a token that a layer keeps when it is recomputed; 0: it is not.
-        edges: bytes a token that the model keeps beside its layers.
-        transient: bytes a token beside that, while a layer's backward runs.
+        edges: bytes a token that the model keeps outside of its layers.
+        transient: bytes a token that come in addition while a layer's backward runs.
         masks: bytes of attention masks.
         chunk: bytes of the logits that are alive, and of what is computed from them.
         head_copy: weights of the head of which autocast makes a bf16 copy.
@@ -96,12 +97,14 @@ class StepMemory:
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """Who trains.
+    """What trains, and how it is shared among ranks.
 
-    Args:
+    Attributes:
         launched: DeepSpeed, else one process.
-        zero: ZeRO stage; ranks: processes.
-        bf16: products in bf16; bf16_weights: DeepSpeed's own bf16 mode.
+        zero: ZeRO stage.
+        ranks: processes.
+        bf16: products in bf16.
+        bf16_weights: DeepSpeed's own bf16 mode.
         offload_optimizer, offload_parameters: to the host's memory.
         shard_teacher: a second model is sharded over the ranks.
         moment_bytes: of the optimizer's states, for each trainable parameter.
@@ -122,10 +125,10 @@ class EngineSpec:
 class Memory:
     """Bytes on one rank.
 
-    Args:
+    Attributes:
         device: by purpose, at the largest moment of a step.
         saving, evaluating: the whole at other moments.
-        host: what is kept in the host's memory beside that, when the device has its own.
+        host: what is in the host's memory in addition, when the device has its own.
     """
 
     device: dict[str, int]
@@ -140,27 +143,30 @@ class Memory:
 
 
 def memory_of(weights: StudentMemory, work: StepMemory, engine: EngineSpec, *, cpu: bool) -> Memory:
-    """The formula above.
+    """Return the bytes on one rank by the formula above.
 
     Args:
+        weights: the student.
+        work: what a rank computes.
+        engine: what trains.
         cpu: the device is the host itself, so that nothing is offloaded and a checkpoint is made where the weights are.
     """
     t, W = weights.trainable, engine.ranks
     zero = engine.zero if engine.launched else 0
-    parts = _weights(weights, engine, zero)
-    parts["optimizer"] = int(engine.moment_bytes * t / (W if zero else 1))
+    sizes = _weights(weights, engine, zero)
+    sizes["optimizer"] = int(engine.moment_bytes * t / (W if zero else 1))
     teacher = work.teacher // W + work.teacher_whole if engine.shard_teacher else work.teacher
     if teacher:
-        parts["teacher"] = teacher
+        sizes["teacher"] = teacher
     if weights.mapped:
-        parts["file pages"] = weights.mapped
+        sizes["file pages"] = weights.mapped
     offloaded = 0
     if not cpu and engine.offload_optimizer:
-        offloaded += parts.pop("optimizer") + parts.pop("masters", 0)
+        offloaded += sizes.pop("optimizer") + sizes.pop("masters", 0)
     if not cpu and engine.offload_parameters:
-        offloaded += parts["weights"] - weights.whole
-        parts["weights"] = weights.whole
-    resident = sum(parts.values())
+        offloaded += sizes["weights"] - weights.whole
+        sizes["weights"] = weights.whole
+    resident = sum(sizes.values())
 
     gradients, several = _gradients(t, engine, zero), work.micro_batches > 1
     kept = work.inputs * len(work.kept) + max(work.kept, default=0) if work.inputs else sum(work.kept)
@@ -178,11 +184,11 @@ def memory_of(weights: StudentMemory, work: StepMemory, engine: EngineSpec, *, c
     }
     backward = {"gradients": gradients, "activations": layer + work.masks}
     step = max((forward, backward), key=lambda moment: sum(moment.values()))
-    parts |= {name: int(size) for name, size in step.items() if size}
+    sizes |= {name: int(size) for name, size in step.items() if size}
 
     gathered = 12 * t if engine.launched or not cpu else 0
     return Memory(
-        device=parts,
+        device=sizes,
         saving=resident + (gathered if cpu else 0),
         evaluating=resident + work.judged,
         host=0 if cpu else offloaded + max(gathered, weights.others + FP32 * t + work.teacher),
@@ -193,13 +199,13 @@ def _weights(weights: StudentMemory, engine: EngineSpec, zero: int) -> dict[str,
     t, W = weights.trainable, engine.ranks
     if engine.launched and engine.bf16_weights:
         whole = weights.others + 2 * t  # what is frozen is bf16 or quantized already
-        parts = {"weights": whole, "masters": FP32 * t // W}
+        sizes = {"weights": whole, "masters": FP32 * t // W}
     else:
         whole = weights.others + FP32 * t
-        parts = {"weights": whole} | ({"masters": FP32 * t // W} if zero else {})
+        sizes = {"weights": whole} | ({"masters": FP32 * t // W} if zero else {})
     if zero == 3:
-        parts["weights"] = whole // W + weights.whole
-    return parts
+        sizes["weights"] = whole // W + weights.whole
+    return sizes
 
 
 def _gradients(t: int, engine: EngineSpec, zero: int) -> int:
@@ -211,10 +217,16 @@ def _gradients(t: int, engine: EngineSpec, zero: int) -> int:
 
 
 def moment_bytes(kind: str) -> float:
-    """Bytes of an optimizer's states for one parameter: two fp32 moments, or two bytes and their scales."""
+    """Return the bytes of an optimizer's states for one parameter.
+
+    Two fp32 moments, or two bytes and their scales.
+    """
     return 8.0 if kind == "adamw" else 2 + 2 * FP32 / 256
 
 
 def checkpoint_bytes(saved: int, trainable: int) -> int:
-    """Disk of one checkpoint: `saved` parameters in fp32 and two Adam states of the trainable ones."""
+    """Return the bytes of one checkpoint on disk.
+
+    It has `saved` parameters in fp32 and two Adam states of the trainable ones.
+    """
     return FP32 * saved + 8 * trainable

@@ -1,4 +1,7 @@
-"""The dry run: what a configuration would do, from shapes alone. No weights are loaded and nothing is written."""
+"""The dry run: what a configuration would do, from shapes alone.
+
+No weights are loaded and nothing is written.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +38,8 @@ def plan_text(plan: RunPlan, config: Config) -> str:
         config: for what names the run: variants, loggers, output.
 
     Raises:
-        UserError: whatever of the student can only be seen with its parameters, such as a pattern that matches nothing;
-            a logger whose package is missing.
+        UserError: what can only be seen with the student's parameters is wrong, such as a pattern that matches nothing;
+            the package of a logger is missing.
     """
     check_loggers(config.loggers)
     model = meta_student(plan.settings)
@@ -44,17 +47,17 @@ def plan_text(plan: RunPlan, config: Config) -> str:
     shown: list[dict] = []
     layers = None
     for stage in plan.stages:
-        if stage.layers != layers:  # otherwise nothing of them has changed
+        if stage.layers != layers:  # otherwise they are as in the stage before
             apply(model, stage.layers)
             layers = stage.layers
         if stage.stage.trains:
-            check_optimizer(stage.settings.optim.kind, plan.settings.device)
+            check_optimizer(stage.optim.kind, plan.settings.device)
         kind = stage.stage.prepare(model, stage, stage.phases[-1].train)
         if stage.name not in plan.selected:
             continue
         lines += ["", *_stage_lines(stage, model, kind, config.checkpoint.keep)]
         if plan.settings.ranks > 1 and stage.stage.trains:
-            settings = deepspeed_config(plan.settings.zero, stage.settings.optim, plan.settings.precision, stage.shape)
+            settings = deepspeed_config(plan.settings.zero, stage.optim, plan.settings.precision, stage.shape)
             if settings not in shown:
                 shown.append(settings)
                 lines.append(f"  deepspeed {json.dumps(settings)}")
@@ -92,7 +95,7 @@ def _run_lines(plan: RunPlan, config: Config, model: HybridModel) -> list[str]:
 
 
 def teacher_parameters(model: HybridModel) -> int:
-    """Parameters of the teacher that a fresh student was made from."""
+    """Return the number of the teacher's parameters, from a fresh student of it."""
     mixers = {id(p) for mixer in model.mixers.values() for p in mixer.parameters()}
     return sum(p.numel() for p in model.parameters() if id(p) not in mixers)
 
@@ -137,7 +140,10 @@ def _memory_lines(memory: Memory, device: str) -> list[str]:
 
 
 def _fit_lines(peak: int, device: str) -> list[str]:
-    """Whether it fits: on the device that is here, or on which card where there is none."""
+    """Return what does not fit, or on which card it does.
+
+    It is checked on the device of this machine; where there is none, on common GPUs.
+    """
     if device == "cuda" and not torch.cuda.is_available():
         card = card_for(peak)
         return [f"            fits a GPU of {card} GB" if card else "            DOES NOT FIT any common GPU"]

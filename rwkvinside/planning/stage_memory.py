@@ -1,4 +1,4 @@
-"""The numbers that the memory formula needs, read from a student on the meta device."""
+"""The numbers that the memory formula needs, read from a meta-device student."""
 
 from __future__ import annotations
 
@@ -44,28 +44,29 @@ def stage_memory(
         offload_optimizer=zero.offload_optimizer,
         offload_parameters=zero.offload_parameters,
         shard_teacher=plan.settings.teacher_model.shard and launched,
-        moment_bytes=moment_bytes(plan.settings.optim.kind) if plan.stage.trains else 0,
+        moment_bytes=moment_bytes(plan.optim.kind) if plan.stage.trains else 0,
     )
-    beside = kind is TeacherKind.SELF or plan.stage.needs_attention
+    with_attention = kind is TeacherKind.SELF or plan.stage.needs_attention
     in_file = str(model.lm.config.dtype).removeprefix("torch.") == str(run.frozen_dtype).removeprefix("torch.")
-    weights = _weights(model, run.frozen_dtype.itemsize, beside, mapped=cpu and in_file)
+    weights = _weights(model, run.frozen_dtype.itemsize, with_attention, mapped=cpu and in_file)
     return memory_of(weights, _work(plan, model, kind, teacher), engine, cpu=cpu)
 
 
 def trained_bytes(model: HybridModel) -> tuple[int, int]:
-    """(parameters in a checkpoint's weights, those with an optimizer state)."""
+    """Return (parameters in a checkpoint's weights, those with an optimizer state)."""
     parameters = model.canonical_parameters()
     saved = sum(p.numel() for name, p in parameters.items() if name in model.trained)
     master_weights = sum(tensor.numel() for tensor in model.master_weights.values())
     return saved + master_weights, sum(p.numel() for p in parameters.values() if p.requires_grad)
 
 
-def _weights(model: HybridModel, frozen: int, beside: bool, mapped: bool) -> StudentMemory:
-    """The student as it is in memory.
+def _weights(model: HybridModel, frozen: int, with_attention: bool, mapped: bool) -> StudentMemory:
+    """Return the student's weights as they are in memory.
 
     Args:
+        model: on any device.
         frozen: bytes of a weight that never trained.
-        beside: the teacher's attention stays beside the mixers.
+        with_attention: the teacher's attention stays next to the mixers.
         mapped: weights that never trained are used from the teacher's file.
     """
     layers: dict[int | None, int] = {}  # bytes by layer; None: outside of them
@@ -73,7 +74,7 @@ def _weights(model: HybridModel, frozen: int, beside: bool, mapped: bool) -> Stu
     trainable = parameters = others = cast = 0
     for path, p in model.named_parameters():
         name = names.get(id(p))
-        if name is None and not beside and f".{TEACHER}_attn." in path:
+        if name is None and not with_attention and f".{TEACHER}_attn." in path:
             continue
         if not p.dtype.is_floating_point:
             size = p.numel() * p.itemsize
@@ -92,13 +93,13 @@ def _weights(model: HybridModel, frozen: int, beside: bool, mapped: bool) -> Stu
     others += sum(b.numel() * b.itemsize for m in quantized for b in m.buffers(recurse=False))
     others += sum(t.numel() * FP32 for t in model.master_weights.values())
     head = model.family.head(model.lm)
-    of_head = sum(p.numel() * (FP32 if p.requires_grad else frozen) for p in head.parameters())
+    head_bytes = sum(p.numel() * (FP32 if p.requires_grad else frozen) for p in head.parameters())
     return StudentMemory(
         trainable=trainable,
         others=others,
         parameters=parameters,
         cast=cast,
-        whole=max(of_head, *(size for layer, size in layers.items() if layer is not None))
+        whole=max(head_bytes, *(size for layer, size in layers.items() if layer is not None))
         + FP32 * min(PREFETCH, parameters),
         unpacked=max((m.weight_numel for m in quantized), default=0),
         head=sum(p.numel() for p in head.parameters() if p.requires_grad),
@@ -147,14 +148,20 @@ def _work(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, teacher
 
 
 def _logits(plan: StagePlan, tokens: int, vocab: int, low: int, models: int) -> int:
-    """Return bytes of a chunk of logits: of every model that makes them, and blocks of them in fp32."""
-    loss = plan.settings.loss
+    """Return the bytes of a chunk of logits.
+
+    Counted are those of every model that makes them, and blocks of them in fp32.
+    """
+    loss = plan.loss
     chunk = min(tokens, loss.chunk_tokens or chunk_tokens(vocab)) * vocab
     return low * models * chunk + FP32 * min(chunk, BLOCK_ELEMENTS[plan.run.device]) * (4 + bool(loss.ce))
 
 
 def _teacher_bytes(lm: PreTrainedModel, frozen: torch.dtype) -> tuple[int, int]:
-    """Bytes of a teacher, and of the most that is whole at a time when it is sharded."""
+    """Return the bytes of a teacher, and of the most that is whole at a time.
+
+    The latter counts when it is sharded.
+    """
 
     def size(module: nn.Module) -> int:
         tensors = [*module.parameters(), *(b for m in module.modules() for b in _scales(m))]

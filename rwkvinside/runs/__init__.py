@@ -1,1 +1,1 @@
-"""A run on disk: its directory, its metrics, and the trained model that is read back from it."""
+"""A run on disk: its directory, its metrics, and its trained model."""

@@ -1,4 +1,4 @@
-"""The run directory: who may write into it, the files that describe a run, and which stages are finished.
+"""The run directory: who may write into it, and what is in it.
 
 RUN/config.yaml       the resolved configuration
 RUN/plan.txt          what each stage trains, freezes and needs
@@ -26,7 +26,9 @@ CONFIG, PLAN, CONVERSION = "config.yaml", "plan.txt", "conversion.json"
 
 
 class RunDirectory:
-    """One run on disk. Reading is for every process, writing for one.
+    """One run on disk.
+
+    Every process may read, one may write.
 
     Args:
         path: made when something is written.
@@ -36,20 +38,20 @@ class RunDirectory:
         self.path = Path(path)
 
     def claim(self, *, stage: str | None, resume: bool) -> None:
-        """Refuse to touch what is not ours to overwrite; writes nothing.
+        """Refuse to touch what is not ours to overwrite; write nothing.
 
         Args:
             stage: the one stage to run, which may join a run that has not begun it; None: the whole run.
             resume: continue what is there.
 
         Raises:
-            UserError: the directory is not empty, holds something else, or has nothing to resume.
+            UserError: the directory is not empty, is not a run, or has nothing to resume.
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"output {self.path} is a file", "name a directory with --out")
         used = self.path.is_dir() and any(self.path.iterdir())
         if used and not (self.path / CONFIG).is_file():
-            raise UserError(f"output directory {self.path} is not empty, and no run", "name another one with --out")
+            raise UserError(f"output directory {self.path} is neither empty nor a run", "name another one with --out")
         if resume and not used:
             raise UserError(f"there is no run to resume in {self.path}", "leave out --resume, or correct --out")
         if used and not resume and (stage is None or self.begun(stage)):
@@ -58,31 +60,39 @@ class RunDirectory:
 
     @property
     def is_run(self) -> bool:
-        """Whether this is a run (it has a config.yaml) and not a model directory (it has a config.json)."""
+        """Whether this is a run and not a model directory.
+
+        A run has a config.yaml, a model directory a config.json.
+        """
         return (self.path / CONFIG).is_file() and not (self.path / "config.json").is_file()
 
     @property
     def metrics(self) -> Path:
-        """The file of its metrics, see `runs.metrics_file`."""
+        """The file of the metrics, see `runs.metrics_file`."""
         return self.path / METRICS
 
     def begun(self, stage: str) -> bool:
-        """Whether the stage has left anything."""
+        """Return whether the stage has left anything."""
         folder = self.stage(stage)
         return stage in self.finished() or (folder.is_dir() and any(folder.iterdir()))
 
     def stage(self, name: str) -> Path:
-        """Where a stage keeps its checkpoints."""
+        """Return where a stage keeps its checkpoints."""
         return self.path / "stages" / name
 
     def newest_checkpoint(self, stage: str) -> Path | None:
-        """Directory of the last checkpoint of a stage; None where there is none."""
+        """Return the directory of the last checkpoint of a stage.
+
+        None where there is none.
+        """
         from ..training.checkpoint import newest_checkpoint  # brings torch, which a report does without
 
         return newest_checkpoint(self.stage(stage))
 
     def config(self) -> dict:
-        """The resolved configuration as plain values, as it was written: it may be of another version.
+        """Return the resolved configuration as plain values.
+
+        It is what was written, perhaps by another version.
 
         Raises:
             UserError: it is missing, or not what was written.
@@ -95,15 +105,15 @@ class RunDirectory:
         except (ValueError, yaml.YAMLError) as error:
             raise UserError(f"{file} is damaged: {error}", "use another run directory") from error
         if not isinstance(config, dict):
-            raise UserError(f"{file} is damaged: it holds no settings", "use another run directory")
+            raise UserError(f"{file} is damaged: it is not a mapping of settings", "use another run directory")
         return config
 
     def finished(self) -> list[str]:
-        """Names of finished stages in the order in which they ended."""
+        """Return the names of finished stages in the order in which they ended."""
         return self.conversion().get("finished_stages", [])
 
     def conversion(self) -> dict:
-        """Contents of conversion.json, {} before the first stage.
+        """Return the contents of conversion.json, {} before the first stage.
 
         Raises:
             UserError: it is not what was written.
@@ -117,7 +127,10 @@ class RunDirectory:
             raise UserError(f"{file} is damaged: {error}", "use another run directory") from error
 
     def describe(self, config: Config, plan: str) -> None:
-        """Write config.yaml and plan.txt, paths made absolute so that they mean the same from everywhere."""
+        """Write config.yaml and plan.txt.
+
+        Paths are made absolute so that they mean the same from everywhere.
+        """
         data = config.data.model_copy(
             update={"train": [_absolute(p) for p in config.data.train], "val": [_absolute(p) for p in config.data.val]}
         )
@@ -128,7 +141,13 @@ class RunDirectory:
         write_text(self.path / PLAN, plan)
 
     def note(self, facts: Mapping, *, finished: str | None = None, evaluation: Mapping | None = None) -> None:
-        """Update conversion.json: facts about the run, and a stage that has ended with its last evaluation."""
+        """Update conversion.json.
+
+        Args:
+            facts: about the run.
+            finished: a stage that has ended.
+            evaluation: its last one.
+        """
         conversion = self.conversion() | dict(facts)
         stages = [name for name in conversion.get("finished_stages", []) if name != finished]
         conversion["finished_stages"] = stages + ([finished] if finished else [])
@@ -145,5 +164,5 @@ def _absolute_stage(stage: StageConfig) -> StageConfig:
 
 
 def _absolute(path: str) -> str:
-    """A path of this machine made absolute; hub names stay."""
+    """Return a path of this machine made absolute; hub names stay."""
     return str(Path(path).resolve()) if Path(path).exists() else path

@@ -1,4 +1,7 @@
-"""metrics.jsonl -> rows, and the columns that plots need. The one place that knows what a damaged file looks like."""
+"""metrics.jsonl as rows, and the columns that plots need.
+
+The one place that knows what a damaged file looks like.
+"""
 
 import json
 from collections.abc import Sequence
@@ -10,12 +13,12 @@ from ..errors import UserError
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """All rows of a metrics.jsonl, in order.
+    """Return all rows of a metrics.jsonl, in order.
 
     A last line without its line end is a row that a killed run was still writing; it is left out.
 
     Raises:
-        UserError: no such file, or a line that is not a JSON object.
+        UserError: there is no such file, or a line is not a JSON object.
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist", "give the directory of a run that has started")
@@ -34,22 +37,25 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def of_kind(rows: Sequence[dict], kind: str, stage: str | None = None) -> list[dict]:
-    """The rows of one kind, and of one stage if given."""
+    """Return the rows of one kind, and of one stage if given."""
     return [row for row in rows if row.get("kind") == kind and stage in (None, row.get("stage"))]
 
 
 def stages(rows: Sequence[dict], kind: str) -> list[str]:
-    """Names of the stages that have rows of this kind, in the order of the run."""
+    """Return the names of the stages with rows of a kind, in the order of the run."""
     return list(dict.fromkeys(row["stage"] for row in of_kind(rows, kind)))
 
 
 def column(rows: Sequence[dict], name: str) -> np.ndarray:
-    """(rows,) float64; NaN where a row does not have the value."""
+    """Return (rows,) float64; NaN where a row does not have the value."""
     return np.array([row.get(name, np.nan) for row in rows], dtype=np.float64)
 
 
 def tokens_before(rows: Sequence[dict]) -> dict[str, int]:
-    """Tokens read before each stage began: a run's stages stand one after another on one axis."""
+    """Return the tokens read before each stage began.
+
+    On an axis of tokens a run's stages follow each other.
+    """
     before, total = {}, 0
     for stage in dict.fromkeys(row["stage"] for row in rows if "stage" in row):
         before[stage] = total
@@ -58,7 +64,7 @@ def tokens_before(rows: Sequence[dict]) -> dict[str, int]:
 
 
 def alignment(rows: Sequence[dict], stage: str, columns: int = 400) -> tuple[np.ndarray, list[int], np.ndarray]:
-    """Error per layer over the steps of one stage.
+    """Return the error per layer over the steps of one stage.
 
     Returns:
         (steps,) last step of each column, the layer indices, and (layers, steps) the geometric mean of the relative
@@ -66,8 +72,8 @@ def alignment(rows: Sequence[dict], stage: str, columns: int = 400) -> tuple[np.
     """
     train = [row for row in of_kind(rows, "train", stage) if row.get("layers")]
     layers = sorted({int(layer) for row in train for layer in row["layers"]})
-    parts = np.array_split(np.arange(len(train)), min(columns, len(train))) if train else []
+    bins = np.array_split(np.arange(len(train)), min(columns, len(train))) if train else []
     errors = np.array([[row["layers"].get(str(layer), np.nan) for row in train] for layer in layers], dtype=np.float64)
     with np.errstate(divide="ignore"):
-        binned = np.array([[np.exp(np.mean(np.log(errors[i, part]))) for part in parts] for i in range(len(layers))])
-    return np.array([train[part[-1]]["step"] for part in parts]), layers, binned
+        means = np.array([[np.exp(np.mean(np.log(errors[i, bin]))) for bin in bins] for i in range(len(layers))])
+    return np.array([train[bin[-1]]["step"] for bin in bins]), layers, means

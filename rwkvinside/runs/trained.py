@@ -1,6 +1,6 @@
-"""What an export is made from: the teacher's weights and the student's, read back from a run directory.
+"""The trained model of a run, read back from its directory.
 
-The one place that decides which checkpoint of a run is "the trained model".
+Exports and evaluations are made from it. The one place that decides which checkpoint of a run is the trained model.
 """
 
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from ..errors import UserError
 from ..hybrid.assemble import assemble
@@ -19,7 +19,7 @@ from ..training.checkpoint import open_checkpoint
 from ..training.frozen_weights import NAME, frozen_weights_digest, read_frozen_weights
 from .directory import RunDirectory
 
-# Everything of a teacher's repository that a release passes on unchanged, beside the weights.
+# Everything of a teacher's repository that a release passes on unchanged, except for the weights.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -67,6 +67,7 @@ class TrainedRun:
 
     @property
     def spec(self) -> StudentConfig:
+        """What the student is."""
         return StudentConfig.model_validate(self.config["student"])
 
     @property
@@ -76,24 +77,28 @@ class TrainedRun:
         adapters = [AdapterConfig.model_validate(fields) for fields in self.config.get("adapters") or ()]
         return LayerSpec.of_stage(quantize, adapters, self.config["stages"][self.stage].get("quantize"))
 
-    def teacher_config(self):
-        """The teacher's transformers configuration."""
+    def teacher_config(self) -> PretrainedConfig:
+        """Return the teacher's transformers configuration."""
         return AutoConfig.from_pretrained(self.teacher, revision=self._revision)
 
     def teacher_files(self) -> Path:
-        """Directory with the teacher's tokenizer, card and legal files (downloaded when the teacher is a hub id)."""
+        """Return the directory with the teacher's tokenizer, card and legal files.
+
+        They are downloaded when the teacher is a hub id.
+        """
         if Path(self.teacher).is_dir():
             return Path(self.teacher)
         patterns = [*TOKENIZER_FILES, *LEGAL_FILES, "README.md"]
         return Path(snapshot_download(self.teacher, revision=self._revision, allow_patterns=patterns))
 
     def load_model(self) -> HybridModel:
-        """The student as it was trained, on the CPU in evaluation mode: the teacher's weights in fp32 with its own on
-        top; what was quantized and adapted in training is so here, with the same numbers.
+        """Return the student as it was trained, on the CPU in evaluation mode.
+
+        It has the teacher's weights in fp32 with its own on top; what was quantized and adapted in training is so here,
+        with the same numbers.
 
         Raises:
-            UserError: a teacher that is gone, incomplete, or not used up; a checkpoint that is damaged or of another
-                student.
+            UserError: the teacher is gone, incomplete, or not used up; the checkpoint is damaged or of another student.
         """
         checkpoint, folder = open_checkpoint(self.checkpoint), self.checkpoint.parent
         if checkpoint.state.get("settings", {}).get("frozen") != frozen_weights_digest(folder):
@@ -104,26 +109,21 @@ class TrainedRun:
         lm = load_teacher(self.teacher, self._revision, torch.float32)
         return assemble(lm, self.spec, self.layers, checkpoint.tensors(), read_frozen_weights(folder))
 
-    def load_student(self) -> dict[str, torch.Tensor]:
-        """The student's own tensors, by exported name.
-
-        Raises:
-            UserError: the file is missing, truncated, or not what its state.json says.
-        """
-        return open_checkpoint(self.checkpoint).tensors()
-
     @property
     def _revision(self) -> str | None:
         return self.config["teacher"].get("revision")
 
 
 def public_name(model: str) -> str:
-    """A model's hub id, or the last part of a local path, which may be gone (paths of this machine stay here)."""
+    """Return a model's hub id, or the last part of a local path.
+
+    The path may be gone; paths of this machine do not go into an export.
+    """
     return Path(model).name if Path(model).is_absolute() or Path(model).exists() else model
 
 
 def open_run(path: str | Path) -> TrainedRun:
-    """Resolve a run directory to its last finished stage and that stage's newest checkpoint.
+    """Return a run directory's last finished stage with its newest checkpoint.
 
     Raises:
         UserError: not a run directory, or nothing in it is finished.

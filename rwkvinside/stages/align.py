@@ -1,4 +1,7 @@
-"""Align: each mixer imitates its layer's attention on the teacher's own hidden states (RADLADS step 1)."""
+"""Align: each mixer imitates its layer's attention.
+
+It reads the teacher's own hidden states (RADLADS step 1).
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,21 @@ from typing import TYPE_CHECKING
 from .base import WHOLE_STAGE, Backward, Stage, StageSize, narrow_rate
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ..data.batch import Batch
     from ..teacher.signals import Teacher
     from .plan import StagePlan
     from .steps import AlignStep
 
-NORM_TOKENS = 16384  # from which the weights of the loss are measured
+NORM_TOKENS = 16384  # on which the weights of the loss are measured
 
 
 class Align(Stage):
-    """Squared error of each mixer relative to its layer's attention; the mixers alone train."""
+    """Squared error of each mixer relative to its layer's attention.
+
+    The mixers alone train.
+    """
 
     objective = "align"
     small = StageSize("2M", 512, 4096)
@@ -27,14 +35,19 @@ class Align(Stage):
 
     @classmethod
     def defaults(cls, width: int, max_positions: int) -> dict:
+        """Return default settings: mixers train, with a decay over the whole stage."""
         return super().defaults(width, max_positions) | {"train": ["mixer"], "optim": {"decay": dict(WHOLE_STAGE)}}
 
     @classmethod
     def learning_rates(cls, width: int) -> dict[str, float]:
+        """Return one rate for all, which ends at a hundredth."""
         lr = narrow_rate(1e-3, 0.67, width)
         return {"lr": lr, "lr_rest": lr, "lr_final": lr / 100}
 
-    def step(self, model, teacher: Teacher | None, plan: StagePlan, sample: Callable[[int], list[Batch]]) -> AlignStep:
+    def step(
+        self, model: nn.Module, teacher: Teacher | None, plan: StagePlan, sample: Callable[[int], list[Batch]]
+    ) -> AlignStep:
+        """Return an alignment step, after measuring the weights of its loss."""
         from ..hybrid.calibration import teacher_norms
         from .steps import AlignStep
 

@@ -1,7 +1,7 @@
-"""What makes a stage what it is: a class per objective, and everything about the objective in its file.
+"""What makes a stage what it is: a class per objective.
 
-The configuration asks these classes for defaults and checks, so importing them is light: what needs torch is imported
-where it is used.
+Everything about an objective is in its file. The configuration asks these classes for defaults and checks, so importing
+them is light: what needs torch is imported where it is used.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ from ..support.settings import problem
 from ..teacher.kinds import TeacherKind
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ..data.batch import Batch
     from ..data.rows import PackedRows, PaddedDocuments
     from ..data.token_store import TokenStore
     from ..hybrid.model import HybridModel
+    from ..losses.settings import DistillLossConfig
     from ..teacher.signals import Teacher
     from ..training.protocols import Step
     from .plan import StagePlan
@@ -56,13 +59,13 @@ class StageSize:
 
 
 class Stage(ABC):
-    """A stage's objective: its defaults, checks, rows, step, and what planning has to know.
+    """A stage's objective: its defaults, checks, rows, step and needs.
 
-    Class attributes:
+    Attributes:
         objective: its key in YAML.
-        small, large: defaults for teachers narrower than `SMALL`, and others.
+        small, large: defaults for teachers narrower than `SMALL`, and for others.
         backward: what a step differentiates.
-        needs_attention: runs the teacher's attention beside the mixers, so on the teacher's own weights.
+        needs_attention: runs the teacher's attention next to the mixers, so on the teacher's own weights.
         follows_teacher: its loss compares distributions, so it has a choice of teacher.
         has_loss: `stages.<name>.loss` has a meaning.
     """
@@ -82,14 +85,19 @@ class Stage(ABC):
 
     @property
     def recomputes_layers(self) -> bool:
-        """Whether activation checkpointing is the model's own, which recomputes whole layers."""
+        """Whether activation checkpointing is the model's own.
+
+        The model's own recomputes whole layers.
+        """
         return self.backward is Backward.MODEL
 
     # settings
 
     @classmethod
     def defaults(cls, width: int, max_positions: int) -> dict:
-        """Return default settings as plain values; what is missing has one default for all stages (`settings.py`).
+        """Return default settings as plain values.
+
+        What is missing here has one default for all stages (`settings.py`).
 
         Args:
             width: the teacher's hidden size.
@@ -106,11 +114,21 @@ class Stage(ABC):
     @classmethod
     @abstractmethod
     def learning_rates(cls, width: int) -> dict[str, float]:
-        """Return default learning rates: {"lr": mixers, "lr_rest": everything else, "lr_final": where both end}."""
+        """Return the default learning rates by their names in the configuration.
+
+        Args:
+            width: the teacher's hidden size.
+
+        Returns:
+            {"lr": mixers, "lr_rest": everything else, "lr_final": where both end}; {} for a stage without optimizer.
+        """
 
     @classmethod
     def warmup_steps(cls, steps: int) -> int:
-        """Return 50 steps, in a short stage a tenth, at least 10: mixers diverge if started at the full rate."""
+        """Return 50 steps, in a short stage a tenth, at least 10.
+
+        Mixers diverge if they start at the full rate.
+        """
         return min(50, max(10, steps // 10), steps)
 
     @classmethod
@@ -127,34 +145,48 @@ class Stage(ABC):
                 raise problem("optim is null; leave it out for the defaults")
         if cls.has_loss and settings.loss is None:
             raise problem("loss is null; leave it out for the defaults")
-        if not cls.has_loss and settings.loss is not None:
-            raise problem("objective {} has a fixed loss: leave out loss", cls.objective)
+        if settings.loss is not None:
+            cls.check_loss(settings.loss)
         if not cls.follows_teacher and settings.chooses_teacher:
             raise problem(
                 "objective {} has no choice of teacher: leave out teacher, teacher_model and teacher_cache",
                 cls.objective,
             )
 
+    @classmethod
+    def check_loss(cls, loss: DistillLossConfig) -> None:
+        """Refuse a loss that means nothing for this objective.
+
+        Raises:
+            PydanticCustomError: what is wrong, for the list of problems of a configuration.
+        """
+        if not cls.has_loss:
+            raise problem("objective {} has a fixed loss: leave out loss", cls.objective)
+
     # the student
 
     def prepare(self, student: HybridModel, plan: StagePlan, train: Sequence[str]) -> TeacherKind | None:
-        """Set what of the student trains, and say which exact teacher the stage has then.
+        """Set what of the student trains, and return where its teacher is.
 
         Args:
+            student: on any device.
+            plan: of the stage.
             train: groups or regular expressions (`Phase.train`).
 
         Returns:
-            Where the teacher's side comes from; None: no exact teacher is at hand, and the stage needs none.
+            Where the teacher's side comes from; None: the stage has no exact teacher, and needs none.
 
         Raises:
-            UserError: a pattern that matches nothing; the objective cannot do with this student.
+            UserError: a pattern matches nothing, or the objective cannot use this student.
         """
         student.set_trainable(train)
         self.check(student, plan)
         return self.teacher_kind(student, plan)
 
     def check(self, student: HybridModel, plan: StagePlan) -> None:
-        """Refuse a student that the objective cannot do with; its shapes suffice.
+        """Refuse a student that the objective cannot use.
+
+        The student's shapes suffice.
 
         Raises:
             UserError: what is wrong and what to do.
@@ -186,12 +218,15 @@ class Stage(ABC):
         return PackedRows(store, seq_len, seed)
 
     @abstractmethod
-    def step(self, model, teacher: Teacher | None, plan: StagePlan, sample: Callable[[int], list[Batch]]) -> Step:
+    def step(
+        self, model: nn.Module, teacher: Teacher | None, plan: StagePlan, sample: Callable[[int], list[Batch]]
+    ) -> Step[Batch]:
         """Return the step that the trainer takes.
 
         Args:
             model: the student, or what an engine made of it; called under the engine's autocast.
-            teacher: from `prepare`'s kind.
+            teacher: from the kind that `prepare` returns.
+            plan: of the stage.
             sample: gives batches of about so many tokens of the stage's rows, on the model's device.
         """
 
@@ -202,25 +237,39 @@ class Stage(ABC):
         return 0
 
     def held_bytes(self, student: HybridModel, plan: StagePlan) -> int:
-        """Return bytes that the stage holds beside models and steps."""
+        """Return bytes that the stage holds in addition to models and steps."""
         return 0
 
     def summary(self, student: HybridModel, plan: StagePlan, kind: TeacherKind | None) -> list[str]:
-        """Return the objective's own lines in the plan: steps, learning rates, loss, what trains."""
+        """Return the objective's own lines in the plan.
+
+        They tell steps, learning rates, loss, and what trains.
+        """
         from .summary import training_lines
 
         return training_lines(student, plan, self.loss_lines(plan, kind))
 
     def loss_lines(self, plan: StagePlan, kind: TeacherKind | None) -> list[str]:
-        """Return what the loss compares, and with which teacher, for the plan."""
+        """Return the plan's lines on what the loss compares, and with which teacher."""
         return []
 
 
-def narrow_rate(rate: float, exponent: float, width: int) -> float:
-    """Scale a learning rate that belongs to widths around 4096: narrower models take larger ones.
+def language_model_defaults(width: int, *, kl: float, ce: float) -> dict:
+    """Return default settings of stages that train the whole model on next tokens.
 
-    1e-3 (4096 / D)^0.67 to align and 1e-4 (4096 / D)^0.72 to distill pass through the published rates and through
-    those found for D = 64, 1.6e-2 and 2e-3 (docs/benchmarks.md). Published: RADLADS (arXiv 2505.03005), HALO (arXiv
-    2601.22156).
+    Args:
+        width: the teacher's hidden size.
+        kl, ce: weights of the loss.
+    """
+    decay = WHOLE_STAGE if width < SMALL else LATE
+    return {"train": [".*"], "optim": {"decay": dict(decay)}, "loss": {"kl": kl, "ce": ce}}
+
+
+def narrow_rate(rate: float, exponent: float, width: int) -> float:
+    """Return a learning rate for a width, given the one for widths around 4096.
+
+    Narrower models take larger ones. 1e-3 (4096 / D)^0.67 to align and 1e-4 (4096 / D)^0.72 to distill pass through the
+    published rates and through those found for D = 64, 1.6e-2 and 2e-3 (docs/benchmarks.md). Published: RADLADS (arXiv
+    2505.03005), HALO (arXiv 2601.22156).
     """
     return rate * (4096 / width) ** exponent

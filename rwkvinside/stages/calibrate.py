@@ -1,9 +1,12 @@
-"""Calibrate: decay, rate, bonus and output scale of each head from the teacher's attention, in closed form."""
+"""Calibrate: fit each head to the teacher's attention, in closed form.
+
+Fitted are decay, rate, bonus and output scale.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from ..errors import UserError
 from ..support.settings import problem
@@ -11,6 +14,8 @@ from ..support.text import rounded_count
 from .base import Backward, Stage, StageSize
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ..data.batch import Batch
     from ..hybrid.model import HybridModel
     from ..teacher.kinds import TeacherKind
@@ -22,7 +27,10 @@ FP32 = 4
 
 
 class Calibrate(Stage):
-    """The start of the mixers: nothing trains, each head is fitted by search and least squares."""
+    """Start of the mixers: each head is fitted by search and least squares.
+
+    Nothing trains.
+    """
 
     objective = "calibrate"
     small = StageSize("4k", 512, 4096)
@@ -32,15 +40,18 @@ class Calibrate(Stage):
 
     @classmethod
     def learning_rates(cls, width: int) -> dict[str, float]:
+        """Return none: nothing trains."""
         return {}
 
     @classmethod
     def check_settings(cls, settings: StageConfig) -> None:
+        """Refuse settings of training."""
         if settings.optim is not None or settings.train or settings.unfreeze:
             raise problem("objective calibrate does not train: leave out optim, train and unfreeze")
         super().check_settings(settings)
 
     def check(self, student: HybridModel, plan: StagePlan) -> None:
+        """Refuse quantized mixers, too."""
         super().check(student, plan)
         if fitted := student.mixer_names() - set(student.canonical_parameters()):
             raise UserError(
@@ -48,13 +59,17 @@ class Calibrate(Stage):
                 f"set stages.{plan.name}.quantize of this stage to groups without mixers",
             )
 
-    def step(self, model, teacher: Teacher | None, plan: StagePlan, sample: Callable[[int], list[Batch]]):
+    def step(
+        self, model: nn.Module, teacher: Teacher | None, plan: StagePlan, sample: Callable[[int], list[Batch]]
+    ) -> NoReturn:
+        """Raise an error: calibration has no optimizer steps."""
         raise TypeError("calibration has no optimizer steps: call fit")
 
     def fit(self, student: HybridModel, batches: list[Batch], progress: Callable[[int], None]) -> dict:
         """Fit every mixer in place.
 
         Args:
+            student: with its teacher's attention.
             batches: of the stage's rows, on the student's device.
             progress: called with a layer's index when it is fitted.
 
@@ -69,26 +84,27 @@ class Calibrate(Stage):
         return {f.name: {str(i): getattr(fit, f.name) for i, fit in fits.items()} for f in fields(LayerFit)}
 
     def held_bytes(self, student: HybridModel, plan: StagePlan) -> int:
-        """Return the bytes of what calibration holds of all its tokens and of one batch.
+        """Return the bytes that calibration holds.
 
-        Of all tokens: hidden states, their normed form, the teacher's heads, what later mixers read, masks. Of one
-        batch: the inputs of a recurrence, and features and targets in two precisions.
+        They are those of all tokens (hidden states, their normed form, the teacher's heads, what later mixers read,
+        masks) and those of one batch (the inputs of a recurrence, and features and targets in two precisions).
         """
         mixers, seq_len = student.mixer_configs.values(), plan.length.seq_len
         C = max(mixer.num_heads * mixer.head_size for mixer in mixers)
         K = max(mixer.num_kv_heads * mixer.head_size for mixer in mixers)
-        of_token = FP32 * (2 * student.lm.config.hidden_size + C + 2 * K) + seq_len
-        return plan.length.total_tokens * of_token + plan.shape.micro_rows * seq_len * FP32 * 25 * C
+        token_bytes = FP32 * (2 * student.lm.config.hidden_size + C + 2 * K) + seq_len
+        return plan.length.total_tokens * token_bytes + plan.shape.micro_rows * seq_len * FP32 * 25 * C
 
     def summary(self, student: HybridModel, plan: StagePlan, kind: TeacherKind | None) -> list[str]:
+        """Return a table of what is fitted."""
         lines = [f"{'group':<12}{'parameters':>12}  in this stage"]
         for group, _, count in student.group_table():
             state = "fitted" if group.startswith("mixer.") else "frozen"
             lines.append(f"{group:<12}{rounded_count(count):>12}  {state}")
         quantized: dict[tuple[str, str], int] = {}
         for name, layer in student.quantized.items():
-            of = student.group_of(f"{name}.weight")[-1], layer.format
-            quantized[of] = quantized.get(of, 0) + layer.weight_numel
-        for (group, form), count in quantized.items():
-            lines.append(f"{group:<12}{rounded_count(count):>12}  frozen in {form}")
+            key = student.group_of(f"{name}.weight")[-1], layer.format
+            quantized[key] = quantized.get(key, 0) + layer.weight_numel
+        for (group, number_format), count in quantized.items():
+            lines.append(f"{group:<12}{rounded_count(count):>12}  frozen in {number_format}")
         return lines

@@ -1,4 +1,7 @@
-"""Distill: the student's next-token distribution follows the teacher's, at any length of context."""
+"""Distill: the student's next-token distribution follows the teacher's.
+
+The stage `long` does the same on longer rows.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,14 @@ from typing import TYPE_CHECKING
 from ..errors import UserError
 from ..support.settings import problem
 from ..teacher.kinds import TeacherKind
-from .base import LATE, SMALL, WHOLE_STAGE, Stage, StageSize, narrow_rate
+from .base import SMALL, Stage, StageSize, language_model_defaults, narrow_rate
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ..data.batch import Batch
     from ..hybrid.model import HybridModel
+    from ..losses.settings import DistillLossConfig
     from ..teacher.signals import Teacher
     from .plan import StagePlan
     from .settings import StageConfig
@@ -22,7 +28,10 @@ DIVERGENCES = {"forward": "KL(teacher || student)", "reverse": "KL(student || te
 
 
 class Distill(Stage):
-    """A divergence from the teacher, and cross-entropy on the text where it has a weight."""
+    """A divergence from the teacher.
+
+    Cross-entropy on the text is added where it has a weight.
+    """
 
     objective = "distill"
     small = StageSize("2M", 512, 4096)
@@ -33,23 +42,19 @@ class Distill(Stage):
 
     @classmethod
     def defaults(cls, width: int, max_positions: int) -> dict:
-        decay = WHOLE_STAGE if width < SMALL else LATE
-        return super().defaults(width, max_positions) | {
-            "train": [".*"],
-            "optim": {"decay": dict(decay)},
-            "loss": {"kl": 1.0, "ce": cls.ce},
-        }
+        """Return default settings: everything trains."""
+        return super().defaults(width, max_positions) | language_model_defaults(width, kl=1.0, ce=cls.ce)
 
     @classmethod
     def learning_rates(cls, width: int) -> dict[str, float]:
+        """Return rates of which all but the mixers' are a tenth."""
         lr = narrow_rate(1e-4, 0.72, width)
         return {"lr": lr, "lr_rest": lr / 10, "lr_final": lr / 10 if width >= SMALL else lr / 100}
 
     @classmethod
     def check_settings(cls, settings: StageConfig) -> None:
+        """Refuse a choice of teacher that contradicts itself."""
         super().check_settings(settings)
-        if not settings.loss.kl:
-            raise problem("loss.kl must be positive; objective sft trains without a teacher")
         kind, cache = settings.teacher, settings.teacher_cache
         if kind == TeacherKind.SELF.value and settings.names_second_model:
             raise problem("teacher same is the student itself: leave out teacher_model")
@@ -58,7 +63,14 @@ class Distill(Stage):
         if kind != TeacherKind.OFFLINE.value and cache:
             raise problem("teacher_cache {} is read by teacher cache only, not {}", cache, kind)
 
+    @classmethod
+    def check_loss(cls, loss: DistillLossConfig) -> None:
+        """Refuse a loss without a teacher."""
+        if not loss.kl:
+            raise problem("loss.kl must be positive; objective sft trains without a teacher")
+
     def check(self, student: HybridModel, plan: StagePlan) -> None:
+        """Refuse the student as its own teacher once shared weights were trained."""
         changed = student.teacher_changes()
         if plan.asked_teacher is TeacherKind.SELF and changed:
             raise UserError(
@@ -68,23 +80,31 @@ class Distill(Stage):
             )
 
     def teacher_kind(self, student: HybridModel, plan: StagePlan) -> TeacherKind:
+        """Return the configured kind, or the cheapest exact one."""
         if plan.asked_teacher is not None:
             return plan.asked_teacher
         second = plan.settings.teacher_model.path is not None
         return TeacherKind.ONLINE if second or student.teacher_changes() else TeacherKind.SELF
 
     def step(
-        self, model, teacher: Teacher | None, plan: StagePlan, sample: Callable[[int], list[Batch]]
+        self, model: nn.Module, teacher: Teacher | None, plan: StagePlan, sample: Callable[[int], list[Batch]]
     ) -> DistillStep:
+        """Return a distillation step."""
         from .steps import DistillStep
 
-        return DistillStep(teacher, plan.settings.loss)
+        if teacher is None:
+            raise RuntimeError("distillation needs a teacher")
+        return DistillStep(teacher, plan.loss)
 
     def logit_models(self, kind: TeacherKind | None) -> int:
+        """Return how many models' logits a step makes: a stored teacher makes none."""
         return 1 if kind is TeacherKind.OFFLINE else 2
 
     def loss_lines(self, plan: StagePlan, kind: TeacherKind | None) -> list[str]:
-        loss, second = plan.settings.loss, plan.settings.teacher_model
+        """Return the loss with its weights, and the teacher."""
+        if kind is None:
+            raise RuntimeError("distillation needs a teacher")
+        loss, second = plan.loss, plan.settings.teacher_model
         text = f"{loss.kl:g} {DIVERGENCES[loss.divergence]}"
         text += f" of its {loss.top_k} likeliest tokens" if loss.top_k else ""
         text += f" + {loss.ce:g} cross-entropy" if loss.ce else ""
@@ -100,7 +120,7 @@ class Distill(Stage):
 
 
 class LongContext(Distill):
-    """The stage `long`: distillation on longer rows, gently, and with some cross-entropy."""
+    """The stage `long`: gentle distillation on longer rows, with cross-entropy."""
 
     small = StageSize("1M", 1024, 16384)
     large = StageSize("100M", 16384, 1572864)
@@ -108,5 +128,6 @@ class LongContext(Distill):
 
     @classmethod
     def learning_rates(cls, width: int) -> dict[str, float]:
+        """Return one rate for all: a tenth of distillation's, constant."""
         lr = narrow_rate(1e-4, 0.72, width) / 10
         return {"lr": lr, "lr_rest": lr, "lr_final": lr}

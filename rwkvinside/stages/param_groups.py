@@ -17,7 +17,7 @@ from .plan import StagePlan
 class RateGroup:
     """Parameters with one learning rate that began to train together.
 
-    Args:
+    Attributes:
         rate: learning rate at its peak.
         first: optimizer steps of the stage that were done when they began to train.
         parameters: by canonical name.
@@ -29,7 +29,10 @@ class RateGroup:
 
 
 def joined(student: HybridModel, plan: StagePlan, phase: Phase) -> set[str]:
-    """Return the names of what begins to train with a phase; of the first one: none, all are there."""
+    """Return the names of what begins to train with a phase.
+
+    None for the first phase, which finds everything in place.
+    """
     return joining(student, plan)[phase.index] if phase.index else set()
 
 
@@ -43,7 +46,7 @@ def rate_groups(student: HybridModel, plan: StagePlan, phase: Phase) -> dict[str
     Raises:
         UserError: a pattern of optim.rates that sets the rate of nothing.
     """
-    optim, parameters = plan.settings.optim, student.canonical_parameters()
+    optim, peaks, parameters = plan.optim, plan.rates, student.canonical_parameters()
     claimed = {pattern: student.matching(pattern) for pattern in optim.rates}
 
     def label_of(name: str) -> str:
@@ -58,14 +61,14 @@ def rate_groups(student: HybridModel, plan: StagePlan, phase: Phase) -> dict[str
             f"optim.rates: {idle[0]!r} sets the rate of nothing that the stage trains",
             "leave it out, train what it names, or put it before the pattern that takes its parameters",
         )
-    rates = {"mixer": optim.lr, "adapters": optim.lr, "rest": optim.lr_rest} | optim.rates
+    rates = {"mixer": peaks.lr, "adapters": peaks.lr, "rest": peaks.lr_rest} | optim.rates
     order = dict.fromkeys(["mixer", "adapters", *optim.rates, "rest"])
     groups: dict[str, RateGroup] = {}
-    for each, names in list(zip(plan.phases, begin, strict=True))[: phase.index + 1]:
+    for earlier, names in list(zip(plan.phases, begin, strict=True))[: phase.index + 1]:
         for label in order:
             if members := {name: p for name, p in parameters.items() if name in names and labels[name] == label}:
-                later = f"@{short_count(each.tokens)}" if each.index else ""
-                groups[label + later] = RateGroup(rates[label], each.first, members)
+                later = f"@{short_count(earlier.tokens)}" if earlier.index else ""
+                groups[label + later] = RateGroup(rates[label], earlier.first, members)
     return groups
 
 
@@ -75,12 +78,13 @@ def joining(student: HybridModel, plan: StagePlan) -> list[set[str]]:
     Raises:
         UserError: a phase in which nothing new trains.
     """
-    found: list[set[str]] = []
+    groups: list[set[str]] = []
     for phase in plan.phases:
-        names = set().union(*(student.matching(pattern) for pattern in phase.train)).difference(*found)
+        matching: set[str] = set().union(*(student.matching(pattern) for pattern in phase.train))
+        names = matching.difference(*groups)
         if not names:
             raise UserError(
                 f"unfreeze: what joins after {short_count(phase.tokens)} tokens trains already", "leave that entry out"
             )
-        found.append(names)
-    return found
+        groups.append(names)
+    return groups

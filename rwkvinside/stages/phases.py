@@ -15,7 +15,7 @@ class Phase:
         index: counted from 0.
         first, until: optimizer steps of the stage that are done when it begins and when it ends.
         tokens: those of the stage after which it was to begin; the first step that starts there or later is its first.
-        train: all patterns that train in it, those of the phases before it included.
+        train: all patterns that train in it, including those of the phases before it.
     """
 
     index: int

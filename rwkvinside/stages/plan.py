@@ -1,4 +1,4 @@
-"""What a run and its stages will do, resolved once from the configuration (`config/resolve.py`).
+"""What a run and its stages will do, resolved once (`config/resolve.py`).
 
 Planning prints these objects, the conversion runs them; nobody asks the configuration again.
 """
@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..data.settings import DataConfig
+from ..losses.settings import DistillLossConfig
 from ..teacher.kinds import TeacherKind
 from ..teacher.settings import TeacherConfig
 from ..training.batching import StepShape
 from ..training.schedule import Schedule, StageLength
-from ..training.settings import DeepSpeedConfig
+from ..training.settings import DeepSpeedConfig, OptimConfig
 from .base import Stage
 from .phases import Phase
 from .settings import StageConfig
@@ -33,9 +34,9 @@ class RunSettings:
     Attributes:
         teacher: the model that is converted.
         student: what it becomes.
-        data: texts of stages that name none of their own.
+        data: texts of stages that name none themselves.
         seed: of initialization and data order.
-        device: type of device, "cpu" or "cuda"; it need not be here.
+        device: type of device, "cpu" or "cuda"; it need not be present on this machine.
         precision: arithmetic of the steps, "fp32" or "bf16".
         teacher_dtype: type in which the teacher is loaded.
         frozen_dtype: type of frozen weights that are not quantized, once a model is complete.
@@ -55,6 +56,23 @@ class RunSettings:
     ranks: int
     zero: DeepSpeedConfig
     endless_tokens: int
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates of a stage.
+
+    Attributes:
+        lr: of mixers and adapters.
+        lr_rest: of everything else.
+        lr_final: after the decay.
+        warmup_steps: of linear warm-up.
+    """
+
+    lr: float
+    lr_rest: float
+    lr_final: float
+    warmup_steps: int
 
 
 @dataclass(frozen=True)
@@ -90,9 +108,34 @@ class StagePlan:
 
     @property
     def asked_teacher(self) -> TeacherKind | None:
-        """Where the configuration says that the teacher's side comes from; None: wherever it is exact."""
+        """Where the configuration says the teacher's side comes from.
+
+        None: wherever it is exact.
+        """
         asked = self.settings.teacher
         return None if asked == "auto" else TeacherKind(asked)
+
+    @property
+    def optim(self) -> OptimConfig:
+        """Settings of the optimizer, of a stage that trains."""
+        if self.settings.optim is None:
+            raise RuntimeError(f"stage {self.name} does not train")
+        return self.settings.optim
+
+    @property
+    def rates(self) -> Rates:
+        """Learning rates, of a stage that trains."""
+        optim = self.optim
+        if optim.lr is None or optim.lr_rest is None or optim.lr_final is None or optim.warmup_steps is None:
+            raise RuntimeError(f"stage {self.name} has no learning rates: they are filled in by load_config")
+        return Rates(optim.lr, optim.lr_rest, optim.lr_final, optim.warmup_steps)
+
+    @property
+    def loss(self) -> DistillLossConfig:
+        """Settings of the loss, of a stage that has some."""
+        if self.settings.loss is None:
+            raise RuntimeError(f"stage {self.name} has a fixed loss")
+        return self.settings.loss
 
     @property
     def row_count(self) -> int:
@@ -100,20 +143,22 @@ class StagePlan:
         return self.length.steps * self.length.rows_per_step
 
     def schedule(self, groups: Mapping[str, RateGroup]) -> Schedule:
-        """Return the learning rates of a phase's groups; one that starts below lr_final stays where it is.
+        """Return the learning rates of a phase's groups.
+
+        A group that starts below lr_final keeps its rate.
 
         Args:
             groups: from `param_groups.rate_groups`.
         """
-        optim = self.settings.optim
+        decay, rates = self.optim.decay, self.rates
         return Schedule(
             peak={name: group.rate for name, group in groups.items()},
-            final={name: min(group.rate, optim.lr_final) for name, group in groups.items()},
+            final={name: min(group.rate, rates.lr_final) for name, group in groups.items()},
             first={name: group.first for name, group in groups.items()},
-            warmup_steps=optim.warmup_steps,
-            shape=optim.decay.shape,
-            start=optim.decay.start,
-            end=optim.decay.end,
+            warmup_steps=rates.warmup_steps,
+            shape=decay.shape,
+            start=decay.start,
+            end=decay.end,
         )
 
 
@@ -123,7 +168,7 @@ class RunPlan:
 
     Attributes:
         settings: what all stages share.
-        stages: in the order in which each starts from the one before, those that do not run now included.
+        stages: in the order in which each starts from the one before, including those that do not run now.
         selected: names of those that run.
     """
 

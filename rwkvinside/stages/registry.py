@@ -17,7 +17,7 @@ OBJECTIVES = {
     "sft": "rwkvinside.stages.sft:SupervisedFineTuning",
 }
 
-# name of a stage that is there without being configured -> its class, which brings its defaults
+# name of a stage that needs no configuration -> its class, which brings its defaults
 STAGES = {
     "calibrate": OBJECTIVES["calibrate"],
     "align": OBJECTIVES["align"],
@@ -28,8 +28,8 @@ STAGES = {
 RUN = ("calibrate", "align", "distill")  # what a conversion runs unless told otherwise
 
 
-def stage_class(name: str, objective: str | None) -> type[Stage] | None:
-    """Return the class of a stage.
+def find_stage_class(name: str, objective: str | None) -> type[Stage] | None:
+    """Return the class of a stage as it is configured.
 
     Args:
         name: of the stage.
@@ -38,10 +38,19 @@ def stage_class(name: str, objective: str | None) -> type[Stage] | None:
     Returns:
         The class; None for an unknown objective, or an unknown name without one.
     """
-    known = _load(STAGES[name]) if name in STAGES else None
-    if objective is None or (known is not None and known.objective == objective):
+    if objective is None:
+        return _load(STAGES[name]) if name in STAGES else None
+    return stage_class(name, objective) if objective in OBJECTIVES else None
+
+
+def stage_class(name: str, objective: str) -> type[Stage]:
+    """Return the class of a stage with a known objective.
+
+    A known name has a class of its own, unless the stage is configured with another objective.
+    """
+    if name in STAGES and (known := _load(STAGES[name])).objective == objective:
         return known
-    return objective_class(objective) if objective in OBJECTIVES else None
+    return objective_class(objective)
 
 
 def objective_class(objective: str) -> type[Stage]:

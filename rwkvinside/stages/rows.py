@@ -1,4 +1,4 @@
-"""Rows of a stage, and what a stage reads."""
+"""The rows of a stage, and what it reads in all."""
 
 from __future__ import annotations
 
@@ -20,74 +20,85 @@ from .plan import StagePlan
 ORDER_NAMES = {"distill": "distil"}
 
 JUDGED_TOKENS = 4096  # of a validation document
-
-
-JUDGED_BATCH = 8192  # tokens that are judged at a time
-
+JUDGED_BATCH = 8192  # tokens that are evaluated at a time
 
 Rows = PackedRows | PaddedDocuments | StreamedRows | MixedRows
 
 
 def rows_of(plan: StagePlan, tokens: Tokens) -> Rows:
-    """Return the rows that a stage trains on, in an order of its own."""
+    """Return the rows that a stage trains on, in a random order."""
     seed = zlib.crc32(f"{plan.run.seed} {ORDER_NAMES.get(plan.name, plan.name)}".encode())
 
     def of_documents(store: TokenStore, seed: int) -> PackedRows | PaddedDocuments:
         return plan.stage.documents(store, plan.length.seq_len, seed)
 
-    def of_part(part: TokenStore | TokenStream) -> Rows:
-        return StreamedRows(part, of_documents, seed) if isinstance(part, TokenStream) else of_documents(part, seed)
+    def of_source(source: TokenStore | TokenStream) -> PackedRows | PaddedDocuments | StreamedRows:
+        if isinstance(source, TokenStream):
+            return StreamedRows(source, of_documents, seed)
+        return of_documents(source, seed)
 
     if isinstance(tokens, Mixture):
-        return MixedRows([of_part(part) for part in tokens.parts], tokens.weights, seed)
-    return of_part(tokens)
+        return MixedRows([of_source(source) for source in tokens.parts], tokens.weights, seed)
+    return of_source(tokens)
 
 
 def report(plan: StagePlan, tokens: Tokens, rows: Rows, val: TokenStore) -> tuple[list[str], dict]:
-    """What a stage will read, for people and as JSON values: tokens, epochs, the realized shares of a mixture."""
-    wanted = plan.row_count
-    judged = f"{val.num_tokens:,} to validate"
-    if isinstance(rows, MixedRows):
-        read = rows.tokens_of(wanted)
-        lines, facts = [f"{sum(read):,} tokens of {len(read)} sources, {judged}"], []
+    """Return what a stage will read, for people and as JSON values.
+
+    It tells tokens, epochs, and the realized shares of a mixture.
+    """
+    validation = f"{val.num_tokens:,} to validate"
+    if isinstance(tokens, Mixture) and isinstance(rows, MixedRows):
+        read = rows.tokens_of(plan.row_count)
+        lines, facts = [f"{sum(read):,} tokens of {len(read)} sources, {validation}"], []
         width = max(map(len, tokens.sources))
-        for source, part, weight, count in zip(tokens.sources, tokens.parts, tokens.weights, read, strict=True):
+        for name, source, weight, count in zip(tokens.sources, tokens.parts, tokens.weights, read, strict=True):
             share = count / sum(read)
-            facts.append({"source": source, "weight": weight, "share": share, "tokens": count, **_epochs(part, count)})
-            lines.append(f"  {source:<{width}}  {share:7.2%} (asked for {weight:.2%}), {_amount(part, count)}")
+            facts.append({"source": name, "weight": weight, "share": share, "tokens": count, **_epochs(source, count)})
+            lines.append(f"  {name:<{width}}  {share:7.2%} (asked for {weight:.2%}), {_amount(source, count)}")
         return lines, {"tokens": sum(read), "sources": facts}
-    count = rows.tokens_in(wanted)
-    return [f"{_amount(tokens, count)}, {judged}"], {"tokens": count, **_epochs(tokens, count)}
+    if isinstance(tokens, Mixture) or isinstance(rows, MixedRows):
+        raise TypeError("rows of a mixture come from a mixture")
+    count = rows.tokens_in(plan.row_count)
+    return [f"{_amount(tokens, count)}, {validation}"], {"tokens": count, **_epochs(tokens, count)}
 
 
-def _epochs(part: TokenStore | TokenStream, read: int) -> dict[str, float]:
-    return {} if isinstance(part, TokenStream) else {"epochs": read / part.num_tokens}  # its length is not known yet
+def _epochs(source: TokenStore | TokenStream, read: int) -> dict[str, float]:
+    # the length of a stream is not known yet
+    return {} if isinstance(source, TokenStream) else {"epochs": read / source.num_tokens}
 
 
-def _amount(part: TokenStore | TokenStream, read: int) -> str:
-    if isinstance(part, TokenStream):
+def _amount(source: TokenStore | TokenStream, read: int) -> str:
+    if isinstance(source, TokenStream):
         return f"{read:,} tokens streamed"
-    return f"{read:,} tokens, {read / part.num_tokens:.3g} epochs of {part.num_documents:,} documents"
+    return f"{read:,} tokens, {read / source.num_tokens:.3g} epochs of {source.num_documents:,} documents"
 
 
 def sample(rows: Rows, tokens: int, micro_rows: int, device: torch.device) -> list[Batch]:
-    """The first rows that hold this many tokens, at most one epoch, as micro-batches on a device."""
-    count = min(rows.rows_per_epoch, max(1, tokens // rows.seq_len))
+    """Return the first rows that hold this many tokens, as micro-batches.
+
+    They are on `device`, and at most one epoch.
+    """
+    count = int(min(rows.rows_per_epoch, max(1, tokens // rows.seq_len)))  # a stream's epoch is infinite
     return [rows.batch(range(i, min(count, i + micro_rows))).to(device) for i in range(0, count, micro_rows)]
 
 
 def leading_text(rows: Rows, tokens: int) -> Batch:
-    """The first tokens of the first rows, at most one epoch, as one row of documents without padding, on the CPU."""
-    parts: list[list[Tensor]] = []
-    found = documents = row = 0
-    while found < tokens and row < rows.rows_per_epoch:
+    """Return the first tokens of the first rows as one row of documents.
+
+    Without padding, on the CPU, at most one epoch.
+    """
+    texts: list[list[Tensor]] = []
+    count = documents = row = 0
+    while count < tokens and row < rows.rows_per_epoch:
         batch = rows.batch([row])
         segments = batch.segment_ids[batch.mask] + documents
-        parts.append([*(t[batch.mask] for t in (batch.input_ids, batch.labels, batch.position_ids)), segments])
-        found, documents, row = found + len(segments), int(segments[-1]), row + 1
-    return Batch(*(torch.cat(column)[None, :tokens] for column in zip(*parts, strict=True)), rows=(0,))
+        texts.append([*(t[batch.mask] for t in (batch.input_ids, batch.labels, batch.position_ids)), segments])
+        count, documents, row = count + len(segments), int(segments[-1]), row + 1
+    ids, labels, positions, segments = (torch.cat(column)[None, :tokens] for column in zip(*texts, strict=True))
+    return Batch(ids, labels, positions, segments, rows=(0,))
 
 
 def validation_batches(val: TokenStore, max_positions: int) -> list[Batch]:
-    """The validation documents, each alone in its row."""
+    """Return batches of the validation documents, each alone in its row."""
     return list(document_batches(PaddedDocuments(val, min(JUDGED_TOKENS, max_positions)), batch_tokens=JUDGED_BATCH))

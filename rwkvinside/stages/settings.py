@@ -16,11 +16,15 @@ from .registry import OBJECTIVES, objective_class
 
 
 class UnfreezeConfig(Section):
-    at_tokens: Count = Field(description="Tokens of the stage after which these join, with a warm-up of their own.")
+    """What starts to train later in a stage."""
+
+    at_tokens: Count = Field(description="Tokens of the stage after which these join, with a new warm-up.")
     train: list[str] = Field(min_length=1, description="Groups or regular expressions that join `train`.")
 
 
 class StageConfig(Section):
+    """Settings of a stage."""
+
     objective: str = Field(description="What the stage minimizes: calibrate, align, distill or sft.")
     tokens: Count = Field(description="Tokens to train on.")
     train: list[str] = Field([], description="Groups of parameters, or regular expressions over their names.")
@@ -62,7 +66,7 @@ class StageConfig(Section):
 
     @property
     def names_second_model(self) -> bool:
-        """Whether it says anything about a teacher that is a model of its own."""
+        """Whether it says anything about a second model as teacher."""
         return self.teacher_model != TeacherModelConfig()
 
     @property

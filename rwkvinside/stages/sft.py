@@ -1,21 +1,26 @@
-"""Supervised fine-tuning: cross-entropy on the labeled positions (completions), without a teacher."""
+"""Supervised fine-tuning: cross-entropy on labeled positions.
+
+Labeled positions are completions; there is no teacher.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from ..losses.settings import DistillLossConfig
 from ..support.settings import problem
-from .base import LATE, SMALL, WHOLE_STAGE, Stage, StageSize, narrow_rate
+from .base import Stage, StageSize, language_model_defaults, narrow_rate
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ..data.batch import Batch
     from ..data.rows import PaddedDocuments
     from ..data.token_store import TokenStore
     from ..teacher.kinds import TeacherKind
     from ..teacher.signals import Teacher
     from .plan import StagePlan
-    from .settings import StageConfig
     from .steps import SftStep
 
 
@@ -29,15 +34,12 @@ class SupervisedFineTuning(Stage):
 
     @classmethod
     def defaults(cls, width: int, max_positions: int) -> dict:
-        decay = WHOLE_STAGE if width < SMALL else LATE
-        return super().defaults(width, max_positions) | {
-            "train": [".*"],
-            "optim": {"decay": dict(decay)},
-            "loss": {"kl": 0.0, "ce": 1.0},
-        }
+        """Return default settings: everything trains."""
+        return super().defaults(width, max_positions) | language_model_defaults(width, kl=0.0, ce=1.0)
 
     @classmethod
     def learning_rates(cls, width: int) -> dict[str, float]:
+        """Return one rate for all: a tenth of distillation's, constant."""
         lr = narrow_rate(1e-4, 0.72, width) / 10
         return {"lr": lr, "lr_rest": lr, "lr_final": lr}
 
@@ -47,12 +49,11 @@ class SupervisedFineTuning(Stage):
         return max(1, round(0.03 * steps))
 
     @classmethod
-    def check_settings(cls, settings: StageConfig) -> None:
-        super().check_settings(settings)
-        loss = settings.loss
+    def check_loss(cls, loss: DistillLossConfig) -> None:
+        """Refuse all but cross-entropy."""
         if loss.kl or loss.ce != 1:
             raise problem("objective sft has loss.kl 0 and loss.ce 1; objective distill mixes both")
-        if loss != type(loss)(kl=0, ce=1, chunk_tokens=loss.chunk_tokens):
+        if loss != DistillLossConfig(kl=0, ce=1, chunk_tokens=loss.chunk_tokens):
             raise problem("objective sft has no divergence: leave out loss.divergence, loss.top_k, loss.temperature")
 
     def documents(self, store: TokenStore, seq_len: int, seed: int) -> PaddedDocuments:
@@ -61,14 +62,19 @@ class SupervisedFineTuning(Stage):
 
         return PaddedDocuments(store, seq_len, seed)
 
-    def step(self, model, teacher: Teacher | None, plan: StagePlan, sample: Callable[[int], list[Batch]]) -> SftStep:
+    def step(
+        self, model: nn.Module, teacher: Teacher | None, plan: StagePlan, sample: Callable[[int], list[Batch]]
+    ) -> SftStep:
+        """Return a step of cross-entropy."""
         from ..losses.next_token import NextTokenLoss
         from .steps import SftStep
 
-        return SftStep(NextTokenLoss(plan.settings.loss.chunk_tokens))
+        return SftStep(NextTokenLoss(plan.loss.chunk_tokens))
 
     def logit_models(self, kind: TeacherKind | None) -> int:
+        """Return one: the student."""
         return 1
 
     def loss_lines(self, plan: StagePlan, kind: TeacherKind | None) -> list[str]:
-        return [f"loss      {plan.settings.loss.ce:g} cross-entropy"]
+        """Return the loss with its weight."""
+        return [f"loss      {plan.loss.ce:g} cross-entropy"]

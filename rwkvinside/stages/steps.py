@@ -1,4 +1,4 @@
-"""One step per objective: a packed batch in, a loss sum and metric sums out.
+"""One step per objective: a packed batch in, loss and metric sums out.
 
 The trainer divides by the global count.
 """
@@ -19,9 +19,11 @@ from ..teacher.signals import Teacher
 
 @dataclass
 class AlignStep:
-    """Each mixer imitates its layer's attention on the teacher's own hidden states (RADLADS step 1).
+    """Each mixer imitates its layer's attention (RADLADS step 1).
 
-    Args:
+    It reads the teacher's own hidden states.
+
+    Attributes:
         norms: {layer: mean squared norm per token of the teacher's attention output}, from `calibration.teacher_norms`.
         checkpoint: recompute mixers in the backward.
     """
@@ -30,18 +32,22 @@ class AlignStep:
     checkpoint: bool = False
 
     def count(self, batch: Batch) -> int:
+        """Return the tokens of a batch."""
         return batch.num_tokens
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the alignment loss, and by layer under "layers"."""
         loss, layers = alignment_loss(model(batch, mode="align", checkpoint=self.checkpoint), self.norms)
         return loss, {"layers": layers}
 
 
 @dataclass
 class DistillStep:
-    """The student's next-token distribution follows the teacher's; cross-entropy on the text may be added.
+    """The student's next-token distribution follows the teacher's.
 
-    Args:
+    Cross-entropy on the text may be added.
+
+    Attributes:
         teacher: where the distributions to follow come from.
         config: what is compared, and how.
     """
@@ -50,21 +56,29 @@ class DistillStep:
     config: DistillLossConfig = DistillLossConfig()
 
     def count(self, batch: Batch) -> int:
+        """Return the labeled positions of a batch."""
         return batch.num_targets
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the distillation loss and its metrics."""
         signal = self.teacher.signal(model, batch)
         return model(batch, mode="student", task=DistillationLoss(signal, self.config))
 
 
 @dataclass
 class SftStep:
-    """Cross-entropy on the labeled positions (completions), no teacher."""
+    """Cross-entropy on the labeled positions (completions), no teacher.
+
+    Attributes:
+        loss: what the head's logits are compared by.
+    """
 
     loss: NextTokenLoss = NextTokenLoss()
 
     def count(self, batch: Batch) -> int:
+        """Return the labeled positions of a batch."""
         return batch.num_targets
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the cross-entropy."""
         return model(batch, mode="student", task=self.loss)

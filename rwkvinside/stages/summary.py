@@ -1,4 +1,7 @@
-"""What a plan says of a stage that trains: steps, learning rates, and what trains when."""
+"""What a plan says of a stage that trains.
+
+Steps, learning rates, and what trains when.
+"""
 
 from __future__ import annotations
 
@@ -16,40 +19,41 @@ def training_lines(student: HybridModel, plan: StagePlan, loss: list[str]) -> li
     Args:
         loss: the objective's lines on its loss.
     """
-    length, optim = plan.length, plan.settings.optim
+    length, optim = plan.length, plan.optim
     groups = rate_groups(student, plan, plan.phases[-1])
-    rates = ", ".join(f"{label} {group.rate:.3g}" for label, group in groups.items())
-    d = optim.decay
-    decay = f"{d.shape} to {optim.lr_final:.3g} between {100 * d.start:.3g} % and {100 * d.end:.3g} % of the tokens"
+    peaks = ", ".join(f"{label} {group.rate:.3g}" for label, group in groups.items())
+    span = f"between {100 * optim.decay.start:.3g} % and {100 * optim.decay.end:.3g} % of the tokens"
+    decay = f"{optim.decay.shape} to {plan.rates.lr_final:.3g} {span}"
     kind = "" if optim.kind == "adamw" else f"{optim.kind}; "
     return [
         f"steps     {length.steps} of {length.rows_per_step} rows ({length.tokens_per_step} tokens), "
         f"{plan.shape.micro_rows} rows at a time on each rank",
-        f"rates     {kind}{rates}; warm-up {optim.warmup_steps} steps, {decay}, clip {optim.clip:g}",
+        f"rates     {kind}{peaks}; warm-up {plan.rates.warmup_steps} steps, {decay}, clip {optim.clip:g}",
         *loss,
         *training_table(student, plan, plan.phases[0]),
     ]
 
 
 def training_table(student: HybridModel, plan: StagePlan, phase: Phase) -> list[str]:
-    """One line for each group of the student: parameters, what of them trains in the phase or later, learning rates.
+    """Return one line for each group of the student.
 
-    Of quantized linear layers the weights before quantization are counted.
+    It has the group's parameters, what of them trains in the phase or later, and learning rates. Of quantized linear
+    layers the weights before quantization are counted.
     """
     begin = joining(student, plan)
     rate_of = {n: g.rate for g in rate_groups(student, plan, plan.phases[-1]).values() for n in g.parameters}
     sizes: dict[str, int] = {}
-    parts: dict[str, dict[str, int]] = {}  # by group: parameters by what happens to them
+    counts: dict[str, dict[str, int]] = {}  # by group: parameters by what happens to them
     rates: dict[str, dict[str, None]] = {}
 
     def add(group: str, state: str, count: int) -> None:
         sizes[group] = sizes.get(group, 0) + count
-        states = parts.setdefault(group, {})
+        states = counts.setdefault(group, {})
         states[state] = states.get(state, 0) + count
 
     parameters = student.canonical_parameters()
-    for each, names in zip(plan.phases, begin, strict=True):
-        state = "trains" if each.index <= phase.index else f"joins after {short_count(each.tokens)} tokens"
+    for joins, names in zip(plan.phases, begin, strict=True):
+        state = "trains" if joins.index <= phase.index else f"joins after {short_count(joins.tokens)} tokens"
         for name in (name for name in parameters if name in names):
             group = student.group_of(name)[-1]
             add(group, state, parameters[name].numel())
@@ -60,7 +64,7 @@ def training_table(student: HybridModel, plan: StagePlan, phase: Phase) -> list[
         add(student.group_of(name)[-1], "frozen", parameters[name].numel())
     lines = [f"{'group':<12}{'parameters':>12}  {'learning rate':<18}in this stage"]
     for group in (group for group in (*GROUPS, TEACHER) if group in sizes):
-        states = [f"{rounded_count(n)} {state}" for state, n in parts[group].items()]
-        shown = ", ".join(states if len(states) > 1 else parts[group])
+        states = [f"{rounded_count(n)} {state}" for state, n in counts[group].items()]
+        shown = ", ".join(states if len(states) > 1 else counts[group])
         lines.append(f"{group:<12}{rounded_count(sizes[group]):>12}  {', '.join(rates.get(group, ['-'])):<18}{shown}")
     return lines

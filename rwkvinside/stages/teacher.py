@@ -1,10 +1,13 @@
-"""The teacher's side of a stage: a second model, or its logits on disk, and that they fit the run."""
+"""The teacher's side of a stage, and whether it fits the run.
+
+It is a second model, or its logits on disk.
+"""
 
 from __future__ import annotations
 
 import hashlib
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.encode import tokenizer_hash
 from ..errors import UserError
@@ -28,11 +31,13 @@ def build_teacher(
     """Return where the teacher's side of a stage comes from.
 
     Args:
+        plan: of the stage.
         kind: from `Stage.prepare`.
         tokenizer, rows: which logits on disk must be of.
+        world: the processes that share a sharded model.
 
     Raises:
-        UserError: weights that cannot be loaded; logits of something else, incomplete or damaged.
+        UserError: weights cannot be loaded; logits are of something else, incomplete or damaged.
     """
     if kind is TeacherKind.SELF:
         return SelfTeacher()
@@ -42,9 +47,10 @@ def build_teacher(
 
 
 def online_teacher(plan: StagePlan, world: Distributed) -> OnlineTeacher:
-    """Return a frozen model next to the student, quantized and sharded as the stage says.
+    """Return a frozen model next to the student.
 
-    In fp32 what is not quantized becomes fp32, whatever it was loaded in. One process shards nothing.
+    Quantized and sharded as the stage says. In fp32, weights that are not quantized become fp32, whatever they were
+    loaded in. One process shards nothing.
     """
     second, teacher = plan.settings.teacher_model, plan.signal_teacher
     lm = load_teacher(teacher.path, teacher.revision, plan.run.teacher_dtype)
@@ -59,16 +65,16 @@ def online_teacher(plan: StagePlan, world: Distributed) -> OnlineTeacher:
     return OnlineTeacher(model.to(world.device))
 
 
-def meta_online_teacher(plan: StagePlan):
+def meta_online_teacher(plan: StagePlan) -> PreTrainedModel:
     """Return the shapes of `online_teacher`'s model, on the meta device."""
     lm = meta_teacher(plan.signal_teacher)
-    if (format := plan.settings.teacher_model.quantize) is not None:
-        quantize(lm, linear_names(lm, skip=(find(lm.config.model_type).head_path,)), format)
+    if (number_format := plan.settings.teacher_model.quantize) is not None:
+        quantize(lm, linear_names(lm, skip=(find(lm.config.model_type).head_path,)), number_format)
     return lm
 
 
 def check_teacher(plan: StagePlan, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse, before anything trains, what a stage names as its teacher and cannot use.
+    """Refuse, before anything trains, a teacher that a stage cannot use.
 
     Raises:
         UserError: a second model of another tokenizer, whose distributions would be over other tokens; see also
@@ -86,13 +92,13 @@ def check_tokenizer(plan: StagePlan, tokenizer: PreTrainedTokenizerBase) -> None
     Raises:
         UserError: names the token. The teacher may know more, such as the tokens of a later chat template.
     """
-    theirs = open_tokenizer(plan.signal_teacher).get_vocab()
-    wrong = [(id, token) for token, id in tokenizer.get_vocab().items() if theirs.get(token) != id]
-    if wrong:
-        id, token = min(wrong)
+    teacher_ids = open_tokenizer(plan.signal_teacher).get_vocab()
+    different = [(id, token) for token, id in tokenizer.get_vocab().items() if teacher_ids.get(token) != id]
+    if different:
+        id, token = min(different)
         raise UserError(
             f"teacher_model {plan.signal_teacher.path} has another tokenizer than {plan.run.teacher.path}: "
-            f"token {token!r} is {theirs.get(token, 'unknown')} there, {id} here",
+            f"token {token!r} is {teacher_ids.get(token, 'unknown')} there, {id} here",
             "use a teacher of the same family",
         )
 
@@ -101,20 +107,24 @@ def check_cache(plan: StagePlan, tokenizer: PreTrainedTokenizerBase, rows: Rows 
     """Return logits on disk that are what a stage needs.
 
     Args:
-        rows: of the stage; None: they are not there yet, and what can be said without them must do.
+        plan: of the stage.
+        tokenizer: of the run.
+        rows: of the stage; None: they are not known yet, and only the rest is checked.
 
     Raises:
-        UserError: what the cache is of differs from the stage in teacher, tokenizer, temperature, data or order of
-            rows; then too few rows, or tokens of each position; files that are missing.
+        UserError: the cache differs from the stage in teacher, tokenizer, temperature, data or order of rows; it has
+            too few rows, or too few tokens of each position; files are missing.
     """
-    reader, wanted = LogitsReader(plan.settings.teacher_cache), cache_identity(plan, tokenizer)
-    # by its weights, or by its name where it was left on another machine
-    wanted.pop("teacher" if wanted["teacher"] is None else "teacher's name")
+    if plan.settings.teacher_cache is None:
+        raise RuntimeError(f"stage {plan.name} has no teacher_cache")
+    reader, identity = LogitsReader(plan.settings.teacher_cache), cache_identity(plan, tokenizer)
+    # the teacher by its weights, or by its name where the weights were left on another machine
+    identity.pop("teacher" if identity["teacher"] is None else "teacher's name")
     if rows is not None:
-        wanted["data"] = data_hash(rows)
-    check_identity(reader.path, reader.identity, reader.identity | wanted)
+        identity["data"] = data_hash(rows)
+    check_identity(reader.path, reader.identity, reader.identity | identity)
     reader.require(plan.row_count)  # the rest of other logits would be of no use
-    top_k = plan.settings.loss.top_k
+    top_k = plan.loss.top_k
     if top_k and top_k > reader.k:
         raise UserError(
             f"the logits in {reader.path} have {reader.k} tokens a position, and stages.{plan.name}.loss.top_k is "
@@ -125,7 +135,10 @@ def check_cache(plan: StagePlan, tokenizer: PreTrainedTokenizerBase, rows: Rows 
 
 
 def cache_identity(plan: StagePlan, tokenizer: PreTrainedTokenizerBase) -> dict:
-    """Return what logits on disk are of, but for the data: names that a message can use, and JSON values."""
+    """Return what logits on disk are of, except for the data.
+
+    Names that a message can use, and JSON values.
+    """
     teacher = plan.signal_teacher
     return {
         "row length": plan.length.seq_len,
@@ -135,13 +148,16 @@ def cache_identity(plan: StagePlan, tokenizer: PreTrainedTokenizerBase) -> dict:
         "teacher": weights_hash(teacher.path, teacher.revision),
         "teacher's name": teacher.path if teacher.revision is None else f"{teacher.path}@{teacher.revision}",
         "teacher's quantization": plan.settings.teacher_model.quantize,
-        "temperature": plan.settings.loss.temperature,
+        "temperature": plan.loss.temperature,
         "vocabulary": shared_vocab(plan),
     }
 
 
 def shared_vocab(plan: StagePlan) -> int:
-    """Return how many ids student and teacher share; the larger vocabulary is cut."""
+    """Return how many ids student and teacher share.
+
+    The larger vocabulary is cut.
+    """
     return min(teacher_config(plan.run.teacher).vocab_size, teacher_config(plan.signal_teacher).vocab_size)
 
 

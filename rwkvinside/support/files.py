@@ -1,6 +1,7 @@
-"""Files that are complete or absent: written next to their place, flushed to the disk, then renamed.
+"""Files that are complete or absent.
 
-The standard library only: the installation and the kernels use it too.
+They are written next to their place, flushed to the disk, then renamed. Uses the standard library only, because the
+installation and the kernels need it too.
 """
 
 from __future__ import annotations
@@ -16,17 +17,19 @@ from pathlib import Path
 
 from ..errors import UserError
 
-UNFINISHED = ".unfinished"  # the end of every temporary name; a dot stands at its beginning
+UNFINISHED = ".unfinished"  # the end of every temporary name, which begins with a dot
 
 
 @contextmanager
 def temporary_sibling(path: Path, *, unique: bool = False) -> Iterator[Path]:
-    """Yield a name next to `path` for a file or a directory; what is left there at the end is removed.
+    """Yield a name next to `path` for a file or a directory.
+
+    What is left under that name at the end is removed.
 
     Args:
         path: what is to be written. The directories above it are made.
-        unique: with a name of its own for each writer, where several processes may write the same. Otherwise the name
-            is always the same, and what a killed process left there is replaced.
+        unique: give each writer another name, where several processes may write the same file. Otherwise the name is
+            always the same, and what a killed process left there is replaced.
     """
     token = f".{uuid.uuid4().hex[:8]}" if unique else ""
     temporary = path.with_name(f".{path.name}{token}{UNFINISHED}")
@@ -43,9 +46,9 @@ def temporary_sibling(path: Path, *, unique: bool = False) -> Iterator[Path]:
 
 
 def publish(temporary: Path, path: Path) -> None:
-    """Flush a file or a directory with all it holds to the disk, then rename it to `path`.
+    """Flush a file or a whole directory to the disk, then rename it to `path`.
 
-    A file takes the place of another one; a directory that of an empty one only.
+    A file replaces an existing one; a directory replaces an empty one only.
     """
     fsync_tree(temporary)
     os.replace(temporary, path)
@@ -54,7 +57,9 @@ def publish(temporary: Path, path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path, *, unique: bool = False) -> Iterator[Path]:
-    """Yield a temporary name next to `path`; what is written there takes its place, or nothing if an error comes.
+    """Yield a temporary name next to `path` that takes its place at the end.
+
+    After an error nothing takes its place.
 
     Args:
         path, unique: see `temporary_sibling`.
@@ -94,7 +99,10 @@ def write_text(path: Path, text: str, hint: str = "free space, or make the direc
 
 
 def write_json(path: Path, values: dict, hint: str = "free space, or make the directory writable") -> None:
-    """Write a JSON file, indented; arguments and errors as `write_text`."""
+    """Write a JSON file, indented.
+
+    Arguments and errors are those of `write_text`.
+    """
     write_text(path, json.dumps(values, indent=2) + "\n", hint)
 
 
@@ -113,7 +121,10 @@ def free_bytes(directory: Path) -> int:
 
 
 def fsync(path: Path) -> None:
-    """Flush a file or the entries of a directory to the disk, so that a power cut leaves no half of it."""
+    """Flush a file or the entries of a directory to the disk.
+
+    After a power cut no half of it is left.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

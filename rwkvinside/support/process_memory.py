@@ -10,44 +10,41 @@ import sys
 from pathlib import Path
 
 MMAP_THRESHOLD = 2**17  # bytes; glibc's own, before it starts to raise it
-
-
 LARGE = 50_000_000  # parameters from which memory matters more than the time to clear new pages
+
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
 
 
 def return_freed_memory(parameters: int) -> None:
-    """For the rest of this process, let glibc give blocks back to the system as soon as they are freed; for a model of
-    so many parameters, if that is many.
+    """Let glibc give blocks back to the system as soon as they are freed.
 
-    Otherwise it keeps blocks of up to 32 MiB in heaps that activations of all sizes cut to pieces: 42 % more than what
-    is in use was measured for a student of 57 million parameters. It costs the clearing of new pages, up to 15 % of a
-    step at a width of 512, less the more products are made of each page.
+    Lasts for the rest of this process; does nothing for a model of fewer than `LARGE` parameters, and without glibc.
+    Otherwise glibc keeps blocks of up to 32 MiB in heaps that activations of all sizes cut to pieces: 42 % more than
+    what is in use was measured for a student of 57 million parameters. It costs the clearing of new pages, up to 15 %
+    of a step at a width of 512, less the more products are made of each page.
     """
     if parameters >= LARGE and platform.libc_ver()[0] == "glibc":
         mmap_threshold = -3  # the option's number in malloc.h
         ctypes.CDLL(None).mallopt(mmap_threshold, MMAP_THRESHOLD)
 
 
-_STATUS = Path("/proc/self/status")
-
-
-_CLEAR = Path("/proc/self/clear_refs")
-
-
 def peak_bytes() -> int:
-    """The most bytes that were in RAM at once, since the process started or since `forget_peak`.
+    """Return the most bytes that were in RAM at once.
 
-    Linux: VmHWM, because getrusage carries the peak of the process that started this one through exec. Where there
-    is no such line getrusage has to do.
+    Counted since the process started or since `forget_peak`. On Linux this is VmHWM, because getrusage carries the peak
+    of the process that started this one through exec; elsewhere it is getrusage.
     """
-    if _STATUS.exists() and (found := re.search(rb"VmHWM:\s+(\d+) kB", _STATUS.read_bytes())):  # gVisor has none
-        return 1024 * int(found[1])
+    if _STATUS.exists() and (match := re.search(rb"VmHWM:\s+(\d+) kB", _STATUS.read_bytes())):  # gVisor has none
+        return 1024 * int(match[1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024)
 
 
 def forget_peak() -> bool:
-    """From now on `peak_bytes` counts anew, beginning with what is in RAM now (man 5 proc: clear_refs).
+    """Let `peak_bytes` count anew from what is in RAM now.
+
+    See man 5 proc, clear_refs.
 
     Returns:
         Whether the system does that; Linux does.

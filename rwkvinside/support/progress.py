@@ -6,21 +6,23 @@ import sys
 import time
 from typing import TextIO
 
-DELAY = 0.5  # seconds; what is done before is not worth a bar
+DELAY = 0.5  # seconds; shorter work is not worth a bar
 INTERVAL = 10.0  # seconds between lines
 
 
 class Progress:
-    """How far some work is, shown while the `with` block runs; nothing of what is done at once.
+    """Shows how far some work is, while the `with` block runs.
+
+    Work that is done at once shows nothing.
 
     Args:
         label: of the work.
-        total: of what is counted; None where it is not known.
+        total: how many there are of what is counted; None where it is not known.
         unit: what is counted, in the plural.
-        done: of `total` before it began, which says nothing about the speed.
-        stream: where to; None is standard error.
+        done: how many of `total` were done before; they do not count for the speed.
+        stream: where to write; None is standard error.
         delay: seconds before a terminal has a bar.
-        interval: seconds between lines elsewhere; None: only what `say` is given.
+        interval: seconds between lines elsewhere; None: only the lines of `say`.
     """
 
     def __init__(
@@ -39,12 +41,12 @@ class Progress:
         self.stream = stream or sys.stderr
         self._delay, self._interval = delay, interval
         self._detail = ""
-        self._start = self._said = time.monotonic()
+        self._start = self._last_line = time.monotonic()
         self._shown: int | None = None  # what the last line said
         self._bar = self._task = None
 
     def __enter__(self) -> Progress:
-        self._start = self._said = time.monotonic()
+        self._start = self._last_line = time.monotonic()
         self._draw()
         return self
 
@@ -57,22 +59,30 @@ class Progress:
 
     @property
     def rate(self) -> float:
-        """Of what is counted, how many a second since the beginning."""
+        """How many of what is counted are done in a second, since the beginning."""
         return (self.done - self._before) / max(time.monotonic() - self._start, 1e-9)
 
     def advance(self, count: int = 1, detail: str = "") -> None:
-        """So many more are done; arguments as `update`."""
+        """Count so many more as done.
+
+        Arguments are those of `update`.
+        """
         self.update(self.done + count, detail)
 
     def update(self, done: int, detail: str = "") -> None:
-        """So many are done.
+        """Set how many are done.
 
         Args:
+            done: how many.
             detail: more to show, such as a loss.
         """
         self.done, self._detail = done, detail
         self._draw()
-        if not self.stream.isatty() and self._interval is not None and time.monotonic() - self._said >= self._interval:
+        if (
+            not self.stream.isatty()
+            and self._interval is not None
+            and time.monotonic() - self._last_line >= self._interval
+        ):
             self._line()
 
     def say(self, line: str) -> None:
@@ -84,14 +94,17 @@ class Progress:
             self.stream.flush()
 
     def _line(self) -> None:
-        self._said, self._shown = time.monotonic(), self.done
+        self._last_line, self._shown = time.monotonic(), self.done
         count = f"{self.done:,}" if self.total is None else f"{self.done:,}/{self.total:,}"
         left = f"ETA {clock((self.total - self.done) / self.rate)}" if self.total is not None and self.rate else ""
         counted = f"{self.label} {count} {self.unit}".rstrip()
         self.say("  ".join(filter(None, (counted, self._detail, left))))
 
     def _draw(self) -> None:
-        """Bring the bar of a terminal up to date; it begins when the work has taken a while."""
+        """Bring the bar of a terminal up to date.
+
+        It begins when the work has taken a while.
+        """
         if self._bar is None:
             if not self.stream.isatty() or time.monotonic() - self._start < self._delay:
                 return

@@ -1,4 +1,4 @@
-"""What every section of the configuration is made of: its base class and types of values."""
+"""The base class and value types of every section of the configuration."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
 def parse_count(value: Any) -> Any:
-    """600k, 2.5M, 1B or a plain number as an int."""
+    """Return 600k, 2.5M, 1B or a plain number as an int.
+
+    Raises:
+        PydanticCustomError: it is not a positive whole number.
+    """
     text = "" if isinstance(value, bool) else str(value).strip()
     match = re.fullmatch(r"([0-9][0-9_]*(?:\.[0-9]+)?)([kKmMbB]?)", text)
     number = float(match[1].replace("_", "")) * SUFFIXES[match[2].lower()] if match else 0.0
@@ -22,18 +26,14 @@ def parse_count(value: Any) -> Any:
 
 
 Count = Annotated[int, BeforeValidator(parse_count)]
-
-
 Positive = Annotated[int, Field(ge=1)]
-
-
 Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
 Rate = Annotated[float, Field(ge=0)]
 
 
 class Section(BaseModel):
+    """A section of the configuration: immutable, and without unknown fields."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
@@ -42,5 +42,6 @@ def problem(message: str, *values: Any) -> PydanticCustomError:
 
     Args:
         message: with a pair of braces for each value.
+        values: what was configured.
     """
     return PydanticCustomError("problem", message.format(*values).replace("{", "{{").replace("}", "}}"))

@@ -1,4 +1,4 @@
-"""Text for people: counts, bytes and operations with prefixes, and the known word that is nearest to a wrong one."""
+"""Text for people: counts, bytes and operations, and nearest known words."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ FLOP = tuple((1000**i, f" {prefix}FLOP") for i, prefix in enumerate(["", "K", "M
 
 
 def short_count(number: int) -> str:
-    """Return a count exactly, as one writes it in a configuration: 600k, 2500k, 10M, 4097."""
+    """Return a count exactly, as one writes it in a configuration.
+
+    Examples are 600k, 2500k, 10M, 4097.
+    """
     for size, suffix in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
         if number >= size and number % size == 0:
             return f"{number // size}{suffix}"
@@ -25,7 +28,10 @@ def rounded_count(number: float) -> str:
 
 
 def rounded_bytes(number: float) -> str:
-    """Return a number of bytes to three digits, four from 1000 on: 12 bytes, 1020 KiB, 1.23 GiB."""
+    """Return a number of bytes to three digits, four from 1000 on.
+
+    Examples are 12 bytes, 1020 KiB, 1.23 GiB.
+    """
     return _rounded(number, BYTES, 3)
 
 
@@ -35,20 +41,29 @@ def rounded_flop(number: float) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """Return the known word that was probably meant, in whatever case it was written; None where none is near."""
+    """Return the known word that was probably meant.
+
+    It is found in whatever case it was written; None where none is near.
+    """
     by_lower = {name.lower(): name for name in known}
     close = difflib.get_close_matches(word.lower(), by_lower, n=1)
     return by_lower[close[0]] if close else None
 
 
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
-    """Return "; did you mean `prefix` + the nearest known word?" for the end of a message, or ""."""
-    found = nearest(word, known)
-    return "" if found is None else f"; did you mean {prefix}{found}?"
+    """Return a question for the end of a message, or "".
+
+    It reads "; did you mean `prefix` + the nearest known word?".
+    """
+    guess = nearest(word, known)
+    return "" if guess is None else f"; did you mean {prefix}{guess}?"
 
 
 def _rounded(number: float, units: Sequence[tuple[int, str]], digits: int) -> str:
-    """A number in the smallest unit in which it stays below the next one, also after rounding."""
+    """Return a number in the smallest unit in which it stays below the next one.
+
+    It stays so after rounding.
+    """
     limits = [*(size for size, _ in units[1:]), math.inf]
     return next(
         text + suffix
@@ -58,7 +73,10 @@ def _rounded(number: float, units: Sequence[tuple[int, str]], digits: int) -> st
 
 
 def _fixed(value: float, digits: int) -> str:
-    """A number >= 0 with so many digits, or all in front of the point, never in scientific notation."""
+    """Return a number >= 0 with so many digits.
+
+    It has all digits in front of the point, and is never in scientific notation.
+    """
     places = max(0, digits - len(str(int(value))))
     text = f"{value:.{places}f}"
     return text.rstrip("0").rstrip(".") if "." in text else text

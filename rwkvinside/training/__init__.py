@@ -1,1 +1,4 @@
-"""The training loop: engines, schedule, checkpoints, metrics. Knows a `Step`, nothing of objectives or models."""
+"""The training loop: engines, schedule, checkpoints, metrics.
+
+Knows a `Step`, nothing of objectives or models.
+"""

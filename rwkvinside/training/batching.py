@@ -1,4 +1,4 @@
-"""How the rows of an optimizer step are cut into micro-batches and shared by ranks."""
+"""How an optimizer step's rows are cut into micro-batches and shared by ranks."""
 
 from __future__ import annotations
 
@@ -26,10 +26,12 @@ class StepShape:
 
     @classmethod
     def of(cls, length: StageLength, micro_rows: int | None, ranks: int) -> StepShape:
-        """Cut the steps of a stage.
+        """Return how the steps of a stage are cut.
 
         Args:
+            length: of the stage.
             micro_rows: rows that run at a time; None: about `MICRO_TOKENS`.
+            ranks: processes that share the rows.
         """
         share = -(-length.rows_per_step // ranks)
         return cls(length.rows_per_step, min(share, micro_rows or rows_within(MICRO_TOKENS, length.seq_len)), ranks)

@@ -1,4 +1,7 @@
-"""What happens besides the updates of a stage: rows of metrics, lines on the console, evaluations, extra tensors."""
+"""What happens in a stage besides its updates.
+
+Rows of metrics, lines on the console, evaluations, extra tensors.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,9 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Told by the trainer what happens; does nothing by itself. Several are told in the order they are given in.
+    """Told by the trainer what happens; does nothing by itself.
+
+    Several callbacks are told in their order.
 
     Attributes:
         main_only: told on rank 0 alone, so it must not communicate; otherwise every rank has one.
@@ -23,43 +28,57 @@ class Callback:
     main_only: ClassVar[bool] = False
 
     def begin(self, trainer: Trainer) -> None:
-        """Training starts or goes on after `trainer.done` steps."""
+        """Note that training starts, or goes on after `trainer.done` steps."""
 
     def end(self, trainer: Trainer) -> None:
-        """Training has ended, well or with an error."""
+        """Note that training has ended, well or with an error."""
 
     def step(self, trainer: Trainer, row: dict) -> None:
-        """An update was made.
+        """Note that an update was made.
 
         Args:
-            row: of metrics; what is added to it the later callbacks see.
+            trainer: that made it.
+            row: of metrics; later callbacks see what is added to it.
         """
 
     def evaluate(self, trainer: Trainer) -> Mapping[str, float]:
-        """An evaluation is due.
+        """Return what an evaluation that is due finds.
 
         Returns:
-            Numbers by name for its row.
+            Numbers by name for its row of metrics.
         """
         return {}
 
     def evaluation(self, trainer: Trainer, row: Mapping) -> None:
-        """An evaluation was made; `row` is its row of metrics."""
+        """Note that an evaluation was made.
+
+        Args:
+            trainer: that made it.
+            row: of metrics.
+        """
 
     def extra_tensors(self, trainer: Trainer) -> Mapping[str, Tensor]:
-        """A checkpoint is about to be written, by rank 0.
+        """Return weights to save in addition to those that train.
+
+        Called on rank 0 when a checkpoint is about to be written.
 
         Returns:
-            Weights to save besides those that train here, by the same names.
+            Tensors by the names that weights have in checkpoints.
         """
         return {}
 
     def notice(self, trainer: Trainer, line: str) -> None:
-        """The trainer has something to tell."""
+        """Tell the user something that the trainer has noticed."""
 
 
 class WriteMetrics(Callback):
-    """Write every row to metrics.jsonl. Comes after the callbacks that add to rows."""
+    """Writes every row to metrics.jsonl.
+
+    Comes after the callbacks that add to rows.
+
+    Args:
+        writer: of the run's metrics.
+    """
 
     main_only = True
 
@@ -67,17 +86,26 @@ class WriteMetrics(Callback):
         self.writer = writer
 
     def begin(self, trainer: Trainer) -> None:
+        """Drop the rows that will be written again."""
         self.writer.begin(trainer.plan.stage, trainer.done or None)
 
     def step(self, trainer: Trainer, row: dict) -> None:
+        """Write a training row."""
         self.writer.write(row)
 
     def evaluation(self, trainer: Trainer, row: Mapping) -> None:
+        """Write an evaluation row."""
         self.writer.write(row)
 
 
 class ShowProgress(Callback):
-    """Show rows on the console. Comes after the callbacks that add to rows."""
+    """Shows rows on the console.
+
+    Comes after the callbacks that add to rows.
+
+    Args:
+        console: of the stage.
+    """
 
     main_only = True
 
@@ -85,23 +113,28 @@ class ShowProgress(Callback):
         self.console = console
 
     def begin(self, trainer: Trainer) -> None:
+        """Open the console."""
         self.console.__enter__()
 
     def end(self, trainer: Trainer) -> None:
+        """Close the console."""
         self.console.__exit__(None, None, None)
 
     def step(self, trainer: Trainer, row: dict) -> None:
+        """Show a training row."""
         self.console.step(row, trainer.seconds_left)
 
     def evaluation(self, trainer: Trainer, row: Mapping) -> None:
+        """Show an evaluation row."""
         self.console.evaluation(row)
 
     def notice(self, trainer: Trainer, line: str) -> None:
+        """Show a line."""
         self.console.say(line)
 
 
 class Evaluate(Callback):
-    """Evaluate by a function that every rank calls.
+    """Evaluates by a function that every rank calls.
 
     Args:
         function: from the number of steps done to numbers by name.
@@ -111,11 +144,12 @@ class Evaluate(Callback):
         self.function = function
 
     def evaluate(self, trainer: Trainer) -> Mapping[str, float]:
+        """Return the function's numbers."""
         return self.function(trainer.done)
 
 
 class MeasureMFU(Callback):
-    """Add "mfu", model FLOP utilization, to training rows.
+    """Adds "mfu", the model FLOP utilization, to training rows.
 
     Args:
         flops_per_token: operations that a token of the stage needs.
@@ -128,11 +162,12 @@ class MeasureMFU(Callback):
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
 
     def step(self, trainer: Trainer, row: dict) -> None:
+        """Add the number to a training row."""
         row["mfu"] = row["tokens_per_s"] * self.flops_per_token / self.peak_flops
 
 
 class SaveExtra(Callback):
-    """Save weights that do not train in this stage with those that do.
+    """Saves weights that do not train in this stage with those that do.
 
     Args:
         tensors: by name; on rank 0 only.
@@ -144,4 +179,5 @@ class SaveExtra(Callback):
         self.tensors = tensors
 
     def extra_tensors(self, trainer: Trainer) -> Mapping[str, Tensor]:
+        """Return the tensors."""
         return self.tensors

@@ -1,10 +1,12 @@
-"""Checkpoints of a stage: directories that are complete or absent, checked by size and SHA-256 before they are used.
+"""Checkpoints of a stage: directories that are complete or absent.
+
+They are checked by size and SHA-256 before they are used.
 
     step-00000150/model.safetensors        weights by name
                   optimizer.safetensors    moments by name (absent where a stage has no optimizer)
                   state.json               everything else, and the digests of the files above
 
-Nothing is pickled. What the tensors and the state mean is the caller's affair.
+Nothing is pickled. What the tensors and the state mean is up to the caller.
 """
 
 from __future__ import annotations
@@ -40,11 +42,11 @@ class CorruptCheckpoint(UserError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An intact checkpoint. Tensors are read when asked for.
+    """An intact checkpoint, whose tensors are read when asked for.
 
-    Args:
+    Attributes:
         path: its directory.
-        state: what was given to `Checkpointer.save`, JSON values.
+        state: what was passed to `Checkpointer.save`, JSON values.
     """
 
     path: Path
@@ -52,19 +54,25 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
+        """Optimizer steps that were done."""
         return _number(self.path.name)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Weights by name, on the CPU."""
+        """Return the weights by name, on the CPU."""
         return load_file(self.path / MODEL)
 
     def optimizer(self) -> dict[str, Tensor] | None:
-        """Optimizer state by name, on the CPU; None where the stage had none."""
+        """Return the optimizer state by name, on the CPU.
+
+        None where the stage had none.
+        """
         return load_file(self.path / OPTIMIZER) if (self.path / OPTIMIZER).exists() else None
 
 
 class Checkpointer:
-    """Writes and reads the checkpoints of one stage. Only one process may write.
+    """Writes and reads the checkpoints of one stage.
+
+    Only one process may write.
 
     Args:
         directory: made when the first checkpoint is written.
@@ -84,7 +92,10 @@ class Checkpointer:
         self.on_disk_full = on_disk_full
 
     def names(self) -> list[str]:
-        """Finished checkpoints, oldest first; nothing is said about their health."""
+        """Return the names of finished checkpoints, oldest first.
+
+        They need not be intact.
+        """
         return [path.name for path in checkpoint_directories(self.directory)]
 
     def save(
@@ -95,19 +106,23 @@ class Checkpointer:
         state: Mapping,
         required: bool = False,
     ) -> Path | None:
-        """Write a checkpoint under a temporary name, then rename it; afterwards older ones beyond `keep` go.
+        """Write a checkpoint, then remove older ones beyond `keep`.
 
-        Checkpoints of later steps, left behind by a run that is resumed from an earlier one, become `abandoned-...`.
+        It is written under a temporary name and then renamed. Checkpoints of later steps, which a run leaves that is
+        resumed from an earlier one, become `abandoned-...`.
 
         Args:
             step: optimizer steps done.
+            tensors: weights by name.
+            optimizer: its state by name; None: the stage has none.
+            state: JSON values.
             required: raise when the disk is full even if `on_disk_full` is "continue".
 
         Returns:
             Its directory, or None when there was no space and training may go on.
 
         Raises:
-            UserError: no space, or the directory cannot be written.
+            UserError: there is no space, or the directory cannot be written.
         """
         files = {MODEL: tensors} | ({} if optimizer is None else {OPTIMIZER: optimizer})
         needed = sum(t.numel() * t.element_size() for f in files.values() for t in f.values()) + MARGIN
@@ -116,8 +131,8 @@ class Checkpointer:
             with temporary_sibling(target) as temporary:
                 remove_unfinished(self.directory, "step-*")
                 if (free := free_bytes(self.directory)) < needed:
-                    problem = f"{rounded_bytes(needed)} needed, {rounded_bytes(free)} free"
-                    return self._no_space(target, problem, required)
+                    self._no_space(target, f"{rounded_bytes(needed)} needed, {rounded_bytes(free)} free", required)
+                    return None
                 temporary.mkdir()
                 for name, content in files.items():
                     save_file({k: t.detach().cpu().contiguous() for k, t in content.items()}, temporary / name)
@@ -131,11 +146,14 @@ class Checkpointer:
         except (OSError, SafetensorError) as error:  # safetensors reports a failed write as its own error
             if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise UserError(f"cannot write checkpoint {target}: {error}", "make the directory writable") from error
-            return self._no_space(target, str(error), required)
+            self._no_space(target, str(error), required)
+            return None
         return target
 
     def load(self, name: str | None = None) -> Checkpoint:
-        """Open the newest checkpoint, or the one named, after checking every byte of it.
+        """Return the newest checkpoint, or the one named.
+
+        Every byte of it is checked.
 
         Raises:
             CorruptCheckpoint: names the checkpoint, what is wrong, and the newest intact one.
@@ -159,7 +177,10 @@ class Checkpointer:
         return Checkpoint(self.directory / chosen, content["state"])
 
     def _other(self, corrupt: str) -> str:
-        """The way out of a corrupt checkpoint: the newest intact one."""
+        """Return the hint for a corrupt checkpoint.
+
+        It names the newest intact one.
+        """
         for name in reversed(self.names()):
             if name != corrupt:
                 try:
@@ -187,7 +208,7 @@ class Checkpointer:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint of any student, for those who only read it.
+    """Return a checkpoint of any student, to be read only.
 
     Raises:
         UserError: it is not what was written (`CorruptCheckpoint`), or of another format.
@@ -196,15 +217,21 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def checkpoint_directories(stage_folder: Path) -> list[Path]:
-    """Return the finished checkpoints in the folder of a stage, by their step; nothing is said about their health."""
+    """Return the finished checkpoints in the folder of a stage.
+
+    They are in the order of their steps, and need not be intact.
+    """
     if not stage_folder.is_dir():
         return []
-    found = (path for path in stage_folder.iterdir() if re.fullmatch(r"step-\d+", path.name))
-    return sorted(found, key=lambda path: _number(path.name))
+    directories = (path for path in stage_folder.iterdir() if re.fullmatch(r"step-\d+", path.name))
+    return sorted(directories, key=lambda path: _number(path.name))
 
 
 def newest_checkpoint(stage_folder: Path) -> Path | None:
-    """Return the finished checkpoint of the latest step in the folder of a stage; None where there is none."""
+    """Return the finished checkpoint of the latest step of a stage.
+
+    None where its folder has none.
+    """
     return next(reversed(checkpoint_directories(stage_folder)), None)
 
 
@@ -213,22 +240,25 @@ def _number(name: str) -> int:
 
 
 def _read(path: Path) -> dict:
-    """state.json of a checkpoint, after its files were compared with what state.json says of them."""
+    """Return state.json of a checkpoint, after checking its files.
+
+    They are compared with what state.json says of them.
+    """
     content = _read_state(path / STATE)
-    for file, wanted in content["files"].items():
+    for file, written in content["files"].items():
         if not (path / file).is_file():
             raise CorruptCheckpoint(f"checkpoint {path} is corrupt: {file} is missing")
-        if (size := (path / file).stat().st_size) != wanted["bytes"]:
+        if (size := (path / file).stat().st_size) != written["bytes"]:
             raise CorruptCheckpoint(
-                f"checkpoint {path} is corrupt: {file} has {size} bytes, {wanted['bytes']} were written"
+                f"checkpoint {path} is corrupt: {file} has {size} bytes, {written['bytes']} were written"
             )
-        if _facts(path / file) != wanted:
+        if _facts(path / file) != written:
             raise CorruptCheckpoint(f"checkpoint {path} is corrupt: the SHA-256 of {file} is not the one written")
     return content
 
 
 def _facts(path: Path) -> dict:
-    """Size and SHA-256 of a file."""
+    """Return size and SHA-256 of a file."""
     return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
 
 
@@ -241,11 +271,11 @@ def _write_state(path: Path, content: dict) -> None:
 def _read_state(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        digest, form = content.pop("sha256"), content["format"]
+        digest, version = content.pop("sha256"), content["format"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptCheckpoint(f"checkpoint {path.parent} is corrupt: {path.name} cannot be read") from error
-    if form != FORMAT:
-        raise UserError(f"checkpoint {path.parent} has format {form!r}", f"this version reads format {FORMAT}")
+    if version != FORMAT:
+        raise UserError(f"checkpoint {path.parent} has format {version!r}", f"this version reads format {FORMAT}")
     if digest != _digest(content):
         raise CorruptCheckpoint(f"checkpoint {path.parent} is corrupt: {path.name} was changed after it was written")
     return content
@@ -255,6 +285,6 @@ def _digest(content: dict) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _differences(written: Mapping, wanted: Mapping) -> str:
-    keys = [k for k in sorted(set(written) | set(wanted)) if written.get(k) != wanted.get(k)]
-    return ", ".join(f"{k} is {written.get(k)!r} there and {wanted.get(k)!r} here" for k in keys)
+def _differences(written: Mapping, current: Mapping) -> str:
+    keys = [k for k in sorted(set(written) | set(current)) if written.get(k) != current.get(k)]
+    return ", ".join(f"{k} is {written.get(k)!r} there and {current.get(k)!r} here" for k in keys)

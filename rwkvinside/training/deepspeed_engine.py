@@ -1,7 +1,8 @@
-"""Training steps over several processes with DeepSpeed, which no other file imports; in one process: `local_engine`.
+"""Training steps over several processes, with DeepSpeed.
 
-Both give the same numbers for the same rows, whatever the number of ranks and micro-batches, and both hand out weights
-and optimizer state as full fp32 tensors by name, so that a checkpoint does not depend on how it was trained.
+No other file imports DeepSpeed; training in one process is in `local_engine`. Both give the same numbers for the same
+rows, whatever the number of ranks and micro-batches, and both hand out weights and optimizer state as full fp32 tensors
+by name, so that a checkpoint does not depend on how it was trained.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from datetime import timedelta
 from functools import partial
 from io import StringIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,21 +37,25 @@ from .optimizer import (
 )
 from .precision import check_precision, precision_context
 from .process_group import Distributed
-from .protocols import Step, StepResult, TrainingBatch
+from .protocols import AnyBatch, Step, StepResult
 from .settings import DeepSpeedConfig, OptimConfig
 
 
 class DeepSpeedEngine:
-    """Several processes, one device each, with DeepSpeed's ZeRO stages 0 to 3; the interface of `LocalEngine`.
+    """Several processes, one device each, with ZeRO stages 0 to 3.
+
+    Has the interface of `LocalEngine`. All methods but `set_rates` must be called on every rank. ZeRO 3 leaves the
+    model in shards: it can be used through `module` only, and not be wrapped again.
 
     Args:
+        model: on the CPU.
+        groups: {learning-rate group: {name: parameter}} of everything that trains.
+        settings: of AdamW and clipping.
         world: from `join_process_group`.
+        precision: "fp32" or "bf16".
         zero: sharding, offloading, and the user's own DeepSpeed configuration. Its bf16 weights (`bf16_weights`) are
             rounded ones in the forward; what was fp32 before keeps its full precision in the masters.
         shape: how the rows of a step are cut; None: one micro-batch a step of one row.
-
-    All methods but `set_rates` must be called on every rank. ZeRO 3 leaves the model in shards: it can be used through
-    `module` only, and not be wrapped again.
     """
 
     def __init__(
@@ -92,16 +98,19 @@ class DeepSpeedEngine:
             self.load_parameters(exact)
 
     def set_rates(self, rates: Mapping[str, float]) -> None:
-        """Learning rate per group for the next step."""
+        """Set the learning rate per group for the next step."""
         set_rates(self._optimizer, rates)
 
-    def train_step(self, micro_batches: Sequence[TrainingBatch], step: Step, denominator: int) -> StepResult:
-        """As `LocalEngine.train_step`; every rank brings equally many micro-batches."""
+    def train_step(self, micro_batches: Sequence[AnyBatch], step: Step[AnyBatch], denominator: int) -> StepResult:
+        """Make a step like `LocalEngine.train_step`.
+
+        Every rank brings equally many micro-batches.
+        """
         loss, metrics, losses = self._accumulate(micro_batches, step, denominator).reduce(self.world, denominator)
         if not math.isfinite(loss):
             return StepResult(loss, metrics, math.nan, losses)
         if self._plain:  # reports no norm; the gradients are averaged by now and not yet clipped
-            norm = nn.utils.get_total_norm([p.grad for p in self.trainable.values()])
+            norm = nn.utils.get_total_norm([p.grad for p in self.trainable.values() if p.grad is not None])
             if not math.isfinite(norm):
                 return StepResult(loss, metrics, float(norm), losses)
             self.module.step()
@@ -111,17 +120,26 @@ class DeepSpeedEngine:
             norm = self.module.get_global_grad_norm()
         return StepResult(loss, metrics, float(norm), losses)
 
-    def backward(self, micro_batch: TrainingBatch, step: Step) -> None:
-        """One micro-batch forward and backward, without an update: to look at it with hooks."""
+    def backward(self, micro_batch: AnyBatch, step: Step[AnyBatch]) -> None:
+        """Run one micro-batch forward and backward, without an update.
+
+        Hooks can look at it.
+        """
         self._accumulate([micro_batch], step, 1)
 
     def full_parameters(self) -> dict[str, Tensor]:
-        """As `LocalEngine.full_parameters`, on rank 0; empty on the others."""
+        """Return what `LocalEngine.full_parameters` does, on rank 0.
+
+        Empty on the others.
+        """
         return self._gather({name: (p, None) for name, p in self.trainable.items()})
 
     @torch.no_grad()
     def load_parameters(self, tensors: Mapping[str, Tensor], absent: Collection[str] = ()) -> None:
-        """As `LocalEngine.load_parameters`, in the weights of the forward and in the masters."""
+        """Set the weights of the forward, and the masters.
+
+        Arguments and errors are those of `LocalEngine.load_parameters`.
+        """
         import deepspeed
 
         check_names("weights", set(tensors), set(self.trainable) - set(absent))
@@ -136,66 +154,84 @@ class DeepSpeedEngine:
                 self._set_full(parameter, tensors[name], None)
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """As `LocalEngine.optimizer_state`, on rank 0; empty on the others."""
+        """Return what `LocalEngine.optimizer_state` does, on rank 0.
+
+        Empty on the others.
+        """
         if self._plain:
             return plain_state(self._optimizer, self.trainable) if self.world.is_main else {}
         state = self._gather({f"{n}/{m}": (p, m) for n, p in self.trainable.items() for m in MOMENTS})
         if state:
-            for names, own in self._flat_states():
-                state |= {f"{name}/step": own["step"].detach().to("cpu", torch.int64, copy=True) for name in names}
+            for names, flat_state in self._flat_states():
+                state |= {
+                    f"{name}/step": flat_state["step"].detach().to("cpu", torch.int64, copy=True) for name in names
+                }
         return state
 
     def load_optimizer_state(self, state: Mapping[str, Tensor], absent: Collection[str] = ()) -> None:
-        """Inverse of `optimizer_state`: every rank is given the full state and keeps its part."""
+        """Set what `optimizer_state` returned.
+
+        Every rank gets the full state and keeps its part.
+        """
         present = self._but(absent)
         if self._plain:
             load_plain_state(self._optimizer, present, state)
             return
         check_state(state, present)
-        for names, own in self._flat_states():
+        for names, flat_state in self._flat_states():
             steps = {int(state.get(f"{name}/step", 0)) for name in names}  # a group joins the training as a whole
             if len(steps) > 1:
                 raise UserError(
                     f"parameters trained together have made {', '.join(map(str, sorted(steps)))} updates",
                     "under DeepSpeed resume with the `unfreeze` and `optim.rates` that the checkpoint was made with",
                 )
-            own["step"].fill_(*steps)
+            flat_state["step"].fill_(*steps)
         for name, parameter in present.items():
             for moment in MOMENTS:
                 self._set_full(parameter, state[f"{name}/{moment}"], moment)
 
     def autocast(self) -> AbstractContextManager:
-        """As `LocalEngine.autocast`; rounded weights need none, and copies of whole weights would undo ZeRO 3."""
+        """Return the context in which steps run.
+
+        Rounded weights need none, and copies of whole weights would undo ZeRO 3.
+        """
         if self._rounded:
             return nullcontext()
         return precision_context(self.precision, self.world.device, cache=self.zero_stage < 3)
 
     def close(self) -> None:
-        """Remove DeepSpeed's hooks from the model, so that it can be wrapped again. Not a collective call.
+        """Remove DeepSpeed's hooks from the model, so that it can be wrapped again.
 
-        After ZeRO 3 the model is left in shards, after `bf16_weights` with rounded ones: the next stage starts from the
-        checkpoint, not from them. What DeepSpeed holds is in cycles: memory is free after `gc.collect()`.
+        Not a collective call. After ZeRO 3 the model is left in shards, after `bf16_weights` with rounded ones: the
+        next stage starts from the checkpoint, not from them. What DeepSpeed holds is in cycles: memory is free after
+        `gc.collect()`.
         """
         self.module.destroy()
-        _let_go(self.model)
+        _release(self.model)
         for hook in self._hooks:
             hook.remove()
 
     @property
     def _plain(self) -> bool:
-        """ZeRO 0 in fp32: the optimizer is torch's own and holds the parameters; the safe_* accessors do not work."""
+        """Whether the optimizer is torch's own and holds the parameters.
+
+        It is so for ZeRO 0 in fp32; the safe_* accessors do not work then.
+        """
         return self._wrapped is self._optimizer
 
     def _use(self, name: str, gradient: Tensor) -> None:
         self._used.add(name)
 
     def _clear_unused(self) -> None:
-        """No gradient for what this step did not use: DeepSpeed's buffers still hold the last one there was."""
+        """Clear the gradients of parameters that this step did not use.
+
+        DeepSpeed's buffers still hold the last gradient there was.
+        """
         from deepspeed import utils
 
         for name, parameter in self.trainable.items():
             if name not in self._used and self.zero_stage == 3:
-                utils.safe_set_local_grad(parameter, torch.zeros_like(parameter.ds_tensor))
+                utils.safe_set_local_grad(parameter, torch.zeros_like(_shard_of(parameter)))
             elif name not in self._used and self._offloaded:
                 utils.safe_set_full_grad(parameter, torch.zeros_like(parameter))
         self._used.clear()
@@ -203,19 +239,19 @@ class DeepSpeedEngine:
     def _but(self, absent: Collection[str]) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.trainable.items() if name not in absent}
 
-    def _accumulate(self, micro_batches: Sequence[TrainingBatch], step: Step, denominator: int) -> MetricSums:
+    def _accumulate(self, micro_batches: Sequence[AnyBatch], step: Step[AnyBatch], denominator: int) -> MetricSums:
         sums = MetricSums()
         for i, batch in enumerate(micro_batches):
             self.module.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
             with self.autocast():
                 loss, metrics = step(self.module, batch)
-            # DeepSpeed averages gradients over the ranks, the sums want the sum
+            # DeepSpeed averages gradients over the ranks, the loss needs their sum
             self.module.backward(loss * (self.world.size / denominator), scale_wrt_gas=False)
             sums.add(loss, metrics)
         return sums
 
     def _flats(self) -> Iterator[tuple[str, Tensor]]:
-        """This rank's flat fp32 partitions, each with its learning-rate group."""
+        """Yield this rank's flat fp32 partitions with their learning-rate groups."""
         if self.zero_stage == 3:
             for i, flat in enumerate(self._wrapped.fp32_partitioned_groups_flat):
                 yield self._optimizer.param_groups[self._wrapped.sub_group_to_group_id[i]]["group"], flat
@@ -225,12 +261,15 @@ class DeepSpeedEngine:
                     yield group["group"], flat
 
     def _flat_states(self) -> Iterator[tuple[list[str], dict[str, Tensor]]]:
-        """Optimizer state of this rank's flat partitions, each with the names of its learning-rate group."""
+        """Yield the optimizer state of this rank's flat partitions.
+
+        Each comes with the names of its learning-rate group.
+        """
         for group, flat in self._flats():
             yield list(self._groups[group]), self._optimizer.state[flat]
 
     def _make_state(self) -> None:
-        """Adam's state before the first step, and its link to the parameters.
+        """Make Adam's state before the first step, linked to the parameters.
 
         ZeRO 3 has made one empty step already, which shifts the bias correction. ZeRO 1 and 2 link the state after the
         first parameter group's first update, when the other groups have none yet, and never again: their moments could
@@ -241,12 +280,15 @@ class DeepSpeedEngine:
         if self.zero_stage < 3:
             self._wrapped._lazy_init_hp_params_optimizer_state()
 
-    def _gather(self, wanted: Mapping[str, tuple[nn.Parameter, str | None]]) -> dict[str, Tensor]:
-        """Full fp32 masters (None) or moments by key; one tensor at a time, kept on rank 0 only."""
+    def _gather(self, tensors: Mapping[str, tuple[nn.Parameter, str | None]]) -> dict[str, Tensor]:
+        """Return full fp32 masters (moment None) or moments by key.
+
+        They are gathered one at a time and kept on rank 0 only.
+        """
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        tensors = {}
-        for key, (parameter, moment) in wanted.items():
+        gathered = {}
+        for key, (parameter, moment) in tensors.items():
             if self._plain:
                 full = parameter.detach()
             elif moment is None:
@@ -254,23 +296,23 @@ class DeepSpeedEngine:
             else:
                 full = safe_get_full_optimizer_state(parameter, moment)
             if self.world.is_main:
-                tensors[key] = full.to("cpu", torch.float32)
-        return tensors
+                gathered[key] = full.to("cpu", torch.float32)
+        return gathered
 
     def _set_full(self, parameter: nn.Parameter, full: Tensor, moment: str | None) -> None:
-        """Set this rank's part of an fp32 master (None) or a moment from the full tensor."""
+        """Set this rank's part of a master (moment None) or of a moment."""
         from deepspeed import utils
 
         full = full.float()
         if self.zero_stage == 3:  # the setters of full tensors do not know the padding of the last rank's part
-            size = parameter.ds_tensor.numel()
-            own = torch.zeros(size)
-            part = full.flatten()[self.world.rank * size : (self.world.rank + 1) * size]
-            own[: part.numel()] = part
+            size = _shard_of(parameter).numel()
+            shard = torch.zeros(size)
+            values = full.flatten()[self.world.rank * size : (self.world.rank + 1) * size]
+            shard[: values.numel()] = values
             if moment is None:
-                utils.safe_set_local_fp32_param(parameter, own)
+                utils.safe_set_local_fp32_param(parameter, shard)
             else:
-                utils.safe_set_local_optimizer_state(parameter, own, moment)
+                utils.safe_set_local_optimizer_state(parameter, shard, moment)
         elif moment is None:
             utils.safe_set_full_fp32_param(parameter, full)
         else:
@@ -281,17 +323,18 @@ Engine = LocalEngine | DeepSpeedEngine
 
 
 def inference_engine(
-    model: nn.Module, parts: Sequence[nn.Parameter], world: Distributed, config: Mapping | None = None
+    model: nn.Module, shared: Sequence[nn.Parameter], world: Distributed, config: Mapping | None = None
 ) -> tuple[nn.Module, Callable[[], AbstractContextManager], Callable[[], None]]:
     """Shard a frozen model over the ranks (ZeRO 3).
 
     Args:
         model: without gradients, on the CPU; its parameters are moved one at a time.
-        parts: parameters that are also used outside of the model's forward.
+        shared: parameters that are also used outside of the model's forward.
+        world: the processes.
         config: sections of DeepSpeed's configuration, for instance offloading.
 
     Returns:
-        What to call in place of the model, on every rank equally often; a context in which `parts` are whole, which is
+        What to call in place of the model, on every rank equally often; a context in which `shared` are whole, which is
         collective too; and what to call when the model is not needed any more.
     """
     import deepspeed
@@ -300,19 +343,20 @@ def inference_engine(
     full = deepspeed_config(zero, OptimConfig(), "fp32", StepShape(1, 1, world.size))
     _shard(model, full, world, rounded=False)
     engine, _ = _initialize(model, full)
-    _let_go(model)
+    _release(model)
 
     def close() -> None:
         engine.destroy()
-        _let_go(model)
+        _release(model)
 
-    return engine, lambda: deepspeed.zero.GatheredParameters(list(parts)), close
+    return engine, lambda: deepspeed.zero.GatheredParameters(list(shared)), close
 
 
 def join_process_group() -> Distributed:
-    """Join the processes that `deepspeed` or `torchrun` started; each takes the device of its local rank.
+    """Join the processes that `deepspeed` or `torchrun` started.
 
-    The launcher's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) must be set.
+    Each takes the device of its local rank. The launcher's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR,
+    MASTER_PORT) must be set.
     """
     import deepspeed
     import deepspeed.ops
@@ -330,8 +374,13 @@ def join_process_group() -> Distributed:
     return Distributed(accelerator.current_device_name(), leave=deepspeed.comm.destroy_process_group)
 
 
-def _initialize(model: nn.Module, config: dict, parameters=None, optimizer=None):
-    """DeepSpeed's engine and its optimizer.
+def _initialize(
+    model: nn.Module,
+    config: dict,
+    parameters: list[nn.Parameter] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> tuple[Any, Any]:
+    """Return DeepSpeed's engine and its optimizer.
 
     Raises:
         UserError: DeepSpeed refuses the configuration.
@@ -349,9 +398,15 @@ def _initialize(model: nn.Module, config: dict, parameters=None, optimizer=None)
     return engine, wrapped
 
 
+def _shard_of(parameter: nn.Parameter) -> Tensor:
+    return getattr(parameter, "ds_tensor")  # noqa: B009 - DeepSpeed's, which torch's types do not know
+
+
 def _shard(model: nn.Module, config: dict, world: Distributed, rounded: bool) -> None:
-    """Cut the parameters of a model on the CPU into shards, one parameter at a time, so that no device ever holds all;
-    buffers are moved whole."""
+    """Cut the parameters of a model on the CPU into shards.
+
+    This is done one parameter at a time, so that no device ever holds all; buffers are moved whole.
+    """
     import deepspeed
 
     for module in model.modules():
@@ -364,26 +419,32 @@ def _shard(model: nn.Module, config: dict, world: Distributed, rounded: bool) ->
     deepspeed.zero.Init(module=model, config_dict_or_path=config)
 
 
-def _let_go(model: nn.Module) -> None:
-    """DeepSpeed leaves what it shards on a stack of modules (the root, and what was recomputed in part only) and in a
-    cache, for ever: take the model off the stack, and empty the cache, which fills again."""
+def _release(model: nn.Module) -> None:
+    """Let a model go that DeepSpeed has sharded.
+
+    DeepSpeed leaves what it shards on a stack of modules (the root, and what was recomputed in part only) and in a
+    cache, for ever: this takes the model off the stack, and empties the cache, which fills again.
+    """
     from deepspeed.runtime.zero import parameter_offload
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
 
-    stack, own = parameter_offload.FWD_MODULE_STACK, set(model.modules())
-    stack[:] = [module for module in stack if module not in own]
+    stack, modules = parameter_offload.FWD_MODULE_STACK, set(model.modules())
+    stack[:] = [module for module in stack if module not in modules]
     for cell in vars(Coordinator)["_PartitionedParameterCoordinator__params_to_release"].__closure__ or ():
         if hasattr(cell.cell_contents, "cache_clear"):
             cell.cell_contents.cache_clear()
 
 
 class _Items(list):
-    """A dictionary on its way through DeepSpeed's hooks, which take its keys for names of attributes."""
+    """The items of a dictionary on its way through DeepSpeed's hooks.
+
+    They take a dictionary's keys for names of attributes.
+    """
 
 
-def _as_items(module, args, output):
+def _as_items(module: nn.Module, args: tuple, output: Any) -> Any:
     return _Items(output.items()) if isinstance(output, dict) else output
 
 
-def _as_mapping(module, args, output):
+def _as_mapping(module: nn.Module, args: tuple, output: Any) -> Any:
     return dict(output) if isinstance(output, _Items) else output

@@ -1,5 +1,7 @@
-"""What a stage computes once from the weights it starts with and never changes (quantized weights, say): one file
-beside its checkpoints, written before the first step, so that a resumed run and an export do not compute it again.
+"""Weights that a stage computes once and never changes.
+
+Quantized weights are such. They are computed from the weights that a stage starts with, and are in one file next to its
+checkpoints, written before the first step, so that a resumed run and an export do not compute them again.
 """
 
 from __future__ import annotations
@@ -20,10 +22,12 @@ NAME = "frozen.safetensors"
 
 
 def write_frozen_weights(directory: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write the tensors of a stage, complete or not at all; only one process may.
+    """Write the tensors of a stage, complete or not at all.
+
+    Only one process may.
 
     Raises:
-        UserError: no space, or the directory cannot be written.
+        UserError: there is no space, or the directory cannot be written.
     """
     target = directory / NAME
     needed = sum(t.numel() * t.element_size() for t in tensors.values()) + MARGIN
@@ -38,7 +42,9 @@ def write_frozen_weights(directory: Path, tensors: Mapping[str, Tensor]) -> None
 
 
 def read_frozen_weights(directory: Path) -> dict[str, Tensor] | None:
-    """The tensors of a stage on the CPU; None where it has written none.
+    """Return the tensors of a stage on the CPU.
+
+    None where it has written none.
 
     Raises:
         UserError: the file is damaged.
@@ -53,6 +59,9 @@ def read_frozen_weights(directory: Path) -> dict[str, Tensor] | None:
 
 
 def frozen_weights_digest(directory: Path) -> str | None:
-    """SHA-256 of the file, which checkpoints of the stage remember; None where there is none."""
+    """Return the SHA-256 of the file; None where there is none.
+
+    Checkpoints of the stage remember it.
+    """
     file = directory / NAME
     return file_digest(file) if file.exists() else None

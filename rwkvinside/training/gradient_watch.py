@@ -1,38 +1,49 @@
-"""Make sure that adapters learn."""
+"""Making sure that adapters learn."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Generic
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import UserError
 from ..hybrid.adapters import is_adapter
+from .protocols import AnyBatch, Step
 
 
-class GradientWatch:
-    """A step that makes sure adapters learn: after the first micro-batch that counted, every adapter must have had a
-    gradient that is not zero in the part that starts at zero.
+class GradientWatch(Generic[AnyBatch]):
+    """A step that makes sure adapters learn.
+
+    After the first micro-batch that counted, every adapter must have had a gradient that is not zero, in the factor
+    that starts at zero.
 
     Args:
-        step: see `training.step.Step`.
+        step: see `training.protocols.Step`.
         parameters: trainable parameters by name; those of adapters are watched.
     """
 
-    def __init__(self, step, parameters: Mapping[str, nn.Parameter]):
+    def __init__(self, step: Step[AnyBatch], parameters: Mapping[str, nn.Parameter]):
         self.step = step
         self._counted = 0
         self._reached: dict[str, Tensor | None] = {}
-        self._hooks = []
+        self._hooks: list[RemovableHandle] = []
         for name, parameter in parameters.items():
             if is_adapter(name) and ".lora_A." not in name:  # A has no gradient while B is zero
                 self._reached[name] = None
                 self._hooks.append(parameter.register_hook(lambda g, name=name: self._note(name, g)))
 
-    def count(self, batch) -> int:
+    def count(self, batch: AnyBatch) -> int:
+        """Return the step's count."""
         return self.step.count(batch)
 
-    def __call__(self, model, batch):
+    def __call__(self, model: nn.Module, batch: AnyBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the step's loss and metrics; check the adapters once.
+
+        Raises:
+            UserError: names an adapter without a gradient.
+        """
         if self._hooks:
             if self._counted:
                 self._check()

@@ -1,4 +1,7 @@
-"""Several machines: read a hostfile, see that every host answers, and hand over to DeepSpeed's own launcher."""
+"""Training on several machines.
+
+Reads a hostfile, checks that every host answers, and hands over to DeepSpeed's own launcher.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,9 @@ PATIENCE = 10  # seconds to wait for a host
 
 
 def read_hostfile(path: str | Path) -> dict[str, int]:
-    """Hosts and their number of processes, from lines such as `worker-1 slots=8`; # begins a comment.
+    """Return hosts and their number of processes.
+
+    Lines are such as `worker-1 slots=8`; # begins a comment.
 
     Raises:
         UserError: it cannot be read, names no host, names one twice, or has a line of another form.
@@ -38,7 +43,7 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
                 f"hostfile {path}, line {number}: {text!r}", "write `host slots=N`, N processes on that host"
             )
         if match[1] in hosts:
-            raise UserError(f"hostfile {path}, line {number}: {match[1]} stands there twice", "name each host once")
+            raise UserError(f"hostfile {path}, line {number}: {match[1]} is listed twice", "name each host once")
         hosts[match[1]] = int(match[2])
     if not hosts:
         raise UserError(f"hostfile {path} names no host", "write `host slots=N`, one host a line")
@@ -46,7 +51,9 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
 
 
 def check_hosts(hosts: Mapping[str, int]) -> None:
-    """See that each of several hosts lets us in by ssh without a password, which the launcher needs; all at once.
+    """Check that each of several hosts lets us in by ssh without a password.
+
+    The launcher needs that. All hosts are asked at once.
 
     Raises:
         UserError: names the hosts that do not, and what ssh says of the first.
@@ -56,7 +63,8 @@ def check_hosts(hosts: Mapping[str, int]) -> None:
     if shutil.which("ssh") is None:
         raise UserError("a hostfile of several hosts needs ssh, which is not installed", "install an ssh client")
     with ThreadPoolExecutor(len(hosts)) as pool:
-        problems = {host: found for host, found in zip(hosts, pool.map(_problem, hosts), strict=True) if found}
+        answers = zip(hosts, pool.map(_problem, hosts), strict=True)
+        problems = {host: problem for host, problem in answers if problem is not None}
     if problems:
         first, reason = next(iter(problems.items()))
         raise UserError(
@@ -66,7 +74,10 @@ def check_hosts(hosts: Mapping[str, int]) -> None:
 
 
 def launch(hostfile: str | Path, argv: Sequence[str]) -> NoReturn:
-    """Become DeepSpeed's launcher, which starts `argv` (script and arguments) on all hosts."""
+    """Become DeepSpeed's launcher, which starts `argv` on all hosts.
+
+    `argv` is a script and its arguments.
+    """
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile), *argv]
     sys.stdout.flush()
     os.execv(sys.executable, command)

@@ -1,4 +1,7 @@
-"""Training in this process alone, and what a step of any engine gives back. Several processes: `engine`."""
+"""Training in this process alone, and the sums of any engine's step.
+
+Training in several processes is in `deepspeed_engine`.
+"""
 
 from __future__ import annotations
 
@@ -9,34 +12,35 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from .optimizer import (
-    Groups,
-    build_optimizer,
-    check_names,
-    load_plain_state,
-    plain_state,
-    set_rates,
-    trainable,
-)
+from .optimizer import Groups, build_optimizer, check_names, load_plain_state, plain_state, set_rates, trainable
 from .precision import check_precision, precision_context
 from .process_group import Distributed
-from .protocols import Step, StepResult, TrainingBatch
+from .protocols import AnyBatch, Step, StepResult
 from .settings import OptimConfig
 
 
 class MetricSums:
-    """Loss and metric sums of one step; one transfer and one reduction for all of them."""
+    """Loss and metric sums of one step.
 
-    def __init__(self):
+    All of them take one transfer and one reduction.
+    """
+
+    def __init__(self) -> None:
         self._rows: list[Tensor] = []
         self._shapes: dict[str, torch.Size] = {}
 
     def add(self, loss: Tensor, metrics: Mapping[str, Tensor]) -> None:
+        """Add the sums of a micro-batch."""
         self._shapes = {name: metrics[name].shape for name in sorted(metrics)}
-        parts = [loss.detach(), *(metrics[name].detach() for name in self._shapes)]
-        self._rows.append(torch.cat([part.float().reshape(-1) for part in parts]))
+        sums = [loss.detach(), *(metrics[name].detach() for name in self._shapes)]
+        self._rows.append(torch.cat([value.float().reshape(-1) for value in sums]))
 
     def reduce(self, world: Distributed, denominator: int) -> tuple[float, dict[str, float | list[float]], list[float]]:
+        """Return the sums over micro-batches and ranks, divided.
+
+        Returns:
+            Loss, metrics by name (1-d ones as lists), and this rank's loss sum per micro-batch, which is not divided.
+        """
         local = torch.stack(self._rows).cpu().double()
         total, *rest = (v / denominator for v in world.all_reduce_sum(local.sum(0).tolist()))
         metrics: dict[str, float | list[float]] = {}
@@ -63,12 +67,7 @@ class LocalEngine:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        groups: Groups,
-        settings: OptimConfig,
-        world: Distributed,
-        precision: str = "fp32",
+        self, model: nn.Module, groups: Groups, settings: OptimConfig, world: Distributed, precision: str = "fp32"
     ):
         check_precision(precision)
         self.world = world
@@ -81,11 +80,13 @@ class LocalEngine:
         self._optimizer = build_optimizer(groups, settings)
 
     def set_rates(self, rates: Mapping[str, float]) -> None:
-        """Learning rate per group for the next step."""
+        """Set the learning rate per group for the next step."""
         set_rates(self._optimizer, rates)
 
-    def train_step(self, micro_batches: Sequence[TrainingBatch], step: Step, denominator: int) -> StepResult:
-        """Accumulate over the micro-batches, clip, update; leaves the weights alone where a number is not finite.
+    def train_step(self, micro_batches: Sequence[AnyBatch], step: Step[AnyBatch], denominator: int) -> StepResult:
+        """Accumulate over the micro-batches, clip, update.
+
+        Leaves the weights alone where a number is not finite.
 
         Args:
             micro_batches: at least one, on the engine's device.
@@ -103,12 +104,18 @@ class LocalEngine:
         self._optimizer.zero_grad(set_to_none=True)
         return result
 
-    def backward(self, micro_batch: TrainingBatch, step: Step) -> None:
-        """One micro-batch forward and backward, without an update: to look at it with hooks."""
+    def backward(self, micro_batch: AnyBatch, step: Step[AnyBatch]) -> None:
+        """Run one micro-batch forward and backward, without an update.
+
+        Hooks can look at it.
+        """
         self._accumulate([micro_batch], step, 1)
 
     def full_parameters(self) -> dict[str, Tensor]:
-        """Trainable parameters by name, fp32 on the CPU, to be saved before the next step: not copied if they are."""
+        """Return the trainable parameters by name, fp32 on the CPU.
+
+        To be saved before the next step: those that are fp32 on the CPU are not copied.
+        """
         return {n: p.detach().to("cpu", torch.float32) for n, p in self.trainable.items()}
 
     @torch.no_grad()
@@ -116,6 +123,7 @@ class LocalEngine:
         """Set the trainable parameters.
 
         Args:
+            tensors: by name.
             absent: names that keep what they have; all others must be given, and no more.
 
         Raises:
@@ -126,21 +134,28 @@ class LocalEngine:
             self.trainable[name].copy_(tensor)
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """ "<name>/exp_avg", "<name>/exp_avg_sq" (fp32, CPU, full shape) and "<name>/step" (0-d int64)."""
+        """Return the optimizer's state as named tensors.
+
+        Returns:
+            "<name>/exp_avg", "<name>/exp_avg_sq" (fp32, CPU, full shape) and "<name>/step" (0-d int64).
+        """
         return plain_state(self._optimizer, self.trainable)
 
     def load_optimizer_state(self, state: Mapping[str, Tensor], absent: Collection[str] = ()) -> None:
-        """Inverse of `optimizer_state`, from any engine and number of ranks; `absent` as for `load_parameters`."""
+        """Set what `optimizer_state` returned, of any engine and number of ranks.
+
+        `absent` is as for `load_parameters`.
+        """
         load_plain_state(self._optimizer, {n: p for n, p in self.trainable.items() if n not in absent}, state)
 
     def autocast(self) -> AbstractContextManager:
-        """The context in which steps run, for what calls `module` beside them."""
+        """Return the context in which steps run, for other calls of `module`."""
         return precision_context(self.precision, self.world.device)
 
     def close(self) -> None:
-        """Nothing to release."""
+        """Release nothing: what there is belongs to torch."""
 
-    def _accumulate(self, micro_batches: Sequence[TrainingBatch], step: Step, denominator: int) -> MetricSums:
+    def _accumulate(self, micro_batches: Sequence[AnyBatch], step: Step[AnyBatch], denominator: int) -> MetricSums:
         sums = MetricSums()
         for batch in micro_batches:
             with self.autocast():

@@ -1,4 +1,7 @@
-"""metrics.jsonl and the console of a run. Writes what it is given; what the numbers mean is decided elsewhere."""
+"""metrics.jsonl and the console of a run.
+
+Writes what it is given; what the numbers mean is decided elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TextIO
+from types import TracebackType
+from typing import Any, TextIO
 
 from ..errors import UserError
 from ..support.files import write_text
@@ -19,11 +23,13 @@ HINT = "free space, then continue with --resume"  # where a row cannot be writte
 
 
 class MetricsWriter:
-    """Appends rows to RUN/metrics.jsonl, one JSON object a line, each on the disk's way before the next step begins.
+    """Appends rows to RUN/metrics.jsonl, one JSON object a line.
+
+    Each row is on its way to the disk before the next step begins.
 
     Args:
         run: the run directory, made if need be.
-        logger: mirrors every row; whoever opened it closes it.
+        logger: mirrors every row; the caller closes it.
     """
 
     def __init__(self, run: Path | str, logger: Logger | None = None):
@@ -31,46 +37,50 @@ class MetricsWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._logger = logger
 
-    def write(self, row: dict) -> None:
-        """Append a row; numbers that are not finite become null, which JSON has instead.
+    def write(self, row: Mapping) -> None:
+        """Append a row.
+
+        Numbers that are not finite become null, because JSON has none.
 
         Raises:
-            UserError: no space.
+            UserError: there is no space.
         """
-        row = _finite(row)
+        finite = _finite(row)
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row, allow_nan=False) + "\n")
+                file.write(json.dumps(finite, allow_nan=False) + "\n")
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}", HINT) from error
         if self._logger is not None:
-            self._logger.write(row)
+            self._logger.write(finite)
 
     def begin(self, stage: str, step: int | None = None) -> None:
-        """Forget what a run that starts or resumes a stage will write again.
+        """Drop what a run that starts or resumes a stage will write again.
 
         Rows of the stage after `step` go, with None all rows of the stage, and so does a last line that a killed
         process did not finish. Rows of other stages stay.
 
         Raises:
-            UserError: no space.
+            UserError: there is no space.
         """
         if self._logger is not None:
             self._logger.begin(stage, step or 0)
         if not self.path.exists():
             return
         lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
-        kept = [line for line in lines if not _repeated(json.loads(line), stage, step)]
-        write_text(self.path, "".join(f"{line}\n" for line in kept), hint=HINT)
+        remaining = [line for line in lines if not _repeated(json.loads(line), stage, step)]
+        write_text(self.path, "".join(f"{line}\n" for line in remaining), hint=HINT)
 
 
 class Console:
-    """Training rows as lines of text: one per interval, and on a terminal a live bar under them.
+    """Training rows as lines of text, one per interval.
+
+    On a terminal there is a live bar under them.
 
     Args:
         stage, steps: name and number of optimizer steps.
         every: steps between lines; the last step always has one.
-        stream: where to; None is standard output.
+        stream: where to write; None is standard output.
     """
 
     def __init__(self, stage: str, steps: int, every: int = 10, stream: TextIO | None = None):
@@ -81,11 +91,18 @@ class Console:
         self._progress.__enter__()
         return self
 
-    def __exit__(self, *exc) -> None:
-        self._progress.__exit__(*exc)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._progress.__exit__(kind, error, traceback)
 
     def step(self, row: Mapping, seconds_left: float) -> None:
-        """Show a training row of metrics.jsonl; `seconds_left` is the estimate to the end of the stage."""
+        """Show a training row of metrics.jsonl.
+
+        Args:
+            row: of metrics.
+            seconds_left: estimate to the end of the stage.
+        """
         self._progress.update(row["step"])
         if row["step"] % self.every == 0 or row["step"] == self.steps:
             mfu = f"  MFU {100 * row['mfu']:.1f} %" if "mfu" in row else ""
@@ -110,8 +127,8 @@ def _repeated(row: dict, stage: str, step: int | None) -> bool:
     return row.get("stage") == stage and (step is None or row.get("step", 0) > step)
 
 
-def _finite(value):
-    if isinstance(value, dict):
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_finite(v) for v in value]

@@ -1,4 +1,7 @@
-"""Where a number first stopped being finite: in the output of which module, or in the gradient of what."""
+"""Where a number first stopped being finite.
+
+That is in the output of a module, or in the gradient of something.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +13,18 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from .deepspeed_engine import Engine
-from .protocols import Step, TrainingBatch
+from .protocols import AnyBatch, Step
 
 
 class NaNProbe:
-    """While entered, watches a model's outputs and gradients; afterwards `found` is where the trouble began.
+    """Watches a model's outputs and gradients while entered.
 
-    Values are checked as they are computed, so that modules are named in the order of the computation, the innermost
-    first. Costs one pass over every value: for a single micro-batch that is known to be bad.
+    Afterwards `first` is where the trouble began. Values are checked as they are computed, so that modules are named in
+    the order of the computation, the innermost first. Costs one pass over every value: for a single micro-batch that is
+    known to be bad.
 
     Attributes:
         places: what can be named, the same list on every process with the same model.
-        found: index into `places`, None while all is finite. A bad output counts before a bad gradient.
     """
 
     def __init__(self, model: nn.Module):
@@ -35,7 +38,11 @@ class NaNProbe:
         self._handles: list[RemovableHandle] = []
 
     @property
-    def found(self) -> int | None:
+    def first(self) -> int | None:
+        """Index into `places` of where the trouble began.
+
+        None while all is finite. A bad output counts before a bad gradient.
+        """
         return self._gradient if self._output is None else self._output
 
     def __enter__(self) -> NaNProbe:
@@ -64,9 +71,11 @@ class NaNProbe:
 
 
 def find_nonfinite(
-    engine: Engine, batches: Sequence[TrainingBatch], step: Step
-) -> tuple[str | None, TrainingBatch | None]:
-    """Run the micro-batches of a bad step again, up to the first that some rank finds something in.
+    engine: Engine, batches: Sequence[AnyBatch], step: Step[AnyBatch]
+) -> tuple[str | None, AnyBatch | None]:
+    """Run the micro-batches of a bad step again, up to the first bad one.
+
+    That is the first in which some rank finds something.
 
     Returns:
         Where it begins (on the first rank that has found something), and the micro-batch if this rank has; None where
@@ -75,7 +84,7 @@ def find_nonfinite(
     for batch in batches:
         with NaNProbe(engine.model) as probe:
             engine.backward(batch, step)
-        found = engine.world.gather(0 if probe.found is None else 1 + probe.found)
-        if any(found):
-            return probe.places[int(next(filter(None, found))) - 1], None if probe.found is None else batch
+        reports = engine.world.gather(0 if probe.first is None else 1 + probe.first)
+        if any(reports):
+            return probe.places[int(next(filter(None, reports))) - 1], None if probe.first is None else batch
     return None, None

@@ -1,4 +1,7 @@
-"""AdamW over named parameter groups, and its state as flat named tensors. Knows nothing of schedules or devices."""
+"""AdamW over named parameter groups, and its state as flat named tensors.
+
+Knows nothing of schedules or devices.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,15 @@ from .optimizer_8bit import adamw8bit, load_moments, moments_of
 from .settings import OptimConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-SCALES = tuple(f"{moment}_scale" for moment in MOMENTS)  # of 8-bit moments, beside them
+SCALES = tuple(f"{moment}_scale" for moment in MOMENTS)  # of 8-bit moments, in addition to them
 STATE = (*MOMENTS, "step")
 Groups = Mapping[str, Mapping[str, nn.Parameter]]
 
 
 def trainable(groups: Groups) -> dict[str, nn.Parameter]:
-    """All parameters of the groups by name; no name may stand in two groups.
+    """Return all parameters of the groups by name.
+
+    No name may be in two groups.
 
     Raises:
         UserError: nothing to train.
@@ -30,42 +35,55 @@ def trainable(groups: Groups) -> dict[str, nn.Parameter]:
 
 
 def build_optimizer(groups: Groups, settings: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW with up to two parameter groups per learning-rate group (with and without weight decay).
+    """Return AdamW with one or two parameter groups per learning-rate group.
 
-    Each parameter group carries the name of its learning-rate group under "group"; learning rates start at 0 and are
-    set before every step. Without 8-bit states it is fused: on CPU a fifth of the plain loop's time.
+    One has weight decay, the other has none. Each parameter group carries the name of its learning-rate group under
+    "group"; learning rates start at 0 and are set before every step. Without 8-bit states it is fused: on CPU a fifth
+    of the plain loop's time.
     """
-    parts = []
+    param_groups = []
     for name, parameters in groups.items():
         for decay in (True, False):
-            chosen = [p for p in parameters.values() if (p.dim() >= 2) == decay]
-            if chosen:
-                parts.append({"params": chosen, "group": name, "weight_decay": settings.weight_decay if decay else 0.0})
+            members = [p for p in parameters.values() if (p.dim() >= 2) == decay]
+            if members:
+                weight_decay = settings.weight_decay if decay else 0.0
+                param_groups.append({"params": members, "group": name, "weight_decay": weight_decay})
     if settings.kind != "adamw":
-        return adamw8bit(parts, settings.kind, settings.betas, settings.eps)
-    return torch.optim.AdamW(parts, lr=0.0, betas=settings.betas, eps=settings.eps, fused=True)
+        return adamw8bit(param_groups, settings.kind, settings.betas, settings.eps)
+    return torch.optim.AdamW(param_groups, lr=0.0, betas=settings.betas, eps=settings.eps, fused=True)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, rates: Mapping[str, float]) -> None:
-    """Set the learning rate of every parameter group from the rate of its learning-rate group."""
+    """Set the learning rate of every parameter group.
+
+    It is the rate of its learning-rate group.
+    """
     for group in optimizer.param_groups:
         group["lr"] = rates[group["group"]]
 
 
 def fresh_state(parameter: Tensor) -> dict[str, Tensor]:
-    """AdamW's state before the first step, for one parameter or one flat partition."""
+    """Return AdamW's state before the first step.
+
+    It is that of one parameter or of one flat partition.
+    """
     zero = torch.zeros((), dtype=torch.float32, device=parameter.device)
     return {"step": zero} | {m: torch.zeros_like(parameter, dtype=torch.float32) for m in MOMENTS}
 
 
-def check_names(what: str, given: set[str], wanted: set[str]) -> None:
-    """Refuse tensors whose names are not exactly those wanted.
+def check_names(what: str, names: set[str], expected: set[str]) -> None:
+    """Refuse tensors whose names are not exactly those of the parameters.
+
+    Args:
+        what: the tensors are, for the message.
+        names: of the tensors.
+        expected: names.
 
     Raises:
         UserError: names the first difference.
     """
-    if given != wanted:
-        missing, unknown = sorted(wanted - given), sorted(given - wanted)
+    if names != expected:
+        missing, unknown = sorted(expected - names), sorted(names - expected)
         first = f"{missing[0]} is missing" if missing else f"{unknown[0]} is not trained here"
         raise UserError(
             f"{what} of the checkpoint do not fit: {first} ({len(missing)} missing, {len(unknown)} unknown)",
@@ -75,35 +93,40 @@ def check_names(what: str, given: set[str], wanted: set[str]) -> None:
 
 def check_state(state: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
     """Refuse an optimizer state of other parameters (`UserError`)."""
-    given = {key for key in state if key.rpartition("/")[2] not in SCALES}
-    check_names("optimizer tensors", given, {f"{name}/{part}" for name in parameters for part in STATE})
+    names = {key for key in state if key.rpartition("/")[2] not in SCALES}
+    check_names("optimizer tensors", names, {f"{name}/{entry}" for name in parameters for entry in STATE})
 
 
 def plain_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """State of an optimizer that holds the parameters themselves: "<name>/exp_avg", "<name>/exp_avg_sq" and
-    "<name>/step", the number of its updates (0-d int64); of 8-bit moments also their scales, "<name>/exp_avg_scale"
-    and "<name>/exp_avg_sq_scale". To be saved before the next step: not copied where they are fp32 on the CPU."""
+    """Return the state of an optimizer that holds the parameters themselves.
+
+    To be saved before the next step: what is fp32 on the CPU is not copied.
+
+    Returns:
+        "<name>/exp_avg", "<name>/exp_avg_sq" and "<name>/step", the number of its updates (0-d int64); of 8-bit moments
+        also their scales, "<name>/exp_avg_scale" and "<name>/exp_avg_sq_scale".
+    """
     state: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
-        own = optimizer.state.get(parameter) or fresh_state(parameter)
-        own = moments_of(own) if "state1" in own else own
-        fp32 = [part for part in (*MOMENTS, *SCALES) if part in own]
-        state |= {f"{name}/{part}": own[part].detach().to("cpu", torch.float32) for part in fp32}
-        state[f"{name}/step"] = own["step"].detach().to("cpu", torch.int64, copy=True)
+        entries = optimizer.state.get(parameter) or fresh_state(parameter)
+        entries = moments_of(entries) if "state1" in entries else entries
+        fp32 = [entry for entry in (*MOMENTS, *SCALES) if entry in entries]
+        state |= {f"{name}/{entry}": entries[entry].detach().to("cpu", torch.float32) for entry in fp32}
+        state[f"{name}/step"] = entries["step"].detach().to("cpu", torch.int64, copy=True)
     return state
 
 
 def load_plain_state(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]
 ) -> None:
-    """Inverse of `plain_state`."""
+    """Set what `plain_state` returned."""
     check_state(state, parameters)
     for name, parameter in parameters.items():
         if not isinstance(optimizer, torch.optim.AdamW):
-            given = {part: state[key] for part in (*STATE, *SCALES) if (key := f"{name}/{part}") in state}
-            load_moments(optimizer, parameter, given)
+            entries = {entry: state[key] for entry in (*STATE, *SCALES) if (key := f"{name}/{entry}") in state}
+            load_moments(optimizer, parameter, entries)
             continue
-        own = fresh_state(parameter)
-        for part in STATE:
-            own[part].copy_(state[f"{name}/{part}"])
-        optimizer.state[parameter] = own
+        entries = fresh_state(parameter)
+        for entry in STATE:
+            entries[entry].copy_(state[f"{name}/{entry}"])
+        optimizer.state[parameter] = entries

@@ -18,7 +18,13 @@ def check_precision(precision: str) -> None:
 
 
 def precision_context(precision: str, device: torch.device, cache: bool = True) -> AbstractContextManager:
-    """Autocast for "bf16", nothing for "fp32"; `cache`: keep the bf16 copy of a weight while the context lasts."""
+    """Return autocast for "bf16", nothing for "fp32".
+
+    Args:
+        precision: one of `PRECISIONS`.
+        device: of the products.
+        cache: keep the bf16 copy of a weight while the context lasts.
+    """
     if precision == "fp32":
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=cache)

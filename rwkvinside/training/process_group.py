@@ -1,6 +1,7 @@
-"""The processes of a run: who am I, where do I compute, sums and barriers over all of them.
+"""The processes of a run: ranks, devices, sums and barriers over all of them.
 
-Lives as long as the program; engines come and go with the stages. `engine.join_process_group` makes it for several.
+Lives as long as the program; engines come and go with the stages. For several processes
+`deepspeed_engine.join_process_group` makes it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch.distributed as dist
 
 
 class Distributed:
-    """A single process without a process group, or one rank of an initialized `torch.distributed` group.
+    """A single process, or one rank of a `torch.distributed` group.
 
     Args:
         device: where this process computes.
@@ -29,11 +30,14 @@ class Distributed:
 
     @property
     def is_main(self) -> bool:
-        """True on the one process that writes files and talks."""
+        """Whether this is rank 0, which writes files and prints."""
         return self.rank == 0
 
     def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
-        """Sum over ranks, in float64; every rank must call it with as many values and gets the same result."""
+        """Return sums over ranks, in float64.
+
+        Every rank must call it with as many values and gets the same result.
+        """
         if self._leave is None:
             return [float(v) for v in values]
         device = self.device if dist.get_backend() == "nccl" else "cpu"
@@ -42,7 +46,10 @@ class Distributed:
         return total.tolist()
 
     def gather(self, value: float) -> list[float]:
-        """The value of every rank, in their order; every rank must call it."""
+        """Return the value of every rank, in their order.
+
+        Every rank must call it.
+        """
         return self.all_reduce_sum([value if rank == self.rank else 0.0 for rank in range(self.size)])
 
     def barrier(self) -> None:

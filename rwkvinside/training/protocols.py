@@ -1,6 +1,6 @@
-"""What the training loop needs from the rest of the package: a step, its batches, and where rows come from.
+"""What the training loop needs: a step, its batches, and rows.
 
-Protocols only. Objectives live in `distill.steps`, batches in `data.batch`; nothing here imports them.
+Protocols only. Objectives are in `stages.steps`, batches in `data.batch`; nothing here imports them.
 """
 
 from __future__ import annotations
@@ -8,17 +8,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # in typing from Python 3.11 on
 
 
 @dataclass(frozen=True)
 class StepResult:
     """One optimizer step, the same on every rank except `losses`.
 
-    Args:
+    Attributes:
         loss, metrics: sums over all micro-batches and ranks, divided by the denominator; 1-d metrics as lists.
         grad_norm: global L2 norm before clipping.
         losses: this rank's loss sum per micro-batch.
@@ -31,36 +34,47 @@ class StepResult:
 
     @property
     def finite(self) -> bool:
+        """Whether loss and gradient norm are finite."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 class TrainingBatch(Protocol):
-    """One micro-batch; `rows` are the global row numbers it holds, for reports."""
+    """One micro-batch."""
 
-    rows: tuple[int, ...]
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Global numbers of its rows, for reports."""
 
-    def to(self, device: torch.device) -> TrainingBatch: ...
-
-
-class RowSource(Protocol):
-    """Rows by global number: any number >= 0, the same row for the same number in every run."""
-
-    def batch(self, rows: Sequence[int]) -> TrainingBatch: ...
+    def to(self, device: torch.device) -> Self:
+        """Return the same batch on another device."""
 
 
-class Step(Protocol):
-    """An objective. Sums, not means: the engine divides once by the count over all micro-batches and ranks."""
+AnyBatch = TypeVar("AnyBatch", bound=TrainingBatch)
+BatchRead = TypeVar("BatchRead", bound=TrainingBatch, covariant=True)
+BatchTaken = TypeVar("BatchTaken", bound=TrainingBatch, contravariant=True)
 
-    def count(self, batch: TrainingBatch) -> int:
-        """By how many items (tokens, targets) the sums of this batch count."""
-        ...
 
-    def __call__(self, model, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and metrics of one micro-batch.
+class RowSource(Protocol[BatchRead]):
+    """Rows by global number: the same row for the same number in every run."""
+
+    def batch(self, rows: Sequence[int]) -> BatchRead:
+        """Return the rows with these numbers, any >= 0."""
+
+
+class Step(Protocol[BatchTaken]):
+    """An objective.
+
+    It gives sums, not means: the engine divides once by the count over all micro-batches and ranks.
+    """
+
+    def count(self, batch: BatchTaken) -> int:
+        """Return by how many items (tokens, targets) the sums of a batch count."""
+
+    def __call__(self, model: nn.Module, batch: BatchTaken) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return loss and metrics of one micro-batch.
 
         Returns:
             The loss summed over the items (0-d, must carry a gradient even where `count` is 0), and detached metric
             sums, 0-d or 1-d, with the same names and lengths for every batch on every rank. Which parameters the loss
             depends on must be the same on every rank: ZeRO 2 reduces gradients as they come and loses step otherwise.
         """
-        ...

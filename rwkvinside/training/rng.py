@@ -1,4 +1,7 @@
-"""The random state of Python, NumPy and torch as JSON values, so that a resumed run draws what a straight one would."""
+"""The random state of Python, NumPy and torch as JSON values.
+
+With it a resumed run draws what a straight one would.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,10 @@ import torch
 
 
 def rng_state() -> dict:
-    """Current states; CUDA: of the current device, absent where CUDA was not used."""
+    """Return the current states.
+
+    The state of CUDA is that of the current device, absent where CUDA was not used.
+    """
     version, values, gauss = random.getstate()
     numpy = np.random.get_state(legacy=False)
     state = {
@@ -23,7 +29,10 @@ def rng_state() -> dict:
 
 
 def set_rng_state(state: dict) -> None:
-    """Inverse of `rng_state`. A CUDA state is left alone on a machine without CUDA."""
+    """Set what `rng_state` returned.
+
+    A CUDA state is left alone on a machine without CUDA.
+    """
     version, values, gauss = state["python"]
     random.setstate((version, tuple(values), gauss))
     numpy = state["numpy"]

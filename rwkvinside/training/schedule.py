@@ -1,4 +1,7 @@
-"""How long a stage is and which learning rate each step has: pure arithmetic on tokens and steps, without torch."""
+"""The length of a stage, and the learning rate of each step.
+
+Pure arithmetic on tokens and steps, without torch.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,13 @@ from ..errors import UserError
 class StageLength:
     """A stage's length, cut into optimizer steps of whole rows.
 
-    Args:
+    Attributes:
         total_tokens: what the stage may consume; the last step is a full one, so up to one step more is used.
         batch_tokens: tokens of one optimizer step over all ranks and micro-batches, rounded down to whole rows.
         seq_len: tokens of a row. Padding counts: a row is always `seq_len` tokens.
 
     Raises:
-        UserError: a step that holds no row, or no tokens at all.
+        UserError: a step has no row, or the stage no tokens.
     """
 
     total_tokens: int
@@ -37,14 +40,17 @@ class StageLength:
 
     @property
     def rows_per_step(self) -> int:
+        """Rows of an optimizer step, over all ranks."""
         return self.batch_tokens // self.seq_len
 
     @property
     def tokens_per_step(self) -> int:
+        """Tokens of an optimizer step, over all ranks."""
         return self.rows_per_step * self.seq_len
 
     @property
     def steps(self) -> int:
+        """Optimizer steps of the stage."""
         return math.ceil(self.total_tokens / self.tokens_per_step)
 
     @property
@@ -53,18 +59,20 @@ class StageLength:
         return self.steps * self.tokens_per_step
 
     def steps_for(self, tokens: int) -> int:
-        """The nearest number of steps, at least 1, that consume `tokens`."""
+        """Return the nearest number of steps, at least 1, that consume `tokens`."""
         return max(1, round(tokens / self.tokens_per_step))
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rate: linear warm-up in steps, constant, decay between two fractions of the tokens, flat.
+    """Learning rates by step.
 
-    Args:
+    Linear warm-up in steps, constant, decay between two fractions of the tokens, flat.
+
+    Attributes:
         peak: learning rate per group.
         final: value per group that the decay ends at; a group that is not named here stays at its peak.
-        first: steps done when a group began to train, 0 where not named: each has a warm-up of its own.
+        first: steps done when a group began to train, 0 where not named: each has its own warm-up.
         warmup_steps: the n-th step of these has n / warmup_steps of the rate.
         shape: "cosine" or "linear".
         start, end: fractions of the stage's tokens between which the rate moves from peak to final. Counted where a
@@ -88,7 +96,7 @@ class Schedule:
             )
 
     def rates(self, step: int, length: StageLength) -> dict[str, float]:
-        """Learning rate of every group for the update number `step`, counted from 1."""
+        """Return the learning rate of every group for update `step`, from 1."""
         seen = (step - 1) * length.tokens_per_step / length.total_tokens
         if seen >= self.end:
             progress = 1.0
@@ -100,7 +108,7 @@ class Schedule:
         rates = {}
         for group, peak in self.peak.items():
             final = self.final.get(group, peak)
-            own = step - self.first.get(group, 0)
-            warm = min(1.0, own / self.warmup_steps) if self.warmup_steps else 1.0
+            trained = step - self.first.get(group, 0)
+            warm = min(1.0, trained / self.warmup_steps) if self.warmup_steps else 1.0
             rates[group] = warm * (final + (peak - final) * left)
         return rates

@@ -10,11 +10,15 @@ from ..support.settings import Count, Fraction, Positive, Rate, Section, problem
 
 
 class BatchConfig(Section):
+    """Size of an optimizer step."""
+
     tokens: Count = Field(description="Tokens of an optimizer step over all ranks.")
     micro_rows: Positive | None = Field(None, description="Rows that run at a time on a rank; null: about 4096 tokens.")
 
 
 class DecayConfig(Section):
+    """Decay of the learning rate."""
+
     shape: Literal["cosine", "linear"] = Field("cosine", description="Curve from the learning rate to lr_final.")
     start: Fraction = Field(0.0, description="Part of the stage's tokens after which the decay starts.")
     end: Fraction = Field(1.0, description="Part of the stage's tokens at which lr_final is reached.")
@@ -27,6 +31,8 @@ class DecayConfig(Section):
 
 
 class OptimConfig(Section):
+    """Optimizer and learning rates of a stage."""
+
     lr: Rate | None = Field(None, description="Learning rate of the mixers; null: by the teacher's width.")
     lr_rest: Rate | None = Field(None, description="Learning rate of all else; null: by the teacher's width.")
     rates: dict[str, Rate] = Field(
@@ -51,6 +57,8 @@ class OptimConfig(Section):
 
 
 class CheckpointConfig(Section):
+    """When to save, and how much stays on disk."""
+
     every_steps: Positive = Field(500, description="Optimizer steps between checkpoints.")
     keep: Positive = Field(2, description="Checkpoints of a stage that stay on disk.")
     on_disk_full: Literal["stop", "continue"] = Field(
@@ -59,6 +67,8 @@ class CheckpointConfig(Section):
 
 
 class DeepSpeedConfig(Section):
+    """How DeepSpeed shards."""
+
     zero_stage: Literal[0, 1, 2, 3] = Field(
         1, description="ZeRO shards: 0 nothing, 1 optimizer states, 2 gradients too, 3 parameters too."
     )

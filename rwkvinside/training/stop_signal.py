@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
+from types import FrameType
+
+Handler = Callable[[int, FrameType | None], object] | int | None
 
 
 class StopSignal:
-    """Within the `with` block the first SIGTERM or SIGINT is only noted, a second one ends the process at once.
+    """Notes the first SIGTERM or SIGINT within the `with` block.
+
+    A second one ends the process at once.
 
     Attributes:
         received: number of the signal that came, None so far.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.received: int | None = None
-        self._handlers: dict[int, object] = {}
+        self._handlers: dict[int, Handler] = {}
 
     def __enter__(self) -> StopSignal:
         self._handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -22,10 +28,10 @@ class StopSignal:
             signal.signal(number, self._note)
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._restore()
 
-    def _note(self, number: int, frame) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         self._restore()
 

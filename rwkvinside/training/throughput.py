@@ -1,4 +1,4 @@
-"""How fast this process trains, and the memory it needs: the measured part of a training row."""
+"""The measured part of a training row: speed and memory of this process."""
 
 from __future__ import annotations
 
@@ -10,25 +10,42 @@ from ..support.process_memory import peak_bytes
 
 
 class Throughput:
-    """Tokens per second and time to go, over the steps of this process only (a resumed run starts afresh)."""
+    """Tokens per second and time to go.
 
-    def __init__(self):
+    Counts the steps of this process only: a resumed run starts afresh.
+    """
+
+    def __init__(self) -> None:
         self._mark = time.perf_counter()
         self._mean: float | None = None
 
     def mark(self) -> None:
-        """A step begins: time since the last one (evaluation, checkpoint) does not count."""
+        """Note that a step begins.
+
+        Time since the last one (evaluation, checkpoint) does not count.
+        """
         self._mark = time.perf_counter()
 
     def step(self, tokens: int, steps_left: int) -> tuple[float, float]:
-        """The step that began at `mark` is done: its tokens/s, and the estimated seconds for the steps left."""
+        """Note that the step that began at `mark` is done.
+
+        Args:
+            tokens: of the step.
+            steps_left: after it.
+
+        Returns:
+            The step's tokens per second, and the estimated seconds for the steps left.
+        """
         seconds = max(time.perf_counter() - self._mark, 1e-9)
         self._mean = seconds if self._mean is None else 0.9 * self._mean + 0.1 * seconds
         return tokens / seconds, self._mean * steps_left
 
 
 def memory_mb(device: torch.device) -> float:
-    """Peak memory in MB (1e6 bytes): of the CUDA allocator, elsewhere the resident set of this process."""
+    """Return the peak memory in MB (1e6 bytes).
+
+    It is that of the CUDA allocator, elsewhere the resident set of this process.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     return peak_bytes() / 1e6

@@ -1,7 +1,7 @@
-"""The training loop of one stage: rows to micro-batches, schedule, checkpoints, and an orderly end.
+"""The training loop of one stage.
 
-Owns the loop only: the engine owns the devices, the step the objective, the source the data; what happens besides is
-left to callbacks.
+Rows to micro-batches, schedule, checkpoints, and an orderly end. Owns the loop only: the engine owns the devices, the
+step the objective, the source the data; everything else is left to callbacks.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Generic, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import Interrupted, UserError
 from .callbacks import Callback
 from .checkpoint import Checkpoint, Checkpointer
 from .deepspeed_engine import Engine
 from .nan_probe import find_nonfinite
-from .protocols import RowSource, Step, StepResult, TrainingBatch
+from .protocols import AnyBatch, RowSource, Step, StepResult
 from .rng import rng_state, set_rng_state
 from .schedule import Schedule, StageLength
 from .stop_signal import StopSignal
@@ -33,7 +34,7 @@ from .throughput import Throughput, memory_mb
 class TrainingPlan:
     """What the loop of a stage follows.
 
-    Args:
+    Attributes:
         stage: name, for metrics and messages.
         length, schedule: steps and learning rates.
         micro_rows: rows of one forward pass.
@@ -50,12 +51,12 @@ class TrainingPlan:
     save_every: int = 0
     labels: Mapping[str, Sequence[int | str]] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.micro_rows < 1:
             raise UserError(f"stages.{self.stage}.batch.micro_rows={self.micro_rows}", "must be at least 1")
 
 
-class Trainer:
+class Trainer(Generic[AnyBatch]):
     """Trains one stage from its current step to its end.
 
     Update s (from 1) uses the rows [(s - 1) R, s R), R = `plan.length.rows_per_step`; rank r takes every world-size-th
@@ -78,8 +79,8 @@ class Trainer:
     def __init__(
         self,
         engine: Engine,
-        step: Step,
-        rows: RowSource,
+        step: Step[AnyBatch],
+        rows: RowSource[AnyBatch],
         plan: TrainingPlan,
         *,
         checkpointer: Checkpointer | None = None,
@@ -91,7 +92,7 @@ class Trainer:
         self.checkpointer = checkpointer
         length = plan.length
         self.settings = dict(settings or {}) | {"batch_tokens": length.batch_tokens, "seq_len": length.seq_len}
-        self.callbacks = [each for each in callbacks if self.world.is_main or not each.main_only]
+        self.callbacks = [callback for callback in callbacks if self.world.is_main or not callback.main_only]
         self.done = 0
         self.seconds_left = math.inf
         self._saved: int | None = None
@@ -102,9 +103,12 @@ class Trainer:
             )
 
     def restore(self, checkpoint: Checkpoint, joined: Collection[str] = ()) -> None:
-        """Continue from a checkpoint of this stage: on one process, bit for bit as if it had never stopped.
+        """Continue from a checkpoint of this stage.
+
+        On one process this is bit for bit as if the stage had never stopped.
 
         Args:
+            checkpoint: of this stage.
             joined: names that begin to train at this very step. Where the checkpoint does not know them, they keep the
                 model's weights and start with a fresh optimizer state.
 
@@ -112,12 +116,12 @@ class Trainer:
             UserError: made with another batch size, row length, seed or data, or without an optimizer.
         """
         state = checkpoint.state
-        wanted = {"stage": self.plan.stage} | self.settings
-        there = {"stage": state.get("stage")} | state.get("settings", {})
-        for key in sorted(set(there) | set(wanted)):
-            if there.get(key) != wanted.get(key):
+        current = {"stage": self.plan.stage} | self.settings
+        written = {"stage": state.get("stage")} | state.get("settings", {})
+        for key in sorted(set(written) | set(current)):
+            if written.get(key) != current.get(key):
                 raise UserError(
-                    f"checkpoint {checkpoint.path} was made with {key}={there.get(key)!r}, not {wanted.get(key)!r}",
+                    f"checkpoint {checkpoint.path} was made with {key}={written.get(key)!r}, not {current.get(key)!r}",
                     "resume with the settings it was made with, or start the stage again without --resume",
                 )
         optimizer = checkpoint.optimizer()
@@ -152,8 +156,8 @@ class Trainer:
                 throughput.mark()
                 with self._heard():
                     batches, step = self._micro_batches()
-                count = sum(step.count(batch) for batch in batches)
-                count, stopped = self.world.all_reduce_sum([count, signal.received is not None])
+                here = sum(step.count(batch) for batch in batches)
+                count, stopped = self.world.all_reduce_sum([here, signal.received is not None])
                 if stopped:
                     self._interrupt()
                 # a step in which nothing counts has loss 0
@@ -166,8 +170,11 @@ class Trainer:
             if self.world.all_reduce_sum([signal.received is not None])[0]:
                 self._interrupt()
 
-    def _micro_batches(self) -> tuple[list[TrainingBatch], Step]:
-        """This rank's micro-batches, as many as any other rank has, and the step that trains on them."""
+    def _micro_batches(self) -> tuple[list[AnyBatch], Step[AnyBatch]]:
+        """Return this rank's micro-batches, and the step that trains on them.
+
+        They are as many as any other rank has.
+        """
         R, n, world = self.plan.length.rows_per_step, self.plan.micro_rows, self.world
         if world.size > 1:  # what dropout draws is a function of step and rank: the same after a resume
             key = f"{self.settings.get('seed', 0)} {self.plan.stage} {self.done} {world.rank}"
@@ -181,7 +188,7 @@ class Trainer:
         idle = self.rows.batch(rows[-1:]).to(world.device)
         return [*batches, idle], _Except(self.step, idle)
 
-    def _update(self, batches: Sequence[TrainingBatch], step: Step, count: int, throughput: Throughput) -> None:
+    def _update(self, batches: Sequence[AnyBatch], step: Step[AnyBatch], count: int, throughput: Throughput) -> None:
         """Make an optimizer step, and a row of metrics of it."""
         length, number = self.plan.length, self.done + 1
         rates = self.plan.schedule.rates(number, length)
@@ -217,7 +224,7 @@ class Trainer:
                 callback.evaluation(self, row)
 
     def _row(self, kind: str) -> dict:
-        """The beginning of a row of metrics."""
+        """Return the beginning of a row of metrics."""
         tokens = self.done * self.plan.length.tokens_per_step
         return {"kind": kind, "stage": self.plan.stage, "step": self.done, "tokens": tokens}
 
@@ -233,16 +240,23 @@ class Trainer:
         problem = None
         if self.world.is_main:
             try:
-                self._write(trained, optimizer, required)
+                self._write(self.checkpointer, trained, optimizer, required)
             except UserError as error:
                 problem = error
         (failed,) = self.world.all_reduce_sum([problem is not None])
         if failed:
             raise problem or UserError("rank 0 could not write the checkpoint", "its own message says why")
 
-    def _write(self, trained: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], required: bool) -> None:
+    def _write(
+        self,
+        checkpointer: Checkpointer,
+        trained: Mapping[str, Tensor],
+        optimizer: Mapping[str, Tensor],
+        required: bool,
+    ) -> None:
         """Write a checkpoint, on rank 0."""
-        length, tensors = self.plan.length, {}
+        length = self.plan.length
+        tensors: dict[str, Tensor] = {}
         for callback in self.callbacks:
             tensors |= callback.extra_tensors(self)
         state = {
@@ -255,40 +269,40 @@ class Trainer:
             "settings": self.settings,
             "rng": rng_state(),
         }
-        if self.checkpointer.save(self.done, tensors | dict(trained), optimizer, state, required) is not None:
+        if checkpointer.save(self.done, tensors | dict(trained), optimizer, state, required) is not None:
             self._saved = self.done
             return
         for callback in self.callbacks:
             callback.notice(self, f"{self.plan.stage} {self.done}/{length.steps}  NOT SAVED: the disk is full")
 
-    def _interrupt(self) -> None:
+    def _interrupt(self) -> NoReturn:
         where = f"stage {self.plan.stage} stopped at step {self.done} of {self.plan.length.steps}"
         if self.checkpointer is None or not self.done:
             raise Interrupted(f"{where}, nothing to save", "start it again")
         self._save(required=True)
         raise Interrupted(f"{where}, saved in {self.checkpointer.directory}", "continue with --resume")
 
-    def _refuse(self, number: int, result: StepResult, batches: Sequence[TrainingBatch], step: Step) -> None:
-        """Say what was not finite, where it began and in which rows."""
+    def _refuse(self, number: int, result: StepResult, batches: Sequence[AnyBatch], step: Step[AnyBatch]) -> NoReturn:
+        """Raise an error that says what was not finite, where it began and in which rows."""
         R, stage = self.plan.length.rows_per_step, self.plan.stage
         first = (number - 1) * R
-        begin, guilty = find_nonfinite(self.engine, batches, step)
-        bad = [0] * R
+        begin, bad_batch = find_nonfinite(self.engine, batches, step)
+        here = [0.0] * R
         for batch, loss in zip(batches, result.losses, strict=True):
-            if batch is guilty or not math.isfinite(loss):
+            if batch is bad_batch or not math.isfinite(loss):
                 for row in batch.rows:
-                    bad[row - first] = 1
-        bad = self.world.all_reduce_sum(bad)
+                    here[row - first] = 1.0
+        bad = self.world.all_reduce_sum(here)
         rows = [first + i for i in range(R) if bad[i]] or range(first, first + R)
-        parts = [f"loss {result.loss}", f"gradient norm {result.grad_norm}"]
+        numbers = [f"loss {result.loss}", f"gradient norm {result.grad_norm}"]
         for name, value in result.metrics.items():
             labeled = self._labeled(name, value)
             entries = labeled.items() if isinstance(labeled, dict) else [("", labeled)]
-            parts += [f"{name} {k} {v}".replace("  ", " ") for k, v in entries if not math.isfinite(v)]
-        parts += [f"beginning in {begin}"] if begin else []
+            numbers += [f"{name} {k} {v}".replace("  ", " ") for k, v in entries if not math.isfinite(v)]
+        numbers += [f"beginning in {begin}"] if begin else []
         saved = self.checkpointer.names() if self.checkpointer is not None else []
         raise UserError(
-            f"stage {stage}, step {number}: {', '.join(parts)}, in rows {_listed(rows)}; the update was not kept",
+            f"stage {stage}, step {number}: {', '.join(numbers)}, in rows {_listed(rows)}; the update was not kept",
             (f"the last good checkpoint is {saved[-1]}; " if saved else "")
             + f"lower stages.{stage}.optim.lr or look at these rows of the data",
         )
@@ -304,7 +318,10 @@ class Trainer:
 
     @contextmanager
     def _heard(self) -> Iterator[None]:
-        """What is wrong with this rank's rows is said by this rank: rank 0 prints what all have found."""
+        """Print what is wrong with this rank's rows, on this rank.
+
+        Rank 0 prints what all have found.
+        """
         try:
             yield
         except UserError as error:
@@ -313,16 +330,16 @@ class Trainer:
             raise
 
 
-class _Except:
+class _Except(Generic[AnyBatch]):
     """A step in which one of the micro-batches counts nothing."""
 
-    def __init__(self, step: Step, idle: TrainingBatch):
+    def __init__(self, step: Step[AnyBatch], idle: AnyBatch):
         self._step, self._idle = step, idle
 
-    def count(self, batch: TrainingBatch) -> int:
+    def count(self, batch: AnyBatch) -> int:
         return 0 if batch is self._idle else self._step.count(batch)
 
-    def __call__(self, model, batch: TrainingBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, model: nn.Module, batch: AnyBatch) -> tuple[Tensor, dict[str, Tensor]]:
         loss, metrics = self._step(model, batch)
         if batch is self._idle:
             loss, metrics = 0 * loss, {name: 0 * value for name, value in metrics.items()}

@@ -14,7 +14,7 @@ from rwkvinside.config.show import describe, to_yaml
 from rwkvinside.config.teacher_lookup import recipes
 from rwkvinside.errors import UserError
 from rwkvinside.hybrid.settings import StudentConfig
-from rwkvinside.stages.registry import OBJECTIVES, STAGES, stage_class
+from rwkvinside.stages.registry import OBJECTIVES, STAGES, find_stage_class
 from rwkvinside.support.settings import parse_count
 
 # Parameters in billions as the model cards state them (embedding counted once where it is tied).
@@ -113,7 +113,7 @@ def test_small_and_large_teachers_get_their_own_defaults(teacher):
     assert (optim.lr, optim.lr_rest, optim.lr_final, optim.warmup_steps) == (1e-4, 1e-5, 1e-5, 50)
     assert large.stages["align"].optim.lr == 1e-3
     for name in ("align", "distill"):
-        rates = stage_class(name, None).learning_rates(64)
+        rates = find_stage_class(name, None).learning_rates(64)
         for key, rate in rates.items():
             assert getattr(small.stages[name].optim, key) == pytest.approx(rate, rel=1e-3)  # 4 digits are kept
     assert small.data.train == []
@@ -128,7 +128,7 @@ def test_a_given_rate_takes_the_others_along(teacher):
 
 def test_rates_fall_with_width():
     for objective in ("align", "distill", "sft"):
-        rates = [stage_class(objective, None).learning_rates(width)["lr"] for width in (64, 1024, 4096, 8192)]
+        rates = [find_stage_class(objective, None).learning_rates(width)["lr"] for width in (64, 1024, 4096, 8192)]
         assert rates == sorted(rates, reverse=True)
 
 
@@ -209,8 +209,10 @@ def test_all_problems_at_once(teacher):
             "stages.mine.objective = 'distil': allowed: calibrate, align, distill, sft; did you mean distill?",
         ),
         ("stages.align.batch.token=1", "unknown key; did you mean stages.align.batch.tokens?"),
+        ("adapters=[{rnk: 4}]", "adapters.0.rnk: unknown key; did you mean adapters.0.rank?"),
+        ("stages.align.unfreeze=[{at_tokens: 1k, train: [mlp], lr: 1}]", "stages.align.unfreeze.0.lr: unknown key"),
         ("run=[]", "run = []: is empty"),
-        ("run=[align,align]", "has align twice"),
+        ("run=[align,align]", "lists align twice"),
         ("deepspeed.zero_stage=4", "deepspeed.zero_stage = 4: allowed: 0, 1, 2, 3"),
         ("checkpoint=null", "checkpoint = None: must be a mapping"),
         ("seed", "'seed' is not of the form key=value"),
@@ -244,7 +246,7 @@ def test_problems_of_files(tmp_path, teacher):
     for content, cause in (
         (b"a: [1", "is not valid YAML"),
         (b"\xff\xfe\x00", "is not valid YAML"),
-        (b"- 1\n- 2\n", "holds no mapping"),
+        (b"- 1\n- 2\n", "is not a mapping"),
         (b"seed: ${x}\n", "is not valid YAML"),
     ):
         file.write_bytes(content)
@@ -271,7 +273,7 @@ def test_unusable_teachers(tmp_path, changes, cause):
 
 def test_missing_teachers(tmp_path, teacher):
     (tmp_path / "empty").mkdir()
-    assert "holds no config.json" in problems(teacher=str(tmp_path / "empty"))[0]
+    assert "has no config.json" in problems(teacher=str(tmp_path / "empty"))[0]
     assert "did you mean Qwen3-14B?" in problems(teacher="Qwen3-14C")[0]
     assert "neither a directory nor a preset nor a hub id" in problems(teacher=str(tmp_path / "no"))[0]
     assert problems() == ["no teacher is given"]
@@ -296,7 +298,7 @@ def test_every_field_is_described():
 
 def test_every_objective_is_a_stage_that_is_there_by_its_name():
     assert {path for name, path in STAGES.items() if name in OBJECTIVES} == set(OBJECTIVES.values())
-    assert {stage_class(name, None).objective for name in STAGES} == set(OBJECTIVES)
+    assert {find_stage_class(name, None).objective for name in STAGES} == set(OBJECTIVES)
 
 
 def test_recipes_hold_only_what_differs():

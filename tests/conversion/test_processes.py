@@ -194,8 +194,10 @@ def test_two_torchrun_ranks_with_a_deepspeed_file(world, straight, tmp_path):
 
 @pytest.mark.distributed
 def test_two_nodes_with_a_launcher_each(world, straight):
-    """They find each other by address and port, and share the run directory, as several machines do; here a second
-    teacher is spread over them too, which has the weights of the student's own."""
+    """They find each other by address and port, and share the run directory, as several machines do.
+
+    A second teacher is sharded over them too; it has the weights of the student's own.
+    """
     out = distill_only(straight, world / "nodes")
     sharded = ("stages.distill.teacher=separate", "stages.distill.teacher_model.shard=true")
     command, environment = two_ranks("torchrun on two nodes", world, out, *sharded)
@@ -220,7 +222,7 @@ def test_two_nodes_with_a_launcher_each(world, straight):
     assert [launcher.returncode for launcher in launchers] == [0, 0], said[0][-4000:] + said[1][-4000:]
     plan = (out / "plan.txt").read_text()
     assert "2 ranks, DeepSpeed" in plan and "sharded over the ranks" in plan
-    assert "distill: " in said[0] and "distill: " not in said[1]  # the first node's rank speaks for both
+    assert "distill: " in said[0] and "distill: " not in said[1]  # the first node's rank prints for both
     assert_same(straight, out, 1e-5, 1e-4)
 
 

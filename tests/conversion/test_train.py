@@ -20,7 +20,7 @@ from rwkvinside.training.schedule import StageLength
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory):
-    """A tiny Qwen3 with a byte-level tokenizer, and texts; on every file system path of its own."""
+    """A tiny Qwen3 with a byte-level tokenizer, and texts."""
     root = tmp_path_factory.mktemp("material")
     save_qwen3(root / "teacher", byte_tokenizer("<eos>", eos_token="<eos>"))
     words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "sleeps"]
@@ -156,7 +156,7 @@ def test_a_crashed_run_resumes_bit_for_bit(material, whole, tmp_path, monkeypatc
     assert losses[0] == losses[1]
 
 
-def test_killed_behind_its_last_checkpoint_a_stage_is_judged_again(material, whole, tmp_path, capsys):
+def test_killed_after_its_last_checkpoint_a_stage_is_evaluated_again(material, whole, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(whole, out)
     wanted = json.loads((out / "conversion.json").read_text())
@@ -362,7 +362,7 @@ def test_output_directories_of_others_are_left_alone(material, tmp_path, capsys)
     (out / "thesis.tex").write_text("precious")
     for more in ([], ["--resume"], ["--stage", "calibrate"]):
         assert train(material, out, *more) == 2
-        assert "is not empty, and no run" in capsys.readouterr().err
+        assert "is neither empty nor a run" in capsys.readouterr().err
     assert [file.name for file in out.iterdir()] == ["thesis.tex"]
     assert train(material, out / "thesis.tex") == 2
     assert "is a file" in capsys.readouterr().err

@@ -305,13 +305,13 @@ def test_what_writing_refuses(material, written, tmp_path, capsys):
         write_logits(distillation_plan(config, "distill"), written, 9)
     with pytest.raises(UserError, match="seed 0 there, 1 here"):
         write_logits(distillation_plan(configured(material, "seed=1"), "distill"), written, K, SHARD_BYTES)
-    with pytest.raises(UserError, match="'align' is no stage with objective distill"):
+    with pytest.raises(UserError, match="'align' is not a stage that follows a teacher"):
         write_logits(distillation_plan(config, "align"), tmp_path / "new", K)
     arguments = ["data", "logits", "--teacher", str(material / "wide"), "--stage"]
     assert [main([*arguments, name]) for name in ("distill", "nope")] == [2, 2]
     said = capsys.readouterr().err
     assert "name a directory with --out, or stages.distill.teacher_cache" in said
-    assert "'nope' is no stage with objective distill" in said
+    assert "'nope' is not a stage that follows a teacher" in said
     longer = [*arguments, "long", "run=[align]", "stages.long.data.seq_len=9999"]
     assert main(longer) == 2 and "seq_len = 9999: is longer than the 128 positions" in capsys.readouterr().err
     (tmp_path / "something").write_text("")

@@ -17,7 +17,7 @@ from rwkvinside.hybrid.adapters import is_adapter
 from rwkvinside.hybrid.assemble import assemble, frozen_weights_of, make_plain
 from rwkvinside.hybrid.settings import AdapterConfig, StudentConfig
 from rwkvinside.runs.trained import open_run
-from rwkvinside.training.checkpoint import Checkpointer
+from rwkvinside.training.checkpoint import Checkpointer, open_checkpoint
 from rwkvinside.training.frozen_weights import NAME, frozen_weights_digest, write_frozen_weights
 
 ADAPTERS = [
@@ -33,7 +33,7 @@ def economical(tmp_path_factory, teacher, make_run):
     path = make_run(tmp_path_factory.mktemp("economical"), teacher, train=("mixer", "norms"))
     config = yaml.safe_load((path / "config.yaml").read_text())
     config |= {"quantize": {"groups": ["mlp", "teacher"], "format": "nf4", "double": True}, "adapters": ADAPTERS}
-    before = open_run(path).load_student()
+    before = open_checkpoint(open_run(path).checkpoint).tensors()
     lm = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
     structure = layer_spec(("mlp", "teacher"), adapters=tuple(map(AdapterConfig.model_validate, ADAPTERS)))
     student = assemble(lm, StudentConfig.model_validate(config["student"]), structure, before)

@@ -1,4 +1,4 @@
-"""A training run in a process of its own that says how much memory it took: `python memory_worker.py ARGUMENTS...`.
+"""A training run in its own process that prints how much memory it took: `python memory_worker.py ARGUMENTS...`.
 
 The arguments are those of train_distill.py. Prints, as one line of JSON, the resident bytes before the run (libraries
 loaded and used once) and the most there were during it.

@@ -1,8 +1,7 @@
-"""Trains the toy and the tiny hybrid on the ranks of a launcher, once for each way to shard them:
-`ranks_worker.py OUT SINGLE`.
+"""Trains the toy and the tiny hybrid on the ranks of a launcher, once for each way to shard them.
 
-SINGLE holds a checkpoint of the toy on a single process at half-way. Rank 0 writes OUT/<case>/... and OUT/results.json.
-On other than two ranks the toy runs in a few ways only.
+Usage: `ranks_worker.py OUT SINGLE`. SINGLE holds a checkpoint of the toy on a single process at half-way. Rank 0 writes
+OUT/<case>/... and OUT/results.json. On other than two ranks the toy runs in a few ways only.
 """
 
 import argparse
@@ -72,7 +71,7 @@ class TermOnLastRank(Source):
 
 
 def unfreezing(stage):
-    """ "rest" joins after some steps; saved at the end."""
+    """The group "rest" joins after some steps; saved at the end."""
 
     def make_engine(toy, groups):
         shape = SHAPE(2, world.size)

@@ -1,4 +1,4 @@
-"""Trains the toy in a process of its own: `resume_worker.py DIR [--resume] [--die-at STEP] [--term-at STEP]`.
+"""Trains the toy in its own process: `resume_worker.py DIR [--resume] [--die-at STEP] [--term-at STEP]`.
 
 Exits as the commands do. The evaluation callback is where the process is hit: between the update and the checkpoint.
 """

@@ -92,7 +92,7 @@ def trainer(engine, step, micro_rows, checkpointer=None, **options):
 
 
 def align(checkpointing=False):
-    """(student, function from what an engine made of it to the step)"""
+    """Return the student, and a function from what an engine made of it to the step."""
     model = student(["mixer"])
 
     def step(module):
@@ -102,13 +102,14 @@ def align(checkpointing=False):
 
 
 def distill(checkpointing=False, shard=None):
-    """As `align`, all parameters train; the teacher is a model of its own, which `shard` may hand to an engine."""
+    """Return what `align` does, with all parameters training and a second model as teacher, which `shard` may shard."""
     lm = teacher()
     model = student(["mixer", "mlp", "norms", "embed", "head"], lm)
     if checkpointing:
         model.lm.train().activation_checkpointing_enable()
-    its = TeacherModel(lm)
-    second = OnlineTeacher(its) if shard is None else OnlineTeacher(*shard(its, list(lm.lm_head.parameters())))
+    model_of_teacher = TeacherModel(lm)
+    head = list(lm.lm_head.parameters())
+    second = OnlineTeacher(model_of_teacher) if shard is None else OnlineTeacher(*shard(model_of_teacher, head))
     return model, lambda module: DistillStep(second, LOSS)
 
 

@@ -1,4 +1,4 @@
-"""What the plan says a backward pass keeps, beside what autograd really keeps."""
+"""What the plan says a backward pass keeps, next to what autograd really keeps."""
 
 import contextlib
 

@@ -61,8 +61,10 @@ def stage(objective):
 
 @pytest.fixture
 def counted(monkeypatch):
-    """A function that counts what a step really multiplies, per token; the recurrence is left out, its backends differ
-    in what they do. Scores are counted over the whole square."""
+    """A function that counts what a step really multiplies, per token.
+
+    The recurrence is left out, its backends differ in what they do. Scores are counted over the whole square.
+    """
 
     def no_recurrence(r, log_decay, k, v, a, b, state=None, **options):
         # depends on all inputs, as the recurrence does, without a product of matrices

@@ -1,4 +1,4 @@
-"""The memory that a plan predicts, beside what real runs take."""
+"""The memory that a plan predicts, next to what real runs take."""
 
 import json
 import os

@@ -84,7 +84,7 @@ def test_rates_and_when_they_begin(student):
     assert set(groups["rest"].parameters) == {"lm_head.weight"}
     assert "model.layers.1.self_attn.w1" in groups[r".*\.w[012]"].parameters
     assert set(groups["norms@400"].parameters) == student.matching("norms")
-    # what trains is what stands in the groups, each parameter once
+    # what trains is what is in the groups, each parameter once
     for phase in (first, second, third):
         stage.stage.prepare(student, stage, phase.train)
         names = [n for g in rate_groups(student, stage, phase).values() for n in g.parameters]

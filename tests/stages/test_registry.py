@@ -21,11 +21,11 @@ def test_an_objective_is_known_by_its_name(objective):
 
 
 def test_stages_that_are_there_have_defaults_of_their_own():
-    assert registry.stage_class("long", None).objective == "distill"
-    assert registry.stage_class("long", None) is not registry.stage_class("distill", None)
-    assert registry.stage_class("mine", "distill") is registry.stage_class("distill", None)
-    assert registry.stage_class("long", "sft") is registry.stage_class("sft", None)
-    assert registry.stage_class("mine", None) is None and registry.stage_class("mine", "distil") is None
+    assert registry.find_stage_class("long", None).objective == "distill"
+    assert registry.find_stage_class("long", None) is not registry.find_stage_class("distill", None)
+    assert registry.find_stage_class("mine", "distill") is registry.find_stage_class("distill", None)
+    assert registry.find_stage_class("long", "sft") is registry.find_stage_class("sft", None)
+    assert registry.find_stage_class("mine", None) is None and registry.find_stage_class("mine", "distil") is None
 
 
 def test_a_new_objective_is_one_file_and_one_line(monkeypatch, tmp_path):

@@ -43,7 +43,7 @@ def test_peak_counts_what_was_there_and_can_be_forgotten():
 
 
 def test_peak_of_the_parent_is_not_inherited():
-    """getrusage would report it, and everything measured from there would come out too small."""
+    """With getrusage it would be, and everything measured from there would come out too small."""
     touch()
     assert in_new_process(peak_bytes) < SIZE < peak_bytes()
 

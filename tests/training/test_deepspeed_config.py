@@ -146,7 +146,7 @@ def test_null_and_none_offload_nothing():
 
 
 @pytest.mark.parametrize("user", [{"zero_optimization": 3}, {"zero_optimization": {"offload_param": "cpu"}}])
-def test_what_is_no_mapping_is_refused(user):
-    for read in (config, lambda own: settle(DeepSpeedConfig(config=own))):
-        with pytest.raises(UserError, match="this is a mapping of settings"):
+def test_a_section_must_be_a_mapping(user):
+    for read in (config, lambda section: settle(DeepSpeedConfig(config=section))):
+        with pytest.raises(UserError, match="it must be a mapping of settings"):
             read(user)

@@ -36,7 +36,7 @@ def test_a_hostfile_is_read(tmp_path):
         ("", "names no host"),
         ("worker-1 slots=0\n", "line 1: 'worker-1 slots=0'"),
         ("a slots=1\nb\n", "line 2: 'b'"),
-        ("a slots=1\na slots=2\n", "line 2: a stands there twice"),
+        ("a slots=1\na slots=2\n", "line 2: a is listed twice"),
     ],
 )
 def test_other_files_are_refused(tmp_path, text, said):

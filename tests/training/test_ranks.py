@@ -1,5 +1,7 @@
-"""Two and three ranks under the real launchers against a single process. One start for all cases: a start costs ten
-seconds."""
+"""Two and three ranks under the real launchers against a single process.
+
+One start for all cases: a start costs ten seconds.
+"""
 
 import json
 import os

@@ -28,7 +28,7 @@ in_this_process = partial(LocalEngine, settings=SETTINGS, world=Distributed("cpu
 
 
 def by_hand(steps=STEPS):
-    """The mixer's optimizer goes on, what joins has one of its own that begins with step 4."""
+    """The mixer's optimizer goes on, what joins has a new one that begins with step 4."""
     toy, source, step = model(dropout=0.0), Source(), ToyStep()
     optimizers = {}
     for number in range(1, steps + 1):
