@@ -99,7 +99,7 @@ def at_least(lowest: int) -> Callable[[str], int]:
 
 def count(text: str) -> int:
     """Parse a number of tokens such as 600k, 5M or 4096: a `type` of arguments."""
-    from ..config.schema import parse_count
+    from ..support.settings import parse_count
 
     try:
         return parse_count(text)

@@ -50,24 +50,17 @@ def inspect(parser: ArgumentParser, argv: Sequence[str]) -> int:
     args = parser.parse(argv)
     from ..data.inspect import samples, source_format, summary
     from ..data.sources import tokenizing_progress
-    from ..data.tokenize import load_tokens
+    from ..data.tokenize import ReadOptions, load_tokens
 
     tokenizer, vocab_size = _tokenizer(args)
+    # trust_ids: what a run would refuse is shown
+    options = ReadOptions(args.text_column, rotate=not args.as_given, trust_ids=True, max_tokens=args.max_tokens)
     console = Console(highlight=False, soft_wrap=True)
     lengths = {}
     with tempfile.TemporaryDirectory() as folder:
         for source in args.sources:
             with tokenizing_progress() as progress:
-                store = load_tokens(
-                    [source],
-                    tokenizer,
-                    cache_dir=folder,
-                    text_column=args.text_column,
-                    rotate=not args.as_given,
-                    trust_ids=True,  # what a run would refuse is shown
-                    max_tokens=args.max_tokens,
-                    progress=progress,
-                )
+                store = load_tokens([source], tokenizer, options, cache_dir=folder, progress=progress)
             lengths[source] = store.lengths
             console.print(f"{source}: {source_format(source)}", style="bold")
             for line in summary(
@@ -103,17 +96,11 @@ def pack(parser: ArgumentParser, argv: Sequence[str]) -> int:
     from ..data.statistics import Statistics
 
     tokenizer, vocab_size = _tokenizer(args)
+    options = tokenize.ReadOptions(
+        args.text_column, rotate=not args.as_given, vocab_size=vocab_size, max_tokens=args.max_tokens
+    )
     with tokenizing_progress() as progress:
-        store = tokenize.pack(
-            args.sources,
-            args.out,
-            tokenizer,
-            vocab_size=vocab_size,
-            text_column=args.text_column,
-            rotate=not args.as_given,
-            max_tokens=args.max_tokens,
-            progress=progress,
-        )
+        store = tokenize.pack(args.sources, args.out, tokenizer, options, progress=progress)
     size = sum(file.stat().st_size for file in args.out.iterdir())
     print(
         f"{args.out}: {store.num_documents:,} documents, {store.num_tokens:,} tokens, "
