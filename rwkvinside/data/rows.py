@@ -39,7 +39,7 @@ class PackedRows:
         self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
         self.rows_per_epoch = -(-tokens.num_tokens // seq_len)
         self._lengths = tokens.lengths
-        # Rows of one batch may lie on both sides of the end of an epoch.
+        # Rows of one batch may be on both sides of the end of an epoch.
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
 
     def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:

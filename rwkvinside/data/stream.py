@@ -73,7 +73,7 @@ class TokenStream:
         identity = {"source": source_identity(source), "text_column": text_column, "block_tokens": block_tokens}
         self.directory = cache_dir / f"{entry_key(identity | encoder.identity)}.stream"
         self._made = 0  # complete blocks, from the first on
-        self._wanted = 0
+        self._requested = 0
         self.closed = False
         self._change = threading.Condition()
         self._failure: Exception | None = None
@@ -101,7 +101,7 @@ class TokenStream:
             UserError: the source cannot be read, or the block cannot be written.
         """
         with self._change:
-            self._wanted = max(self._wanted, number)
+            self._requested = max(self._wanted, number)
             self._change.notify_all()
             while number >= self._count_made():
                 if (end := self._end()) is not None and number >= end:
@@ -153,7 +153,7 @@ class TokenStream:
     def _next(self) -> int | None:
         """Return the number of the block to make now, None if there are enough."""
         number, end = self._count_made(), self._end()
-        return None if number > self._wanted + AHEAD or (end is not None and number >= end) else number
+        return None if number > self._requested + AHEAD or (end is not None and number >= end) else number
 
     def _read_ahead(self) -> None:
         """Make blocks until the stream is closed."""

@@ -59,7 +59,7 @@ class DemoSettings:
         "data.val_tokens=10k",
         "checkpoint.keep=1",
     )
-    judged_documents: int = 64
+    evaluated_documents: int = 64
     max_length: int = 512
     contexts: tuple[int, ...] = (512, 4096)
     new_tokens: int = 64
@@ -111,7 +111,7 @@ class Demo:
         student = load_pretrained(self.student_folder, "cpu", trust_remote_code=True)
         models = {"teacher": teacher, "student": student}
         with self._step("evaluate"):
-            limits = self.settings.max_length, self.settings.judged_documents
+            limits = self.settings.max_length, self.settings.evaluated_documents
             documents = read_documents([str(val)], tokenizer, self.out / "cache", *limits)
             stages = self._evaluate(student, teacher, documents)
         with self._step("generate"):

@@ -31,7 +31,7 @@ def teacher(tmp_path_factory):
 
 @pytest.fixture
 def data(tmp_path):
-    """A file with a document of every kind; the text stands there twice."""
+    """A file with a document of every kind; the text is listed twice."""
     records = [
         {"text": "plain text, ü"},
         {"conversations": [{"from": "human", "value": "two\nlines"}, {"from": "gpt", "value": "answer"}]},

@@ -63,7 +63,7 @@ def test_ids_are_used_where_they_lie(tmp_path, tokenizer):
     assert again.fingerprint == store.fingerprint and entry.stat().st_mtime_ns == stamp
     entry.write_bytes(b"damaged")
     assert load_tokens([path], tokenizer, cache_dir=cache).split(0.2)[1].num_documents > 20
-    # beside a text, in one pool
+    # together with a text, in one pool
     (tmp_path / "t.txt").write_text("some text")
     both = load_tokens([path, tmp_path / "t.txt"], tokenizer, cache_dir=cache)
     assert (both.num_documents, tokenizer.decode(both.piece(300)[0])) == (301, "some text")

@@ -28,7 +28,7 @@ def test_sharegpt():
     roles = ["system", "user", "assistant", "user", "assistant"]
     assert document.kind == "conversation"
     assert document.messages == [{"role": r, "content": text} for r, (_, text) in zip(roles, turns, strict=True)]
-    # the same under the other name, and with the system prompt beside it
+    # the same under the other name, and with a separate system prompt
     assert of(conversations=document.messages) == document == of(messages=document.messages, system="not this")
     rest = [{"from": role, "value": text} for role, text in turns[1:]]
     assert of(conversations=rest, system="S") == document

@@ -33,7 +33,7 @@ def teacher(tmp_path):
 
 @pytest.fixture
 def data(tmp_path, write_jsonl):
-    """Three sources whose texts begin with a letter of their own: 1200 documents, 12, and conversations."""
+    """Three sources whose texts begin with different letters: 1200 documents, 12, and conversations."""
     asked = {"role": "user", "content": "c question"}
     chats = [{"messages": [asked, {"role": "assistant", "content": f"{i}"}]} for i in range(60)]
     return [

@@ -52,7 +52,7 @@ def test_a_damaged_pack_is_refused(packed, tokenizer, tmp_path, name, damage):
     file.write_bytes(content if damage == "flip" else content[:-7])
     if damage == "missing":
         file.unlink()
-    nothing = damage == "missing" and name in ("tokens.bin", "meta.json")  # what is left is no pack
+    nothing = damage == "missing" and name in ("tokens.bin", "meta.json")  # what is left is not a pack
     with pytest.raises(UserError, match="holds no data files" if nothing else "packed data .*is damaged: ") as caught:
         open_(packed[1], tokenizer, tmp_path)
     assert "\n" not in caught.value.cause

@@ -81,7 +81,7 @@ def test_what_makes_a_new_entry(load, corpus, tmp_path, write_jsonl, tokenizer, 
         assert load.calls and store.fingerprint not in seen
         seen.add(store.fingerprint)
     load.calls.clear()
-    both = [load(corpus, second), load(second, corpus)]  # each source has an entry of its own
+    both = [load(corpus, second), load(second, corpus)]  # each source has its own entry
     assert not load.calls and len({store.fingerprint for store in both} - seen) == 2
     assert [store.num_documents for store in both] == [1201, 1201]
     assert document(both[0], 1200) == document(both[1], 0) == tokenizer("more").input_ids

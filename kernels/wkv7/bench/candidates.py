@@ -39,7 +39,7 @@ class Candidate:
         decodes: whether to measure it on a single token with a state.
         key_first: its states are (key, value), the transpose of ours; the caller converts, so that the copy is not
             measured.
-        judged: it computes WKV-7, so that its error is meaningful.
+        is_wkv7: whether it computes WKV-7, so that its error is meaningful.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Candidate:
     tokens: int | None = None
     decodes: bool = True
     key_first: bool = False
-    judged: bool = True
+    is_wkv7: bool = True
 
     def ops(self, device: str, tokens: int) -> dict[str, Op]:
         """Return the ops by setting.
@@ -135,7 +135,7 @@ CANDIDATES = (
     Candidate("fla:chunk", lambda: _fla("chunk_rwkv7", *FLA_CHUNK), ("cuda",), decodes=False, key_first=True),
     Candidate("fla:recurrent", lambda: _fla("fused_recurrent_rwkv7"), ("cuda",), key_first=True),
     Candidate("fla:naive", _fla_naive, tokens=STEPWISE_TOKENS, decodes=False, key_first=True),
-    Candidate("attention", lambda: {"": _attention}, decodes=False, judged=False),
+    Candidate("attention", lambda: {"": _attention}, decodes=False, is_wkv7=False),
 )
 
 

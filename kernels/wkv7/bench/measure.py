@@ -88,7 +88,7 @@ class Bench:
             chosen = result.get(PASSES[1], result[PASSES[0]]).get("setting")
             if "not_run" in result[PASSES[0]]:
                 results[candidate] = {"candidate": candidate.name, **result[PASSES[0]]}
-            elif candidate.judged and chosen is not None:
+            elif candidate.is_wkv7 and chosen is not None:
                 try:
                     result["error"] = relative_errors(candidate, by_setting[chosen], shape, dtype, self.device)
                 except FAILURES as error:
@@ -135,7 +135,7 @@ class Bench:
                 "repeats": timing.repeats,
                 "asked": self.repeats,
                 "setting": best,
-                "of_bound": bound / timing.median if candidate.judged else None,
+                "of_bound": bound / timing.median if candidate.is_wkv7 else None,
                 "extra_bytes": extra,
             }
         return results

@@ -16,7 +16,7 @@ from rwkvinside.modeling.wkv7 import wkv7_reference
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 INPUTS = ("r", "w", "k", "v", "a", "b")
 PASSES = ("forward", "forward_backward")
-MOST_JUDGED = (2, 256, 4, math.inf)  # errors are measured on at most this much: the reference is a slow loop
+ERROR_SHAPE = (2, 256, 4, math.inf)  # errors are measured on at most this much: the reference is a slow loop
 
 
 class Shape(NamedTuple):
@@ -97,7 +97,7 @@ def relative_errors(candidate: Candidate, op: Op, shape: Shape, dtype: torch.dty
         {"tokens", "y", "state"} and, for sequences, {"gradient": the worst of seven, "worst": its name}: of r, w, k,
         v, a, b and the initial state, with random gradients of y and of the final state.
     """
-    small = Shape(*(int(min(size, most)) for size, most in zip(shape, MOST_JUDGED, strict=True)))
+    small = Shape(*(int(min(size, most)) for size, most in zip(shape, ERROR_SHAPE, strict=True)))
     inputs = [*make_inputs(small, dtype, device), make_state(small, device)]
     dy, dfinal = make_inputs(small, torch.float32, device, seed=2)[0], make_state(small, device, seed=3)
 
