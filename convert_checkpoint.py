@@ -1,4 +1,4 @@
-"""A trained run as a Hugging Face model directory, and the proof that it computes the same.
+"""Export a trained run as a Hugging Face model directory, and verify that it computes the same.
 
 python convert_checkpoint.py export RUN --to hf --out DIR
 python convert_checkpoint.py verify DIR --against RUN

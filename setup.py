@@ -1,4 +1,4 @@
-"""Packages and the CPU kernel; everything else stands in pyproject.toml.
+"""Packages and the CPU kernel; everything else is in pyproject.toml.
 
 The kernels and the recipes live at the top of the repository and are installed inside the package, because a top-level
 package named `kernels` would hide Hugging Face's package of that name.
@@ -16,7 +16,7 @@ NATIVE = "kernels/wkv7/native"
 
 
 def native_build() -> ModuleType:
-    """Return the kernel's own build script, loaded by its path: the package it belongs to is not installed yet."""
+    """Load the kernel's build script by its path, as its package is not installed yet."""
     root = Path(__file__).parent
     sys.path.insert(0, str(root))  # for `rwkvinside.support`, which the script uses
     spec = importlib.util.spec_from_file_location("wkv7_native_build", root / NATIVE / "build.py")
@@ -26,13 +26,13 @@ def native_build() -> ModuleType:
 
 
 class BuildKernel(build_ext):
-    """Compile the CPU kernel, which is not a Python module but a library behind a plain C interface.
+    """Build of the CPU kernel, a library with a plain C interface.
 
-    Without a compiler the installation goes on; `rwkvinside doctor` says what is missing.
+    Without a compiler the installation continues; `rwkvinside doctor` says what is missing.
     """
 
     def build_extension(self, ext: Extension) -> None:
-        """Write the library to where setuptools expects the extension."""
+        """Compile the library to where setuptools expects the extension."""
         native = native_build()
         try:
             native.compile_library(Path(self.get_ext_fullpath(ext.name)))
@@ -53,7 +53,7 @@ setup(
             "rwkvinside.kernels.native._wkv7",
             sources=[f"{NATIVE}/kernels.cpp", f"{NATIVE}/dispatch.cpp"],
             depends=[f"{NATIVE}/wkv7.h", f"{NATIVE}/build.py"],
-            optional=True,  # an editable installation copies the result, if there is one
+            optional=True,  # an editable installation copies the result if there is one
         )
     ],
     cmdclass={"build_ext": BuildKernel},

@@ -1,13 +1,13 @@
 """RWKVInside turns a pretrained softmax-attention language model into a linear-time RWKV-7 hybrid by distillation.
 
-What others may rely on is listed in `__all__`. The classes and `wkv7` are imported on first use, and the functions of
-`api` import what they need when they are called, so that `import rwkvinside` and the command line answer at once.
+The public names are listed in `__all__`. The classes and `wkv7` are imported on first use, and the functions of `api`
+import what they need when they are called, so that `import rwkvinside` and the command line respond at once.
 """
 
 from importlib import import_module
 
-# Two functions have the name of a package. A package replaces its parent's attribute when it is imported, which it is
-# once: here, before the functions take their names. What is in these packages is had by `from rwkvinside.export...`.
+# Two functions have the name of a package. The first import of a package sets an attribute of its parent: here, before
+# the functions take their names. `from rwkvinside.export...` still reaches the packages.
 for _package in ("evaluate", "export"):
     import_module(f".{_package}", __name__)
 

@@ -1,6 +1,6 @@
-"""What the verbs of the command line do, as functions: `import rwkvinside as rw`, then `rw.train(...)`.
+"""The verbs of the command line as functions: `import rwkvinside as rw`, then `rw.train(...)`.
 
-Each imports what it needs when it is called; the work is done by the package that its first line points to.
+Each function imports what it needs when it is called.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def plan(config: Config, *, stages: Sequence[str] | None = None, ranks: int = 1) -> str:
-    """Return what a run would do, as text; load no weights.
+    """Return what a run would do, as text, without loading weights.
 
         config = rw.load_config(teacher="Qwen3-0.6B", data=["train.jsonl"])
         print(rw.plan(config))
@@ -25,7 +25,7 @@ def plan(config: Config, *, stages: Sequence[str] | None = None, ranks: int = 1)
         ranks: processes that share the work.
 
     Raises:
-        UserError: whatever of the student can only be seen with its parameters.
+        UserError: a setting does not fit the student's layers and parameters.
     """
     from .config.resolve import resolve
     from .planning.plan import plan_text
@@ -41,20 +41,21 @@ def train(
     resume_from: str | None = None,
     launched: bool = False,
 ) -> None:
-    """Run the stages of a conversion that are not finished, in `config.out`.
+    """Run the unfinished stages of a conversion in `config.out`.
 
         config = rw.load_config(teacher="Qwen3-0.6B", data=["train.jsonl"], out="run")
         rw.train(config)
 
     Args:
         config: from `load_config`.
-        stage: run this one alone, from what the stages before it left.
+        stage: run this one alone, continuing from the earlier stages.
         resume: continue in a run directory that is not empty.
         resume_from: checkpoint of the first unfinished stage to continue from; None is the newest.
         launched: this process is one of those that `deepspeed` or `torchrun` started.
 
     Raises:
-        UserError: whatever is wrong with the input; `Interrupted` after SIGTERM or SIGINT, with the work saved.
+        UserError: anything wrong with the input.
+        Interrupted: after SIGTERM or SIGINT, with the work saved.
     """
     from .conversion import run
 
@@ -62,7 +63,7 @@ def train(
 
 
 def export(run: str | Path, out: str | Path, to: str = "hf", **options: Any) -> dict:
-    """Write the last finished stage of a run in another format, and verify it.
+    """Write the last finished stage of a run in another format and verify it.
 
         report = rw.export("run", "student", dtype="bfloat16")
         print(report["verification"]["max_difference"])
@@ -71,10 +72,10 @@ def export(run: str | Path, out: str | Path, to: str = "hf", **options: Any) -> 
         run: run directory.
         out: directory to create.
         to: a format of `rwkvinside.export.registry`; "hf" is Hugging Face transformers.
-        **options: of the format; of "hf", see `rwkvinside.export.huggingface.export_hf`.
+        **options: of the format; for "hf" see `rwkvinside.export.huggingface.export_hf`.
 
     Returns:
-        What conversion.json of the export says.
+        The content of the export's conversion.json.
 
     Raises:
         UserError: an unknown format, a run that is not finished, an output that is not empty.
@@ -96,7 +97,7 @@ def verify(directory: str | Path, against: str | Path) -> dict:
         against: run directory.
 
     Returns:
-        What was compared, the differences and their tolerances, see `rwkvinside.export.verify.verify`.
+        The differences and their tolerances, see `rwkvinside.export.verify.verify`.
 
     Raises:
         UserError: not an exported directory, or a run that cannot be read.
@@ -116,7 +117,7 @@ def evaluate(
     max_length: int | None = None,
     device: str = "auto",
 ) -> dict:
-    """Measure how close a student is to its teacher on texts.
+    """Measure how close a student is to its teacher on text; print nothing.
 
         scores = rw.evaluate("student", "Qwen/Qwen3-0.6B", data=["val.jsonl"])
         print(scores["kl"], scores["agreement"])
@@ -124,16 +125,17 @@ def evaluate(
     Args:
         student: exported directory, whose model code is run, or run directory.
         teacher: directory or hub id; None is the one that a run names.
-        data: files or directories of texts.
-        max_documents: the first so many only.
-        max_length: tokens judged of a document; None is 4096, or what the teacher was made for where that is less.
+        data: files or directories of text.
+        max_documents: evaluate at most the first so many.
+        max_length: evaluate at most so many tokens of a document; None is 4096, or the teacher's longest context where
+            that is shorter.
         device: "auto", "cpu" or "cuda".
 
     Returns:
         KL, cross entropies, perplexities and agreement, over all tokens and by position: the JSON of `rwkvinside eval`.
 
     Raises:
-        UserError: a directory that is no model and no run, no teacher, data that cannot be read.
+        UserError: a directory that is neither a model nor a run, no teacher, data that cannot be read.
     """
     from .evaluate.compare import evaluate_saved
 

@@ -1,4 +1,4 @@
-"""The three ways a command ends early, each with its own exit code. Knows nothing of the rest of the package."""
+"""The three ways a command ends early, each with its own exit code. Imports nothing of the package."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from collections.abc import Callable
 
 
 class UserError(Exception):
-    """Bad input or configuration: one line of cause and one of advice; the command exits with 2.
+    """Bad input or configuration: one line of cause and one of advice.
+
+    A command that raises it exits with 2.
 
     Args:
         cause: what was given and what is wrong with it, with the value.
-        hint: what is allowed or what to do; may be empty when the cause says it already.
+        hint: what is allowed or what to do; may be empty if the cause already says it.
     """
 
     exit_code = 2
@@ -31,15 +33,18 @@ class VerificationError(UserError):
 
 
 class Interrupted(UserError):
-    """The run was asked to stop and has saved its work; the command exits with 75 (EX_TEMPFAIL: try again)."""
+    """A run that was asked to stop and has saved its work.
+
+    The command exits with 75 (EX_TEMPFAIL: try again).
+    """
 
     exit_code = 75
 
 
 def report_errors(main: Callable[..., int]) -> Callable[..., int]:
-    """A main function whose `UserError` becomes a line of cause and a line of advice on stderr, and its exit code.
+    """Make a main function print a `UserError` on stderr and return its exit code.
 
-    Under a launcher, which sets RANK, only the first process speaks: all have found the same.
+    Under a launcher, which sets RANK, only rank 0 prints, because all ranks raise the same error.
     """
 
     @functools.wraps(main)

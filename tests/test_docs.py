@@ -1,9 +1,10 @@
-"""README and docs: every command runs, every YAML is a configuration, every link leads somewhere, lines can be read.
+"""README and docs: every command and Python block runs, YAML is valid, links and paths exist, lines are short.
 
 Commands are taken from indented and fenced blocks and run in this process, block by block, in a folder that has what
-they name: a tiny teacher as `DIR` and `TEACHER`, texts, a finished run as `RUN`, its export as `DIR`. They are made
-smaller by arguments at their end (`SMALLER`). What trains a recipe's teacher, whose weights lie on the hub, or starts
-other machines is run with --dry-run; what takes minutes is only parsed (`ONLY_PARSED`).
+they name: a tiny teacher as `DIR` and `TEACHER`, texts, a small configuration as `run.yaml`, a finished run as `RUN`,
+its export as `DIR`. They are made smaller by arguments at their end (`SMALLER`). What trains a recipe's teacher, whose
+weights are on the hub, or starts other machines is run with --dry-run; what takes minutes is only parsed
+(`ONLY_PARSED`).
 """
 
 import importlib.metadata
@@ -60,7 +61,7 @@ def blocks(page):
             at += 1
             while not lines[at].lstrip().startswith("```"):
                 at += 1
-            yield start + 1, fence[1], "\n".join(lines[start + 1 : at])
+            yield start + 1, fence[1], textwrap.dedent("\n".join(lines[start + 1 : at]))
         elif lines[at].startswith("    "):
             while at < len(lines) and lines[at].startswith("    "):
                 at += 1
@@ -81,14 +82,14 @@ def commands(text):
 def shell_blocks():
     for page in PAGES:
         for line, language, text in blocks(page):
-            if language in ("", "bash", "sh") and (found := list(commands(text))):
-                yield pytest.param(found, id=f"{page.name}:{line}")
+            if language in ("", "bash", "sh") and (listed := list(commands(text))):
+                yield pytest.param(listed, id=f"{page.name}:{line}")
 
 
 def blocks_of(language):
     for page in PAGES:
-        for line, given, text in blocks(page):
-            if given == language:
+        for line, name, text in blocks(page):
+            if name == language:
                 yield pytest.param(text, id=f"{page.name}:{line}")
 
 
@@ -101,7 +102,8 @@ def material(tmp_path_factory):
     for name in ("train", "val", "texts"):
         save_texts(folder / f"{name}.jsonl")
     data = {"train": [str(folder / "train.jsonl")], "val": [str(folder / "val.jsonl")]}
-    stages = {name: {"data": {"seq_len": 32}, "batch": {"tokens": 128}} for name in ("calibrate", "align", "distill")}
+    small = {"tokens": 512, "data": {"seq_len": 32}, "batch": {"tokens": 128}}
+    stages = dict.fromkeys(("calibrate", "align", "distill"), small)
     config = {"teacher": {"path": str(folder / "TEACHER")}, "data": data, "stages": stages, "out": "from-yaml"}
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     (folder / "hosts").write_text("worker-1 slots=8\n")
@@ -185,7 +187,7 @@ def check(words, capsys):
     if trains and (recipe or "--hostfile" in words):
         words = [*words, "--dry-run"]
     else:
-        if words[:2] == ["rwkvinside", "data"] and recipe:  # its tokenizer lies on the hub
+        if words[:2] == ["rwkvinside", "data"] and recipe:  # its tokenizer is on the hub
             words[words.index("--teacher") + 1] = "TEACHER"
         words = [*words, *(word for key in begins for word in SMALLER[key])]
         if "export" in words or trains:  # what the commands around this one have left
@@ -258,3 +260,30 @@ def test_files_that_the_text_names_exist():
     for page in PAGES:
         for path in named.findall(page.read_text(encoding="utf-8")):
             assert (ROOT / path).exists(), f"{page.name}: {path}"
+
+
+def test_files_that_contributing_names_exist():
+    """Paths are relative to the repository or to `rwkvinside/`; `<name>` is any name, `*` any file."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    paths = {path for path in re.findall(r"`([^`\s]+)`", text) if "/" in path or path.endswith((".py", ".md"))}
+    assert {"families/<model_type>.py", "stages/registry.py", "export/registry.py", "docs/architecture.md"} <= paths
+    for path in paths:
+        pattern = re.sub(r"<\w+>", "*", path).rstrip("/")
+        assert any(any(base.glob(pattern)) for base in (ROOT, ROOT / "rwkvinside")), path
+
+
+def test_contributing_names_the_registries_that_decide():
+    """One more family, objective, format or preset is one more entry in a table that is where the page says."""
+    from rwkvinside.export.registry import FORMATS
+    from rwkvinside.families.registry import FAMILIES
+    from rwkvinside.modeling.registry import HYBRIDS
+    from rwkvinside.stages.registry import OBJECTIVES
+
+    package = ROOT / "rwkvinside"
+    for family in FAMILIES:
+        assert (package / f"families/{family}.py").is_file() and f"hybrid_{family}" in HYBRIDS
+        assert (package / f"modeling/hybrid_{family}.py").is_file()
+    for objective in OBJECTIVES:
+        assert (package / f"stages/{objective}.py").is_file()
+    for target, _ in FORMATS.values():
+        assert (package / f"export/{target.partition(':')[0]}.py").is_file()

@@ -101,7 +101,6 @@ def test_the_wheel_runs_without_the_repository(installed):
     assert "preset:" in installed("-m", "rwkvinside", "config", "show", "--teacher", "Qwen3-0.6B")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("rwkvinside.cli.train") is None, reason="the verb `train` is to come")
 def test_the_wheel_trains_exports_and_verifies(installed, tmp_path):
     tokenizer = byte_tokenizer("<|end|>", eos_token="<|end|>")
     save_qwen3(tmp_path / "teacher", tokenizer, eos_token_id=tokenizer.eos_token_id)

@@ -1,7 +1,7 @@
 """Compiled WKV-7 kernels: C++ for CPUs (`native`), Triton for GPUs (`gpu`), chosen by `rwkvinside.modeling.wkv7`.
 
-Importing this imports neither, nor torch, so that the help of the benchmark comes at once; exported models that find it
-installed use it as well.
+Importing this imports neither of them, nor torch, so that the benchmark's help appears at once. Exported models use it
+too if it is installed.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 @functools.cache
 def why_unavailable(backend: str) -> str | None:
-    """Why a backend cannot run on this machine, with what to install; None when it can.
+    """Return why a backend cannot run here and what to install, None if it can.
 
-    The first question about "native" may compile it, once, into the user's cache.
+    The first call for "native" may compile it, once, into the user's cache.
     """
     if backend == "native":
         from .native import why_unavailable
@@ -37,27 +37,34 @@ def why_unavailable(backend: str) -> str | None:
         return "the kernels are made for NVIDIA GPUs"
     oldest = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
     if oldest < (8, 0):
-        return "the kernels need GPUs of compute capability 8.0 or later, here is one of {}.{}".format(*oldest)
+        return "the kernels need GPUs of compute capability 8.0 or later, and one here has {}.{}".format(*oldest)
     return None
 
 
 def instructions() -> str:
-    """What the native kernel runs on this processor: "avx512", "avx2" or "portable"."""
+    """Return the native kernel's instruction set here: "avx512", "avx2" or "portable"."""
     from .native import load
 
     return load().wkv7_instructions().decode()
 
 
 def why_unsupported(backend: str, device: str, dtype: torch.dtype, head_size: int) -> str | None:
-    """Why a backend does not take tensors of this device type, dtype and head size, on any machine; None if it does."""
+    """Return why a backend does not take such tensors on any machine, None if it does.
+
+    Args:
+        backend: "native" or "triton".
+        device: type of the device, such as "cuda".
+        dtype: of the inputs.
+        head_size: N.
+    """
     import torch
 
     if dtype == torch.float64:
         return "it computes in fp32 and was given float64"
     if head_size % 8 or not 8 <= head_size <= 256:
         return f"it takes head sizes that are multiples of 8 from 8 to 256, not {head_size}"
-    wanted = "cpu" if backend == "native" or _interpreted() else "cuda"
-    return None if device == wanted else f"it runs on {wanted} tensors and was given {device}"
+    expected = "cpu" if backend == "native" or _interpreted() else "cuda"
+    return None if device == expected else f"it runs on {expected} tensors and was given {device}"
 
 
 def run(
@@ -75,8 +82,10 @@ def run(
     precision: str,
     inplace: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Run a backend that is available and fit; arguments and results as `rwkvinside.modeling.wkv7.wkv7`, w is the log
-    decay."""
+    """Run a backend that is available and supports the inputs.
+
+    Arguments and results are those of `rwkvinside.modeling.wkv7.wkv7`; w is the log decay.
+    """
     if backend == "native":
         from .native import wkv7
 

@@ -1,6 +1,6 @@
-"""What the distillation loss costs in memory and time: all logits at once beside a chunk of tokens at a time.
+"""Memory and time of the distillation loss: all logits at once compared with a chunk of tokens at a time.
 
-Every case runs in processes of its own, in turns, so that a peak belongs to it alone. CPU, or the first GPU.
+Every case runs in separate processes, in turns, so that a peak belongs to it alone. CPU, or the first GPU.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from ..teacher.signals import HeadSignal
 class Problem:
     """Random hidden states of student and teacher, and a head for each.
 
-    Args:
-        tokens: with a label.
+    Attributes:
+        tokens: number of tokens with a label.
         vocab: rows of the heads.
-        hidden: their width.
-        trained: the student's head has a gradient too.
+        hidden: width of the heads.
+        trained: whether the student's head gets a gradient too.
     """
 
     tokens: int
@@ -39,19 +39,23 @@ class Problem:
 
 
 def measure(kind: str, problem: Problem, threads: int) -> dict[str, float]:
-    """One forward and backward of KL(teacher || student) in this process, which should be a new one.
+    """Measure one forward and backward of KL(teacher || student) in this process.
+
+    The process should be a new one.
 
     Args:
         kind: "whole" or "chunks".
+        problem: what to compute.
+        threads: of the CPU.
 
     Returns:
-        "loss"; "norm" of the gradient by the hidden states; "seconds"; "bytes", the peak above what was there before,
-        the head's gradient, which every way of computing it leaves behind, not counted.
+        "loss"; "norm" of the gradient of the hidden states; "seconds"; "bytes", the peak above the memory in use before
+        and without the head's gradient, which every way of computing it leaves.
     """
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loss_of = {"whole": _whole, "chunks": _chunks}[kind]
-    # threads and libraries start with something small; a gradient of the whole head would count as memory used before
+    # a small problem starts threads and libraries; a gradient of the whole head would count as memory in use before
     loss_of(*_case(Problem(8, 64, 16, problem.trained), device)).backward()
     hidden, student, *rest = _case(problem, device)
     if device.type == "cuda":
@@ -64,12 +68,12 @@ def measure(kind: str, problem: Problem, threads: int) -> dict[str, float]:
     loss.backward()
     norm = hidden.grad.norm().item()
     seconds = time.perf_counter() - start
-    kept = 0 if student.weight.grad is None else student.weight.grad.nbytes
-    return {"loss": loss.item(), "norm": norm, "seconds": seconds, "bytes": _peak_bytes(device) - before - kept}
+    gradient = 0 if student.weight.grad is None else student.weight.grad.nbytes
+    return {"loss": loss.item(), "norm": norm, "seconds": seconds, "bytes": _peak_bytes(device) - before - gradient}
 
 
 def _case(problem: Problem, device: torch.device) -> tuple[Tensor, nn.Linear, Tensor, Tensor, nn.Linear]:
-    """Hidden states, student's head, labels, teacher's hidden states, teacher's head."""
+    """Return hidden states, head and labels of the student, then those of the teacher."""
     torch.manual_seed(0)
     student, teacher = (nn.Linear(problem.hidden, problem.vocab, bias=False, device=device) for _ in range(2))
     teacher.requires_grad_(False)
@@ -89,14 +93,18 @@ def _chunks(hidden: Tensor, head: nn.Module, labels: Tensor, teacher_hidden: Ten
 
 
 def _peak_bytes(device: torch.device) -> int:
-    """Highest memory so far: of the process, or allocated on the GPU."""
+    """Return the peak memory so far: of the process, or allocated on the GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return peak_bytes()
 
 
 def head_cost(problem: Problem, repeats: int = 3) -> dict:
-    """Median seconds and peak bytes of both ways, in new processes that take turns.
+    """Compare both ways of computing the loss, in new processes that take turns.
+
+    Args:
+        problem: what to compute.
+        repeats: processes of each kind; medians are reported.
 
     Returns:
         {"whole": {...}, "chunks": {...}} as `measure` gives them, "memory" and "time": chunks relative to the whole,
@@ -106,14 +114,15 @@ def head_cost(problem: Problem, repeats: int = 3) -> dict:
     runs: dict[str, list[dict]] = {"whole": [], "chunks": []}
     context = multiprocessing.get_context("spawn")
     for _ in range(repeats):
-        for kind, found in runs.items():
+        for kind, measured in runs.items():
             with context.Pool(1) as pool:
-                found.append(pool.apply(measure, (kind, problem, threads)))
+                measured.append(pool.apply(measure, (kind, problem, threads)))
     medians = {
-        kind: {name: statistics.median(run[name] for run in found) for name in found[0]} for kind, found in runs.items()
+        kind: {name: statistics.median(run[name] for run in measured) for name in measured[0]}
+        for kind, measured in runs.items()
     }
     whole, chunks = medians["whole"], medians["chunks"]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    about = {"chunk_tokens": chunk_tokens(problem.vocab), "threads": threads, "device": device}
+    environment = {"chunk_tokens": chunk_tokens(problem.vocab), "threads": threads, "device": device}
     ratios = {"memory": chunks["bytes"] / whole["bytes"], "time": chunks["seconds"] / whole["seconds"]}
-    return medians | ratios | about | asdict(problem)
+    return medians | ratios | environment | asdict(problem)

@@ -1,4 +1,4 @@
-"""Training speed of the stages beside plain fine-tuning of the same teacher, on one machine and batch, in one run."""
+"""Training speed of the stages compared with plain fine-tuning of the same teacher, on one machine and batch."""
 
 from __future__ import annotations
 
@@ -30,13 +30,16 @@ def training_speed(
     backends: Sequence[str],
     seed: int = 0,
 ) -> dict:
-    """Tokens per second of one optimizer step (forward, backward, clip, AdamW) in fp32 on the CPU or the first GPU.
+    """Measure the speed of optimizer steps (forward, backward, clip, AdamW).
+
+    Runs in fp32 on the CPU or the first GPU.
 
     Args:
         load_teacher: makes a new causal language model in fp32, each time with the same weights.
-        rows, seq_len: the batch, rows x seq_len random tokens, one document a row.
-        repeats: steps of each kind; they take turns, so that what else the machine does hits all alike.
+        rows, seq_len: size of the batch of random tokens, one document per row.
+        repeats: steps of each kind; they take turns, so that other load on the machine affects all alike.
         backends: of the recurrence, see `wkv7`; align and distill are measured with each.
+        seed: of the tokens.
 
     Returns:
         {"tokens_per_second": {"finetune", "align BACKEND", "distill BACKEND": median}, "rows", "seq_len", "device",
@@ -72,19 +75,24 @@ def training_speed(
         distill = DistillStep(OnlineTeacher(TeacherModel(load())))
         kinds[f"align {backend}"] = _stepper(aligned, partial(_loss, align, aligned, batch, batch.num_tokens))
         kinds[f"distill {backend}"] = _stepper(distilled, partial(_loss, distill, distilled, batch, batch.num_targets))
-    times: dict[str, list[float]] = {name: [] for name in kinds}
+    speed = {name: rows * seq_len / seconds for name, seconds in _median_seconds(kinds, repeats, device).items()}
+    where = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    batch_and_machine = {"rows": rows, "seq_len": seq_len, "device": where, "threads": torch.get_num_threads()}
+    return {"tokens_per_second": speed} | batch_and_machine
+
+
+def _median_seconds(steps: dict[str, Callable[[], None]], repeats: int, device: torch.device) -> dict[str, float]:
+    """Return the median seconds of each step; the steps take turns."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(repeats + 1):
-        for name, step in kinds.items():
+        for name, step in steps.items():
             start = time.perf_counter()
             step()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             if repeat:  # the first turn warms up
                 times[name].append(time.perf_counter() - start)
-    speed = {name: rows * seq_len / statistics.median(values) for name, values in times.items()}
-    where = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    about = {"rows": rows, "seq_len": seq_len, "device": where, "threads": torch.get_num_threads()}
-    return {"tokens_per_second": speed} | about
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def _loss(step: AlignStep | DistillStep, model: HybridModel, batch: Batch, count: int) -> torch.Tensor:
@@ -105,8 +113,10 @@ def _stepper(model: nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[],
 
 
 def random_teacher(layers: int, heads: int, head_size: int, seed: int = 0) -> nn.Module:
-    """A Qwen3 of this shape with random weights in fp32: half as many key/value heads, feed-forward three times as wide
-    as the residual stream, 4096 tokens."""
+    """Return a Qwen3 of this shape with random weights in fp32.
+
+    It has half as many key/value heads, a feed-forward three times as wide as the residual stream, and 4096 token ids.
+    """
     torch.manual_seed(seed)
     config = Qwen3Config(
         num_hidden_layers=layers,
@@ -121,5 +131,5 @@ def random_teacher(layers: int, heads: int, head_size: int, seed: int = 0) -> nn
 
 
 def pretrained_teacher(path: str) -> nn.Module:
-    """A causal language model in fp32 from a local directory or the hub."""
+    """Load a causal language model in fp32 from a local directory or the hub."""
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)

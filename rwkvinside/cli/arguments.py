@@ -1,6 +1,6 @@
-"""The grammar of all verbs: one parser class, the choice of a command, arguments that several verbs share.
+"""What all verbs share: one parser class, the choice of a command, common arguments.
 
-Imports nothing heavy, so that help and complaints come at once.
+Imports nothing heavy, so that help and errors appear at once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     Args:
         prog: the command as it is typed.
-        description: what stands at the top of its help.
+        description: at the top of its help.
     """
 
     def __init__(self, prog: str, description: str):
@@ -35,7 +35,7 @@ class ArgumentParser(argparse.ArgumentParser):
         """Parse all of `argv`, flags and positionals in any order.
 
         Raises:
-            UserError: an unknown flag, with the nearest known one; any other complaint of argparse.
+            UserError: an unknown flag (names the nearest known one), or any other error of argparse.
         """
         flags = self._option_string_actions
         for word in argv:
@@ -46,7 +46,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return self.parse_intermixed_args(argv)
 
     def error(self, message: str) -> NoReturn:
-        """Raise the complaint instead of printing the usage and leaving the process."""
+        """Raise the error instead of printing the usage and exiting."""
         raise UserError(message, self._hint)
 
     @property
@@ -59,15 +59,15 @@ def run_command(parser: ArgumentParser, argv: Sequence[str], commands: Mapping[s
 
     Args:
         parser: of what comes before the command.
-        argv: its arguments.
+        argv: arguments, beginning with the command.
         commands: name -> ("module:function", one line of help); the module is one of this package, imported when it is
-            chosen, and the function takes a parser of its own and the arguments after the name.
+            chosen, and the function takes a new parser and the arguments after the name.
 
     Returns:
         The exit code.
 
     Raises:
-        UserError: no such command, with the nearest one.
+        UserError: no command, or an unknown one (names the nearest).
     """
     width = max(map(len, commands))
     listing = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in commands.items())
@@ -87,7 +87,7 @@ def run_command(parser: ArgumentParser, argv: Sequence[str], commands: Mapping[s
 
 
 def at_least(lowest: int) -> Callable[[str], int]:
-    """Return a `type` of arguments: whole numbers from `lowest` on."""
+    """Return an argument type: whole numbers from `lowest` on."""
 
     def parse(text: str) -> int:
         if not text.isdecimal() or int(text) < lowest:
@@ -98,8 +98,8 @@ def at_least(lowest: int) -> Callable[[str], int]:
 
 
 def count(text: str) -> int:
-    """Parse a number of tokens such as 600k, 5M or 4096: a `type` of arguments."""
-    from ..config.schema import parse_count
+    """Parse a number of tokens such as 600k, 5M or 4096 (an argument type)."""
+    from ..support.settings import parse_count
 
     try:
         return parse_count(text)
@@ -108,28 +108,33 @@ def count(text: str) -> int:
 
 
 def output_file(text: str) -> Path:
-    """Check that an output can be written, before the work: a `type` of arguments.
+    """Check before the work that an output can be written (an argument type).
 
     Raises:
-        UserError: its folder does not exist or is not ours to write in, or it is a folder itself.
+        UserError: its folder does not exist or is not writable, or it is itself a folder.
     """
     path = Path(text)
     if not path.parent.is_dir():
-        raise UserError(f"folder {path.parent} of the output {path.name} does not exist", "make it first")
+        raise UserError(f"folder {path.parent} of the output {path.name} does not exist", "create it first")
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise UserError(f"output {path} cannot be written", "name another file")
     return path
 
 
 def add_output_arguments(parser: ArgumentParser, png: str | None = None) -> None:
-    """Add --json for a command's numbers and, where `png` says what it draws, --png."""
+    """Add --json for a command's numbers and, if `png` says what it draws, --png."""
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write the numbers here")
     if png is not None:
         parser.add_argument("--png", type=output_file, metavar="FILE", help=f"draw {png} here")
 
 
 def add_config_arguments(parser: ArgumentParser, out: str = "run directory") -> None:
-    """Add what `config_from` makes a configuration of; `out` is the help of --out."""
+    """Add the arguments of a configuration, see `config_from`.
+
+    Args:
+        parser: to be extended.
+        out: help of --out.
+    """
     parser.add_argument("-c", "--config", action="append", default=[], metavar="FILE", help="YAML file; may repeat")
     parser.add_argument("--teacher", metavar="NAME", help="preset such as Qwen3-14B, hub id or local directory")
     parser.add_argument("--variant", action="append", default=[], metavar="NAME", help="such as one-card; may repeat")
@@ -148,7 +153,7 @@ def config_from(args: argparse.Namespace, stage: str | None = None) -> Config:
         stage: see `load_config`.
 
     Raises:
-        UserError: with all problems found.
+        UserError: lists all problems.
     """
     from ..config.load import load_config
 

@@ -14,9 +14,9 @@ from ..support.text import rounded_bytes
 from .arguments import ArgumentParser, add_output_arguments, at_least, run_command
 
 COMMANDS = {
-    "wkv7": ("bench:wkv7", "the recurrence: our kernels beside others and attention"),
-    "training": ("bench:training", "align and distill beside plain fine-tuning of the same teacher"),
-    "head": ("bench:head", "memory and time of the distillation loss, all logits at once beside a chunk at a time"),
+    "wkv7": ("bench:wkv7", "the recurrence: our kernels compared with others and with attention"),
+    "training": ("bench:training", "align and distill compared with plain fine-tuning of the same teacher"),
+    "head": ("bench:head", "memory and time of the distillation loss: all logits at once, or chunk by chunk"),
 }
 
 
@@ -40,7 +40,7 @@ def training(parser: ArgumentParser, argv: Sequence[str]) -> int:
     """Measure training steps, print a table, write JSON."""
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--teacher", help="local directory or hub id")
-    source.add_argument("--random", type=_shape, metavar="LAYERS,HEADS,HEAD_SIZE", help="a teacher of random weights")
+    source.add_argument("--random", type=_shape, metavar="LAYERS,HEADS,HEAD_SIZE", help="a teacher with random weights")
     parser.add_argument("--rows", type=at_least(1), default=8, metavar="N", help="rows of the batch (default: 8)")
     parser.add_argument("--seq-len", type=at_least(1), default=512, metavar="N", help="tokens per row (default: 512)")
     parser.add_argument(
@@ -55,7 +55,7 @@ def training(parser: ArgumentParser, argv: Sequence[str]) -> int:
 
     from ..bench.training import pretrained_teacher, random_teacher, training_speed
 
-    disable_progress_bar()  # of transformers: every kind loads the teacher
+    disable_progress_bar()  # transformers' bars: every kind loads the teacher
     load = partial(random_teacher, *args.random) if args.random else partial(pretrained_teacher, args.teacher)
     result = training_speed(load, rows=args.rows, seq_len=args.seq_len, repeats=args.repeats, backends=args.backend)
     table = Table(
@@ -94,8 +94,8 @@ def head(parser: ArgumentParser, argv: Sequence[str]) -> int:
     for column in ("", "seconds", "extra memory", "loss"):
         table.add_column(column, justify="left" if not column else "right")
     for kind, name in (("whole", "all logits at once"), ("chunks", f"{result['chunk_tokens']} tokens at a time")):
-        found = result[kind]
-        table.add_row(name, f"{found['seconds']:.2f}", rounded_bytes(found["bytes"]), f"{found['loss']:.6g}")
+        medians = result[kind]
+        table.add_row(name, f"{medians['seconds']:.2f}", rounded_bytes(medians["bytes"]), f"{medians['loss']:.6g}")
     table.add_row("relative", f"{result['time']:.2f}", f"{result['memory']:.3f}", "")
     Console().print(table)
     if args.json is not None:

@@ -28,7 +28,7 @@ def show(parser: ArgumentParser, argv: Sequence[str]) -> int:
 
 
 def fields(parser: ArgumentParser, argv: Sequence[str]) -> int:
-    """Print a line for each field."""
+    """Print one line for each field."""
     parser.parse(argv)
     from ..config.show import describe
 

@@ -1,4 +1,4 @@
-"""`rwkvinside data`: look at data before training on it, tokenize it for good, store a teacher's logits for it."""
+"""`rwkvinside data`: inspect data, tokenize it once, store a teacher's logits for it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "inspect": ("data:inspect", "what is in data: kinds, lengths, padding, masks, ids out of range, samples"),
     "pack": ("data:pack", "tokenize data once, into a directory that can be trained on"),
-    "logits": ("data:logits", "the teacher's likeliest tokens for the rows of a stage, for teacher: cache"),
+    "logits": ("data:logits", "store the teacher's likeliest tokens for the rows of a stage, for teacher: cache"),
 }
 
 
@@ -44,30 +44,23 @@ def inspect(parser: ArgumentParser, argv: Sequence[str]) -> int:
     """Show what is in each source.
 
     Raises:
-        UserError: a source or a tokenizer that cannot be read.
+        UserError: a source or a tokenizer cannot be read.
     """
     _add_inspect_arguments(parser)
     args = parser.parse(argv)
     from ..data.inspect import samples, source_format, summary
     from ..data.sources import tokenizing_progress
-    from ..data.tokenize import load_tokens
+    from ..data.tokenize import ReadOptions, load_tokens
 
     tokenizer, vocab_size = _tokenizer(args)
+    # trust_ids: what a run would refuse is shown
+    options = ReadOptions(args.text_column, rotate=not args.as_given, trust_ids=True, max_tokens=args.max_tokens)
     console = Console(highlight=False, soft_wrap=True)
     lengths = {}
     with tempfile.TemporaryDirectory() as folder:
         for source in args.sources:
             with tokenizing_progress() as progress:
-                store = load_tokens(
-                    [source],
-                    tokenizer,
-                    cache_dir=folder,
-                    text_column=args.text_column,
-                    rotate=not args.as_given,
-                    trust_ids=True,  # what a run would refuse is shown
-                    max_tokens=args.max_tokens,
-                    progress=progress,
-                )
+                store = load_tokens([source], tokenizer, options, cache_dir=folder, progress=progress)
             lengths[source] = store.lengths
             console.print(f"{source}: {source_format(source)}", style="bold")
             for line in summary(
@@ -89,13 +82,13 @@ def inspect(parser: ArgumentParser, argv: Sequence[str]) -> int:
 
 
 def pack(parser: ArgumentParser, argv: Sequence[str]) -> int:
-    """Tokenize the sources into a directory and say what is in it.
+    """Tokenize the sources into a directory and print what is in it.
 
     Raises:
-        UserError: a source or a tokenizer that cannot be read, an output that is there already or cannot be written.
+        UserError: a source or a tokenizer cannot be read, the output exists or cannot be written.
     """
     _add_source_arguments(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to be made")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to create")
     parser.add_argument("--max-tokens", type=count, metavar="N", help="stop after so many tokens, such as 1B")
     args = parser.parse(argv)
     from ..data import tokenize
@@ -103,17 +96,11 @@ def pack(parser: ArgumentParser, argv: Sequence[str]) -> int:
     from ..data.statistics import Statistics
 
     tokenizer, vocab_size = _tokenizer(args)
+    options = tokenize.ReadOptions(
+        args.text_column, rotate=not args.as_given, vocab_size=vocab_size, max_tokens=args.max_tokens
+    )
     with tokenizing_progress() as progress:
-        store = tokenize.pack(
-            args.sources,
-            args.out,
-            tokenizer,
-            vocab_size=vocab_size,
-            text_column=args.text_column,
-            rotate=not args.as_given,
-            max_tokens=args.max_tokens,
-            progress=progress,
-        )
+        store = tokenize.pack(args.sources, args.out, tokenizer, options, progress=progress)
     size = sum(file.stat().st_size for file in args.out.iterdir())
     print(
         f"{args.out}: {store.num_documents:,} documents, {store.num_tokens:,} tokens, "
@@ -124,10 +111,10 @@ def pack(parser: ArgumentParser, argv: Sequence[str]) -> int:
 
 
 def logits(parser: ArgumentParser, argv: Sequence[str]) -> int:
-    """Write what is still missing of the logits of a stage."""
+    """Write the missing logits of a stage."""
     add_config_arguments(parser, out="where to write them; default: the stage's teacher_cache")
-    parser.add_argument("--stage", default="distill", metavar="NAME", help="whose rows these are (default: distill)")
-    parser.add_argument("--k", type=int, default=64, help="tokens of each position (default: 64)")
+    parser.add_argument("--stage", default="distill", metavar="NAME", help="stage whose rows to use (default: distill)")
+    parser.add_argument("--k", type=int, default=64, help="tokens to store per position (default: 64)")
     args = parser.parse(argv)
     config = config_from(args, args.stage)
     from ..conversion.write_logits import distillation_plan, write_logits
@@ -164,25 +151,25 @@ def _add_inspect_arguments(parser: ArgumentParser) -> None:
 
 
 def _tokenizer(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, int | None]:
-    """Return the tokenizer, and the size of the vocabulary of a teacher that is named."""
+    """Return the tokenizer, and the teacher's vocabulary size if one is named."""
     from ..config.teacher_lookup import find_teacher
     from ..teacher.load import open_tokenizer
     from ..teacher.settings import TeacherConfig
 
     if args.tokenizer is not None:
         return open_tokenizer(TeacherConfig(path=args.tokenizer)), None
-    found = find_teacher(args.teacher)
-    return open_tokenizer(TeacherConfig(path=found.path)), found.vocab_size
+    teacher = find_teacher(args.teacher)
+    return open_tokenizer(TeacherConfig(path=teacher.path)), teacher.vocab_size
 
 
 def _show_sample(console: Console, sample: Sample) -> None:
-    """Print a document; what has no loss is dim on a terminal, in brackets elsewhere."""
+    """Print a document; masked text is dim on a terminal, in brackets elsewhere."""
     rest = f", the first {sample.shown} of them" if sample.shown < sample.tokens else ""
     console.print(
         f"  document {sample.number:,}: {sample.tokens:,} tokens, {sample.targets:,} targets{rest}", style="bold"
     )
     text = Text()
-    for part, hidden in sample.runs:
-        text.append(part if console.is_terminal or not hidden else f"‹{part}›", style="dim" if hidden else "")
+    for run, masked in sample.runs:
+        text.append(run if console.is_terminal or not masked else f"‹{run}›", style="dim" if masked else "")
     console.print(text)
     console.print()

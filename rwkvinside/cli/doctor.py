@@ -1,4 +1,4 @@
-"""`rwkvinside doctor`: devices, memory, and whether the installed packages are the ones that this version needs."""
+"""`rwkvinside doctor`: devices, memory, and whether the installed packages are those that this version needs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
 MISSING = "missing"
-EXTRAS = ("tensorboard", "wandb", "trackio")  # loggers, which nobody has to have
+EXTRAS = ("tensorboard", "wandb", "trackio")  # optional loggers
 
 
 def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
-    """Print the findings; return 2 where a needed package is missing or does not fit."""
+    """Print the findings; return 2 if a required package is missing or does not fit."""
     parser.parse(argv)
     packages, problems = _packages()
     verdict = "all requirements are met" if not problems else f"{problems} requirements are not met: pip install -e ."
@@ -50,7 +50,7 @@ def _machine() -> list[str]:
 
 
 def _kernels() -> list[str]:
-    """Return a line for each kind of device that is here: what runs WKV-7 on it."""
+    """Return a line for each kind of device in this machine: what runs WKV-7 on it."""
     import torch
 
     from .. import kernels
@@ -58,45 +58,45 @@ def _kernels() -> list[str]:
     lines = []
     for device, backend in [("CPU", "native")] + ([("GPU", "triton")] if torch.cuda.is_available() else []):
         if reason := kernels.why_unavailable(backend):
-            found = f"chunked PyTorch, several times slower than the {backend} kernel: {reason}"
+            kernel = f"chunked PyTorch, several times slower than the {backend} kernel: {reason}"
         else:
-            found = f"the {backend} kernel" + (f" with {kernels.instructions()} code" if backend == "native" else "")
-        lines.append(f"WKV-7 on the {device}: {found}")
+            kernel = f"the {backend} kernel" + (f" with {kernels.instructions()} code" if backend == "native" else "")
+        lines.append(f"WKV-7 on the {device}: {kernel}")
     return lines
 
 
 def _packages() -> tuple[list[str], int]:
-    """Return a line for each package, and how many needed ones do not fit."""
+    """Return a line for each package, and how many required ones do not fit."""
     lines, problems = [], 0
     for requirement in _requirements():
-        found, good = _installed(requirement)
-        problems += not good
-        lines.append(f"{'ok ' if good else 'BAD'} {requirement.name} {found} (needs {requirement.specifier})")
+        installed, fits = _installed(requirement)
+        problems += not fits
+        lines.append(f"{'ok ' if fits else 'BAD'} {requirement.name} {installed} (needs {requirement.specifier})")
     for extra in EXTRAS:
         for requirement in _requirements(extra):
-            found, good = _installed(requirement)
-            state = "ok " if good else "-  " if found == MISSING else "BAD"
-            lines.append(f"{state} {requirement.name} {found} (extra {extra})")
+            installed, fits = _installed(requirement)
+            state = "ok " if fits else "-  " if installed == MISSING else "BAD"
+            lines.append(f"{state} {requirement.name} {installed} (extra {extra})")
     return lines, problems
 
 
 def _requirements(extra: str = "") -> list[Requirement]:
-    """Return what this package needs here; of an extra, what it adds."""
+    """Return the requirements of this package, or those that an extra adds."""
     from packaging.requirements import Requirement
 
-    found = []
+    requirements = []
     for requirement in map(Requirement, requires("rwkvinside") or ()):
         marker = requirement.marker
         base = marker is None or marker.evaluate({"extra": ""})
         if base == (not extra) and (marker is None or marker.evaluate({"extra": extra})):
-            found.append(requirement)
-    return found
+            requirements.append(requirement)
+    return requirements
 
 
 def _installed(requirement: Requirement) -> tuple[str, bool]:
-    """Return the version that is there, and whether it is one that fits."""
+    """Return the installed version, and whether it fits."""
     try:
-        found = version(requirement.name)
+        installed = version(requirement.name)
     except PackageNotFoundError:
         return MISSING, False
-    return found, requirement.specifier.contains(found, prereleases=True)
+    return installed, requirement.specifier.contains(installed, prereleases=True)

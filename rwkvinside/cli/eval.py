@@ -21,7 +21,8 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     """Compare the two models and show how far apart they are.
 
     Raises:
-        UserError: a directory that is no model and no run, data that cannot be read, an output that cannot be written.
+        UserError: a directory that is neither a model nor a run, data that cannot be read, an output that cannot be
+            written.
     """
     parser.add_argument("student", type=Path, metavar="DIR_OR_RUN", help="exported model or run directory")
     parser.add_argument("--teacher", metavar="DIR", help="directory or hub id (default: the one a run names)")
@@ -31,7 +32,7 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     add_output_arguments(parser, png="perplexity and KL by position")
     parser.add_argument("--max-documents", type=at_least(1), metavar="N", help="evaluate the first N documents only")
     parser.add_argument(
-        "--max-length", type=at_least(1), metavar="N", help="tokens judged of a document (default: at most 4096)"
+        "--max-length", type=at_least(1), metavar="N", help="tokens of a document to evaluate (default: at most 4096)"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the models run")
     args = parser.parse(argv)
@@ -57,15 +58,18 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     return 0
 
 
-def _show(found: Evaluation, console: Console) -> None:
+def _show(evaluation: Evaluation, console: Console) -> None:
     """Print the table: all tokens, then by position."""
-    title = f"{found.documents:,} documents, {found.scores.tokens:,} tokens, {found.shared_vocab:,} shared ids; nats"
+    title = (
+        f"{evaluation.documents:,} documents, {evaluation.scores.tokens:,} tokens, "
+        f"{evaluation.shared_vocab:,} shared ids; nats"
+    )
     table = Table(title=title, title_justify="left", title_style="", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("tokens\nread", justify="right", no_wrap=True)
     for name in ("\ntokens", "\nKL", "\nCE", "CE\nteacher", "\nppl", "ppl\nteacher", "\nagreement"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_row("all", *_cells(found.scores), style="bold", end_section=True)
-    for first, last, scores in found.by_position:
+    table.add_row("all", *_cells(evaluation.scores), style="bold", end_section=True)
+    for first, last, scores in evaluation.by_position:
         table.add_row(str(first) if first == last else f"{first}-{last}", *_cells(scores))
     console.print(table)
 

@@ -1,4 +1,4 @@
-"""`rwkvinside export RUN --to FORMAT --out DIR`: a finished run in a format that others read."""
+"""`rwkvinside export RUN --to FORMAT --out DIR`: a finished run in a format that other programs read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ..export.registry import FORMATS, export
 from .arguments import ArgumentParser
 
-OPTIONS = ("dtype", "tie_embeddings", "adapters")  # of the formats; those that are not given have the format's defaults
+OPTIONS = ("dtype", "tie_embeddings", "adapters")  # passed to the format when given, which else uses its defaults
 
 
 def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
@@ -38,6 +38,6 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--adapters",
         choices=["merge", "separate"],
-        help="merge adapters into the weights (default), or keep them apart, as PEFT stores them",
+        help="merge adapters into the weights (default), or keep them separate, as PEFT stores them",
     )
     parser.add_argument("--merge", action="store_const", const="merge", dest="adapters", help="as --adapters merge")

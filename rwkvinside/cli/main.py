@@ -25,9 +25,9 @@ VERBS = {
 
 @report_errors
 def main(argv: list[str] | None = None) -> int:
-    """Run the `rwkvinside` command; returns the exit code."""
+    """Run the `rwkvinside` command; return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0].startswith("--local_rank="):  # DeepSpeed's launcher puts it before all other arguments
+    if argv and argv[0].startswith("--local_rank="):  # DeepSpeed's launcher passes it before all other arguments
         argv = [*argv[1:], argv[0]]
     parser = ArgumentParser("rwkvinside", "Turn transformer language models into RWKV-7 hybrids by distillation.")
     parser.add_argument("--version", action="version", version=f"rwkvinside {__version__}")

@@ -9,7 +9,7 @@ from .arguments import ArgumentParser
 
 
 def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
-    """Write the PNGs and name them."""
+    """Write the PNGs and print their names."""
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the PNGs (default: the run directory)")
     args = parser.parse(argv)

@@ -13,9 +13,9 @@ def main(parser: ArgumentParser, argv: Sequence[str], script: str | None = None)
     """Train, print the plan, or hand over to DeepSpeed's launcher.
 
     Args:
-        parser: an empty one.
+        parser: a new one.
         argv: the arguments.
-        script: path of the script that was called; a launcher starts it again on every host. None: the module.
+        script: path of the calling script, which a launcher starts on every host; None is `python -m rwkvinside`.
     """
     _add_arguments(parser)
     args = parser.parse(argv)
@@ -45,7 +45,7 @@ def main(parser: ArgumentParser, argv: Sequence[str], script: str | None = None)
 
 def _add_arguments(parser: ArgumentParser) -> None:
     add_config_arguments(parser)
-    parser.add_argument("--stage", metavar="NAME", help="run this stage alone, from what the stages before it left")
+    parser.add_argument("--stage", metavar="NAME", help="run this stage alone, continuing from the earlier stages")
     parser.add_argument("--resume", action="store_true", help="continue the run in the output directory")
     parser.add_argument(
         "--resume-from", metavar="STEP", help="continue from this checkpoint, for instance step-00000150"
@@ -53,5 +53,5 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--hostfile", metavar="FILE", help="start on several machines with DeepSpeed's launcher, once all answer"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the plan; load no weights, write nothing")
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # given by the launcher
+    parser.add_argument("--dry-run", action="store_true", help="print the plan; load no weights and write nothing")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # set by the launcher

@@ -1,4 +1,4 @@
-"""`rwkvinside verify DIR --against RUN`: the proof that an exported directory computes what the run does."""
+"""`rwkvinside verify DIR --against RUN`: the proof that an exported directory computes the same as the run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .arguments import ArgumentParser
 
 
 def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
-    """Print what was compared and how far apart it is."""
+    """Print what was compared and the differences."""
     parser.add_argument("directory", metavar="DIR", help="exported directory")
     parser.add_argument("--against", required=True, metavar="RUN", help="run directory")
     args = parser.parse(argv)

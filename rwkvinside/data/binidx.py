@@ -1,9 +1,9 @@
-"""Token ids that Megatron-LM and RWKV-LM keep as NAME.bin and NAME.idx ("binidx", magic MMIDIDX), used where they lie.
+r"""Token ids of Megatron-LM and RWKV-LM, NAME.bin and NAME.idx ("binidx", magic MMIDIDX), used where they are.
 
-NAME.idx: b"MMIDIDX\\0\\0", version (uint64, 1), type of the ids (uint8), S sequences (uint64), D (uint64); then S
+NAME.idx: b"MMIDIDX\0\0", version (uint64, 1), type of the ids (uint8), S sequences (uint64), D (uint64); then S
 sizes (int32, tokens), S pointers (int64, bytes into NAME.bin), D document boundaries (int64, in sequences). Newer files
-go on with a mode for each sequence, which text does not need. In Megatron's a document may have several sequences;
-RWKV's have one sequence a document, and some of them no boundaries worth the name.
+continue with a mode for each sequence, which text does not need. In Megatron's files a document may have several
+sequences; RWKV's have one sequence per document, and some of them have no usable boundaries.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ PROGRESS = 4096  # documents between two reports
 
 
 def is_binidx(source: str | Path) -> bool:
-    """Whether a source is named like such a pair: NAME.idx, NAME.bin, or NAME with both beside it."""
+    """Return whether a source names such a pair: NAME.idx, NAME.bin, or NAME for both."""
     path = Path(source)
     return path.suffix in (".idx", ".bin") or (not path.exists() and all(file.is_file() for file in pair(path)))
 
 
 def pair(source: str | Path) -> tuple[Path, Path]:
-    """(index, data) behind a name with or without ending."""
+    """Return the paths (index, data) for a name with or without its suffix."""
     path = Path(source)
     stem = path.with_suffix("") if path.suffix in (".idx", ".bin") else path
     return stem.with_name(stem.name + ".idx"), stem.with_name(stem.name + ".bin")
 
 
 def read_binidx(source: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of all documents, mapped into memory, and where each document begins.
+    """Map the ids of all documents into memory and read where each document begins.
 
     Returns:
-        (tokens, offsets): integers of the file's own type; int64 (documents + 1,).
+        (tokens, offsets): integers of the file's type; int64 (documents + 1,).
 
     Raises:
         UserError: a file is missing, is something else, or does not hold what the index says.
@@ -49,17 +49,22 @@ def read_binidx(source: str | Path) -> tuple[np.ndarray, np.ndarray]:
     index, data = pair(source)
     for file in (index, data):
         if not file.is_file():
-            raise UserError(f"{file} does not exist", "a binidx data set is a pair of .idx and .bin")
+            raise UserError(f"{file} does not exist", "a binidx data set is a pair of .idx and .bin files")
     content = np.memmap(index, dtype=np.uint8, mode="r") if index.stat().st_size else np.empty(0, np.uint8)
     start = len(MAGIC) + HEADER.size
     if bytes(content[: len(MAGIC)]) != MAGIC or len(content) < start:
-        raise UserError(f"{index}: no binidx index (it does not begin with MMIDIDX)", "give text, or write it again")
+        raise UserError(
+            f"{index}: not a binidx index (it does not begin with MMIDIDX)", "give text, or write the index again"
+        )
     version, code, count, boundaries = HEADER.unpack(bytes(content[len(MAGIC) : start]))
     if version != 1 or code not in DTYPES:
-        raise UserError(f"{index}: version {version} with type {code}", f"known: version 1, {_listed()}")
+        raise UserError(f"{index}: version {version} with type {code}", f"supported: version 1, types {_types()}")
     ends = np.cumsum([start, 4 * count, 8 * count, 8 * boundaries])
     if len(content) < ends[-1]:
-        raise UserError(f"{index}: {len(content)} bytes, but {count} sequences need {ends[-1]}", "the index was cut")
+        raise UserError(
+            f"{index}: {len(content)} bytes, but {count} sequences need {ends[-1]}",
+            "the index is truncated: copy it again",
+        )
     sizes, pointers, documents = (
         np.frombuffer(content[a:b].tobytes(), dtype=dtype).astype(np.int64)
         for (a, b), dtype in zip(pairwise(ends), ("<i4", "<i8", "<i8"), strict=True)
@@ -71,14 +76,12 @@ def read_binidx(source: str | Path) -> tuple[np.ndarray, np.ndarray]:
         raise UserError(f"{index}: it holds no tokens", "give at least one document")
     if (sizes < 0).any() or size != offsets[-1] * dtype.itemsize:
         raise UserError(
-            f"{data}: {size} bytes, but the index tells of {offsets[-1]} tokens of {dtype.itemsize} bytes",
-            "one of the two files was cut, or they do not belong together",
+            f"{data}: {size} bytes, but the index has {offsets[-1]} tokens of {dtype.itemsize} bytes",
+            "one of the two files is truncated, or they do not belong together",
         )
     if (pointers != offsets[:-1] * dtype.itemsize).any():
-        raise UserError(
-            f"{index}: its sequences do not follow one another", "write it again with the tool that made it"
-        )
-    # Boundaries that are no partition of the sequences say nothing: then each sequence is a document.
+        raise UserError(f"{index}: the sequences are not contiguous", "write it again with the tool that made it")
+    # Boundaries that do not partition the sequences say nothing: then each sequence is a document.
     if boundaries > 1 and documents[0] == 0 and documents[-1] == count and (np.diff(documents) >= 0).all():
         offsets = offsets[documents]
     return np.memmap(data, dtype=dtype, mode="r"), np.unique(offsets)
@@ -87,14 +90,15 @@ def read_binidx(source: str | Path) -> tuple[np.ndarray, np.ndarray]:
 def scan(
     tokens: np.ndarray, offsets: np.ndarray, where: str, progress: Callable[[int, int], None] | None = None
 ) -> tuple[np.ndarray, int]:
-    """Read all ids once.
+    """Read all ids once, for the hash of each document and the largest id.
 
     Args:
+        tokens, offsets: from `read_binidx`.
         where: for messages.
         progress: called with (documents, tokens) so far.
 
     Returns:
-        (hashes, max_id): uint64 for each document's content; the largest id.
+        (hashes, max_id): uint64 hash of each document's content; the largest id.
 
     Raises:
         UserError: a negative id.
@@ -111,5 +115,5 @@ def scan(
     return hashes, highest
 
 
-def _listed() -> str:
+def _types() -> str:
     return ", ".join(f"{code} ({np.dtype(dtype)})" for code, dtype in DTYPES.items())

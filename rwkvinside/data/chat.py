@@ -18,13 +18,13 @@ def encode_conversation(
     """Render and tokenize a conversation.
 
     The completion is what follows the generation prompt up to and including the end-of-turn marker. Templates with
-    {% generation %} tags say so themselves; for others it is found by rendering again: the conversation before the
-    answer gives its start, the conversation with another text in place of the answer gives its end. Calls of tools
-    belong to the completion, what the tools answer does not.
+    {% generation %} tags mark it; for others it is found by rendering again: the conversation before the answer gives
+    its start, the conversation with another text in place of the answer gives its end. Tool calls belong to the
+    completion, the tools' answers do not.
 
     Args:
         tokenizer: a fast Hugging Face tokenizer with a chat template.
-        messages: [{"role": ..., "content": ...}, ...], those of the assistant with "tool_calls" where it calls.
+        messages: [{"role": ..., "content": ...}, ...], those of the assistant with "tool_calls" where it calls tools.
         where: file and line, for error messages.
         tools: descriptions of functions, for the template.
 
@@ -32,12 +32,12 @@ def encode_conversation(
         (ids, completion): token ids, and bool (len(ids),) True = written by the assistant.
 
     Raises:
-        UserError: no template, a template that refuses the conversation or hides where answers stand, no answer.
+        UserError: no template, a template that refuses the conversation or hides where answers are, no answer.
     """
     if not tokenizer.chat_template:
         raise UserError(
             f"{where}: a conversation, but the tokenizer {tokenizer.name_or_path!r} has no chat template",
-            'use a chat tokenizer or {"text": ...} documents',
+            'use the tokenizer of a chat model, or documents of the form {"text": ...}',
         )
     if not tokenizer.is_fast:
         raise UserError(f"{where}: conversations need a fast tokenizer, not {type(tokenizer).__name__}")
@@ -66,33 +66,35 @@ def encode_conversation(
         for start, end in spans:
             completion |= (start <= starts) & (starts < end)
     if not completion.any():
-        raise UserError(f"{where}: a conversation without an answer of the assistant", "remove it, or give it as text")
+        raise UserError(
+            f"{where}: a conversation without an answer from the assistant", "remove it, or give it as text"
+        )
     return ids, completion
 
 
 def _answer_span(tokenizer, messages: list[dict], tools, i: int, text: str, where: str) -> tuple[int, int]:
-    """The characters of `text` from behind the generation prompt of answer i to the end of its turn."""
+    """Return the span of answer i in `text`, without its generation prompt."""
 
     def split(replaced: list[dict]) -> tuple[str, str, str]:
         return _render(tokenizer, replaced, where, tools=tools).partition(_STAND_IN)
 
     stand_in = {"role": "assistant", "content": _STAND_IN}
-    if calls := messages[i].get("tool_calls"):  # where the template shows a text beside the calls, keep them
+    if calls := messages[i].get("tool_calls"):  # where the template shows text in addition to calls, keep them
         with_calls = [*messages[:i], stand_in | {"tool_calls": calls}]
         if split(with_calls)[1]:
             stand_in = with_calls[-1]
     replaced = [*messages[:i], stand_in]
-    before, found, closing = split(replaced)
+    before, alone, closing = split(replaced)
     if i:  # many templates refuse an empty conversation; there the answer begins with its content
         before = _render(tokenizer, messages[:i], where, tools=tools, add_generation_prompt=True)
-    _, found_whole, rest = split(replaced + messages[i + 1 :])
-    # `rest` is everything behind the answer; a template may rewrite earlier turns (Qwen3 drops their thoughts), so
+    _, in_whole, rest = split(replaced + messages[i + 1 :])
+    # `rest` is everything after the answer; a template may rewrite earlier turns (Qwen3 drops their thoughts), so
     # only what is the same in both renderings is relied on.
     end = len(text) - len(rest) + len(closing)
-    if not (found and found_whole and text.startswith(before) and text.endswith(rest) and rest.startswith(closing)):
+    if not (alone and in_whole and text.startswith(before) and text.endswith(rest) and rest.startswith(closing)):
         raise UserError(
             f"{where}: the chat template renders message {i + 1} differently in and out of its conversation",
-            "give the tokenizer a template with {% generation %} tags, or single-turn conversations",
+            "use a template with {% generation %} tags, or single-turn conversations",
         )
     return len(before), end
 
@@ -102,9 +104,5 @@ def _render(tokenizer, messages: list[dict], where: str, *, tokenize: bool = Fal
 
     try:
         return tokenizer.apply_chat_template(messages, tokenize=tokenize, **options)
-    except (
-        TemplateError,
-        ValueError,
-        TypeError,
-    ) as error:  # TypeError: not the field it expects
+    except (TemplateError, ValueError, TypeError) as error:  # TypeError: a field of another type than it expects
         raise UserError(f"{where}: the chat template refuses the conversation: {error}") from error

@@ -1,4 +1,4 @@
-"""From documents to token ids and loss masks, and whether ids that came from outside belong to the tokenizer at all."""
+"""From documents to token ids and loss masks; and whether ids from outside belong to the tokenizer."""
 
 from __future__ import annotations
 
@@ -17,32 +17,29 @@ from .token_store import Encoded, TokenStore
 CHUNK_DOCUMENTS = 512
 CHUNK_BYTES = 4 << 20
 SAMPLED_DOCUMENTS, SAMPLED_TOKENS = 64, 256  # of ids from outside, to see whether they belong to the tokenizer
-AGREEMENT = 0.98  # part of these that survives decoding and encoding; seen: 0.995 and more, of others 0.54 to 0.954
+AGREEMENT = 0.98  # share that must survive decoding and encoding; measured: 0.995 and more, others 0.54 to 0.954
 
 
 class Encoder:
-    """Turns documents into tokens.
+    """Encoder of documents into tokens.
 
-    A text becomes prefix + its tokens + suffix. By default these are what the tokenizer itself puts around a text,
-    since this is what the teacher sees in use: <s> for Llama, nothing for Qwen. A text that begins with the prefix
-    already (or ends with the suffix) does not get it twice. Conversations get exactly what the chat template writes; a
-    multiple-choice question is a conversation too, or a prompt with its completion where there is no template.
+    A text becomes prefix + its tokens + suffix: what the tokenizer itself puts around a text, since this is what the
+    teacher sees in use (<s> for Llama, nothing for Qwen). A text that already begins with the prefix (or ends with the
+    suffix) does not get it twice. Conversations get exactly what the chat template writes; a multiple-choice question
+    is a conversation too, or a prompt with its completion where there is no template.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
-        add_bos: True puts the tokenizer's bos token first, False nothing, None as above.
-        add_eos: the same for eos at the end.
-        rotate: every question once with each rotation of its options, so that each letter is right equally often.
+        rotate: encode every question once with each rotation of its options, so that each letter is right equally
+            often.
 
     Attributes:
         identity: JSON values that change when the tokens of a document may change.
     """
 
-    def __init__(
-        self, tokenizer, *, add_bos: bool | None = None, add_eos: bool | None = None, rotate: bool = True
-    ) -> None:
+    def __init__(self, tokenizer, *, rotate: bool = True) -> None:
         self.tokenizer, self.rotate = tokenizer, rotate
-        self.prefix, self.suffix = _special_ids(tokenizer, add_bos, add_eos)
+        self.prefix, self.suffix = _special_ids(tokenizer)
         self.identity = {
             "tokenizer": tokenizer_hash(tokenizer),
             "prefix": self.prefix,
@@ -51,10 +48,12 @@ class Encoder:
         }
 
     def __call__(self, documents: Sequence[Document]) -> Iterator[Encoded]:
-        """The tokens of these documents; a document may give none (nothing is left of it) or several (rotations).
+        """Yield the tokens of these documents.
+
+        A document may give nothing (no token is left of it) or several encodings (rotations).
 
         Raises:
-            UserError: a document that cannot be encoded, by name.
+            UserError: a document that cannot be encoded; the message names it.
         """
         contents = [document.as_bytes() for document in documents]  # before the tokenizer, which names no document
         texts = [document.text for document in documents if document.kind == "text"]
@@ -64,18 +63,18 @@ class Encoder:
             versions = [(next(encoded), None, ())] if document.kind == "text" else self._masked(document)
             for ids, loss, facts in versions:
                 if document.kind == "text" and ids:
-                    front, behind = self._frame(ids)
-                    ids = front + ids + behind
+                    prefix, suffix = self._frame(ids)
+                    ids = prefix + ids + suffix
                 if len(ids):
                     yield Encoded(digest, np.asarray(ids, dtype=np.uint32), loss, (f"kind {document.kind}", *facts))
 
     def _frame(self, ids: list[int]) -> tuple[list[int], list[int]]:
-        """What has to be put in front and behind."""
-        front = [] if ids[: len(self.prefix)] == self.prefix else self.prefix
-        return front, [] if ids[len(ids) - len(self.suffix) :] == self.suffix else self.suffix
+        """Return the prefix and the suffix that these ids still lack."""
+        prefix = [] if ids[: len(self.prefix)] == self.prefix else self.prefix
+        return prefix, [] if ids[len(ids) - len(self.suffix) :] == self.suffix else self.suffix
 
     def _masked(self, document: Document) -> Iterator[tuple[Sequence[int], np.ndarray | None, tuple[str, ...]]]:
-        """(ids, loss mask, facts) of whatever is no plain text."""
+        """Yield (ids, loss mask, facts) of a document that is not plain text."""
         if document.kind == "tokens":
             yield document.ids, document.loss, ()
         elif document.kind == "conversation":
@@ -83,11 +82,11 @@ class Encoder:
         elif document.kind == "completion":
             yield *self._completion(document.prompt, document.text, document.where), ()
         else:
-            given = document.question
-            for turn in range(len(given.options) if self.rotate else 1):
-                question = given.rotated(turn)
+            original = document.question
+            for turn in range(len(original.options) if self.rotate else 1):
+                question = original.rotated(turn)
                 facts = [f"answer {question.letters[question.answer]}"]
-                facts += [f"given {given.letters[given.answer]}"] if turn == 0 else []
+                facts += [f"given {original.letters[original.answer]}"] if turn == 0 else []
                 yield *self._question(question, document.where), tuple(facts)
 
     def _question(self, question: Question, where: str) -> tuple[Sequence[int], np.ndarray]:
@@ -99,18 +98,21 @@ class Encoder:
         return encode_conversation(self.tokenizer, messages, where)
 
     def _completion(self, prompt: str, text: str, where: str) -> tuple[list[int], np.ndarray]:
-        """Prompt and completion tokenized as one text; a token with a character of the completion belongs to it."""
+        """Tokenize prompt and completion as one text.
+
+        A token with any character of the completion belongs to the completion.
+        """
         if not self.tokenizer.is_fast:
             raise UserError(f"{where}: prompts need a fast tokenizer, not {type(self.tokenizer).__name__}")
         encoded = self.tokenizer(prompt + text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        front, behind = self._frame(encoded["input_ids"])
+        prefix, suffix = self._frame(encoded["input_ids"])
         mask = [end > len(prompt) for _, end in encoded["offset_mapping"]]
-        loss = [False] * len(front) + mask + [True] * len(behind)
-        return front + encoded["input_ids"] + behind, np.array(loss, dtype=bool)
+        loss = [False] * len(prefix) + mask + [True] * len(suffix)
+        return prefix + encoded["input_ids"] + suffix, np.array(loss, dtype=bool)
 
 
 def chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Lists of documents that are worth one call of the tokenizer."""
+    """Yield lists of documents, each large enough for one call of the tokenizer."""
     chunk: list[Document] = []
     size = 0
     for document in documents:
@@ -124,7 +126,10 @@ def chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def tokenizer_hash(tokenizer) -> str:
-    """SHA-256 of what decides the ids of a text: vocabulary, merges, normalization, chat template."""
+    """Return the SHA-256 of all that decides the ids of a text.
+
+    These are vocabulary, merges, normalization and chat template.
+    """
     if tokenizer.is_fast:
         content = json.loads(tokenizer.backend_tokenizer.to_str())
         # Set by the last call of the tokenizer, not by its files.
@@ -138,7 +143,7 @@ def tokenizer_hash(tokenizer) -> str:
 
 
 def check_ids(store: TokenStore, tokenizer, source: str) -> None:
-    """Refuse ids that the tokenizer would not have given: a sample is decoded and encoded again.
+    """Refuse ids that the tokenizer would not give: decode and re-encode a sample.
 
     Raises:
         UserError: ids that the tokenizer does not have, or too few that come back.
@@ -148,42 +153,38 @@ def check_ids(store: TokenStore, tokenizer, source: str) -> None:
             f"{source} holds token id {store.max_id}, tokenizer {tokenizer.name_or_path!r} has {len(tokenizer)} ids",
             "it was tokenized with another tokenizer; tokenize the text again",
         )
-    if (found := agreement(store, tokenizer)) < AGREEMENT:
+    if (share := agreement(store, tokenizer)) < AGREEMENT:
         raise UserError(
             f"{source} does not fit the tokenizer {tokenizer.name_or_path!r}: of a sample of its tokens "
-            f"{found:.0%} come back from decoding and encoding",
-            "it was tokenized with another tokenizer: tokenize the text again; data.check_ids=false trusts the ids",
+            f"{share:.0%} come back from decoding and encoding",
+            "it was tokenized with another tokenizer; tokenize the text again, or trust it: data.check_ids=false",
         )
 
 
 def agreement(store: TokenStore, tokenizer) -> float:
-    """Part of a sample of the tokens that is the same after decoding and encoding; close to 1 for its own tokenizer."""
-    kept, total = 0, 0
+    """Return the share of a sample of tokens that survives decoding and encoding.
+
+    It is close to 1 for the tokenizer that made them.
+    """
+    same, total = 0, 0
     special = set(tokenizer.all_special_ids)
     for i in np.linspace(0, store.num_documents - 1, min(SAMPLED_DOCUMENTS, store.num_documents)).astype(int):
         ids = [token for token in store.piece(i, 0, SAMPLED_TOKENS)[0].tolist() if token not in special]
         text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         again = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        kept += (Counter(ids) & Counter(again)).total()
+        same += (Counter(ids) & Counter(again)).total()
         total += max(len(ids), len(again))
-    return kept / total if total else 1.0
+    return same / total if total else 1.0
 
 
-def _special_ids(tokenizer, add_bos: bool | None, add_eos: bool | None) -> tuple[list[int], list[int]]:
-    """The ids in front of and behind every text."""
+def _special_ids(tokenizer) -> tuple[list[int], list[int]]:
+    """Return the ids that the tokenizer puts before and after every text."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
     at = next((i for i in range(len(full) - len(plain) + 1) if full[i : i + len(plain)] == plain), None)
     if at is None:
         raise UserError(
             f"tokenizer {tokenizer.name_or_path!r} turns 'a' into {full}, which does not hold {plain}",
-            "use a tokenizer that only adds tokens in front and behind",
+            "use a tokenizer that only adds tokens before and after",
         )
-    prefix, suffix = full[:at], full[at + len(plain) :]
-    wanted = []
-    for name, own, choice in (("bos", prefix, add_bos), ("eos", suffix, add_eos)):
-        token = getattr(tokenizer, f"{name}_token_id")
-        if choice and token is None:
-            raise UserError(f"add_{name} is true, but tokenizer {tokenizer.name_or_path!r} has no {name} token")
-        wanted.append(own if choice is None else ([token] if choice else []))
-    return wanted[0], wanted[1]
+    return full[:at], full[at + len(plain) :]

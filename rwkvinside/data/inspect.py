@@ -1,6 +1,6 @@
-"""What a person sees of tokenized data: what a source was taken for, its statistics as lines, some documents decoded.
+"""Tokenized data for people: the detected format of a source, its statistics as lines, some documents decoded.
 
-Opens nothing but directory listings and prints nothing.
+Prints nothing.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ BAR = 40  # characters of the longest bar
 
 @dataclass(frozen=True)
 class Sample:
-    """A document, decoded.
+    """A decoded document.
 
-    Args:
-        number: which of the store's documents, from 1 on.
+    Attributes:
+        number: of the document in the store, from 1 on.
         tokens, targets: how many it has.
         shown: how many of its tokens are decoded.
-        runs: its text in runs, each with whether it carries no loss.
+        runs: its text in runs, each with whether it is masked (carries no loss).
     """
 
     number: int
@@ -42,7 +42,7 @@ class Sample:
 
 
 def source_format(source: str) -> str:
-    """Return what a source is taken for, with its files and bytes."""
+    """Return the detected format of a source, with its files and bytes."""
     if source.startswith(HUB):
         return "streamed by datasets, split train"
     if is_pack(source):
@@ -71,37 +71,36 @@ def summary(
         tokenizer: that made or is to read its ids.
         vocab_size: rows of the teacher's embedding; None: only the tokenizer is known.
         seq_len: length of a row, for padding.
-        max_tokens: how many tokens were asked for; a store that has as many is the beginning of more.
+        max_tokens: limit with which the source was read; a store that reaches it is a beginning.
     """
-    found = Statistics(store)
+    statistics = Statistics(store)
     documents, tokens = store.num_documents, store.num_tokens
-    kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(found.kinds.items(), key=lambda item: -item[1]))
+    by_count = sorted(statistics.kinds.items(), key=lambda item: -item[1])
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in by_count)
     first = f" (the first {max_tokens:,} tokens)" if tokens >= max_tokens else ""
-    if sum(found.kinds.values()) > documents:  # packed data and binidx are counted as a whole
+    if sum(statistics.kinds.values()) > documents:  # packed data and binidx are counted as a whole
         kinds = f"of {kinds}"
-    packed, padded = found.padding(seq_len)
-    cut, lost = found.cut(seq_len)
+    packed, padded = statistics.padding(seq_len)
+    cut, lost = statistics.cut(seq_len)
     median, longest = int(np.median(store.lengths)), int(store.lengths.max())
     lines = [
         f"documents   {documents:,}{first}: {kinds}",
-        f"tokens      {tokens:,}, of which {found.targets:,} are targets ({found.targets / tokens:.1%})",
-        f"vocabulary  {_vocabulary(found, len(tokenizer), vocab_size)}",
+        f"tokens      {tokens:,}, of which {statistics.targets:,} are targets ({statistics.targets / tokens:.1%})",
+        f"vocabulary  {_vocabulary(statistics, len(tokenizer), vocab_size)}",
     ]
-    if found.kinds.get("tokens"):
+    if statistics.kinds.get("tokens"):
         lines.append(f"ids         {agreement(store, tokenizer):.1%} of a sample come back from decoding and encoding")
-    if found.repeated:
-        lines.append(
-            f"repeated    {found.repeated:,} documents are equal to an earlier one ({found.repeated / documents:.1%})"
-        )
-    given, trained = found.answers
-    if given:
-        lines.append(f"answers     given {_shares(given)}; trained on {_shares(trained)}")
+    if repeated := statistics.repeated:
+        lines.append(f"repeated    {repeated:,} documents are equal to an earlier one ({repeated / documents:.1%})")
+    original, trained = statistics.answers
+    if original:
+        lines.append(f"answers     given {_shares(original)}; trained on {_shares(trained)}")
     lines.append(
-        f"padding     {packed:.2%} in packed rows of {seq_len}; {padded:.1%} with one document a row, "
+        f"padding     {packed:.2%} in packed rows of {seq_len}; {padded:.1%} with one document per row, "
         f"which cuts {cut:,} documents and {lost / tokens:.1%} of the tokens"
     )
     lines.append(f"lengths     median {median:,}, longest {longest:,} tokens")
-    classes = found.histogram()
+    classes = statistics.histogram()
     most = max(count for *_, count in classes)
     for shortest, last, count in classes:
         bar = "█" * round(BAR * count / most) or ("▏" if count else "")
@@ -109,14 +108,14 @@ def summary(
     return lines
 
 
-def _vocabulary(found: Statistics, ids: int, vocab: int | None) -> str:
-    """Whether all ids can be looked up."""
+def _vocabulary(statistics: Statistics, ids: int, vocab: int | None) -> str:
+    """Return in words whether all ids can be looked up."""
     size, owner = (ids, "the tokenizer") if vocab is None else (vocab, "the teacher")
-    over = found.oversized(size)
+    over = statistics.oversized(size)
     if not over:
-        return f"largest id {found.store.max_id:,}, {owner} has {size:,}"
+        return f"largest id {statistics.store.max_id:,}, {owner} has {size:,}"
     listed = ", ".join(map(str, sorted(over)[:5])) + (", ..." if len(over) > 5 else "")
-    return f"{over.total():,} tokens have ids that {owner} ({size:,}) has not: {listed}; a run refuses this data"
+    return f"{over.total():,} tokens have ids that {owner} ({size:,}) lacks: {listed}; a run refuses this data"
 
 
 def _shares(counts: dict[str, int]) -> str:
@@ -125,12 +124,12 @@ def _shares(counts: dict[str, int]) -> str:
 
 
 def samples(store: TokenStore, tokenizer: PreTrainedTokenizerBase, count: int, most: int) -> Iterator[Sample]:
-    """Decode some documents, evenly chosen.
+    """Decode some evenly spaced documents.
 
     Args:
         store, tokenizer: as in `summary`.
-        count: documents, if there are as many.
-        most: tokens of each that are decoded, from its beginning.
+        count: documents to decode, at most.
+        most: tokens of each to decode, from its beginning, at most.
     """
     for i in np.linspace(0, store.num_documents - 1, min(count, store.num_documents)).astype(int):
         ids, masked = store.piece(i)[0].tolist(), store.masked(i)
@@ -139,7 +138,7 @@ def samples(store: TokenStore, tokenizer: PreTrainedTokenizerBase, count: int, m
 
 
 def _runs(tokenizer: PreTrainedTokenizerBase, ids: list[int], masked: np.ndarray) -> list[tuple[str, bool]]:
-    """The text in runs of masked and other tokens."""
+    """Return the text in runs of masked and of other tokens."""
     ends = [*(np.flatnonzero(np.diff(masked)) + 1).tolist(), len(ids)]
     shown, runs = 0, []
     for end in ends:  # from the beginning each time: some tokenizers drop a space in front of what they decode

@@ -1,7 +1,7 @@
-"""From a file, a directory or a hub name to documents, one after another. Knows no tokenizer and keeps nothing.
+"""From a file, a directory or a hub name to documents, one after another. Knows no tokenizer and stores nothing.
 
-A reader can say where it stands and begin there again. Every complaint is a UserError that names the file and, where
-there is one, the line.
+A reader knows its position and can resume there. Every error is a UserError that names the file and, where there is
+one, the line.
 """
 
 from __future__ import annotations
@@ -22,15 +22,17 @@ Line = tuple[int, int]  # lines read, bytes read
 
 
 class DocumentReader:
-    """The documents of one source, in a fixed order; white space alone is no document. To be iterated once.
+    """The documents of one source in a fixed order, without blank ones.
+
+    To be iterated once.
 
     Args:
-        source: a .jsonl file (a record a line), a .parquet file, a .txt file (one document; above 1 MB it is cut at
+        source: a .jsonl file (one record per line), a .parquet file, a .txt file (one document; above 1 MB it is cut at
             blank lines into documents of about 16,000 characters), a directory written by `datasets` save_to_disk, any
             other directory (all files of these kinds below it, sorted), or "hub:NAME" / "hub:NAME:CONFIG" (streamed,
             split "train"; NAME may be a local directory that `datasets` can load).
-        text_column: the field that holds a text; `records` says what else a record may be.
-        cursor: what `cursor` has given; the documents behind it follow.
+        text_column: field that holds a text; `records` says what else a record may be.
+        cursor: result of `cursor`; the documents after it follow.
     """
 
     def __init__(self, source: str | Path, text_column: str = "text", cursor: dict | None = None):
@@ -40,15 +42,16 @@ class DocumentReader:
         self._dataset = None
 
     def cursor(self) -> dict:
-        """JSON values that say where the iteration stands: behind the last document it gave."""
+        """Return the position after the last document as JSON values."""
         if self._dataset is not None:
             return {"datasets": self._dataset.state_dict()}
         return dict(self._cursor)
 
     def __iter__(self) -> Iterator[Document]:
-        """
+        """Yield the documents.
+
         Raises:
-            UserError: missing, empty or unreadable source, not UTF-8, bad JSON, a record that is no document.
+            UserError: missing, empty or unreadable source, not UTF-8, bad JSON, a record without a document.
         """
         empty = self._fresh
         for document in self._documents():
@@ -68,8 +71,8 @@ class DocumentReader:
         first, at = self._cursor.get("file", 0), self._cursor.get("at")
         for number in range(first, len(files)):
             try:
-                for document, behind in _read_file(files[number], self.text_column, at if number == first else None):
-                    self._cursor = {"file": number, "at": behind}
+                for document, position in _read_file(files[number], self.text_column, at if number == first else None):
+                    self._cursor = {"file": number, "at": position}
                     yield document
             except OSError as error:
                 raise UserError(f"{files[number]}: cannot be read ({error.strerror or error})") from error
@@ -92,7 +95,7 @@ class DocumentReader:
             if self._cursor:
                 self._dataset.load_state_dict(self._cursor["datasets"])
             for row, record in enumerate(self._dataset, 1):
-                where = f"{self.source}: row {row}" if self._fresh else f"{self.source}: row {row} behind the cursor"
+                where = f"{self.source}: row {row}" if self._fresh else f"{self.source}: row {row} after the cursor"
                 yield document_of(without_nulls(record), self.text_column, where)
         except (OSError, ValueError, RuntimeError, HTTPError) as error:
             raise UserError(
@@ -102,12 +105,12 @@ class DocumentReader:
 
 
 def read_documents(source: str | Path, text_column: str = "text") -> Iterator[Document]:
-    """The documents of a source from its beginning, see `DocumentReader`."""
+    """Yield the documents of a source from its beginning, see `DocumentReader`."""
     return iter(DocumentReader(source, text_column))
 
 
 def source_files(source: str | Path) -> list[Path]:
-    """The files behind a local source, sorted: the one file, or every data file below a directory.
+    """Return the files of a local source, sorted: one file, or all below a directory.
 
     Raises:
         UserError: the path does not exist, has an unknown extension, or is a directory without data files.
@@ -119,7 +122,7 @@ def source_files(source: str | Path) -> list[Path]:
         if path.suffix.lower() not in EXTENSIONS:
             raise UserError(
                 f"{path}: unknown kind of data file {path.suffix!r}",
-                f"known are {', '.join(EXTENSIONS)}, directories of them, and .idx with its .bin",
+                f"give {', '.join(EXTENSIONS)}, a directory of them, or .idx with its .bin",
             )
         return [path]
     known = (".arrow", ".json") if _is_dataset(path) else EXTENSIONS
@@ -127,7 +130,7 @@ def source_files(source: str | Path) -> list[Path]:
     if not files:
         raise UserError(
             f"directory {str(source)!r} holds no data files",
-            f"known are {', '.join(EXTENSIONS)}; of .idx and .bin name the .idx file",
+            f"data files are {', '.join(EXTENSIONS)}; for a pair of .idx and .bin name the .idx file",
         )
     return files
 
@@ -137,7 +140,7 @@ def _is_dataset(path: Path) -> bool:
 
 
 def _read_file(path: Path, text_column: str, at) -> Iterator[tuple[Document, object]]:
-    """Documents from a position (None: the beginning), each with the position behind it."""
+    """Yield documents from a position on (None: all), each with the position after it."""
     kind = path.suffix.lower()
     if kind == ".jsonl":
         return _read_jsonl(path, text_column, tuple(at or (0, 0)))
@@ -147,7 +150,10 @@ def _read_file(path: Path, text_column: str, at) -> Iterator[tuple[Document, obj
 
 
 def _lines(path: Path, start: Line) -> Iterator[tuple[Line, str]]:
-    """(position behind it, line) with \\n as line end; decoded line by line, so that a bad byte has a line number."""
+    """Yield each line with the position after it.
+
+    Lines are decoded one by one, so that a bad byte has a line number.
+    """
     number, offset = start
     with path.open("rb") as file:
         file.seek(offset)
@@ -176,7 +182,7 @@ def _read_jsonl(path: Path, text_column: str, start: Line) -> Iterator[tuple[Doc
                 if isinstance(error, ValueError)
                 else "nested too deeply"
             )
-            raise UserError(f"{where}: not JSON ({reason})", "a .jsonl file has one object a line") from None
+            raise UserError(f"{where}: not JSON ({reason})", "a .jsonl file has one object per line") from None
         yield document_of(record, text_column, where), position
 
 
@@ -218,7 +224,7 @@ def _read_parquet(path: Path, text_column: str, row: int) -> Iterator[tuple[Docu
                 skip = max(0, skip - len(batch))
     except pyarrow.ArrowException as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: not a parquet file, or a damaged one ({reason})", "write it again") from error
+        raise UserError(f"{path}: not a parquet file, or damaged ({reason})", "write it again") from error
 
 
 def _saved_dataset(path: Path):
@@ -230,6 +236,8 @@ def _saved_dataset(path: Path):
         raise UserError(f"{path}: cannot be read as a saved dataset ({str(error).splitlines()[0]})") from error
     if isinstance(dataset, datasets.DatasetDict):
         if "train" not in dataset:
-            raise UserError(f"{path}: has no split 'train' but {sorted(dataset)}", f"give one of them: {path}/SPLIT")
+            raise UserError(
+                f"{path} has no split 'train', only {', '.join(sorted(dataset))}", f"name one of them: {path}/SPLIT"
+            )
         dataset = dataset["train"]
     return dataset

@@ -1,7 +1,7 @@
-"""One record of a file or dataset (a mapping of fields) to one document. Knows no files and no tokenizer.
+"""From one record of a file or dataset (a mapping of fields) to one document. Knows no files and no tokenizer.
 
 A record is a text, a prompt with its completion, a conversation (messages, or ShareGPT's conversations), token ids, or
-a multiple-choice question; the first that is there counts, in this order.
+a multiple-choice question; the first of these that is present counts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from ..errors import UserError
 from .batch import IGNORE
 
-# Fields that are read beside the one with the text.
+# Fields that are read in addition to the one with the text.
 MASKS = ("loss_mask", "completion_mask", "assistant_masks")
 FIELDS = (
     *("prompt", "completion", "messages", "conversations", "system", "tools"),
@@ -30,26 +30,31 @@ SHAREGPT_ROLES = {
     **dict.fromkeys(("tool", "function", "function_response", "observation"), "tool"),
     "function_call": "assistant",
 }
-MESSAGE_TEXTS = ("name", "tool_call_id", "reasoning_content")  # kept as they are: templates may show them
+MESSAGE_TEXTS = ("name", "tool_call_id", "reasoning_content")  # copied unchanged: templates may show them
 LARGEST_ID = 2**32 - 1
 
 
 @dataclass(frozen=True)
 class Question:
-    """A multiple-choice question; answer is the index of the right option."""
+    """A multiple-choice question.
+
+    Attributes:
+        answer: index of the right option.
+    """
 
     text: str
     options: tuple[str, ...]
     answer: int
 
     def rotated(self, by: int) -> Question:
-        """The same question, its options moved up by this many places."""
+        """Return the same question with its options moved up by this many places."""
         count = len(self.options)
         options = tuple(self.options[(i + by) % count] for i in range(count))
         return Question(self.text, options, (self.answer - by) % count)
 
     @property
     def letters(self) -> list[str]:
+        """Letters of the options: A, B, ..."""
         return [chr(ord("A") + i) for i in range(len(self.options))]
 
     @property
@@ -60,12 +65,12 @@ class Question:
 
 @dataclass(frozen=True)
 class Document:
-    """What one record holds, and where it stood (for error messages). One of text, messages, ids, question is set.
+    """The content of one record; one of text, messages, ids and question is set.
 
-    Args:
-        where: file and line, or source and row.
+    Attributes:
+        where: file and line, or source and row, for error messages.
         text: with `prompt`, what follows it.
-        prompt: in front of the text, carries no loss.
+        prompt: precedes the text and carries no loss.
         messages, tools: a conversation, as Hugging Face chat templates take it.
         ids: uint32 token ids.
         loss: bool like ids, True = may be a target; None: all may.
@@ -83,18 +88,18 @@ class Document:
 
     @property
     def kind(self) -> str:
-        """text, completion, conversation, tokens or question."""
+        """One of text, completion, conversation, tokens, question."""
         if self.text is not None:
             return "completion" if self.prompt else "text"
         return "conversation" if self.messages is not None else "tokens" if self.ids is not None else "question"
 
     @property
     def blank(self) -> bool:
-        """Whether there is nothing to learn from: white space alone, or no token."""
+        """Whether there is nothing to learn from: only white space, or no token."""
         return not self.text.strip() if self.text is not None else self.ids is not None and not len(self.ids)
 
     def as_bytes(self) -> bytes:
-        """What was read; equal documents give equal bytes.
+        """Return the content as bytes; equal documents give equal bytes.
 
         Raises:
             UserError: the text holds half of a surrogate pair, which is not Unicode text.
@@ -116,23 +121,23 @@ class Document:
 
 
 def content_hash(content: bytes) -> int:
-    """64 bits that tell documents apart."""
+    """Return 64 bits that tell documents apart."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def document_of(record: object, text_column: str, where: str) -> Document:
-    """The document that a record holds.
+    """Return the document that a record holds.
 
     Args:
-        record: what was read, a mapping if all is well.
+        record: what was read; anything but a mapping is refused.
         text_column: the field that holds a text.
         where: for messages.
 
     Raises:
-        UserError: none of the known fields is there, or one is not what it should be.
+        UserError: none of the known fields is present, or one has the wrong type.
     """
     if not isinstance(record, dict):
-        raise UserError(f"{where}: a {type(record).__name__}, not an object", 'expected {"text": ...}')
+        raise UserError(f"{where}: a {type(record).__name__}, not an object", 'expected an object: {"text": ...}')
     text = record.get(text_column)
     if isinstance(text, str):
         return Document(where, text=text)
@@ -151,7 +156,7 @@ def document_of(record: object, text_column: str, where: str) -> Document:
 
 
 def no_content(where: str, text_column: str, columns: Iterable[str]) -> UserError:
-    """The complaint about a record or table in which no document is found."""
+    """Return the error for a record or table that holds no document."""
     known = f"{text_column!r}, 'messages', 'conversations', 'prompt' with 'completion', 'input_ids', 'question'"
     return UserError(
         f"{where}: none of {known} among {sorted(columns)}",
@@ -160,10 +165,10 @@ def no_content(where: str, text_column: str, columns: Iterable[str]) -> UserErro
 
 
 def without_nulls(value):
-    """Tables give every record the fields of all; what a record has not is null there, and is taken out again."""
+    """Remove null fields, which tables add where other records have a value."""
     if isinstance(value, dict):
-        return {key: without_nulls(part) for key, part in value.items() if part is not None}
-    return [without_nulls(part) for part in value] if isinstance(value, list) else value
+        return {key: without_nulls(field) for key, field in value.items() if field is not None}
+    return [without_nulls(element) for element in value] if isinstance(value, list) else value
 
 
 def _canonical(value) -> str:
@@ -171,10 +176,10 @@ def _canonical(value) -> str:
 
 
 def _conversation(record: dict, field: str, where: str) -> Document:
-    given = record[field]
-    if not isinstance(given, list) or not given:
+    turns = record[field]
+    if not isinstance(turns, list) or not turns:
         raise UserError(f"{where}: {field!r} is not a list with at least one message")
-    messages = [_message(message, where) for message in given]
+    messages = [_message(turn, where) for turn in turns]
     if isinstance(record.get("system"), str) and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": record["system"]})
     tools = record.get("tools")
@@ -186,17 +191,17 @@ def _conversation(record: dict, field: str, where: str) -> Document:
     return Document(where, messages=messages, tools=wrapped or None)
 
 
-def _message(given: object, where: str) -> dict:
-    wrong = UserError(f"{where}: a message is {given!r:.80}", 'expected {"role": "user", "content": "..."}')
-    if not isinstance(given, dict):
+def _message(turn: object, where: str) -> dict:
+    wrong = UserError(f"{where}: a message is {turn!r:.80}", 'expected {"role": "user", "content": "..."}')
+    if not isinstance(turn, dict):
         raise wrong
-    role, content = given.get("role", given.get("from")), given.get("content", given.get("value"))
+    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
     if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
         content = "".join(str(part.get("text", "")) for part in content)
-    calls = given.get("tool_calls")
-    if "role" not in given and isinstance(role, str):
+    calls = turn.get("tool_calls")
+    if "role" not in turn and isinstance(role, str):
         if role not in SHAREGPT_ROLES:
-            raise UserError(f"{where}: a message is from {role!r}", f"known are {', '.join(SHAREGPT_ROLES)}")
+            raise UserError(f"{where}: a message is from {role!r}", f"known senders: {', '.join(SHAREGPT_ROLES)}")
         if role == "function_call":
             if not isinstance(content, str):
                 raise wrong
@@ -208,23 +213,28 @@ def _message(given: object, where: str) -> dict:
     message = {"role": role, "content": content or ""}
     if calls:
         if role != "assistant" or not isinstance(calls, list):
-            raise UserError(f"{where}: tool_calls of {role!r}: {calls!r:.60}", "only the assistant calls, in a list")
+            raise UserError(
+                f"{where}: tool_calls of {role!r}: {calls!r:.60}", "only the assistant may call tools, in a list"
+            )
         message["tool_calls"] = [_call(call, where) for call in calls]
-    return message | {key: given[key] for key in MESSAGE_TEXTS if isinstance(given.get(key), str)}
+    return message | {key: turn[key] for key in MESSAGE_TEXTS if isinstance(turn.get(key), str)}
 
 
-def _call(given: object, where: str) -> dict:
-    """A tool call with its arguments as a mapping: as JSON text, most templates would quote them a second time."""
-    function = given.get("function", given) if isinstance(given, dict) else None
+def _call(record: object, where: str) -> dict:
+    """Return a tool call with its arguments as a mapping.
+
+    Most templates would quote arguments that are JSON text a second time.
+    """
+    function = record.get("function", record) if isinstance(record, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise UserError(f"{where}: a tool call is {given!r:.80}", 'expected {"function": {"name", "arguments"}}')
+        raise UserError(f"{where}: a tool call is {record!r:.80}", 'expected {"function": {"name", "arguments"}}')
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         arguments = _from_json(arguments, f"the arguments of {function['name']}", where) if arguments.strip() else {}
     if arguments is not None and not isinstance(arguments, dict):
         raise UserError(f"{where}: the arguments of {function['name']} are {arguments!r:.60}", "expected an object")
     call = {"type": "function", "function": {"name": function["name"], "arguments": arguments or {}}}
-    return call | ({"id": given["id"]} if isinstance(given.get("id"), str) else {})
+    return call | ({"id": record["id"]} if isinstance(record.get("id"), str) else {})
 
 
 def _from_json(text: str, what: str, where: str):
@@ -246,7 +256,7 @@ def _tokens(record: dict, where: str) -> Document:
             t = wrong[0]
             raise UserError(
                 f"{where}: labels[{t}] is {labels[t]}, input_ids[{t}] is {ids[t]}",
-                f"labels repeat input_ids, with {IGNORE} where there is no loss; they are not shifted",
+                f"labels must repeat input_ids unshifted, with {IGNORE} where there is no loss",
             )
     for field in MASKS:
         if record.get(field) is not None:
@@ -271,7 +281,7 @@ def _integers(values: object, field: str, where: str) -> np.ndarray:
 def _like(values: object, field: str, ids: np.ndarray, where: str) -> np.ndarray:
     array = _integers(values, field, where)
     if len(array) != len(ids):
-        raise UserError(f"{where}: {len(array)} {field} for {len(ids)} input_ids", "one for each token")
+        raise UserError(f"{where}: {len(array)} {field} for {len(ids)} input_ids", "give one for each token")
     return array
 
 
@@ -280,22 +290,24 @@ def _options_field(record: dict) -> str | None:
 
 
 def _question(record: dict, where: str) -> Document:
-    given, answer = record[_options_field(record)], record.get("answer", record.get("answerKey"))
+    choices, answer = record[_options_field(record)], record.get("answer", record.get("answerKey"))
     labels: list = []
-    if isinstance(given, dict):  # as in ARC: {"text": [...], "label": [...]}; or by letter: {"A": ..., "B": ...}
-        labels, given = (given["label"], given["text"]) if "text" in given else (list(given), list(given.values()))
-    options = tuple(given) if isinstance(given, list) else ()
+    if isinstance(choices, dict):  # as in ARC: {"text": [...], "label": [...]}; or by letter: {"A": ..., "B": ...}
+        by_letter = "text" not in choices
+        labels = list(choices) if by_letter else choices["label"]
+        choices = list(choices.values()) if by_letter else choices["text"]
+    options = tuple(choices) if isinstance(choices, list) else ()
     if not isinstance(record["question"], str) or not all(isinstance(o, str) for o in options) or len(options) < 2:
         raise UserError(
-            f"{where}: a question with options {given!r:.60}",
+            f"{where}: a question with options {choices!r:.60}",
             'expected {"question", "choices": ["...", ...], "answer"}',
         )
     if len(options) > 26:
-        raise UserError(f"{where}: a question with {len(options)} options", "letters go from A to Z")
+        raise UserError(f"{where}: a question with {len(options)} options", "give at most 26, for the letters A to Z")
     index = _answer_index(answer, options, labels or [chr(ord("A") + i) for i in range(len(options))])
     if index is None:
         raise UserError(
-            f"{where}: answer {answer!r:.60} is none of {len(options)} options",
+            f"{where}: answer {answer!r:.60} is not one of the {len(options)} options",
             "give its index from 0, its letter, or its text",
         )
     return Document(where, question=Question(record["question"].strip(), options, index))

@@ -1,5 +1,8 @@
-"""From tokenized documents to rows and batches. Any row can be made at any time: its content is a pure function of the
-seed and the row's number, so a data cursor is one integer and ranks need not talk to each other."""
+"""From tokenized documents to rows and batches.
+
+A row is a pure function of the seed and the row's number, so any row can be made at any time, a data cursor is one
+integer, and ranks need not communicate.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +15,17 @@ import torch
 from .batch import IGNORE, Batch
 from .tokenize import TokenStore
 
-Piece = tuple[int, int, int]  # document, first token, token behind the last
+Piece = tuple[int, int, int]  # document, first token, token after the last
 Row = dict[str, np.ndarray]
 
 
 class PackedRows:
-    """Rows of `seq_len` tokens that are filled without gaps.
+    """Rows of `seq_len` tokens, filled without gaps.
 
-    The documents of an epoch stand one after another in an order drawn from (seed, epoch), and the stream is cut every
-    `seq_len` tokens. A document cut there goes on in the next row as a segment of its own, its positions restart; its
-    last token in the first row still has its target. So in one epoch every token is an input exactly once and every
-    token but the first of a document is a target exactly once. Only the last row of an epoch has padding.
+    The documents of an epoch are concatenated in an order drawn from (seed, epoch) and cut every `seq_len` tokens. A
+    document that is cut continues in the next row as a segment whose positions restart; its last token in the first row
+    still has its target. So in one epoch every token is an input exactly once and every token but the first of a
+    document is a target exactly once. Only the last row of an epoch has padding.
 
     Args:
         tokens: the documents.
@@ -36,16 +39,16 @@ class PackedRows:
         self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
         self.rows_per_epoch = -(-tokens.num_tokens // seq_len)
         self._lengths = tokens.lengths
-        # Rows of one batch may lie on both sides of the end of an epoch.
+        # Rows of one batch may be on both sides of the end of an epoch.
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
 
     def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(documents in their order, where each ends in the stream of the epoch), both int64."""
+        """Return the documents in order and where each ends in the epoch, both int64."""
         order = document_order(self.seed, epoch, self.tokens.num_documents)
         return order, np.cumsum(self._lengths[order])
 
     def pieces(self, i: int) -> list[Piece]:
-        """What row i (counted through all epochs from 0) holds, in order."""
+        """Return the pieces of row i (counted through all epochs from 0), in order."""
         epoch, row = divmod(i, self.rows_per_epoch)
         order, ends = self._epoch(epoch)
         start = row * self.seq_len
@@ -65,29 +68,33 @@ class PackedRows:
         return self.tokens_in(self.rows_per_epoch) / self.rows_per_epoch
 
     def tokens_in(self, rows: int) -> int:
-        """Tokens of the first so many rows."""
+        """Return the tokens of the first `rows` rows."""
         epochs, rest = divmod(rows, self.rows_per_epoch)
         return epochs * self.tokens.num_tokens + min(rest * self.seq_len, self.tokens.num_tokens)
 
     def row(self, i: int) -> Row:
-        """Arrays (seq_len,) of row i: input_ids, labels, position_ids int64, segment_ids int32; see `Batch`."""
+        """Return the arrays of row i, each (seq_len,), see `Batch`.
+
+        These are input_ids, labels and position_ids in int64 and segment_ids in int32.
+        """
         return _lay_out(self.tokens, self.pieces(i), self.seq_len)
 
     def batch(self, rows: Iterable[int]) -> Batch:
-        """The rows with these numbers, (len(rows), seq_len)."""
+        """Return the rows with these numbers, (len(rows), seq_len)."""
         rows = tuple(rows)
         return collate([self.row(i) for i in rows], rows)
 
 
 class PaddedDocuments:
-    """One document a row, padded at the right: for evaluation (each document alone) and for sft.
-
-    Documents longer than `max_len` are cut; `num_truncated` and `num_truncated_tokens` say how many.
+    """Rows of one document each, padded on the right, for evaluation and for sft.
 
     Args:
         tokens: the documents.
-        max_len: longest row.
-        seed: None gives the documents in their order, once; an int an endless order drawn from (seed, epoch).
+        max_len: tokens of the longest row; longer documents are cut.
+        seed: None gives the documents in their order, once; an int gives an endless order drawn from (seed, epoch).
+
+    Attributes:
+        num_truncated, num_truncated_tokens: how many documents are cut, and how many tokens are lost.
     """
 
     def __init__(self, tokens: TokenStore, max_len: int, seed: int | None = None):
@@ -104,7 +111,7 @@ class PaddedDocuments:
         return self.rows_per_epoch
 
     def pieces(self, i: int) -> list[Piece]:
-        """What row i holds: one piece."""
+        """Return the one piece of row i."""
         document = i
         if self.seed is not None:
             epoch, place = divmod(i, self.rows_per_epoch)
@@ -119,26 +126,27 @@ class PaddedDocuments:
         return self.tokens_in(self.rows_per_epoch) / self.rows_per_epoch
 
     def tokens_in(self, rows: int) -> int:
-        """Tokens of the first so many rows, without padding."""
+        """Return the tokens of the first `rows` rows, without padding."""
         lengths = np.minimum(self.tokens.lengths, self.seq_len)
         epochs, rest = divmod(rows, self.rows_per_epoch)
         order = slice(None) if self.seed is None else self._order(epochs)
         return epochs * int(lengths.sum()) + int(lengths[order][:rest].sum())
 
     def row(self, i: int) -> Row:
-        """Arrays of the document's own length (at most max_len), as `PackedRows.row`."""
+        """Return arrays as long as the document (at most max_len), see `PackedRows.row`."""
         return _lay_out(self.tokens, self.pieces(i))
 
     def batch(self, rows: Iterable[int]) -> Batch:
-        """The rows with these numbers, padded to the longest of them."""
+        """Return the rows with these numbers, padded to the longest of them."""
         rows = tuple(rows)
         return collate([self.row(i) for i in rows], rows)
 
 
 def document_order(seed: int, epoch: int, count: int) -> np.ndarray:
-    """A permutation of range(count) (int64) from (seed, epoch).
+    """Return a permutation of range(count) (int64) from (seed, epoch).
 
-    Made from the raw numbers of the bit generator, which numpy keeps stable over its versions, unlike `permutation`.
+    It is made from the raw output of the bit generator, which numpy keeps stable over its versions, unlike
+    `permutation`.
     """
     return np.argsort(np.random.PCG64([seed, epoch]).random_raw(count), kind="stable")
 
@@ -156,25 +164,27 @@ def _lay_out(tokens: TokenStore, pieces: Sequence[Piece], length: int | None = N
 
 
 def _pad(row: Row, length: int) -> Row:
-    """Padding: token 0, position 0, segment 0, no target."""
+    """Pad with token 0, position 0, segment 0 and no target."""
     missing = length - len(row["input_ids"])
     fill = {"labels": IGNORE}
     return {name: np.pad(values, (0, missing), constant_values=fill.get(name, 0)) for name, values in row.items()}
 
 
 def collate(rows: Sequence[Row], numbers: tuple[int, ...]) -> Batch:
-    """A batch of these rows, padded to the longest of them."""
+    """Return a batch of these rows, padded to the longest of them."""
     length = max(len(row["input_ids"]) for row in rows)
     padded = [_pad(row, length) for row in rows]
     return Batch(**{name: torch.from_numpy(np.stack([r[name] for r in padded])) for name in rows[0]}, rows=numbers)
 
 
 def document_batches(documents: PaddedDocuments, *, batch_tokens: int = 8192) -> Iterator[Batch]:
-    """Batches of documents of similar length, longest first (running out of memory then shows at once).
+    """Yield batches of documents of similar length, longest first.
+
+    That order makes running out of memory show at once.
 
     Args:
         documents: one document per row, in their own order (`seed` None).
-        batch_tokens: at most this many positions per batch, padding included; a longer document stands alone.
+        batch_tokens: at most this many positions per batch, padding included; a longer document has its own batch.
     """
     lengths = np.minimum(documents.tokens.lengths, documents.seq_len)
     order = np.argsort(-lengths, kind="stable")

@@ -17,11 +17,13 @@ def _check_weights(train: list[str], weights: MixtureWeights | None) -> None:
 
 
 class DataConfig(Section):
+    """Settings of the data of a run."""
+
     train: list[str] = Field(
         [], description="Files, directories, packed or .idx data, or hub:NAME[:config] to train on."
     )
     weights: MixtureWeights | None = Field(
-        None, description="Share of the tokens of each entry of train; null: every document once an epoch."
+        None, description="Share of the tokens of each entry of train; null: every document once per epoch."
     )
     stream: bool = Field(False, description="Read and tokenize train while training runs, block by block.")
     block_tokens: Count = Field(
@@ -35,10 +37,10 @@ class DataConfig(Section):
     cache_dir: str | None = Field(None, description="Where tokenized data is kept; null: the user's cache directory.")
     text_column: str = Field("text", description="Field or column that holds a document's text.")
     rotate_options: bool = Field(
-        True, description="Every multiple-choice question once with each rotation of its options; false: as it stands."
+        True, description="Every multiple-choice question once with each rotation of its options; false: as given."
     )
     check_ids: bool = Field(
-        True, description="Refuse token ids in the data that the teacher's tokenizer would not have given."
+        True, description="Refuse token ids in the data that the teacher's tokenizer would not give."
     )
 
     @model_validator(mode="after")
@@ -50,6 +52,8 @@ class DataConfig(Section):
 
 
 class StageData(Section):
+    """Settings of the data of a stage."""
+
     seq_len: Annotated[int, Field(ge=2)] = Field(description="Tokens of a row.")
     train: list[str] | None = Field(None, description="Data of this stage alone; null: data.train.")
     weights: MixtureWeights | None = Field(None, description="As data.weights, for this stage's own train.")

@@ -1,4 +1,4 @@
-"""The data of a run: tokens of each stage, the validation documents, and rows for training and evaluation_teacher."""
+"""The data of a run: the tokens and the validation documents of each stage."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from .settings import DataConfig, StageData
 from .stream import TokenStream
 from .token_pack import is_pack
 from .token_store import TokenStore, join
-from .tokenize import load_tokens
+from .tokenize import ReadOptions, load_tokens
 
 
 class Processes(Protocol):
-    """The processes of a run, as far as loading data needs them."""
+    """Processes of a run, as far as loading data needs them."""
 
     is_main: bool
 
     def barrier(self) -> None:
-        """Wait until all processes are here."""
+        """Wait until all processes have reached this point."""
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Several sources of which each has its share of the tokens.
+    """Several sources, each with its share of the tokens.
 
-    Args:
+    Attributes:
         sources: as the user named them.
         parts: their tokens.
         weights: their shares, together 1.
@@ -49,24 +49,24 @@ class Mixture:
 
     @property
     def fingerprint(self) -> str:
-        """Changes when any token or share changes."""
-        whole = [[part.fingerprint, f"{weight:.9f}"] for part, weight in zip(self.parts, self.weights, strict=True)]
-        return hashlib.sha256(str(whole).encode()).hexdigest()[:32]
+        """Hash that changes with any token or share."""
+        shares = [[part.fingerprint, f"{weight:.9f}"] for part, weight in zip(self.parts, self.weights, strict=True)]
+        return hashlib.sha256(str(shares).encode()).hexdigest()[:32]
 
 
 Tokens = TokenStore | TokenStream | Mixture
 
 
 def default_cache() -> Path:
-    """Where tokens are kept unless the configuration says otherwise."""
+    """Return the directory of cached tokens when the configuration names none."""
     return Path.home() / ".cache" / "rwkvinside" / "tokens"
 
 
 @contextmanager
 def tokenizing_progress() -> Iterator[Callable[[int, int], None]]:
-    """Show on stderr how far tokenizing is; yields a `progress` for `load_tokens`."""
-    with Progress("tokenizing", unit="documents") as shown:
-        yield lambda documents, tokens: shown.update(documents, f"{tokens:,} tokens")
+    """Show tokenizing progress on stderr; yields a `progress` for `load_tokens`."""
+    with Progress("tokenizing", unit="documents") as progress:
+        yield lambda documents, tokens: progress.update(documents, f"{tokens:,} tokens")
 
 
 def tokens_of(
@@ -79,12 +79,15 @@ def tokens_of(
 ) -> tuple[Tokens, TokenStore]:
     """Return training and validation tokens of a stage.
 
-    Rank 0 reads and tokenizes, the others find its result.
+    Rank 0 reads and tokenizes; the others load its result.
 
     Args:
-        data: of the run; stage: of the stage, which may name sources of its own.
-        endless_tokens: how much is read of a source without an end, see `endless_tokens`.
-        vocab: ids from here on are refused.
+        data: settings of the run.
+        stage: settings of the stage, which may name its own sources.
+        endless_tokens: how much to read of an endless source, see `endless_tokens`.
+        tokenizer: the teacher's.
+        vocab: rows of the teacher's embedding; larger ids are refused.
+        world: the processes that share the data.
 
     Raises:
         UserError: no data is named, or it cannot be used.
@@ -108,7 +111,7 @@ def tokens_of(
         val = loader.load(data.val, data.val_tokens)
     elif val is None or not val.num_documents:
         raise UserError(
-            f"a validation split of {fraction:g} takes nothing of the data that is there at the beginning",
+            f"a validation split of {fraction:g} takes none of the documents at the beginning of the data",
             "give a validation source (--val), or raise data.val_fraction",
         )
     if world.is_main:
@@ -117,58 +120,57 @@ def tokens_of(
 
 
 def mixture_of(data: DataConfig, stage: StageData) -> tuple[list[str], list[float] | None]:
-    """(sources, shares) that a stage trains on; shares are None where every document counts once an epoch.
+    """Return the sources of a stage and their shares of its tokens.
+
+    Returns:
+        (sources, shares); shares sum to 1, or are None where every document counts once an epoch.
 
     Raises:
         UserError: several sources are streamed without shares.
     """
-    given = stage if stage.train else data
-    if given.weights is None:
-        if data.stream and len(given.train) > 1:
+    settings = stage if stage.train else data
+    if settings.weights is None:
+        if data.stream and len(settings.train) > 1:
             raise UserError(
-                f"data.stream reads one source after the other, and a stage names {len(given.train)}",
-                "mix them: give weights beside train",
+                f"data.stream reads one source after the other, and a stage names {len(settings.train)}",
+                "give weights to mix them",
             )
-        return given.train, None
-    return given.train, [weight / sum(given.weights) for weight in given.weights]
+        return settings.train, None
+    return settings.train, [weight / sum(settings.weights) for weight in settings.weights]
 
 
 def endless_tokens(data: DataConfig, longest: int) -> int:
-    """Return how many tokens are read of a source without an end.
-
-    All stages of a run share them, alone or one after the other.
+    """Return how many tokens to read of an endless source, for all stages of a run.
 
     Args:
-        longest: tokens that the longest stage reads; what it gives away for validation comes on top.
+        data: settings of the run.
+        longest: tokens that the longest stage trains on; those held out for validation are added.
     """
     return int(longest / (1 - data.val_fraction)) + data.val_tokens
 
 
 class _Loader:
-    """How this stage loads a source."""
+    """Loads the sources of one stage."""
 
     def __init__(self, data: DataConfig, stage: StageData, needed: int, tokenizer: PreTrainedTokenizerBase, vocab: int):
         self.data, self.needed, self.tokenizer, self.vocab = data, needed, tokenizer, vocab
         self.cache = Path(data.cache_dir) if data.cache_dir else default_cache()
         self.masks = stage.loss_on == "completions"
 
-    def load(self, sources: Sequence[str], most: int | None) -> TokenStore:
+    def load(self, sources: Sequence[str], max_tokens: int | None) -> TokenStore:
+        options = ReadOptions(
+            text_column=self.data.text_column,
+            rotate=self.data.rotate_options,
+            vocab_size=self.vocab,
+            trust_ids=not self.data.check_ids,
+            max_tokens=max_tokens,
+        )
         with tokenizing_progress() as progress:
-            store = load_tokens(
-                sources,
-                self.tokenizer,
-                cache_dir=self.cache,
-                vocab_size=self.vocab,
-                text_column=self.data.text_column,
-                rotate=self.data.rotate_options,
-                trust_ids=not self.data.check_ids,
-                max_tokens=most,
-                progress=progress,
-            )
+            store = load_tokens(sources, self.tokenizer, options, cache_dir=self.cache, progress=progress)
         return store if self.masks else store.without_masks()
 
     def can_stream(self, source: str) -> bool:
-        """Ids that lie on disk already need no stream."""
+        """Return whether a source has to be tokenized; ids on disk need no stream."""
         return not is_pack(source) and not is_binidx(source)
 
     def stream(self, source: str, fraction: float) -> TokenStream:
@@ -189,28 +191,28 @@ class _Loader:
         )
 
     def mixture(self, sources: list[str], weights: list[float], fraction: float) -> tuple[Mixture, TokenStore | None]:
-        """The sources with their shares, and validation documents of each in proportion."""
-        parts, judged = [], []
+        """Return the sources with their shares, and validation documents in proportion."""
+        parts, validation = [], []
         for source, weight in zip(sources, weights, strict=True):
             if self.data.stream and self.can_stream(source):
                 part = self.stream(source, fraction)
                 val = part.validation() if fraction else None
             else:
                 store = self.load([source], int(self.needed * weight) + 1 if source.startswith(HUB) else None)
-                held = store.held_out(fraction)
-                if held.all():
+                held_out = store.held_out(fraction)
+                if held_out.all():
                     raise UserError(
                         f"a validation split of {fraction:g} takes all of {source}", "give a validation source (--val)"
                     )
-                part, val = store.select(np.flatnonzero(~held)), store.select(np.flatnonzero(held))
+                part, val = store.select(np.flatnonzero(~held_out)), store.select(np.flatnonzero(held_out))
             parts.append(part)
             if val is not None and val.num_documents:
-                judged.append(val.first(int(weight * self.data.val_tokens)))
-        return Mixture(tuple(sources), tuple(parts), tuple(weights)), join(judged) if judged else None
+                validation.append(val.first(int(weight * self.data.val_tokens)))
+        return Mixture(tuple(sources), tuple(parts), tuple(weights)), join(validation) if validation else None
 
 
 def describe(data: DataConfig, stage: StageData) -> str:
-    """What a stage trains on, in words, without a look at it; but missing files are named.
+    """Return in words what a stage trains on; opens nothing, but names missing files.
 
     Raises:
         UserError: see `mixture_of`.
@@ -232,11 +234,11 @@ def describe(data: DataConfig, stage: StageData) -> str:
 
 
 def missing_sources(data: DataConfig, stage: StageData) -> list[str]:
-    """Sources of a stage, for training and validation, that should be on this machine and are not."""
+    """Return the local training and validation sources of a stage that do not exist."""
     sources, _ = mixture_of(data, stage)
-    return [source for source in dict.fromkeys((*sources, *data.val)) if not _is_there(source)]
+    return [source for source in dict.fromkeys((*sources, *data.val)) if not _exists(source)]
 
 
-def _is_there(source: str) -> bool:
-    """Whether a source is on this machine, or is not meant to be."""
+def _exists(source: str) -> bool:
+    """Return whether a source is on this machine, or is not meant to be."""
     return source.startswith(HUB) or Path(source).exists() or all(file.is_file() for file in pair(source))

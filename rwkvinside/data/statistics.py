@@ -1,4 +1,4 @@
-"""What is in tokenized data, in numbers: kinds of documents, targets, lengths, padding, repetitions, unknown ids."""
+"""Statistics of tokenized data: kinds of documents, targets, lengths, padding, repetitions, unknown ids."""
 
 from __future__ import annotations
 
@@ -14,11 +14,7 @@ from .token_store import TokenStore
 
 @dataclass(frozen=True)
 class Statistics:
-    """Counts over all documents of a store.
-
-    Args:
-        store: the documents.
-    """
+    """Counts over all documents of a store."""
 
     store: TokenStore
 
@@ -29,7 +25,7 @@ class Statistics:
 
     @property
     def answers(self) -> tuple[dict[str, int], dict[str, int]]:
-        """How often each letter is the right answer: as the questions were given, as they are trained on."""
+        """How often each letter is the right answer: as given, and as trained on."""
         return self._facts("given"), self._facts("answer")
 
     def _facts(self, name: str) -> dict[str, int]:
@@ -37,30 +33,33 @@ class Statistics:
 
     @cached_property
     def targets(self) -> int:
-        """Tokens that are predicted: none is at a document's beginning, none is masked."""
+        """Number of tokens to predict: those not masked and not first in a document."""
         if self.store.loss is None:
             return self.store.num_tokens - self.store.num_documents
         return sum(int((self.store.piece(i)[1] != IGNORE).sum()) for i in range(self.store.num_documents))
 
     @property
     def repeated(self) -> int:
-        """Documents that are equal to one before; another rotation of a question is not."""
+        """Number of documents equal to an earlier one; rotations of a question differ."""
         hashes = self.store.hashes[self.store.selected]
         _, which, counts = np.unique(hashes, return_inverse=True, return_counts=True)
         alike = np.flatnonzero(counts[which] > 1)
         return len(alike) - len({(hashes[i], hash(self.store.piece(i)[0].tobytes())) for i in alike})
 
     def oversized(self, vocab_size: int) -> Counter[int]:
-        """Ids that are no row of an embedding of this size, and how often they occur."""
-        found: Counter[int] = Counter()
+        """Count the ids that are not rows of an embedding of this size."""
+        counts: Counter[int] = Counter()
         if self.store.max_id >= vocab_size:
             for i in range(self.store.num_documents):
                 ids, _ = self.store.piece(i)
-                found.update(ids[ids >= vocab_size].tolist())
-        return found
+                counts.update(ids[ids >= vocab_size].tolist())
+        return counts
 
     def histogram(self) -> list[tuple[int, int, int]]:
-        """(shortest, longest, documents) in classes of doubling length, from the first that is not empty."""
+        """Return (shortest, longest, documents) for classes of doubling length.
+
+        The first class is the first that is not empty.
+        """
         lengths = self.store.lengths
         classes = np.floor(np.log2(lengths)).astype(int)
         counts = np.bincount(classes)
@@ -68,12 +67,12 @@ class Statistics:
         return [(2**k, 2 ** (k + 1) - 1, int(counts[k])) for k in range(first, len(counts))]
 
     def padding(self, seq_len: int) -> tuple[float, float]:
-        """Share of padding in one epoch of packed rows, and with one document a row of this length."""
+        """Return the shares of padding with packed rows and with one document per row."""
         tokens, rows = self.store.num_tokens, -(-self.store.num_tokens // seq_len)
-        kept = int(np.minimum(self.store.lengths, seq_len).sum())
-        return 1 - tokens / (rows * seq_len), 1 - kept / (self.store.num_documents * seq_len)
+        uncut = int(np.minimum(self.store.lengths, seq_len).sum())
+        return 1 - tokens / (rows * seq_len), 1 - uncut / (self.store.num_documents * seq_len)
 
     def cut(self, seq_len: int) -> tuple[int, int]:
-        """(documents, tokens) that rows of one document each cut off."""
+        """Return how many documents and tokens rows of one document each cut off."""
         excess = np.maximum(self.store.lengths - seq_len, 0)
         return int((excess > 0).sum()), int(excess.sum())

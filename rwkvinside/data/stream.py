@@ -1,8 +1,9 @@
-"""A source that is read while training goes on: blocks of tokens on disk, each made once, in the source's order.
+"""A source that is read while training runs: blocks of tokens on disk, each made once, in the source's order.
 
-Beside its tokens a block keeps where the source stood behind it, so whoever needs the next one, now or after a kill,
-goes on from there. Any number of processes may use a stream: one writes, the others find what it wrote; a lock that
-dies with its holder decides. Rows are a pure function of the seed, their number and the blocks, and so of the source.
+With its tokens a block keeps the position in the source after it, so any process that needs the next block, now or
+after a kill, continues from there. Any number of processes may use a stream: one writes and the others read; a lock
+that dies with its holder decides which. Rows are a pure function of the seed, their number and the blocks, and so of
+the source.
 """
 
 from __future__ import annotations
@@ -31,20 +32,20 @@ from .tokenize import source_identity
 AHEAD = 2  # blocks made before they are asked for
 POLL = 0.1  # seconds between looks at the disk
 END = "end.json"  # says how many blocks there are, once that is known
-PATIENCE = 1.0  # seconds for which a process that would first have to find its place in the source lets others write
+PATIENCE = 1.0  # seconds that a process which must first find its position in the source lets others write
 
 
 class TokenStream:
-    """The blocks of a source. A thread of this process reads ahead; it ends with `close`, or with the program.
+    """The blocks of a source; a thread of this process reads ahead until `close`.
 
     Args:
         source: see `DocumentReader`.
         encoder: makes tokens.
-        cache_dir: where the blocks lie, in a directory of the stream's own.
+        cache_dir: the blocks are in a directory below it.
         block_tokens: a block ends with the chunk of documents in which this many tokens are reached.
-        text_column: the field that holds a text.
-        val_fraction: part of the documents, by their hash, that is no training data.
-        masks: keep to the loss masks of the documents; False: every token may be a target.
+        text_column: field that holds a text.
+        val_fraction: share of the documents, chosen by their hash, that is not trained on.
+        masks: respect the loss masks of the documents; False: every token may be a target.
         check: called with the first block when the stream is opened; raises what is wrong with it.
 
     Attributes:
@@ -71,8 +72,8 @@ class TokenStream:
         self.block_tokens, self.val_fraction, self.masks = block_tokens, val_fraction, masks
         identity = {"source": source_identity(source), "text_column": text_column, "block_tokens": block_tokens}
         self.directory = cache_dir / f"{entry_key(identity | encoder.identity)}.stream"
-        self._made = 0  # blocks from the first on that are there and whole
-        self._wanted = 0
+        self._made = 0  # complete blocks, from the first on
+        self._requested = 0
         self.closed = False
         self._change = threading.Condition()
         self._failure: Exception | None = None
@@ -94,13 +95,13 @@ class TokenStream:
         self.fingerprint = hashlib.sha256(json.dumps([self.directory.name, content]).encode()).hexdigest()[:32]
 
     def block(self, number: int) -> TokenStore | None:
-        """All documents of a block, waited for if need be; None behind the end of the source.
+        """Return all documents of a block, None after the end; wait until it is made.
 
         Raises:
             UserError: the source cannot be read, or the block cannot be written.
         """
         with self._change:
-            self._wanted = max(self._wanted, number)
+            self._requested = max(self._wanted, number)
             self._change.notify_all()
             while number >= self._count_made():
                 if (end := self._end()) is not None and number >= end:
@@ -114,12 +115,12 @@ class TokenStream:
         return block if self.masks else block.without_masks()
 
     def training(self, number: int) -> TokenStore | None:
-        """The documents of a block that are not held out."""
+        """Return the documents of a block that are not held out, None after the end."""
         block = self.block(number)
         return block if block is None else block.select(np.flatnonzero(~block.held_out(self.val_fraction)))
 
     def validation(self) -> TokenStore:
-        """The documents of the first block that are held out; there may be none."""
+        """Return the held-out documents of the first block, which may be none."""
         block = self.block(0)
         return block.select(np.flatnonzero(block.held_out(self.val_fraction)))
 
@@ -133,7 +134,7 @@ class TokenStream:
         atexit.unregister(self.close)
 
     def entry(self, number: int) -> Path:
-        """Where a block lies, or will."""
+        """Return the directory of a block, whether it exists or not."""
         return self.directory / f"block-{number:06d}"
 
     def _count_made(self) -> int:
@@ -143,19 +144,19 @@ class TokenStream:
             return self._made
 
     def _end(self) -> int | None:
-        """How many blocks there are in all, None while that is not known."""
+        """Return the number of blocks, None while it is not known."""
         try:
             return json.loads((self.directory / END).read_text(encoding="utf-8"))["blocks"]
-        except (OSError, ValueError, KeyError, TypeError):  # not there, or damaged: the end is found again
+        except (OSError, ValueError, KeyError, TypeError):  # missing or damaged: the end is found again
             return None
 
     def _next(self) -> int | None:
-        """The block to be made now, None if there are enough."""
+        """Return the number of the block to make now, None if there are enough."""
         number, end = self._count_made(), self._end()
-        return None if number > self._wanted + AHEAD or (end is not None and number >= end) else number
+        return None if number > self._requested + AHEAD or (end is not None and number >= end) else number
 
     def _read_ahead(self) -> None:
-        """What the thread does; its failure is raised where a block is waited for."""
+        """Make blocks until the stream is closed."""
         writer = _BlockWriter(self)
         try:
             while not self.closed:
@@ -165,12 +166,12 @@ class TokenStream:
                         continue
                     if number and number != writer.position:
                         self._change.wait(PATIENCE)
-                with _locked(self.directory) as mine:
-                    while mine and not self.closed and (number := self._next()) is not None:
+                with _locked(self.directory) as locked:
+                    while locked and not self.closed and (number := self._next()) is not None:
                         writer.write(number)
                         with self._change:
                             self._change.notify_all()
-                if not mine:
+                if not locked:
                     with self._change:
                         self._change.wait(POLL)
         except Exception as error:  # raised where a block is waited for
@@ -178,10 +179,10 @@ class TokenStream:
 
 
 class _BlockWriter:
-    """Makes the blocks of a stream; keeps its place in the source from one to the next.
+    """Writer of the blocks of a stream, which keeps its position in the source.
 
     Attributes:
-        position: the block that can be made without looking for the place, None at first.
+        position: the block that can be made without a search for its position, None at first.
     """
 
     def __init__(self, stream: TokenStream):
@@ -191,7 +192,10 @@ class _BlockWriter:
         self._chunks: Iterator = iter(())
 
     def write(self, number: int) -> None:
-        """Make a block, or find that the source ends in front of it; nothing when the stream is closed meanwhile."""
+        """Make a block, or note that the source ends before it.
+
+        Writes nothing when the stream is closed meanwhile.
+        """
         stream = self.stream
         if self.position != number:
             cursor = read_meta(stream.entry(number - 1))["cursor"] if number else None
@@ -216,7 +220,7 @@ class _BlockWriter:
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[bool]:
-    """Whether this process alone may write into a directory; others may once it has left, or died."""
+    """Yield whether this process holds the directory's lock, until it leaves or dies."""
     import fcntl
 
     try:
@@ -236,19 +240,19 @@ def _locked(directory: Path) -> Iterator[bool]:
 
 
 class StreamedRows:
-    """Rows of a stream: those of its first block, then those of the second, and so on; after the last the next epoch.
+    """Rows of a stream, block after block; after the last block the next epoch.
 
-    The documents of a block are in an order of their own, new in each epoch.
+    The documents of each block are shuffled anew in each epoch.
 
     Args:
         stream: the blocks.
-        make: rows of one block from its documents and a seed.
-        seed: decides the order in the blocks.
+        make: makes the rows of one block from its documents and a seed.
+        seed: decides the order within the blocks.
 
     Attributes:
         rows_per_epoch: infinite, because it is not known before the end.
         tokens_per_row: mean over the first block.
-        seq_len: longest row.
+        seq_len: tokens of the longest row.
     """
 
     rows_per_epoch = float("inf")
@@ -267,13 +271,13 @@ class StreamedRows:
         self.tokens_per_row, self.seq_len = first.tokens_per_row, first.seq_len
 
     def _rows_of(self, block: int) -> PackedRows | PaddedDocuments | None:
-        """Rows of a block, None if all its documents are held out."""
+        """Return the rows of a block, None if all its documents are held out."""
         store = self.stream.training(block)
         seed = zlib.crc32(f"{self.seed} {block}".encode())
         return self._make(store, seed) if store.num_documents else None
 
     def _place(self, i: int) -> tuple[PackedRows | PaddedDocuments, int]:
-        """The block that row i lies in, and its number there."""
+        """Return the rows of the block that contains row i, and its number there."""
         while not self._whole and i >= self._starts[-1]:
             block = len(self._starts) - 1
             if self.stream.block(block) is None:
@@ -287,15 +291,15 @@ class StreamedRows:
         return rows, epoch * rows.rows_per_epoch + i - self._starts[block]
 
     def tokens_in(self, rows: int) -> int:
-        """Tokens of the first so many rows, as the first block lets expect."""
+        """Return the tokens of the first `rows` rows, estimated from the first block."""
         return round(rows * self.tokens_per_row)
 
     def row(self, i: int) -> Row:
-        """Arrays of row i, see `PackedRows.row`."""
+        """Return the arrays of row i, see `PackedRows.row`."""
         rows, number = self._place(i)
         return rows.row(number)
 
     def batch(self, rows: Iterable[int]) -> Batch:
-        """The rows with these numbers, padded to the longest of them."""
+        """Return the rows with these numbers, padded to the longest of them."""
         rows = tuple(rows)
         return collate([self.row(i) for i in rows], rows)

@@ -1,4 +1,4 @@
-"""Tokenized data as a directory of its own, to be copied and used as a source: a store that knows its tokenizer."""
+"""Packed data: tokenized documents in a directory that can be copied and used as a source; knows its tokenizer."""
 
 from __future__ import annotations
 
@@ -21,28 +21,30 @@ from .token_store import (
 
 
 def is_pack(source: str | Path) -> bool:
-    """Whether a source is a directory that `write_pack` made, damaged or not."""
+    """Return whether a source is a directory that `write_pack` made, damaged or not."""
     return all((Path(source) / name).is_file() for name in (META, "tokens.bin"))
 
 
 def open_pack(source: str | Path, tokenizer, tokenizer_hash: str, cache: Path) -> TokenStore:
-    """The documents of a pack.
+    """Return the documents of a pack.
 
-    Every byte is checked against the hashes that were written with it, once: a file in `cache` remembers it.
+    Every byte is checked against the hashes written with the pack; a file in `cache` remembers that it was checked.
 
     Raises:
-        UserError: the pack is damaged, or of another tokenizer.
+        UserError: the pack is damaged, or made with another tokenizer.
     """
     path = Path(source)
     stats = stats_of(sorted(file for file in path.iterdir() if file.is_file()))
     verified = cache / f"{entry_key({'pack': stats})}.verified"
-    if found := damage(path, every_byte=not verified.exists()):
-        raise UserError(f"packed data {path} is damaged: {found}", "copy it again, or make it: rwkvinside data pack")
-    meta = read_meta(path)
-    if (made := str(meta.get("tokenizer"))) != tokenizer_hash:
+    if problem := damage(path, every_byte=not verified.exists()):
         raise UserError(
-            f"packed data {path} is of the tokenizer {meta.get('tokenizer_name', '?')} (SHA-256 {made[:12]}), not of "
-            f"{tokenizer.name_or_path} ({tokenizer_hash[:12]})",
+            f"packed data {path} is damaged: {problem}", "copy it again, or make it anew with `rwkvinside data pack`"
+        )
+    meta = read_meta(path)
+    if (pack_hash := str(meta.get("tokenizer"))) != tokenizer_hash:
+        raise UserError(
+            f"packed data {path} was made with the tokenizer {meta.get('tokenizer_name', '?')} "
+            f"(SHA-256 {pack_hash[:12]}), not with {tokenizer.name_or_path} ({tokenizer_hash[:12]})",
             "pack the text again with the tokenizer of this run",
         )
     if not verified.exists():
@@ -55,9 +57,9 @@ def write_pack(store: TokenStore, out: Path, meta: Mapping) -> None:
     """Write the documents that a store shows.
 
     Args:
-        store: any.
-        out: the directory to be made.
-        meta: JSON values to keep; `tokenizer`, its hash, must be among them.
+        store: any store.
+        out: the directory to create.
+        meta: JSON values for meta.json; must include `tokenizer`, the hash of the tokenizer.
 
     Raises:
         UserError: the directory cannot be written.

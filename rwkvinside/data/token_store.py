@@ -1,8 +1,8 @@
-"""Token ids on disk, memory-mapped, and the selection of documents that is shown. Knows no tokenizer, rows or order.
+"""Token ids on disk, memory-mapped, and a selection of their documents. Knows no tokenizer, rows or order.
 
 A store is a directory with tokens.bin (uint32, all documents one after another), offsets.npy (int64, documents + 1),
 hashes.npy (uint64 of each document's content), loss.bin (uint8 per token, only where some carry no loss) and meta.json,
-which is written last and has the files' SHA-256.
+which is written last and holds the SHA-256 of the other files.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 class Encoded:
     """A tokenized document.
 
-    Args:
+    Attributes:
         digest: 64 bits of a hash of its content.
         ids: uint32.
         loss: bool like ids, True = may be a target; None: all may.
@@ -49,7 +49,7 @@ class Encoded:
 
 
 class Joined:
-    """Arrays that are sliced as if they stood one after another; nothing is copied before."""
+    """Arrays that are sliced as if concatenated; only slices are copied."""
 
     def __init__(self, parts: Sequence[np.ndarray]):
         self.parts = parts
@@ -58,28 +58,28 @@ class Joined:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def __getitem__(self, wanted: slice) -> np.ndarray:
-        start, stop, _ = wanted.indices(len(self))
+    def __getitem__(self, index: slice) -> np.ndarray:
+        start, stop, _ = index.indices(len(self))
         first = int(np.searchsorted(self._ends, start, side="right"))
-        found = []
+        slices = []
         for part, end in zip(self.parts[first:], self._ends[first:], strict=True):
             begin = int(end) - len(part)
-            found.append(part[max(start - begin, 0) : max(stop - begin, 0)])
+            slices.append(part[max(start - begin, 0) : max(stop - begin, 0)])
             if stop <= end:
                 break
-        return np.concatenate(found) if len(found) != 1 else found[0]
+        return np.concatenate(slices) if len(slices) != 1 else slices[0]
 
 
 @dataclass(frozen=True)
 class TokenStore:
     """Tokenized documents, or a selection of them.
 
-    Args:
+    Attributes:
         tokens: integers, all tokens on disk.
         offsets: (documents on disk + 1,) int64, where each document begins in `tokens`.
         hashes: (documents on disk,) uint64 of each document's content.
         loss: uint8 like `tokens`, 1 = may be a target; None = all may.
-        selected: int64 indices of the documents that this store shows.
+        selected: int64 indices of the documents in this selection.
         fingerprint: changes when any token or the selection changes (for the data cursor of a checkpoint).
         max_id: the largest token id on disk.
         facts: counts over the documents on disk, see `Encoded`.
@@ -96,22 +96,24 @@ class TokenStore:
 
     @property
     def num_documents(self) -> int:
+        """Number of selected documents."""
         return len(self.selected)
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """(num_documents,) int64 tokens of each document."""
+        """Tokens of each selected document, (num_documents,) int64."""
         return self.offsets[self.selected + 1] - self.offsets[self.selected]
 
     @property
     def num_tokens(self) -> int:
+        """Number of tokens in the selected documents."""
         return int(self.lengths.sum())
 
     def piece(self, document: int, start: int = 0, stop: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens [start, stop) of a document and their targets, both int64.
+        """Return tokens [start, stop) of a document and their targets, both int64.
 
-        The target is the document's next token, also where it lies behind `stop`; -100 at the document's last token
-        and in front of tokens that carry no loss.
+        A target is the document's next token, even past `stop`; it is -100 at the document's last token and before
+        tokens that carry no loss.
         """
         first, end = self._bounds(document)
         a, b = first + start, end if stop is None else min(first + stop, end)
@@ -124,7 +126,7 @@ class TokenStore:
         return ids, labels
 
     def masked(self, document: int) -> np.ndarray:
-        """Bool over a document's tokens, True = carries no loss."""
+        """Return a bool for each of a document's tokens, True = carries no loss."""
         first, end = self._bounds(document)
         return np.zeros(end - first, dtype=bool) if self.loss is None else self.loss[first:end] == 0
 
@@ -133,34 +135,40 @@ class TokenStore:
         return int(self.offsets[at]), int(self.offsets[at + 1])
 
     def select(self, documents: np.ndarray) -> TokenStore:
-        """Only these documents (indices into this store), in this order."""
+        """Return a store of only these documents, in this order.
+
+        Args:
+            documents: indices into this store.
+        """
         selected = self.selected[documents]
         digest = hashlib.sha256(self.fingerprint.encode() + selected.tobytes()).hexdigest()[:32]
         return replace(self, selected=selected, fingerprint=digest)
 
     def first(self, tokens: int, *, reach: bool = False) -> TokenStore:
-        """The first documents that hold at most this many tokens together, at least one.
+        """Return the first documents that hold at most this many tokens, at least one.
 
         Args:
-            reach: with the document in which the number is reached.
+            tokens: in these documents together.
+            reach: include the document in which the number is reached.
         """
         side = "left" if reach else "right"
         count = max(1, int(np.searchsorted(np.cumsum(self.lengths), tokens, side=side)) + reach)
         return self if count >= self.num_documents else self.select(np.arange(count))
 
     def without_masks(self) -> TokenStore:
-        """Every token may be a target."""
+        """Return the same documents with every token as a possible target."""
         return self if self.loss is None else replace(self, loss=None, fingerprint=f"{self.fingerprint}-all")
 
     def held_out(self, fraction: float) -> np.ndarray:
-        """Bool over the documents, True = for validation, by a hash of the content.
+        """Return a bool for each document, True = for validation.
 
-        So a document stays on its side when others are added, and equal documents are on the same side.
+        A hash of the content decides, so a document stays on its side when others are added, and equal documents are on
+        the same side.
         """
         return self.hashes[self.selected] / 2.0**64 < fraction
 
     def split(self, fraction: float) -> tuple[TokenStore, TokenStore | None]:
-        """(training, validation), see `held_out`.
+        """Return (training, validation) documents, see `held_out`.
 
         Raises:
             UserError: one of the sides would be empty.
@@ -176,18 +184,18 @@ class TokenStore:
         return self.select(np.flatnonzero(~val)), self.select(np.flatnonzero(val))
 
     def check_vocab(self, vocab_size: int) -> None:
-        """Raises UserError unless every token id is a row of the teacher's embedding."""
+        """Refuse token ids beyond the teacher's vocabulary, see `check_vocab`."""
         check_vocab(self.max_id, vocab_size)
 
 
 def join(stores: Sequence[TokenStore]) -> TokenStore:
-    """The documents of several stores one after another."""
+    """Return the documents of several stores one after another."""
     if len(stores) == 1:
         return stores[0]
     loss = None
     if any(store.loss is not None for store in stores):
-        every = np.ones(1, dtype=np.uint8)  # stands for a mask that lets all through
-        loss = Joined([np.broadcast_to(every, len(s.tokens)) if s.loss is None else s.loss for s in stores])
+        one = np.ones(1, dtype=np.uint8)  # broadcast, a mask that lets all tokens through
+        loss = Joined([np.broadcast_to(one, len(s.tokens)) if s.loss is None else s.loss for s in stores])
     documents = np.cumsum([0, *(len(store.hashes) for store in stores)])
     tokens = np.cumsum([0, *(len(store.tokens) for store in stores)])
     offsets = [store.offsets[:-1] + start for store, start in zip(stores, tokens[:-1], strict=True)]
@@ -204,10 +212,13 @@ def join(stores: Sequence[TokenStore]) -> TokenStore:
 
 
 class StoreWriter:
-    """Writes a store, document by document, into a directory that it makes; without `finish` it is no store.
+    """Writer of a store, document by document, to be completed by `finish`.
+
+    Args:
+        directory: created here.
 
     Attributes:
-        documents, tokens, max_id: of what was added so far.
+        max_id: the largest token id added so far.
     """
 
     def __init__(self, directory: Path):
@@ -222,13 +233,16 @@ class StoreWriter:
 
     @property
     def documents(self) -> int:
+        """Number of documents added so far."""
         return len(self._hashes)
 
     @property
     def tokens(self) -> int:
+        """Number of tokens added so far."""
         return self._offsets[-1]
 
     def add(self, document: Encoded) -> None:
+        """Append a document."""
         ids, loss = document.ids, document.loss
         self.max_id = max(self.max_id, int(ids.max()))
         self._write("tokens.bin", ids.tobytes())
@@ -242,7 +256,7 @@ class StoreWriter:
         """Complete the store.
 
         Args:
-            meta: JSON values to keep in meta.json; what is counted here stands beside them.
+            meta: JSON values for meta.json, in addition to the counts.
         """
         self._close()
         if not self._masked:
@@ -277,21 +291,21 @@ class StoreWriter:
 
 
 def entry_key(identity: Mapping) -> str:
-    """The name of a cache entry, from what it depends on."""
+    """Return the name of a cache entry, a hash of what it depends on."""
     return hashlib.sha256(json.dumps([FORMAT, identity], sort_keys=True).encode()).hexdigest()[:32]
 
 
 def stats_of(files: Iterable[Path]) -> list:
-    """JSON values that change when one of the files does, without reading them."""
+    """Return JSON values that change when one of the files does, without reading them."""
     stats = [(file, file.stat()) for file in files]
     return [[str(file.resolve()), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
 
 
 @contextmanager
 def writing(target: Path) -> Iterator[Path]:
-    """A temporary path next to `target`; the file or store that is made there takes its place if all went well.
+    """Yield a temporary path next to `target`; move what is written there into place.
 
-    Several processes may write the same. A store that was not finished is dropped.
+    Several processes may write the same target. After an error, and when a store was not finished, nothing is moved.
 
     Raises:
         UserError: it cannot be written.
@@ -311,7 +325,7 @@ def writing(target: Path) -> Iterator[Path]:
 
 
 def _publish_store(unfinished: Path, entry: Path) -> None:
-    """Rename a store into place; when another process was faster, its result is the same."""
+    """Rename a store into place; a result that another process put there is as good."""
     if entry.exists() and not is_whole(entry):
         shutil.rmtree(entry)
     try:
@@ -322,19 +336,20 @@ def _publish_store(unfinished: Path, entry: Path) -> None:
 
 
 def is_whole(entry: Path) -> bool:
-    """Whether a store is there with all its bytes. A damaged one counts as missing, and the log says so."""
+    """Return whether a store exists undamaged; log a damaged one."""
     if not entry.exists():
         return False
-    if found := damage(entry):
-        log.warning("token cache %s is damaged (%s) and is made again", entry, found)
-    return not found
+    if problem := damage(entry):
+        log.warning("token cache %s is damaged (%s) and is made again", entry, problem)
+    return not problem
 
 
 def damage(entry: Path, *, every_byte: bool = False) -> str:
-    """What is wrong with the files of a store, "" if nothing.
+    """Return what is wrong with the files of a store, "" if nothing.
 
     Args:
-        every_byte: read all tokens too; else their files' sizes must do.
+        entry: directory of the store.
+        every_byte: check the content of the large files too, not only their sizes.
     """
     try:
         meta = read_meta(entry)
@@ -352,12 +367,12 @@ def damage(entry: Path, *, every_byte: bool = False) -> str:
 
 
 def read_meta(entry: Path) -> dict:
-    """meta.json of a store."""
+    """Return the content of a store's meta.json."""
     return json.loads((entry / META).read_text(encoding="utf-8"))
 
 
 def open_store(entry: Path) -> TokenStore:
-    """All documents of a store that `is_whole`."""
+    """Return all documents of a store that `is_whole`."""
     meta = read_meta(entry)
     masked = "loss.bin" in meta["sha256"]
     return TokenStore(
@@ -373,7 +388,11 @@ def open_store(entry: Path) -> TokenStore:
 
 
 def check_vocab(max_id: int, vocab_size: int) -> None:
-    """Raises UserError, with both numbers, if a token id is no row of the teacher's embedding."""
+    """Refuse token ids that are not rows of the teacher's embedding.
+
+    Raises:
+        UserError: with both numbers.
+    """
     if max_id >= vocab_size:
         raise UserError(
             f"the data has token id {max_id}, but the teacher's vocabulary has {vocab_size} entries",

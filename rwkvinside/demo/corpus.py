@@ -15,7 +15,7 @@ from pathlib import Path
 from ..errors import UserError
 from ..support.files import write_text
 
-# Tests and generated tables are long and repetitive: a model that fits them says little about language.
+# Tests and generated tables are long and repetitive: they teach a model little about language.
 SKIPPED_FOLDERS = {
     *("test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "encodings"),
     *("site-packages", "dist-packages", "__pycache__"),
@@ -28,24 +28,24 @@ MIN_CHARACTERS = 1_000_000
 
 @dataclass(frozen=True)
 class Corpus:
-    """Two lists of documents, no source file in both."""
+    """Training and validation documents, from different source files."""
 
     train: list[str]
     val: list[str]
 
     @property
     def digest(self) -> str:
-        """A hash of the text (hex), the part of the teacher's cache key that the machine decides."""
+        """SHA-256 of the text (hex), which depends on the machine's Python."""
         sha = hashlib.sha256()
-        for part in (self.train, self.val):
-            for document in part:
+        for documents in (self.train, self.val):
+            for document in documents:
                 sha.update(document.encode("utf-8"))
                 sha.update(b"\0")
             sha.update(b"\1")
         return sha.hexdigest()
 
     def write(self, folder: Path) -> tuple[Path, Path]:
-        """Write `train.jsonl` and `val.jsonl` (one {"text": ...} per line) and return their paths."""
+        """Write train.jsonl and val.jsonl, one {"text": ...} per line; return their paths."""
         paths = folder / "train.jsonl", folder / "val.jsonl"
         for path, documents in zip(paths, (self.train, self.val), strict=True):
             write_text(path, "".join(json.dumps({"text": document}) + "\n" for document in documents))
@@ -53,14 +53,14 @@ class Corpus:
 
 
 def source_files(root: Path) -> Iterator[Path]:
-    """The .py files below `root` in a fixed order, without SKIPPED_FOLDERS."""
+    """Yield the .py files below `root` in a fixed order, without SKIPPED_FOLDERS."""
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(name for name in folders if name not in SKIPPED_FOLDERS)
         yield from (Path(folder, name) for name in sorted(names) if name.endswith(".py"))
 
 
 def pieces(text: str, size: int = PIECE_CHARACTERS) -> Iterator[str]:
-    """Cut one source file into documents of about `size` characters, at the first blank line after that length."""
+    """Cut a text at the first blank line after every `size` characters."""
     lines: list[str] = []
     length = 0
     for line in text.splitlines(keepends=True):
@@ -73,7 +73,10 @@ def pieces(text: str, size: int = PIECE_CHARACTERS) -> Iterator[str]:
 
 
 def texts(name: str, source: str) -> list[str]:
-    """The readable texts of one source file: itself, or the manual pages that `help()` keeps in one dictionary."""
+    """Return the readable texts of a source file.
+
+    These are the file itself, or the manual pages that `help()` keeps in one dictionary.
+    """
     if name != "pydoc_data/topics.py":
         return [source]
     assignments = [node for node in ast.parse(source).body if isinstance(node, ast.Assign)]
@@ -81,15 +84,16 @@ def texts(name: str, source: str) -> list[str]:
 
 
 def collect(root: Path | None = None, *, val_every: int = 40, min_characters: int = MIN_CHARACTERS) -> Corpus:
-    """Read the standard library and split it by source file: one file in `val_every` is for validation.
+    """Read the standard library and split it by source file.
 
     Args:
         root: folder to read; None is the standard library of the running interpreter.
-        val_every: the split is decided by a hash of the file's path, so it does not move when files are added.
-        min_characters: what has to be found.
+        val_every: one file in so many is for validation; a hash of its path decides, so that the split does not change
+            when files are added.
+        min_characters: refuse less text than this.
 
     Raises:
-        UserError: too little was found (a stripped Python without its sources).
+        UserError: too little text (a stripped Python without its sources).
     """
     root = Path(sysconfig.get_path("stdlib")) if root is None else root
     train: list[str] = []
@@ -114,6 +118,6 @@ def collect(root: Path | None = None, *, val_every: int = 40, min_characters: in
         raise UserError(
             f"only {total:,} characters of Python source in {len(val)} validation documents below {root}; "
             f"the demo needs {min_characters:,}",
-            "run it with a Python that carries its standard library as .py files",
+            "use a Python that has its standard library as .py files",
         )
     return Corpus(train, val)

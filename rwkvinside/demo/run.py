@@ -1,7 +1,7 @@
 """`rwkvinside demo`: text -> teacher -> calibrate, align, distill -> export, verify -> evaluate, generate, time.
 
 Needs no network and no GPU. Everything is done by the functions that `train_distill.py`, `convert_checkpoint.py` and
-`rwkvinside eval` use; only the teacher is trained by a loop of the demo's own.
+`rwkvinside eval` use; only the teacher is trained by the demo's own loop.
 """
 
 import shutil
@@ -45,7 +45,7 @@ PROMPT = '''def read_lines(path, encoding="utf-8"):
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What is trained, on how much, and what is measured afterwards."""
+    """Settings of the demo: what is trained, on how much, and what is measured."""
 
     teacher: TeacherSettings = TeacherSettings()
     overrides: tuple[str, ...] = (
@@ -59,7 +59,7 @@ class DemoSettings:
         "data.val_tokens=10k",
         "checkpoint.keep=1",
     )
-    judged_documents: int = 64
+    evaluated_documents: int = 64
     max_length: int = 512
     contexts: tuple[int, ...] = (512, 4096)
     new_tokens: int = 64
@@ -69,7 +69,7 @@ class DemoSettings:
 FULL = DemoSettings()
 
 
-# Minutes become seconds; the result is a student of a teacher that has learned next to nothing.
+# Takes seconds instead of minutes; the teacher has learned next to nothing.
 QUICK = DemoSettings(
     teacher=TeacherSettings(vocab_size=512, hidden_size=64, intermediate_size=128, num_layers=2, tokens=40_000),
     overrides=(
@@ -100,7 +100,7 @@ class Demo:
         self.seconds: dict[str, float] = {}
 
     def run(self) -> dict:
-        """All steps in order; returns (and writes to demo.json) what was measured."""
+        """Run all steps in order; return what was measured, also written to demo.json."""
         self._claim_folder()
         train, val = self._prepare()
         self._convert(train, val)
@@ -111,7 +111,7 @@ class Demo:
         student = load_pretrained(self.student_folder, "cpu", trust_remote_code=True)
         models = {"teacher": teacher, "student": student}
         with self._step("evaluate"):
-            limits = self.settings.max_length, self.settings.judged_documents
+            limits = self.settings.max_length, self.settings.evaluated_documents
             documents = read_documents([str(val)], tokenizer, self.out / "cache", *limits)
             stages = self._evaluate(student, teacher, documents)
         with self._step("generate"):
@@ -136,7 +136,7 @@ class Demo:
         """Make the folder, or make room in the one of an earlier demo; its teacher stays."""
         mark = self.out / ".rwkvinside-demo"
         if self.out.exists() and not mark.is_file() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise UserError(f"{self.out} is not empty and not the folder of a demo", "choose another with --out")
+            raise UserError(f"{self.out} is not empty and not the folder of a demo", "choose another folder with --out")
         self.out.mkdir(parents=True, exist_ok=True)
         mark.touch()
         for folder in (self.run_folder, self.student_folder):
@@ -161,14 +161,14 @@ class Demo:
             self.console.print(f"the Python standard library of this machine: {size} characters, {counts}")
         with self._step("teacher"):
             settings = self.settings.teacher
-            with Progress("teacher", settings.steps, unit="steps", stream=self.console.file) as shown:
+            with Progress("teacher", settings.steps, unit="steps", stream=self.console.file) as progress:
                 trained = obtain_teacher(
-                    self.teacher_folder, settings, corpus, lambda step, loss: shown.update(step, f"loss {loss:.3f}")
+                    self.teacher_folder, settings, corpus, lambda step, loss: progress.update(step, f"loss {loss:.3f}")
                 )
             if trained:
-                self.console.print(f"trained a Qwen3 of {settings.num_layers} layers, kept in {self.teacher_folder}")
+                self.console.print(f"trained a Qwen3 of {settings.num_layers} layers, saved in {self.teacher_folder}")
             else:
-                self.console.print(f"the teacher of the last demo is still there: {self.teacher_folder}")
+                self.console.print(f"using the teacher of the last demo: {self.teacher_folder}")
         return files
 
     def _convert(self, train: Path, val: Path) -> None:
@@ -183,7 +183,7 @@ class Demo:
             build.train(config)
 
     def _export(self) -> None:
-        write_report(self.run_folder)  # the export takes report.png along
+        write_report(self.run_folder)  # the export copies report.png
         report = export_hf(self.run_folder, self.student_folder)
         self.console.print(f"{self.student_folder}: {report['parameters']:,} parameters, reloaded and compared")
 

@@ -1,4 +1,4 @@
-"""What the demo shows at its end: samples side by side, scores after each stage, time of a generated token."""
+"""Results of the demo as tables: samples side by side, scores after each stage, time of a generated token."""
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -13,7 +13,7 @@ MAX_SLOWDOWN = 1.2  # of the student's token, from the shortest context to the l
 
 
 def show_samples(console: Console, samples: dict[str, str], how: str) -> None:
-    """One column per model."""
+    """Print samples side by side, one column per model."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, expand=True)
     for name in samples:
         table.add_column(f"{name} ({how})", ratio=1, overflow="fold")
@@ -22,7 +22,7 @@ def show_samples(console: Console, samples: dict[str, str], how: str) -> None:
 
 
 def show_scores(console: Console, stages: dict[str, Scores]) -> None:
-    """The teacher and the student after each stage, in the order given; the last one is the result."""
+    """Print the scores of the teacher and of the student after each stage, in order."""
     table = _table("validation, each document alone", "model", "CE (nats)", "KL (nats)", "agreement")
     last = list(stages.values())[-1]
     table.add_row("teacher", f"{last.ce_teacher:.3f}", "0", "100.0%")
@@ -34,18 +34,18 @@ def show_scores(console: Console, stages: dict[str, Scores]) -> None:
 
 
 def show_speed(console: Console, speed: list[DecodeSpeed]) -> None:
-    """Milliseconds per token: models down, contexts across."""
+    """Print milliseconds per token, a row per model and a column per context."""
     contexts = list(dict.fromkeys(row.context for row in speed))
     table = _table("time of one generated token", "model", *(f"after {context:,} tokens" for context in contexts))
     for name in dict.fromkeys(row.model for row in speed):
         table.add_row(name, *(f"{row.milliseconds:.2f} ms" for row in speed if row.model == name))
     console.print(table)
     ratio = slowdown(speed)
-    console.print(f"student, longest against shortest context: x{ratio:.2f} (promised: at most {MAX_SLOWDOWN})")
+    console.print(f"student, longest versus shortest context: x{ratio:.2f} (promised: at most {MAX_SLOWDOWN})")
 
 
 def slowdown(speed: list[DecodeSpeed]) -> float:
-    """Time of the student's token after the longest context, relative to the shortest."""
+    """Return the student's time per token, longest context relative to shortest."""
     times = {row.context: row.milliseconds for row in speed if row.model == "student"}
     return times[max(times)] / times[min(times)]
 

@@ -1,6 +1,6 @@
-"""The demo's teacher: a small Qwen3 trained from scratch by a plain transformers loop, and kept for the next run.
+"""The demo's teacher: a small Qwen3 trained from scratch by a plain transformers loop, kept for the next run.
 
-The loop is deliberately not the project's trainer: the teacher has to be what a newcomer would bring along.
+The loop is deliberately not the project's trainer: the teacher has to be what a newcomer would bring.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ Progress = Callable[[int, float], None]
 
 @dataclass(frozen=True)
 class TeacherSettings:
-    """Size and training of the teacher; together with the text they are the key under which it is kept."""
+    """Size and training of the teacher; with the text, the key under which it is kept."""
 
     vocab_size: int = 2048
     hidden_size: int = 128
@@ -47,7 +47,10 @@ class TeacherSettings:
     seed: int = 0
 
     def config(self, vocab_size: int, bos: int, eos: int) -> Qwen3Config:
-        """The Hugging Face configuration: grouped-query attention, q/k norms, tied embeddings."""
+        """Return the Hugging Face configuration.
+
+        It has grouped-query attention, q/k norms and tied embeddings.
+        """
         return Qwen3Config(
             vocab_size=vocab_size,
             hidden_size=self.hidden_size,
@@ -56,7 +59,7 @@ class TeacherSettings:
             num_attention_heads=self.num_heads,
             num_key_value_heads=self.num_kv_heads,
             head_dim=self.head_dim,
-            max_position_embeddings=4096,  # trained on seq_len only; the speed measurement goes further
+            max_position_embeddings=4096,  # trained on seq_len only; the speed measurement goes beyond it
             tie_word_embeddings=True,
             bos_token_id=bos,
             eos_token_id=eos,
@@ -64,17 +67,21 @@ class TeacherSettings:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps that read `tokens`, the last one whole."""
+        """Number of optimizer steps that read `tokens`, rounded up."""
         return math.ceil(self.tokens / (self.rows_per_step * self.seq_len))
 
     def key(self, corpus: Corpus) -> str:
-        """A hash (hex) of the settings and of the text."""
-        described = json.dumps({"settings": asdict(self), "text": corpus.digest}, sort_keys=True)
-        return hashlib.sha256(described.encode()).hexdigest()[:16]
+        """Return a hash (hex) of the settings and the text."""
+        content = json.dumps({"settings": asdict(self), "text": corpus.digest}, sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def token_rows(tokenizer: PreTrainedTokenizerBase, documents: list[str], seq_len: int) -> np.ndarray:
-    """All documents, each followed by eos, as one stream cut into rows of (rows, seq_len + 1) ids."""
+    """Concatenate documents, each followed by eos, and cut them into rows.
+
+    Returns:
+        (rows, seq_len + 1) int64 ids; the last id of a row is the first of the next.
+    """
     ids = tokenizer(documents, return_attention_mask=False)["input_ids"]
     stream = np.concatenate([np.asarray([*document, tokenizer.eos_token_id], dtype=np.int64) for document in ids])
     count = (len(stream) - 1) // seq_len
@@ -83,18 +90,18 @@ def token_rows(tokenizer: PreTrainedTokenizerBase, documents: list[str], seq_len
 
 
 def shuffled_rows(rows: np.ndarray, size: int, seed: int) -> Iterator[torch.Tensor]:
-    """Endless batches of `size` rows, a new permutation for every epoch."""
+    """Yield endless batches of `size` rows, in a new order in every epoch."""
     generator = np.random.default_rng(seed)
-    waiting = np.empty(0, dtype=np.int64)
+    queue = np.empty(0, dtype=np.int64)
     while True:
-        while len(waiting) < size:
-            waiting = np.concatenate([waiting, generator.permutation(len(rows))])
-        chosen, waiting = waiting[:size], waiting[size:]
-        yield torch.from_numpy(rows[chosen])
+        while len(queue) < size:
+            queue = np.concatenate([queue, generator.permutation(len(rows))])
+        batch, queue = queue[:size], queue[size:]
+        yield torch.from_numpy(rows[batch])
 
 
 def learning_rate(step: int, steps: int, settings: TeacherSettings) -> float:
-    """Linear warm-up, then a cosine to 2 % of the peak."""
+    """Return the rate of a step: linear warm-up, then a cosine to 2 % of the peak."""
     warm = min(1.0, (step + 1) / settings.warmup_steps)
     return settings.learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
@@ -102,7 +109,7 @@ def learning_rate(step: int, steps: int, settings: TeacherSettings) -> float:
 def train_teacher(
     settings: TeacherSettings, tokenizer: PreTrainedTokenizerBase, documents: list[str], progress: Progress
 ) -> Qwen3ForCausalLM:
-    """Train in fp32 on the default device's CPU threads; returns the model in eval mode."""
+    """Train a teacher in fp32 on the CPU; return it in eval mode."""
     torch.manual_seed(settings.seed)
     model = Qwen3ForCausalLM(settings.config(len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id))
     matrices = [p for p in model.parameters() if p.dim() > 1]
@@ -130,10 +137,15 @@ def train_teacher(
 
 
 def obtain_teacher(folder: Path, settings: TeacherSettings, corpus: Corpus, progress: Progress) -> bool:
-    """Leave a trained teacher with its tokenizer in `folder`, as `save_pretrained` writes them.
+    """Ensure that `folder` holds the teacher of these settings and this text.
 
-    A teacher with the same settings and text is kept; another one is replaced. The folder appears under its name only
-    when it is complete.
+    A matching teacher is kept, another one is replaced. The folder has its name only when it is complete.
+
+    Args:
+        folder: model and tokenizer as `save_pretrained` writes them.
+        settings: of the teacher.
+        corpus: its text.
+        progress: called after every step.
 
     Returns:
         True if the teacher was trained now, False if the one in `folder` was kept.

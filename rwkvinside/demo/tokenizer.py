@@ -1,4 +1,4 @@
-"""The demo's tokenizer: byte-level BPE trained on the demo's own text. Adds <bos> itself, as most released ones do."""
+"""The demo's tokenizer: byte-level BPE trained on the demo's text. It adds <bos>, as most released tokenizers do."""
 
 from collections.abc import Iterable
 
@@ -8,9 +8,13 @@ BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int = 2048) -> PreTrainedTokenizerFast:
-    """Train a BPE tokenizer of exactly `vocab_size` ids (fewer if the text is too short to fill it).
+    """Train a BPE tokenizer.
 
     Ids 0, 1, 2 are <|bos|>, <|eos|>, <|pad|>; any string can be encoded, because the 256 bytes are in the alphabet.
+
+    Args:
+        documents: text to train on.
+        vocab_size: number of ids; there are fewer if the text is too short.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 

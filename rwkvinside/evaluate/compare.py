@@ -19,19 +19,19 @@ from .load import load_pretrained, load_run
 from .quality import Evaluation, evaluate_models
 
 LOGITS = 2**28  # elements of a batch's logits (1 GiB in fp32), for each of the two models
-LONGEST = 4096  # tokens of a document that are judged unless more are asked for
+LONGEST = 4096  # tokens of a document that are evaluated unless more are asked for
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """An evaluation and what was compared on what.
+    """An evaluation with its models and data.
 
-    Args:
+    Attributes:
         student, teacher: names of the directories, or the teacher's hub id.
         data: names of the files.
-        max_length: tokens judged of a document at most.
+        max_length: tokens of a document that are evaluated, at most.
         truncated_documents: how many documents are longer.
-        evaluation: the numbers.
+        evaluation: the scores.
     """
 
     student: str
@@ -42,7 +42,7 @@ class Comparison:
     evaluation: Evaluation
 
     def to_dict(self) -> dict:
-        """Return plain JSON: what was compared, with `Evaluation.to_dict` beside it."""
+        """Return plain JSON: what was compared, and `Evaluation.to_dict`."""
         return {
             "student": self.student,
             "teacher": self.teacher,
@@ -69,13 +69,14 @@ def evaluate_saved(
         student: exported directory, whose model code is run, or run directory.
         teacher: directory or hub id; None is the one that the run names.
         data: files or directories, see `DocumentReader`.
-        max_documents: the first so many only.
-        max_length: tokens judged of a document; None is 4096, or what the teacher was made for where that is less.
-        device: "auto" (the first GPU where there is one), "cpu" or "cuda".
-        notes: where to say what is being loaded, and to show progress; None: nowhere.
+        max_documents: evaluate at most the first so many.
+        max_length: evaluate at most so many tokens of a document; None is 4096, or the teacher's longest context where
+            that is shorter.
+        device: "auto" (the first GPU if there is one), "cpu" or "cuda".
+        notes: console for what is being loaded, and for progress; None is silent.
 
     Raises:
-        UserError: a directory that is no model and no run, no teacher, data that cannot be read.
+        UserError: a directory that is neither a model nor a run, no teacher, data that cannot be read.
     """
     student, notes = Path(student), notes or Console(quiet=True)
     if teacher is None:
@@ -100,11 +101,11 @@ def evaluate_saved(
 
 
 def _named_teacher(path: Path) -> str:
-    """Return the teacher that a run was made from."""
+    """Return the teacher of a run."""
     if RunDirectory(path).is_run:
         return open_run(path).teacher
     raise UserError(
-        "no teacher is given", "name the directory or the hub id of the original model: --teacher DIR or teacher=DIR"
+        "no teacher is given", "name the original model's directory or hub id: --teacher DIR, or teacher=DIR in Python"
     )
 
 
@@ -114,16 +115,17 @@ def _load_student(path: Path, device: str, notes: Console) -> PreTrainedModel:
         return load_run(path, device)
     if not (path / "config.json").is_file():
         raise UserError(
-            f"{path} is neither an exported model nor a run directory", "they have a config.json or a config.yaml"
+            f"{path} is neither an exported model nor a run directory",
+            "name a directory with a config.json (an export) or a config.yaml (a run)",
         )
-    notes.print(f"loading {path} with the model code that stands in it (trust_remote_code)", highlight=False)
+    notes.print(f"loading {path} with its own model code (trust_remote_code)", highlight=False)
     return load_pretrained(path, device, trust_remote_code=True)
 
 
 def read_documents(
     sources: list[str], tokenizer, cache_dir: Path, max_length: int, max_documents: int | None = None
 ) -> PaddedDocuments:
-    """Return documents, one per row; the ids stand in `cache_dir` while they are used."""
+    """Return documents, one per row; `cache_dir` must exist as long as they are used."""
     store = load_tokens(sources, tokenizer, cache_dir=cache_dir)
     if max_documents is not None:
         store = store.select(np.arange(min(max_documents, store.num_documents)))
@@ -133,8 +135,9 @@ def read_documents(
 def evaluate(
     student: PreTrainedModel, teacher: PreTrainedModel, documents: PaddedDocuments, notes: Console
 ) -> Evaluation:
-    """Run `evaluate_models`, showing on `notes` how far it is."""
-    batch_tokens = min(8192, max(1, LOGITS // teacher.config.vocab_size))
+    """Run `evaluate_models` and show its progress on `notes`."""
+    batches = document_batches(documents, batch_tokens=min(8192, max(1, LOGITS // teacher.config.vocab_size)))
+    if notes.quiet:
+        return evaluate_models(student, teacher, batches)
     with Progress("evaluating", len(documents), unit="documents", stream=notes.file) as progress:
-        batches = document_batches(documents, batch_tokens=batch_tokens)
         return evaluate_models(student, teacher, batches, progress=progress.advance)

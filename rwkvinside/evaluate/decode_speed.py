@@ -1,6 +1,6 @@
 """Seconds per generated token after contexts of different length: flat for a recurrent model, growing for attention.
 
-Measures any Hugging Face causal language model as it stands; says nothing about the quality of what is generated.
+Measures any Hugging Face causal language model; says nothing about the quality of what it generates.
 """
 
 import time
@@ -17,7 +17,12 @@ from ..errors import UserError
 
 @dataclass(frozen=True)
 class DecodeSpeed:
-    """Median time of one generated token of one model after one context."""
+    """Median time of one generated token of one model after one context.
+
+    Attributes:
+        model: its name.
+        context: tokens.
+    """
 
     model: str
     context: int
@@ -32,7 +37,7 @@ def _check_positions(name: str, model: PreTrainedModel, needed: int) -> None:
     is_rotary = getattr(config, "rope_parameters", None) is not None or getattr(config, "rope_theta", None) is not None
     if limit is not None and limit < needed and not is_rotary:
         raise UserError(
-            f"the {name} has a table of {limit} positions, the speed measurement needs {needed}",
+            f"the {name} has a table of {limit} positions, but the speed measurement needs {needed}",
             "measure shorter contexts",
         )
 
@@ -75,17 +80,22 @@ def decode_speed(
     seed: int = 0,
     progress: Callable[[], None] | None = None,
 ) -> list[DecodeSpeed]:
-    """Median wall time per greedily generated token (batch 1), for every model and context.
+    """Measure the median wall time per greedily generated token, at batch size 1.
 
     All models and contexts take turns token by token, so a machine that slows down for a second slows all of them and
-    the comparison stays fair. Contexts longer than `max_position_embeddings` are measured as they are: rotary models
-    compute such positions like any other, and the time of a token does not depend on how good it is.
+    the comparison stays fair. Contexts longer than `max_position_embeddings` are measured too: rotary models compute
+    such positions like any other, and the time of a token does not depend on its quality.
 
     Args:
         models: name -> model.
         contexts: numbers of tokens read before the first measured one.
-        new_tokens: tokens whose median is reported; `warmup_tokens` before them are not.
+        new_tokens: generated tokens that are measured.
+        warmup_tokens: generated before them and not measured.
+        seed: of the random contexts.
         progress: called after each of the `new_tokens`.
+
+    Returns:
+        One measurement for every model and context.
 
     Raises:
         UserError: a model with a table of learned positions that is too short.
@@ -103,6 +113,6 @@ def decode_speed(
         if progress is not None and number >= warmup_tokens:
             progress()
     return [
-        DecodeSpeed(one.name, one.context, median(one.milliseconds[warmup_tokens:]), one.prefill_seconds)
-        for one in running
+        DecodeSpeed(run.name, run.context, median(run.milliseconds[warmup_tokens:]), run.prefill_seconds)
+        for run in running
     ]

@@ -1,6 +1,6 @@
 """How close a student in training is to its teacher.
 
-The scores of `quality`, within the model's forward and a chunk of logits at a time, shared by all processes.
+Computes the scores of `quality` within the model's forward, a chunk of logits at a time, shared by all processes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .quality import Scores, Totals, means, token_scores
 def share(batches: Sequence[Batch], rank: int, size: int) -> list[Batch]:
     """Return a rank's share of the batches.
 
-    As many as any other rank has, because forwards may be collective; what fills up has no label.
+    Every rank gets the same number, because forwards may be collective; batches that fill up have no labels.
     """
     batches_of_rank = list(batches[rank::size])
     if len(batches_of_rank) * size < len(batches):
@@ -40,11 +40,11 @@ def evaluate_student(
     """Compare a student with its teacher on whole documents.
 
     Args:
-        model: a `HybridModel`, or what an engine made of it.
-        teacher: None: the student's own cross-entropy alone is meant (the other numbers say nothing).
+        model: a `HybridModel`, possibly wrapped by an engine.
+        teacher: None compares the student with itself; then only its cross-entropy is meaningful.
         batches: this process's `share`, one document per row.
         device: where the model is.
-        total: adds up over processes.
+        total: sums over processes.
 
     Raises:
         UserError: there is no token to predict.
@@ -69,17 +69,16 @@ def _add(totals: Totals, model: nn.Module, teacher: Teacher | None, batch: Batch
 
 @dataclass(frozen=True)
 class TokenScores:
-    """The `token_scores` of the positions with a label: a task of `LMHeadLoss`.
+    """Task of `LMHeadLoss` that computes the `token_scores` of labeled positions.
 
-    A chunk of logits is in memory at a time. The result is (4, N).
-
-    Args:
-        signal: None: the student is compared with itself.
+    Attributes:
+        signal: of the teacher; None compares the student with itself.
     """
 
     signal: TeacherSignal | None
 
     def run(self, head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Return the scores of the N labeled positions, (4, N), chunk by chunk."""
         labeled = labels != IGNORE
         hidden, labels, logits_of = hidden[labeled], labels[labeled], logits_function(head)
         size, scores = chunk_tokens(head.out_features), []

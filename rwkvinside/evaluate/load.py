@@ -1,4 +1,4 @@
-"""Getting the two models of an evaluation: an exported directory, a run in training, and the teacher of either."""
+"""Loading the models of an evaluation: an exported directory, a run in training, the teacher of either."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,18 +12,20 @@ from ..runs.trained import TrainedRun, open_run
 
 
 def evaluation_dtype(device: str) -> torch.dtype | str:
-    """fp32 on a CPU, where nothing is gained by less; elsewhere what is stored, so that large models fit."""
+    """Return fp32 on a CPU, elsewhere the stored dtype, so that large models fit."""
     return torch.float32 if device == "cpu" else "auto"
 
 
 def load_pretrained(path: str | Path, device: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A causal language model from a directory or a hub id, complete, in eval mode, on `device`.
+    """Load a causal language model in eval mode.
 
     Args:
-        trust_remote_code: run the model code that stands in the directory; exports need it.
+        path: directory or hub id.
+        device: where to put it.
+        trust_remote_code: run the model code in the directory; exports need it.
 
     Raises:
-        UserError: it cannot be loaded, or its weights are not exactly those of its configuration.
+        UserError: it cannot be loaded, or its weights do not match its configuration exactly.
     """
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -33,32 +35,36 @@ def load_pretrained(path: str | Path, device: str, *, trust_remote_code: bool = 
         reason = " ".join(str(error).split())
         raise UserError(f"{path} cannot be loaded as a language model: {reason}", "check the directory") from error
     if problems := {kind: sorted(map(str, names)) for kind, names in info.items() if names}:
-        raise UserError(f"the weights in {path} do not fit its configuration: {problems}", "use a complete one")
+        raise UserError(
+            f"the weights in {path} do not fit its configuration: {problems}", "use a complete model directory"
+        )
     return model.to(device).eval()
 
 
 def at_stage(run: TrainedRun, stage: str) -> TrainedRun:
-    """The same run as it was at the end of `stage`.
+    """Return a run as it was at the end of a stage.
 
     Raises:
         UserError: the stage has no checkpoint.
     """
     checkpoint = run.directory.newest_checkpoint(stage)
     if checkpoint is None:
-        raise UserError(f"stage {stage} of {run.path} has no checkpoint", "checkpoint.keep may have been too small")
+        raise UserError(f"stage {stage} of {run.path} has no checkpoint", "keep more of them: a larger checkpoint.keep")
     return replace(run, stage=stage, checkpoint=checkpoint)
 
 
 def load_run(path: Path, device: str, stage: str | None = None) -> PreTrainedModel:
-    """The student of a run directory as its export would be, built in memory from its newest checkpoint.
+    """Build the student of a run in memory, as its export would be.
 
     Args:
-        stage: name of a stage whose last checkpoint is wanted; None is the last finished one.
+        path: run directory.
+        device: where to put the model.
+        stage: take the newest checkpoint of this stage; None is the last finished stage.
     """
     run = open_run(path)
     if stage is not None:
         run = at_stage(run, stage)
     model = build_hybrid(run.load_model(), run, torch.float32, tie_embeddings=None)
-    # What is built to be saved leaves the table of rotary frequencies, which is not saved, without values.
+    # A model built to be saved has no values in its table of rotary frequencies, which is not saved.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
     return model.to(device).eval()

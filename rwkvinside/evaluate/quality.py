@@ -1,6 +1,6 @@
 """How close a student is to its teacher on text: KL divergence, cross entropies, agreement, all also by position.
 
-Each document is judged alone. Takes any two Hugging Face causal language models; loads nothing and prints nothing.
+Each document is evaluated alone. Takes any two Hugging Face causal language models; loads and prints nothing.
 """
 
 import math
@@ -25,7 +25,14 @@ Logits = Callable[[Batch], Tensor]
 
 @dataclass(frozen=True)
 class Scores:
-    """Means over `tokens` predicted tokens; KL(teacher || student) and cross entropies in nats."""
+    """Mean scores over all predicted tokens.
+
+    Attributes:
+        tokens: how many were predicted.
+        kl: KL(teacher || student) in nats.
+        ce, ce_teacher: cross entropies of student and teacher in nats.
+        agreement: share of tokens whose likeliest id is the same.
+    """
 
     tokens: int
     kl: float
@@ -35,21 +42,21 @@ class Scores:
 
     @property
     def perplexity(self) -> float:
-        """exp of the student's cross entropy."""
+        """Perplexity of the student: exp(ce)."""
         return math.exp(self.ce)
 
     @property
     def perplexity_teacher(self) -> float:
-        """exp of the teacher's cross entropy."""
+        """Perplexity of the teacher: exp(ce_teacher)."""
         return math.exp(self.ce_teacher)
 
     def to_dict(self) -> dict[str, float]:
-        """Plain JSON with the perplexities."""
+        """Return plain JSON, with the perplexities."""
         return {**asdict(self), "perplexity": self.perplexity, "perplexity_teacher": self.perplexity_teacher}
 
 
 class PositionBucket(NamedTuple):
-    """Scores of the predictions made after `first` to `last` tokens of the document (both included)."""
+    """Scores of the predictions after `first` to `last` tokens of a document."""
 
     first: int
     last: int
@@ -58,7 +65,14 @@ class PositionBucket(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One comparison. `by_position` has the buckets 1, 2-3, 4-7, 8-15, ... that hold at least one token."""
+    """Result of comparing two models.
+
+    Attributes:
+        documents: how many had a token to predict.
+        shared_vocab: ids that both models have.
+        scores: over all tokens.
+        by_position: the buckets 1, 2-3, 4-7, 8-15, ... with at least one token.
+    """
 
     documents: int
     shared_vocab: int
@@ -66,7 +80,7 @@ class Evaluation:
     by_position: tuple[PositionBucket, ...]
 
     def to_dict(self) -> dict:
-        """Plain JSON: the scores at the top level, the buckets under "by_position"."""
+        """Return plain JSON: scores at the top level, buckets under "by_position"."""
         buckets = [{"first": b.first, "last": b.last, **b.scores.to_dict()} for b in self.by_position]
         return {
             "documents": self.documents,
@@ -84,21 +98,24 @@ def token_scores(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         labels: (tokens,) int64 targets below V.
 
     Returns:
-        (4, tokens) fp32: KL(teacher || student), CE of the student, CE of the teacher, 1 where the best ids agree.
+        (4, tokens) fp32: KL(teacher || student), CE of the student, CE of the teacher, 1 where the likeliest ids agree.
     """
     log_q = student.float().log_softmax(-1)
     log_p = teacher.float().log_softmax(-1)
-    # A logit of -inf (an id the teacher forbids) has p = 0 and must add 0, not 0 * inf.
+    # A logit of -inf (an id that the teacher forbids) has p = 0 and must contribute 0, not 0 * inf.
     kl = torch.where(log_p > -math.inf, log_p.exp() * (log_p - log_q), 0.0).sum(-1)
-    picked = labels[:, None]
-    ce = -log_q.gather(-1, picked)[:, 0]
-    ce_teacher = -log_p.gather(-1, picked)[:, 0]
+    targets = labels[:, None]
+    ce = -log_q.gather(-1, targets)[:, 0]
+    ce_teacher = -log_p.gather(-1, targets)[:, 0]
     agree = (log_q.argmax(-1) == log_p.argmax(-1)).float()
     return torch.stack([kl, ce, ce_teacher, agree])
 
 
 def means(sums: Sequence[float]) -> Scores:
-    """From the number of tokens and the sums of `token_scores`.
+    """Return mean scores.
+
+    Args:
+        sums: the number of tokens, then the four sums of `token_scores`.
 
     Raises:
         UserError: no token.
@@ -110,12 +127,22 @@ def means(sums: Sequence[float]) -> Scores:
 
 
 class Totals:
-    """Sums per context length in float64: row 0 counts tokens, rows 1-4 are the sums of `token_scores`."""
+    """Sums of scores by context length.
+
+    Attributes:
+        sums: (5, longest context + 1) float64; row 0 counts tokens, rows 1-4 are the sums of `token_scores`.
+    """
 
     def __init__(self) -> None:
         self.sums = np.zeros((5, 0))
 
     def add(self, scores: np.ndarray, context: np.ndarray) -> None:
+        """Add tokens.
+
+        Args:
+            scores: (4, tokens) from `token_scores`.
+            context: (tokens,) integers, tokens read before each prediction.
+        """
         longest = int(context.max(initial=0)) + 1
         if longest > self.sums.shape[1]:
             self.sums = np.pad(self.sums, ((0, 0), (0, longest - self.sums.shape[1])))
@@ -123,9 +150,11 @@ class Totals:
             self.sums[row, :longest] += np.bincount(context, weights=values.astype(np.float64), minlength=longest)
 
     def scores(self, first: int = 0, last: int | None = None) -> Scores:
+        """Return the means over contexts of `first` to `last` tokens (inclusive)."""
         return means(self.sums[:, first : None if last is None else last + 1].sum(1))
 
     def buckets(self) -> tuple[PositionBucket, ...]:
+        """Return the scores by context of doubling length, without empty buckets."""
         length = self.sums.shape[1]
         bounds = [(2**k, min(2 ** (k + 1), length) - 1) for k in range(length.bit_length()) if 2**k < length]
         return tuple(PositionBucket(a, b, self.scores(a, b)) for a, b in bounds if self.sums[0, a : b + 1].any())
@@ -140,7 +169,7 @@ def evaluate_models(
 ) -> Evaluation:
     """Compare a student with its teacher, each document alone.
 
-    Both models are put into eval mode for the time of the call.
+    Both models are in eval mode during the call.
 
     Args:
         student, teacher: any two Hugging Face causal language models, each on its own device.
@@ -148,7 +177,7 @@ def evaluate_models(
         progress: called after every batch with its number of documents.
 
     Raises:
-        UserError: no token can be judged, or a token is not an id of both models.
+        UserError: there is no token to predict, or a token is not an id of both models.
         ValueError: a row holds more than one document.
     """
     models = (student, teacher)
@@ -175,24 +204,24 @@ def compare(
     *,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
-    """What `evaluate_models` does, for anything that gives logits (a model in training, stored teacher logits).
+    """Compare two sources of logits as `evaluate_models` compares models.
 
     Only the ids that both have are compared: families pad their vocabularies differently, and padding carries no text.
     """
     totals, documents, shared = Totals(), 0, 0
     for batch in batches:
         if int(batch.segment_ids.max()) > 1:
-            raise ValueError("a row holds more than one document; each document has to be judged alone")
-        judged = batch.labels != IGNORE
-        rows, columns = judged.nonzero(as_tuple=True)
+            raise ValueError("a row holds more than one document; each document has to be evaluated alone")
+        labeled = batch.labels != IGNORE
+        rows, columns = labeled.nonzero(as_tuple=True)
         logits = [model(batch) for model in (student, teacher)]
-        shared = min(one.shape[-1] for one in logits)
-        home = logits[0].device
+        shared = min(x.shape[-1] for x in logits)
+        device = logits[0].device
         for at in zip(*(index.split(max(1, CHUNK_ELEMENTS // shared)) for index in (rows, columns)), strict=True):
-            picked = [one[at[0].to(one.device), at[1].to(one.device), :shared].to(home) for one in logits]
-            scores = token_scores(*picked, batch.labels[at].to(home))
+            chunk = [x[at[0].to(x.device), at[1].to(x.device), :shared].to(device) for x in logits]
+            scores = token_scores(*chunk, batch.labels[at].to(device))
             totals.add(scores.cpu().numpy(), at[1].cpu().numpy() + 1)
-        count = int(judged.any(1).sum())
+        count = int(labeled.any(1).sum())
         documents += count
         if progress is not None:
             progress(count)
@@ -211,6 +240,6 @@ def _checked(batches: Iterable[Batch], student: PreTrainedModel, teacher: PreTra
         if largest >= min(sizes):
             raise UserError(
                 f"token id {largest} is not an id of both models (student {sizes[0]}, teacher {sizes[1]})",
-                "evaluate with the tokenizer that both models were trained with",
+                "use the tokenizer that both models were trained with",
             )
         yield batch

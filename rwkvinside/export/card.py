@@ -1,4 +1,4 @@
-"""The model card of an export, from its conversion.json and the base model's own card. Writes no files."""
+"""The model card of an export, from its conversion.json and the base model's card. Writes no files."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ COLUMNS = {
 BODY = """# {title}
 
 {count} of the {layers} attention layers of {base_link} are replaced by RWKV-7 time
-mixers (`{preset}`); {kept}. The recurrent layers need the same memory and time per token at any context length.
+mixers (`{preset}`); {others}. The recurrent layers need the same memory and time per token at any context length.
 
 | | |
 |---|---|
@@ -53,17 +53,17 @@ Reloaded in a process without the training code, its fp32 logits differ from the
 
 
 def measurements(metrics: Path) -> dict[str, dict]:
-    """The last evaluation of each stage in a run's metrics.jsonl, {} without one."""
+    """Return the last evaluation of each stage in a metrics.jsonl; {} without a file."""
     rows = of_kind(read_metrics(metrics), "eval") if metrics.exists() else []
     return {row["stage"]: {name: row[name] for name in ("step", *COLUMNS) if name in row} for row in rows}
 
 
 def model_card(conversion: dict, base_card: Path) -> ModelCard:
-    """The card of an export.
+    """Return the card of an export.
 
     Args:
         conversion: conversion.json of the export, verified.
-        base_card: README.md of the base model, whose licence is taken over; it need not exist.
+        base_card: README.md of the base model, whose license is adopted; it need not exist.
     """
     base = ModelCard.load(base_card).data.to_dict() if base_card.exists() else {}
     data = ModelCardData(
@@ -74,8 +74,8 @@ def model_card(conversion: dict, base_card: Path) -> ModelCard:
         tags=["rwkv", "rwkv7", "hybrid", "custom_code"],
         **{name: base[name] for name in ("license", "license_name", "license_link", "language") if name in base},
     )
-    recurrent, kept = conversion["rwkv_layers"], conversion["attention_layers"]
-    layers = len(recurrent) + len(kept)
+    recurrent, attention = conversion["rwkv_layers"], conversion["attention_layers"]
+    layers = len(recurrent) + len(attention)
     rotation = "with" if conversion["student"]["attention_rope"] else "without"
     name = conversion["base_model"]
     body = BODY.format(
@@ -84,8 +84,8 @@ def model_card(conversion: dict, base_card: Path) -> ModelCard:
         count=len(recurrent),
         layers=layers,
         preset=conversion["student"]["preset"],
-        kept=f"{len(kept)} keep softmax attention, {rotation} rotary positions"
-        if kept
+        others=f"{len(attention)} keep softmax attention, {rotation} rotary positions"
+        if attention
         else "none keeps softmax attention",
         layout="".join("R" if i in recurrent else "A" for i in range(layers)),
         embeddings="tied" if conversion["tie_word_embeddings"] else "untied",
@@ -98,7 +98,11 @@ def model_card(conversion: dict, base_card: Path) -> ModelCard:
 
 
 def changes(conversion: dict) -> list[str]:
-    """A sentence each on what quantization cost the weights and on where the adapters are; from conversion.json."""
+    """Return sentences on the cost of quantization and on where the adapters are.
+
+    Args:
+        conversion: conversion.json of the export.
+    """
     lines = []
     if quantized := conversion.get("quantized"):
         lines.append(

@@ -1,7 +1,7 @@
 """A finished run as a Hugging Face model directory that needs torch and transformers only.
 
-Teacher weights and the student's are merged strictly, the directory is built beside its final place, verified in a
-fresh process against the trained model, and only then renamed. The model card is written by `card.py`.
+Every tensor of the exported model must have exactly one source. The directory is built next to its final place,
+verified in a fresh process against the trained model, and only then renamed. `card.py` writes the model card.
 """
 
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers import __version__ as transformers_version
 
 from ..errors import UserError
@@ -37,17 +37,19 @@ def export_hf(
     base_model: str | None = None,
     max_shard_size: str = "5GB",
 ) -> dict:
-    """Write the trained model of `run` to `out`, as a `Hybrid<Family>ForCausalLM` to load with trust_remote_code=True.
+    """Write the trained model of a run as a `Hybrid<Family>ForCausalLM` directory.
+
+    It is loaded with `from_pretrained(out, trust_remote_code=True)`.
 
     Args:
         run: run directory; its last finished stage is exported.
-        out: directory to create; it may exist only when it is empty.
+        out: directory to create; it may exist only if it is empty.
         dtype: "float32", "bfloat16" or "float16" of the stored weights; None keeps the teacher's. The biases of decay,
             in-context rate and residual mixes stay fp32 in any case.
-        tie_embeddings: whether input and output embeddings are one matrix in the result. Training always holds them
-            apart; None ties them when they are still equal bit for bit, True insists on it, False keeps two.
+        tie_embeddings: whether input and output embeddings are one matrix in the result. Training always keeps them
+            separate; None ties them if they are still equal bit for bit, True insists on it, False keeps two.
         adapters: "merge" them into the weights, or keep them "separate": ordinary PEFT adapters in `adapter`,
-            `adapter-2`, ... of the directory, to be put on the model that is exported without them.
+            `adapter-2`, ... of the directory, to be loaded onto the model that is exported without them.
         base_model: id of the base model for the card; default is the teacher's hub id or its directory's name.
         max_shard_size: as in `save_pretrained`.
 
@@ -55,20 +57,12 @@ def export_hf(
         conversion.json of the export: source, student, hashes, measurements, and the result of the verification.
 
     Raises:
-        UserError: `out` is not empty, `run` is not finished, weights do not fit, embeddings differ but shall be tied,
-            there are no adapters to keep separate, not enough disk.
+        UserError: `out` is not empty, `run` is not finished, weights do not fit, embeddings to be tied differ, there
+            are no adapters to keep separate, or not enough disk.
         VerificationError: the reloaded model does not reproduce the trained one. Nothing is left at `out`.
     """
     run, out = open_run(run), Path(out)
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"dtype is {dtype!r}", f"allowed: {', '.join(DTYPES)}")
-    if adapters not in ("merge", "separate"):
-        raise UserError(f"adapters is {adapters!r}", "allowed: merge, separate")
-    if adapters == "separate" and not run.layers.adapters:
-        raise UserError(f"{run.path} was trained without adapters", "leave out --adapters separate")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"output directory {out} exists and is not empty", "name a new directory, or remove it first")
-
+    _check_options(run, out, dtype, adapters)
     with replacing(out) as partial:
         partial.mkdir()
         trained = run.load_model()
@@ -77,7 +71,7 @@ def export_hf(
         changes = {"quantized": _quantized(trained), "adapters": _adapters(run, adapters)}
         separate = take_adapters(trained, run.layers) if adapters == "separate" else []
         head = f"{trained.family.head_path}."
-        if tie_embeddings is None and any(name.startswith(head) for _, own in separate for name in own):
+        if tie_embeddings is None and any(name.startswith(head) for _, tensors in separate for name in tensors):
             tie_embeddings = False  # an adapter of the head must not reach the embedding when it is merged
         model = build_hybrid(trained, run, stored, tie_embeddings)
         _check_disk(model, out.parent)
@@ -93,15 +87,33 @@ def export_hf(
     return report
 
 
+def _check_options(run: TrainedRun, out: Path, dtype: str | None, adapters: str) -> None:
+    """Refuse options that cannot be served, before anything is loaded."""
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype is {dtype!r}", f"allowed: {', '.join(DTYPES)}")
+    if adapters not in ("merge", "separate"):
+        raise UserError(f"adapters is {adapters!r}", "allowed: merge, separate")
+    if adapters == "separate" and not run.layers.adapters:
+        raise UserError(f"{run.path} was trained without adapters", "leave out --adapters separate")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"output directory {out} exists and is not empty", "name a new directory, or remove it first")
+
+
 def build_hybrid(
     trained: HybridModel, run: TrainedRun, dtype: torch.dtype, tie_embeddings: bool | None
 ) -> PreTrainedModel:
-    """The exported model with every tensor taken from the trained one, which must have exactly these tensors.
+    """Build the exported model from the tensors of the trained one.
 
-    The trained one is made plain: quantized weights are unpacked, adapters merged.
+    The trained model is made plain: quantized weights are unpacked, adapters merged.
+
+    Args:
+        trained: the student; its tensors must be exactly those of the exported model.
+        run: where it was trained.
+        dtype: of the stored weights.
+        tie_embeddings: see `export_hf`.
 
     Raises:
-        UserError: a tensor without a source or a source without a target, embeddings that differ but shall be tied.
+        UserError: a tensor without a source or a source without a target, embeddings to be tied that differ.
     """
     make_plain(trained)
     if tie_embeddings is False:
@@ -112,34 +124,18 @@ def build_hybrid(
     if tie_embeddings and not equal:
         raise UserError(
             f"the embeddings cannot be tied: input and output differ by up to {(embeddings - head).abs().max():.3g}",
-            "training moved them apart; export without tying, or train with embed and head frozen",
+            "export without tying, or train with embed and head frozen",
         )
-    model_class = trained.family.hybrid_class
-    mixers = {i: c.replace(backend="auto", precision="auto") for i, c in trained.mixer_configs.items()}
-    fields = run.teacher_config().to_dict()
-    for name in ("model_type", "architectures", "transformers_version", "dtype", "auto_map", "_name_or_path"):
-        fields.pop(name, None)
-    config = model_class.config_class(
-        **fields
-        | mixer_fields(mixers)
-        | {
-            "tie_word_embeddings": equal if tie_embeddings is None else tie_embeddings,
-            "rwkv_layers": trained.rwkv_layers,
-            "attention_rope": trained.spec.attention_rope,
-            "rwkv_architecture": trained.spec.preset,
-            "teacher_model": run.teacher_id,
-            "dtype": dtype,
-        }
-    )
+    config = _hybrid_config(trained, run, dtype, equal if tie_embeddings is None else tie_embeddings)
     with torch.device("meta"):
-        model = model_class(config)
+        model = trained.family.hybrid_class(config)
     targets = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     sources = {name: tuple(t.shape) for name, t in tensors.items()}
     if targets != sources:
-        wrong = sorted(name for name in targets | sources if targets.get(name) != sources.get(name))
-        name = wrong[0]
+        unmatched = sorted(name for name in targets | sources if targets.get(name) != sources.get(name))
+        name = unmatched[0]
         raise UserError(
-            f"{len(wrong)} tensors do not fit the exported model, first {name}: "
+            f"{len(unmatched)} tensors do not fit the exported model, first {name}: "
             f"target {targets.get(name, 'missing')}, source {sources.get(name, 'missing')}"
         )
     stored = {name: t.to(stored_dtype(name, dtype)) for name, t in tensors.items()}
@@ -148,11 +144,31 @@ def build_hybrid(
     return model.eval()
 
 
+def _hybrid_config(trained: HybridModel, run: TrainedRun, dtype: torch.dtype, tied: bool) -> PretrainedConfig:
+    model_class = trained.family.hybrid_class
+    mixers = {i: c.replace(backend="auto", precision="auto") for i, c in trained.mixer_configs.items()}
+    fields = run.teacher_config().to_dict()
+    for name in ("model_type", "architectures", "transformers_version", "dtype", "auto_map", "_name_or_path"):
+        fields.pop(name, None)
+    return model_class.config_class(
+        **fields
+        | mixer_fields(mixers)
+        | {
+            "tie_word_embeddings": tied,
+            "rwkv_layers": trained.rwkv_layers,
+            "attention_rope": trained.spec.attention_rope,
+            "rwkv_architecture": trained.spec.preset,
+            "teacher_model": run.teacher_id,
+            "dtype": dtype,
+        }
+    )
+
+
 def _check_disk(model: PreTrainedModel, folder: Path) -> None:
     needed = sum(p.numel() * p.element_size() for p in model.parameters())
     if (free := free_bytes(folder)) < needed * 1.02:
         raise UserError(
-            f"{folder} has {rounded_bytes(free)} free, the export needs {rounded_bytes(needed)}", "free some space"
+            f"{folder} has {rounded_bytes(free)} free, but the export needs {rounded_bytes(needed)}", "free some space"
         )
 
 
@@ -163,20 +179,20 @@ def _save(
     type(model).register_for_auto_class("AutoModelForCausalLM")
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     generation.cache_implementation = None  # a static cache cannot hold a recurrent state
-    # not generation.save_pretrained: it refuses the sampling fields that some teachers ship beside greedy defaults
+    # not generation.save_pretrained: it refuses the sampling fields that some teachers ship with greedy defaults
     generation.to_json_file(folder / "generation_config.json")
     source = run.teacher_files()
     for pattern in (*TOKENIZER_FILES, *LEGAL_FILES):
         for file in source.glob(pattern):
             shutil.copyfile(file, folder / file.name)
-    for file in folder.glob("*.safetensors"):  # safetensors makes files that only their owner may read
+    for file in folder.glob("*.safetensors"):  # safetensors writes files that only their owner may read
         file.chmod((folder / "config.json").stat().st_mode)
     if (picture := run.path / "report.png").exists():
         shutil.copyfile(picture, folder / picture.name)
 
 
 def _conversion(model: PreTrainedModel, trained: HybridModel, run: TrainedRun, folder: Path, base_model: str) -> dict:
-    """conversion.json of the export; holds no path of this machine."""
+    """Return conversion.json of the export, without paths of this machine."""
     config = model.config
     return {
         "base_model": base_model,
@@ -201,7 +217,7 @@ def _conversion(model: PreTrainedModel, trained: HybridModel, run: TrainedRun, f
 
 
 def _quantized(trained: HybridModel) -> dict | None:
-    """What quantization has cost the exported weights, which are the unpacked ones; None where there was none."""
+    """Return what quantization cost the exported (unpacked) weights, None without it."""
     layers = {name: layer for name, layer in trained.quantized.items() if ".teacher_attn." not in name}
     if not layers:
         return None
@@ -228,7 +244,10 @@ def _adapters(run: TrainedRun, adapters: str) -> dict | None:
 
 
 def _without_paths(stage: dict | None) -> dict | None:
-    """A stage's configuration without the files of this machine it was trained on; a second teacher keeps its name."""
+    """Return a stage's configuration without paths of this machine.
+
+    The path of a second teacher becomes its public name.
+    """
     if not stage:
         return stage
     stage = {name: value for name, value in stage.items() if name != "teacher_cache"}

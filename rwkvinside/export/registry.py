@@ -1,4 +1,4 @@
-"""The formats that a run can be exported to: where a format is added. Imports none of them before it is chosen."""
+"""The formats that a run can be exported to. Imports a format only when it is chosen."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from ..errors import UserError
 from ..support.text import did_you_mean
 
-# name -> ("module:function" of this package, one line of help); the function takes the run, the output and options of
-# its own, verifies what it writes, and returns what conversion.json says
+# name -> ("module:function" of this package, one line of help); the function takes the run, the output and its options,
+# verifies what it writes, and returns the content of conversion.json
 FORMATS = {"hf": ("huggingface:export_hf", "Hugging Face transformers")}
 
 
@@ -21,13 +21,13 @@ def export(run: str | Path, out: str | Path, to: str = "hf", **options: Any) -> 
         run: run directory.
         out: directory to create.
         to: name of the format.
-        **options: of the format, see its function.
+        **options: of the format, see its function in `FORMATS`.
 
     Returns:
-        What conversion.json of the export says.
+        The content of the export's conversion.json.
 
     Raises:
-        UserError: an unknown format, with the nearest one, and whatever the format refuses.
+        UserError: an unknown format (names the nearest one), or whatever the format refuses.
         VerificationError: the export does not reproduce the trained model.
     """
     if to not in FORMATS:

@@ -1,24 +1,25 @@
-"""Runs in a process of its own to load an exported directory as a user would, with torch and transformers only.
+"""Loads an exported directory as a user would, with torch and transformers only, in a separate process.
 
 Executed by path (`python -I reload.py DIR REQUEST RESULT THREADS SAMPLE ADAPTERS`), never imported. REQUEST is a
-safetensors file with `input_ids` (B, T); RESULT gets the logits of a full pass in fp32, of a pass in pieces through the
-cache, with the directories ADAPTERS put on by PEFT, and of the stored dtype, and the token ids of the text SAMPLE
-(empty: the directory has no tokenizer).
+safetensors file with `input_ids` (B, T). RESULT gets logits: of a full pass in fp32, of a pass in pieces through the
+cache, with the directories ADAPTERS loaded by PEFT, and in the stored dtype; and the token ids of the text SAMPLE
+(empty if the directory has no tokenizer).
 """
 
 import sys
 
 
 class Blocked:
-    """An import hook that makes the training package unavailable even where it is installed."""
+    """Import hook that hides the training package even where it is installed."""
 
     def find_spec(self, name, path=None, target=None):
+        """Refuse to import the training package."""
         if name.split(".")[0] == "rwkvinside":
             raise ImportError(f"an exported model imported {name}: it must be self-contained")
 
 
 def main(folder: str, request: str, result: str, threads: str, sample: str, adapters: str) -> None:
-    """Load the directory and write what it computes; the arguments are those of the process."""
+    """Load the directory and write what it computes; arguments as of the process."""
     import torch
     from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
@@ -32,7 +33,7 @@ def main(folder: str, request: str, result: str, threads: str, sample: str, adap
         return model.eval()
 
     torch.set_grad_enabled(False)
-    torch.set_num_threads(int(threads))  # as the process that compares, so that sums have the same order
+    torch.set_num_threads(int(threads))  # as in the process that compares, so that sums have the same order
     ids = load_file(request)["input_ids"]
     tokens = ids.shape[1]
     model = load(torch.float32)
@@ -40,11 +41,11 @@ def main(folder: str, request: str, result: str, threads: str, sample: str, adap
     cache = DynamicCache(config=model.config)
     pieces = [tokens // 2, 1, 1, tokens - tokens // 2 - 2]
     cached = torch.cat([model(part, past_key_values=cache).logits for part in ids.split(pieces, dim=1)], 1)
-    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4)  # has to run; what it says is not judged
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4)  # has to run; the text does not matter
     for i, name in enumerate(adapters.split()):
         from peft import PeftModel
 
-        # two adapters of one name and kind would be one to PEFT, of which each directory holds a part only
+        # PEFT takes two adapters of one name and kind for one, of which each directory holds only a part
         model = PeftModel.from_pretrained(model.merge_and_unload() if i else model, f"{folder}/{name}")
     adapted = model(ids, use_cache=False).logits
     del model

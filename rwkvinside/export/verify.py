@@ -1,7 +1,7 @@
-"""Whether an exported directory reproduces the model it was made from.
+"""Verification that an exported directory reproduces the model it was made from.
 
 The directory is loaded in a fresh process that cannot import this package (`reload.py`), and its logits on fixed tokens
-are compared with the trained model's in this process.
+are compared with those of the trained model in this process.
 """
 
 import json
@@ -27,20 +27,20 @@ from ..runs.trained import TrainedRun, open_run
 from ..support.files import write_json
 from .weights import DTYPES, stored_dtype
 
-ROWS, TOKENS, SEED = 2, 41, 0  # 41: no multiple of the chunk of any backend
+ROWS, TOKENS, SEED = 2, 41, 0  # 41: not a multiple of any backend's chunk
 SAMPLE = "Once upon a time, 12 naïve dragons\n\tsaid: “{}”"
 
 # Logits of the directory loaded in fp32 against the trained model whose weights were rounded to the directory's dtype.
-# Both run the same operations in the same order with the same number of threads: the usual difference is 0, and a
-# millionth of the largest logit (8 units in its last place) is allowed where that is more than the 1e-5 promised.
+# Both run the same operations in the same order with the same number of threads: the usual difference is 0. A millionth
+# of the largest logit (8 units in its last place) is allowed where that is more than the promised 1e-5.
 TOLERANCE, RELATIVE_TOLERANCE = 1e-5, 1e-6
-# The same directory read in pieces through its cache: other operations (single steps instead of chunks), whose rounding
-# errors grow with depth. A state that is lost or applied twice is off by the size of the logits themselves.
+# The same directory run in pieces through its cache: other operations (single steps instead of chunks), whose rounding
+# errors grow with depth. A state that is lost or applied twice shows as a difference as large as the logits.
 CACHE_TOLERANCE = 1e-3
 
 
 def verify(folder: str | Path, against: str | Path) -> dict:
-    """Compare an exported directory with the run it was made from, and note the result in its conversion.json.
+    """Compare an exported directory with its run; note the result in conversion.json.
 
     Args:
         folder: exported directory.
@@ -49,9 +49,9 @@ def verify(folder: str | Path, against: str | Path) -> dict:
     Returns:
         The result: `passed`, `max_difference` (of fp32 logits, against the trained weights in the directory's dtype)
         and its `tolerance`, `cache_difference` and its tolerance, `rounding_kl` (mean KL in nats from the trained fp32
-        model to the directory in its own dtype; a measurement, without a limit). Of a run with quantized weights or
-        adapters also `plain_difference` (between the model as it ran in training and with its weights unpacked and
-        adapters merged) and, where adapters are separate, `adapter_difference` (with PEFT's own loading of them).
+        model to the directory in its stored dtype; a measurement without a limit). For a run with quantized weights or
+        adapters also `plain_difference` (between the model as it ran in training and with weights unpacked and adapters
+        merged) and, where adapters are separate, `adapter_difference` (with the adapters loaded by PEFT).
 
     Raises:
         UserError: not an exported directory, or a run that cannot be read.
@@ -63,33 +63,33 @@ def verify(folder: str | Path, against: str | Path) -> dict:
         dtype = DTYPES[json.loads((folder / "config.json").read_text())["dtype"]]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"{folder} is not an exported model: {error!r}", "name the directory that `export` wrote"
+            f"{folder} is not an exported model: {error!r}", "name a directory that `rwkvinside export` wrote"
         ) from error
     run = open_run(against)
     directories = (conversion.get("adapters") or {}).get("directories", [])
     batch, expected = _expected_logits(run, dtype, bool(directories))
     sample_ids = _sample_ids(run.teacher_files())
-    got = _reload(folder, batch.input_ids, SAMPLE if sample_ids else "", directories)
+    reloaded = _reload(folder, batch.input_ids, SAMPLE if sample_ids else "", directories)
     largest = expected["full"].abs().max().item()
     result = {
         "passed": False,
         "dtype": str(dtype).removeprefix("torch."),
         "tokens": ROWS * TOKENS,
-        "max_difference": _max_difference(got["full"], expected["full"]),
+        "max_difference": _max_difference(reloaded["full"], expected["full"]),
         "tolerance": max(TOLERANCE, RELATIVE_TOLERANCE * largest),
-        "cache_difference": _max_difference(got["cached"], got["full"]),
+        "cache_difference": _max_difference(reloaded["cached"], reloaded["full"]),
         "cache_tolerance": CACHE_TOLERANCE * max(1.0, largest),
-        "rounding_kl": _mean_kl(expected["trained"], got["stored"]),
+        "rounding_kl": _mean_kl(expected["trained"], reloaded["stored"]),
     }
     if "plain" in expected:
         result["plain_difference"] = _max_difference(expected["plain"], expected["trained"])
     if directories:
-        result["adapter_difference"] = _max_difference(got["adapted"], expected["adapted"])
+        result["adapter_difference"] = _max_difference(reloaded["adapted"], expected["adapted"])
     problems = _differences(result, TOLERANCE * max(1.0, largest))
-    if not got["stored"].isfinite().all():
+    if not reloaded["stored"].isfinite().all():
         problems.append(f"logits in {result['dtype']} are not finite")
-    if got["sample_ids"].tolist() != sample_ids:
-        problems.append(f"its tokenizer gives {got['sample_ids'].tolist()} where the teacher's gives {sample_ids}")
+    if (ids := reloaded["sample_ids"].tolist()) != sample_ids:
+        problems.append(f"its tokenizer gives {ids} where the teacher's gives {sample_ids}")
     result["passed"] = not problems
     conversion["verification"] = result | ({"problems": problems} if problems else {})
     write_json(folder / "conversion.json", conversion)
@@ -99,23 +99,25 @@ def verify(folder: str | Path, against: str | Path) -> dict:
 
 
 def _expected_logits(run: TrainedRun, dtype: torch.dtype, separate: bool) -> tuple[Batch, dict[str, Tensor]]:
-    """Return fixed tokens, and what the trained model says of them on its way to the export's weights.
+    """Return fixed tokens and the logits that the export is compared with.
 
     Args:
-        separate: the export has its adapters in directories of their own.
+        run: the run that was exported.
+        dtype: of the export.
+        separate: the adapters are in separate directories.
 
     Returns:
-        The batch, and the logits "trained" as the model ran in training, "plain" unpacked and merged (where that is
-        something else), "adapted" with the export's rounding, and "full" without the separate adapters.
+        The batch, and the logits "trained" as the model ran in training, "plain" unpacked and merged (where that
+        differs), "adapted" with the export's rounding, and "full" without the separate adapters.
     """
     model = run.load_model()
     for mixer in model.mixers.values():  # the directory has to run where no compiled kernel is installed
         mixer.mixer_config = mixer.mixer_config.replace(backend="chunked")
     batch = _fixed_batch(model.lm.config.vocab_size)
     logits = {"trained": _logits(model, batch)}
-    special = bool(model.quantized or adapter_names(model))
+    changes = bool(model.quantized or adapter_names(model))
     make_plain(model, keep_adapters=separate)
-    if special:
+    if changes:
         logits["plain"] = _logits(model, batch)
     _round(model, dtype)
     logits["adapted"] = _logits(model, batch)
@@ -125,7 +127,12 @@ def _expected_logits(run: TrainedRun, dtype: torch.dtype, separate: bool) -> tup
 
 
 def _differences(result: dict, tolerance: float) -> list[str]:
-    """Return which differences are too large; `tolerance` is that of unpacking and of adapters."""
+    """Return which differences are too large.
+
+    Args:
+        result: see `verify`.
+        tolerance: for unpacking and adapters.
+    """
     problems = []
     if not result.get("plain_difference", 0.0) <= tolerance:
         problems.append(f"unpacking and merging changes logits by {result['plain_difference']:.3g}")
@@ -156,7 +163,7 @@ def _logits(model: HybridModel, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def _round(model: HybridModel, dtype: torch.dtype) -> None:
-    """Give the trained model the weights that the export stores, still computing in fp32."""
+    """Round the trained model's weights as the export does, still in fp32."""
     for name, parameter in model.canonical_parameters().items():
         if is_adapter(name):  # stored in fp32
             continue
@@ -167,7 +174,7 @@ def _reload(folder: Path, ids: Tensor, sample: str, adapters: list[str]) -> dict
     with tempfile.TemporaryDirectory() as scratch:
         request, result = Path(scratch) / "request.safetensors", Path(scratch) / "result.safetensors"
         save_file({"input_ids": ids}, request)
-        # a module cache of its own: code left there by an earlier export must not stand in for the directory's
+        # a separate module cache: code left by an earlier export must not replace the directory's
         environment = os.environ | {"HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
         script = Path(__file__).with_name("reload.py")
         process = subprocess.run(
@@ -183,12 +190,12 @@ def _reload(folder: Path, ids: Tensor, sample: str, adapters: list[str]) -> dict
         )
         if process.returncode:
             last = process.stderr.strip().splitlines()[-1:] or [f"exit status {process.returncode}"]
-            raise VerificationError(f"{folder} does not load in a process of its own: {last[0]}")
+            raise VerificationError(f"{folder} does not load in a separate process: {last[0]}")
         return load_file(result)
 
 
 def _sample_ids(teacher: Path) -> list[int]:
-    """What the teacher's tokenizer makes of the sample; [] for a teacher without tokenizer, whose export has none."""
+    """Return the teacher's token ids of the sample; [] if it has no tokenizer."""
     if not any(teacher.glob("tokenizer*")):
         return []
     return AutoTokenizer.from_pretrained(teacher)(SAMPLE)["input_ids"]

@@ -1,4 +1,4 @@
-"""In which dtype an export stores each tensor: one rule for writing and for verifying."""
+"""The dtype in which an export stores each tensor: one rule for writing and for verifying."""
 
 import re
 
@@ -10,5 +10,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """fp32 for the parameters that no model keeps in less, else `dtype`; `name` is the exported name of the tensor."""
+    """Return fp32 for parameters that every model keeps in fp32, else `dtype`.
+
+    Args:
+        name: of the tensor in the export.
+        dtype: of the export.
+    """
     return torch.float32 if any(re.search(pattern, name) for pattern in FP32_PARAMETERS) else dtype

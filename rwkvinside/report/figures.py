@@ -1,4 +1,4 @@
-"""One drawing function per question, each onto a given matplotlib Axes, and figures that are saved as a whole.
+"""One drawing function per question, each onto a matplotlib Axes, and the figures made of them.
 
 Colors are Okabe and Ito's, which people with any color vision can tell apart; color maps are perceptually uniform.
 """
@@ -29,17 +29,17 @@ LOSS_UNITS = {
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """An empty figure of a size in inches, drawn without a display."""
+    """Return an empty figure of a size in inches, drawn without a display."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained", dpi=120)
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
-    """Write a PNG.
+    """Write a figure as a PNG.
 
     Raises:
-        UserError: no space, or the directory cannot be written.
+        UserError: no space, or a directory that cannot be written.
     """
     try:
         with replacing(path) as temporary:
@@ -65,7 +65,10 @@ def _count_axis(axis) -> None:
 
 
 def _plain_log(ax: "Axes", values: np.ndarray) -> None:
-    """A log axis whose few ticks are plain numbers; matplotlib labels none when all values lie within one decade."""
+    """Make the y axis logarithmic, with few ticks that are plain numbers.
+
+    By default matplotlib labels no tick when all values are within one decade.
+    """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     ax.set_yscale("log")
@@ -77,7 +80,7 @@ def _plain_log(ax: "Axes", values: np.ndarray) -> None:
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Running mean over the last `window` values (fewer at the start): never looks ahead."""
+    """Return the mean of the last `window` values at each point (fewer at the start)."""
     sums = np.cumsum(np.insert(values, 0, 0.0))
     index = np.arange(1, len(values) + 1)
     first = np.maximum(index - window, 0)
@@ -85,7 +88,10 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def draw_loss(ax: "Axes", rows: Sequence[dict], stage: str) -> None:
-    """Training loss of one stage over its tokens: every step in grey, the mean of the last steps in blue."""
+    """Draw the training loss of a stage over its tokens.
+
+    Every logged step is gray, the mean of the last steps blue.
+    """
     train = of_kind(rows, "train", stage)
     tokens, loss = column(train, "tokens"), column(train, "loss")
     window = max(1, len(train) // 25)
@@ -99,7 +105,7 @@ def draw_loss(ax: "Axes", rows: Sequence[dict], stage: str) -> None:
 
 
 def draw_alignment(ax: "Axes", rows: Sequence[dict], stage: str) -> None:
-    """Heat map: relative squared error of every layer over the steps of an alignment, log color."""
+    """Draw the relative squared error of every layer over the steps as a heat map."""
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
@@ -123,7 +129,15 @@ def draw_alignment(ax: "Axes", rows: Sequence[dict], stage: str) -> None:
 
 
 def draw_validation(ax: "Axes", rows: Sequence[dict], name: str, unit: str, *, log: bool = False) -> None:
-    """One validation number over all tokens of the run, stages one after another, marked where one begins."""
+    """Draw a validation score over all tokens of the run, marking where stages begin.
+
+    Args:
+        ax: where to draw.
+        rows: of metrics.jsonl.
+        name: of the score, a key of `VALIDATION_TITLES`.
+        unit: of the score.
+        log: use a logarithmic y axis.
+    """
     before = tokens_before(rows)
     measured = of_kind(rows, "eval")
     tokens = column(measured, "tokens") + np.array([before[row["stage"]] for row in measured])
@@ -151,7 +165,7 @@ VALIDATION = (
 
 
 def loss_figure(rows: Sequence[dict]) -> "Figure | None":
-    """Training loss, one panel per stage; None if nothing was trained."""
+    """Draw the training loss, one panel per stage; None if nothing was trained."""
     names = stages(rows, "train")
     if not names:
         return None
@@ -162,7 +176,7 @@ def loss_figure(rows: Sequence[dict]) -> "Figure | None":
 
 
 def alignment_figure(rows: Sequence[dict]) -> "Figure | None":
-    """Heat maps, one panel per stage that logs errors per layer; None if there is none."""
+    """Draw a heat map for each stage that logs errors per layer; None without one."""
     names = [stage for stage in stages(rows, "train") if alignment(rows, stage)[1]]
     if not names:
         return None
@@ -174,7 +188,7 @@ def alignment_figure(rows: Sequence[dict]) -> "Figure | None":
 
 
 def validation_figure(rows: Sequence[dict]) -> "Figure | None":
-    """KL, cross entropies and agreement over the run; None if nothing was evaluated."""
+    """Draw KL, cross entropies and agreement over the run; None without evaluations."""
     if not of_kind(rows, "eval"):
         return None
     figure = new_figure(13, 3.6)
@@ -184,15 +198,16 @@ def validation_figure(rows: Sequence[dict]) -> "Figure | None":
 
 
 def overview_figure(rows: Sequence[dict]) -> "Figure | None":
-    """Everything of a run on one page: losses, then heat maps, then validation; None if there is nothing to draw."""
+    """Draw losses, heat maps and validation on one page; None if there is nothing."""
     trained = stages(rows, "train")
     aligned = [stage for stage in trained if alignment(rows, stage)[1]]
     bands = [
         [lambda ax, stage=stage: draw_loss(ax, rows, stage) for stage in trained],
         [lambda ax, stage=stage: draw_alignment(ax, rows, stage) for stage in aligned],
-        [lambda ax, one=one: draw_validation(ax, rows, one[0], one[1], log=one[2]) for one in VALIDATION]
-        if of_kind(rows, "eval")
-        else [],
+        [
+            lambda ax, name=name, unit=unit, log=log: draw_validation(ax, rows, name, unit, log=log)
+            for name, unit, log in (VALIDATION if of_kind(rows, "eval") else ())
+        ],
     ]
     bands = [band for band in bands if band]
     if not bands:
@@ -205,7 +220,11 @@ def overview_figure(rows: Sequence[dict]) -> "Figure | None":
 
 
 def position_figure(evaluation: dict) -> "Figure":
-    """Perplexity of both models and KL by position, from the JSON that `rwkvinside eval` writes."""
+    """Draw perplexity of both models and KL by position.
+
+    Args:
+        evaluation: the JSON that `rwkvinside eval` writes.
+    """
     figure = new_figure(10.5, 3.8)
     left, right = figure.subplots(1, 2)
     buckets = evaluation["by_position"]
@@ -238,7 +257,7 @@ SHAPE_SIZES = {"B": "batch size B", "T": "tokens T", "H": "heads H", "N": "head 
 
 
 def length_figure(lengths: "dict[str, np.ndarray]") -> "Figure":
-    """How long the documents of each source are, in classes of doubling length.
+    """Draw a histogram of the lengths of documents, one line per source.
 
     Args:
         lengths: tokens of each document, by source.
@@ -257,10 +276,15 @@ def length_figure(lengths: "dict[str, np.ndarray]") -> "Figure":
 
 
 def draw_kernels(ax: "Axes", stage: dict, which: str) -> None:
-    """Milliseconds of every candidate of one stage of `rwkvinside bench wkv7` in one pass.
+    """Draw the times of all candidates of one stage of `rwkvinside bench wkv7`.
 
-    The abscissa is the one size in which the shapes differ; where several do, the shapes stand side by side and are not
-    joined by lines.
+    The x axis is the one size in which the shapes differ; if several differ, the shapes are side by side and not joined
+    by lines.
+
+    Args:
+        ax: where to draw.
+        stage: as in the benchmark's JSON.
+        which: pass, a key of `KERNEL_PASSES`.
     """
     from matplotlib.ticker import FuncFormatter, NullLocator
 
@@ -270,8 +294,8 @@ def draw_kernels(ax: "Axes", stage: dict, which: str) -> None:
     positions = [shape[varying[0]] for shape in shapes] if joined else list(range(len(shapes)))
     drawn = []
     for name in dict.fromkeys(result["candidate"] for shape in shapes for result in shape["results"]):
-        found = [next((r for r in shape["results"] if r["candidate"] == name), {}) for shape in shapes]
-        times = column([result.get(which, {}) for result in found], "ms")
+        results = [next((r for r in shape["results"] if r["candidate"] == name), {}) for shape in shapes]
+        times = column([result.get(which, {}) for result in results], "ms")
         if np.isnan(times).all():
             continue
         family, _, member = name.partition(":")
@@ -294,10 +318,12 @@ def draw_kernels(ax: "Axes", stage: dict, which: str) -> None:
 
 
 def kernel_figure(stages: Sequence[dict], device: str) -> "Figure | None":
-    """Times of `rwkvinside bench wkv7`: a row per stage, forward on the left and with backward on the right.
+    """Draw the times of `rwkvinside bench wkv7`, one row per stage.
+
+    Forward is on the left, forward with backward on the right.
 
     Args:
-        stages: as in its JSON: {"title", "dtype", "shapes"}.
+        stages: as in the benchmark's JSON: {"title", "dtype", "shapes"}.
         device: for the title.
 
     Returns:

@@ -16,17 +16,17 @@ FIGURES = {
 
 
 def write_report(run: Path, out: Path | None = None) -> list[Path]:
-    """Draw what the run has measured so far.
+    """Draw what a run has measured so far.
 
     Args:
         run: run directory with a metrics.jsonl.
-        out: folder for the PNGs; None is the run directory itself, where an export looks for report.png.
+        out: folder for the PNGs; None is the run directory, where an export looks for report.png.
 
     Returns:
-        The files written: report.png (all on one page) and one file per question that the run can answer.
+        The files written: report.png (everything on one page) and one file for each figure with data.
 
     Raises:
-        UserError: no metrics, a damaged line, or nothing in it to draw.
+        UserError: no metrics, a damaged line, or nothing to draw.
     """
     metrics = RunDirectory(run).metrics
     rows = read_metrics(metrics)
@@ -38,5 +38,5 @@ def write_report(run: Path, out: Path | None = None) -> list[Path]:
             save_figure(figure, path)
             written.append(path)
     if not written:
-        raise UserError(f"{metrics} has no training step and no evaluation yet", "train first")
+        raise UserError(f"{metrics} has no training step and no evaluation yet", "train the run first")
     return written

@@ -31,7 +31,7 @@ def teacher(tmp_path_factory):
 
 @pytest.fixture
 def data(tmp_path):
-    """A file with a document of every kind; the text stands there twice."""
+    """A file with a document of every kind; the text is listed twice."""
     records = [
         {"text": "plain text, ü"},
         {"conversations": [{"from": "human", "value": "two\nlines"}, {"from": "gpt", "value": "answer"}]},
@@ -100,7 +100,7 @@ def test_lengths_and_padding(teacher, tmp_path, capsys):
     assert rows[2][4] == "█" * 40 and rows[0][4] == "█" * 13 and len(rows[1]) == 4
     # 140 tokens in 5 rows of 32; 3 + 10 + 12 + 15 + 32 of 5 rows
     padding = next(line for line in lines if line.startswith("  padding"))
-    assert f"{20 / 160:.2%} in packed rows of 32; {88 / 160:.1%} with one document a row, " in padding
+    assert f"{20 / 160:.2%} in packed rows of 32; {88 / 160:.1%} with one document per row, " in padding
     assert "which cuts 1 documents and 48.6% of the tokens" in padding
     assert png.read_bytes()[:4] == b"\x89PNG"
 
@@ -110,7 +110,7 @@ def test_ids_that_the_teacher_has_not(teacher, tmp_path, capsys):
     path.write_text('{"text": "a<s>b<s>"}\n{"text": "c"}\n')
     assert run("inspect", path, "--teacher", teacher, "--samples", 0) == 0
     out = capsys.readouterr().out
-    assert "vocabulary  2 tokens have ids that the teacher (258) has not: 258; a run refuses this data" in out
+    assert "vocabulary  2 tokens have ids that the teacher (258) lacks: 258; a run refuses this data" in out
     assert run("pack", path, "--teacher", teacher, "--out", tmp_path / "packed") == 2
     assert "has token id 258" in capsys.readouterr().err
     assert not (tmp_path / "packed").exists()
@@ -130,7 +130,7 @@ def test_pack_then_inspect_and_load(teacher, data, tmp_path, capsys):
     assert run("inspect", out, "--tokenizer", teacher, "--samples", 0, "--max-tokens", 20) == 0
     assert "  documents   2 (the first 20 tokens): of 4 question, 2 text, " in capsys.readouterr().out
     assert run("pack", data, "--tokenizer", teacher, "--out", out) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     with (out / "tokens.bin").open("r+b") as file:
         file.write(b"\1")
     assert run("inspect", out, "--tokenizer", teacher) == 2

@@ -58,7 +58,7 @@ def test_teacher_against_itself_reaches_its_published_cross_entropy(teacher, val
     assert run_eval(*arguments) == 0
     result = json.loads(out.read_text())
     assert result["documents"] == 40
-    # The note beside the data says about 1.31 over all of it; 40 documents have a standard error of about 0.01.
+    # The note next to the data says about 1.31 over all of it; 40 documents have a standard error of about 0.01.
     assert result["ce"] == pytest.approx(1.31, abs=0.04)
     assert result["kl"] == 0 and result["agreement"] == 1
     assert sum(bucket["tokens"] for bucket in result["by_position"]) == result["tokens"]
@@ -67,7 +67,7 @@ def test_teacher_against_itself_reaches_its_published_cross_entropy(teacher, val
     assert f"{result['tokens']:,}" in said.out and "100.00%" in said.out
 
 
-def test_a_run_is_judged_as_its_export_would_be(run, val, tmp_path, capsys):
+def test_a_run_is_evaluated_as_its_export_would_be(run, val, tmp_path, capsys):
     assert run_eval(run, "--data", val, "--max-documents", 5, "--max-length", 64, "--png", tmp_path / "p.png") == 0
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     assert "5 documents" in capsys.readouterr().out

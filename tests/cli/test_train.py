@@ -1,4 +1,4 @@
-"""`rwkvinside train` and its script: plans without weights, a line of cause and one of hint, one rank that speaks."""
+"""`rwkvinside train` and its script: plans without weights, a line of cause and one of hint, printed by one rank."""
 
 import os
 import subprocess
@@ -113,7 +113,7 @@ def test_a_backend_that_cannot_run_is_refused_before_anything_is_loaded(tmp_path
     assert "student.backend triton cannot run: PyTorch finds no GPU" in capsys.readouterr().err
 
 
-def test_only_the_first_rank_speaks():
+def test_only_rank_0_prints():
     result = run("train_distill.py", "--teacher", "Qwen3-14C", env=os.environ | {"RANK": "1"})
     assert (result.returncode, result.stdout, result.stderr) == (2, "", "")
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from tiny import byte_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from rwkvinside.data.token_store import TokenStore
 
@@ -28,6 +29,18 @@ def make_tokenizer():
 @pytest.fixture
 def tokenizer():
     return _tokenizer()
+
+
+@pytest.fixture
+def framing():
+    """Make a tokenizer put <s> before and </s> after every text, as some released ones do."""
+
+    def framing(tokenizer):
+        special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A </s>", special_tokens=special)
+        return tokenizer
+
+    return framing
 
 
 def _store(documents, loss=None):

@@ -7,7 +7,7 @@ import pytest
 
 from rwkvinside.data.binidx import read_binidx
 from rwkvinside.data.rows import PackedRows
-from rwkvinside.data.tokenize import load_tokens
+from rwkvinside.data.tokenize import ReadOptions, load_tokens
 from rwkvinside.errors import UserError
 
 SEQUENCES = [[5, 6, 7], [8], [9, 10, 11, 12], [13, 14]]
@@ -53,7 +53,7 @@ def test_ids_are_used_where_they_lie(tmp_path, tokenizer):
     texts = [f"document {i} " * (i % 5 + 1) for i in range(300)]
     path = write(tmp_path / "a", [tokenizer(text).input_ids for text in texts])
     cache = tmp_path / "cache"
-    store = load_tokens([path], tokenizer, cache_dir=cache, vocab_size=260)
+    store = load_tokens([path], tokenizer, ReadOptions(vocab_size=260), cache_dir=cache)
     assert [tokenizer.decode(store.piece(i)[0]) for i in range(300)] == texts
     assert isinstance(store.tokens, np.memmap) and store.tokens.filename == path.with_suffix(".bin")
     (entry,) = cache.iterdir()
@@ -63,26 +63,26 @@ def test_ids_are_used_where_they_lie(tmp_path, tokenizer):
     assert again.fingerprint == store.fingerprint and entry.stat().st_mtime_ns == stamp
     entry.write_bytes(b"damaged")
     assert load_tokens([path], tokenizer, cache_dir=cache).split(0.2)[1].num_documents > 20
-    # beside a text, in one pool
+    # together with a text, in one pool
     (tmp_path / "t.txt").write_text("some text")
     both = load_tokens([path, tmp_path / "t.txt"], tokenizer, cache_dir=cache)
     assert (both.num_documents, tokenizer.decode(both.piece(300)[0])) == (301, "some text")
     assert PackedRows(both, 64, seed=0).batch(range(20)).num_tokens == 20 * 64
-    few = load_tokens([path], tokenizer, cache_dir=cache, max_tokens=50)
+    few = load_tokens([path], tokenizer, ReadOptions(max_tokens=50), cache_dir=cache)
     assert few.num_tokens >= 50 > few.num_tokens - few.lengths[-1]
 
 
 @pytest.mark.parametrize(
     "damage, match",
     [
-        (lambda idx, bin: idx.write_bytes(b""), "no binidx index"),
-        (lambda idx, bin: idx.write_bytes(b"TNTIDX\0\0" + b"\0" * 60), "no binidx index"),
+        (lambda idx, bin: idx.write_bytes(b""), "not a binidx index"),
+        (lambda idx, bin: idx.write_bytes(b"TNTIDX\0\0" + b"\0" * 60), "not a binidx index"),
         (lambda idx, bin: idx.write_bytes(idx.read_bytes()[:40]), "40 bytes, but 4 sequences need"),
         (lambda idx, bin: idx.write_bytes(idx.read_bytes()[:17] + b"\x07" + idx.read_bytes()[18:]), "type 7"),
-        (lambda idx, bin: bin.write_bytes(bin.read_bytes()[:-2]), "18 bytes, but the index tells of 10 tokens"),
+        (lambda idx, bin: bin.write_bytes(bin.read_bytes()[:-2]), "18 bytes, but the index has 10 tokens"),
         (lambda idx, bin: bin.unlink(), r"a\.bin does not exist"),
         (lambda idx, bin: idx.unlink(), r"a\.idx does not exist"),
-        (lambda idx, bin: write(idx, pointers=[0, 6, 6, 16]), "do not follow one another"),
+        (lambda idx, bin: write(idx, pointers=[0, 6, 6, 16]), "are not contiguous"),
         (lambda idx, bin: write(idx, sequences=[[], []]), "holds no tokens"),
         (lambda idx, bin: write(idx, sequences=[[1, -2]], dtype="<i4", code=4), "token id -2"),
         (lambda idx, bin: write(idx, sequences=[[1, 260]]), "id 260, but the teacher's vocabulary has 260"),
@@ -92,5 +92,6 @@ def test_damaged_files(tmp_path, tokenizer, damage, match):
     path = write(tmp_path / "a")
     damage(path, path.with_suffix(".bin"))
     with pytest.raises(UserError, match=match) as caught:
-        load_tokens([path.with_suffix(".bin")], tokenizer, cache_dir=tmp_path / "cache", vocab_size=260)
+        options = ReadOptions(vocab_size=260)
+        load_tokens([path.with_suffix(".bin")], tokenizer, options, cache_dir=tmp_path / "cache")
     assert "\n" not in caught.value.cause + caught.value.hint

@@ -15,7 +15,7 @@ TAGGED = (
     "{{ m.content | trim }}<|im_end|>{% endgeneration %}{% else %}{{ m.content | trim }}<|im_end|>{% endif %}{{ '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# As Qwen3: only an answer behind the last question has a thinking block, so earlier renderings are no prefixes.
+# As Qwen3: only an answer after the last question has a thinking block, so earlier renderings are not prefixes.
 THINKING = (
     "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
     "{% endif %}{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -104,7 +104,7 @@ ERRAND = [
     {"role": "user", "content": "thanks"},
     {"role": "assistant", "content": "welcome"},
 ]
-# As Qwen2.5: calls behind the content, answers of tools together in a turn of the user.
+# As Qwen2.5: calls after the content, answers of tools together in a turn of the user.
 CALLS = "{% for c in m.tool_calls %}{{ '\n<tool_call>\n' + (c.function | tojson) + '\n</tool_call>' }}{% endfor %}"
 ANSWER = "{% if m.content %}{{ '\n' + m.content }}{% endif %}" + CALLS + "{{ '<|im_end|>\n' }}"
 QWEN = (

@@ -1,4 +1,4 @@
-"""Masks of whatever is no plain text, and ids that belong to another tokenizer."""
+"""Masks of all that is not plain text, and ids that belong to another tokenizer."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rwkvinside.data.encode import Encoder, agreement
 from rwkvinside.data.records import document_of
-from rwkvinside.data.tokenize import load_tokens
+from rwkvinside.data.tokenize import ReadOptions, load_tokens
 from rwkvinside.errors import UserError
 
 QUESTION = {"question": "Which?", "choices": ["ä", "b", "c"], "answer": 2}
@@ -21,10 +21,10 @@ def encoded(tokenizer, record, **options):
     return [(tokenizer.decode(d.ids), tokenizer.decode(d.ids[d.loss])) for d in found]
 
 
-def test_a_completion_carries_the_loss(tokenizer):
+def test_a_completion_carries_the_loss(tokenizer, framing):
     assert encoded(tokenizer, {"prompt": "Frage ü:", "completion": " ja"}) == [("Frage ü: ja", " ja")]
-    both = encoded(tokenizer, {"prompt": "Q:", "completion": " ja"}, add_bos=True, add_eos=True)
-    assert both == [("<s>Q: ja</s>", " ja</s>")]
+    framed = encoded(framing(tokenizer), {"prompt": "Q:", "completion": " ja"})
+    assert framed == [("<s>Q: ja</s>", " ja</s>")]
 
 
 def test_a_token_across_the_border_belongs_to_the_completion():
@@ -55,13 +55,14 @@ def test_answers_are_counted_as_given_and_as_trained(tokenizer, tmp_path, write_
     train, val = store.split(0.3)
     texts = [{tokenizer.decode(s.piece(i)[0]).split("?")[0] for i in range(s.num_documents)} for s in (train, val)]
     assert not texts[0] & texts[1]  # all rotations of a question are on one side
-    assert load_tokens([path], tokenizer, cache_dir=tmp_path / "cache", rotate=False).num_documents == 40
+    unrotated = load_tokens([path], tokenizer, ReadOptions(rotate=False), cache_dir=tmp_path / "cache")
+    assert unrotated.num_documents == 40
 
 
-def test_token_ids_are_taken_as_they_are(tokenizer, tmp_path, write_jsonl):
+def test_token_ids_are_taken_as_they_are(tokenizer, framing, tmp_path, write_jsonl):
     ids = tokenizer("some text").input_ids
     path = write_jsonl(tmp_path / "t.jsonl", [{"input_ids": ids, "loss_mask": [0] * 4 + [1] * 5}, {"text": "x"}])
-    store = load_tokens([path], tokenizer, cache_dir=tmp_path / "cache", add_bos=True)
+    store = load_tokens([path], framing(tokenizer), cache_dir=tmp_path / "cache")
     assert store.piece(0)[0].tolist() == ids and store.facts == {"kind text": 1, "kind tokens": 1}
     assert store.masked(0).tolist() == [True] * 4 + [False] * 5
     assert store.piece(0)[1].tolist() == [-100] * 3 + ids[4:] + [-100]
@@ -100,7 +101,8 @@ def test_ids_of_another_tokenizer_are_refused(two_tokenizers, tmp_path, write_js
     assert agreement(mine, other) > 0.99
     with pytest.raises(UserError, match=r"t\.jsonl does not fit the tokenizer .*: of a sample .* \d\d% come"):
         load_tokens([path], own, cache_dir=tmp_path / "cache")
-    assert load_tokens([path], own, cache_dir=tmp_path / "cache", trust_ids=True).num_documents == 30
+    trusted = load_tokens([path], own, ReadOptions(trust_ids=True), cache_dir=tmp_path / "cache")
+    assert trusted.num_documents == 30
     high = write_jsonl(tmp_path / "h.jsonl", [{"input_ids": [len(own)]}])
     with pytest.raises(UserError, match=rf"h\.jsonl holds token id {len(own)}, tokenizer .* has {len(own)} ids"):
         load_tokens([high], own, cache_dir=tmp_path / "cache")

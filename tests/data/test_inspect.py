@@ -36,7 +36,7 @@ def test_summary_names_ids_that_the_teacher_has_not(store):
     lines = summary(store, byte_tokenizer(), vocab_size=100, seq_len=8, max_tokens=1000)
     assert lines[0] == "documents   5: 5 completion"
     vocabulary = next(line for line in lines if line.startswith("vocabulary"))
-    assert "have ids that the teacher (100) has not" in vocabulary
+    assert "have ids that the teacher (100) lacks" in vocabulary
     lines = summary(store, byte_tokenizer(), vocab_size=None, seq_len=8, max_tokens=store.num_tokens)
     assert lines[0] == f"documents   5 (the first {store.num_tokens} tokens): 5 completion"
     assert "the tokenizer has 256" in next(line for line in lines if line.startswith("vocabulary"))

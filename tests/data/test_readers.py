@@ -72,7 +72,7 @@ def test_saved_datasets(tmp_path):
     datasets.DatasetDict(train=train).save_to_disk(tmp_path / "both")
     datasets.DatasetDict(test=train).save_to_disk(tmp_path / "test")
     assert texts(tmp_path / "both") == texts(tmp_path / "test" / "test") == ["x", "y"]
-    with pytest.raises(UserError, match=r"no split 'train' but \['test'\]"):
+    with pytest.raises(UserError, match=r"no split 'train', only test"):
         texts(tmp_path / "test")
 
 

@@ -28,7 +28,7 @@ def test_sharegpt():
     roles = ["system", "user", "assistant", "user", "assistant"]
     assert document.kind == "conversation"
     assert document.messages == [{"role": r, "content": text} for r, (_, text) in zip(roles, turns, strict=True)]
-    # the same under the other name, and with the system prompt beside it
+    # the same under the other name, and with a separate system prompt
     assert of(conversations=document.messages) == document == of(messages=document.messages, system="not this")
     rest = [{"from": role, "value": text} for role, text in turns[1:]]
     assert of(conversations=rest, system="S") == document
@@ -164,9 +164,9 @@ def test_rotations_keep_the_answer():
 @pytest.mark.parametrize(
     "record, match",
     [
-        ({"question": "q", "choices": ["a", "b"], "answer": 2}, "answer 2 is none of 2 options"),
-        ({"question": "q", "choices": ["a", "b"], "answer": "E"}, "answer 'E' is none of 2 options"),
-        ({"question": "q", "choices": ["a", "b"]}, "answer None is none"),
+        ({"question": "q", "choices": ["a", "b"], "answer": 2}, "answer 2 is not one of the 2 options"),
+        ({"question": "q", "choices": ["a", "b"], "answer": "E"}, "answer 'E' is not one of the 2 options"),
+        ({"question": "q", "choices": ["a", "b"]}, "answer None is not one"),
         ({"question": "q", "choices": ["a"], "answer": 0}, "a question with options"),
         ({"question": "q", "choices": "ab", "answer": 0}, "a question with options"),
         ({"question": "q", "choices": [str(i) for i in range(27)], "answer": 0}, "27 options"),

@@ -12,7 +12,7 @@ ORDER_0_0 = [3, 2, 1, 6, 0, 7, 4, 5]
 
 
 def documents(count=23, seed=3):
-    """Documents of 1 to 40 tokens in which every token of the corpus has an id of its own."""
+    """Documents of 1 to 40 tokens in which every token of the corpus has a different id."""
     lengths = np.random.default_rng(seed).integers(1, 41, count)
     ends = np.cumsum(lengths)
     return [list(range(end - n, end)) for end, n in zip(ends, lengths, strict=True)]

@@ -33,7 +33,7 @@ def teacher(tmp_path):
 
 @pytest.fixture
 def data(tmp_path, write_jsonl):
-    """Three sources whose texts begin with a letter of their own: 1200 documents, 12, and conversations."""
+    """Three sources whose texts begin with different letters: 1200 documents, 12, and conversations."""
     asked = {"role": "user", "content": "c question"}
     chats = [{"messages": [asked, {"role": "assistant", "content": f"{i}"}]} for i in range(60)]
     return [
@@ -211,12 +211,12 @@ def test_contradictions_are_refused_when_the_configuration_is_read(configure, da
 def test_what_only_the_data_can_say(load, configure, data, tmp_path, write_jsonl):
     with pytest.raises(UserError, match="data.stream reads one source after the other, and a stage names 2"):
         load(data[:1], "data.stream=true", f"stages.align.data.train=[{data[0]},{data[1]}]")
-    with pytest.raises(UserError, match="takes nothing of the data that is there at the beginning"):
+    with pytest.raises(UserError, match="takes none of the documents at the beginning"):
         load(data[1:2], "data.stream=true", "data.val_fraction=0.0001")
     with pytest.raises(UserError, match="takes all of"):
         load(data[:2], "data.weights=[1,1]", "data.val_fraction=0.9999")
     write_pack(load(data[:1])[0], tmp_path / "packed", {"tokenizer": "f" * 64, "tokenizer_name": "World"})
-    with pytest.raises(UserError, match=r"packed is of the tokenizer World \(SHA-256 ffffffffffff\), not of"):
+    with pytest.raises(UserError, match=r"packed was made with the tokenizer World \(SHA-256 ffffffffffff\), not with"):
         load([data[0], str(tmp_path / "packed")], "data.weights=[1,1]", "data.stream=true")
     high = str(write_jsonl(tmp_path / "high.jsonl", [{"input_ids": [1, 2, 300]}]))
     for options in (["data.weights=[1,1]"], ["data.weights=[1,1]", "data.stream=true"], []):

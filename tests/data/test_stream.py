@@ -119,7 +119,7 @@ def rows_of(stream, seq_len=64, seed=3):
 
 def test_rows_hold_every_token_once_an_epoch(open_stream, expected):
     rows = rows_of(open_stream())
-    rows.row(10**6)  # far behind the end: all blocks are known now
+    rows.row(10**6)  # far after the end: all blocks are known now
     total = rows._starts[-1]
     assert total > sum(map(len, expected)) // 64
     for epoch in range(2):

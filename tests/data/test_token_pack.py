@@ -52,7 +52,7 @@ def test_a_damaged_pack_is_refused(packed, tokenizer, tmp_path, name, damage):
     file.write_bytes(content if damage == "flip" else content[:-7])
     if damage == "missing":
         file.unlink()
-    nothing = damage == "missing" and name in ("tokens.bin", "meta.json")  # what is left is no pack
+    nothing = damage == "missing" and name in ("tokens.bin", "meta.json")  # what is left is not a pack
     with pytest.raises(UserError, match="holds no data files" if nothing else "packed data .*is damaged: ") as caught:
         open_(packed[1], tokenizer, tmp_path)
     assert "\n" not in caught.value.cause
@@ -77,7 +77,9 @@ def test_every_byte_is_read_once_and_again_when_a_file_changes(packed, tokenizer
 def test_a_pack_of_another_tokenizer_is_refused(packed, make_tokenizer, tmp_path, write_jsonl):
     other = make_tokenizer()
     other.add_tokens(["story"])
-    with pytest.raises(UserError, match=r"packed is of the tokenizer bytes \(SHA-256 [0-9a-f]{12}\), not of") as caught:
+    with pytest.raises(
+        UserError, match=r"packed was made with the tokenizer bytes \(SHA-256 [0-9a-f]{12}\), not with"
+    ) as caught:
         load_tokens(
             [write_jsonl(tmp_path / "t.jsonl", [{"text": "x"}]), packed[1]], other, cache_dir=tmp_path / "other"
         )

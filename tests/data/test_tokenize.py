@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from rwkvinside.data.encode import tokenizer_hash
 from rwkvinside.data.rows import PackedRows, PaddedDocuments
-from rwkvinside.data.tokenize import load_tokens
+from rwkvinside.data.tokenize import ReadOptions, load_tokens
 from rwkvinside.errors import UserError
 
 
@@ -27,7 +27,7 @@ def load(tmp_path, tokenizer):
         def progress(documents, tokens):
             load.calls.append((documents, tokens))
 
-        return load_tokens(sources, tokenizer, cache_dir=tmp_path / "cache", progress=progress, **options)
+        return load_tokens(sources, tokenizer, ReadOptions(**options), cache_dir=tmp_path / "cache", progress=progress)
 
     load.calls = []
     return load
@@ -62,7 +62,7 @@ def test_a_second_run_reads_nothing(load, corpus, tmp_path):
     assert again.fingerprint == first.fingerprint and np.array_equal(again.tokens, first.tokens)
 
 
-def test_what_makes_a_new_entry(load, corpus, tmp_path, write_jsonl, tokenizer, make_tokenizer):
+def test_what_makes_a_new_entry(load, corpus, tmp_path, write_jsonl, tokenizer, make_tokenizer, framing):
     other = make_tokenizer()
     other.add_tokens(["story"])
     second = write_jsonl(tmp_path / "b.jsonl", [{"text": "more"}])
@@ -70,8 +70,8 @@ def test_what_makes_a_new_entry(load, corpus, tmp_path, write_jsonl, tokenizer, 
     changes = [
         lambda: load(corpus, tokenizer=other),
         lambda: load(corpus, tokenizer=make_tokenizer("{{ messages }}")),
-        lambda: load(corpus, add_bos=True),
-        lambda: load(corpus, add_eos=True),
+        lambda: load(corpus, tokenizer=framing(make_tokenizer())),
+        lambda: load(corpus, rotate=False),
         lambda: load(corpus, max_tokens=100),
         lambda: load(second),
     ]
@@ -81,7 +81,7 @@ def test_what_makes_a_new_entry(load, corpus, tmp_path, write_jsonl, tokenizer, 
         assert load.calls and store.fingerprint not in seen
         seen.add(store.fingerprint)
     load.calls.clear()
-    both = [load(corpus, second), load(second, corpus)]  # each source has an entry of its own
+    both = [load(corpus, second), load(second, corpus)]  # each source has its own entry
     assert not load.calls and len({store.fingerprint for store in both} - seen) == 2
     assert [store.num_documents for store in both] == [1201, 1201]
     assert document(both[0], 1200) == document(both[1], 0) == tokenizer("more").input_ids
@@ -93,7 +93,7 @@ def test_what_makes_a_new_entry(load, corpus, tmp_path, write_jsonl, tokenizer, 
     assert load(corpus).num_documents == 1201
 
 
-def test_padding_left_on_by_a_call_is_no_other_tokenizer(tokenizer):
+def test_padding_left_on_by_a_call_is_not_another_tokenizer(tokenizer):
     tokenizer.pad_token = "</s>"
     first = tokenizer_hash(tokenizer)
     tokenizer(["a", "bcd"], padding=True, truncation=True, max_length=2)
@@ -146,22 +146,19 @@ def test_the_vocabulary_of_the_teacher(load, corpus, tmp_path, write_jsonl, toke
         load(high, vocab_size=259)  # from the cache
 
 
-def test_max_tokens_stops_behind_a_whole_document(load, corpus):
+def test_max_tokens_stops_after_a_whole_document(load, corpus):
     everything, part = load(corpus), load(corpus, max_tokens=1000)
     assert part.num_tokens >= 1000 > part.num_tokens - part.lengths[-1]
     assert np.array_equal(part.tokens, everything.tokens[: part.num_tokens])
 
 
-def test_bos_and_eos(load, tmp_path, write_jsonl, tokenizer):
+def test_a_text_is_framed_once_as_its_tokenizer_frames_texts(load, framing, tmp_path, write_jsonl, tokenizer):
     path = write_jsonl(tmp_path / "b.jsonl", [{"text": "ab"}, {"text": "<s>ab"}, {"text": "ab</s>"}])
     a, b, bos, eos = tokenizer("ab<s></s>").input_ids
     plain = load(path)
     assert [document(plain, i) for i in range(3)] == [[a, b], [bos, a, b], [a, b, eos]]
-    both = load(path, add_bos=True, add_eos=True)
-    assert [document(both, i) for i in range(3)] == [[bos, a, b, eos]] * 3
-    tokenizer.bos_token = None
-    with pytest.raises(UserError, match="has no bos token"):
-        load(path, add_bos=True)
+    framed = load(path, tokenizer=framing(tokenizer))
+    assert [document(framed, i) for i in range(3)] == [[bos, a, b, eos]] * 3
 
 
 def test_conversations_carry_their_loss_mask(load, tmp_path, write_jsonl, tokenizer):
@@ -212,7 +209,7 @@ def test_stories_begin_with_bos_and_have_no_eos(shared, tmp_path):
     """
     tokenizer = AutoTokenizer.from_pretrained(shared / "teachers" / "stories260k")
     path = shared / "data" / "tinystories-260k-samples" / "val.jsonl"
-    store = load_tokens([path], tokenizer, cache_dir=tmp_path / "cache", vocab_size=512)
+    store = load_tokens([path], tokenizer, ReadOptions(vocab_size=512), cache_dir=tmp_path / "cache")
     texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
     assert store.num_documents == len(texts) == 300
     for i, text in enumerate(texts):

@@ -119,7 +119,7 @@ def test_training_mode_is_given_back(documents):
     assert student.training and not teacher.training
 
 
-def test_masked_labels_are_not_judged(documents):
+def test_masked_labels_are_not_evaluated(documents):
     student, teacher = llama(40, 0), llama(40, 1)
     (batch,) = batches(documents[4:5])
     labels = batch.labels.clone()

@@ -1,4 +1,4 @@
-"""Properties of the Triton decode step. Not collected by name: test_decode.py runs this file in a process of its own,
+"""Properties of the Triton decode step. Not collected by name: test_decode.py runs this file in a separate process,
 because Triton decides between interpreter and GPU when a kernel's module is imported."""
 
 import pytest

@@ -11,7 +11,7 @@ from rwkvinside import kernels
     [
         (False, None, [], "PyTorch finds no GPU"),
         (True, "6.4", [(9, 4)], "made for NVIDIA GPUs"),
-        (True, None, [(9, 0), (7, 5)], "compute capability 8.0 or later, here is one of 7.5"),
+        (True, None, [(9, 0), (7, 5)], "compute capability 8.0 or later, and one here has 7.5"),
         (True, None, [(8, 0), (9, 0)], None),
     ],
 )

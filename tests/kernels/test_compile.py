@@ -26,7 +26,7 @@ BASELINE = Path(__file__).with_name("compile_baseline.json")
 
 
 def run(*arguments, **environment):
-    """The command in a process of its own, without the interpreter unless asked for."""
+    """The command in a separate process, without the interpreter unless asked for."""
     inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "rwkvinside.kernels.gpu.compile", *map(str, arguments)]
     return subprocess.run(command, env=inherited | environment, capture_output=True, text=True)

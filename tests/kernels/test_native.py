@@ -102,8 +102,8 @@ def test_repeated_keys(decay, rate, alternate):
     x[1], x[4], x[5] = torch.full_like(x[1], decay), -kk, rate * kk
     y, final, r, w, k, v, a, b, state = errors(run(x), exact(x))
     assert max(y, final, r, w, k, v, state) < LIMIT
-    # What a repeated key overwrites is small beside the state that it is read from, so these two are differences of
-    # larger numbers: fp32 states of any algorithm leave more.
+    # What a repeated key overwrites is small compared with the state that it is read from, so these two are differences
+    # of larger numbers: fp32 states of any algorithm leave more.
     assert max(a, b) < 1e-6
 
 

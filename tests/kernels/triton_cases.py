@@ -166,7 +166,7 @@ def test_masked_steps_are_the_identity():
     dy, dfinal = cotangents(args[0], args[3], args[6])
     wanted = expected(args, dy, dfinal, mask=mask)
     for x in args[:6]:
-        x[~mask] = float("nan")  # whatever stands there is not read
+        x[~mask] = float("nan")  # what is there is not read
     found = results(lambda *x: wkv7(*x, mask=mask), args, dy, dfinal)
     assert_close(found, wanted, CLOSE)
     for x in (found[0], *found[2:8]):

@@ -1,4 +1,4 @@
-"""Runs a file of test cases in a process of its own: whether Triton interprets or compiles is settled when it is
+"""Runs a file of test cases in a separate process: whether Triton interprets or compiles is settled when it is
 imported, and the process that runs all tests may have imported it either way."""
 
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def run_cases(file: str, interpret: bool) -> None:
-    """Run the cases of a file beside this one under pytest; a failure shows what pytest printed."""
+    """Run the cases of a file next to this one under pytest; a failure shows what pytest printed."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     if interpret:
         environment["TRITON_INTERPRET"] = "1"

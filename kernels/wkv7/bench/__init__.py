@@ -1,1 +1,1 @@
-"""Benchmark of the WKV-7 kernels beside what one would use instead: `python -m rwkvinside.kernels.bench`."""
+"""Benchmark of the WKV-7 kernels and their alternatives: `python -m rwkvinside.kernels.bench`."""

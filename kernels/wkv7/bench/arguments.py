@@ -1,4 +1,4 @@
-"""The flags of the benchmark. Imports neither torch nor what is measured, so that its help comes at once."""
+"""The flags of the benchmark. Imports neither torch nor the kernels, so that help appears at once."""
 
 from __future__ import annotations
 

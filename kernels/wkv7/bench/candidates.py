@@ -1,7 +1,7 @@
 """What `bench` compares: our backends, the loop that everybody writes first, flash-linear-attention, and attention.
 
-A candidate is one or more ops, one for each setting worth trying, all with the same signature. Measures nothing.
-Foreign packages are looked up by name when a candidate is asked for, so that none of them is needed.
+A candidate is one or more ops with the same signature, one for each setting worth trying. Measures nothing. Foreign
+packages are imported when a candidate is used, so that none of them is required.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ DECAY_BOUND = -math.exp(-0.5)  # of an RWKV-7 gate
 
 @dataclass(frozen=True)
 class Candidate:
-    """Something that computes WKV-7, or is to be compared with it.
+    """An implementation of WKV-7, or of something to compare it with.
 
-    Args:
+    Attributes:
         name: "family" or "family:member".
-        load: settings by name and the op of each; ImportError where a package is missing.
+        load: returns the op of each setting by name; raises ImportError if a package is missing.
         devices: device types it runs on.
-        tokens: longest sequence it is given.
-        decodes: offered a single token with a state.
-        key_first: its states are (key, value), the transpose of ours; whoever calls the op converts, so that the copy
-            is not measured.
-        judged: computes WKV-7, so that its error means something.
+        tokens: longest sequence to measure it on.
+        decodes: whether to measure it on a single token with a state.
+        key_first: its states are (key, value), the transpose of ours; the caller converts, so that the copy is not
+            measured.
+        is_wkv7: whether it computes WKV-7, so that its error is meaningful.
     """
 
     name: str
@@ -48,10 +48,14 @@ class Candidate:
     tokens: int | None = None
     decodes: bool = True
     key_first: bool = False
-    judged: bool = True
+    is_wkv7: bool = True
 
     def ops(self, device: str, tokens: int) -> dict[str, Op]:
-        """The ops by setting; raises RuntimeError with the reason why there is none for this device and length."""
+        """Return the ops by setting.
+
+        Raises:
+            RuntimeError: why there is none for this device and length.
+        """
         if device not in self.devices:
             raise RuntimeError(f"runs on {' and '.join(self.devices)} only")
         if self.tokens is not None and tokens > self.tokens:
@@ -92,8 +96,7 @@ def _fla_naive() -> dict[str, Op]:
 
 
 def _fla(name: str, *settings: dict) -> dict[str, Op]:
-    """An op of fla.ops.rwkv7 with each of some settings; options that the installed version does not have are left
-    out."""
+    """Return an op of fla.ops.rwkv7 with each setting, as far as it has the options."""
     run = getattr(importlib.import_module("fla.ops.rwkv7"), name)
     known = inspect.signature(run).parameters
     ops = {}
@@ -132,19 +135,19 @@ CANDIDATES = (
     Candidate("fla:chunk", lambda: _fla("chunk_rwkv7", *FLA_CHUNK), ("cuda",), decodes=False, key_first=True),
     Candidate("fla:recurrent", lambda: _fla("fused_recurrent_rwkv7"), ("cuda",), key_first=True),
     Candidate("fla:naive", _fla_naive, tokens=STEPWISE_TOKENS, decodes=False, key_first=True),
-    Candidate("attention", lambda: {"": _attention}, decodes=False, judged=False),
+    Candidate("attention", lambda: {"": _attention}, decodes=False, is_wkv7=False),
 )
 
 
 def choose(names: list[str] | None, *, decode: bool = False) -> list[Candidate]:
-    """The candidates of a run, in the order of the tables.
+    """Return the candidates of a run, in the order of the tables.
 
     Args:
-        names: names or families ("triton" is all its precisions); None: all.
+        names: names or families ("triton" is all its precisions); None is all.
         decode: a single token with a state instead of sequences. "fla:recurrent" is for that only: it has no backward.
 
     Raises:
-        KeyError: a name that is neither.
+        KeyError: an unknown name.
     """
     for name in names or ():
         if not any(name in (c.name, c.name.split(":")[0]) for c in CANDIDATES):

@@ -1,9 +1,9 @@
-"""WKV-7 kernels side by side: time, memory and error of ours and of what one would use instead.
+"""WKV-7 kernels side by side: time, memory and error of ours and of their alternatives.
 
     python -m rwkvinside.kernels.bench [--shapes "B,T,H,N;..."] [--candidates triton,fla] [--decode] [--json FILE]
 
-This file is the command: stages, tables, JSON. Its flags stand in `arguments`, what is compared in `candidates`, on
-what in `problem`, how it is measured in `measure`. Needs torch alone; the figure needs matplotlib.
+This file is the command: stages, tables, JSON. Its flags are in `arguments`, the implementations in `candidates`, their
+inputs in `problem`, the measurement in `measure`. Needs only torch; the figure needs matplotlib.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ SHAPES = {
     "cuda": "1,4096,32,64;4,4096,32,64;8,4096,32,64;8,4096,64,64;1,4096,32,128;8,4096,32,128;8,4096,16,256",
 }
 DECODE_SHAPES = {"cpu": "1,1,32,64;16,1,32,64", "cuda": "1,1,32,64;64,1,32,64;512,1,32,64"}
-SUITE_SECONDS = 430  # nothing new starts after that; a compilation that runs is not interrupted
+SUITE_SECONDS = 430  # nothing new starts after that; a running compilation is not interrupted
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Problems that are measured with the same candidates; decoding when T = 1.
+    """Problems that are measured with the same candidates; decoding if T = 1.
 
-    Args:
-        title: over the tables.
+    Attributes:
+        title: above the tables.
         shapes: the problems.
-        dtype: key of `DTYPES`, of everything but the log decay and the state.
-        candidates: who takes part.
-        drawn: part of the figure.
+        dtype: key of `DTYPES`, for everything but the log decay and the state.
+        candidates: implementations to measure.
+        drawn: whether the figure shows it.
     """
 
     title: str
@@ -56,9 +56,10 @@ class Stage:
 
 
 def gpu_suite() -> list[Stage]:
-    """What to ask a new GPU, the most telling first; fla comes late, as its kernels try out settings for minutes.
+    """Return the stages for a new GPU, the most informative first.
 
-    Every stage measures errors. Those named so are for modes and head sizes that no other has.
+    fla comes late, because its kernels try settings for minutes. Every stage measures errors; those named so are for
+    modes and head sizes that no other stage has.
     """
     long, steps = parse_shapes(SHAPES["cuda"]), parse_shapes(DECODE_SHAPES["cuda"])
     few = parse_shapes("8,4096,32,64;8,4096,64,64;8,4096,32,128")
@@ -75,7 +76,11 @@ def gpu_suite() -> list[Stage]:
 
 
 def parse_shapes(text: str) -> list[Shape]:
-    """ "B,T,H,N;..." as shapes; raises UserError for anything else."""
+    """Parse "B,T,H,N;...".
+
+    Raises:
+        UserError: the text is anything else.
+    """
     shapes = []
     for part in text.split(";"):
         try:
@@ -92,7 +97,7 @@ def main(args: argparse.Namespace) -> int:
     """Measure, print a table per shape, write JSON and PNG.
 
     Raises:
-        UserError: arguments that cannot be served, before anything is measured.
+        UserError: arguments that do not work, before anything is measured.
     """
     start = time.monotonic()
     device, stages = _plan(args)
@@ -125,23 +130,23 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> tuple[str, list[Stage]]:
-    """Device and stages that the arguments ask for; all that can be wrong with them is found here."""
+    """Check the arguments; return the device and the stages that they ask for."""
     device = args.device or ("cuda" if torch.cuda.is_available() or args.suite == "gpu" else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("torch finds no CUDA device" + (", --suite gpu needs one" if args.suite else ""))
     for name in ("threads", "repeats", "seconds"):
         value = getattr(args, name)
         if value is not None and not value > 0:
-            raise UserError(f"--{name} {value}: must be above 0")
+            raise UserError(f"--{name} is {value}", "give a number above 0")
     for path in filter(None, (args.json, args.png)):
         if not path.parent.is_dir():
             raise UserError(f"{path}: there is no directory {path.parent}")
     if args.png and importlib.util.find_spec("matplotlib") is None:
         raise UserError("--png needs matplotlib, which is not installed")
     if args.suite:
-        given = [name for name in ("shapes", "dtype", "candidates", "decode") if getattr(args, name)]
-        if given or device == "cpu":
-            raise UserError(f"--suite gpu goes without --{given[0] if given else 'device cpu'}")
+        conflicting = [name for name in ("shapes", "dtype", "candidates", "decode") if getattr(args, name)]
+        if conflicting or device == "cpu":
+            raise UserError(f"--suite gpu cannot be used with --{conflicting[0] if conflicting else 'device cpu'}")
         return device, gpu_suite()
     shapes = parse_shapes(args.shapes or (DECODE_SHAPES if args.decode else SHAPES)[device])
     for shape in shapes:
@@ -151,7 +156,7 @@ def _plan(args: argparse.Namespace) -> tuple[str, list[Stage]]:
         candidates = choose(args.candidates.split(",") if args.candidates else None, decode=args.decode)
     except KeyError as error:
         known = ", ".join(c.name for c in CANDIDATES)
-        raise UserError(f"--candidates: there is no {error}, only {known} and their families") from None
+        raise UserError(f"--candidates: {error} is not known", f"choose from {known} and their families") from None
     if not candidates:
         raise UserError(f"--candidates {args.candidates}: none that {'decodes' if args.decode else 'trains'}")
     dtype = args.dtype or ("bf16" if device == "cuda" else "fp32")
@@ -159,7 +164,7 @@ def _plan(args: argparse.Namespace) -> tuple[str, list[Stage]]:
 
 
 def _machine(device: str) -> dict:
-    """What a reader of the JSON must know about where it was measured."""
+    """Return what a reader of the JSON must know about the machine."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("triton", "fla-core"):
         try:
@@ -167,10 +172,11 @@ def _machine(device: str) -> dict:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
     if device == "cuda":
-        found = {"device": torch.cuda.get_device_name(), "capability": list(torch.cuda.get_device_capability())}
+        processor = {"device": torch.cuda.get_device_name(), "capability": list(torch.cuda.get_device_capability())}
     else:
-        found = {"device": f"{_processor()}, threads: {torch.get_num_threads()}", "threads": torch.get_num_threads()}
-    return {**found, "versions": versions, "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+        threads = torch.get_num_threads()
+        processor = {"device": f"{_processor()}, threads: {threads}", "threads": threads}
+    return {**processor, "versions": versions, "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
 
 
 def _processor() -> str:
@@ -185,7 +191,7 @@ HEADS = ["", "forward ms", "of bound", "MiB", "fwd+bwd ms", "of bound", "MiB", "
 
 
 def _table(problem: dict) -> Iterator[str]:
-    """Lines: aligned columns of what ran, then what did not and why."""
+    """Yield lines: aligned columns of what ran, then what did not run and why."""
     ran = [result for result in problem["results"] if "not_run" not in result]
     rows = [HEADS, *(_row(result) for result in ran)]
     used = [i for i in range(len(HEADS)) if any(row[i] not in ("", "-") for row in rows[1:])]
@@ -207,21 +213,21 @@ def _table(problem: dict) -> Iterator[str]:
 def _row(result: dict) -> list[str]:
     cells, notes = [result["candidate"]], []
     for which, label in (("forward", "forward"), ("forward_backward", "fwd+bwd")):
-        found = result.get(which, {})
-        if "ms" not in found:
+        timing = result.get(which, {})
+        if "ms" not in timing:
             cells += ["-", "-", "-"]
-            notes += [f"{label} not run: {found['not_run']}"] if found else []
+            notes += [f"{label} not run: {timing['not_run']}"] if timing else []
             continue
-        share, extra = found["of_bound"], found["extra_bytes"]
+        share, extra = timing["of_bound"], timing["extra_bytes"]
         cells += [
-            f"{found['ms']:,.0f}" if found["ms"] >= 1000 else f"{found['ms']:.3g}",
+            f"{timing['ms']:,.0f}" if timing["ms"] >= 1000 else f"{timing['ms']:.3g}",
             "-" if share is None else f"{share:.1%}",
         ]
         cells += ["-" if extra is None else f"{extra / 2**20:.1f}"]
-        notes += [f"{label} {found['setting']}"] if found["setting"] else []
-        if found["repeats"] < found["asked"]:
+        notes += [f"{label} {timing['setting']}"] if timing["setting"] else []
+        if timing["repeats"] < timing["asked"]:
             notes += [
-                f"{label}: {found['repeats']} of {found['asked']} repeats" if found["repeats"] else f"{label}: once"
+                f"{label}: {timing['repeats']} of {timing['asked']} repeats" if timing["repeats"] else f"{label}: once"
             ]
     error = result.get("error", {})
     cells += [f"{error[name]:.1e}" if name in error else "-" for name in ("y", "state")]

@@ -1,4 +1,4 @@
-"""Time and memory of calls, side by side: how `bench` measures, not what. Needs torch alone."""
+"""Time and memory of calls, side by side: how `bench` measures, not what. Needs only torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rwkvinside.kernels.bench.problem import (
 )
 from rwkvinside.support.process_memory import forget_peak, peak_bytes
 
-TURN = {"cpu": 5e-3, "cuda": 20e-3}  # seconds that one turn lasts at least, so that clock and launch do not matter
+TURN = {"cpu": 5e-3, "cuda": 20e-3}  # least seconds of a turn, so that clock and launch do not matter
 
 try:
     from triton import TritonError
@@ -40,7 +40,7 @@ FAILURES = (ImportError, RuntimeError, ValueError, TypeError, AssertionError, Tr
 
 
 def reason(error: BaseException) -> str:
-    """The first line of an error, for a table."""
+    """Return the first line of an error, for a table."""
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     lines = str(error).strip().splitlines()
@@ -49,11 +49,12 @@ def reason(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class Bench:
-    """Measures candidates on one problem after the other.
+    """Measurement of candidates on one problem after another.
 
-    Args:
+    Attributes:
         device: "cpu" or "cuda".
-        repeats, seconds: turns of each candidate, and how long they may take together, per problem and pass.
+        repeats: turns of each candidate, per problem and pass.
+        seconds: how long these turns may take together.
         bandwidth: bytes per second of a copy on this device.
         deadline: time.monotonic() after which nothing starts.
     """
@@ -87,7 +88,7 @@ class Bench:
             chosen = result.get(PASSES[1], result[PASSES[0]]).get("setting")
             if "not_run" in result[PASSES[0]]:
                 results[candidate] = {"candidate": candidate.name, **result[PASSES[0]]}
-            elif candidate.judged and chosen is not None:
+            elif candidate.is_wkv7 and chosen is not None:
                 try:
                     result["error"] = relative_errors(candidate, by_setting[chosen], shape, dtype, self.device)
                 except FAILURES as error:
@@ -97,11 +98,11 @@ class Bench:
     def _pass(
         self, ops: dict[Candidate, dict[str, Op]], shape: Shape, dtype: torch.dtype, which: str
     ) -> dict[Candidate, dict]:
-        """Race all settings of all candidates, and tell of each candidate's best.
+        """Time all settings of all candidates; return the best of each candidate.
 
         Returns:
-            {"ms": median, "fastest_ms", "repeats": turns taken (0: the warm-up is all there is), "asked": turns
-            wanted, "setting", "of_bound": time that the ideal bytes take at the speed of a copy, as a share of the
+            {"ms": median, "fastest_ms", "repeats": turns taken (0: only the warm-up), "asked": turns
+            requested, "setting", "of_bound": time that the ideal bytes take at the speed of a copy, as a share of the
             median (None for what is no WKV-7), "extra_bytes": peak memory (None if unknown)} or {"not_run": reason} by
             candidate.
         """
@@ -134,7 +135,7 @@ class Bench:
                 "repeats": timing.repeats,
                 "asked": self.repeats,
                 "setting": best,
-                "of_bound": bound / timing.median if candidate.judged else None,
+                "of_bound": bound / timing.median if candidate.is_wkv7 else None,
                 "extra_bytes": extra,
             }
         return results
@@ -142,10 +143,10 @@ class Bench:
 
 @dataclass
 class Timing:
-    """What a race found about one runner.
+    """Result of a race for one runner.
 
-    Args:
-        seconds: of one call, by repeat; of the warm-up when no repeat fitted.
+    Attributes:
+        seconds: of one call, by repeat; of the warm-up if no repeat fitted.
         repeats: turns that were taken.
         failure: why it did not run, else None.
     """
@@ -156,20 +157,21 @@ class Timing:
 
     @property
     def median(self) -> float:
-        """Seconds of one call."""
+        """Median seconds of one call."""
         return statistics.median(self.seconds)
 
 
 def race(
     runners: dict[object, Callable[[], object]], device: str, repeats: int, budget: float, deadline: float
 ) -> dict[object, Timing]:
-    """Time calls side by side: in each repeat everyone takes a turn, so that what else the machine does hits all alike.
+    """Time calls in turns, so that other load on the machine affects all alike.
 
     Args:
         runners: calls without arguments by key.
-        repeats: turns of each; a turn is as many calls as last `TURN`.
-        budget: seconds of turns that one runner may take; turns that do not fit are left out.
-        deadline: time.monotonic() after which nobody starts.
+        device: "cpu" or "cuda".
+        repeats: turns of each; a turn is as many calls as take `TURN` seconds.
+        budget: seconds of turns for each runner; turns that do not fit are left out.
+        deadline: time.monotonic() after which nothing starts.
     """
 
     def turn(run: Callable[[], object], count: int) -> float:
@@ -212,7 +214,10 @@ def race(
 
 
 def copy_bandwidth(device: str) -> float:
-    """Bytes per second, read and written, of a copy far larger than any cache: what "of bound" is measured against."""
+    """Measure bytes per second, read and written, of a copy far larger than any cache.
+
+    This is what "of bound" refers to.
+    """
     size = (1 << 30) if device == "cuda" else (1 << 28)
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
@@ -232,7 +237,7 @@ def _synchronize(device: str) -> None:
 
 
 def extra_memory_cuda(run: Callable[[], object]) -> int:
-    """Peak bytes that a call allocates beyond what was there, its results included."""
+    """Return the peak bytes that a call allocates, its results included."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -242,14 +247,15 @@ def extra_memory_cuda(run: Callable[[], object]) -> int:
 
 
 def extra_memory_cpu(name: str, setting: str, shape: Shape, dtype: torch.dtype, which: str) -> int | None:
-    """Growth of the peak resident memory over one call in a fresh process, in bytes, its results included.
+    """Measure how much one call raises the peak resident memory of a fresh process.
 
     Args:
-        name, setting: of the candidate; an op itself does not travel between processes.
+        name, setting: of the candidate; an op cannot be sent to another process.
+        shape, dtype: of the problem.
         which: one of `PASSES`.
 
     Returns:
-        None where the system does not tell (Linux does, in /proc) or the process was killed.
+        Bytes, the results included; None if the system does not say (Linux does, in /proc) or the process was killed.
     """
     context = multiprocessing.get_context("forkserver")  # imports torch once, and has not computed anything yet
     context.set_forkserver_preload([__name__])

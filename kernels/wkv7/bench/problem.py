@@ -1,4 +1,4 @@
-"""The problems of `bench`: inputs of a shape, calls that can be measured, the bytes they must move, their errors."""
+"""The problems of `bench`: inputs of a shape, calls to measure, the bytes they must move, their errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rwkvinside.modeling.wkv7 import wkv7_reference
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 INPUTS = ("r", "w", "k", "v", "a", "b")
 PASSES = ("forward", "forward_backward")
-MOST_JUDGED = (2, 256, 4, math.inf)  # errors are taken on at most this much of a shape: the reference is a slow loop
+ERROR_SHAPE = (2, 256, 4, math.inf)  # errors are measured on at most this much: the reference is a slow loop
 
 
 class Shape(NamedTuple):
@@ -32,7 +32,10 @@ class Shape(NamedTuple):
 
 
 def make_inputs(shape: Shape, dtype: torch.dtype, device: str, seed: int = 0) -> list[Tensor]:
-    """r, w, k, v, a, b as the RWKV-7 mixer makes them: (B, T, H, N), the log decay w in fp32, the rest in `dtype`."""
+    """Return random r, w, k, v, a, b as the RWKV-7 mixer makes them.
+
+    All are (B, T, H, N); the log decay w is in fp32, the others in `dtype`.
+    """
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal() -> Tensor:
@@ -46,13 +49,16 @@ def make_inputs(shape: Shape, dtype: torch.dtype, device: str, seed: int = 0) ->
 
 
 def make_state(shape: Shape, device: str, seed: int = 1) -> Tensor:
-    """A state (B, H, N, N) in fp32 as after some tokens."""
+    """Return a random state (B, H, N, N) in fp32, as after some tokens."""
     generator = torch.Generator(device).manual_seed(seed)
     return torch.randn(shape.B, shape.H, shape.N, shape.N, generator=generator, device=device)
 
 
 def make_pass(op: Op, name: str, inputs: list[Tensor], state: Tensor | None) -> Callable[[], object]:
-    """A call without arguments that runs the forward, or forward and backward with the gradients of all inputs."""
+    """Return a call without arguments that runs one of `PASSES`.
+
+    The backward computes the gradients of all inputs.
+    """
     if name == "forward":
 
         def forward() -> object:
@@ -71,9 +77,10 @@ def make_pass(op: Op, name: str, inputs: list[Tensor], state: Tensor | None) -> 
 
 
 def ideal_bytes(shape: Shape, dtype: torch.dtype, name: str) -> int:
-    """Bytes that any implementation must move: each input read and each result written once, in each direction.
+    """Return the bytes that any implementation must move in a pass.
 
-    The state counts for a single token only, where it is nearly everything.
+    Each input is read and each result written once, in each direction. The state counts for a single token only, where
+    it is nearly everything.
     """
     numbers, decays = (6, 1) if name == "forward" else (17, 3)  # with the backward's re-reading, dy and six gradients
     B, T, H, N = shape
@@ -82,13 +89,15 @@ def ideal_bytes(shape: Shape, dtype: torch.dtype, name: str) -> int:
 
 
 def relative_errors(candidate: Candidate, op: Op, shape: Shape, dtype: torch.dtype, device: str) -> dict:
-    """Relative L2 errors against the reference in fp64 on the same rounded inputs, from a random state.
+    """Measure relative L2 errors against the reference in fp64.
+
+    Both get the same rounded inputs and a random state.
 
     Returns:
         {"tokens", "y", "state"} and, for sequences, {"gradient": the worst of seven, "worst": its name}: of r, w, k,
         v, a, b and the initial state, with random gradients of y and of the final state.
     """
-    small = Shape(*(int(min(size, most)) for size, most in zip(shape, MOST_JUDGED, strict=True)))
+    small = Shape(*(int(min(size, most)) for size, most in zip(shape, ERROR_SHAPE, strict=True)))
     inputs = [*make_inputs(small, dtype, device), make_state(small, device)]
     dy, dfinal = make_inputs(small, torch.float32, device, seed=2)[0], make_state(small, device, seed=3)
 
@@ -100,9 +109,9 @@ def relative_errors(candidate: Candidate, op: Op, shape: Shape, dtype: torch.dty
         loss = (y.double() * dy).sum() + (final.double() * dfinal).sum()
         return [y.detach(), final.detach(), *torch.autograd.grad(loss, leaves)]
 
-    found = run(op, [x.clone().requires_grad_(small.T > 1) for x in inputs], candidate.key_first)
-    wanted = run(wkv7_reference, [x.double().requires_grad_(small.T > 1) for x in inputs], False)
-    y, state, *gradients = (float((f - x).norm() / x.norm()) for f, x in zip(found, wanted, strict=True))
+    results = run(op, [x.clone().requires_grad_(small.T > 1) for x in inputs], candidate.key_first)
+    expected = run(wkv7_reference, [x.double().requires_grad_(small.T > 1) for x in inputs], False)
+    y, state, *gradients = (float((x - e).norm() / e.norm()) for x, e in zip(results, expected, strict=True))
     errors = {"tokens": small.T, "y": y, "state": state}
     if gradients:
         worst = max(range(len(gradients)), key=lambda i: (math.isnan(gradients[i]), gradients[i]))

@@ -3,9 +3,9 @@
     python -m rwkvinside.kernels.gpu.autotune                              head size 64, balanced
     python -m rwkvinside.kernels.gpu.autotune --head-sizes 64,128,256 --precisions high,balanced --output mine.json
 
-Opt-in: nothing here runs during training or decoding, which take what the table says. For each chunk length the kernels
-are tuned one after the other, since they share nothing else; the length with the smallest sum wins. Most of the time
-goes into compiling: some minutes for each head size and mode. Results do not depend on the choice beyond rounding.
+Nothing here runs during training or decoding, which use the table. For each chunk length the kernels are tuned one
+after another, since they share nothing else; the length with the smallest sum wins. Most of the time goes into
+compiling: some minutes for each head size and mode. Results depend on the choice only by rounding.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Measure = Callable[[Config | StepConfig, str], float]
 
 
 def variants(config: Config | StepConfig, part: str, head_size: int) -> list[Config] | list[StepConfig]:
-    """Configurations that differ from this one in one part only."""
+    """Return configurations that differ from this one in one part only."""
     blocks = [size for size in (16, 32, 64) if size <= head_size]
     changes: list[dict]
     if part == "prep":
@@ -63,13 +63,22 @@ def variants(config: Config | StepConfig, part: str, head_size: int) -> list[Con
 
 
 def fastest(config: Config | StepConfig, part: str, head_size: int, measure: Measure):
-    """(milliseconds, configuration) of the best of `variants`, where `measure` gives infinity for what cannot run."""
+    """Return the milliseconds and the configuration of the fastest of `variants`.
+
+    Args:
+        config, part, head_size: see `variants`.
+        measure: returns milliseconds, infinity for what cannot run.
+    """
     timed = [(measure(choice, part), choice) for choice in variants(config, part, head_size)]
     return min(timed, key=lambda pair: pair[0])
 
 
 def tune(start: Config, head_size: int, measure: Measure) -> tuple[float, Config]:
-    """(milliseconds of forward and backward, configuration): part after part, for every length of chunks."""
+    """Tune part after part, for every length of chunks.
+
+    Returns:
+        Milliseconds of forward and backward, and the configuration.
+    """
     found = []
     for length in LENGTHS:
         total, config = 0.0, dataclasses.replace(start, length=length)
@@ -81,7 +90,7 @@ def tune(start: Config, head_size: int, measure: Measure) -> tuple[float, Config
 
 
 class OnGPU:
-    """Times launches on the current device for one head size and precision mode."""
+    """Timer of launches on the current device, for one head size and precision mode."""
 
     def __init__(self, shape: tuple[int, int, int], head_size: int, precision: str):
         B, T, H = shape
@@ -99,7 +108,10 @@ class OnGPU:
         self.state = torch.zeros(B, H, head_size, head_size, device="cuda")
 
     def __call__(self, config: Config | StepConfig, part: str) -> float:
-        """Milliseconds of the part's launches, infinity where the GPU lacks the registers or the shared memory."""
+        """Return the milliseconds of a part's launches.
+
+        They are infinite if the GPU lacks the registers or the shared memory.
+        """
         launches = [launch for launch in self.plan(config) if launch.kernel.__name__ in PARTS[part]]
         try:
             return triton.testing.do_bench(lambda: [launch.run() for launch in launches], warmup=10, rep=50)
@@ -107,8 +119,10 @@ class OnGPU:
             return math.inf
 
     def plan(self, config: Config | StepConfig) -> list[Launch]:
-        """The launches of forward and backward, or of a decode step. Buffers between them hold whatever the memory
-        held: no kernel's time depends on it."""
+        """Return the launches of forward and backward, or of a decode step.
+
+        The buffers between them are uninitialized, because no kernel's time depends on their content.
+        """
         inputs = (self.r, self.w, self.k, self.v, self.a, self.b)
         if isinstance(config, StepConfig):
             return plan_step(*(x[:, 0] for x in inputs), self.state, capability=None, config=config)[0]
@@ -119,7 +133,7 @@ class OnGPU:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status 0: written; 2: it cannot run as asked."""
+    """Tune and write the table; return 0, or 2 if that is not possible."""
     parser = argparse.ArgumentParser(prog="python -m rwkvinside.kernels.gpu.autotune", description=DESCRIPTION)
     parser.add_argument("--head-sizes", default="64", help="comma-separated: 16, 32, 64, 128, 256")
     parser.add_argument("--precisions", default="balanced", help=f"comma-separated: {', '.join(table.PRECISIONS)}")

@@ -6,9 +6,9 @@
     python -m rwkvinside.kernels.gpu.compile --only sm_90/64      only names that begin so
 
 The launches are those that the ops plan, on meta tensors; Triton specializes and compiles them as for a real call, with
-the ptxas that its wheel ships, and past its cache. What this finds: type errors that the interpreter accepts, spilled
-registers, shared memory that does not fit. It runs nothing, so neither results nor times. A baseline holds for the
-Triton that it was written with; another one's register allocation differs, there only the limits count.
+the ptxas that its wheel ships, bypassing its cache. This finds type errors that the interpreter accepts, spilled
+registers, and shared memory that does not fit. It runs nothing, so it says nothing about results or times. A baseline
+holds for the Triton that it was written with; others allocate registers differently, so only the limits apply to them.
 """
 
 from __future__ import annotations
@@ -45,14 +45,20 @@ ARCHITECTURES = (80, 90)
 HEAD_SIZES = (64, 128, 256)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes per block (CUDA C++ programming guide, compute capabilities)
 SPILL_LIMIT = 512  # bytes of spill stores and loads together; a few spilled registers cost nothing measurable
-# Differences from the baseline that are let pass. Another Triton makes larger ones, see `main`.
+# Accepted differences from the baseline. Another Triton makes larger ones, see `main`.
 TOLERANCE = {"registers": 8, "spill": 128, "shared": 1024, "mma": 0}
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What one compiled kernel needs: registers per thread, bytes of spill stores and loads per thread, bytes of shared
-    memory per block, and how many matrix instructions its code has."""
+    """Resources of one compiled kernel.
+
+    Attributes:
+        registers: per thread.
+        spill: bytes of spill stores and loads per thread.
+        shared: bytes of shared memory per block.
+        mma: matrix instructions in its code.
+    """
 
     registers: int
     spill: int
@@ -67,7 +73,7 @@ class _AbsentGPU:
     architecture: int
 
     def get_current_device(self) -> int:
-        return self.architecture  # Triton keeps compiled kernels apart by device
+        return self.architecture  # Triton caches compiled kernels by device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -86,14 +92,14 @@ def _usage(log: str, kernel) -> Usage:
 
 
 def shipped(architecture: int) -> Iterator[tuple[str, Launch]]:
-    """Every launch that a configuration of the table can lead to, as (name, launch)."""
+    """Yield (name, launch) for every launch that the table's configurations lead to."""
     capability = divmod(architecture, 10)
     for size in HEAD_SIZES:
         prefix = f"sm_{architecture}/{size}"
         for mode in PRECISIONS:
             yield from _named(f"{prefix}/{mode}", plan_training(size, mode, capability))
         yield from _named(prefix, plan_decoding(size, capability))
-    # Arguments that change the code but hardly what it needs: one mode and head size stand for all.
+    # These arguments change the code but hardly its resources: one mode and head size represent all.
     yield from _named(f"sm_{architecture}/64/packed", plan_packed(64, "balanced", capability))
 
 
@@ -110,7 +116,10 @@ def _tokens(heads: int, size: int, dtype: torch.dtype = torch.bfloat16) -> torch
 
 
 def plan_training(size: int, mode: str, capability: tuple[int, int]) -> list[Launch]:
-    """Forward and backward, both as they run on a full GPU and with the segments and narrow blocks of a small batch."""
+    """Plan forward and backward, for a large and for a small batch.
+
+    A small batch has segments and narrow blocks.
+    """
     x = _tokens(32, size, torch.float32 if mode == "fp32" else torch.bfloat16)
     inputs = (x, x.float(), x, x, x, x)
     launches = []
@@ -123,7 +132,7 @@ def plan_training(size: int, mode: str, capability: tuple[int, int]) -> list[Lau
 
 
 def plan_packed(size: int, mode: str, capability: tuple[int, int]) -> list[Launch]:
-    """Inference with several sequences in a row, masked tokens and shared heads."""
+    """Plan inference with several sequences in a row, masked tokens and shared heads."""
     x, shared = _tokens(32, size), _tokens(8, size)
     mask = torch.empty(x.shape[:2], dtype=torch.bool, device="meta")
     bounds = torch.empty(5, dtype=torch.int32, device="meta")
@@ -134,7 +143,7 @@ def plan_packed(size: int, mode: str, capability: tuple[int, int]) -> list[Launc
 
 
 def plan_decoding(size: int, capability: tuple[int, int]) -> list[Launch]:
-    """One token for a batch with shared heads and masked rows."""
+    """Plan one token for a batch with shared heads and masked rows."""
     x, shared = (torch.empty(8, heads, size, dtype=torch.bfloat16, device="meta") for heads in (32, 8))
     state = torch.empty(8, 32, size, size, device="meta")
     mask = torch.empty(8, dtype=torch.bool, device="meta")
@@ -142,9 +151,12 @@ def plan_decoding(size: int, capability: tuple[int, int]) -> list[Launch]:
 
 
 def survey(only: str = "") -> dict[str, Usage]:
-    """Compile what `shipped` yields and whose name begins with `only`; prints a line for each.
+    """Compile the launches that `shipped` yields; print a line for each.
 
-    Each architecture has a process of its own (they share no kernels), as many at a time as there are processors.
+    Each architecture has its own process (they share no kernels), as many at a time as there are processors.
+
+    Args:
+        only: beginning of the names to compile.
     """
     if triton.knobs.runtime.interpret:
         raise RuntimeError("nothing is compiled under Triton's interpreter: unset TRITON_INTERPRET")
@@ -155,8 +167,10 @@ def survey(only: str = "") -> dict[str, Usage]:
 
 
 def _survey(architecture: int, only: str) -> dict[str, Usage]:
-    """The part of `survey` for one architecture. Triton is set up for an absent GPU and stays so: the process cannot
-    launch kernels afterwards."""
+    """Do the part of `survey` for one architecture.
+
+    Triton is set up for an absent GPU and stays so: the process cannot launch kernels afterwards.
+    """
     knobs = triton.knobs
     triton.runtime.driver.set_active(_AbsentGPU(architecture))
     knobs.compilation.always_compile = True
@@ -185,7 +199,10 @@ def _survey(architecture: int, only: str) -> dict[str, Usage]:
 
 
 def problems(found: dict[str, Usage]) -> list[str]:
-    """One line for each kernel that no GPU should run: spills, ptxas' fallback to 32 registers, too much memory."""
+    """Return one line for each kernel that no GPU should run.
+
+    These spill, fall back to 32 registers, or need too much memory.
+    """
     lines = []
     for name, usage in found.items():
         limit = SHARED_LIMIT[int(re.match(r"sm_(\d+)/", name)[1])]
@@ -199,7 +216,10 @@ def problems(found: dict[str, Usage]) -> list[str]:
 
 
 def differences(found: dict[str, Usage], baseline: dict[str, Usage]) -> list[str]:
-    """One line for each kernel that is new, gone, or away from the baseline by more than `TOLERANCE`."""
+    """Return one line for each kernel that differs from the baseline.
+
+    It is new, gone, or differs by more than `TOLERANCE`.
+    """
     lines = [f"{name}: in the baseline, no longer compiled" for name in baseline.keys() - found.keys()]
     for name, usage in found.items():
         if name not in baseline:
@@ -217,7 +237,7 @@ def _words(usage: Usage) -> str:
 
 
 def source_hash() -> str:
-    """Return a hash of what decides what is compiled, beside Triton: the code and the tables of this folder."""
+    """Return a hash of the code and the tables that, with Triton, decide the result."""
     digest = hashlib.sha256()
     for file in sorted(Path(__file__).parent.iterdir()):
         if file.suffix in (".py", ".json"):
@@ -227,7 +247,7 @@ def source_hash() -> str:
 
 
 def _code(text: str) -> str:
-    """Python without its comments and docstrings."""
+    """Return Python code without its comments and docstrings."""
     tree = ast.parse(text)
     for node in ast.walk(tree):
         if isinstance(body := getattr(node, "body", None), list):
@@ -237,19 +257,19 @@ def _code(text: str) -> str:
 
 
 def is_current(path: Path) -> bool:
-    """Return whether a baseline was written with these sources and this Triton, which compile to the same again."""
+    """Return whether a baseline was written with these sources and this Triton."""
     content = json.loads(path.read_text(encoding="utf-8"))
     return (content["triton"], content["sources"]) == (triton.__version__, source_hash())
 
 
 def read_baseline(path: Path) -> tuple[str, dict[str, Usage]]:
-    """Triton's version at the time, and usages by name."""
+    """Return the version of Triton that a baseline is for, and usages by name."""
     content = json.loads(path.read_text(encoding="utf-8"))
     return content["triton"], {name: Usage(**usage) for name, usage in content["kernels"].items()}
 
 
 def write_baseline(path: Path, found: dict[str, Usage]) -> None:
-    """Write usages by name, one a line, with what they were compiled from and by."""
+    """Write usages by name, one per line, with the sources' hash and Triton's version."""
     kernels = ",\n".join(f"    {json.dumps(name)}: {json.dumps(asdict(usage))}" for name, usage in found.items())
     made = f'"triton": "{triton.__version__}",\n  "sources": "{source_hash()}"'
     text = f'{{\n  {made},\n  "kernels": {{\n{kernels}\n  }}\n}}\n'
@@ -257,7 +277,11 @@ def write_baseline(path: Path, found: dict[str, Usage]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status 0: fine; 1: a limit is broken or the baseline differs; 2: it cannot run as asked."""
+    """Compile and check or write a baseline.
+
+    Returns:
+        0 if all is well, 1 if a limit is broken or the baseline differs, 2 if that is not possible.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m rwkvinside.kernels.gpu.compile", description=__doc__.split("\n")[0]
     )

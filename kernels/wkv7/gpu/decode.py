@@ -24,14 +24,14 @@ from rwkvinside.kernels.gpu.table import StepConfig, lookup_step
 def step(
     r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor, mask: Tensor | None = None
 ) -> Tensor:
-    """One step of the recurrence for every row of the batch.
+    """Take one step of the recurrence for every row of the batch.
 
     Args:
         r: (B, H, N), any floating dtype; computed in fp32. N is a multiple of 8, at most 256.
         w: (B, H, N), log decay, <= 0.
         k, v, a, b: (B, H, N), or (B, G, N) each with G dividing H: head h reads head h // (H / G).
         state: (B, H, N, N) fp32 as (value, key), its last dimension contiguous; updated in place.
-        mask: (B,) bool, True for real tokens: elsewhere the state stays as it is and y is 0.
+        mask: (B,) bool, True for real tokens; elsewhere the state does not change and y is 0.
 
     Returns:
         y (B, H, N) in v's dtype.
@@ -62,12 +62,14 @@ def plan_step(
     capability: tuple[int, int] | None,
     config: StepConfig | None = None,
 ) -> tuple[list[Launch], Tensor]:
-    """The launches that `step` runs, and y. Nothing is launched: meta tensors will do.
+    """Return the launches that `step` runs, and y; launch nothing.
+
+    Meta tensors are enough.
 
     Args:
+        r, w, k, v, a, b, state, mask: as in `step`.
         capability: compute capability to plan for; None is Triton's interpreter.
-        config: instead of what the table says.
-        The others as in `step`.
+        config: replaces the table's.
     """
     _check(r, w, k, v, a, b, state, mask)
     B, H, N = r.shape
@@ -135,7 +137,7 @@ def _step(
     in_rows = rows < N
     in_columns = columns < N
 
-    # The state first: it is nearly all of the traffic, and nothing has to be known before it is asked for.
+    # The state first: it is nearly all of the traffic, and its load depends on nothing else.
     state += batch * state_batch + head.to(tl.int64) * state_head
     places = state + rows[:, None] * state_row + columns[None, :]
     inside = in_rows[:, None] & in_columns[None, :]

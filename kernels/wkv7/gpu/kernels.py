@@ -1,6 +1,6 @@
 """The Triton kernels of WKV-7 training: `prepare`, `scan_forward`, `scan_backward`, `gradient`, `advance`.
 
-They only compute; which of them run, in which order and on which buffers is `op.py`'s business. docs/wkv7.md has the
+They only compute; `op.py` decides which of them run, in which order and on which buffers. docs/wkv7.md has the
 derivation. For one chunk of L tokens and one head, with S the state before the chunk, C the decay of the whole chunk,
 c_t the decay from the middle of the chunk to the end of token t, e and g the decays from its start to its middle and
 from its middle to its end (rows are tokens, products with decays are elementwise):
@@ -42,7 +42,7 @@ RUNTIME = ["T", "mask_b"]
 
 @triton.jit
 def _round_to_bf16(x):
-    """fp32 rounded to the nearest bf16 (ties to even), still fp32."""
+    """Round fp32 to the nearest bf16 (ties to even), still as fp32."""
     bits = x.to(tl.uint32, bitcast=True)
     bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
     return bits.to(tl.float32, bitcast=True)
@@ -50,7 +50,7 @@ def _round_to_bf16(x):
 
 @triton.jit
 def _operand(x, MODE: tl.constexpr):
-    """x as a product of this mode reads it."""
+    """Return x as a product of this mode reads it."""
     if MODE == "bf16":
         if INTERPRETED:
             return _round_to_bf16(x.to(tl.float32))
@@ -62,15 +62,18 @@ def _operand(x, MODE: tl.constexpr):
 
 @triton.jit
 def _dot(x, y, MODE: tl.constexpr):
-    """Matrix product with fp32 accumulation; MODE is "bf16", or "bf16x3" or "bf16x6": so many products of bf16 parts
-    (Triton's fp32 products without tensor cores spill kilobytes of registers here)."""
+    """Multiply matrices with fp32 accumulation.
+
+    MODE is "bf16", or "bf16x3" or "bf16x6" for so many products of bf16 parts (Triton's fp32 products without tensor
+    cores spill kilobytes of registers here).
+    """
     PRECISION: tl.constexpr = "ieee" if MODE == "bf16" or INTERPRETED else MODE
     return tl.dot(_operand(x, MODE), _operand(y, MODE), input_precision=PRECISION)
 
 
 @triton.jit
 def _in_parts(x, PARTS: tl.constexpr):
-    """[rows, columns] as [PARTS, rows, columns / PARTS], where there is more than one part."""
+    """Reshape [rows, columns] to [PARTS, rows, columns / PARTS] if PARTS is above 1."""
     if PARTS == 1:
         return x
     else:
@@ -79,8 +82,10 @@ def _in_parts(x, PARTS: tl.constexpr):
 
 @triton.jit
 def _inner(x, y, MODE: tl.constexpr, PARTS: tl.constexpr):
-    """x y' for x and y `_in_parts`. Every warp then multiplies a part of its own and the results are added; otherwise
-    each would hold all columns of an operand, and fp32 ones as three of bf16 do not fit into registers by the hundred.
+    """Return x y' for x and y `_in_parts`.
+
+    Every warp multiplies its own part and the results are added. Otherwise each warp would hold all columns of an
+    operand, and an fp32 operand as three of bf16 does not fit into registers by the hundred.
     """
     if PARTS == 1:
         return _dot(x, tl.trans(y), MODE)
@@ -90,7 +95,7 @@ def _inner(x, y, MODE: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def _outer(x, y, MODE: tl.constexpr, PARTS: tl.constexpr):
-    """x y, in parts as y is; x is not."""
+    """Return x y, in parts like y; x is not in parts."""
     if PARTS == 1:
         return _dot(x, y, MODE)
     else:
@@ -99,13 +104,13 @@ def _outer(x, y, MODE: tl.constexpr, PARTS: tl.constexpr):
 
 @triton.jit
 def _down(rows, PARTS: tl.constexpr):
-    """Numbers of rows, shaped to go with `_along`."""
+    """Return row numbers, shaped to combine with `_along`."""
     return rows[:, None] if PARTS == 1 else rows[None, :, None]
 
 
 @triton.jit
 def _along(columns, PARTS: tl.constexpr):
-    """What belongs to columns, shaped to go with `_down`: together they make a tile that is `_in_parts`."""
+    """Return per-column values, shaped to make a tile `_in_parts` with `_down`."""
     if PARTS == 1:
         return columns[None, :]
     else:
@@ -121,7 +126,7 @@ def _store(pointers, value, mask=None):
 
 @triton.jit
 def _sums(w, L: tl.constexpr):
-    """Of rows w: sums from the middle of the chunk through each row, of the first half, and of the second half."""
+    """Sum rows of w from the middle of the chunk to each row, and over each half."""
     first_half = (tl.arange(0, L) < L // 2)[:, None]
     middle = tl.sum(tl.where(first_half, w, 0.0), axis=0)
     end = tl.sum(tl.where(first_half, 0.0, w), axis=0)
@@ -130,15 +135,17 @@ def _sums(w, L: tl.constexpr):
 
 @triton.jit
 def _exp2(coarse, fine):
-    """2^(coarse + fine) for a small `fine`, without rounding the sum to the precision of `coarse`."""
+    """Return 2^(coarse + fine) for a small `fine`, without rounding the sum."""
     whole = tl.floor(coarse)
     return tl.exp2(whole) * tl.exp2((coarse - whole) + fine)
 
 
 @triton.jit
 def _decays(w, L: tl.constexpr, MODE: tl.constexpr):
-    """From log decays [L, columns]: the decay from the middle of the chunk to the end of each token, its inverse, the
-    one to the start of each token, and per column the ones from the start to the middle and from the middle to the end.
+    """Compute the decays of a chunk from log decays [L, columns].
+
+    Returns the decay from the middle of the chunk to the end of each token, its inverse, the one to the start of each
+    token, and per column those from the start to the middle and from the middle to the end.
 
     Exponents are taken from the middle because that halves their range: log decays of -5 fit fp32 with L = 32. Rounded
     to fp32 they would still cost up to 1e-5. Where products have fp32 precision, multiples of 2^-12, whose sums are
@@ -161,9 +168,11 @@ def _decays(w, L: tl.constexpr, MODE: tl.constexpr):
 
 @triton.jit
 def _inverse(A, L: tl.constexpr, MODE: tl.constexpr):
-    """(I - A)^-1 for a strictly lower triangular A by block substitution: blocks of 1, 2, 4, ... rows are merged, [[X,
-    0], [Y M X, Y]] being the inverse of two neighbors X and Y with M between them. Unlike a product of powers of A
-    nothing in it outgrows the inverse, so repeated keys are harmless."""
+    """Return (I - A)^-1 for a strictly lower triangular A by block substitution.
+
+    Blocks of 1, 2, 4, ... rows are merged, [[X, 0], [Y M X, Y]] being the inverse of two neighbors X and Y with M
+    between them. Unlike in a product of powers of A nothing outgrows the inverse, so repeated keys are harmless.
+    """
     i = tl.arange(0, L)[:, None]
     j = tl.arange(0, L)[None, :]
     X = tl.where(i == j, 1.0, tl.where(i // 2 == j // 2, A, 0.0))
@@ -176,7 +185,7 @@ def _inverse(A, L: tl.constexpr, MODE: tl.constexpr):
 
 @triton.jit
 def _chunk(index, chunks_, T, L: tl.constexpr):
-    """(batch row, first token, end of the sequence) of a chunk."""
+    """Return (batch row, first token, end of the sequence) of a chunk."""
     if chunks_ is None:
         count = tl.cdiv(T, L)
         return index // count, (index % count) * L, T + index * 0
@@ -186,7 +195,7 @@ def _chunk(index, chunks_, T, L: tl.constexpr):
 
 @triton.jit
 def _real(mask_, mask_b, batch, t, end):
-    """Which of the tokens t belong to the sequence and are not masked."""
+    """Return which of the tokens t belong to the sequence and are not masked."""
     real = t < end
     if mask_ is not None:
         real = real & (tl.load(mask_ + batch * mask_b + t, mask=real, other=0) != 0)
@@ -206,12 +215,15 @@ def prepare(
     D: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, L: tl.constexpr,
     LOCAL: tl.constexpr, SQUARE: tl.constexpr, UNROLL: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """What a chunk needs apart from v and the state; grid (chunks, heads). T_ is for the scan of a forward that will
-    be differentiated, X_ and RX_ for the backward scan; each may be None."""
+    """Compute the tiles of a chunk, which need neither v nor the state.
+
+    Grid: (chunks, heads). T_ is for the scan of a forward that will be differentiated, X_ and RX_ for the backward
+    scan; each may be None.
+    """
     chunk = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
     batch, start, end = _chunk(chunk, chunks_, T, L)
-    if start >= end:  # one of the chunks too many of packed sequences
+    if start >= end:  # a surplus chunk of packed sequences
         return
     i = tl.arange(0, L)
     t = start + i
@@ -280,8 +292,10 @@ def prepare(
 
 @triton.jit
 def _span(span, cu_, first_, T, SEGMENTS, L: tl.constexpr):
-    """(batch row, first token, end of the sequence, first chunk, number of chunks) of what one program scans: a
-    sequence, or one of the segments of one."""
+    """Locate what one program scans: a sequence, or one of its segments.
+
+    Returns (batch row, first token, end of the sequence, first chunk, number of chunks).
+    """
     if cu_ is None:
         total = tl.cdiv(T, L)
         per = tl.cdiv(total, SEGMENTS)
@@ -297,7 +311,7 @@ def _span(span, cu_, first_, T, SEGMENTS, L: tl.constexpr):
 
 @triton.jit
 def _initial(initial_, row, column, identity, D: tl.constexpr):
-    """The state a scan starts from: what the pointer holds; else zero, or the identity where `identity` is true."""
+    """Return the state a scan starts from: the pointer's, else zero or the identity."""
     inside = (row < D) & (column < D)
     if initial_ is not None:
         return tl.load(initial_ + row * D + column, mask=inside, other=0.0).to(tl.float32)
@@ -315,12 +329,13 @@ def scan_forward(
     D: tl.constexpr, K: tl.constexpr, BV: tl.constexpr, L: tl.constexpr,
     STATE: tl.constexpr, AFFINE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Carry BV rows of the state over the chunks of a span; grid (spans * heads * blocks of rows). Rows never meet, so
-    splitting them needs no communication.
+    """Carry BV rows of the state over the chunks of a span.
 
-    With AFFINE, instead of outputs, the map S -> S M + N of the whole span: `final_` holds N and then M, and there are
-    twice as many blocks of rows. Else y_ is written, and for a later backward the state before each chunk (starts_)
-    and U_, unless they are None.
+    Grid: (spans * heads * blocks of rows). Rows do not interact, so splitting them needs no communication.
+
+    With AFFINE, instead of outputs, the map S -> S M + N of the whole span is written: `final_` holds N and then M, and
+    there are twice as many blocks of rows. Else y_ is written, and for a later backward the state before each chunk
+    (starts_) and U_, unless they are None.
     """
     BLOCKS: tl.constexpr = K // BV
     MAPS: tl.constexpr = 2 if AFFINE else 1
@@ -336,7 +351,7 @@ def scan_forward(
     rows = block * BV + tl.arange(0, BV)
     row = _down(rows, PARTS)
     column = _along(j, PARTS)
-    # (a pointer of a state is advanced by span and head here, by row and column where it is used)
+    # (the pointer of a state advances by span and head here, by row and column where it is used)
     if initial_ is not None:
         initial_ += part * D * D
     S = _initial(initial_, row, column, identity, D)
@@ -382,9 +397,10 @@ def scan_backward(
     D: tl.constexpr, K: tl.constexpr, BV: tl.constexpr, L: tl.constexpr,
     STATE: tl.constexpr, AFFINE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Carry BV rows of the gradient of the state back over the chunks of a span; grid and AFFINE as in `scan_forward`.
+    """Carry BV rows of the gradient of the state back over the chunks of a span.
 
-    Writes that gradient after each chunk (ends_), P_, and dv_ (batch, token, head, column), contiguous.
+    Grid and AFFINE are as in `scan_forward`. Writes that gradient after each chunk (ends_), P_, and dv_ (batch, token,
+    head, column), contiguous.
     """
     BLOCKS: tl.constexpr = K // BV
     MAPS: tl.constexpr = 2 if AFFINE else 1
@@ -451,8 +467,9 @@ def gradient(
     D: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, UNROLL: tl.constexpr, L: tl.constexpr,
     STATE: tl.constexpr, FINAL: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of BK columns of r, w, k, a, b in one chunk; grid (chunks * blocks of columns, heads). Outputs are
-    (batch, token, head, column), contiguous.
+    """Compute the gradients of BK columns of r, w, k, a, b in one chunk.
+
+    Grid: (chunks * blocks of columns, heads). Outputs are (batch, token, head, column), contiguous.
 
     The gradient of a decay is a difference of sums over pairs of tokens that cancel almost wholly where decays are
     strong. The sums within the chunk are therefore taken over the very operands that the products have read, rounded
@@ -463,7 +480,7 @@ def gradient(
     chunk = program // BLOCKS
     head = tl.program_id(1).to(tl.int64)
     batch, start, end = _chunk(chunk, chunks_, T, L)
-    if start >= end:  # one of the chunks too many of packed sequences
+    if start >= end:  # a surplus chunk of packed sequences
         return
     i = tl.arange(0, L)
     j = (program % BLOCKS) * BK + tl.arange(0, BK)
@@ -556,8 +573,11 @@ def gradient(
 
 @triton.jit
 def advance(before_, before_b, affine_, affine_b, after_, after_b, H, D: tl.constexpr, BLOCK: tl.constexpr):
-    """after = before M + N in fp32, for `affine_` (batch, head, 2, D, D) holding N and M; grid (batch * heads, blocks
-    of rows, blocks of columns). The states of one batch row are contiguous."""
+    """Compute after = before M + N in fp32.
+
+    `affine_` (batch, head, 2, D, D) holds N and M. Grid: (batch * heads, blocks of rows, blocks of columns). The states
+    of one batch row are contiguous.
+    """
     program = tl.program_id(0).to(tl.int64)
     batch = program // H
     head = program % H

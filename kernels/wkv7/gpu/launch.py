@@ -13,7 +13,7 @@ import torch
 class Launch:
     """One launch of a Triton kernel.
 
-    Args:
+    Attributes:
         kernel: the `@triton.jit` function.
         grid: number of programs along each axis.
         args: run-time arguments by name (tensors, numbers, None).
@@ -35,12 +35,12 @@ class Launch:
 
 
 def run(launches: Iterable[Launch], device: torch.device) -> None:
-    """Launch all of them in order on a device, which need not be the current one."""
+    """Run launches in order on a device, which need not be the current one."""
     with torch.cuda.device(device if device.type == "cuda" else -1):
         for launch in launches:
             launch.run()
 
 
 def capability(device: torch.device) -> tuple[int, int] | None:
-    """The compute capability of a GPU; None for the CPU, which means Triton's interpreter."""
+    """Return the compute capability of a GPU; None for a CPU (Triton's interpreter)."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None

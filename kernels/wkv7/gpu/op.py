@@ -1,7 +1,7 @@
 """WKV-7 training in Triton as PyTorch ops: which kernels run, on which buffers, and what autograd sees.
 
-`plan_forward` and `plan_backward` describe launches without launching, so that they can be compiled for a GPU that is
-not there; the custom ops run them. The algebra is in `kernels.py`, tile sizes come from `table.py`.
+`plan_forward` and `plan_backward` describe launches without launching them, so that they can be compiled for an absent
+GPU; the custom ops run them. The algebra is in `kernels.py`, tile sizes are in `table.py`.
 
     forward     prepare, scan_forward
     backward    prepare (again: cheaper than keeping its tiles), scan_backward, gradient
@@ -26,8 +26,11 @@ from rwkvinside.kernels.gpu.table import PRECISIONS, Config, Tuning, lookup
 
 
 class _Mode(NamedTuple):
-    """How products are computed: "bf16" rounds both operands, "bf16x3" takes three products of bf16 (errors near
-    2^-16), "bf16x6" six (fp32). The interpreter computes the latter two in fp32."""
+    """Precision of each kind of product.
+
+    "bf16" rounds both operands, "bf16x3" takes three products of bf16 (errors near 2^-16), "bf16x6" six (fp32). The
+    interpreter computes the latter two in fp32.
+    """
 
     local: str  # within a chunk
     square: str  # within a chunk, of [L, L] with [L, L]: the triangular inverse, which in bf16 repeated keys spoil
@@ -60,14 +63,16 @@ def wkv7(
     cu_seqlens: Tensor | None = None,
     precision: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The WKV-7 recurrence (RWKV-7 "Goose", arXiv 2503.14456, eq. 1-3), as `rwkvinside.modeling.wkv7` defines it.
+    """Compute the WKV-7 recurrence as `rwkvinside.modeling.wkv7` defines it.
+
+    Source: RWKV-7 "Goose", arXiv 2503.14456, eq. 1-3.
 
     Args:
         r: (B, T, H, N), bf16, fp16 or fp32; N a multiple of 8 from 8 to 256.
         w: (B, T, H, N), log decay from -5 to 0, fp32 advised. Values are not checked, which would wait for the GPU.
         k, v, a, b: (B, T, H, N), or (B, T, G, N) each with G dividing H: head h reads head h // (H / G).
         state: initial state (B, H, N, N) as (value, key), or (S, H, N, N) with `cu_seqlens`; None is zero.
-        mask: (B, T) bool, True for real tokens. A masked step leaves the state as it is, outputs 0 and gets gradient 0.
+        mask: (B, T) bool, True for real tokens. A masked step does not change the state, outputs 0 and gets gradient 0.
         cu_seqlens: (S + 1,) int32 or int64 on the device: sequence s is [cu[s], cu[s+1]); needs B = 1. It is read on
             the device only. Tokens from cu[S] on get zeros.
         precision: "fp32", "high", "balanced", "fast", or "auto" (fp32 for fp32 r, else balanced).
@@ -78,7 +83,7 @@ def wkv7(
 
     Raises:
         ValueError: shapes, dtypes or a precision that do not fit.
-        RuntimeError: tensors that are not on a GPU, outside Triton's interpreter.
+        RuntimeError: tensors that are not on a GPU, except in Triton's interpreter.
     """
     if precision == "auto":
         precision = "fp32" if r.dtype == torch.float32 else "balanced"
@@ -107,16 +112,18 @@ def plan_forward(
     segments: int = 1,
     save: bool = True,
 ) -> tuple[list[Launch], tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """The launches of a forward pass and what they will have written. Nothing is launched: meta tensors will do.
+    """Return the launches of a forward pass and their outputs; launch nothing.
+
+    Meta tensors are enough.
 
     Args:
+        r, w, k, v, a, b, state, mask, cu_seqlens: as in `wkv7`.
         precision: "fp32", "high", "balanced" or "fast".
         capability: compute capability to plan for; None is Triton's interpreter.
-        config: instead of what the table says.
-        block_v: rows of the state held by one program of a scan; None is what the configuration says.
+        config: replaces the table's.
+        block_v: rows of the state held by one program of a scan; None is the configuration's.
         segments: pieces that every sequence is cut into for the scan; must be 1 with `cu_seqlens`.
         save: whether a backward will follow.
-        The others as in `wkv7`.
 
     Returns:
         Launches in order, and (y, final state, states before the chunks (chunks, H, K, K), rows that b writes (chunks,
@@ -160,18 +167,20 @@ def plan_backward(
     block_v: int | None = None,
     segments: int = 1,
 ) -> tuple[list[Launch], tuple[Tensor, ...]]:
-    """The launches of a backward pass and what they will have written, as `plan_forward`.
+    """Return the launches of a backward pass and their outputs; launch nothing.
 
     Args:
+        r, w, k, v, a, b, mask, cu_seqlens: as in `wkv7`.
         starts, u: the last two outputs of the forward, planned with the same precision, capability and config.
         dy, dfinal: gradients of y and of the final state; None for the latter is zero.
+        precision, capability, config, block_v, segments: as in `plan_forward`.
 
     Returns:
         Launches in order, and the gradients of r, w, k, v, a, b, all (B, T, H, N), and of the initial state in fp32.
-        Where heads share an input, its gradient is still to be summed over them; it is fp32 then, else of its dtype.
+        Where heads share an input, its gradient is in fp32 and still to be summed over them, else in the input's dtype.
 
     Raises:
-        ValueError: a forward that was planned otherwise, or without `save`.
+        ValueError: a forward that was planned differently, or without `save`.
     """
     plan = _Plan((r, w, k, v, a, b), mask, cu_seqlens, precision, capability, config, block_v)
     tiles = plan.tiles("Z", "X", "RX")
@@ -217,16 +226,20 @@ def plan_backward(
 
 
 def _strided(name: str, x: Tensor) -> dict[str, Any]:
-    """A token tensor (B, T, heads, N) as the kernels take it."""
+    """Return a token tensor (B, T, heads, N) as the kernels take it."""
     x = x if x.stride(3) == 1 else x.contiguous()
     return {f"{name}_": x, f"{name}_b": x.stride(0), f"{name}_t": x.stride(1), f"{name}_h": x.stride(2)}
 
 
 class _Plan:
-    """What both passes have in common: sizes, arguments that several kernels take, buffers, launches.
+    """Sizes, common arguments, buffers and launches of a pass.
 
-    Sizes: `size` is N, `padded` that padded to a power of two, `length` the tokens per chunk, `sequences` the rows of
-    the batch or the packed sequences, `chunks` the chunks of all sequences (with cu_seqlens an upper bound).
+    Attributes:
+        size: N.
+        padded: N padded to a power of two.
+        length: tokens per chunk.
+        sequences: rows of the batch, or packed sequences.
+        chunks: of all sequences (with cu_seqlens an upper bound).
     """
 
     def __init__(self, inputs: Sequence[Tensor], mask, cu_seqlens, precision, capability, config, block_v):
@@ -255,18 +268,20 @@ class _Plan:
             self.first_chunk, self.chunk_table = _chunk_table(cu_seqlens, self.chunks, self.length)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return an uninitialized buffer."""
         return torch.empty(shape, dtype=dtype, device=self.device)
 
     def per_chunk(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """Return an uninitialized buffer (chunks, H, rows, columns)."""
         return self.empty(self.chunks, self.heads, rows, columns, dtype=dtype)
 
     def per_token(self, dtype: torch.dtype) -> Tensor:
-        """(B, T, H, N); zeros if there may be tokens that belong to no sequence."""
+        """Return a buffer (B, T, H, N); zeros if tokens may belong to no sequence."""
         shape = (self.batch, self.time, self.heads, self.size)
         return (torch.empty if self.cu_seqlens is None else torch.zeros)(shape, dtype=dtype, device=self.device)
 
     def tiles(self, *squares: str) -> dict[str, Tensor | None]:
-        """What `prepare` writes: always Q, W, Kp, Bg and C; of Z, T, X, RX those that are named."""
+        """Return buffers for `prepare`: Q, W, Kp, Bg and C, and the named of Z, T, X, RX."""
         tiles: dict[str, Tensor | None] = {"T_": None, "X_": None, "RX_": None}
         tiles |= {f"{name}_": self.per_chunk(self.length, self.length, self.mode.storage) for name in squares}
         for name in ("Q_", "W_", "Kp_", "Bg_"):
@@ -274,6 +289,7 @@ class _Plan:
         return tiles | {"C_": self.empty(self.chunks, self.heads, self.padded)}
 
     def input(self, *names: str) -> dict[str, Any]:
+        """Return the arguments for some of the inputs, with their strides and head groups."""
         args = {}
         for name in names:
             args |= _strided(name, self.tokens[name])
@@ -282,21 +298,27 @@ class _Plan:
         return args
 
     def launch(self, kernel, grid: tuple[int, ...], args: dict[str, Any], constants: dict[str, Any], tuning) -> Launch:
+        """Return a launch with the arguments that all kernels take."""
         args = {**args, **self.where, "T": self.time, "H": self.heads}
         constants = {"D": self.size, "K": self.padded, "L": self.length, **constants}
         return Launch(kernel, grid, args, constants, tuning.num_warps, tuning.num_stages)
 
     def unroll(self, block: int) -> int:
-        """How many of the blocks of columns or rows a kernel works on without a loop: all of them, but for fp32, whose
-        products of six make code that takes minutes to compile."""
+        """Return how many blocks of columns or rows a kernel processes without a loop.
+
+        These are all of them, except for fp32: six products for one make code that takes minutes to compile.
+        """
         return 1 if self.mode.local == "bf16x6" else self.padded // block
 
     def parts(self, columns: int, tuning: Tuning) -> int:
-        """Into how many parts products over so many columns are cut: for fp32 one for each warp, as long as that leaves
-        a product its least size. (bf16 operands fit without.)"""
+        """Return into how many parts products over so many columns are cut.
+
+        For fp32 there is one part for each warp if products keep their least size; bf16 operands fit without.
+        """
         return tuning.num_warps if self.mode.local == "bf16x6" and columns >= 16 * tuning.num_warps else 1
 
     def prepare(self, tiles: dict[str, Tensor | None]) -> Launch:
+        """Return the launch that computes the tiles."""
         columns = min(PREPARE_COLUMNS, self.padded)
         constants = {"BK": columns, "LOCAL": self.mode.local, "SQUARE": self.mode.square}
         constants |= {"UNROLL": self.unroll(columns), "PARTS": self.parts(columns, self.config.prep)}
@@ -309,8 +331,14 @@ class _Plan:
         )
 
     def scan(self, kernel, reads: dict, writes: dict, ends: tuple, order: Sequence[int]) -> list[Launch]:
-        """Launches of a scan over the segments in `order`; `ends` are the names and tensors of the state it starts
-        from (None is zero) and of the one it arrives at."""
+        """Return the launches of a scan over the segments in `order`.
+
+        Args:
+            kernel: `scan_forward` or `scan_backward`.
+            reads, writes: its arguments.
+            ends: names and tensors of the state it starts from (None is zero) and of the one it arrives at.
+            order: of the segments.
+        """
         first, start, last, arrival = ends
         reads = {**reads, "cu_": self.cu_seqlens, "first_": self.first_chunk, "SEGMENTS": len(order)}
         parts = self.parts(self.padded, self.config.scan)
@@ -347,8 +375,14 @@ class _Plan:
 
 
 def _chunk_table(cu_seqlens: Tensor, chunks: int, length: int) -> tuple[Tensor, Tensor]:
-    """The first chunk of every sequence (S,), and (first token, end of the sequence) of every chunk (chunks, 2), both
-    int64. Sizes do not depend on the values, so nothing waits for the device; chunks too many are empty."""
+    """Locate the chunks of packed sequences.
+
+    Sizes do not depend on the values, so nothing waits for the device; surplus chunks are empty.
+
+    Returns:
+        The first chunk of every sequence (S,), and (first token, end of the sequence) of every chunk (chunks, 2), both
+        int64.
+    """
     bounds = cu_seqlens.long()
     counts = (bounds.diff() + length - 1).div(length, rounding_mode="floor")
     ends = counts.cumsum(0)
@@ -360,12 +394,18 @@ def _chunk_table(cu_seqlens: Tensor, chunks: int, length: int) -> tuple[Tensor, 
 
 
 def choose_split(states: int, chunks: int, padded: int, config: Config, processors: int) -> tuple[int, int]:
-    """How to spread a scan of `states` states over `chunks` chunks on a GPU of so many multiprocessors, as (rows of
-    the state per program, segments).
+    """Return the rows of the state per program and the segments of a scan.
 
-    Wide blocks of rows read every tile fewer times and come first; narrow ones make more programs of few heads. Cut
-    into segments, every chunk is scanned three times (twice for the affine map, once for the outputs) in two passes:
-    this pays from four segments on, as long as about a processor is free for each of them.
+    Wide blocks of rows read every tile fewer times and are preferred; narrow ones make more programs from few heads.
+    With segments, every chunk is scanned three times (twice for the affine map, once for the outputs) in two passes:
+    this pays from four segments on, if about one processor is free for each of them.
+
+    Args:
+        states: sequences times heads.
+        chunks: of each sequence; 0 allows no segments.
+        padded: head size, padded to a power of two.
+        config: of the kernels.
+        processors: multiprocessors of the GPU.
     """
     if states * triton.cdiv(padded, config.block_v) >= processors:
         return config.block_v, 1
@@ -374,7 +414,7 @@ def choose_split(states: int, chunks: int, padded: int, config: Config, processo
 
 
 def _split(r: Tensor, cu_seqlens: Tensor | None, precision: str) -> dict[str, Any]:
-    """What a plan for this device needs beyond the inputs."""
+    """Return the options of a plan for the device of r."""
     found = capability(r.device)
     options = {"precision": precision, "capability": found}
     if found is None:
@@ -444,7 +484,7 @@ def _backward(
 
 
 def _sum_over_heads(grad: Tensor, x: Tensor) -> Tensor:
-    """(B, T, H, N) summed over the heads that share a head of x."""
+    """Sum (B, T, H, N) over the heads that share a head of x."""
     if grad.shape == x.shape:
         return grad
     return grad.unflatten(2, (x.shape[2], -1)).sum(3).to(x.dtype)
@@ -460,7 +500,7 @@ def _(r, w, k, v, a, b, mask, cu_seqlens, starts, u, dy, dfinal, precision):
 def _setup_context(ctx, inputs, output) -> None:
     r, w, k, v, a, b, state, mask, cu_seqlens, ctx.precision, _ = inputs
     _, _, starts, u = output
-    ctx.set_materialize_grads(False)  # no zeros for the gradients of starts and u, which are only kept
+    ctx.set_materialize_grads(False)  # no zeros for the gradients of starts and u, which are only saved
     ctx.save_for_backward(r, w, k, v, a, b, mask, cu_seqlens, starts, u)
     ctx.state_dtype = None if state is None else state.dtype
 

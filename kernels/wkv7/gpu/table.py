@@ -1,12 +1,12 @@
-"""Which tile sizes and launch settings the Triton kernels use, per head size, architecture and precision mode.
+"""Tile sizes and launch settings of the Triton kernels, per head size, architecture and precision mode.
 
-The numbers live in `configurations.json` beside this file, so that a first step on a GPU never autotunes. They were
+The numbers are in `configurations.json` next to this file, so that a first step on a GPU never autotunes. They were
 chosen by compiling (`python -m rwkvinside.kernels.gpu.compile`: no spills, occupancy), and `python -m
-rwkvinside.kernels.gpu.autotune` replaces them by ones measured on the GPU at hand. This module imports neither torch
-nor triton; it launches and compiles nothing.
+rwkvinside.kernels.gpu.autotune` replaces them with numbers measured on the GPU at hand. This module imports neither
+torch nor triton; it launches and compiles nothing.
 
-Decode computes in fp32 whatever the inputs are, so it has one entry per head size and architecture, a `StepConfig`; the
-training kernels have one for each precision mode, a `Config`.
+Decoding computes in fp32 whatever the inputs are, so it has one entry per head size and architecture, a `StepConfig`;
+the training kernels have one for each precision mode, a `Config`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LENGTHS = (16, 32, 64)
 
 @dataclass(frozen=True)
 class Tuning:
-    """How Triton compiles one kernel."""
+    """Settings with which Triton compiles one kernel."""
 
     num_warps: int
     num_stages: int
@@ -36,9 +36,9 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes and launch settings of the kernels.
+    """Tile sizes and launch settings of the training kernels.
 
-    Args:
+    Attributes:
         length: tokens per chunk (L), the same for the four training kernels: 16, 32 or 64.
         block_v: rows of the state held by one program of the scans.
         prep, scan, grad: settings of `prepare`, of the two scans, of `gradient`.
@@ -62,7 +62,12 @@ class Config:
 
 @dataclass(frozen=True)
 class StepConfig:
-    """The same for one step of decoding: rows of the state held by one program, and its settings."""
+    """Tile size and launch settings of a decode step.
+
+    Attributes:
+        block_v: rows of the state held by one program.
+        step: settings of the kernel.
+    """
 
     block_v: int
     step: Tuning
@@ -81,17 +86,17 @@ Table = Mapping[Key, Config | StepConfig]
 
 
 def lookup(head_size: int, capability: tuple[int, int] | None, precision: str) -> Config:
-    """The configuration for a padded head size.
+    """Return the configuration for a padded head size.
 
     Args:
         head_size: a power of two from 16 to 256.
         capability: the GPU's compute capability, e.g. (9, 0). An architecture without entries uses the nearest older
-            one that has some; an older one than all, or None (Triton's interpreter), uses the oldest.
+            one that has some; one older than all, and None (Triton's interpreter), use the oldest.
         precision: "fp32", "high", "balanced" or "fast".
 
     Raises:
         ValueError: an unknown head size or precision.
-        RuntimeError: a table that cannot be read or lacks the entry.
+        RuntimeError: a table that cannot be read or lacks an entry.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
@@ -99,7 +104,7 @@ def lookup(head_size: int, capability: tuple[int, int] | None, precision: str) -
 
 
 def lookup_step(head_size: int, capability: tuple[int, int] | None) -> StepConfig:
-    """The configuration of a decode step; arguments and errors as `lookup`."""
+    """Return the configuration of a decode step; arguments and errors as `lookup`."""
     return _nearest(head_size, capability, STEP)
 
 
@@ -120,10 +125,10 @@ def _shipped() -> Table:
 
 
 def read(path: Path) -> dict[Key, Config | StepConfig]:
-    """The entries of a configurations file.
+    """Return the entries of a configurations file.
 
     Raises:
-        RuntimeError: the file is missing or is not such a file; the message names it.
+        RuntimeError: the file is missing or has another format; the message names it.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -142,7 +147,7 @@ def _entry(name: str, fields: dict) -> tuple[Key, Config | StepConfig]:
 
 
 def write(path: Path, table: Table) -> None:
-    """Write entries as `read` takes them; a reader sees the old or the new file, never half of one."""
+    """Write entries as `read` takes them, atomically."""
     keys = sorted(table, key=lambda key: (*key[:2], (*PRECISIONS, STEP).index(key[2])))
     lines = [f'  "sm_{key[0]}/{key[1]}/{key[2]}": {json.dumps(asdict(table[key]))}' for key in keys]
     write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")

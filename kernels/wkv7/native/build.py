@@ -1,6 +1,6 @@
-"""Compiles the CPU kernels into a shared library: at installation, or once into the user's cache.
+"""Compilation of the CPU kernels into a shared library: at installation, or once into the user's cache.
 
-Standard library and `rwkvinside.support` only, because the installation runs it before anything else is there.
+Imports only the standard library and `rwkvinside.support`, because the installation runs it before all else exists.
 """
 
 from __future__ import annotations
@@ -39,18 +39,21 @@ class CompileError(Exception):
 
 
 def source_hash() -> str:
-    """Changes with the sources and the flags; a library built from others is not used."""
+    """Return a hash of sources and flags; a library built from others is not used."""
     parts = FLAGS, PORTABLE, X86, [file_digest(HERE / name) for name in SOURCES]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def compile_library(target: Path) -> None:
-    """Build the library from the sources beside this file into `target`, under a temporary name first.
+    """Build the library from the sources next to this file.
 
-    Takes about five seconds: three instruction sets on x86-64, compiled side by side, one elsewhere.
+    Takes about five seconds: three instruction sets on x86-64, compiled in parallel, one elsewhere.
+
+    Args:
+        target: file to write, under a temporary name first.
 
     Raises:
-        CompileError: no compiler, or its first complaint.
+        CompileError: no compiler, or its first error.
     """
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
     if compiler is None:
@@ -81,7 +84,9 @@ def compile_library(target: Path) -> None:
 
 
 def cached_library() -> Path:
-    """The library in ~/.cache/rwkvinside/native, compiled now if it is not there; processes wait for each other.
+    """Return the library in ~/.cache/rwkvinside/native, compiling it if it is missing.
+
+    Processes wait for each other.
 
     Raises:
         CompileError: it cannot be compiled.

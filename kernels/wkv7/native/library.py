@@ -1,4 +1,4 @@
-"""The compiled library behind ctypes: finding it, its C structures, and views of tensors for it."""
+"""The compiled library through ctypes: finding it, its C structures, and views of tensors for it."""
 
 from __future__ import annotations
 
@@ -58,18 +58,25 @@ class Backward(ctypes.Structure):
 
 
 def view(x: Tensor, heads: int) -> View:
-    """How the library reads or writes x (tokens, G, N), fp32 or bf16, last dimension contiguous, G dividing `heads`."""
+    """Describe a tensor for the library.
+
+    Args:
+        x: (tokens, G, N), fp32 or bf16, last dimension contiguous, G dividing `heads`.
+        heads: H, of the receptance.
+    """
     return View(x.data_ptr(), x.stride(0), x.stride(1), _TYPES[x.dtype], heads // x.shape[1])
 
 
 def pointer(x: Tensor | None) -> int | None:
-    """Address of a contiguous tensor's data; None becomes a null pointer."""
+    """Return the address of a contiguous tensor's data; None becomes a null pointer."""
     return None if x is None else x.data_ptr()
 
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """The library that was built at installation, if it is of these sources, else the one in the user's cache.
+    """Load the library.
+
+    It is the one built at installation if its sources are these, else the one in the user's cache.
 
     Raises:
         CompileError: there is none and it cannot be compiled.
@@ -84,7 +91,10 @@ def load() -> ctypes.CDLL:
 
 @functools.cache
 def why_unavailable() -> str | None:
-    """Why the library cannot be used on this machine, None when it can. Compiles it when that has not been done yet."""
+    """Return why the library cannot be used on this machine, None if it can.
+
+    Compiles it if that has not been done yet.
+    """
     try:
         load()
     except CompileError as error:

@@ -24,7 +24,9 @@ def wkv7(
     cu_seqlens: Tensor | None = None,
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence of `rwkvinside.modeling.wkv7` on a CPU, in fp32; arguments as there, already checked.
+    """Compute the recurrence of `rwkvinside.modeling.wkv7` on a CPU, in fp32.
+
+    The arguments are already checked there.
 
     Args:
         r, w: (B, T, H, N), N from 8 to 256, fp32, bf16 or fp16; w is the log decay.
@@ -32,7 +34,7 @@ def wkv7(
         state: (B or S, H, N, N) as (value, key), None for zero.
         mask: (B, T) bool; masked tokens are skipped.
         cu_seqlens: (S + 1,) with B = 1.
-        inplace: write the final state over `state`, fp32 and contiguous; only where no gradient is asked for.
+        inplace: overwrite `state` (fp32 and contiguous) with the final state; only without gradients.
 
     Returns:
         y (B, T, H, N) in v's dtype and the final state in fp32.
@@ -48,7 +50,7 @@ def wkv7(
 
 
 class _Tokens:
-    """Which tokens belong to which sequence, in the form that the library takes; keeps that memory alive."""
+    """The tokens of each sequence as the library takes them, kept in memory."""
 
     def __init__(self, like: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, work: int, checkpoints: bool):
         B, T, H, N = like.shape
@@ -69,7 +71,10 @@ class _Tokens:
 
 
 def _flat(x: Tensor) -> Tensor:
-    """(B, T, G, N) -> (B T, G, N) with a contiguous last dimension, without a copy where strides allow it."""
+    """Reshape (B, T, G, N) to (B T, G, N) with a contiguous last dimension.
+
+    Copies only where strides require it.
+    """
     x = x.reshape(-1, *x.shape[2:])
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -107,7 +112,10 @@ def _forward(
     cu_seqlens: Tensor | None,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, the final state, and for the backward the state before every 16th token and S a of every token."""
+    """Return y, the final state, and what the backward needs.
+
+    That is the state before every 16th token and S a of every token; both are empty without `save`.
+    """
     return _run_forward(r, w, k, v, a, b, state, mask, cu_seqlens, save)
 
 
@@ -120,7 +128,7 @@ def _(r, w, k, v, a, b, state, mask, cu_seqlens, save):
     elif mask is None and cu_seqlens is None:
         rows = B * ((T + SEGMENT - 1) // SEGMENT)
     else:
-        rows = torch.library.get_ctx().new_dynamic_size()  # depends on the lengths, which only the real tensors tell
+        rows = torch.library.get_ctx().new_dynamic_size()  # depends on the lengths, known from real tensors only
     fp32 = dict(dtype=torch.float32)
     return (
         torch.empty_like(r, dtype=v.dtype, memory_format=torch.contiguous_format),
@@ -145,7 +153,10 @@ def _backward(
     dy: Tensor,
     d_final: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of r, w, k, v, a, b in their dtypes and numbers of heads, and of the initial state in fp32."""
+    """Return the gradients of r, w, k, v, a, b and of the initial state.
+
+    The first six have the inputs' dtypes and numbers of heads, the last is in fp32.
+    """
     B, T, H, N = r.shape
     which = _Tokens(r, mask, cu_seqlens, work=3, checkpoints=True)
     inputs = (r, w, k, v, a, b)
