@@ -1,6 +1,6 @@
 """RWKVInside turns a pretrained softmax-attention language model into a linear-time RWKV-7 hybrid by distillation.
 
-The public names are listed in `__all__`. The classes and `wkv7` are imported on first use, and the functions of `api`
+The public names are listed in `__all__`. What `_LAZY` names is imported on first use, and the functions of `api`
 import what they need when they are called, so that `import rwkvinside` and the command line respond at once.
 """
 
@@ -11,11 +11,12 @@ from importlib import import_module
 for _package in ("evaluate", "export"):
     import_module(f".{_package}", __name__)
 
-from .api import evaluate, export, plan, train, verify  # noqa: E402
+from .api import evaluate, export, plan, verify  # noqa: E402
 from .errors import UserError  # noqa: E402
 
 _LAZY = {
     "load_config": ".config.load",
+    "train": ".conversion.run",
     "HybridModel": ".hybrid.model",
     "TimeMixer": ".modeling.time_mixer",
     "TimeMixerConfig": ".modeling.mixer_presets",
@@ -23,7 +24,7 @@ _LAZY = {
     "wkv7": ".modeling.wkv7",
 }
 
-__all__ = ["UserError", "__version__", "evaluate", "export", "plan", "train", "verify", *_LAZY]
+__all__ = ["UserError", "__version__", "evaluate", "export", "plan", "verify", *_LAZY]
 __version__ = "0.1.0"
 
 

@@ -33,35 +33,6 @@ def plan(config: Config, *, stages: Sequence[str] | None = None, ranks: int = 1)
     return plan_text(resolve(config, stages, ranks), config)
 
 
-def train(
-    config: Config,
-    *,
-    stage: str | None = None,
-    resume: bool = False,
-    resume_from: str | None = None,
-    launched: bool = False,
-) -> None:
-    """Run the unfinished stages of a conversion in `config.out`.
-
-        config = rw.load_config(teacher="Qwen3-0.6B", data=["train.jsonl"], out="run")
-        rw.train(config)
-
-    Args:
-        config: from `load_config`.
-        stage: run this one alone, continuing from the earlier stages.
-        resume: continue in a run directory that is not empty.
-        resume_from: checkpoint of the first unfinished stage to continue from; None is the newest.
-        launched: this process is one of those that `deepspeed` or `torchrun` started.
-
-    Raises:
-        UserError: anything wrong with the input.
-        Interrupted: after SIGTERM or SIGINT, with the work saved.
-    """
-    from .conversion import run
-
-    run.train(config, stage=stage, resume=resume, resume_from=resume_from, launched=launched)
-
-
 def export(run: str | Path, out: str | Path, to: str = "hf", **options: Any) -> dict:
     """Write the last finished stage of a run in another format and verify it.
 

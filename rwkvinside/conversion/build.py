@@ -14,7 +14,7 @@ from torch import Tensor
 from ..data.batch import Batch
 from ..errors import UserError
 from ..evaluate.quality import Scores
-from ..hybrid.adapters import adapter_directory, is_adapter, write_peft
+from ..hybrid.adapters import adapter_directory, learns_at_once, write_peft
 from ..hybrid.assemble import adapters_of, assemble, frozen_weights_of
 from ..hybrid.model import HybridModel
 from ..hybrid.settings import LayerSpec
@@ -139,10 +139,11 @@ def evaluation_teacher(teacher: Teacher | None) -> Teacher | None:
     return None if isinstance(teacher, OfflineTeacher) else teacher
 
 
-def watched(step: Step[Batch], student: HybridModel) -> Step[Batch]:
+def watch_adapters(step: Step[Batch], student: HybridModel) -> Step[Batch]:
     """Return a step that makes sure that adapters learn, where some train."""
     trainable = {name: p for name, p in student.canonical_parameters().items() if p.requires_grad}
-    return GradientWatch(step, trainable) if any(map(is_adapter, trainable)) else step
+    watched = {name: p for name, p in trainable.items() if learns_at_once(name)}
+    return GradientWatch(step, watched) if watched else step
 
 
 def make_engine(

@@ -106,7 +106,10 @@ def train(
     resume_from: str | None = None,
     launched: bool = False,
 ) -> None:
-    """Run the stages of a conversion that are not finished, or one of them.
+    """Run the unfinished stages of a conversion, or one of them, in `config.out`.
+
+        config = rw.load_config(teacher="Qwen3-0.6B", data=["train.jsonl"], out="run")
+        rw.train(config)
 
     Args:
         config: from `load_config`.

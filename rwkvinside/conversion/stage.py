@@ -45,7 +45,7 @@ from .build import (
     make_student,
     numbers,
     save_frozen_weights,
-    watched,
+    watch_adapters,
     work_of,
     write_adapters,
 )
@@ -234,7 +234,7 @@ def _train(
         evaluation = _Evaluation(engine, evaluation_teacher(models.teacher), inputs.validation)
         trainer = Trainer(
             engine,
-            watched(_step(plan, models, engine, inputs.rows), student),
+            watch_adapters(_step(plan, models, engine, inputs.rows), student),
             inputs.rows,
             _training_plan(run, plan, plan.schedule(groups), student),
             checkpointer=run.checkpointer(plan.name),

@@ -25,7 +25,8 @@ class Rows(Protocol):
     seq_len: int
 
     @property
-    def tokens_per_row(self) -> float: ...
+    def tokens_per_row(self) -> float:
+        """Mean number of tokens of a row."""
 
     def row(self, i: int) -> Row:
         """Return the arrays of row i."""

@@ -44,6 +44,11 @@ def is_start(name: str) -> bool:
     return is_adapter(name) and f".{START}" in name
 
 
+def learns_at_once(name: str) -> bool:
+    """Return whether a tensor of an adapter has a gradient in the first step; A has none while B is zero."""
+    return is_adapter(name) and ".lora_A." not in name
+
+
 def module_of(name: str) -> str:
     """Return the name of the linear layer that an adapter's tensor sits on."""
     return _TENSOR.sub("", name)

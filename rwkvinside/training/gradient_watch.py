@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import UserError
-from ..hybrid.adapters import is_adapter
 from .protocols import AnyBatch, Step
 
 
@@ -21,7 +20,7 @@ class GradientWatch(Generic[AnyBatch]):
 
     Args:
         step: see `training.protocols.Step`.
-        parameters: trainable parameters by name; those of adapters are watched.
+        parameters: those of adapters by name, without factors that have no gradient in the first step.
     """
 
     def __init__(self, step: Step[AnyBatch], parameters: Mapping[str, nn.Parameter]):
@@ -30,9 +29,8 @@ class GradientWatch(Generic[AnyBatch]):
         self._reached: dict[str, Tensor | None] = {}
         self._hooks: list[RemovableHandle] = []
         for name, parameter in parameters.items():
-            if is_adapter(name) and ".lora_A." not in name:  # A has no gradient while B is zero
-                self._reached[name] = None
-                self._hooks.append(parameter.register_hook(lambda g, name=name: self._note(name, g)))
+            self._reached[name] = None
+            self._hooks.append(parameter.register_hook(lambda g, name=name: self._note(name, g)))
 
     def count(self, batch: AnyBatch) -> int:
         """Return the step's count."""

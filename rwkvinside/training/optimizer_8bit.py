@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..hybrid.quantized_linear import _library
 
 OPTIMIZERS = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit"}
 MOMENT_BLOCK = 256  # moments that share a scale
@@ -88,3 +88,10 @@ def _nearest(values: Tensor, scales: Tensor, code: Tensor) -> Tensor:
     block_scales = scales.repeat_interleave(MOMENT_BLOCK)[: values.numel()]
     units = (values.flatten() / block_scales).nan_to_num(0)
     return torch.bucketize(units, (code[1:] + code[:-1]) / 2).to(torch.uint8).view_as(values)
+
+
+@cache
+def _library() -> Any:
+    import bitsandbytes
+
+    return bitsandbytes

@@ -9,7 +9,17 @@ import torch
 from torch import nn
 
 from rwkvinside.errors import UserError
-from rwkvinside.hybrid.adapters import adapted, disabled, inject, is_adapter, is_start, merge, module_of, write_peft
+from rwkvinside.hybrid.adapters import (
+    adapted,
+    disabled,
+    inject,
+    is_adapter,
+    is_start,
+    learns_at_once,
+    merge,
+    module_of,
+    write_peft,
+)
 from rwkvinside.hybrid.quantized_linear import dequantized, quantize
 from rwkvinside.hybrid.settings import AdapterConfig
 from rwkvinside.training.gradient_watch import GradientWatch
@@ -181,7 +191,8 @@ def test_adapters_that_get_no_gradient_are_named(both):
     model = Block()
     inject(model, SPECS["lora"], ["up", "down"])
     freeze_rest(model)
-    step = GradientWatch(Step(both), dict(model.named_parameters()))
+    watched = {name: p for name, p in model.named_parameters() if learns_at_once(name)}
+    step = GradientWatch(Step(both), watched)
     empty, batch = torch.zeros(0, 48), torch.randn(2, 48)
     for each in (empty, empty, batch):  # nothing is judged before something counted
         step(model, each)[0].backward()
