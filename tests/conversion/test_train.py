@@ -14,8 +14,8 @@ from tiny import byte_tokenizer, save_qwen3
 
 import train_distill
 from rwkvinside.config.load import load_config
+from rwkvinside.config.resolve import resolve
 from rwkvinside.training.callbacks import WriteMetrics
-from rwkvinside.training.schedule import StageLength
 
 
 @pytest.fixture(scope="module")
@@ -368,13 +368,15 @@ def test_output_directories_of_others_are_left_alone(material, tmp_path, capsys)
     assert "is a file" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("tokens, batch, seq_len", [(600_000, 4096, 64), (1000, 300, 128), (1000, 128, 128)])
-def test_plan_and_trainer_count_the_same_steps(material, tokens, batch, seq_len):
+@pytest.mark.parametrize(
+    "tokens, batch, seq_len, rows, steps",
+    [(600_000, 4096, 64, 64, 147), (1000, 300, 128, 2, 4), (1000, 128, 128, 1, 8)],
+)
+def test_a_plan_counts_whole_rows_and_full_steps(material, tokens, batch, seq_len, rows, steps):
     fields = {"tokens": tokens, "batch.tokens": batch, "data.seq_len": seq_len}
     overrides = [f"stages.align.{name}={value}" for name, value in fields.items()]
-    stage = load_config(teacher=str(material / "teacher"), overrides=overrides).stages["align"]
-    budget = StageLength(tokens, batch, seq_len)
-    assert (stage.length.steps, stage.length.rows_per_step) == (budget.steps, budget.rows_per_step)
+    plan = resolve(load_config(teacher=str(material / "teacher"), overrides=overrides)).stage("align")
+    assert (plan.length.rows_per_step, plan.length.steps, plan.row_count) == (rows, steps, rows * steps)
 
 
 ECONOMY = [
