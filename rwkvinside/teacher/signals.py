@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..data.batch import IGNORE, Batch, attention_mask_4d
-from ..errors import UserError
 from ..families.registry import find
 from ..hybrid.lm_head import logits_function, wide
 from ..losses.chunked import TeacherChunk, TeacherSignal, chunk_slices
@@ -195,19 +194,3 @@ class _StoredChunk(TeacherChunk):
         # sums that are not quite 1
         log_probs = F.log_softmax(self.log_probs[positions].float(), -1)
         return TeacherDistribution(log_probs, self.ids[positions], self.ids[positions, 0], self.vocab)
-
-
-def check_same_weights(changed: list[str]) -> None:
-    """Refuse the one-model teacher when something that it also uses has been trained.
-
-    Args:
-        changed: from `HybridModel.teacher_changes`.
-
-    Raises:
-        UserError: names the first such parameter.
-    """
-    if changed:
-        raise UserError(
-            f"teacher: same cannot be used: {changed[0]} (and {len(changed) - 1} more) was trained, in the teacher too",
-            "use teacher: separate, or train only mixer groups and adapters",
-        )

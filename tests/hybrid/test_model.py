@@ -4,6 +4,7 @@ exact teachers and separate documents among it, is in tests/families."""
 import pytest
 import torch
 from hybrid_cases import VOCAB, logits, packed, teacher
+from plans import stage_plan
 from transformers import Qwen3ForCausalLM
 
 from rwkvinside.data.batch import Batch
@@ -13,7 +14,8 @@ from rwkvinside.hybrid.model import HybridModel
 from rwkvinside.hybrid.settings import StudentConfig
 from rwkvinside.losses.settings import DistillLossConfig
 from rwkvinside.stages.steps import AlignStep, DistillStep, SftStep
-from rwkvinside.teacher.signals import OnlineTeacher, SelfTeacher, TeacherModel, check_same_weights
+from rwkvinside.teacher.kinds import TeacherKind
+from rwkvinside.teacher.signals import OnlineTeacher, SelfTeacher, TeacherModel
 
 
 def test_padding_tail_changes_no_loss():
@@ -155,10 +157,19 @@ def test_same_weights_teacher_equals_a_separate_one_and_is_refused_when_the_rest
     same, _ = DistillStep(SelfTeacher())(hybrid, batch)
     separate, _ = DistillStep(OnlineTeacher(TeacherModel(teacher())))(hybrid, batch)
     assert same.item() == pytest.approx(separate.item(), rel=1e-6)
-    check_same_weights(hybrid.teacher_changes())
-    hybrid.set_trainable(["mixer", "mlp"])
-    with pytest.raises(UserError, match="mlp"):
-        check_same_weights(hybrid.teacher_changes())
+    plan = stage_plan(
+        objective="distill",
+        tokens=64,
+        train=["mixer"],
+        data={"seq_len": 8},
+        batch={"tokens": 16},
+        optim={},
+        loss={},
+        teacher="same",
+    )
+    assert plan.stage.prepare(hybrid, plan, ["mixer"]) is TeacherKind.SELF
+    with pytest.raises(UserError, match="teacher: same cannot be used: .*mlp"):
+        plan.stage.prepare(hybrid, plan, ["mixer", "mlp"])
 
 
 def trained_names(hybrid):
