@@ -396,7 +396,7 @@ def economical(material, tmp_path_factory):
     return out
 
 
-def test_quantised_weights_are_written_once_and_adapters_as_peft_stores_them(economical):
+def test_quantized_weights_are_written_once_and_adapters_as_peft_stores_them(economical):
     begun = load_file(economical / "stages" / "calibrate" / "frozen.safetensors")
     for stage in ("calibrate", "align", "distill"):
         stored = load_file(economical / "stages" / stage / "frozen.safetensors")
@@ -417,7 +417,7 @@ def test_quantised_weights_are_written_once_and_adapters_as_peft_stores_them(eco
     assert "not exactly the original" in text and "adapters  LoRA PiSSA: rank 4" in text
 
 
-def test_quantised_training_resumes_bit_for_bit(material, economical, tmp_path, capsys):
+def test_quantized_training_resumes_bit_for_bit(material, economical, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(economical, out)
     shutil.rmtree(out / "stages" / "distill" / "step-00000003")
@@ -455,7 +455,7 @@ def test_quantised_training_resumes_bit_for_bit(material, economical, tmp_path, 
         (["stages.distill.optim.kind=paged_adamw8bit", "device=cpu"], "paged_adamw8bit needs a CUDA device"),
     ],
 )
-def test_contradictions_of_quantisation_and_adapters_show_in_the_plan(material, tmp_path, capsys, settings, message):
+def test_contradictions_of_quantization_and_adapters_show_in_the_plan(material, tmp_path, capsys, settings, message):
     assert train(material, tmp_path / "run", "--dry-run", *settings) == 2
     problem = capsys.readouterr().err
     assert message in problem and len(problem.splitlines()) == 2

@@ -137,7 +137,7 @@ def test_a_larger_vocabulary_of_the_teacher_is_cut(material, tmp_path):
     assert torch.allclose(target.log_probs[: len(ids), :-1], top, atol=5e-3)
 
 
-def test_a_quantised_teacher_of_another_size(material):
+def test_a_quantized_teacher_of_another_size(material):
     """Every linear layer but the head; its logits move by what nf4 rounds, and not more."""
     path = f"stages.distill.teacher_model.path={material / 'wide'}"
     found = []

@@ -95,7 +95,7 @@ def test_separate_adapters_are_peft_adapters_of_the_exported_model(economical, t
     assert not json.loads((out / "config.json").read_text())["tie_word_embeddings"]  # or PEFT would change both
 
 
-def test_weights_are_dequantised_before_they_are_merged(economical):
+def test_weights_are_dequantized_before_they_are_merged(economical):
     trained = open_run(economical).load_model()
     layers = {name: layer.weight for name, layer in trained.quantized.items() if "mlp" in name}
     specials = {name: p.detach().clone() for name, p in trained.canonical_parameters().items() if is_adapter(name)}

@@ -72,7 +72,7 @@ def kept_by_autograd(model, *, align, bf16, checkpointing):
 
 
 LORA = layer_spec(adapters=(AdapterConfig(rank=8),))
-QUANTISED = layer_spec(("mlp", "teacher"), adapters=(AdapterConfig(rank=8),))
+QUANTIZED = layer_spec(("mlp", "teacher"), adapters=(AdapterConfig(rank=8),))
 
 
 @pytest.mark.skipif(kernels.why_unavailable("native") is not None, reason="the counts are those of the native kernel")
@@ -91,8 +91,8 @@ QUANTISED = layer_spec(("mlp", "teacher"), adapters=(AdapterConfig(rank=8),))
         ("distill", ["mixer"], False, {}),
         ("distill", ["mixer"], True, {"dtype": torch.bfloat16}),
         ("distill", ["mixer", "adapters"], False, {"layers": LORA}),
-        ("distill", ["mixer", "adapters"], False, {"layers": QUANTISED}),
-        ("distill", ["mixer", "adapters"], True, {"layers": QUANTISED, "dtype": torch.bfloat16}),
+        ("distill", ["mixer", "adapters"], False, {"layers": QUANTIZED}),
+        ("distill", ["mixer", "adapters"], True, {"layers": QUANTIZED, "dtype": torch.bfloat16}),
     ],
 )
 def test_activations_are_those_that_autograd_keeps(mode, train, bf16, made):

@@ -151,7 +151,7 @@ def test_distill(counted, train, kept):
 
 
 @pytest.mark.parametrize("kind", ["lora", "miss"])
-def test_adapters_on_quantised_layers(counted, kind):
+def test_adapters_on_quantized_layers(counted, kind):
     specs = (
         AdapterConfig(kind=kind, groups=["mlp", "head"], rank=4),
         AdapterConfig(groups=[r".*\.layers\.0\..*output"], rank=4),

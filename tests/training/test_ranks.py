@@ -131,7 +131,7 @@ def test_ranks_train_the_hybrid_as_one_process(ranks, hybrid, objective, zero, e
 
 
 @pytest.mark.parametrize("zero", ZERO)
-def test_quantised_weights_and_adapters_on_ranks(two, hybrid, zero):
+def test_quantized_weights_and_adapters_on_ranks(two, hybrid, zero):
     out, results = two
     losses, checkpoint, evaluation = hybrid["quantized"]
     assert results["losses"][f"quantized-{zero}"] == pytest.approx(losses, rel=1e-5)

@@ -69,8 +69,8 @@ def gpu_suite() -> list[Stage]:
         Stage("errors", small, "fp32", choose(["triton", "chunked"]), drawn=False),
         Stage("sequences", long, "bf16", choose(["triton:high", "triton:balanced", "triton:fast", "attention"])),
         Stage("decoding", steps, "bf16", choose(["triton:balanced", "reference"], decode=True)),
-        Stage("beside fla", few, "bf16", choose(["triton:balanced", "triton:fast", "chunked", "fla:chunk"])),
-        Stage("decoding beside fla", steps, "bf16", choose(["triton:balanced", "fla:recurrent"], decode=True)),
+        Stage("next to fla", few, "bf16", choose(["triton:balanced", "triton:fast", "chunked", "fla:chunk"])),
+        Stage("decoding, next to fla", steps, "bf16", choose(["triton:balanced", "fla:recurrent"], decode=True)),
         Stage("errors", wide, "fp32", choose(["triton:fp32", "chunked"]), drawn=False),
     ]
 
