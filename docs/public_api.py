@@ -1,4 +1,4 @@
-"""A hook of MkDocs: puts an entry for each public name of the package into api.md."""
+"""A hook of MkDocs that puts an entry for each public function and class into api.md."""
 
 import rwkvinside
 
@@ -6,7 +6,7 @@ PLACE = "<!-- public names -->"
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
-    """Replace the comment in api.md by mkdocstrings' directives, one a name, with where the name is defined."""
-    values = [getattr(rwkvinside, name) for name in rwkvinside.__all__]
-    entries = (f"::: {value.__module__}.{value.__qualname__}" for value in values if callable(value))
+    """Replace the comment in api.md with a mkdocstrings directive for each name."""
+    public = [getattr(rwkvinside, name) for name in rwkvinside.__all__ if name != "__version__"]
+    entries = (f"::: {each.__module__}.{each.__qualname__}" for each in public)
     return markdown.replace(PLACE, "\n\n".join(entries))

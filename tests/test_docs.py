@@ -136,18 +136,16 @@ def placed(words):
     ]
 
 
-def run_python(words):
+def exit_code(words):
     """Call what the words name in this process, as the shell would start it."""
     program, *rest = words
     mains = {"train_distill.py": train_distill.main, "convert_checkpoint.py": convert_checkpoint.main}
-    code = mains[program](rest) if program in mains else rwkvinside(rest)
-    assert code == 0, shlex.join(words)
+    return mains.get(program, rwkvinside)(rest)
 
 
 def parse_only(words):
     """Hand the words to the real parser with an option nobody knows: it must be the one thing that is refused."""
-    program, *rest = words
-    assert rwkvinside([*rest, "--no-such-option"]) == 2, program
+    assert exit_code([*words, "--no-such-option"]) == 2
 
 
 def check_make(words):
@@ -192,7 +190,7 @@ def check(words, capsys):
         words = [*words, *(word for key in begins for word in SMALLER[key])]
         if "export" in words or trains:  # what the commands around this one have left
             shutil.rmtree(option(words, "--out") or "from-yaml", ignore_errors=True)
-    run_python(words)
+    assert exit_code(words) == 0, shlex.join(words)
 
 
 @pytest.mark.parametrize("block", list(shell_blocks()))
@@ -203,7 +201,7 @@ def test_commands_run(block, workshop, capsys):
 
 @pytest.mark.parametrize("text", list(blocks_of("python")))
 def test_python_runs(text, workshop):
-    exec(compile(textwrap.dedent(text), "docs", "exec"), {"__name__": "docs"})
+    exec(compile(text, "docs", "exec"), {"__name__": "docs"})
 
 
 @pytest.mark.parametrize("text", list(blocks_of("yaml")))

@@ -22,7 +22,7 @@ def test_the_site_builds_strictly(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     page = (tmp_path / "site" / "api" / "index.html").read_text(encoding="utf-8")
-    public_values = (getattr(rwkvinside, name) for name in rwkvinside.__all__)
-    for public in filter(callable, public_values):
-        assert f'id="{public.__module__}.{public.__qualname__}"' in page, public
+    for name in set(rwkvinside.__all__) - {"__version__"}:
+        public = getattr(rwkvinside, name)
+        assert f'id="{public.__module__}.{public.__qualname__}"' in page, name
     assert "Keep a Changelog" in (tmp_path / "site" / "changelog" / "index.html").read_text(encoding="utf-8")

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import venv
 import zipfile
 from pathlib import Path
 
@@ -55,18 +56,25 @@ def built(source):
 
 @pytest.fixture(scope="module")
 def installed(built, tmp_path_factory):
-    """A folder with what the wheel installs, and a way to run Python on it far from the repository."""
-    folder = tmp_path_factory.mktemp("installed")
-    with zipfile.ZipFile(built[1]) as wheel:
-        wheel.extractall(folder / "site")
+    """Install the wheel into a fresh environment; return a way to run its programs far from the repository.
 
-    def run(*command):
-        environment = os.environ | {"PYTHONPATH": str(folder / "site")}
-        done = subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True)
+    The environment finds this one's other packages through a .pth file, which does not execute their .pth files, so
+    that an editable installation of the repository stays out of it.
+    """
+    folder = tmp_path_factory.mktemp("installed")
+    venv.create(folder / "venv", symlinks=True)
+    [packages] = (folder / "venv/lib").glob("python*/site-packages")
+    (packages / "shared.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
+    programs = folder / "venv/bin"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def run(program, *arguments):
+        done = subprocess.run([program, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         return done.stdout
 
-    return run
+    run(sys.executable, "-m", "pip", "--python", programs / "python", "install", "--no-index", "--no-deps", built[1])
+    return lambda program, *arguments: run(programs / program, *arguments)
 
 
 def test_the_sdist_has_what_tests_and_docs_need(built, source):
@@ -95,10 +103,10 @@ def test_the_wheel_has_the_kernel(built):
 
 
 def test_the_wheel_runs_without_the_repository(installed):
-    where = installed("-c", "import rwkvinside, rwkvinside.kernels as k; print(rwkvinside.__file__, k.__file__)")
-    assert str(ROOT) not in where
-    assert "all requirements are met" in installed("-m", "rwkvinside", "doctor")
-    assert "preset:" in installed("-m", "rwkvinside", "config", "show", "--teacher", "Qwen3-0.6B")
+    code = "import rwkvinside, rwkvinside.kernels as k; print(rwkvinside.__file__, k.__file__)"
+    assert str(ROOT) not in installed("python", "-c", code)
+    assert "all requirements are met" in installed("rwkvinside", "doctor")
+    assert "preset:" in installed("python", "-m", "rwkvinside", "config", "show", "--teacher", "Qwen3-0.6B")
 
 
 def test_the_wheel_trains_exports_and_verifies(installed, tmp_path):
@@ -111,9 +119,9 @@ def test_the_wheel_trains_exports_and_verifies(installed, tmp_path):
     small = [f"stages.{stage}.{name}={value}" for stage in stages for name, value in fields.items()]
     run, export = str(tmp_path / "run"), str(tmp_path / "export")
     teacher = ["--teacher", str(tmp_path / "teacher"), "--data", str(text)]
-    installed("-m", "rwkvinside", "train", *teacher, "--out", run, *small)
-    installed("-m", "rwkvinside", "export", run, "--to", "hf", "--out", export)
-    installed("-m", "rwkvinside", "verify", export, "--against", run)
+    installed("rwkvinside", "train", *teacher, "--out", run, *small)
+    installed("rwkvinside", "export", run, "--to", "hf", "--out", export)
+    assert "passed: True" in installed("rwkvinside", "verify", export, "--against", run)
 
 
 def test_importing_setup_runs_nothing_but_setup():

@@ -101,7 +101,7 @@ class TokenStream:
             UserError: the source cannot be read, or the block cannot be written.
         """
         with self._change:
-            self._requested = max(self._wanted, number)
+            self._requested = max(self._requested, number)
             self._change.notify_all()
             while number >= self._count_made():
                 if (end := self._end()) is not None and number >= end:
