@@ -40,8 +40,10 @@ TIERS = {
     "data/test_stream.py": "integration",
     "demo/test_demo.py": "integration",
     "export": "integration",
+    "golden": "integration",
     "hybrid/test_gptq.py": "integration",
     "modeling/test_generation.py": "integration",
+    "test_api.py": "integration",
     "test_docs.py": "integration",
     "test_packaging.py": "integration",
 }

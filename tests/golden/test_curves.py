@@ -15,8 +15,10 @@ import pytest
 
 CURVES = Path(__file__).with_name("curves.json")
 # One machine repeats these numbers bit for bit. Another processor adds in another order: fp32 rounding, which a few
-# steps of training let grow to some 1e-5 of a loss.
+# steps of training let grow to some 1e-5 of a loss. In bf16, where memory starts decides the order of some sums: with
+# other tests before it in one process, a loss was seen to move by 1.2e-3 of itself.
 TOLERANCE = {"rel": 1e-3, "abs": 1e-5}
+TOLERANCE_BF16 = {"rel": 1e-2, "abs": 1e-5}
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "sleeps"]
 ROWS = ("tokens=512", "data.seq_len=32", "batch.tokens=128")  # four steps of four rows
@@ -73,18 +75,18 @@ def run(teacher: Path, texts: Path, out: Path, overrides: list[str]) -> dict:
     return curves
 
 
-def assert_close(value, recorded, where: str) -> None:
+def assert_close(value, recorded, where: str, tolerance: dict[str, float] = TOLERANCE) -> None:
     """Compare nested numbers."""
     if isinstance(recorded, dict):
         assert value.keys() == recorded.keys(), where
         for key, expected in recorded.items():
-            assert_close(value[key], expected, f"{where}, {key}")
+            assert_close(value[key], expected, f"{where}, {key}", tolerance)
     elif isinstance(recorded, list):
         assert len(value) == len(recorded), where
         for i, (one, expected) in enumerate(zip(value, recorded, strict=True)):
-            assert_close(one, expected, f"{where}, {i}")
+            assert_close(one, expected, f"{where}, {i}", tolerance)
     else:
-        assert value == pytest.approx(recorded, **TOLERANCE), where
+        assert value == pytest.approx(recorded, **tolerance), where
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +99,8 @@ def material(tmp_path_factory):
 @pytest.mark.parametrize("name", RUNS)
 def test_a_tiny_teacher(material, tmp_path, name):
     found = run(material / "teacher", material, tmp_path / "run", [*SMALL, *RUNS[name]])
-    assert_close(found, json.loads(CURVES.read_text())[name], name)
+    tolerance = TOLERANCE_BF16 if name == "bf16" else TOLERANCE
+    assert_close(found, json.loads(CURVES.read_text())[name], name, tolerance)
 
 
 def test_a_published_teacher(shared, tmp_path):
