@@ -15,8 +15,8 @@ import pytest
 
 CURVES = Path(__file__).with_name("curves.json")
 # One machine repeats these numbers bit for bit. Another processor adds in another order: fp32 rounding, which a few
-# steps of training let grow to some 1e-5 of a loss. In bf16 one rounding is 4e-3 of a value, and a loss was seen to move
-# by 1.2e-3 of itself with what ran before it in the process; why is not known.
+# steps of training let grow to some 1e-5 of a loss. In bf16 one rounding is 4e-3 of a value, and a loss was
+# seen to move by 1.2e-3 of itself with what ran before it in the process; why is not known.
 TOLERANCE = {"rel": 1e-3, "abs": 1e-5}
 TOLERANCE_BF16 = {"rel": 1e-2, "abs": 1e-5}
 
