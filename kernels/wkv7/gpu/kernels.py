@@ -327,7 +327,7 @@ def scan_forward(
     initial_, y_, starts_, U_, final_,
     T, H, SEGMENTS,
     D: tl.constexpr, K: tl.constexpr, BV: tl.constexpr, L: tl.constexpr,
-    STATE: tl.constexpr, AFFINE: tl.constexpr, PARTS: tl.constexpr,
+    STATE: tl.constexpr, AFFINE: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Carry BV rows of the state over the chunks of a span.
 
@@ -356,12 +356,13 @@ def scan_forward(
         initial_ += part * D * D
     S = _initial(initial_, row, column, identity, D)
     v_ += batch * v_b + (head // v_group) * v_h
-    for n in range(0, count):
+    for n in tl.range(0, count, num_stages=STAGES):  # (said here, it holds for loads that feed no product, too)
         t = start + n * L + i
         real = _real(mask_, mask_b, batch, t, end)
         base = (chunk + n) * H + head
         tile = _down(base * L + i, PARTS) * K + column
         square = (base * L + i)[:, None] * L + i[None, :]
+        decay = tl.load(C_ + base * K + j)
         takes = (rows < D)[:, None] & real[None, :]
         if AFFINE:
             takes = takes & (identity == 0)
@@ -377,7 +378,6 @@ def scan_forward(
             _store(starts_ + base * K * K + row * K + column, S)
             U = removed + _dot(v, tl.trans(tl.load(T_ + square)), STATE)
             _store(U_ + (base * L + i)[None, :] * K + rows[:, None], U)
-        decay = tl.load(C_ + base * K + j)
         S = S * _along(decay, PARTS)
         S += _outer(removed, tl.load(Bg_ + tile), STATE, PARTS) + _outer(v, tl.load(Kp_ + tile), STATE, PARTS)
     inside = (row < D) & (column < D)
@@ -395,7 +395,7 @@ def scan_backward(
     dfinal_, ends_, P_, dv_, dinitial_,
     T, H, SEGMENTS,
     D: tl.constexpr, K: tl.constexpr, BV: tl.constexpr, L: tl.constexpr,
-    STATE: tl.constexpr, AFFINE: tl.constexpr, PARTS: tl.constexpr,
+    STATE: tl.constexpr, AFFINE: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Carry BV rows of the gradient of the state back over the chunks of a span.
 
@@ -420,13 +420,14 @@ def scan_backward(
         dfinal_ += part * D * D
     dS = _initial(dfinal_, row, column, identity, D)
     dy_ += batch * dy_b + head * dy_h
-    for step in range(0, count):
+    for step in tl.range(0, count, num_stages=STAGES):
         n = count - 1 - step
         t = start + n * L + i
         real = _real(mask_, mask_b, batch, t, end)
         base = (chunk + n) * H + head
         tile = _down(base * L + i, PARTS) * K + column
         square = (base * L + i)[:, None] * L + i[None, :]
+        decay = tl.load(C_ + base * K + j)
         takes = (rows < D)[:, None] & real[None, :]
         if AFFINE:
             takes = takes & (identity == 0)
@@ -441,7 +442,6 @@ def scan_backward(
             inside = (rows < D)[:, None] & (t < end)[None, :]
             out = ((batch * T + t) * H + head)[None, :] * D + rows[:, None]
             _store(dv_ + out, tl.where(real[None, :], dv, 0.0), mask=inside)
-        decay = tl.load(C_ + base * K + j)
         dS = dS * _along(decay, PARTS)
         dS += _outer(E, tl.load(W_ + tile), STATE, PARTS) + _outer(dy, tl.load(Q_ + tile), STATE, PARTS)
     inside = (row < D) & (column < D)

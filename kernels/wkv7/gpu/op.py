@@ -75,7 +75,8 @@ def wkv7(
         mask: (B, T) bool, True for real tokens. A masked step does not change the state, outputs 0 and gets gradient 0.
         cu_seqlens: (S + 1,) int32 or int64 on the device: sequence s is [cu[s], cu[s+1]); needs B = 1. It is read on
             the device only. Tokens from cu[S] on get zeros.
-        precision: "fp32", "high", "balanced", "fast", or "auto" (fp32 for fp32 r, else balanced).
+        precision: "fp32", "high", "balanced", "fast", or "auto": see `resolve_precision`. Where it is not fp32, r, k,
+            v, a and b are read in bf16: what comes in fp32 (norms and rotations under autocast) is cast once.
 
     Returns:
         y (B, T, H, N) in v's dtype and the final state (B or S, H, N, N) in fp32. Both carry gradient to all inputs
@@ -85,13 +86,26 @@ def wkv7(
         ValueError: shapes, dtypes or a precision that do not fit.
         RuntimeError: tensors that are not on a GPU, except in Triton's interpreter.
     """
-    if precision == "auto":
-        precision = "fp32" if r.dtype == torch.float32 else "balanced"
+    precision = resolve_precision(precision, v)
     _check(r, w, k, v, a, b, state, mask, cu_seqlens, precision)
+    if precision != "fp32":
+        r, k, v, a, b = (x.to(torch.bfloat16) if x.dtype == torch.float32 else x for x in (r, k, v, a, b))
     inputs = (r, w, k, v, a, b, state)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     y, final, _, _ = _forward(*inputs, mask, cu_seqlens, precision, save)
     return y, final
+
+
+def resolve_precision(precision: str, v: Tensor) -> str:
+    """Return the mode that "auto" stands for: fp32 where the model computes in fp32, else balanced.
+
+    Under autocast its dtype decides, otherwise that of v, which comes from a product without a norm or rotation.
+    """
+    if precision != "auto":
+        return precision
+    device = v.device.type
+    compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else v.dtype
+    return "fp32" if compute == torch.float32 else "balanced"
 
 
 def plan_forward(
@@ -341,8 +355,9 @@ class _Plan:
         """
         first, start, last, arrival = ends
         reads = {**reads, "cu_": self.cu_seqlens, "first_": self.first_chunk, "SEGMENTS": len(order)}
-        parts = self.parts(self.padded, self.config.scan)
-        constants = {"BV": self.block_v, "STATE": self.mode.state, "PARTS": parts}
+        tuning = self.config.scan if self.block_v == self.config.block_v else self.config.narrow
+        parts = self.parts(self.padded, tuning)
+        constants = {"BV": self.block_v, "STATE": self.mode.state, "PARTS": parts, "STAGES": tuning.num_stages}
         programs = self.sequences * len(order) * self.heads * (self.padded // self.block_v)
         start = None if start is None else start.float().contiguous()
         launches = []
@@ -354,15 +369,13 @@ class _Plan:
             affine = self.empty(self.batch, len(order), self.heads, 2, self.size, self.size)
             nothing = dict.fromkeys(writes) | {first: None, last: affine}
             launches.append(
-                self.launch(
-                    kernel, (2 * programs,), {**reads, **nothing}, {**constants, "AFFINE": True}, self.config.scan
-                )
+                self.launch(kernel, (2 * programs,), {**reads, **nothing}, {**constants, "AFFINE": True}, tuning)
             )
             for here, there in pairwise(order):
                 launches.append(self._advance(between[:, here], affine[:, here], between[:, there]))
             start = between
         args = {**reads, **writes, first: start, last: arrival}
-        launches.append(self.launch(kernel, (programs,), args, {**constants, "AFFINE": False}, self.config.scan))
+        launches.append(self.launch(kernel, (programs,), args, {**constants, "AFFINE": False}, tuning))
         return launches
 
     def _advance(self, before: Tensor, affine: Tensor, after: Tensor) -> Launch:

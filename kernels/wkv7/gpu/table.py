@@ -42,6 +42,7 @@ class Config:
         length: tokens per chunk (L), the same for the four training kernels: 16, 32 or 64.
         block_v: rows of the state held by one program of the scans.
         prep, scan, grad: settings of `prepare`, of the two scans, of `gradient`.
+        narrow: settings of the scans where they work on the fewest rows instead (few heads, see `op.choose_split`).
         grad_block_v: rows of V worked on at a time in `gradient`.
         grad_block_k: columns of K worked on at a time in `gradient`.
     """
@@ -50,6 +51,7 @@ class Config:
     block_v: int
     prep: Tuning
     scan: Tuning
+    narrow: Tuning
     grad: Tuning
     grad_block_v: int
     grad_block_k: int

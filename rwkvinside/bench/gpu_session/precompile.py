@@ -1,0 +1,73 @@
+"""Compile, with all processors, what the stages `correct` and `kernels` will launch, into Triton's cache."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import multiprocessing
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+
+import torch
+
+from .wkv_cases import PARTS, Case, correctness_cases, timed_cases, variants, varied_cases
+
+
+def run(stage) -> None:
+    """Compile every launch; one line says how many and how long."""
+    capability = torch.cuda.get_device_capability() if stage.device == "cuda" else (9, 0)
+    # compilations that take longest first, so that none is left alone at the end
+    count = len(_launches(stage.dry, capability))
+    workers = max(1, min(count, (os.cpu_count() or 2) - 2, 14))
+    start = time.monotonic()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=_absent, initargs=(capability,)) as pool:
+        jobs = [pool.submit(_compile, stage.dry, capability, index) for index in range(count)]
+        errors = [error for job in as_completed(jobs) if (error := job.exception())]
+    failures = [f"{type(error).__name__}: {str(error).splitlines()[0][:200]}" for error in errors]
+    stage.record("compiled", launches=count, seconds=time.monotonic() - start, workers=workers, failures=failures[:5])
+
+
+def _absent(capability: tuple[int, int]) -> None:
+    """Make Triton compile for the GPU without a context on it in every process."""
+    import triton
+
+    from ...kernels.gpu.compile import _AbsentGPU
+
+    triton.runtime.driver.set_active(_AbsentGPU(10 * capability[0] + capability[1]))
+
+
+@functools.cache
+def _launches(dry: bool, capability: tuple[int, int]) -> list:
+    """Return the launches in the same order in every process, each kernel with its constants once."""
+    cases: list[tuple[Case, set[str] | None]] = [(case, None) for case in correctness_cases(dry)]
+    cases += [(case, None) for case in timed_cases(dry)]
+    for case, part in varied_cases(dry):
+        cases += [(each, PARTS[part]) for each in variants(case, part, capability)]
+    if dry:
+        cases = cases[:1]
+    found: dict = {}
+    for case, wanted in cases:
+        plan = case.plan(case.placeholders(), capability)
+        for launch in itertools.chain(plan.forward, plan.backward):
+            name = launch.kernel.__name__
+            if wanted is None or name in wanted:
+                key = (name, *launch.constants.items(), launch.num_warps, launch.num_stages, _specialized(launch.args))
+                found.setdefault(key, launch)
+    slow = {"gradient": 0, "prepare": 1}
+    return sorted(found.values(), key=lambda launch: slow.get(launch.kernel.__name__, 2))
+
+
+def _specialized(args: dict) -> tuple:
+    """Return what Triton makes other code for: types, numbers that are 1 or multiples of 16."""
+    return tuple(
+        (name, str(x.dtype) if isinstance(x, torch.Tensor) else None if x is None else (x == 1, x % 16 == 0))
+        for name, x in args.items()
+    )
+
+
+def _compile(dry: bool, capability: tuple[int, int], index: int) -> None:
+    launch = _launches(dry, capability)[index]
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    launch.kernel.run(grid=launch.grid, warmup=True, **launch.args, **launch.constants, **options)
