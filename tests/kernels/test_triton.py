@@ -62,7 +62,7 @@ def test_packed_sequences_get_a_chunk_more_each_at_most():
 
 
 def test_chunks_too_long_for_fp32_are_refused():
-    config = Config(64, 16, Tuning(4, 1), Tuning(4, 1), Tuning(4, 1), 16, 16)
+    config = Config(64, 16, *[Tuning(4, 1), 16, *[Tuning(4, 1)] * 3], 16, 16)
     with pytest.raises(ValueError, match="64"):
         op.plan_forward(**arguments(), **OPTIONS, config=config)
 

@@ -45,7 +45,9 @@ def variants(config: Config | StepConfig, part: str, head_size: int) -> list[Con
     blocks = [size for size in (16, 32, 64) if size <= head_size]
     changes: list[dict]
     if part == "prep":
-        changes = [{"prep": Tuning(warps, 1)} for warps in (2, 4, 8)]
+        widths = [size for size in (64, 128) if size <= head_size] or [head_size]
+        choices = itertools.product(widths, (1, 2, 4, 8))
+        changes = [{"prep_block_k": columns, "prep": Tuning(warps, 1)} for columns, warps in choices]
     elif part == "scan":
         choices = itertools.product(blocks, (2, 4, 8), (1, 2, 3))
         changes = [{"block_v": rows, "scan": Tuning(warps, stages)} for rows, warps, stages in choices]

@@ -61,14 +61,55 @@ def _operand(x, MODE: tl.constexpr):
 
 
 @triton.jit
+def _split_off(x):
+    """Return the leading 8 bits of fp32 x as an operand, and what is missing, in fp32.
+
+    Cut off, not rounded: conversions of single numbers share the unit of exp2, at a quarter of the rate.
+    """
+    bits = x.to(tl.uint32, bitcast=True)
+    high = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+    if INTERPRETED:
+        return high, x - high
+    else:
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True), x - high
+
+
+@triton.jit
+def _high_and_low(x):
+    """Return two operands of bf16 that together are x to 2^-17."""
+    high, rest = _split_off(x.to(tl.float32))
+    return high, _operand(rest, "bf16")
+
+
+@triton.jit
+def _signed_sums(signs, x):
+    """Return signs x in fp32, for a matrix of 1, 0 and -1.
+
+    Three parts of bf16 hold an fp32 number, and products with signs are exact. In place of tl.cumsum, which takes five
+    shuffles and as many additions for every number.
+    """
+    signs = _operand(signs, "bf16")
+    x = x.to(tl.float32)
+    high, x = _split_off(x)
+    middle, x = _split_off(x)
+    return tl.dot(signs, high, tl.dot(signs, middle, tl.dot(signs, _operand(x, "bf16"))))
+
+
+@triton.jit
 def _dot(x, y, MODE: tl.constexpr):
     """Multiply matrices with fp32 accumulation.
 
     MODE is "bf16", or "bf16x3" or "bf16x6" for so many products of bf16 parts (Triton's fp32 products without tensor
-    cores spill kilobytes of registers here).
+    cores spill kilobytes of registers here). The three are written out: Triton's own would split an operand anew in
+    every product and look for NaN each time, which makes twice the instructions.
     """
-    PRECISION: tl.constexpr = "ieee" if MODE == "bf16" or INTERPRETED else MODE
-    return tl.dot(_operand(x, MODE), _operand(y, MODE), input_precision=PRECISION)
+    if MODE == "bf16x3":
+        x_high, x_low = _high_and_low(x)
+        y_high, y_low = _high_and_low(y)
+        return tl.dot(x_high, y_high, tl.dot(x_high, y_low, tl.dot(x_low, y_high)))
+    else:
+        PRECISION: tl.constexpr = "ieee" if MODE == "bf16" or INTERPRETED else MODE
+        return tl.dot(_operand(x, MODE), _operand(y, MODE), input_precision=PRECISION)
 
 
 @triton.jit
@@ -162,7 +203,12 @@ def _decays(w, L: tl.constexpr, MODE: tl.constexpr):
         before = _exp2(c - coarse, c_fine - fine)
         return p, inverse, before, _exp2(middle, middle_fine), _exp2(end, end_fine)
     else:
-        c, middle, end = _sums(w, L)
+        row = tl.arange(0, L)[:, None]
+        column = tl.arange(0, L)[None, :]
+        signs = tl.where(column <= row, 1.0, 0.0) - tl.where(column < L // 2, 1.0, 0.0)
+        c = _signed_sums(signs, w)
+        middle = tl.sum(tl.where(row == 0, w - c, 0.0), axis=0)
+        end = tl.sum(tl.where(row == L - 1, c, 0.0), axis=0)
         return tl.exp2(c), tl.exp2(-c), tl.exp2(c - w), tl.exp2(middle), tl.exp2(end)
 
 
@@ -265,12 +311,9 @@ def prepare(
     Z = tl.where(lower_or_equal, RK + _dot(RX, AK, SQUARE), 0.0)
     row = (chunk * H + head) * L + i
     square = row[:, None] * L + i[None, :]
-    _store(Z_ + square, Z)
-    if T_ is not None:
-        _store(T_ + square, Tm)
-    if X_ is not None:
-        _store(X_ + square, X)
-        _store(RX_ + square, RX)
+    # A store here keeps the compiler from holding the tiles of all blocks until the second loop; one block fits.
+    if BK < K:
+        _store(Z_ + square, Z)
     Tt = tl.trans(Tm)
     for block in range(0, K, UNROLL * BK):
         for k0 in tl.static_range(0, UNROLL * BK, BK):
@@ -288,6 +331,13 @@ def prepare(
             Kt = tl.load(k_ + t[:, None] * k_t + j[None, :], mask=m, other=0.0).to(tl.float32) * inverse
             _store(Kp_ + tile, (Kt + _dot(Tt, Bt, LOCAL)) * g[None, :])
             tl.store(C_ + (chunk * H + head) * K + j, e * g)
+    if BK == K:
+        _store(Z_ + square, Z)
+    if T_ is not None:
+        _store(T_ + square, Tm)
+    if X_ is not None:
+        _store(X_ + square, X)
+        _store(RX_ + square, RX)
 
 
 @triton.jit
@@ -566,8 +616,12 @@ def gradient(
     _store(db_ + out, (within + dB) * inverse, mask=inside)
     # A token's decay scales what enters the chunk and leaves it, what leaves it from an earlier token, and what is
     # read from its own token on (by `a` from the next one on) but was not written from its own token on.
-    dw = carried[None, :] * (e * g)[None, :] + tl.cumsum(leaving, axis=0) - leaving
-    dw += tl.cumsum(crossing, axis=0, reverse=True) - own
+    if FINAL == "bf16x6":
+        dw = tl.cumsum(leaving, axis=0) - leaving + tl.cumsum(crossing, axis=0, reverse=True)
+    else:
+        dw = _signed_sums(tl.where(lower, 1.0, 0.0), leaving)
+        dw += _signed_sums(tl.where(i[:, None] <= i[None, :], 1.0, 0.0), crossing)
+    dw += carried[None, :] * (e * g)[None, :] - own
     _store(dw_ + out, tl.where(m, dw, 0.0), mask=inside)
 
 

@@ -47,7 +47,6 @@ _MODES = {
     "fast": _Mode("bf16", "bf16x3", "bf16", "bf16", torch.bfloat16, torch.bfloat16),
 }
 NARROW = 16  # rows of the state per program of a scan that has few heads: the least that a product takes
-PREPARE_COLUMNS = 64  # columns of r, w, k, a, b that `prepare` works on at a time: more of them spill registers
 MAX_LENGTH = 32  # tokens per chunk: with 64, exponents of log decays near -5 leave fp32
 
 
@@ -333,7 +332,7 @@ class _Plan:
 
     def prepare(self, tiles: dict[str, Tensor | None]) -> Launch:
         """Return the launch that computes the tiles."""
-        columns = min(PREPARE_COLUMNS, self.padded)
+        columns = min(self.config.prep_block_k, self.padded)
         constants = {"BK": columns, "LOCAL": self.mode.local, "SQUARE": self.mode.square}
         constants |= {"UNROLL": self.unroll(columns), "PARTS": self.parts(columns, self.config.prep)}
         return self.launch(

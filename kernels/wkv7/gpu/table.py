@@ -43,6 +43,7 @@ class Config:
         block_v: rows of the state held by one program of the scans.
         prep, scan, grad: settings of `prepare`, of the two scans, of `gradient`.
         narrow: settings of the scans where they work on the fewest rows instead (few heads, see `op.choose_split`).
+        prep_block_k: columns of K worked on at a time in `prepare`.
         grad_block_v: rows of V worked on at a time in `gradient`.
         grad_block_k: columns of K worked on at a time in `gradient`.
     """
@@ -50,6 +51,7 @@ class Config:
     length: int
     block_v: int
     prep: Tuning
+    prep_block_k: int
     scan: Tuning
     narrow: Tuning
     grad: Tuning
@@ -59,7 +61,7 @@ class Config:
     def __post_init__(self):
         if self.length not in LENGTHS:
             raise ValueError(f"length is {self.length}, must be one of {LENGTHS}")
-        _check_blocks(self.block_v, self.grad_block_v, self.grad_block_k)
+        _check_blocks(self.block_v, self.prep_block_k, self.grad_block_v, self.grad_block_k)
 
 
 @dataclass(frozen=True)

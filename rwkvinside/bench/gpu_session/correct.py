@@ -41,7 +41,7 @@ def run(stage) -> None:
     stage.attempt("masked, NaN behind the mask", lambda: masked(special, device))
     stage.attempt("decoding, token by token", lambda: decoding(special, device))
     if not stage.dry:
-        for case in timed_cases(False)[:7]:
+        for case in timed_cases(False)[:9]:
             stage.attempt(f"timed shape {case.name}", lambda case=case: timed_shape(case, device))
 
 

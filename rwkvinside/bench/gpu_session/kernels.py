@@ -21,7 +21,7 @@ def run(stage) -> None:
     device = stage.device
     bandwidth = copy_bandwidth(device)
     stage.record("copy", bytes_per_s=bandwidth)
-    for case in timed_cases(stage.dry)[:6]:
+    for case in timed_cases(stage.dry)[:8]:
         stage.attempt(f"time {case.name}", lambda case=case: times(case, device, bandwidth))
     for batch in (1,) if stage.dry else (1, 8, 64, 512):
         stage.attempt(f"decode {batch}", lambda batch=batch: decode_times(batch, device, bandwidth, stage.dry))
@@ -33,7 +33,7 @@ def run(stage) -> None:
             continue
         what = f"configurations {part} {case.name}"
         stage.attempt(what, lambda case=case, part=part: compare(case, part, device, found, best))
-    for case in timed_cases(stage.dry)[6:]:
+    for case in timed_cases(stage.dry)[8:]:
         if stage.left() > 8:
             stage.attempt(f"time {case.name}", lambda case=case: times(case, device, bandwidth))
     if best:
@@ -98,6 +98,7 @@ def compare(case: Case, part: str, device: str, found, best: dict) -> dict:
         tuning = getattr(config, part)
         label = f"L={config.length} warps={tuning.num_warps} stages={tuning.num_stages}"
         label += f" BV={16 if part == 'narrow' else config.block_v}" if part in ("scan", "narrow") else ""
+        label += f" BK={config.prep_block_k}" if part == "prep" else ""
         label += f" BV={config.grad_block_v} BK={config.grad_block_k}" if part == "grad" else ""
         try:
             plan = each.plan(inputs, found)

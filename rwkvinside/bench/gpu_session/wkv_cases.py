@@ -56,6 +56,7 @@ class Case:
         """Return B,T,H,N and what differs from the default."""
         text = f"{self.batch},{self.time},{self.heads},{self.size} {self.precision}"
         extras = {"G": self.groups, "BV": self.block_v, "segments": self.segments if self.segments > 1 else None}
+        extras["L"] = self.config and self.config.length
         return " ".join([text, *(f"{key}={value}" for key, value in extras.items() if value is not None)])
 
     def placeholders(self) -> list[Tensor]:
@@ -133,6 +134,11 @@ def correctness_cases(dry: bool) -> Iterator[Case]:
     yield Case(2, 700, 6, 128, "balanced", groups=3)
 
 
+def short_chunks(size: int) -> Config:
+    """Return the table's configuration with chunks of 16 tokens: less work within a chunk, more states."""
+    return replace(lookup(size, (9, 0), "balanced"), length=16, prep=Tuning(2, 1))
+
+
 def timed_cases(dry: bool) -> list[Case]:
     """Return the cases that are timed with the table's configuration, the most important first."""
     if dry:
@@ -142,6 +148,8 @@ def timed_cases(dry: bool) -> list[Case]:
         Case(8, 4096, 32, 128),
         Case(32, 512, 16, 128),
         Case(4, 4096, 16, 128, groups=8),
+        Case(8, 4096, 64, 64, config=short_chunks(64)),
+        Case(8, 4096, 32, 128, config=short_chunks(128)),
         Case(1, 4096, 32, 64, block_v=16),
         Case(1, 4096, 32, 64, block_v=16, segments=4),
         Case(8, 4096, 16, 256),
@@ -175,8 +183,20 @@ def variants(case: Case, part: str, capability: tuple[int, int] | None) -> list[
             for stages in (2, 3, 4):
                 found.append(replace(config, block_v=64, narrow=Tuning(warps, stages)))
     elif part == "prep":
-        for length in (16, 32):
-            found += [replace(config, length=length, prep=Tuning(warps, 1)) for warps in (2, 4, 8)]
+        for length, warps, columns in (
+            *(
+                (32, 4, 64),
+                (32, 8, 64),
+                (32, 8, 128),
+                (16, 1, 64),
+                (16, 2, 64),
+                (16, 4, 64),
+                (16, 2, 128),
+                (16, 4, 128),
+            ),
+        ):
+            if columns <= case.padded:
+                found.append(replace(config, length=length, prep=Tuning(warps, 1), prep_block_k=columns))
     else:
         for block in rows[-2:]:
             for columns in rows[-2:]:
