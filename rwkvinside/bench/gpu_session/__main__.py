@@ -1,4 +1,4 @@
-"""`python -m rwkvinside.bench.gpu_session`, the same command as `rwkvinside bench gpu`; runs from a working tree, too."""
+"""`python -m rwkvinside.bench.gpu_session`, the same as `rwkvinside bench gpu`; runs from a working tree, too."""
 
 import argparse
 import sys

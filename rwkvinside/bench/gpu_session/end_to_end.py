@@ -14,26 +14,7 @@ from ...config.load import load_config
 from ...conversion.run import train
 from ...demo.tokenizer import train_tokenizer
 
-WORDS = [
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "a",
-    "lazy",
-    "dog",
-    "and",
-    "sleeps",
-    "until",
-    "morning",
-    "under",
-    "some",
-    "very",
-    "old",
-    "trees",
-]
+WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "sleeps", "until", "morning")
 STAGES = ("calibrate", "align", "distill")
 STEPS, ROWS, LENGTH = 4, 4, 64
 

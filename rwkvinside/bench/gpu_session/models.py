@@ -61,16 +61,18 @@ def stage_plan(
     seq_len: int,
     *,
     device: str,
+    micro_rows: int | None = None,
     attention_layers: tuple[int, ...] = (),
     checkpointing: bool = False,
 ) -> StagePlan:
-    """Return what a user's configuration resolves to: bf16, one micro-batch a step, all else by default.
+    """Return what a user's configuration resolves to: bf16, all else by default.
 
     Args:
         shape: of the teacher.
         objective: of the stage, which has its name.
         rows, seq_len: of a step.
         device: "cuda" or "cpu".
+        micro_rows: rows of a forward; None: about 4096 tokens.
         attention_layers: that are kept.
         checkpointing: recompute activations.
     """
@@ -87,7 +89,7 @@ def stage_plan(
             "precision=bf16",
             f"{stage}.data.seq_len={seq_len}",
             f"{stage}.batch.tokens={rows * seq_len}",
-            f"{stage}.batch.micro_rows={rows}",
+            f"{stage}.batch.micro_rows={json.dumps(micro_rows)}",
             f"{stage}.tokens={1000 * rows * seq_len}",
             f"{stage}.activation_checkpointing={json.dumps(checkpointing)}",
         ],
@@ -118,7 +120,7 @@ def random_hybrid(run: RunSettings, dtype: torch.dtype) -> PreTrainedModel:
     return model.eval()
 
 
-def random_batch(vocab: int, rows: int, seq_len: int, device: str, document: int | None = None) -> Batch:
+def random_batch(vocab: int, rows: int, seq_len: int, device: str, document: int | None = None, seed: int = 0) -> Batch:
     """Return random tokens.
 
     Args:
@@ -126,9 +128,10 @@ def random_batch(vocab: int, rows: int, seq_len: int, device: str, document: int
         rows, seq_len: of the batch.
         device: "cuda" or "cpu".
         document: tokens of a document, of which a row packs several; None: one a row.
+        seed: of the tokens.
     """
     size = document or seq_len
-    ids = torch.randint(vocab, (rows, seq_len), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(vocab, (rows, seq_len), generator=torch.Generator().manual_seed(seed))
     place = torch.arange(seq_len)
     labels = ids.roll(-1, 1)
     labels[:, (place + 1) % size == 0] = IGNORE

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from .staging import environment, importable
 
 BROKEN = 75  # exit code of a process whose CUDA context no longer works (EX_TEMPFAIL: try again)
 RESTARTS = 5  # of one stage
+STAGE_BEGUN, BEGUN = "=== ", "--- "  # lines of the log
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ def main(args: argparse.Namespace) -> int:
         UserError: an unknown stage.
     """
     directory = Path(args.out).resolve()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no process is left behind
     return run_session(directory, chosen(args.stages), args.budget, dry=args.dry)
 
 
@@ -143,7 +146,7 @@ class _Processes:
         Where a measurement takes the process or its CUDA context down, another one goes on behind it.
         """
         started = time.monotonic()
-        print(f"=== {entry.name}, at most {limit:.0f} s", file=self.log, flush=True)
+        print(f"{STAGE_BEGUN}{entry.name}, at most {limit:.0f} s", file=self.log, flush=True)
         skip = 0
         for _ in range(RESTARTS + 1):
             left = limit - (time.monotonic() - started)
@@ -155,7 +158,7 @@ class _Processes:
                 break
         end = {"seconds": round(time.monotonic() - started, 2)}
         if code is None:
-            return {"ended": "killed", **end, "why": f"at its limit of {limit:.0f} s"}
+            return {"ended": "killed", **end, "why": f"at its limit of {limit:.0f} s, in: {self._begun()}"}
         return {"ended": "ok", **end} if code == 0 else {"ended": "failed", **end, "why": f"exit code {code}"}
 
     def _after_crash(self, entry: StageEntry, code: int) -> int:
@@ -180,15 +183,13 @@ class _Processes:
             stdin=subprocess.DEVNULL,
             stdout=self.log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
+            preexec_fn=os.setpgrp,
         )
         try:
             return child.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
             return None
         finally:  # also what it has started and left behind
-            try:
+            with suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             child.wait()

@@ -15,7 +15,7 @@ from importlib import import_module  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from .results import append  # noqa: E402
-from .session import BROKEN  # noqa: E402
+from .session import BEGUN, BROKEN  # noqa: E402
 
 
 class Stage:
@@ -69,7 +69,7 @@ class Stage:
             self.record(what, attempt=number, skipped=f"{self.left():.0f} s left, it needs {needs:g}")
             return False
         _free()
-        print(f"--- {what}", flush=True)
+        print(f"{BEGUN}{what}", flush=True)
         began = time.monotonic()
         try:
             numbers = dict(function())

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
 from unittest.mock import patch
@@ -46,35 +45,33 @@ GIB = 2**30
 def run(stage: Stage) -> None:
     """Measure, the most informative first."""
     small, large = (TINY, TINY) if stage.dry else (SMALL, LARGE)
-    short, long, document = (16, 32, 12) if stage.dry else (512, 4096, 700)
+    (rows, short), long, document = ((4, 16), 32, 12) if stage.dry else ((32, 512), 4096, 700)
     plan = partial(stage_plan, device=stage.device)
 
-    align = Case(plan(small, "align", 2 if stage.dry else 32, short))
-    stage.attempt(f"align {small.name} 32x512", align.speed, needs=10)
-    stage.attempt("align: inputs of the recurrence", align.recurrence_inputs)
-    del align
-
-    distill = Case(plan(small, "distill", 4, long))
-    stage.attempt(f"distill {small.name} 4x4096", distill.speed, needs=10)
-    stage.attempt("distill: inputs of the recurrence", distill.recurrence_inputs)
-    stage.attempt("distill: kernels of a step", distill.profile, needs=5)
-    del distill
-
-    stage.attempt(f"fine-tuning {small.name} 4x4096", FineTuning(plan(small, "distill", 4, long)).speed, needs=8)
-    align = Case(plan(small, "align", 2 if stage.dry else 32, short))
-    stage.attempt("align: kernels of a step", align.profile, needs=8)
-    del align
-    packed = Case(plan(small, "distill", 4, long), document)
-    stage.attempt(f"distill {small.name} 4x4096, packed", packed.speed, needs=8)
-    del packed
-    for rows, checkpointing in ((8, False), (8, True), (4, True)):
-        case = Case(plan(small, "distill", rows, long, checkpointing=checkpointing))
-        again = ", recomputed" if checkpointing else ""
-        stage.attempt(f"distill {small.name} {rows}x4096{again}", case.speed, needs=8)
-        del case
-    case = Case(plan(large, "distill", 4, long, checkpointing=True))
-    stage.attempt(f"distill {large.name} 4x4096, recomputed", case.speed, needs=12)
-    del case
+    case = Case(plan(small, "align", rows, short))
+    stage.attempt(f"align {case.name}", case.speed, needs=10)
+    stage.attempt("align: inputs of the recurrence", case.recurrence_inputs)
+    case = Case(plan(small, "distill", 4, long))
+    stage.attempt(f"distill {case.name}", case.speed, needs=10)
+    stage.attempt("distill: inputs of the recurrence", case.recurrence_inputs)
+    stage.attempt("distill: kernels of a micro-batch", case.profile, needs=5)
+    tuning = FineTuning(plan(small, "distill", 4, long))
+    case = None
+    stage.attempt(f"fine-tuning {tuning.name}", tuning.speed, needs=8)
+    case = Case(plan(small, "align", rows, short))
+    stage.attempt("align: kernels of a micro-batch", case.profile, needs=8)
+    for objective, shape, *size, options in (
+        ("distill", small, 4, long, {"document": document}),
+        ("distill", small, 4, long, {"micro_rows": 4, "checkpointing": True}),
+        ("distill", small, 8, long, {"micro_rows": 8, "checkpointing": True}),
+        ("distill", large, 4, long, {"micro_rows": 4, "checkpointing": True}),
+        ("distill", small, 8, long, {"micro_rows": 2}),
+        ("align", small, rows, short, {"micro_rows": rows}),
+    ):
+        packed = options.pop("document", None)
+        case = Case(plan(shape, objective, *size, **options), packed)
+        stage.attempt(f"{objective} {case.name}", case.speed, needs=10)
+    case = None
     stage.attempt("conversion end to end", partial(compare, stage.device), needs=15)
 
 
@@ -86,15 +83,20 @@ class Training:
         plan: of the stage.
         engine: with the model and its learning rates.
         step: of the objective.
-        batch: of one step.
+        batches: of one step.
         work: operations for a token.
     """
 
     plan: StagePlan
     engine: LocalEngine
     step: Step[Batch]
-    batch: Batch
+    batches: list[Batch]
     work: float
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return sum(batch.input_ids.numel() for batch in self.batches)
 
 
 class Case:
@@ -108,11 +110,17 @@ class Case:
     def __init__(self, plan: StagePlan, document: int | None = None):
         self.plan, self.document = plan, document
 
+    @property
+    def name(self) -> str:
+        """Shape of the teacher and of a step."""
+        more = ", recomputed" if self.plan.settings.activation_checkpointing else ""
+        return step_name(self.plan) + more + (", packed" if self.document else "")
+
     @cached_property
     def training(self) -> Training:
         """Models, optimizer and batch, made as `conversion` makes them."""
         plan, run, phase = self.plan, self.plan.run, self.plan.phases[-1]
-        batch = _batch(plan, self.document)
+        batches = step_batches(plan, self.document)
         student = HybridModel.from_teacher(random_teacher(run), run.student).eval()
         kind = plan.stage.prepare(student, plan, phase.train)
         if kind is not TeacherKind.SELF:
@@ -121,18 +129,15 @@ class Case:
         groups, work = rate_groups(student, plan, phase), work_of(plan, student, kind, teacher)
         engine = make_engine(plan, phase, student, Distributed(run.device))
         with engine.autocast():
-            step = plan.stage.step(engine.module, teacher, plan, lambda tokens: [batch])
+            step = plan.stage.step(engine.module, teacher, plan, lambda tokens: batches)
         if plan.settings.activation_checkpointing and plan.stage.recomputes_layers:
             student.lm.train().activation_checkpointing_enable()
         engine.set_rates(plan.schedule(groups).rates(plan.rates.warmup_steps, plan.length))
-        return Training(plan, engine, step, batch, work)
+        return Training(plan, engine, step, batches, work)
 
     def speed(self) -> dict:
         """Return speed and memory, next to what the plan predicts."""
-        measured = speed(lambda: self.training, self.plan)
-        memory = _predicted(self.plan)
-        predicted = {name: size / GIB for name, size in memory.items()}
-        return measured | {"predicted_gib": sum(predicted.values()), "predicted": predicted}
+        return speed(lambda: self.training, self.plan, _predicted(self.plan))
 
     def recurrence_inputs(self) -> dict:
         """Return the types of the recurrence's inputs, which decide in which precision it runs."""
@@ -149,14 +154,17 @@ class Case:
         original = kernels.run
         with patch.object(kernels, "run", spy):
             take_step(self.training)
-        return {"calls": seen}
+        return seen or {"calls": "none: no compiled backend ran"}
 
     def profile(self) -> dict:
-        """Return the kernels of a step by their time."""
-        training = self.training
+        """Return the kernels of a step of one micro-batch by their time."""
+        training = replace(self.training, batches=self.training.batches[:1])
         for _ in range(WARMUP):
             take_step(training)
-        return kernels_of(lambda: take_step(training), self.plan.run.device)
+        began = time.perf_counter()
+        take_step(training)
+        ms = 1000 * (time.perf_counter() - began)
+        return {"tokens": training.tokens, "ms": ms} | kernels_of(lambda: take_step(training), self.plan.run.device)
 
 
 class FineTuning:
@@ -169,9 +177,14 @@ class FineTuning:
     def __init__(self, plan: StagePlan):
         self.plan = plan
 
+    @property
+    def name(self) -> str:
+        """Shape of the model and of a step."""
+        return step_name(self.plan)
+
     def speed(self) -> dict:
         """Return speed and memory."""
-        return speed(self._make, self.plan)
+        return speed(self._make, self.plan, {})
 
     def _make(self) -> Training:
         plan, run = self.plan, self.plan.run
@@ -181,7 +194,7 @@ class FineTuning:
         shapes, second = meta_student(run), meta_online_teacher(plan)
         kind = plan.stage.prepare(shapes, plan, plan.phases[-1].train)
         forward = training_flops(shapes, plan, kind, second).forward["teacher"]
-        return Training(plan, engine, FineTuningStep(), _batch(plan, None), 3 * forward)
+        return Training(plan, engine, FineTuningStep(), step_batches(plan), 3 * forward)
 
 
 @dataclass(frozen=True)
@@ -208,18 +221,19 @@ class FineTuningStep:
 
 def take_step(training: Training) -> StepResult:
     """Take an optimizer step; it is done when this returns."""
-    batch, step = training.batch, training.step
-    result = training.engine.train_step([batch], step, step.count(batch))
+    batches, step = training.batches, training.step
+    result = training.engine.train_step(batches, step, sum(map(step.count, batches)))
     synchronize(training.plan.run.device)
     return result
 
 
-def speed(make: Callable[[], Training], plan: StagePlan) -> dict:
+def speed(make: Callable[[], Training], plan: StagePlan, predicted: Mapping[str, int]) -> dict:
     """Return tokens per second, MFU and peak memory of optimizer steps.
 
     Args:
         make: models and optimizer; their memory counts.
         plan: of the stage.
+        predicted: bytes by purpose.
     """
     cuda = plan.run.device == "cuda"
     if cuda:
@@ -233,25 +247,24 @@ def speed(make: Callable[[], Training], plan: StagePlan) -> dict:
         result = take_step(training)
         seconds.append(time.perf_counter() - began)
     median = statistics.median(seconds[-STEPS:])
-    tokens_per_s = training.batch.input_ids.numel() / median
+    tokens_per_s = training.tokens / median
     peak, origin = peak_flops(torch.device(plan.run.device), plan.run.precision)
-    numbers = {
-        "tokens_per_s": tokens_per_s,
-        "mfu": tokens_per_s * training.work / peak,
-        "ms": 1000 * median,
-        "loss": result.loss,
-        "finite": bool(math.isfinite(result.loss) and math.isfinite(result.grad_norm)),
-        "grad_norm": result.grad_norm,
-        "gflop_per_token": training.work / 1e9,
-        "peak_of": origin,
-        "build_s": seconds[0],
-        "first_step_s": seconds[1],
-        "steps_ms": [1000 * s for s in seconds[1 + WARMUP :]],
-    }
+    numbers = {"tokens_per_s": tokens_per_s, "mfu": tokens_per_s * training.work / peak, "ms": 1000 * median}
     if cuda:
         numbers["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
-        numbers["reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
-    return numbers
+    memory = {name: size / GIB for name, size in predicted.items()}
+    numbers |= {"predicted_gib": sum(memory.values())} if memory else {}
+    return numbers | {
+        "loss": result.loss,
+        "finite": result.finite,
+        "first_step_s": seconds[1],
+        "build_s": seconds[0],
+        "reserved_gib": torch.cuda.max_memory_reserved() / GIB if cuda else 0,
+        "gflop_per_token": training.work / 1e9,
+        "peak_of": origin,
+        "steps_ms": [1000 * s for s in seconds[1 + WARMUP :]],
+        "predicted": memory,
+    }
 
 
 def _predicted(plan: StagePlan) -> dict[str, int]:
@@ -262,6 +275,15 @@ def _predicted(plan: StagePlan) -> dict[str, int]:
     return stage_memory(plan, shapes, kind, teacher).device
 
 
-def _batch(plan: StagePlan, document: int | None) -> Batch:
-    vocab = (plan.run.teacher.config or {})["vocab_size"]
-    return random_batch(vocab, plan.shape.rows, plan.length.seq_len, plan.run.device, document)
+def step_batches(plan: StagePlan, document: int | None = None) -> list[Batch]:
+    """Return the micro-batches of a step; see `random_batch`."""
+    vocab, shape = (plan.run.teacher.config or {})["vocab_size"], plan.shape
+    size = vocab, shape.micro_rows, plan.length.seq_len
+    return [random_batch(*size, plan.run.device, document, seed) for seed in range(shape.micro_batches)]
+
+
+def step_name(plan: StagePlan) -> str:
+    """Return the shape of the teacher, and of a step: rows x tokens, and rows of a forward."""
+    shape = plan.shape
+    name = plan.run.teacher.path.rpartition("/")[2]
+    return f"{name} {shape.rows}x{plan.length.seq_len} by {shape.micro_rows}"
