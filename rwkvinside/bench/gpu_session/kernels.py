@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import torch
 
@@ -12,7 +11,7 @@ from ...kernels.gpu import table
 from ...kernels.gpu.decode import plan_step
 from ...kernels.gpu.launch import Launch, capability
 from ...modeling.wkv7 import wkv7
-from .timing import eager_ms, graph_ms, host_us
+from .kernel_times import eager_ms, graph_ms, host_us
 from .wkv_cases import PARTS, Case, timed_cases, variants, varied_cases
 
 
@@ -37,7 +36,7 @@ def run(stage) -> None:
         if stage.left() > 8:
             stage.attempt(f"time {case.name}", lambda case=case: times(case, device, bandwidth))
     if best:
-        table.write(Path(stage.out) / "configurations.json", best)
+        table.write(stage.directory / "configurations.json", best)
 
 
 def moved(launch: Launch) -> int:
