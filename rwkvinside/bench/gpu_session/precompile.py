@@ -21,6 +21,7 @@ def run(stage) -> None:
     count = len(_launches(stage.dry, capability))
     workers = max(1, min(count, (os.cpu_count() or 2) - 2, 14))
     start = time.monotonic()
+    os.environ.pop("TRITON_INTERPRET", None)  # of a dry run: what is started from here on compiles
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=_absent, initargs=(capability,)) as pool:
         jobs = [pool.submit(_compile, stage.dry, capability, index) for index in range(count)]

@@ -49,10 +49,11 @@ def _entry(name: str, seconds: float, minimum: float) -> StageEntry:
 
 STAGES = (
     _entry("facts", 20, 10),
-    _entry("precompile", 30, 15),
+    _entry("precompile", 80, 15),
     _entry("correct", 90, 20),
-    _entry("kernels", 110, 20),
-    _entry("training", 150, 30),
+    _entry("kernels", 90, 20),
+    _entry("peers", 40, 15),
+    _entry("training", 130, 30),
     _entry("generation", 80, 20),
 )
 
