@@ -107,6 +107,7 @@ def test_what_installation_maps_is_where_staging_looks():
     [
         ("raise RuntimeError('broken')", "failed", "exit code 1"),
         ("os._exit(3)", "failed", "exit code 3"),
+        ('stage.attempt("only", lambda: 1 / 0)', "failed", "no measurement succeeded"),
         ('stage.attempt("long", lambda: time.sleep(60))', "killed", "in: long"),
     ],
 )

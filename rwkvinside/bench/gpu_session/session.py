@@ -159,7 +159,12 @@ class _Processes:
         end = {"seconds": round(time.monotonic() - started, 2)}
         if code is None:
             return {"ended": "killed", **end, "why": f"at its limit of {limit:.0f} s, in: {self._begun()}"}
-        return {"ended": "ok", **end} if code == 0 else {"ended": "failed", **end, "why": f"exit code {code}"}
+        if code != 0:
+            return {"ended": "failed", **end, "why": f"exit code {code}"}
+        own = [line for line in read(self.directory) if line["stage"] == entry.name]
+        if own and all("error" in line for line in own):
+            return {"ended": "failed", **end, "why": "no measurement succeeded"}
+        return {"ended": "ok", **end}
 
     def _after_crash(self, entry: StageEntry, code: int) -> int:
         """Return the number of measurements that the next process leaves out; note the one that crashed."""
