@@ -45,6 +45,7 @@ SMALLER = {
 }
 # how a command begins -> why its arguments are parsed and no more
 ONLY_PARSED = {
+    "rwkvinside bench gpu": "needs a GPU; tests/bench runs it dry",
     "rwkvinside bench head": "starts processes that measure for minutes; tests/bench runs it",
     "rwkvinside demo": "trains for minutes; tests/demo runs it",
 }

@@ -16,6 +16,7 @@ from .arguments import ArgumentParser, add_output_arguments, at_least, run_comma
 COMMANDS = {
     "wkv7": ("bench:wkv7", "the recurrence: our kernels compared with others and with attention"),
     "training": ("bench:training", "align and distill compared with plain fine-tuning of the same teacher"),
+    "gpu": ("bench:gpu", "everything that is measured on a GPU, in one command that ends in time"),
     "head": ("bench:head", "memory and time of the distillation loss: all logits at once, or chunk by chunk"),
 }
 
@@ -34,6 +35,15 @@ def wkv7(parser: ArgumentParser, argv: Sequence[str]) -> int:
     from ..kernels.bench import command
 
     return command.main(args)
+
+
+def gpu(parser: ArgumentParser, argv: Sequence[str]) -> int:
+    """Run a session on the GPU; the same as `python -m rwkvinside.bench.gpu_session`."""
+    from ..bench.gpu_session.session import add_arguments
+    from ..bench.gpu_session.session import main as session
+
+    add_arguments(parser)
+    return session(parser.parse(argv))
 
 
 def training(parser: ArgumentParser, argv: Sequence[str]) -> int:

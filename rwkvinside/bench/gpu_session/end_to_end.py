@@ -20,9 +20,9 @@ STEPS, ROWS, LENGTH = 4, 4, 64
 
 
 def compare(device: str) -> dict:
-    """Return the losses of a conversion on a device and how they differ from those on the CPU.
+    """Return how the losses of a conversion on a device differ from those on the CPU, and all of them.
 
-    The differences are relative to the CPU's loss, the largest of a stage; "eval" is the divergence after it.
+    The differences are relative to the CPU's, the largest of all steps, and of the divergences at the end of stages.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -30,13 +30,13 @@ def compare(device: str) -> dict:
         runs = {"cpu": _losses(folder, "cpu", "fp32")}
         runs |= {f"{device} {precision}": _losses(folder, device, precision) for precision in ("fp32", "bf16")}
     expected = runs["cpu"]
-    differences = {
-        f"{run} {what}": max(abs(x - y) / abs(x) for x, y in zip(expected[what], losses[what], strict=True))
-        for run, losses in runs.items()
-        if run != "cpu"
-        for what in expected
-    }
-    return {**differences, "losses": runs}
+    differences: dict[str, float] = {}
+    for run, losses in runs.items():
+        for what, values in losses.items() if run != "cpu" else ():
+            kind = f"{run} {'evaluations' if what.endswith('eval') else 'losses'}"
+            largest = max(abs(x - y) / abs(x) for x, y in zip(expected[what], values, strict=True))
+            differences[kind] = max(largest, differences.get(kind, 0.0))
+    return {**differences, "all": runs}
 
 
 def _material(folder: Path) -> None:

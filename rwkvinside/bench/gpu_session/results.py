@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 RESULTS, LOG, SUMMARY = "results.jsonl", "session.log", "summary.txt"
-WIDTH = 160
+WIDTH = 200
 
 
 def append(directory: Path, line: Mapping) -> None:

@@ -160,18 +160,28 @@ class _Processes:
         end = {"seconds": round(time.monotonic() - started, 2)}
         if code is None:
             return {"ended": "killed", **end, "why": f"at its limit of {limit:.0f} s, in: {self._begun()}"}
-        return {"ended": "ok", **end} if code == 0 else {"ended": "failed", **end, "why": f"exit code {code}"}
+        if code != 0:
+            return {"ended": "failed", **end, "why": f"exit code {code}"}
+        own = [line for line in read(self.directory) if line["stage"] == entry.name]
+        if own and all("error" in line for line in own):
+            return {"ended": "failed", **end, "why": "no measurement succeeded"}
+        return {"ended": "ok", **end}
 
     def _after_crash(self, entry: StageEntry, code: int) -> int:
         """Return the number of measurements that the next process leaves out; note the one that crashed."""
-        done = max(
-            (line.get("attempt", -1) for line in read(self.directory) if line["stage"] == entry.name), default=-1
-        )
-        if code != BROKEN:  # a process that could still speak has written the line itself
-            done += 1
-            error = f"the process ended with {signal.Signals(-code).name}"
-            append(self.directory, {"stage": entry.name, "what": "crash", "attempt": done, "error": error})
-        return done + 1
+        lines = [line for line in read(self.directory) if line["stage"] == entry.name]
+        done = max((line.get("attempt", -1) for line in lines), default=-1)
+        if code == BROKEN:  # a process that could still speak has written the line itself
+            return done + 1
+        error = f"the process ended with {signal.Signals(-code).name}"
+        append(self.directory, {"stage": entry.name, "what": self._begun(), "attempt": done + 1, "error": error})
+        return done + 2
+
+    def _begun(self) -> str:
+        """Return the measurement that was begun last, from the log."""
+        text = (self.directory / LOG).read_text(encoding="utf-8", errors="replace")
+        begun = [line for line in text.splitlines() if line.startswith((BEGUN, STAGE_BEGUN))]
+        return begun[-1][len(BEGUN) :] if begun and begun[-1].startswith(BEGUN) else "before the first measurement"
 
     def _run_once(self, entry: StageEntry, seconds: float, skip: int) -> int | None:
         """Return the exit code of a process; None: it was killed at its limit."""
