@@ -8,10 +8,11 @@ import multiprocessing
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 
 import torch
 
-from .wkv_cases import PARTS, Case, correctness_cases, timed_cases, variants, varied_cases
+from .wkv_cases import PARTS, correctness_cases, large_cases, timed_cases, variants, varied_cases
 
 
 def run(stage) -> None:
@@ -23,7 +24,8 @@ def run(stage) -> None:
     start = time.monotonic()
     os.environ.pop("TRITON_INTERPRET", None)  # of a dry run: what is started from here on compiles
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_absent, initargs=(capability,)) as pool:
+    prepare = dict(initializer=_absent, initargs=(capability,)) if stage.dry else {}
+    with ProcessPoolExecutor(workers, context, **prepare) as pool:
         jobs = [pool.submit(_compile, stage.dry, capability, index) for index in range(count)]
         errors = [error for job in as_completed(jobs) if (error := job.exception())]
     failures = [f"{type(error).__name__}: {str(error).splitlines()[0][:200]}" for error in errors]
@@ -31,7 +33,7 @@ def run(stage) -> None:
 
 
 def _absent(capability: tuple[int, int]) -> None:
-    """Make Triton compile for the GPU without a context on it in every process."""
+    """Make Triton compile for a GPU that is not there."""
     import triton
 
     from ...kernels.gpu.compile import _AbsentGPU
@@ -42,15 +44,17 @@ def _absent(capability: tuple[int, int]) -> None:
 @functools.cache
 def _launches(dry: bool, capability: tuple[int, int]) -> list:
     """Return the launches in the same order in every process, each kernel with its constants once."""
-    cases: list[tuple[Case, set[str] | None]] = [(case, None) for case in correctness_cases(dry)]
-    cases += [(case, None) for case in timed_cases(dry)]
+    plans = []
+    checked = [*correctness_cases(dry), *([] if dry else large_cases())]
+    for case in checked + [replace(case, block_v=16, segments=1) for case in large_cases() if not dry]:
+        plans.append((case.plan(case.placeholders(), capability, **case.ends()), None))
+    for case in timed_cases(dry):
+        plans.append((case.plan(case.placeholders(), capability), None))
     for case, part in varied_cases(dry):
-        cases += [(each, PARTS[part]) for each in variants(case, part, capability)]
-    if dry:
-        cases = cases[:1]
+        for each in variants(case, part, capability):
+            plans.append((each.plan(each.placeholders(), capability), PARTS[part]))
     found: dict = {}
-    for case, wanted in cases:
-        plan = case.plan(case.placeholders(), capability)
+    for plan, wanted in plans[:1] if dry else plans:
         for launch in itertools.chain(plan.forward, plan.backward):
             name = launch.kernel.__name__
             if wanted is None or name in wanted:
