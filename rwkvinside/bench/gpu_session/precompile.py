@@ -7,12 +7,13 @@ import itertools
 import multiprocessing
 import os
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 
 import torch
 
-from .wkv_cases import PARTS, correctness_cases, large_cases, timed_cases, variants, varied_cases
+from .wkv_cases import PARTS, Plan, correctness_cases, large_cases, timed_cases, variants, varied_cases
 
 
 def run(stage) -> None:
@@ -44,17 +45,8 @@ def _absent(capability: tuple[int, int]) -> None:
 @functools.cache
 def _launches(dry: bool, capability: tuple[int, int]) -> list:
     """Return the launches in the same order in every process, each kernel with its constants once."""
-    plans = []
-    checked = [*correctness_cases(dry), *([] if dry else large_cases())]
-    for case in checked + [replace(case, block_v=16, segments=1) for case in large_cases() if not dry]:
-        plans.append((case.plan(case.placeholders(), capability, **case.ends()), None))
-    for case in timed_cases(dry):
-        plans.append((case.plan(case.placeholders(), capability), None))
-    for case, part in varied_cases(dry):
-        for each in variants(case, part, capability):
-            plans.append((each.plan(each.placeholders(), capability), PARTS[part]))
     found: dict = {}
-    for plan, wanted in plans[:1] if dry else plans:
+    for plan, wanted in itertools.islice(_plans(dry, capability), 1 if dry else None):
         for launch in itertools.chain(plan.forward, plan.backward):
             name = launch.kernel.__name__
             if wanted is None or name in wanted:
@@ -62,6 +54,18 @@ def _launches(dry: bool, capability: tuple[int, int]) -> list:
                 found.setdefault(key, launch)
     slow = {"gradient": 0, "prepare": 1}
     return sorted(found.values(), key=lambda launch: slow.get(launch.kernel.__name__, 2))
+
+
+def _plans(dry: bool, capability: tuple[int, int]) -> Iterator[tuple[Plan, set[str] | None]]:
+    """Yield what the stages launch, and which of its kernels they launch (None: all)."""
+    checked = [*correctness_cases(dry), *([] if dry else large_cases())]
+    for case in checked + [replace(case, block_v=16, segments=1) for case in large_cases() if not dry]:
+        yield case.plan(case.placeholders(), capability, **case.ends()), None
+    for case in timed_cases(dry):
+        yield case.plan(case.placeholders(), capability), None
+    for case, part in varied_cases(dry):
+        for each in variants(case, part, capability):
+            yield each.plan(each.placeholders(), capability), PARTS[part]
 
 
 def _specialized(args: dict) -> tuple:
