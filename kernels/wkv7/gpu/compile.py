@@ -183,14 +183,7 @@ def _survey(architecture: int, only: str) -> dict[str, Usage]:
                 continue
             log = io.StringIO()
             with contextlib.redirect_stdout(log):
-                kernel = launch.kernel.run(
-                    grid=launch.grid,
-                    warmup=True,
-                    **launch.args,
-                    **launch.constants,
-                    num_warps=launch.num_warps,
-                    num_stages=launch.num_stages,
-                )
+                kernel = launch.compile()
             if kernel.hash not in compiled:
                 compiled[kernel.hash] = _usage(log.getvalue(), kernel)
             found[name] = compiled[kernel.hash]

@@ -290,12 +290,17 @@ def prepare(
         for k0 in tl.static_range(0, UNROLL * BK, BK):
             j = block + k0 + tl.arange(0, BK)
             m = real[:, None] & (j < D)[None, :]
+            # all loads first: what follows is full of barriers, which no load is moved over
             w = tl.load(w_ + t[:, None] * w_t + j[None, :], mask=m, other=0.0).to(tl.float32)
+            r = tl.load(r_ + t[:, None] * r_t + j[None, :], mask=m, other=0.0)
+            a = tl.load(a_ + t[:, None] * a_t + j[None, :], mask=m, other=0.0)
+            k = tl.load(k_ + t[:, None] * k_t + j[None, :], mask=m, other=0.0)
+            b = tl.load(b_ + t[:, None] * b_t + j[None, :], mask=m, other=0.0)
             p, inverse, before, _, _ = _decays(w, L, LOCAL)
-            Rt = tl.load(r_ + t[:, None] * r_t + j[None, :], mask=m, other=0.0).to(tl.float32) * p
-            At = tl.load(a_ + t[:, None] * a_t + j[None, :], mask=m, other=0.0).to(tl.float32) * before
-            Kt = tl.load(k_ + t[:, None] * k_t + j[None, :], mask=m, other=0.0).to(tl.float32) * inverse
-            Bt = tl.load(b_ + t[:, None] * b_t + j[None, :], mask=m, other=0.0).to(tl.float32) * inverse
+            Rt = r.to(tl.float32) * p
+            At = a.to(tl.float32) * before
+            Kt = k.to(tl.float32) * inverse
+            Bt = b.to(tl.float32) * inverse
             Rp = _in_parts(Rt, PARTS)
             Ap = _in_parts(At, PARTS)
             Kp = _in_parts(Kt, PARTS)
@@ -320,15 +325,19 @@ def prepare(
             j = block + k0 + tl.arange(0, BK)
             m = real[:, None] & (j < D)[None, :]
             w = tl.load(w_ + t[:, None] * w_t + j[None, :], mask=m, other=0.0).to(tl.float32)
+            r = tl.load(r_ + t[:, None] * r_t + j[None, :], mask=m, other=0.0)
+            a = tl.load(a_ + t[:, None] * a_t + j[None, :], mask=m, other=0.0)
+            k = tl.load(k_ + t[:, None] * k_t + j[None, :], mask=m, other=0.0)
+            b = tl.load(b_ + t[:, None] * b_t + j[None, :], mask=m, other=0.0)
             p, inverse, before, e, g = _decays(w, L, LOCAL)
-            At = tl.load(a_ + t[:, None] * a_t + j[None, :], mask=m, other=0.0).to(tl.float32) * before
+            At = a.to(tl.float32) * before
             tile = row[:, None] * K + j[None, :]
             _store(W_ + tile, _dot(X, At, LOCAL) * e[None, :])
-            Rt = tl.load(r_ + t[:, None] * r_t + j[None, :], mask=m, other=0.0).to(tl.float32) * p
+            Rt = r.to(tl.float32) * p
             _store(Q_ + tile, (Rt + _dot(RX, At, LOCAL)) * e[None, :])
-            Bt = tl.load(b_ + t[:, None] * b_t + j[None, :], mask=m, other=0.0).to(tl.float32) * inverse
+            Bt = b.to(tl.float32) * inverse
             _store(Bg_ + tile, Bt * g[None, :])
-            Kt = tl.load(k_ + t[:, None] * k_t + j[None, :], mask=m, other=0.0).to(tl.float32) * inverse
+            Kt = k.to(tl.float32) * inverse
             _store(Kp_ + tile, (Kt + _dot(Tt, Bt, LOCAL)) * g[None, :])
             tl.store(C_ + (chunk * H + head) * K + j, e * g)
     if BK == K:
@@ -540,6 +549,17 @@ def gradient(
     v_ += batch * v_b + (head // v_group) * v_h
     dy_ += batch * dy_b + head * dy_h
 
+    # What the second half reads is loaded first: the first is full of barriers, which no load is moved over.
+    m = real[:, None] & (j < D)[None, :]
+    k_ += batch * k_b + (head // k_group) * k_h
+    b_ += batch * b_b + (head // b_group) * b_h
+    a_ += batch * a_b + (head // a_group) * a_h
+    w = tl.load(w_ + batch * w_b + head * w_h + t[:, None] * w_t + j[None, :], mask=m, other=0.0).to(tl.float32)
+    r = tl.load(r_ + batch * r_b + head * r_h + t[:, None] * r_t + j[None, :], mask=m, other=0.0)
+    k = tl.load(k_ + t[:, None] * k_t + j[None, :], mask=m, other=0.0)
+    a = tl.load(a_ + t[:, None] * a_t + j[None, :], mask=m, other=0.0)
+    b = tl.load(b_ + t[:, None] * b_t + j[None, :], mask=m, other=0.0)
+
     dRK = tl.zeros((L, L), tl.float32)
     dRB = tl.zeros((L, L), tl.float32)
     dAK = tl.zeros((L, L), tl.float32)
@@ -559,16 +579,16 @@ def gradient(
             P = tl.load(P_ + tile)
             v = tl.load(v_ + t[:, None] * v_t + rows[None, :], mask=takes, other=0.0)
             U = tl.load(U_ + tile)
+            S = tl.load(starts_ + square)
+            dS = tl.load(ends_ + square)
             vt = tl.trans(v)
             Ut = tl.trans(U)
             dRK += _dot(dy, vt, FINAL)
             dRB += _dot(dy, Ut, FINAL)
             dAK += _dot(P, vt, FINAL)
             dAB += _dot(P, Ut, FINAL)
-            S = tl.load(starts_ + square)
             dR += _dot(dy, S, STATE)
             dA += _dot(P, S, STATE)
-            dS = tl.load(ends_ + square)
             dK += _dot(v, dS, STATE)
             dB += _dot(U, dS, STATE)
             carried += tl.sum(S.to(tl.float32) * dS.to(tl.float32), axis=0)
@@ -579,25 +599,20 @@ def gradient(
     dAK = _operand(tl.where(lower, dAK, 0.0), FINAL)
     dAB = _operand(tl.where(lower, dAB, 0.0), FINAL)
 
-    m = real[:, None] & (j < D)[None, :]
     inside = (t < end)[:, None] & (j < D)[None, :]
     out = ((batch * T + t) * H + head)[:, None] * D + j[None, :]
-    w = tl.load(w_ + batch * w_b + head * w_h + t[:, None] * w_t + j[None, :], mask=m, other=0.0).to(tl.float32)
     p, inverse, before, e, g = _decays(w, L, FINAL)
-    k_ += batch * k_b + (head // k_group) * k_h
-    b_ += batch * b_b + (head // b_group) * b_h
-    a_ += batch * a_b + (head // a_group) * a_h
-    Kt = tl.load(k_ + t[:, None] * k_t + j[None, :], mask=m, other=0.0).to(tl.float32) * inverse
-    Bt = tl.load(b_ + t[:, None] * b_t + j[None, :], mask=m, other=0.0).to(tl.float32) * inverse
+    Kt = k.to(tl.float32) * inverse
+    Bt = b.to(tl.float32) * inverse
     Ko = _operand(Kt, FINAL)
     Bo = _operand(Bt, FINAL)
-    Rt = tl.load(r_ + batch * r_b + head * r_h + t[:, None] * r_t + j[None, :], mask=m, other=0.0).to(tl.float32) * p
+    Rt = r.to(tl.float32) * p
     Ro = _operand(Rt, FINAL)
     dR *= e[None, :]
     within = _dot(dRK, Ko, FINAL) + _dot(dRB, Bo, FINAL)
     crossing = within * Ro.to(tl.float32) + dR * Rt
     _store(dr_ + out, (within + dR) * p, mask=inside)
-    At = tl.load(a_ + t[:, None] * a_t + j[None, :], mask=m, other=0.0).to(tl.float32) * before
+    At = a.to(tl.float32) * before
     Ao = _operand(At, FINAL)
     dA *= e[None, :]
     within = _dot(dAK, Ko, FINAL) + _dot(dAB, Bo, FINAL)

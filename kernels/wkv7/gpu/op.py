@@ -314,7 +314,7 @@ class _Plan:
         """Return a launch with the arguments that all kernels take."""
         args = {**args, **self.where, "T": self.time, "H": self.heads}
         constants = {"D": self.size, "K": self.padded, "L": self.length, **constants}
-        return Launch(kernel, grid, args, constants, tuning.num_warps, tuning.num_stages)
+        return Launch(kernel, grid, args, constants, tuning)
 
     def unroll(self, block: int) -> int:
         """Return how many blocks of columns or rows a kernel processes without a loop.
@@ -383,7 +383,7 @@ class _Plan:
         args = tensors | {f"{name}b": x.stride(0) for name, x in tensors.items()} | {"H": self.heads}
         blocks = triton.cdiv(self.size, block)
         constants = {"D": self.size, "BLOCK": block}
-        return Launch(kernels.advance, (self.batch * self.heads, blocks, blocks), args, constants, 4, 1)
+        return Launch(kernels.advance, (self.batch * self.heads, blocks, blocks), args, constants, Tuning(4, 1))
 
 
 def _chunk_table(cu_seqlens: Tensor, chunks: int, length: int) -> tuple[Tensor, Tensor]:

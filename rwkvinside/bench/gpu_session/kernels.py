@@ -95,10 +95,14 @@ def compare(case: Case, part: str, device: str, found, best: dict) -> dict:
         config = each.config
         assert config is not None
         tuning = getattr(config, part)
-        label = f"L={config.length} warps={tuning.num_warps} stages={tuning.num_stages}"
-        label += f" BV={16 if part == 'narrow' else config.block_v}" if part in ("scan", "narrow") else ""
-        label += f" BK={config.prep_block_k}" if part == "prep" else ""
-        label += f" BV={config.grad_block_v} BK={config.grad_block_k}" if part == "grad" else ""
+        label = f"L={config.length} warps={tuning.num_warps} stages={tuning.num_stages} "
+        label += {
+            "scan": f"BV={config.block_v}",
+            "narrow": "BV=16",
+            "prep": f"BK={config.prep_block_k}",
+            "grad": f"BV={config.grad_block_v} BK={config.grad_block_k}",
+        }[part]
+        label += f" registers<={tuning.max_registers}" if tuning.max_registers else ""
         try:
             plan = each.plan(inputs, found)
             parts: dict[str, float] = {}

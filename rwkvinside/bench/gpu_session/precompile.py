@@ -13,13 +13,17 @@ from dataclasses import replace
 
 import torch
 
-from .wkv_cases import PARTS, Plan, correctness_cases, large_cases, timed_cases, variants, varied_cases
+from ...kernels.gpu.launch import Launch
+from .correct import cotangents
+from .wkv_cases import PARTS, Case, Plan, correctness_cases, large_cases, timed_cases, variants, varied_cases
+
+ABSENT = (9, 0)  # what a dry run compiles for
+LENGTH = 256  # tokens, enough for every number of segments
 
 
 def run(stage) -> None:
     """Compile every launch; one line says how many and how long."""
-    capability = torch.cuda.get_device_capability() if stage.device == "cuda" else (9, 0)
-    # compilations that take longest first, so that none is left alone at the end
+    capability = torch.cuda.get_device_capability() if stage.device == "cuda" else ABSENT
     count = len(_launches(stage.dry, capability))
     workers = max(1, min(count, (os.cpu_count() or 2) - 2, 14))
     start = time.monotonic()
@@ -43,29 +47,40 @@ def _absent(capability: tuple[int, int]) -> None:
 
 
 @functools.cache
-def _launches(dry: bool, capability: tuple[int, int]) -> list:
-    """Return the launches in the same order in every process, each kernel with its constants once."""
+def _launches(dry: bool, capability: tuple[int, int]) -> list[Launch]:
+    """Return the launches in the same order in every process, each kernel with its constants once.
+
+    On a GPU they are of short sequences, and real: what Triton has compiled for tensors without memory there, it does
+    not find again for others.
+    """
     found: dict = {}
     for plan, wanted in itertools.islice(_plans(dry, capability), 1 if dry else None):
         for launch in itertools.chain(plan.forward, plan.backward):
             name = launch.kernel.__name__
             if wanted is None or name in wanted:
-                key = (name, *launch.constants.items(), launch.num_warps, launch.num_stages, _specialized(launch.args))
+                key = (name, *launch.constants.items(), launch.tuning, _specialized(launch.args))
                 found.setdefault(key, launch)
-    slow = {"gradient": 0, "prepare": 1}
+    slow = {"gradient": 0, "prepare": 1}  # first, so that none is left alone at the end
     return sorted(found.values(), key=lambda launch: slow.get(launch.kernel.__name__, 2))
 
 
 def _plans(dry: bool, capability: tuple[int, int]) -> Iterator[tuple[Plan, set[str] | None]]:
     """Yield what the stages launch, and which of its kernels they launch (None: all)."""
+
+    def plan(case: Case, ends: bool) -> Plan:
+        if dry:
+            return case.plan(case.placeholders(), capability, **(case.ends() if ends else {}))
+        short = replace(case, batch=1, time=LENGTH)
+        return short.plan(short.inputs("cuda"), capability, *(cotangents(short, "cuda") if ends else ()))
+
     checked = [*correctness_cases(dry), *([] if dry else large_cases())]
     for case in checked + [replace(case, block_v=16, segments=1) for case in large_cases() if not dry]:
-        yield case.plan(case.placeholders(), capability, **case.ends()), None
+        yield plan(case, True), None
     for case in timed_cases(dry):
-        yield case.plan(case.placeholders(), capability), None
+        yield plan(case, False), None
     for case, part in varied_cases(dry):
         for each in variants(case, part, capability):
-            yield each.plan(each.placeholders(), capability), PARTS[part]
+            yield plan(each, False), PARTS[part]
 
 
 def _specialized(args: dict) -> tuple:
@@ -78,5 +93,4 @@ def _specialized(args: dict) -> tuple:
 
 def _compile(dry: bool, capability: tuple[int, int], index: int) -> None:
     launch = _launches(dry, capability)[index]
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    launch.kernel.run(grid=launch.grid, warmup=True, **launch.args, **launch.constants, **options)
+    launch.compile() if dry else launch.run()

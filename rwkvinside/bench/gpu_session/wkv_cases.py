@@ -178,6 +178,35 @@ def timed_cases(dry: bool) -> list[Case]:
     ]
 
 
+# Of each part: tokens of a chunk, warps, stages, registers, rows and columns at a time (16 where it has none)
+CHOICES: dict[str, list[tuple[int, int, int, int | None, int, int]]] = {
+    "scan": [
+        *((32, 4, 3, None, 64, 16), (32, 4, 3, None, 32, 16), (32, 8, 3, None, 64, 16)),
+        *((16, 4, 3, None, 64, 16), (16, 4, 4, None, 64, 16), (16, 4, 3, None, 32, 16), (16, 4, 4, None, 32, 16)),
+        *((16, 2, 3, None, 32, 16), (16, 2, 4, None, 32, 16), (16, 8, 4, None, 64, 16)),
+    ],
+    "narrow": [
+        *((32, 4, 3, None, 16, 16), (32, 2, 3, None, 16, 16), (32, 1, 3, None, 16, 16), (32, 4, 4, None, 16, 16)),
+        *((16, 4, 3, None, 16, 16), (16, 2, 3, None, 16, 16), (16, 1, 3, None, 16, 16), (16, 2, 4, None, 16, 16)),
+    ],
+    "prep": [
+        *((32, 4, 1, None, 16, 64), (32, 4, 1, 168, 16, 64), (32, 4, 1, 128, 16, 64), (32, 8, 1, None, 16, 64)),
+        *((32, 8, 1, 128, 16, 64), (32, 8, 1, None, 16, 128)),
+        *((16, 1, 1, None, 16, 64), (16, 1, 1, None, 16, 32), (16, 1, 1, 128, 16, 32)),
+        *((16, 2, 1, None, 16, 64), (16, 2, 1, 168, 16, 64), (16, 2, 1, 128, 16, 64), (16, 2, 1, None, 16, 32)),
+        *((16, 2, 1, 104, 16, 32), (16, 4, 1, None, 16, 64), (16, 4, 1, 168, 16, 64), (16, 4, 1, 128, 16, 64)),
+        *((16, 4, 1, None, 16, 128), (16, 4, 1, 168, 16, 128)),
+    ],
+    "grad": [
+        *((32, 8, 1, None, 32, 64), (32, 8, 1, None, 64, 64), (32, 8, 1, 128, 64, 64), (32, 8, 1, 128, 128, 64)),
+        *((32, 4, 1, None, 32, 64), (32, 4, 1, None, 64, 64)),
+        *((16, 4, 1, None, 64, 64), (16, 4, 1, 128, 64, 64), (16, 4, 1, 104, 64, 64), (16, 4, 1, 128, 32, 64)),
+        *((16, 2, 1, None, 64, 32), (16, 2, 1, 128, 64, 32), (16, 2, 1, None, 64, 64), (16, 4, 1, 104, 64, 32)),
+        *((16, 4, 1, None, 128, 64), (16, 4, 1, 128, 128, 64), (16, 8, 1, 128, 128, 128), (16, 8, 1, 128, 64, 64)),
+    ],
+}
+
+
 def variants(case: Case, part: str, capability: tuple[int, int] | None) -> list[Case]:
     """Return the case with every configuration worth trying for a part of it.
 
@@ -187,40 +216,21 @@ def variants(case: Case, part: str, capability: tuple[int, int] | None) -> list[
         capability: of the GPU.
     """
     config = lookup(case.padded, capability, case.precision)
-    rows = [size for size in BLOCKS if size <= case.padded]
     found: list[Config] = []
-    if part == "scan":
-        for block in rows:
-            for warps in (2, 4, 8):
-                # two warps hold no wide block: it would spill
-                if block * case.padded <= 64 * 64 * warps // 4 or warps == 8:
-                    tunings = [Tuning(warps, stages) for stages in (2, 3)]
-                    found += [replace(config, block_v=block, scan=tuning) for tuning in tunings]
-    elif part == "narrow":
-        for warps in (1, 2, 4, 8):
-            for stages in (2, 3, 4):
-                found.append(replace(config, block_v=64, narrow=Tuning(warps, stages)))
-    elif part == "prep":
-        for length, warps, columns in (
-            *(
-                (32, 4, 64),
-                (32, 8, 64),
-                (32, 8, 128),
-                (16, 1, 64),
-                (16, 2, 64),
-                (16, 4, 64),
-                (16, 2, 128),
-                (16, 4, 128),
-            ),
-        ):
-            if columns <= case.padded:
-                found.append(replace(config, length=length, prep=Tuning(warps, 1), prep_block_k=columns))
-    else:
-        for block in rows[-2:]:
-            for columns in rows[-2:]:
-                for warps in (4, 8):
-                    tuning = Tuning(warps, 1)
-                    found.append(replace(config, grad_block_v=block, grad_block_k=columns, grad=tuning))
+    for length, warps, stages, registers, rows, columns in CHOICES[part]:
+        if max(rows, columns) > case.padded:
+            continue
+        tuning = Tuning(warps, stages, registers)
+        changes: dict = {part: tuning, "length": length}
+        if part == "scan":
+            changes["block_v"] = rows
+        elif part == "narrow":
+            changes["block_v"] = 64  # so that 16 rows are the narrow ones
+        elif part == "prep":
+            changes["prep_block_k"] = columns
+        else:
+            changes |= {"grad_block_v": rows, "grad_block_k": columns}
+        found.append(replace(config, **changes))
     return [replace(case, config=each, block_v=16 if part == "narrow" else None) for each in found]
 
 
