@@ -1,0 +1,145 @@
+"""Causal attention within documents, for the attention layers that run in training.
+
+They are a teacher's own, and those that a student keeps. transformers keeps packed documents apart by a mask of
+B * T * T elements; here their bounds travel with the call, and no mask is made: `run_backbone` hands them to the
+model's forward, and the attention function that is registered below finds them among its keyword arguments. A model
+from `attend_within_documents` that is called in another way attends as transformers' "sdpa" does, masks included.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from ..data.batch import Batch, Documents
+
+IMPLEMENTATION = "rwkvinside_documents"
+# PyTorch 2.12 has to be told that query heads share keys and values, earlier ones see it
+_SHARED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
+def attend_within_documents(lm: PreTrainedModel) -> PreTrainedModel:
+    """Let a causal language model attend by `document_attention`, and return it."""
+    lm.set_attn_implementation(IMPLEMENTATION)
+    return lm
+
+
+def run_backbone(lm: PreTrainedModel, batch: Batch, **kwargs: Any) -> Tensor:
+    """Return the final hidden states (B, T, D) of a packed batch.
+
+    Args:
+        lm: from `attend_within_documents`.
+        batch: packed rows, on the model's device.
+        kwargs: more keyword arguments for the decoder layers.
+    """
+    # without a mask transformers would look for packed rows in position_ids and wait for the device; one of four
+    # dimensions is handed on as it is, and none of its elements is needed
+    no_mask = torch.empty(0, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
+    return lm.base_model(
+        input_ids=batch.input_ids,
+        attention_mask=no_mask,
+        position_ids=batch.position_ids,
+        use_cache=False,
+        documents=batch.documents,
+        **kwargs,
+    ).last_hidden_state
+
+
+def document_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    documents: Documents | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend causally within documents, in transformers' convention for attention functions.
+
+    Args:
+        module: the attention.
+        query: (B, H, T, N).
+        key, value: (B, G, T, N), G dividing H.
+        attention_mask: read only without `documents`.
+        dropout: share of the weights that is dropped.
+        scaling: of the scores; None is 1 / sqrt(N).
+        documents: of the batch; None: attend as "sdpa".
+        kwargs: what "sdpa" takes.
+
+    Returns:
+        (output (B, T, H, N), None).
+
+    Raises:
+        ValueError: a sliding window or a soft cap, which nothing here knows.
+    """
+    if documents is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    for name in ("sliding_window", "softcap"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"attention within documents has no {name}, the layer asks for {kwargs[name]}")
+    if documents.alone:
+        return sdpa_attention_forward(module, query, key, value, None, dropout=dropout, scaling=scaling)
+    tokens = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
+    dtype = _product_dtype(query)
+    if _runs_flash(query, dtype) and not dropout:
+        output = _flash(*(x.to(dtype) for x in tokens), documents, scaling)
+    else:
+        output = _one_by_one(*tokens, documents, scaling, dropout)
+    return output.unflatten(0, (query.shape[0], query.shape[2])), None
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """Return the type in which products of x are computed: autocast does not know the operator of `_flash`."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _runs_flash(query: Tensor, dtype: torch.dtype) -> bool:
+    return (
+        query.device.type == "cuda"
+        and dtype in (torch.bfloat16, torch.float16)
+        and query.shape[-1] % 8 == 0
+        and query.shape[-1] <= 256
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scaling: float | None) -> Tensor:
+    """Attend by PyTorch's flash attention over sequences of any lengths; (B * T, heads, N) in and out."""
+    bounds = documents.cu_seqlens.to(query.device)  # layers may be spread over devices
+    shared = _SHARED if key.shape[1] != query.shape[1] else {}
+    longest = documents.longest
+    return varlen_attn(
+        *(query, key, value, bounds, bounds, longest, longest), scale=scaling, window_size=(-1, 0), **shared
+    )
+
+
+def _one_by_one(
+    query: Tensor, key: Tensor, value: Tensor, documents: Documents, scaling: float | None, dropout: float
+) -> Tensor:
+    """Attend in one document after the other; (B * T, heads, N) in and out."""
+    outputs = []
+    # split, not slices: the backward of each slice is a full-size zero tensor
+    for document in zip(*(x.split(documents.lengths) for x in (query, key, value)), strict=True):
+        q, k, v = (x.transpose(0, 1)[None] for x in document)
+        output = F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=k.shape[1] != q.shape[1]
+        )
+        outputs.append(output[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+AttentionInterface.register(IMPLEMENTATION, document_attention)
+AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
