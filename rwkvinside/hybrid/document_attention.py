@@ -92,28 +92,22 @@ def document_attention(
     if documents.alone:
         return sdpa_attention_forward(module, query, key, value, None, dropout=dropout, scaling=scaling)
     tokens = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
-    dtype = _product_dtype(query)
-    if _runs_flash(query, dtype) and not dropout:
-        output = _flash(*(x.to(dtype) for x in tokens), documents, scaling)
-    else:
+    dtype = None if dropout else _flash_dtype(query)
+    if dtype is None:
         output = _one_by_one(*tokens, documents, scaling, dropout)
+    else:
+        output = _flash(*(x.to(dtype) for x in tokens), documents, scaling)
     return output.unflatten(0, (query.shape[0], query.shape[2])), None
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
-    """Return the type in which products of x are computed: autocast does not know the operator of `_flash`."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
-def _runs_flash(query: Tensor, dtype: torch.dtype) -> bool:
-    return (
-        query.device.type == "cuda"
-        and dtype in (torch.bfloat16, torch.float16)
-        and query.shape[-1] % 8 == 0
-        and query.shape[-1] <= 256
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
-    )
+def _flash_dtype(query: Tensor) -> torch.dtype | None:
+    """Return the type in which flash attention reads such queries; None: it does not take them."""
+    if query.device.type != "cuda" or query.shape[-1] % 8 or query.shape[-1] > 256:
+        return None
+    # autocast does not know the operator
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+    taken = dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return dtype if taken else None
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scaling: float | None) -> Tensor:
