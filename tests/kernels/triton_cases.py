@@ -209,7 +209,7 @@ def test_layers_share_the_table_of_chunks(monkeypatch):
     assert located[1:] == [[0, 7, 40]]
     assert_close(found, expected(args, dy, dfinal, cu_seqlens=cu_seqlens), CLOSE)
     alive = len(op._chunk_tables)
-    del cu_seqlens
+    cu_seqlens = None
     gc.collect()
     assert len(op._chunk_tables) == alive - 1
 
