@@ -59,7 +59,8 @@ class Documents:
 class Batch:
     """Rows of tokens, each with one or more documents.
 
-    What is counted is counted when a batch is made, which should be on the CPU, and travels along.
+    What is counted is counted when a batch is made, which should be on the CPU, and travels along: the tensors are not
+    written to afterwards, `dataclasses.replace` counts anew.
 
     Attributes:
         input_ids: (B, T) int64.
