@@ -90,10 +90,10 @@ def document_attention(
         if kwargs.get(name) is not None:
             raise ValueError(f"attention within documents has no {name}, the layer asks for {kwargs[name]}")
     if documents.alone:
-        return sdpa_attention_forward(module, query, key, value, None, dropout=dropout, scaling=scaling)
+        return _causal(query, key, value, scaling, dropout), None
     tokens = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
-    dtype = None if dropout else _flash_dtype(query)
-    if dtype is None:
+    dtype = _flash_dtype(query)
+    if dtype is None or dropout:
         output = _one_by_one(*tokens, documents, scaling, dropout)
     else:
         output = _flash(*(x.to(dtype) for x in tokens), documents, scaling)
@@ -124,15 +124,21 @@ def _one_by_one(
     query: Tensor, key: Tensor, value: Tensor, documents: Documents, scaling: float | None, dropout: float
 ) -> Tensor:
     """Attend in one document after the other; (B * T, heads, N) in and out."""
-    outputs = []
     # split, not slices: the backward of each slice is a full-size zero tensor
-    for document in zip(*(x.split(documents.lengths) for x in (query, key, value)), strict=True):
-        q, k, v = (x.transpose(0, 1)[None] for x in document)
-        output = F.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=k.shape[1] != q.shape[1]
-        )
-        outputs.append(output[0].transpose(0, 1))
-    return torch.cat(outputs)
+    parts = zip(*(x.split(documents.lengths) for x in (query, key, value)), strict=True)
+    return torch.cat([_causal(*(x.transpose(0, 1)[None] for x in part), scaling, dropout)[0] for part in parts])
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float) -> Tensor:
+    """Attend causally; (B, heads, n, N) in, (B, n, heads, N) out."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and query.device.type == "cuda" and _flash_dtype(query) is None:
+        # of the kernels for GPUs only flash attention shares keys; the way around them all holds n * n scores
+        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    shared = key.shape[1] != query.shape[1]
+    return F.scaled_dot_product_attention(
+        query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=shared
+    ).transpose(1, 2)
 
 
 AttentionInterface.register(IMPLEMENTATION, document_attention)

@@ -215,6 +215,24 @@ def test_on_a_gpu_it_is_flash_attention_over_sequences(monkeypatch, kv_heads):
     assert options == {"scale": 0.25, "window_size": (-1, 0), **shared}
 
 
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_on_a_gpu_without_flash_attention_heads_share_no_keys(monkeypatch, layout):
+    """Kernels that take fp32 want as many keys as queries; PyTorch's way around them holds all scores."""
+    called = []
+
+    def spy(query, key, value, **options):
+        called.append((query.shape, key.shape, options["enable_gqa"]))
+        return torch.empty_like(query)
+
+    documents = rows_of(LAYOUTS[layout]).documents
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    with FakeTensorMode(), torch.device("cuda"):
+        queries = [torch.empty(2, n, 6, 16) for n in (4, 2, 2)]
+        y, _ = document_attention(Attention(2), *queries, None, documents=documents)
+    assert y.shape == (2, 6, 4, 16) and len(called) == (1 if layout == "padded" else 5)
+    assert all(query == key and not shared for query, key, shared in called)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_no_forward_asks_the_device_for_a_value(monkeypatch, layout):
     """On the meta device there are none: whoever looks at one fails."""
