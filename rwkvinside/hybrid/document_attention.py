@@ -126,7 +126,8 @@ def _one_by_one(
     """Attend in one document after the other; (B * T, heads, N) in and out."""
     # split, not slices: the backward of each slice is a full-size zero tensor
     parts = zip(*(x.split(documents.lengths) for x in (query, key, value)), strict=True)
-    return torch.cat([_causal(*(x.transpose(0, 1)[None] for x in part), scaling, dropout)[0] for part in parts])
+    outputs = [_causal(*(x.transpose(0, 1).unsqueeze(0) for x in part), scaling, dropout) for part in parts]
+    return torch.cat(outputs, 1).squeeze(0)
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float) -> Tensor:
