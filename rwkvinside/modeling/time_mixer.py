@@ -336,8 +336,8 @@ def _shift(x: Tensor, last: Tensor | None, mask: Tensor | None, cu_seqlens: Tens
         previous = history.gather(1, before[..., None].expand(-1, -1, D))
         newest = history.gather(1, newest_at[:, -1:, None].expand(-1, -1, D))[:, 0]
     if cu_seqlens is not None:
-        starts = torch.ones(B * T, 1, dtype=x.dtype, device=x.device)
-        starts[cu_seqlens[:-1][cu_seqlens.diff() > 0].long()] = 0
-        previous = previous * starts.view(B, T, 1)
+        inside = torch.ones(B * T + 1, dtype=x.dtype, device=x.device)  # an empty document may start behind the last
+        inside = inside.index_fill(0, cu_seqlens[:-1].long(), 0)[:-1]
+        previous = previous * inside.view(B, T, 1)
         newest = x.reshape(B * T, D)[cu_seqlens[1:].long() - 1]
     return previous, newest

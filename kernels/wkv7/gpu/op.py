@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from rwkvinside.kernels.gpu import kernels
 from rwkvinside.kernels.gpu.launch import Launch, capability, run
@@ -389,12 +390,28 @@ class _Plan:
 def _chunk_table(cu_seqlens: Tensor, chunks: int, length: int) -> tuple[Tensor, Tensor]:
     """Locate the chunks of packed sequences.
 
-    Sizes do not depend on the values, so nothing waits for the device; surplus chunks are empty.
+    Sizes do not depend on the values, so nothing waits for the device; surplus chunks are empty. All layers of a
+    forward read the same `cu_seqlens`, and so do their backwards: what was found is kept with that tensor, as long as
+    it lives and nobody writes to it.
 
     Returns:
         The first chunk of every sequence (S,), and (first token, end of the sequence) of every chunk (chunks, 2), both
         int64.
     """
+    if cu_seqlens.is_inference() or cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
+        return _locate_chunks(cu_seqlens, chunks, length)  # no record of writes; a graph's replays bring other values
+    asked = (cu_seqlens._version, chunks, length)
+    known, table = _chunk_tables.get(cu_seqlens, (None, None))
+    if known != asked:
+        table = _locate_chunks(cu_seqlens, chunks, length)
+        _chunk_tables[cu_seqlens] = asked, table
+    return table
+
+
+_chunk_tables = WeakTensorKeyDictionary()
+
+
+def _locate_chunks(cu_seqlens: Tensor, chunks: int, length: int) -> tuple[Tensor, Tensor]:
     bounds = cu_seqlens.long()
     counts = (bounds.diff() + length - 1).div(length, rounding_mode="floor")
     ends = counts.cumsum(0)
