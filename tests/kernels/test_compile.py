@@ -139,7 +139,7 @@ def test_a_table_that_is_not_one_is_named(tmp_path, text):
 
 def test_tuning_finds_the_fastest_of_what_fits():
     best = table.Config(
-        32, 64, table.Tuning(4, 1), 64, table.Tuning(4, 3), table.Tuning(4, 3), table.Tuning(8, 1), 32, 64
+        32, 64, table.Tuning(4, 1), 64, table.Tuning(4, 3), table.Tuning(4, 3), table.Tuning(8, 1), 64, 64
     )
     parts = {"prep": ["prep"], "scan": ["block_v", "scan"], "grad": ["grad", "grad_block_v", "grad_block_k"]}
 
