@@ -106,6 +106,13 @@ def run(
     return wkv7(r, w, k, v, a, b, state, mask, cu_seqlens, precision)
 
 
+def mixer_step(**inputs: Tensor | float | bool | None) -> Tensor:
+    """Take one token of a whole time mixer by its Triton kernel; arguments, result and errors as `gpu.mixer_step`."""
+    from .gpu.mixer_step import mixer_step
+
+    return mixer_step(**inputs)
+
+
 def _tracked(*tensors: Tensor | None) -> bool:
     import torch
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .first_layer import FirstLayerKV
 from .mixer_presets import TimeMixerConfig
+from .mixer_step import is_fused, mixer_step
 from .wkv7 import wkv7
 
 DECAY_SCALE = math.exp(-0.5)  # log_decay = -DECAY_SCALE * sigmoid(z) lies in (-0.6065, 0)
@@ -148,6 +149,10 @@ class TimeMixer(nn.Module):
             y (B, T, D), the FirstLayerKV to hand to later layers, and the state after the last token, (S, ...) with
             cu_seqlens.
         """
+        if is_fused(self.mixer_config, x, cu_seqlens):
+            wkv = None if state is None else state.wkv
+            y, first, wkv = mixer_step(self, x, first=first, wkv=wkv, rope=rope, mask=mask, inplace=inplace)
+            return self.output(y.to(x.dtype)), first, MixerState(wkv, None)
         projected, first, shift = self.project_inputs(
             x, first=first, state=state, rope=rope, mask=mask, cu_seqlens=cu_seqlens
         )
