@@ -33,8 +33,16 @@ class RecurrentLayer(CacheLayerMixin):
         self.seen = 0
 
     def write(self, state: MixerState, tokens: int) -> None:
-        """Replace the state by the one after `tokens` further positions."""
-        self.state = state
+        """Take the state after `tokens` further positions.
+
+        Without gradient it goes into the memory of the previous one, which a captured CUDA graph reads again.
+        """
+        if self.state is None or torch.is_grad_enabled():
+            self.state = state
+        else:
+            for kept, new in zip(self.state, state, strict=True):
+                if kept is not None and kept.data_ptr() != new.data_ptr():
+                    kept.copy_(new)
         self.seen += tokens
         self.is_initialized = True
 
