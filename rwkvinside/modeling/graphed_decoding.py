@@ -42,18 +42,16 @@ class TokenChoice:
     Attributes:
         warpers: change the logits (B, V) before the choice.
         sample: draw from the softmax, else take the largest.
-        stop: (K,) ids that end a row; None: rows end at the largest number of tokens only.
-        pad: 0-d id that follows the end of a row.
+        end: ids that end a row (K,), and the 0-d id that fills it up from there; None: no token ends a row.
     """
 
     warpers: LogitsProcessorList
-    sample: bool
-    stop: Tensor | None
-    pad: Tensor | None
+    sample: bool = False
+    end: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
         """Return the next tokens (B,) for logits (B, V), as `generate()` chooses them."""
-        scores = self.warpers(ids, logits.float())
+        scores = self.warpers(ids, logits.float())  # type: ignore[arg-type]  # a LongTensor, which is no type
         return torch.multinomial(scores.softmax(-1), 1)[:, 0] if self.sample else scores.argmax(-1)
 
 
@@ -145,9 +143,10 @@ class GraphedDecoding:
     def _accept(self, logits: Tensor) -> None:
         """Choose tokens, and note them and which rows end with them."""
         tokens = self.choice(self._ids, logits)
-        if self.choice.stop is not None:
-            tokens = torch.where(self.finished, self.choice.pad, tokens)
-            self.finished.logical_or_((tokens[:, None] == self.choice.stop).any(1))
+        if self.choice.end is not None:
+            stop, pad = self.choice.end
+            tokens = torch.where(self.finished, pad, tokens)
+            self.finished.logical_or_((tokens[:, None] == stop).any(1))
         self.tokens.index_copy_(1, self._count, tokens[:, None])
         self._count.add_(1)
         self._ids.copy_(tokens[:, None])
@@ -168,11 +167,11 @@ def fixed_cache(cache: Cache, capacity: int) -> Cache:
     Raises:
         ValueError: a layer with a sliding window or other keys and values than a `DynamicCache` has.
     """
-    layers = []
+    layers: list[Any] = []
     for i, layer in enumerate(cache.layers):
         if isinstance(layer, RecurrentLayer):
             layers.append(layer)
-        elif type(layer) is DynamicLayer:
+        elif type(layer) is DynamicLayer and layer.keys is not None and layer.values is not None:
             fixed = StaticLayer(max_cache_len=capacity)
             fixed.update(layer.keys, layer.values)
             layer.reset()
@@ -214,10 +213,11 @@ def generate_graphed(
         ValueError: a setting that needs the tokens so far at every step, another mode than greedy and sampling, or a
             cache that is passed in or asked for.
     """
-    choice = _choice(logits_processor, stopping_criteria, generation_config)
+    choice = _choice(logits_processor, stopping_criteria, generation_config, model.device)
     if getattr(model_kwargs.get("past_key_values"), "_is_user_defined", False):
         raise ValueError("past_key_values cannot be given: graphed generation uses its cache up")
-    out = model._prefill(input_ids, generation_config, model_kwargs)
+    input_ids = input_ids.to(model.device)
+    out = model._prefill(input_ids, generation_config, model_kwargs)  # type: ignore[operator]  # of GenerationMixin
     mask = model_kwargs.get("attention_mask")
     decoding = GraphedDecoding(
         model,
@@ -231,14 +231,17 @@ def generate_graphed(
     del out, model_kwargs
     steps = decoding.tokens.shape[1]
     for step in range(1, steps):
-        if choice.stop is not None and step % CHECK_EVERY == 0 and decoding.finished.all():
+        if choice.end is not None and step % CHECK_EVERY == 0 and decoding.finished.all():
             break
         decoding.advance()
-    return torch.cat([input_ids, _up_to_the_last_end(decoding.tokens, choice.stop)], 1)
+    return torch.cat([input_ids, _up_to_the_last_end(decoding.tokens, choice)], 1)
 
 
 def _choice(
-    processors: LogitsProcessorList, criteria: StoppingCriteriaList, generation_config: GenerationConfig
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    device: torch.device,
 ) -> TokenChoice:
     refused = [type(p).__name__ for p in processors if not isinstance(p, WARPERS)]
     refused += [type(c).__name__ for c in criteria if not isinstance(c, (EosTokenCriteria, MaxLengthCriteria))]
@@ -250,12 +253,14 @@ def _choice(
         refused.append(f"num_beams={c.num_beams}")
     if refused:
         raise ValueError(f"graphed generation cannot have {', '.join(refused)}: use generate() without custom_generate")
-    return TokenChoice(processors, bool(c.do_sample), c._eos_token_tensor, c._pad_token_tensor)
+    stop, pad = c._eos_token_tensor, c._pad_token_tensor  # with the former `generate()` always has the latter
+    end = None if stop is None or pad is None else (stop.to(device), pad.to(device))
+    return TokenChoice(processors, bool(c.do_sample), end)
 
 
-def _up_to_the_last_end(tokens: Tensor, stop: Tensor | None) -> Tensor:
+def _up_to_the_last_end(tokens: Tensor, choice: TokenChoice) -> Tensor:
     """Cut off the columns after the one in which the last row ends."""
-    if stop is None:
+    if choice.end is None:
         return tokens
-    ended = (tokens[..., None] == stop).any(-1).cumsum(1).bool().all(0)
+    ended = (tokens[..., None] == choice.end[0]).any(-1).cumsum(1).bool().all(0)
     return tokens[:, : int((~ended).sum()) + 1]

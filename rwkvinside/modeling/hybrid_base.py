@@ -204,7 +204,8 @@ class HybridCausalLM(MixerInitialization):
         """
         if kwargs.get("streamer") is not None:
             raise ValueError("graphed generation does not stream: use generate()")
-        return self.generate(*args, custom_generate=generate_graphed, **kwargs)  # type: ignore[attr-defined]
+        generate: Any = self.generate  # of GenerationMixin, which the family's model has
+        return generate(*args, custom_generate=generate_graphed, **kwargs)
 
 
 def _current_tokens(attention_mask: Tensor, tokens: int) -> Tensor:

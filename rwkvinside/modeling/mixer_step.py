@@ -63,9 +63,10 @@ def mixer_step(
         assert first.k is not None, "the first RWKV layer has no key residual"
         optional |= {"k_mix": (x @ mixer.k1) @ mixer.k2, "k0": mixer.k0, "k_first": first.k[:, 0]}
     if first is None:
-        optional["k_out"] = torch.empty_like(k) if c.key_residual else None
+        k_out = torch.empty_like(k) if c.key_residual else None
         shared = v.repeat_interleave(H // G, 1) if c.value_path == "residual_full" and G < H else v
-        first = FirstLayerKV(shared[:, None], optional["k_out"][:, None] if c.key_residual else None)
+        first = FirstLayerKV(shared[:, None], None if k_out is None else k_out[:, None])
+        optional["k_out"] = k_out
     if wkv is None:
         wkv = x.new_zeros(B, H, N, N, dtype=torch.float32)
     else:

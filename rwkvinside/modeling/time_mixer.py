@@ -79,8 +79,12 @@ class TimeMixer(nn.Module):
     a2: nn.Parameter
     g1: nn.Parameter  # gate
     g2: nn.Parameter
-    v1: nn.Parameter  # share of v_first
+    v0: nn.Parameter  # share of v_first
+    v1: nn.Parameter
     v2: nn.Parameter
+    k0: nn.Parameter  # share of k_first
+    k1: nn.Parameter
+    k2: nn.Parameter
 
     def __init__(self, config: TimeMixerConfig, is_first: bool):
         super().__init__()
@@ -296,7 +300,7 @@ class TimeMixer(nn.Module):
 
 def _fp32(x: Tensor) -> Tensor:
     """Return `x` in fp32, or in fp64 if it is fp64."""
-    return x if x.dtype == torch.float64 else x.float()
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()  # the test costs less than an operation
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -124,6 +124,18 @@ def test_states_keep_their_memory(prompt):
     assert addresses() != before
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_state_from_an_inference_mode_is_replaced_outside_of_it(dtype, prompt):
+    model = build("qwen3", LAYOUTS["mixed"], dtype=dtype)
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(prompt, past_key_values=cache)
+    with torch.no_grad():
+        continued = model(prompt[:, :1], past_key_values=cache).logits
+    expected = model(torch.cat([prompt, prompt[:, :1]], 1)).logits[:, -1:]
+    torch.testing.assert_close(continued, expected)
+
+
 def test_the_keys_of_the_prompt_are_released(prompt):
     model = build("qwen3", LAYOUTS["mixed"])
     cache = DynamicCache(config=model.config)
