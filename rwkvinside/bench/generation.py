@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 from ..modeling.graphed_decoding import WARM_STEPS, GraphedDecoding, TokenChoice
 from ..modeling.hybrid_base import FP32_PARAMETERS
 from ..modeling.mixer_presets import TimeMixerConfig
-from ..modeling.recurrent_cache import RecurrentLayer
+from ..modeling.recurrent_cache import is_recurrent
 from ..modeling.registry import hybrid_class
 
 GREEDY = TokenChoice(LogitsProcessorList())
@@ -136,7 +136,7 @@ def _timed(device: torch.device, run: Callable) -> tuple[float, object]:
 
 def _tensors(cache: Cache) -> Iterator[Tensor]:
     for layer in cache.layers:
-        parts = layer.state if isinstance(layer, RecurrentLayer) else (layer.keys, layer.values)
+        parts = layer.state if is_recurrent(layer) else (layer.keys, layer.values)
         yield from (part for part in parts if part is not None)
 
 
@@ -178,3 +178,20 @@ def random_models(
             if any(re.search(pattern, parameter_name) for pattern in FP32_PARAMETERS):
                 parameter.data = parameter.data.float()
     return models
+
+
+def random_hybrids(
+    layers: int, heads: int, head_size: int, *, dtype: torch.dtype, device: str
+) -> dict[str, PreTrainedModel]:
+    """Return `random_models` of a shape like that of the training benchmark: all layers RWKV, and every fourth kept."""
+    config = Qwen3Config(
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 2),
+        head_dim=head_size,
+        hidden_size=heads * head_size,
+        intermediate_size=3 * heads * head_size,
+        vocab_size=4096,
+    )
+    kept = {"all RWKV": range(0), "every fourth kept": range(3, layers, 4)}
+    return random_models(config, kept, preset="cxa079", dtype=dtype, device=device)

@@ -26,7 +26,7 @@ from transformers.generation.logits_process import (
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from .first_layer import ForwardContext
-from .recurrent_cache import RecurrentLayer
+from .recurrent_cache import is_recurrent
 
 CHECK_EVERY = 16  # tokens between two looks at whether all rows have ended: each makes the host wait for the GPU
 WARM_STEPS = 2  # before the capture, so that every kernel is compiled and loaded
@@ -93,7 +93,7 @@ class GraphedDecoding:
         self.model, self.choice = model, choice
         capacity = -(-(length + new_tokens) // ALIGNMENT) * ALIGNMENT
         self.cache = fixed_cache(cache, capacity)
-        self._recurrent = any(isinstance(layer, RecurrentLayer) for layer in self.cache.layers)
+        self._recurrent = any(map(is_recurrent, self.cache.layers))
         self._additive = mask_is_added(model, self.cache)
         self._real = torch.zeros(batch, capacity, dtype=torch.bool, device=device)
         self._real[:, :length] = mask
@@ -169,7 +169,7 @@ def fixed_cache(cache: Cache, capacity: int) -> Cache:
     """
     layers: list[Any] = []
     for i, layer in enumerate(cache.layers):
-        if isinstance(layer, RecurrentLayer):
+        if is_recurrent(layer):
             layers.append(layer)
         elif type(layer) is DynamicLayer and layer.keys is not None and layer.values is not None:
             fixed = StaticLayer(max_cache_len=capacity)

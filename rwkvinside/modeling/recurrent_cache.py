@@ -107,6 +107,11 @@ class RecurrentLayer(CacheLayerMixin):
         raise NotImplementedError("a recurrent layer stores no keys and values")
 
 
+def is_recurrent(slot: Any) -> bool:
+    """Return whether a slot of a cache is a `RecurrentLayer`, be it of an export, which carries a class of its own."""
+    return type(slot).__name__ == RecurrentLayer.__name__
+
+
 def can_overwrite(state: MixerState) -> bool:
     """Return whether the memory of a state may take another one.
 

@@ -1,10 +1,13 @@
 """The generation benchmark at tiny sizes: what a GPU runs at large ones."""
 
+import json
+
 import pytest
 import torch
 from transformers import Qwen3Config
 
 from rwkvinside.bench.generation import generation_speed, random_models
+from rwkvinside.cli.main import main
 
 SIZES = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, head_dim=16)
 CONFIG = Qwen3Config(**SIZES, num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True)
@@ -39,3 +42,18 @@ def test_random_models_keep_in_fp32_what_exports_do():
     for name, parameter in models["hybrid"].named_parameters():
         assert (parameter.dtype == torch.float32) == (name.rsplit(".", 1)[-1] in ("w0", "a0", "v0", "k0")), name
     assert models["hybrid"].config.rwkv_layers == [1, 2] and "self_attn.w0" in str(list(models["hybrid"].state_dict()))
+
+
+def test_the_command_measures_random_models(tmp_path):
+    asked = ["--random", "4,2,16", "--contexts", "8", "--new-tokens", "2", "--json", str(tmp_path / "speed.json")]
+    assert main(["bench", "generation", *asked]) == 0
+    found = json.loads((tmp_path / "speed.json").read_text())
+    assert [entry["model"] for entry in found] == ["teacher", "all RWKV", "every fourth kept"]
+    assert all(entry["graphed_ms"] > 0 for entry in found)
+
+
+def test_the_command_measures_directories(tmp_path, models):
+    models["teacher"].save_pretrained(tmp_path / "teacher")
+    asked = ["--models", str(tmp_path / "teacher"), "--contexts", "8", "--new-tokens", "2"]
+    assert main(["bench", "generation", *asked, "--json", str(tmp_path / "speed.json")]) == 0
+    assert [entry["context"] for entry in json.loads((tmp_path / "speed.json").read_text())] == [8]
