@@ -107,10 +107,15 @@ def run(
 
 
 def mixer_step(**inputs: Tensor | float | bool | None) -> Tensor:
-    """Take one token of a whole time mixer by its Triton kernel; arguments, result and errors as `gpu.mixer_step`."""
-    from .gpu.mixer_step import mixer_step
+    """Take one token of a whole time mixer by its Triton kernel, without gradient.
 
-    return mixer_step(**inputs)
+    Arguments, result and errors are those of `gpu.mixer_step.mixer_step`, the operator, which a compiler sees.
+    """
+    import torch
+
+    from .gpu.mixer_step import launch_mixer_step, mixer_step
+
+    return (mixer_step if torch.compiler.is_compiling() else launch_mixer_step)(**inputs)
 
 
 def _tracked(*tensors: Tensor | None) -> bool:

@@ -240,6 +240,7 @@ def test_generation_by_a_graph_gives_the_tokens_of_the_slow_path(layout, launche
         monkeypatch.setattr(graphed_decoding, "can_capture", lambda device: True)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
         monkeypatch.setattr(torch.cuda, "graph", Capture)
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # the operator, which `Capture` sees
     slow = build("qwen3", LAYOUTS[layout], mixer={"backend": "reference"})
     fast = build("qwen3", LAYOUTS[layout], mixer={"backend": "triton"}).to(DEVICE, torch.float32)
     prompt = torch.randint(2, VOCAB, (2, 6), generator=torch.Generator().manual_seed(1))

@@ -12,6 +12,7 @@ learned key scales of stock RWKV-7.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -81,17 +82,22 @@ def mixer_step(
     Raises:
         ValueError: shapes, a dtype or a layout that do not fit.
     """
-    launches, y = plan_mixer_step(
+    return launch_mixer_step(
         r, k, v, decay, iclr, gate, state, w0, a0, r_weight, k_weight, cos, sin, v_mix, v0, v_first, k_mix, k0, k_first,
-        r_k, mask, k_out, norm_eps, log_scale, capability=capability(state.device),
+        r_k, mask, k_out, norm_eps, log_scale,
     )  # fmt: skip
-    run(launches, state.device)
-    return y
 
 
 @mixer_step.register_fake
 def _(r, k, v, decay, *others, **named):
     return torch.empty_like(decay, dtype=v.dtype)
+
+
+def launch_mixer_step(r: Tensor, k: Tensor, v: Tensor, decay: Tensor, *others: Any, **named: Any) -> Tensor:
+    """Do what `mixer_step` does without an operator's bookkeeping, which takes Python longer than all the rest."""
+    launches, y = plan_mixer_step(r, k, v, decay, *others, **named, capability=capability(r.device))
+    run(launches, r.device)
+    return y
 
 
 def plan_mixer_step(
