@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
     TemperatureLogitsWarper,
@@ -95,6 +95,8 @@ class GraphedDecoding:
         self.cache = fixed_cache(cache, capacity)
         self._recurrent = any(map(is_recurrent, self.cache.layers))
         self._additive = mask_is_added(model, self.cache)
+        rings = [layer for layer in self.cache.layers if isinstance(layer, RingLayer)]
+        self._slots = torch.arange(rings[0].max_cache_len, device=device) if rings else None
         self._real = torch.zeros(batch, capacity, dtype=torch.bool, device=device)
         self._real[:, :length] = mask
         self._length = torch.full((1,), length, device=device)
@@ -124,10 +126,14 @@ class GraphedDecoding:
         """Feed the newest token and choose the next one. Reads and writes the same memory at every call."""
         self._positions.add_(1)
         self._real.index_fill_(1, self._length, True)
+        mask: Any = self._mask(self._real)
+        if self._slots is not None:
+            held = self._length - (self._length - self._slots) % len(self._slots)  # position in each slot of a ring
+            mask = {
+                "full_attention": mask,
+                "sliding_attention": self._mask(self._real[:, held.clamp(min=0)] & (held >= 0)),
+            }
         self._length.add_(1)
-        mask = self._real[:, None, None]
-        if self._additive:
-            mask = torch.zeros_like(mask, dtype=self.model.dtype).masked_fill_(~mask, torch.finfo(self.model.dtype).min)
         context = {"forward_context": ForwardContext()} if self._recurrent else {}  # no padding after the prompts
         out = self.model(
             input_ids=self._ids,
@@ -140,6 +146,13 @@ class GraphedDecoding:
         )
         self._accept(out.logits[:, -1])
 
+    def _mask(self, real: Tensor) -> Tensor:
+        """Return what attention takes, (B, 1, 1, keys), for keys that are real (B, keys)."""
+        mask, dtype = real[:, None, None], self.model.dtype
+        if not self._additive:
+            return mask
+        return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+
     def _accept(self, logits: Tensor) -> None:
         """Choose tokens, and note them and which rows end with them."""
         tokens = self.choice(self._ids, logits)
@@ -150,6 +163,20 @@ class GraphedDecoding:
         self.tokens.index_copy_(1, self._count, tokens[:, None])
         self._count.add_(1)
         self._ids.copy_(tokens[:, None])
+
+
+class RingLayer(StaticLayer):
+    """Keys and values of the last `max_cache_len` tokens, position p in slot p modulo that number."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Put the newest tokens, at most `max_cache_len`, in place of the oldest; return all, in the order of slots."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        tokens = key_states.shape[2]
+        slots = (torch.arange(tokens, device=self.device) + self.cumulative_length) % self.max_cache_len
+        self.cumulative_length.add_(tokens)
+        assert self.keys is not None and self.values is not None
+        return self.keys.index_copy_(2, slots, key_states), self.values.index_copy_(2, slots, value_states)
 
 
 def can_capture(device: torch.device) -> bool:
@@ -165,7 +192,7 @@ def fixed_cache(cache: Cache, capacity: int) -> Cache:
         capacity: tokens that each attention layer has room for.
 
     Raises:
-        ValueError: a layer with a sliding window or other keys and values than a `DynamicCache` has.
+        ValueError: a layer with other keys and values than attention has, with or without a sliding window.
     """
     layers: list[Any] = []
     for i, layer in enumerate(cache.layers):
@@ -176,8 +203,15 @@ def fixed_cache(cache: Cache, capacity: int) -> Cache:
             fixed.update(layer.keys, layer.values)
             layer.reset()
             layers.append(fixed)
+        elif type(layer) is DynamicSlidingWindowLayer and layer.keys is not None and layer.values is not None:
+            ring = RingLayer(max_cache_len=min(layer.sliding_window, capacity))
+            ring.cumulative_length += layer.get_seq_length() - layer.keys.shape[2]  # tokens before those it still has
+            ring.update(layer.keys, layer.values)
+            layer.reset()
+            layers.append(ring)
         else:
-            raise ValueError(f"layer {i} keeps its keys and values in {type(layer).__name__}, which has no fixed form")
+            kind = type(layer).__name__
+            raise ValueError(f"layer {i} keeps its keys and values in {kind}, which cannot move into fixed memory")
     return Cache(layers=layers)
 
 

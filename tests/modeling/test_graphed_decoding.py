@@ -4,7 +4,7 @@ import pytest
 import torch
 from generation_cases import LAYOUTS, VOCAB, build
 from recorded_graph import Capture, RecordedGraph
-from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
+from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM, StaticCache
 
 from rwkvinside.modeling import graphed_decoding
 from rwkvinside.modeling.graphed_decoding import generate_graphed
@@ -87,6 +87,26 @@ def test_eager_attention(prompt, padding, graphs):
     assert torch.equal(tokens, expected)
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("window", [6, 200])
+@pytest.mark.parametrize("layout", ["mixed", "attention-first"])
+def test_kept_layers_with_a_sliding_window(layout, window, implementation, prompt, padding, graphs):
+    """Shorter than the prompt, and longer than everything."""
+    kinds = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]
+    fields = {"use_sliding_window": True, "sliding_window": window, "layer_types": kinds}
+    model = build("qwen2", LAYOUTS[layout], **fields)
+    model.set_attn_implementation(implementation)
+    expected, tokens = both(model, prompt, attention_mask=padding, **GREEDY)
+    assert torch.equal(tokens, expected)
+
+
+def test_a_prompt_that_is_shorter_than_the_window(graphs):
+    fields = {"use_sliding_window": True, "sliding_window": 12, "layer_types": ["sliding_attention"] * 4}
+    model = build("qwen2", [1, 2], **fields)
+    expected, tokens = both(model, torch.tensor([[5, 6, 7], [8, 9, 10]]), **GREEDY)
+    assert torch.equal(tokens, expected)
+
+
 def test_a_model_without_recurrent_layers(prompt, padding, graphs):
     torch.manual_seed(0)
     sizes = dict(vocab_size=VOCAB, hidden_size=48, intermediate_size=64, num_hidden_layers=3, head_dim=16)
@@ -165,11 +185,10 @@ def test_caches_that_do_not_fit_are_refused(prompt):
     model = build("qwen3", LAYOUTS["mixed"])
     with pytest.raises(ValueError, match="past_key_values"):
         model.generate_graphed(prompt, max_new_tokens=3, past_key_values=DynamicCache(config=model.config))
-    window = {"use_sliding_window": True, "sliding_window": 6, "layer_types": ["sliding_attention"] * 4}
-    with pytest.raises(ValueError, match="layer 1 keeps its keys and values in DynamicSlidingWindowLayer"):
-        build("qwen2", LAYOUTS["mixed"], **window).generate_graphed(prompt, max_new_tokens=3)
     cache = DynamicCache(config=model.config)
     model(prompt, past_key_values=cache)
+    with pytest.raises(ValueError, match="layer 0 keeps its keys and values in StaticLayer"):
+        graphed_decoding.fixed_cache(StaticCache(config=model.config, max_cache_len=32), 64)
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="flash_attention_2"):
         graphed_decoding.mask_is_added(model, graphed_decoding.fixed_cache(cache, 64))
