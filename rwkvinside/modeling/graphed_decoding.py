@@ -93,7 +93,7 @@ class GraphedDecoding:
         self.model, self.choice = model, choice
         capacity = -(-(length + new_tokens) // ALIGNMENT) * ALIGNMENT
         self.cache = fixed_cache(cache, capacity)
-        self._recurrent = any(map(is_recurrent, self.cache.layers))
+        self._is_hybrid = hasattr(model.config, "rwkv_layers")
         self._additive = mask_is_added(model, self.cache)
         rings = [layer for layer in self.cache.layers if isinstance(layer, RingLayer)]
         self._slots = torch.arange(rings[0].max_cache_len, device=device) if rings else None
@@ -134,7 +134,7 @@ class GraphedDecoding:
                 "sliding_attention": self._mask(self._real[:, held.clamp(min=0)] & (held >= 0)),
             }
         self._length.add_(1)
-        context = {"forward_context": ForwardContext()} if self._recurrent else {}  # no padding after the prompts
+        context = {"forward_context": ForwardContext()} if self._is_hybrid else {}  # no padding after the prompts
         out = self.model(
             input_ids=self._ids,
             attention_mask=mask,

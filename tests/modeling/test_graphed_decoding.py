@@ -54,9 +54,9 @@ def both(model, prompt, **kwargs):
 
 
 @pytest.mark.parametrize("how", [GREEDY, SAMPLING], ids=["greedy", "sampling"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_tokens_are_those_of_generate(layout, how, prompt, padding, graphs):
-    expected, tokens = both(build("qwen3", LAYOUTS[layout]), prompt, attention_mask=padding, **how)
+@pytest.mark.parametrize("layers", [*LAYOUTS.values(), []], ids=[*LAYOUTS, "all-attention"])
+def test_tokens_are_those_of_generate(layers, how, prompt, padding, graphs):
+    expected, tokens = both(build("qwen3", layers), prompt, attention_mask=padding, **how)
     assert torch.equal(tokens, expected)
     assert expected[:, 21:].unique().numel() > 3, "a model that repeats one token would pass anything"
 
