@@ -50,18 +50,22 @@ def mixer_step(
     r = mixer.receptance(x).view(B, H, N)
     k = mixer.key(x).view(B, G, N)
     v = mixer.value(x).view(B, G, N)
-    optional: dict[str, Tensor | None] = {}
+    names = "wag"
+    if c.value_path == "additive" or first is not None and c.value_path.startswith("residual"):
+        names += "v"
+    if first is not None and c.key_residual:
+        names += "k"
+    maps = _low_rank_maps(mixer, names, x)
+    optional: dict[str, Tensor | None] = {"v_mix": maps.get("v"), "k_mix": maps.get("k")}
     if c.qk_norm:
         optional |= {"r_weight": mixer.r_norm.weight, "k_weight": mixer.k_norm.weight}
     if c.rope and rope is not None:
         optional |= {"cos": rope[0][:, 0], "sin": rope[1][:, 0]}
-    if c.value_path == "additive":
-        optional["v_mix"] = (x @ mixer.v1) @ mixer.v2
     if first is not None and c.value_path.startswith("residual"):
-        optional |= {"v_mix": (x @ mixer.v1) @ mixer.v2, "v0": mixer.v0, "v_first": first.v[:, 0]}
+        optional |= {"v0": mixer.v0, "v_first": first.v[:, 0]}
     if first is not None and c.key_residual:
         assert first.k is not None, "the first RWKV layer has no key residual"
-        optional |= {"k_mix": (x @ mixer.k1) @ mixer.k2, "k0": mixer.k0, "k_first": first.k[:, 0]}
+        optional |= {"k0": mixer.k0, "k_first": first.k[:, 0]}
     if first is None:
         k_out = torch.empty_like(k) if c.key_residual else None
         shared = v.repeat_interleave(H // G, 1) if c.value_path == "residual_full" and G < H else v
@@ -75,9 +79,9 @@ def mixer_step(
         r=r,
         k=k,
         v=v,
-        decay=torch.tanh(x @ mixer.w1) @ mixer.w2,
-        iclr=(x @ mixer.a1) @ mixer.a2,
-        gate=torch.sigmoid(x @ mixer.g1) @ mixer.g2,
+        decay=maps["w"],
+        iclr=maps["a"],
+        gate=maps["g"],
         state=wkv,
         w0=mixer.w0,
         a0=mixer.a0,
@@ -88,3 +92,17 @@ def mixer_step(
         **optional,
     )
     return y[:, None], first, wkv
+
+
+def _low_rank_maps(mixer: TimeMixer, names: str, x: Tensor) -> dict[str, Tensor]:
+    """Return the outputs of low-rank maps for x (B, D) by name, in as few launches as the kernels can."""
+    downs, ups = ([getattr(mixer, f"{name}{i}") for name in names] for i in (1, 2))
+    kinds = [{"w": "tanh", "g": "sigmoid"}.get(name, "none") for name in names]
+    outputs = kernels.low_rank(x, downs, ups, kinds)
+    if outputs is None:
+        hidden = [
+            x @ down if kind == "none" else getattr(torch, kind)(x @ down)
+            for down, kind in zip(downs, kinds, strict=True)
+        ]
+        outputs = [h @ up for h, up in zip(hidden, ups, strict=True)]
+    return dict(zip(names, outputs, strict=True))

@@ -10,6 +10,7 @@ from generation_cases import LAYOUTS, VOCAB, build
 from recorded_graph import Capture, RecordedGraph
 
 from rwkvinside import kernels
+from rwkvinside.kernels.gpu.low_rank import MAX_ROWS, low_rank
 from rwkvinside.kernels.gpu.mixer_step import mixer_step
 from rwkvinside.modeling import graphed_decoding
 from rwkvinside.modeling.first_layer import FirstLayerKV
@@ -133,6 +134,13 @@ def test_shared_heads(preset, heads, kv_heads):
         compare(fast, slow, inputs(fast))
 
 
+@pytest.mark.parametrize("preset", ["cxa079", "hxa07b"])
+def test_batches_of_which_the_low_rank_maps_are_whole_products(preset, launched):
+    fast, slow = make(preset, heads=2, N=8)
+    compare(fast, slow, inputs(fast, batch=MAX_ROWS + 1))
+    assert len(launched) == T
+
+
 def test_every_row_has_its_own_rotation():
     fast, slow = make("cxa079", is_first=True)
     compare(fast, slow, inputs(fast, rows_of_rotation=B))
@@ -182,6 +190,31 @@ def test_gradients_take_the_path_that_has_them(launched):
     y, _, _ = fast(x[:, :1], **token)
     y.sum().backward()
     assert fast.w0.grad.abs().sum() > 0 and not launched
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+@pytest.mark.parametrize("rows", [1, MAX_ROWS])
+def test_low_rank_maps(rows, dtype, tolerance):
+    """Sizes on both sides of a tile's; the tolerance of bf16 is the rounding of the result."""
+    random = torch.Generator().manual_seed(3)
+    sizes = {"tanh": (96, 200), "none": (5, 64), "sigmoid": (130, 3)}
+    x = torch.randn(rows, 600, generator=random).to(DEVICE, dtype)
+    downs = [(torch.randn(600, rank, generator=random) / 24).to(DEVICE, dtype) for rank, _ in sizes.values()]
+    ups = [torch.randn(*size, generator=random).to(DEVICE, dtype) for size in sizes.values()]
+    for y, down, up, kind in zip(low_rank(x, downs, ups, list(sizes)), downs, ups, sizes, strict=True):
+        hidden = x.double().cpu() @ down.double().cpu()
+        hidden = hidden if kind == "none" else getattr(torch, kind)(hidden)
+        assert y.dtype == dtype and error(y, hidden @ up.double().cpu()) < tolerance
+
+
+@pytest.mark.parametrize(
+    "rows, down, up, kind",
+    [(MAX_ROWS + 1, (8, 4), (4, 8), "none"), (1, (9, 4), (4, 8), "none"), (1, (8, 4), (5, 8), "none"),
+     (1, (8, 4), (4, 8), "relu")],
+)  # fmt: skip
+def test_low_rank_maps_that_do_not_fit_are_refused(rows, down, up, kind):
+    with pytest.raises(ValueError, match="has shape|a map has"):
+        low_rank(torch.empty(rows, 8), [torch.empty(*down)], [torch.empty(*up)], [kind])
 
 
 def arguments(**changes):

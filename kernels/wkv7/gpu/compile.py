@@ -37,6 +37,7 @@ from triton.backends.compiler import GPUTarget
 
 from rwkvinside.kernels.gpu.decode import plan_step
 from rwkvinside.kernels.gpu.launch import Launch
+from rwkvinside.kernels.gpu.low_rank import plan_low_rank
 from rwkvinside.kernels.gpu.mixer_step import plan_mixer_step
 from rwkvinside.kernels.gpu.op import NARROW, plan_backward, plan_forward
 from rwkvinside.kernels.gpu.table import PRECISIONS
@@ -105,6 +106,7 @@ def shipped(architecture: int) -> Iterator[tuple[str, Launch]]:
     # These arguments change the code but hardly its resources: one mode and head size represent all.
     yield from _named(f"sm_{architecture}/64/packed", plan_packed(64, "balanced", capability))
     yield from _named(f"sm_{architecture}/64/first", plan_first_mixing(64, capability))
+    yield from _named(f"sm_{architecture}/64/maps", plan_maps())
 
 
 def _named(prefix: str, launches: list[Launch]) -> Iterator[tuple[str, Launch]]:
@@ -169,6 +171,14 @@ def plan_first_mixing(size: int, capability: tuple[int, int]) -> list[Launch]:
     given = {"v_mix": torch.empty(8, 32 * size, dtype=torch.bfloat16, device="meta")}
     given["k_out"] = torch.empty(8, 8, size, dtype=torch.bfloat16, device="meta")
     return plan_mixer_step(**_mixed_token(size), **given, capability=capability)[0]
+
+
+def plan_maps() -> list[Launch]:
+    """Plan the low-rank maps of a mixer of 16 heads of 128 with 8 of keys and values, as in Qwen3-0.6B."""
+    bf16 = functools.partial(torch.empty, dtype=torch.bfloat16, device="meta")
+    sizes = ((256, 2048), (96, 2048), (160, 2048), (64, 1024), (64, 1024))
+    downs, ups = [bf16(1024, rank) for rank, _ in sizes], [bf16(*size) for size in sizes]
+    return plan_low_rank(bf16(1, 1024), downs, ups, ("tanh", "none", "sigmoid", "none", "none"))[0]
 
 
 def _mixed_token(size: int) -> dict[str, torch.Tensor]:
