@@ -50,27 +50,13 @@ def mixer_step(
     r = mixer.receptance(x).view(B, H, N)
     k = mixer.key(x).view(B, G, N)
     v = mixer.value(x).view(B, G, N)
-    names = "wag"
-    if c.value_path == "additive" or first is not None and c.value_path.startswith("residual"):
-        names += "v"
-    if first is not None and c.key_residual:
-        names += "k"
-    maps = _low_rank_maps(mixer, names, x)
-    optional: dict[str, Tensor | None] = {"v_mix": maps.get("v"), "k_mix": maps.get("k")}
-    if c.qk_norm:
-        optional |= {"r_weight": mixer.r_norm.weight, "k_weight": mixer.k_norm.weight}
-    if c.rope and rope is not None:
-        optional |= {"cos": rope[0][:, 0], "sin": rope[1][:, 0]}
-    if first is not None and c.value_path.startswith("residual"):
-        optional |= {"v0": mixer.v0, "v_first": first.v[:, 0]}
-    if first is not None and c.key_residual:
-        assert first.k is not None, "the first RWKV layer has no key residual"
-        optional |= {"k0": mixer.k0, "k_first": first.k[:, 0]}
+    maps = _low_rank_maps(mixer, x)
+    given = _of_this_layer(mixer, None if not c.rope else rope) | _of_the_first(mixer, first)
     if first is None:
         k_out = torch.empty_like(k) if c.key_residual else None
         shared = v.repeat_interleave(H // G, 1) if c.value_path == "residual_full" and G < H else v
         first = FirstLayerKV(shared[:, None], None if k_out is None else k_out[:, None])
-        optional["k_out"] = k_out
+        given["k_out"] = k_out
     if wkv is None:
         wkv = x.new_zeros(B, H, N, N, dtype=torch.float32)
     else:
@@ -82,20 +68,43 @@ def mixer_step(
         decay=maps["w"],
         iclr=maps["a"],
         gate=maps["g"],
+        v_mix=maps.get("v"),
+        k_mix=maps.get("k"),
         state=wkv,
-        w0=mixer.w0,
-        a0=mixer.a0,
-        r_k=mixer.r_k if c.bonus else None,
         mask=None if mask is None else mask[:, 0].contiguous(),
         norm_eps=c.norm_eps,
         log_scale=c.key_scale == "log",
-        **optional,
+        **given,
     )
     return y[:, None], first, wkv
 
 
-def _low_rank_maps(mixer: TimeMixer, names: str, x: Tensor) -> dict[str, Tensor]:
-    """Return the outputs of low-rank maps for x (B, D) by name, in as few launches as the kernels can."""
+def _of_this_layer(mixer: TimeMixer, rope: tuple[Tensor, Tensor] | None) -> dict[str, Tensor | None]:
+    """Return the kernel's arguments that are parameters, and the rotation."""
+    given: dict[str, Tensor | None] = {"w0": mixer.w0, "a0": mixer.a0}
+    if mixer.mixer_config.qk_norm:
+        given |= {"r_weight": mixer.r_norm.weight, "k_weight": mixer.k_norm.weight}
+    if mixer.mixer_config.bonus:
+        given["r_k"] = mixer.r_k
+    if rope is not None:
+        given |= {"cos": rope[0][:, 0], "sin": rope[1][:, 0]}
+    return given
+
+
+def _of_the_first(mixer: TimeMixer, first: FirstLayerKV | None) -> dict[str, Tensor | None]:
+    """Return the kernel's arguments for the residual mixes with the first RWKV layer."""
+    given: dict[str, Tensor | None] = {}
+    if first is not None and mixer.mixer_config.value_path.startswith("residual"):
+        given |= {"v0": mixer.v0, "v_first": first.v[:, 0]}
+    if first is not None and mixer.mixer_config.key_residual:
+        assert first.k is not None, "the first RWKV layer has no key residual"
+        given |= {"k0": mixer.k0, "k_first": first.k[:, 0]}
+    return given
+
+
+def _low_rank_maps(mixer: TimeMixer, x: Tensor) -> dict[str, Tensor]:
+    """Return the outputs of the mixer's low-rank maps for x (B, D) by name, in as few launches as the kernels can."""
+    names = [name for name in "wagvk" if hasattr(mixer, f"{name}1")]
     downs, ups = ([getattr(mixer, f"{name}{i}") for name in names] for i in (1, 2))
     kinds = [{"w": "tanh", "g": "sigmoid"}.get(name, "none") for name in names]
     outputs = kernels.low_rank(x, downs, ups, kinds)

@@ -87,7 +87,7 @@ def _product(x, w, columns, LENGTH: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl
 
 @triton.jit
 def _tile(tile, SIZES: tl.constexpr, i: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return the columns of matrix i that a tile has, and whether it has any. Tiles go over one matrix after another."""
+    """Return the columns of matrix i that a tile has, and whether it has any; tiles go over all in turn."""
     first: tl.constexpr = _sum(SIZES, i, COLUMNS)
     last: tl.constexpr = _sum(SIZES, i + 1, COLUMNS)
     return (tile - first) * COLUMNS + tl.arange(0, COLUMNS), (tile >= first) & (tile < last)
