@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .first_layer import FirstLayerKV
 from .mixer_presets import TimeMixerConfig
+from .mixer_step import is_fused, mixer_step
 from .wkv7 import wkv7
 
 DECAY_SCALE = math.exp(-0.5)  # log_decay = -DECAY_SCALE * sigmoid(z) lies in (-0.6065, 0)
@@ -78,8 +79,12 @@ class TimeMixer(nn.Module):
     a2: nn.Parameter
     g1: nn.Parameter  # gate
     g2: nn.Parameter
-    v1: nn.Parameter  # share of v_first
+    v0: nn.Parameter  # share of v_first
+    v1: nn.Parameter
     v2: nn.Parameter
+    k0: nn.Parameter  # share of k_first
+    k1: nn.Parameter
+    k2: nn.Parameter
 
     def __init__(self, config: TimeMixerConfig, is_first: bool):
         super().__init__()
@@ -148,6 +153,10 @@ class TimeMixer(nn.Module):
             y (B, T, D), the FirstLayerKV to hand to later layers, and the state after the last token, (S, ...) with
             cu_seqlens.
         """
+        if is_fused(self.mixer_config, x, cu_seqlens):
+            wkv = None if state is None else state.wkv
+            y, first, wkv = mixer_step(self, x, first=first, wkv=wkv, rope=rope, mask=mask, inplace=inplace)
+            return self.output(y.to(x.dtype)), first, MixerState(wkv, None)
         projected, first, shift = self.project_inputs(
             x, first=first, state=state, rope=rope, mask=mask, cu_seqlens=cu_seqlens
         )
@@ -291,7 +300,7 @@ class TimeMixer(nn.Module):
 
 def _fp32(x: Tensor) -> Tensor:
     """Return `x` in fp32, or in fp64 if it is fp64."""
-    return x if x.dtype == torch.float64 else x.float()
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()  # the test costs less than an operation
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

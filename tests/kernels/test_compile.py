@@ -141,7 +141,11 @@ def test_tuning_finds_the_fastest_of_what_fits():
     best = table.Config(
         32, 64, table.Tuning(4, 1), 64, table.Tuning(4, 3), table.Tuning(4, 3), table.Tuning(8, 1), 64, 64
     )
-    parts = {"prep": ["prep", "prep_block_k"], "scan": ["block_v", "scan"], "grad": ["grad", "grad_block_v", "grad_block_k"]}
+    parts = {
+        "prep": ["prep", "prep_block_k"],
+        "scan": ["block_v", "scan"],
+        "grad": ["grad", "grad_block_v", "grad_block_k"],
+    }
 
     def measure(config, part):
         """1 for each field that is not the best one; what would be best of all does not fit."""

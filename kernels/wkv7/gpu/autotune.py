@@ -25,6 +25,7 @@ import triton
 from rwkvinside.kernels.gpu import table
 from rwkvinside.kernels.gpu.decode import plan_step
 from rwkvinside.kernels.gpu.launch import Launch
+from rwkvinside.kernels.gpu.mixer_step import plan_mixer_step
 from rwkvinside.kernels.gpu.op import NARROW, plan_backward, plan_forward
 from rwkvinside.kernels.gpu.table import Config, StepConfig, Tuning
 
@@ -35,7 +36,7 @@ PARTS = {
     "scan": {"scan_forward", "scan_backward"},
     "narrow": {"scan_forward", "scan_backward"},
     "grad": {"gradient"},
-    "step": {"_step"},
+    "step": {"_step", "_mixer_step"},
 }
 LENGTHS = (16, 32)  # op.py refuses longer chunks
 Measure = Callable[[Config | StepConfig, str], float]
@@ -133,13 +134,16 @@ class OnGPU:
             return math.inf
 
     def plan(self, config: Config | StepConfig) -> list[Launch]:
-        """Return the launches of forward and backward, or of a decode step.
+        """Return the launches of forward and backward, or of the decode steps of the recurrence and of a mixer.
 
         The buffers between them are uninitialized, because no kernel's time depends on their content.
         """
         inputs = (self.r, self.w, self.k, self.v, self.a, self.b)
         if isinstance(config, StepConfig):
-            return plan_step(*(x[:, 0] for x in inputs), self.state, capability=None, config=config)[0]
+            r, _, k, v, _, _ = token = [x[:, 0] for x in inputs]
+            rows, how = r.flatten(1), {"capability": None, "config": config}
+            mixer = plan_mixer_step(r, k, v, rows, rows, rows, self.state, rows[0], rows[0], **how)[0]
+            return plan_step(*token, self.state, **how)[0] + mixer
         how = {"precision": self.precision, "capability": None, "config": config, "block_v": self.block_v}
         forward, (y, _, starts, rows) = plan_forward(*inputs, **how)
         backward, _ = plan_backward(*inputs, None, None, starts, rows, y, None, **how)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import functools
 import hashlib
 import io
 import itertools
@@ -36,6 +37,8 @@ from triton.backends.compiler import GPUTarget
 
 from rwkvinside.kernels.gpu.decode import plan_step
 from rwkvinside.kernels.gpu.launch import Launch
+from rwkvinside.kernels.gpu.low_rank import plan_low_rank
+from rwkvinside.kernels.gpu.mixer_step import plan_mixer_step
 from rwkvinside.kernels.gpu.op import NARROW, plan_backward, plan_forward
 from rwkvinside.kernels.gpu.table import PRECISIONS
 from rwkvinside.support.files import write_text
@@ -99,8 +102,11 @@ def shipped(architecture: int) -> Iterator[tuple[str, Launch]]:
         for mode in PRECISIONS:
             yield from _named(f"{prefix}/{mode}", plan_training(size, mode, capability))
         yield from _named(prefix, plan_decoding(size, capability))
+        yield from _named(prefix, plan_mixing(size, capability))
     # These arguments change the code but hardly its resources: one mode and head size represent all.
     yield from _named(f"sm_{architecture}/64/packed", plan_packed(64, "balanced", capability))
+    yield from _named(f"sm_{architecture}/64/first", plan_first_mixing(64, capability))
+    yield from _named(f"sm_{architecture}/64/maps", plan_maps())
 
 
 def _named(prefix: str, launches: list[Launch]) -> Iterator[tuple[str, Launch]]:
@@ -148,6 +154,41 @@ def plan_decoding(size: int, capability: tuple[int, int]) -> list[Launch]:
     state = torch.empty(8, 32, size, size, device="meta")
     mask = torch.empty(8, dtype=torch.bool, device="meta")
     return plan_step(x, x.float(), shared, shared, shared, shared, state, mask, capability=capability)[0]
+
+
+def plan_mixing(size: int, capability: tuple[int, int]) -> list[Launch]:
+    """Plan one token of a mixer that has everything the kernel knows, in a model of bf16."""
+    token = _mixed_token(size)
+    bf16 = functools.partial(torch.empty, dtype=torch.bfloat16, device="meta")
+    shares = {"v_mix": bf16(8, 8 * size), "v_first": bf16(8, 8, size), "k_mix": bf16(8, 8 * size)}
+    shares |= {"k_first": bf16(8, 8, size), "v0": token["w0"][: 8 * size], "k0": token["w0"][: 8 * size]}
+    rows = {"mask": torch.empty(8, dtype=torch.bool, device="meta"), "r_k": bf16(32, size)}
+    return plan_mixer_step(**token, **shares, **rows, log_scale=True, capability=capability)[0]
+
+
+def plan_first_mixing(size: int, capability: tuple[int, int]) -> list[Launch]:
+    """Plan one token of a first layer, which hands on its key, with an additive value and the decay as it is."""
+    given = {"v_mix": torch.empty(8, 32 * size, dtype=torch.bfloat16, device="meta")}
+    given["k_out"] = torch.empty(8, 8, size, dtype=torch.bfloat16, device="meta")
+    return plan_mixer_step(**_mixed_token(size), **given, capability=capability)[0]
+
+
+def plan_maps() -> list[Launch]:
+    """Plan the low-rank maps of a mixer of 16 heads of 128 with 8 of keys and values, as in Qwen3-0.6B."""
+    bf16 = functools.partial(torch.empty, dtype=torch.bfloat16, device="meta")
+    sizes = ((256, 2048), (96, 2048), (160, 2048), (64, 1024), (64, 1024))
+    downs, ups = [bf16(1024, rank) for rank, _ in sizes], [bf16(*size) for size in sizes]
+    return plan_low_rank(bf16(1, 1024), downs, ups, ("tanh", "none", "sigmoid", "none", "none"))[0]
+
+
+def _mixed_token(size: int) -> dict[str, torch.Tensor]:
+    """Return what every mixer has, with norms and rotation: 8 rows, 32 heads, 8 of keys and values."""
+    bf16 = functools.partial(torch.empty, dtype=torch.bfloat16, device="meta")
+    token = {"r": bf16(8, 32, size), "k": bf16(8, 8, size), "v": bf16(8, 8, size)}
+    token |= {name: bf16(8, 32 * size) for name in ("decay", "iclr", "gate")}
+    token |= {name: bf16(size) for name in ("r_weight", "k_weight")} | {name: bf16(1, size) for name in ("cos", "sin")}
+    token |= {name: torch.empty(32 * size, device="meta") for name in ("w0", "a0")}
+    return token | {"state": torch.empty(8, 32, size, size, device="meta")}
 
 
 def survey(only: str = "") -> dict[str, Usage]:
