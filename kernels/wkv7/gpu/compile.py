@@ -7,8 +7,9 @@
 
 The launches are those that the ops plan, on meta tensors; Triton specializes and compiles them as for a real call, with
 the ptxas that its wheel ships, bypassing its cache. This finds type errors that the interpreter accepts, spilled
-registers, and shared memory that does not fit. It runs nothing, so it says nothing about results or times. A baseline
-holds for the Triton that it was written with; others allocate registers differently, so only the limits apply to them.
+registers, shared memory that does not fit, and loops whose loads wait for each other. It runs nothing, so it says
+nothing about results or times. A baseline has an entry for each Triton that it was written with; others allocate
+registers differently, so only the limits apply to them.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ HEAD_SIZES = (64, 128, 256)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes per block (CUDA C++ programming guide, compute capabilities)
 SPILL_LIMIT = 512  # bytes of spill stores and loads together; a few spilled registers cost nothing measurable
 # Accepted differences from the baseline. Another Triton makes larger ones, see `main`.
-TOLERANCE = {"registers": 8, "spill": 128, "shared": 1024, "mma": 0}
+TOLERANCE = {"registers": 8, "spill": 128, "shared": 1024, "mma": 0, "ahead": 0}
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,14 @@ class Usage:
         spill: bytes of spill stores and loads per thread.
         shared: bytes of shared memory per block.
         mma: matrix instructions in its code.
+        ahead: copies to shared memory that may be under way while it computes; 0: it waits for all of them.
     """
 
     registers: int
     spill: int
     shared: int
     mma: int
+    ahead: int
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,8 @@ def _usage(log: str, kernel) -> Usage:
     if not registers or not spills:
         raise RuntimeError(f"ptxas printed something else than expected about {kernel.name}:\n{log}")
     mma = len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async)", kernel.asm["ptx"]))
-    return Usage(int(registers[1]), sum(map(int, spills)), kernel.metadata.shared, mma)
+    ahead = max(map(int, re.findall(r"async_wait.*?num = (\d+)", kernel.asm["ttgir"])), default=0)
+    return Usage(int(registers[1]), sum(map(int, spills)), kernel.metadata.shared, mma, ahead)
 
 
 def shipped(architecture: int) -> Iterator[tuple[str, Launch]]:
@@ -266,7 +270,7 @@ def differences(found: dict[str, Usage], baseline: dict[str, Usage]) -> list[str
 def _words(usage: Usage) -> str:
     return (
         f"{usage.registers:3} registers, {usage.spill:5} B spilled, {usage.shared / 1024:5.1f} KiB shared, "
-        f"{usage.mma:4} MMAs"
+        f"{usage.mma:4} MMAs, {usage.ahead:2} copies ahead"
     )
 
 
@@ -293,21 +297,33 @@ def _code(text: str) -> str:
 def is_current(path: Path) -> bool:
     """Return whether a baseline was written with these sources and this Triton."""
     content = json.loads(path.read_text(encoding="utf-8"))
-    return (content["triton"], content["sources"]) == (triton.__version__, source_hash())
+    return content["sources"] == source_hash() and triton.__version__ in content["triton"]
 
 
-def read_baseline(path: Path) -> tuple[str, dict[str, Usage]]:
-    """Return the version of Triton that a baseline is for, and usages by name."""
+def read_baseline(path: Path) -> dict[str, dict[str, Usage]]:
+    """Return usages by name, by the version of Triton that gave them."""
     content = json.loads(path.read_text(encoding="utf-8"))
-    return content["triton"], {name: Usage(**usage) for name, usage in content["kernels"].items()}
+    return {
+        version: {name: Usage(**usage) for name, usage in kernels.items()}
+        for version, kernels in content["triton"].items()
+    }
 
 
 def write_baseline(path: Path, found: dict[str, Usage]) -> None:
-    """Write usages by name, one per line, with the sources' hash and Triton's version."""
-    kernels = ",\n".join(f"    {json.dumps(name)}: {json.dumps(asdict(usage))}" for name, usage in found.items())
-    made = f'"triton": "{triton.__version__}",\n  "sources": "{source_hash()}"'
-    text = f'{{\n  {made},\n  "kernels": {{\n{kernels}\n  }}\n}}\n'
-    write_text(path, text)
+    """Write usages by name, one per line, with the sources' hash and Triton's version.
+
+    What another Triton gave stays if it was of these sources.
+    """
+    versions = {}
+    if path.exists() and json.loads(path.read_text(encoding="utf-8"))["sources"] == source_hash():
+        versions = read_baseline(path)
+    versions[triton.__version__] = found
+    parts = []
+    for version, usages in sorted(versions.items()):
+        lines = ",\n".join(f"      {json.dumps(name)}: {json.dumps(asdict(usage))}" for name, usage in usages.items())
+        parts.append(f"    {json.dumps(version)}: {{\n{lines}\n    }}")
+    text = ",\n".join(parts)
+    write_text(path, f'{{\n  "sources": "{source_hash()}",\n  "triton": {{\n{text}\n  }}\n}}\n')
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -327,16 +343,16 @@ def main(arguments: list[str] | None = None) -> int:
     if args.write and args.only:
         parser.error("--write needs every kernel: leave out --only")
     try:
-        version, baseline = read_baseline(args.check) if args.check else ("", {})
+        known = read_baseline(args.check) if args.check else {}
         found = survey(args.only)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         print(f"cannot check the kernels: {error}", file=sys.stderr)
         return 2
     lines = problems(found)
-    if args.check and version == triton.__version__:
+    if args.check and (baseline := known.get(triton.__version__)) is not None:
         lines += differences(found, {name: usage for name, usage in baseline.items() if name.startswith(args.only)})
     elif args.check:
-        print(f"the baseline is of Triton {version}, this is {triton.__version__}: only limits are checked")
+        print(f"the baseline is of Triton {', '.join(known)}, this is {triton.__version__}: only limits are checked")
     for line in lines:
         print(line, file=sys.stderr)
     if args.write and not lines:
