@@ -58,18 +58,15 @@ def _store_sum(pointers, x, exists):
 
 
 @triton.jit
-def _swap(x):
-    """Swap the halves of a head."""
-    first, second = tl.split(tl.permute(x, (0, 2, 1)))
-    return tl.permute(tl.join(second, first), (0, 2, 1))
-
-
-@triton.jit
 def _turned(x):
-    """Return (-second half, first half) of every head."""
-    half = tl.arange(0, 2)[None, :, None]
-    swapped = _swap(x)
-    return tl.where(half == 0, -swapped, swapped)
+    """Return (-second half, first half) of every head.
+
+    Sums of one value and zeros stay within a warp, which permuting the tile would not.
+    """
+    in_first = tl.arange(0, 2)[None, :, None] == 0
+    first = tl.sum(tl.where(in_first, x, 0.0), axis=1, keep_dims=True)
+    second = tl.sum(tl.where(in_first, 0.0, x), axis=1, keep_dims=True)
+    return tl.where(in_first, -second, first)
 
 
 @triton.jit
@@ -124,7 +121,7 @@ def _from_unit(d, unit, scale, scaled):
 def _decay(z, KEY_SCALE: tl.constexpr):
     """Return sigmoid(z), the log decay, and the s of the key's scale."""
     gate = tl.sigmoid(z)
-    w = -DECAY_SCALE * gate
+    w = gate * -DECAY_SCALE
     if KEY_SCALE == "decay":
         return gate, w, tl.exp(w)
     else:
@@ -204,7 +201,7 @@ def inputs_forward(
                 first = _load(v_first_ + token * v_first_t + head // FIRST * v_first_h + column, inside)
                 mixed = v + (first - v) * share
             else:
-                mixed = v + ADDITIVE_SCALE * mix
+                mixed = v + mix * ADDITIVE_SCALE
             _store(v_out_ + token * (G * RV * D) + head * D + column, mixed, inside)
 
 
@@ -287,7 +284,7 @@ def inputs_backward(
         dfactor = dkey * k
         dk += dkey * factor
         dunit += db * rate
-        dz = -DECAY_SCALE * _load(dw_out_ + token * dw_out_t + head * dw_out_h + column, inside)
+        dz = _load(dw_out_ + token * dw_out_t + head * dw_out_h + column, inside) * -DECAY_SCALE
         if KEY_SCALE == "k_a":
             dq = _from_unit(dunit, unit, unit_scale, scaled)
             _store_sum(dk_k_ + sums + head * D, dq * k, exists)
@@ -298,7 +295,7 @@ def inputs_backward(
         else:
             drate = dfactor + db * unit
             if KEY_SCALE == "decay":
-                dz = (dz + DECAY_SCALE * dfactor * s) * gate * (1.0 - gate)
+                dz = (dz + dfactor * s * DECAY_SCALE) * gate * (1.0 - gate)
             else:
                 dz = (dz * gate - dfactor) * (1.0 - gate)
         _store(ddecay_ + per_head, dz, inside)
@@ -351,7 +348,7 @@ def inputs_backward(
                     else:
                         dfirst += d * share
             else:
-                _store(dvalue_gate_ + per_value, ADDITIVE_SCALE * d, inside)
+                _store(dvalue_gate_ + per_value, d * ADDITIVE_SCALE, inside)
                 dv += d
         _store(dv_ + per_group, dv, inside)
         if dv_first_ is not None:
