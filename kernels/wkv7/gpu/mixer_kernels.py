@@ -37,7 +37,9 @@ def _place(G, TOKENS, BLOCK: tl.constexpr, D: tl.constexpr, P: tl.constexpr):
     half = tl.arange(0, 2)[None, :, None]
     j = tl.arange(0, P)[None, None, :]
     exists = (j < D // 2) & (half < 2)
-    return block, (program % G).to(tl.int64), token, half * (D // 2) + j, exists, exists & (token < TOKENS)
+    # of parameters too, every token reads its own copy: a row shared by all would get another layout than the tiles
+    column = tl.broadcast_to(half * (D // 2) + j, (BLOCK, 2, P))
+    return block, (program % G).to(tl.int64), token, column, exists, exists & (token < TOKENS)
 
 
 @triton.jit
@@ -80,10 +82,10 @@ def _normed(x, norm_, eps, D: tl.constexpr):
 
 
 @triton.jit
-def _rotated(normed, norm_, cos_, cos, sin, column, exists):
+def _rotated(normed, norm_, cos_, cos, sin, column, inside):
     """Weight a normed tile and rotate it, where there are weights and a rotation."""
     if norm_ is not None:
-        normed = normed * _load(norm_ + column, exists)
+        normed = normed * _load(norm_ + column, inside)
     if cos_ is not None:
         return normed * cos + _turned(normed) * sin
     else:
@@ -91,16 +93,38 @@ def _rotated(normed, norm_, cos_, cos, sin, column, exists):
 
 
 @triton.jit
-def _from_rotated(d, normed, scale, norm_, cos_, cos, sin, column, exists, D: tl.constexpr):
+def _from_rotated(d, normed, scale, norm_, cos_, cos, sin, column, inside, D: tl.constexpr):
     """Return the gradient of a tile before norm and rotation, and the tile whose sum is that of the norm's weight."""
     if cos_ is not None:
         d = d * cos - _turned(d * sin)
     if norm_ is not None:
         dweight = d * normed
-        d = d * _load(norm_ + column, exists)
+        d = d * _load(norm_ + column, inside)
         return scale * (d - normed * (_sum_head(d * normed) * (1.0 / D))), dweight
     else:
         return d, d
+
+
+@triton.jit
+def _key(
+    k_, k_t, k_h, key_gate_, key_gate_t, key_gate_h, k_first_, k_first_t, k_first_h,
+    k_norm_, k0_, cos_, cos, sin, g, token, column, inside, eps, D: tl.constexpr,
+):  # fmt: skip
+    """Compute the key of a group.
+
+    Returns the normed projection, its scale, the key before its residual mix, after it, and the first layer's share.
+    """
+    normed, scale = _normed(_load(k_ + token * k_t + g * k_h + column, inside), k_norm_, eps, D)
+    own = _rotated(normed, k_norm_, cos_, cos, sin, column, inside)
+    if k_first_ is not None:
+        share = tl.sigmoid(
+            _load(key_gate_ + token * key_gate_t + g * key_gate_h + column, inside)
+            + _load(k0_ + g * D + column, inside)
+        )
+        first = _load(k_first_ + token * k_first_t + g * k_first_h + column, inside)
+        return normed, scale, own, own + (first - own) * share, share
+    else:
+        return normed, scale, own, own, own
 
 
 @triton.jit
@@ -151,53 +175,49 @@ def inputs_forward(
         cos = _load(cos_ + token % POSITIONS * cos_t + column, inside)
         sin = _load(sin_ + token % POSITIONS * sin_t + column, inside)
 
-    normed, scale = _normed(_load(k_ + token * k_t + g * k_h + column, inside), k_norm_, eps, D)
-    k = _rotated(normed, k_norm_, cos_, cos, sin, column, exists)
+    _, _, own_key, k, _ = _key(
+        k_, k_t, k_h, key_gate_, key_gate_t, key_gate_h, k_first_, k_first_t, k_first_h,
+        k_norm_, k0_, cos_, cos, sin, g, token, column, inside, eps, D,
+    )  # fmt: skip
     per_group = (token * G + g) * D + column
     if key_ is not None:
-        _store(key_ + per_group, k, inside)
-    if k_first_ is not None:
-        share = tl.sigmoid(
-            _load(key_gate_ + token * key_gate_t + g * key_gate_h + column, inside)
-            + _load(k0_ + g * D + column, exists)
-        )
-        k += (_load(k_first_ + token * k_first_t + g * k_first_h + column, inside) - k) * share
+        _store(key_ + per_group, own_key, inside)
     if KEY_SCALE != "k_a":
         unit, scale, scaled = _unit(k)
         _store(a_out_ + per_group, -unit, inside)
 
-    for i in tl.static_range(R):
+    for i in range(R):
         head = g * R + i
         at_head = head * D + column
         per_head = token * (G * R * D) + at_head
         normed, scale = _normed(_load(r_ + token * r_t + head * r_h + column, inside), r_norm_, eps, D)
-        r = _rotated(normed, r_norm_, cos_, cos, sin, column, exists)
+        r = _rotated(normed, r_norm_, cos_, cos, sin, column, inside)
         _store(r_out_ + per_head, r, inside)
-        z = _load(decay_ + token * decay_t + head * decay_h + column, inside) + _load(w0_ + at_head, exists)
+        z = _load(decay_ + token * decay_t + head * decay_h + column, inside) + _load(w0_ + at_head, inside)
         gate, w, s = _decay(z, KEY_SCALE)
         _store(w_out_ + per_head, w, inside)
         rate = tl.sigmoid(
-            _load(iclr_ + token * iclr_t + head * iclr_h + column, inside) + _load(a0_ + at_head, exists)
+            _load(iclr_ + token * iclr_t + head * iclr_h + column, inside) + _load(a0_ + at_head, inside)
         )
         if KEY_SCALE == "k_a":
-            unit, scale, scaled = _unit(k * _load(k_k_ + at_head, exists))
+            unit, scale, scaled = _unit(k * _load(k_k_ + at_head, inside))
             _store(a_out_ + per_head, -unit, inside)
-            scaled_key = k * (1.0 + (rate - 1.0) * _load(k_a_ + at_head, exists))
+            scaled_key = k * (1.0 + (rate - 1.0) * _load(k_a_ + at_head, inside))
         else:
             scaled_key = k * (1.0 - s + rate)
         _store(b_out_ + per_head, rate * unit, inside)
         _store(k_out_ + per_head, scaled_key, inside)
         if bonus_ is not None:
-            bonus = _sum_head(r * scaled_key * _load(r_k_ + at_head, exists))
+            bonus = _sum_head(r * scaled_key * _load(r_k_ + at_head, inside))
             tl.store(bonus_ + token * (G * R) + head, bonus, mask=token < TOKENS)
 
     if v_out_ is not None:
         v = _load(v_ + token * v_t + g * v_h + column, inside)
-        for i in tl.static_range(RV):
+        for i in range(RV):
             head = g * RV + i
             mix = _load(value_gate_ + token * value_gate_t + head * value_gate_h + column, inside)
             if v_first_ is not None:
-                share = tl.sigmoid(mix + _load(v0_ + head * D + column, exists))
+                share = tl.sigmoid(mix + _load(v0_ + head * D + column, inside))
                 first = _load(v_first_ + token * v_first_t + head // FIRST * v_first_h + column, inside)
                 mixed = v + (first - v) * share
             else:
@@ -231,52 +251,49 @@ def inputs_backward(
     if cos_ is not None:
         cos = _load(cos_ + token % POSITIONS * cos_t + column, inside)
         sin = _load(sin_ + token % POSITIONS * sin_t + column, inside)
-    sums = block * sums_t + column
+    sums = block * sums_t + tl.arange(0, 2)[None, :, None] * (D // 2) + tl.arange(0, P)[None, None, :]
     per_group = (token * G + g) * D + column
 
-    normed, scale = _normed(_load(k_ + token * k_t + g * k_h + column, inside), k_norm_, eps, D)
-    k = _rotated(normed, k_norm_, cos_, cos, sin, column, exists)
-    if k_first_ is not None:
-        share = tl.sigmoid(
-            _load(key_gate_ + token * key_gate_t + g * key_gate_h + column, inside)
-            + _load(k0_ + g * D + column, exists)
-        )
-        k += (_load(k_first_ + token * k_first_t + g * k_first_h + column, inside) - k) * share
+    _, _, _, k, _ = _key(
+        k_, k_t, k_h, key_gate_, key_gate_t, key_gate_h, k_first_, k_first_t, k_first_h,
+        k_norm_, k0_, cos_, cos, sin, g, token, column, inside, eps, D,
+    )  # fmt: skip
     dk = tl.zeros_like(k)
     dr_weight = tl.zeros_like(k)
     if KEY_SCALE != "k_a":
-        unit, unit_scale, scaled = _unit(k)
+        _, unit_scale, scaled = _unit(k)
         dunit = -_load(da_out_ + token * da_out_t + g * da_out_h + column, inside)
 
-    for i in tl.static_range(R):
+    for i in range(R):
         head = g * R + i
         at_head = head * D + column
         per_head = token * (G * R * D) + at_head
-        z = _load(decay_ + token * decay_t + head * decay_h + column, inside) + _load(w0_ + at_head, exists)
+        z = _load(decay_ + token * decay_t + head * decay_h + column, inside) + _load(w0_ + at_head, inside)
         gate, w, s = _decay(z, KEY_SCALE)
         rate = tl.sigmoid(
-            _load(iclr_ + token * iclr_t + head * iclr_h + column, inside) + _load(a0_ + at_head, exists)
+            _load(iclr_ + token * iclr_t + head * iclr_h + column, inside) + _load(a0_ + at_head, inside)
         )
         if KEY_SCALE == "k_a":
-            k_k = _load(k_k_ + at_head, exists)
-            k_a = _load(k_a_ + at_head, exists)
+            k_k = _load(k_k_ + at_head, inside)
+            k_a = _load(k_a_ + at_head, inside)
             unit, unit_scale, scaled = _unit(k * k_k)
             dunit = -_load(da_out_ + token * da_out_t + head * da_out_h + column, inside)
             factor = 1.0 + (rate - 1.0) * k_a
         else:
+            unit = k * unit_scale
             factor = 1.0 - s + rate
 
         normed_r, scale_r = _normed(_load(r_ + token * r_t + head * r_h + column, inside), r_norm_, eps, D)
         dr = _load(dr_out_ + token * dr_out_t + head * dr_out_h + column, inside)
         dkey = _load(dk_out_ + token * dk_out_t + head * dk_out_h + column, inside)
         if dbonus_ is not None:
-            r = _rotated(normed_r, r_norm_, cos_, cos, sin, column, exists)
-            r_k = _load(r_k_ + at_head, exists)
+            r = _rotated(normed_r, r_norm_, cos_, cos, sin, column, inside)
+            r_k = _load(r_k_ + at_head, inside)
             dbonus = tl.load(dbonus_ + token * dbonus_t + head * dbonus_h, mask=token < TOKENS, other=0.0)
             _store_sum(dr_k_ + sums + head * D, dbonus * r * (k * factor), exists)
             dr += dbonus * (k * factor) * r_k
             dkey += dbonus * r * r_k
-        dr, dweight = _from_rotated(dr, normed_r, scale_r, r_norm_, cos_, cos, sin, column, exists, D)
+        dr, dweight = _from_rotated(dr, normed_r, scale_r, r_norm_, cos_, cos, sin, column, inside, D)
         _store(dr_ + per_head, dr, inside)
         dr_weight += dweight
 
@@ -307,19 +324,23 @@ def inputs_backward(
     if r_norm_ is not None:
         _store_sum(dr_norm_ + sums + g * D, dr_weight, exists)
     if KEY_SCALE != "k_a":
-        dk += _from_unit(dunit, unit, unit_scale, scaled)
+        dk += _from_unit(dunit, k * unit_scale, unit_scale, scaled)
+    # again, so that the loop has the registers
+    normed, scale, own, _, share = _key(
+        k_, k_t, k_h, key_gate_, key_gate_t, key_gate_h, k_first_, k_first_t, k_first_h,
+        k_norm_, k0_, cos_, cos, sin, g, token, column, inside, eps, D,
+    )  # fmt: skip
     if k_first_ is not None:
         if dk_first_ is not None:
             _store(dk_first_ + per_group, dk * share, inside)
-        # (first - before) (1 - share) is first - k, without keeping the key before the mix
         first = _load(k_first_ + token * k_first_t + g * k_first_h + column, inside)
-        dshare = dk * (first - k) * share
+        dshare = dk * (first - own) * share * (1.0 - share)
         _store(dkey_gate_ + per_group, dshare, inside)
         _store_sum(dk0_ + sums + g * D, dshare, exists)
         dk = dk * (1.0 - share)
     if dkey_ is not None:
         dk += _load(dkey_ + token * dkey_t + g * dkey_h + column, inside)
-    dk, dweight = _from_rotated(dk, normed, scale, k_norm_, cos_, cos, sin, column, exists, D)
+    dk, dweight = _from_rotated(dk, normed, scale, k_norm_, cos_, cos, sin, column, inside, D)
     _store(dk_ + per_group, dk, inside)
     if k_norm_ is not None:
         _store_sum(dk_norm_ + sums + g * D, dweight, exists)
@@ -328,14 +349,14 @@ def inputs_backward(
         v = _load(v_ + token * v_t + g * v_h + column, inside)
         dv = tl.zeros_like(v)
         dfirst = tl.zeros_like(v)
-        for i in tl.static_range(RV):
+        for i in range(RV):
             head = g * RV + i
             per_value = token * (G * RV * D) + head * D + column
             d = _load(dv_out_ + token * dv_out_t + head * dv_out_h + column, inside)
             if v_first_ is not None:
                 share = tl.sigmoid(
                     _load(value_gate_ + token * value_gate_t + head * value_gate_h + column, inside)
-                    + _load(v0_ + head * D + column, exists)
+                    + _load(v0_ + head * D + column, inside)
                 )
                 first = _load(v_first_ + token * v_first_t + head // FIRST * v_first_h + column, inside)
                 dshare = d * (first - v) * share * (1.0 - share)
@@ -370,7 +391,7 @@ def output_forward(
     block, g, token, column, exists, inside = _place(G, TOKENS, BLOCK, D, P)
     if bonus_ is not None:
         v = _load(v_ + token * v_t + g * v_h + column, inside)
-    for i in tl.static_range(R):
+    for i in range(R):
         head = g * R + i
         y = scale * _load(y_ + token * y_t + head * y_h + column, inside)
         if bonus_ is not None:
@@ -392,7 +413,7 @@ def output_backward(
     if bonus_ is not None:
         v = _load(v_ + token * v_t + g * v_h + column, inside)
         dv = tl.zeros_like(v)
-    for i in tl.static_range(R):
+    for i in range(R):
         head = g * R + i
         per_head = token * (G * R * D) + head * D + column
         y = scale * _load(y_ + token * y_t + head * y_h + column, inside)
