@@ -9,7 +9,7 @@ only, no I/O.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -70,8 +70,8 @@ def mix_fused(
     r = mixer.receptance(inputs["r"]).unflatten(-1, (H, N))
     k = mixer.key(inputs["k"]).unflatten(-1, (-1, N))
     v = mixer.value(inputs["v"]).unflatten(-1, (-1, N))
-    low_rank = {name: up.unflatten(-1, (-1, N)) for name, up in _low_rank(mixer, inputs).items()}
-    options: dict[str, Tensor | None] = {"value_gate": low_rank.get("v")}
+    low_rank = _low_rank(mixer, inputs)
+    options: dict[str, Any] = {"value_gate": low_rank.get("v")}
     if c.rope:
         assert rope is not None, "a mixer that rotates needs cos and sin"
         options |= {"cos": rope[0], "sin": rope[1]}
@@ -114,14 +114,30 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def _low_rank(mixer: TimeMixer, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the low-rank maps that the mixer has, without their biases, by the letter of their parameters."""
+def _low_rank(mixer: TimeMixer, inputs: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the two factors of the low-rank maps that the mixer has, by the letter of their parameters."""
     names = [name for name in "wgavk" if hasattr(mixer, f"{name}1")]
     downs = [getattr(mixer, f"{name}1") for name in names]
     if mixer.mixer_config.token_shift:
         parts = [inputs[name] @ down for name, down in zip(names, downs, strict=True)]
     else:  # all of one input: it is read once
-        parts = list((inputs["r"] @ torch.cat(downs, 1)).split([down.shape[1] for down in downs], -1))
+        parts = list((inputs["r"] @ _SideBySide.apply(*downs)).split([down.shape[1] for down in downs], -1))
     low = dict(zip(names, parts, strict=True))
     low["w"], low["g"] = torch.tanh(low["w"]), torch.sigmoid(low["g"])
-    return {name: part @ getattr(mixer, f"{name}2") for name, part in low.items()}
+    return {name: (part, getattr(mixer, f"{name}2")) for name, part in low.items()}
+
+
+class _SideBySide(torch.autograd.Function):
+    """Concatenation of matrices by columns, whose backward gives each its own memory in one operation.
+
+    Parameters keep gradients of their own layout: slices would be copied one by one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *matrices: Tensor) -> Tensor:
+        ctx.widths = [matrix.shape[1] for matrix in matrices]
+        return torch.cat(matrices, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.split_with_sizes_copy(grad, ctx.widths, 1))

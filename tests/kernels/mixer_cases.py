@@ -247,16 +247,19 @@ def test_strided_projections_are_not_copied():
     """Slices of one wide product give what contiguous projections give."""
     torch.manual_seed(0)
     B, T, H, G, N = 2, 9, 4, 2, 16
-    wide = torch.randn(B, T, (3 * H + 2 * G) * N, device=DEVICE)
-    r, decay, iclr, k, v = (x.unflatten(-1, (-1, N)) for x in wide.split([H * N] * 3 + [G * N] * 2, -1))
+    wide = torch.randn(B, T, (H + 2 * G) * N + 16, device=DEVICE)
+    *heads, decay, iclr = wide.split([H * N, G * N, G * N, 8, 8], -1)
+    heads = [x.unflatten(-1, (-1, N)) for x in heads]
+    ups = torch.randn(2, 8, H * N, device=DEVICE)
     bias = torch.randn(2, H * N, device=DEVICE)
     options = {"w0": bias[0], "a0": bias[1], "key_scale": "decay"}
-    found = ops.inputs(r, k, v, decay, iclr, **options)
-    wanted = ops.inputs(*(x.contiguous() for x in (r, k, v, decay, iclr)), **options)
+    found = ops.inputs(*heads, (decay, ups[0]), (iclr, ups[1]), **options)
+    copies = [x.contiguous() for x in (*heads, decay, iclr)]
+    wanted = ops.inputs(*copies[:3], (copies[3], ups[0]), (copies[4], ups[1]), **options)
     for x, y in zip(found, wanted, strict=True):
         assert x is y is None or torch.equal(x, y)
-    given = dict(r=r, k=k, v=v, decay=decay, iclr=iclr, w0=bias[0], a0=bias[1])
-    [launch], _ = ops.plan_inputs(given, key_scale="decay")
+    r, k, v = heads
+    [launch], _ = ops.plan_inputs(dict(r=r, k=k, v=v, decay=r, iclr=r, w0=bias[0], a0=bias[1]), key_scale="decay")
     assert launch.args["k_"].data_ptr() == k.data_ptr()
 
 
@@ -276,10 +279,10 @@ def test_the_ops_are_registered_as_torch_wants_them():
     def leaf(*shape):
         return torch.randn(*shape, device=DEVICE, requires_grad=True)
 
-    names = "r k v decay iclr w0 a0 r_k"
-    tensors = [*(leaf(B, T, H, N) for _ in range(5)), leaf(H * N), leaf(H * N), leaf(H, N)]
+    names = "r k v w0 a0 r_k decay decay_up iclr iclr_up"
+    tensors = [*(leaf(B, T, H, N) for _ in range(3)), leaf(H * N), leaf(H * N), leaf(H, N)]
+    tensors += [leaf(B, T, 8), leaf(8, H * N)] * 2
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(ops._inputs, (tensors, names, "log", 1e-6, True), test_utils=checks)
-    torch.library.opcheck(
-        ops._output, (leaf(B, T, H, N), leaf(B, T, H, N), leaf(B, T, H), leaf(B, T, H, N), 0.25), test_utils=checks
-    )
+    gate, bonus = (leaf(B, T, 8), leaf(8, H * N)), leaf(B, T, H)
+    torch.library.opcheck(ops._output, (leaf(B, T, H, N), *gate, bonus, leaf(B, T, H, N), 0.25), test_utils=checks)

@@ -27,12 +27,16 @@ def test_a_cpu_runs_pytorch_code(backend):
 
 
 def arguments(B=2, T=5, H=4, G=2, N=16, **changes):
-    """Arguments of `mixer.inputs` on the meta device with residual mixes, and what differs."""
-    full, shared = (torch.empty(B, T, heads, N, device="meta") for heads in (H, G))
-    bias, few = torch.empty(H * N, device="meta"), torch.empty(G * N, device="meta")
-    given = dict(r=full, k=shared, v=shared, decay=full, iclr=full, w0=bias, a0=bias, key_scale="log")
-    given |= dict(key_gate=shared, k_first=shared, k0=few, value_gate=shared, v_first=shared, v0=few)
-    return {name: x for name, x in (given | changes).items() if x is not None}
+    """Arguments of `mixer.inputs` with residual mixes on the meta device, and what differs."""
+
+    def empty(*shape):
+        return torch.empty(shape, device="meta")
+
+    full, shared = ((empty(B, T, 8), empty(8, heads * N)) for heads in (H, G))
+    own = empty(B, T, G, N)
+    given = dict(r=empty(B, T, H, N), k=own, v=own, decay=full, iclr=full, w0=empty(H * N), a0=empty(H * N))
+    given |= dict(key_gate=shared, k_first=own, k0=empty(G * N), value_gate=shared, v_first=own, v0=empty(G * N))
+    return {name: x for name, x in (given | {"key_scale": "log"} | changes).items() if x is not None}
 
 
 @pytest.mark.parametrize(
@@ -44,10 +48,10 @@ def arguments(B=2, T=5, H=4, G=2, N=16, **changes):
         ({"cos": torch.empty(1, 5, 16)}, "sin missing"),
         ({"value_gate": None}, "value_gate, which is missing"),
         ({"r": torch.empty(2, 5, 3, 16)}, "G divide H"),
-        ({"decay": torch.empty(2, 5, 64)}, "decay has shape"),
+        ({"decay": (torch.empty(2, 5, 8), torch.empty(8, 32))}, "rank x 64"),
         ({"v_first": torch.empty(2, 5, 1, 16)}, "v_first has shape"),
         ({"w0": torch.empty(16)}, "w0 has 16 values, expected 64"),
-        ({"iclr": torch.empty(2, 5, 4, 16, dtype=torch.float64)}, "iclr is torch.float64"),
+        ({"v": torch.empty(2, 5, 2, 16, dtype=torch.float64)}, "v is torch.float64"),
     ],
 )
 def test_refusals_name_what_is_wrong(changes, message):
@@ -60,4 +64,4 @@ def test_refusals_name_what_is_wrong(changes, message):
 def test_a_bonus_needs_v():
     x = torch.empty(1, 2, 2, 16)
     with pytest.raises(ValueError, match="bonus"):
-        mixer.output(x, x, scale=1.0, v=x)
+        mixer.output(x, (x, x), scale=1.0, v=x)

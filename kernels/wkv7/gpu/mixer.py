@@ -1,8 +1,9 @@
 """The work around the WKV-7 recurrence as PyTorch ops: its inputs from projections, and what follows its output.
 
-Each is one launch forward and one backward, which computes again from the projections whatever the forward did not
-write. The equations are those of `rwkvinside.modeling.time_mixer`, computed in fp32 on tensors of any floating dtype.
-As in `op.py`, plans describe launches without launching them, for a GPU that need not be there.
+Each is one launch forward and one backward, after the products that finish its low-rank maps. The backward computes
+all of it again: what is kept are projections, the narrow sides of low-rank maps, and the recurrence's output. The
+equations are those of `rwkvinside.modeling.time_mixer`, computed in fp32 on tensors of any floating dtype. As in
+`op.py`, plans describe launches without launching them, for a GPU that need not be there.
 """
 
 from __future__ import annotations
@@ -20,10 +21,13 @@ KEY_SCALES = ("decay", "log", "k_a")
 TILE = 1024  # columns of all tokens of a program
 WARPS = 8  # 4 columns a thread: with 8 the backward takes 216 registers, a quarter of the threads that a processor holds
 
-# What `inputs` takes, per token and then parameters. Absent tensors are not in a call's list.
+# What the kernels of `inputs` read, per token and then parameters. Absent tensors are not in a call's list.
 TOKENS = ("r", "k", "v", "decay", "iclr", "key_gate", "k_first", "value_gate", "v_first", "cos", "sin")
 PARAMETERS = ("r_norm", "k_norm", "w0", "a0", "k0", "v0", "r_k", "k_k", "k_a")
+LOW_RANK = ("decay", "iclr", "key_gate", "value_gate")  # products, whose factors the ops take as NAME and NAME_up
 OUTPUTS = ("r", "w", "k", "v", "a", "b", "bonus", "key")
+
+Factors = tuple[Tensor, Tensor]  # of a low-rank map's result: (B, T, rank) and the matrix (rank, heads * N)
 
 
 class RecurrenceTensors(NamedTuple):
@@ -48,8 +52,8 @@ def inputs(
     r: Tensor,
     k: Tensor,
     v: Tensor,
-    decay: Tensor,
-    iclr: Tensor,
+    decay: Factors,
+    iclr: Factors,
     *,
     w0: Tensor,
     a0: Tensor,
@@ -60,10 +64,10 @@ def inputs(
     k_norm: Tensor | None = None,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
-    key_gate: Tensor | None = None,
+    key_gate: Factors | None = None,
     k_first: Tensor | None = None,
     k0: Tensor | None = None,
-    value_gate: Tensor | None = None,
+    value_gate: Factors | None = None,
     v_first: Tensor | None = None,
     v0: Tensor | None = None,
     r_k: Tensor | None = None,
@@ -79,16 +83,17 @@ def inputs(
         r: (B, T, H, N), bf16, fp16 or fp32, with any strides that let batch and time be joined; N a multiple of 8.
             The outputs have its dtype, other than log_decay and bonus.
         k, v: (B, T, G, N) with G dividing H.
-        decay, iclr: (B, T, H, N); they are added to w0 and a0.
+        decay, iclr: factors of (B, T, H * N), which are added to w0 and a0. A product has the dtype of its first.
         w0, a0, k_k, k_a: H * N values each.
         key_scale: "decay", "log" or "k_a"; the last needs k_k and k_a.
         eps: of the norms.
         hand_key: also return the key before its residual mix.
         r_norm, k_norm: (N,), weights of RMS norms; None: no norm.
         cos, sin: (B or 1, T, N); None: no rotation.
-        key_gate, k_first, k0: (B, T, G, N) each, the latter G * N values: mix in k_first by sigmoid(k0 + key_gate).
-        value_gate: (B, T, G or H, N). With v_first (as many heads, or G) and v0: mix in v_first by
-            sigmoid(v0 + value_gate). Without: add 0.2 of it. None: v stays as it is and is not copied.
+        key_gate, k_first, k0: factors of (B, T, G * N), (B, T, G, N), and G * N values: mix in k_first by
+            sigmoid(k0 + key_gate).
+        value_gate: factors of (B, T, G * N or H * N). With v_first, (B, T, heads, N) with as many heads or G, and v0:
+            mix in v_first by sigmoid(v0 + value_gate). Without: add 0.2 of it. None: v stays as it is, not copied.
         r_k: (H, N), weights of the bonus.
 
     Returns:
@@ -98,10 +103,12 @@ def inputs(
         ValueError: shapes or dtypes that do not fit, tensors that belong together of which some are missing.
     """
     given = dict(
-        r=r, k=k, v=v, decay=decay, iclr=iclr, key_gate=key_gate, k_first=k_first, value_gate=value_gate,
-        v_first=v_first, cos=cos, sin=sin, r_norm=r_norm, k_norm=k_norm, w0=w0, a0=a0, k0=k0, v0=v0, r_k=r_k, k_k=k_k,
-        k_a=k_a,
+        r=r, k=k, v=v, k_first=k_first, v_first=v_first, cos=cos, sin=sin, r_norm=r_norm, k_norm=k_norm, w0=w0, a0=a0,
+        k0=k0, v0=v0, r_k=r_k, k_k=k_k, k_a=k_a,
     )  # fmt: skip
+    for name, factors in zip(LOW_RANK, (decay, iclr, key_gate, value_gate), strict=True):
+        if factors is not None:
+            given[name], given[f"{name}_up"] = factors
     given = {name: x for name, x in given.items() if x is not None}
     _check_inputs(given, key_scale)
     found = _inputs(list(given.values()), " ".join(given), key_scale, eps, hand_key)
@@ -111,22 +118,22 @@ def inputs(
     )
 
 
-def output(y: Tensor, gate: Tensor, *, scale: float, bonus: Tensor | None = None, v: Tensor | None = None) -> Tensor:
+def output(y: Tensor, gate: Factors, *, scale: float, bonus: Tensor | None = None, v: Tensor | None = None) -> Tensor:
     """Return (scale * y + bonus * v) * gate.
 
     Args:
         y: (B, T, H, N), of the recurrence.
-        gate: (B, T, H, N).
+        gate: factors of (B, T, H * N).
         scale: of y.
         bonus: (B, T, H) fp32 from `inputs`; None: no bonus, and v is not read.
         v: (B, T, G or H, N), of the recurrence.
 
     Returns:
-        (B, T, H, N) in the dtype of `gate`, with gradient to all tensors.
+        (B, T, H, N) in the dtype of the gate, with gradient to all tensors.
     """
     if (bonus is None) != (v is None):
         raise ValueError("a bonus needs v, and v is read for a bonus only")
-    return _output(y, gate, bonus, v, scale)
+    return _output(y, *gate, bonus, v, scale)
 
 
 def plan_inputs(
@@ -137,20 +144,20 @@ def plan_inputs(
     Meta tensors are enough.
 
     Args:
-        given: arguments of `inputs` by name, without absent ones.
+        given: what `TOKENS` and `PARAMETERS` name, without absent ones. Products of low-rank maps are (B, T, heads, N).
         key_scale, eps, hand_key: as in `inputs`.
     """
-    plan = _InputsPlan(given, key_scale, eps)
+    layout = _Layout(given, key_scale)
     r = given["r"]
-    heads = plan.output_heads(hand_key)
-    out = {name: r.new_empty(*r.shape[:2], count, plan.size) for name, count in heads.items()}
+    heads = layout.output_heads(hand_key)
+    out = {name: r.new_empty(*r.shape[:2], count, layout.size) for name, count in heads.items()}
     out["w"] = r.new_empty(r.shape, dtype=torch.float32)
     if "r_k" in given:
         out["bonus"] = r.new_empty(r.shape[:3], dtype=torch.float32)
     out = {name: out[name] for name in OUTPUTS if name in out}
     places = {f"{name}_out_": out.get(name) for name in OUTPUTS[:6]}
     places |= {f"{name}_": out.get(name) for name in OUTPUTS[6:]}
-    return [plan.launch(kernels.inputs_forward, places)], out
+    return [layout.launch(kernels.inputs_forward, places, eps)], out
 
 
 def plan_inputs_backward(
@@ -167,10 +174,10 @@ def plan_inputs_backward(
         Launches, gradients of what is per token by name, sums over blocks of tokens (blocks, rows, N) fp32 of the
         gradients of parameters, and the rows of each parameter; those of the norms are still to be added.
     """
-    plan = _InputsPlan(given, key_scale, eps)
-    out = {name: given[name].new_empty(given[name].shape) for name in plan.differentiated(wanted)}
-    rows = plan.parameter_rows()
-    sums = given["r"].new_empty(plan.blocks, rows[next(reversed(rows))].stop, plan.size, dtype=torch.float32)
+    layout = _Layout(given, key_scale)
+    out = {name: given[name].new_empty(given[name].shape) for name in layout.differentiated(wanted)}
+    rows = layout.parameter_rows()
+    sums = layout.empty_sums()
     places: dict[str, Any] = {}
     for name in OUTPUTS[:6]:
         places |= _strided(f"d{name}_out", grads.get(name))
@@ -179,7 +186,7 @@ def plan_inputs_backward(
     places |= {f"d{name}_": out.get(name) for name in TOKENS[:9]}
     places |= {f"d{name}_": sums[:, rows[name]] if name in rows else None for name in PARAMETERS}
     places["sums_t"] = sums.stride(0)
-    return [plan.launch(kernels.inputs_backward, places)], out, sums, rows
+    return [layout.launch(kernels.inputs_backward, places, eps)], out, sums, rows
 
 
 def plan_output(
@@ -230,16 +237,19 @@ def _strided(name: str, x: Tensor | None) -> dict[str, Any]:
     return {f"{name}_": x, f"{name}_t": x.stride(0), f"{name}_h": x.stride(1)}
 
 
-class _InputsPlan:
-    """Sizes and common arguments of the launches of `inputs`."""
+class _Layout:
+    """Sizes of a call of `inputs`, and where the gradients of parameters lie; factors or products are given."""
 
-    def __init__(self, given: dict[str, Tensor], key_scale: str, eps: float):
-        self.given, self.key_scale, self.eps = given, key_scale, eps
+    def __init__(self, given: dict[str, Tensor], key_scale: str):
+        self.given, self.key_scale = given, key_scale
         batch, time, self.heads, self.size = given["r"].shape
         self.tokens = batch * time
         self.groups = given["k"].shape[2]
-        self.value_heads = given["value_gate"].shape[2] if "value_gate" in given else self.groups
-        self.blocks = triton.cdiv(self.tokens, _block(self.size))
+        self.value_heads = self.groups
+        if "value_gate_up" in given:
+            self.value_heads = given["value_gate_up"].shape[1] // self.size
+        elif "value_gate" in given:
+            self.value_heads = given["value_gate"].shape[2]
 
     def output_heads(self, hand_key: bool) -> dict[str, int]:
         """Return the outputs that are rows of N columns, and how many heads they have."""
@@ -249,11 +259,15 @@ class _InputsPlan:
         return heads | ({"key": self.groups} if hand_key else {})
 
     def differentiated(self, wanted: set[str]) -> list[str]:
-        """Return the inputs per token that get a gradient: all, but v_first and k_first only if they are wanted."""
+        """Return the tensors per token, and factors, that get a gradient.
+
+        These are all, but v_first and k_first only if they are wanted.
+        """
         without = {"v_first", "k_first"} - wanted
         if "value_gate" not in self.given:
             without.add("v")  # it is not touched
-        return [name for name in TOKENS[:9] if name in self.given and name not in without]
+        names = (*TOKENS[:9], *(f"{name}_up" for name in LOW_RANK))
+        return [name for name in names if name in self.given and name not in without]
 
     def parameter_rows(self) -> dict[str, slice]:
         """Return the rows of each parameter in the buffer of their gradients' sums."""
@@ -266,8 +280,14 @@ class _InputsPlan:
                 start += counts[name]
         return rows
 
-    def launch(self, kernel, places: dict[str, Any]) -> Launch:
-        """Return a launch that reads all inputs."""
+    def empty_sums(self) -> Tensor:
+        """Return the buffer of parameters' gradients for each block of tokens (blocks, rows, N)."""
+        rows = list(self.parameter_rows().values())[-1].stop
+        blocks = triton.cdiv(self.tokens, _block(self.size))
+        return self.given["r"].new_empty(blocks, rows, self.size, dtype=torch.float32)
+
+    def launch(self, kernel, places: dict[str, Any], eps: float) -> Launch:
+        """Return a launch that reads all inputs, with products of low-rank maps."""
         given = self.given
         args: dict[str, Any] = {}
         for name in TOKENS[:9]:
@@ -281,16 +301,37 @@ class _InputsPlan:
             args |= {f"{name}_": x, f"{name}_t": 0 if x is None else x.stride(0)}
             positions = positions if x is None else x.shape[0]
         args |= {f"{name}_": given[name].contiguous() if name in given else None for name in PARAMETERS}
-        args |= {**places, "eps": self.eps, "POSITIONS": positions}
+        args |= {**places, "eps": eps, "POSITIONS": positions}
         constants = {"R": self.heads // self.groups, "RV": self.value_heads // self.groups, "FIRST": group}
         return _launch(
             kernel, args, {**constants, "KEY_SCALE": self.key_scale}, self.tokens, self.groups, self.size
         )
 
 
+def _multiplied(given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return what the kernels read: products in the place of their factors."""
+    size = given["r"].shape[3]
+    read = {name: x for name, x in given.items() if not name.endswith("_up")}
+    for name in LOW_RANK:
+        if name in given:
+            read[name] = _product(given[name], given[f"{name}_up"], size)
+    return read
+
+
+def _product(low: Tensor, up: Tensor, size: int) -> Tensor:
+    """Return the product of factors as (B, T, heads, N)."""
+    return (low.flatten(0, 1) @ up.to(low.dtype)).view(*low.shape[:2], -1, size)
+
+
+def _factor_gradients(grad: Tensor, low: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of factors from that of their product."""
+    grad = grad.view(-1, up.shape[1])
+    return (grad @ up.to(grad.dtype).mT).view(low.shape), (low.flatten(0, 1).mT @ grad).to(up.dtype)
+
+
 @torch.library.custom_op("rwkvinside::mixer_inputs_triton", mutates_args=())
 def _inputs(tensors: list[Tensor], names: str, key_scale: str, eps: float, hand_key: bool) -> list[Tensor]:
-    given = dict(zip(names.split(), tensors, strict=True))
+    given = _multiplied(dict(zip(names.split(), tensors, strict=True)))
     launches, out = plan_inputs(given, key_scale=key_scale, eps=eps, hand_key=hand_key)
     run(launches, given["r"].device)
     return list(out.values())
@@ -298,7 +339,7 @@ def _inputs(tensors: list[Tensor], names: str, key_scale: str, eps: float, hand_
 
 @_inputs.register_fake
 def _(tensors, names, key_scale, eps, hand_key):
-    given = dict(zip(names.split(), tensors, strict=True))
+    given = _multiplied(dict(zip(names.split(), tensors, strict=True)))
     return list(plan_inputs(given, key_scale=key_scale, eps=eps, hand_key=hand_key)[1].values())
 
 
@@ -306,21 +347,29 @@ def _(tensors, names, key_scale, eps, hand_key):
 def _inputs_backward(
     tensors: list[Tensor], names: str, grads: list[Tensor], outputs: str, key_scale: str, eps: float, wanted: str
 ) -> list[Tensor]:
-    launches, out, sums, rows = _plan_inputs_backward(tensors, names, grads, outputs, key_scale, eps, wanted)
+    given = dict(zip(names.split(), tensors, strict=True))
+    launches, out, sums, _ = plan_inputs_backward(
+        _multiplied(given),
+        dict(zip(outputs.split(), grads, strict=True)),
+        key_scale=key_scale,
+        eps=eps,
+        wanted=set(wanted.split()),
+    )
     run(launches, sums.device)
-    return [*out.values(), sums.sum(0)]
+    for name in LOW_RANK:
+        if name in out:
+            up = f"{name}_up"
+            out[name], out[up] = _factor_gradients(out[name], given[name], given[up])
+    return [*(out[name] for name in given if name in out), sums.sum(0)]
 
 
 @_inputs_backward.register_fake
 def _(tensors, names, grads, outputs, key_scale, eps, wanted):
-    _, out, sums, _ = _plan_inputs_backward(tensors, names, grads, outputs, key_scale, eps, wanted)
-    return [*out.values(), sums.new_empty(sums.shape[1:])]
-
-
-def _plan_inputs_backward(tensors, names, grads, outputs, key_scale, eps, wanted):
     given = dict(zip(names.split(), tensors, strict=True))
-    by_name = dict(zip(outputs.split(), grads, strict=True))
-    return plan_inputs_backward(given, by_name, key_scale=key_scale, eps=eps, wanted=set(wanted.split()))
+    layout = _Layout(given, key_scale)
+    made = layout.differentiated(set(wanted.split()))
+    grads = [x.new_empty(x.shape) for name, x in given.items() if name in made]
+    return [*grads, layout.empty_sums().sum(0)]
 
 
 def _setup_inputs(ctx, inputs, output) -> None:
@@ -336,11 +385,13 @@ def _differentiate_inputs(ctx, grads):
     *found, total = _inputs_backward(
         tensors, ctx.names, grads, ctx.outputs, ctx.key_scale, ctx.eps, " ".join(sorted(wanted))
     )
-    plan = _InputsPlan(given, ctx.key_scale, ctx.eps)
-    by_name: dict[str, Tensor | None] = dict(zip(plan.differentiated(wanted), found, strict=True))
-    rows = plan.parameter_rows()
+    layout = _Layout(given, ctx.key_scale)
+    made = layout.differentiated(wanted)
+    by_name: dict[str, Tensor | None] = dict(zip((name for name in names if name in made), found, strict=True))
+    rows = layout.parameter_rows()
     if "r_norm" in rows:  # the first rows of all; each group has its own sum
-        by_name |= dict(zip(("r_norm", "k_norm"), total[: 2 * plan.groups].view(2, plan.groups, -1).sum(1), strict=True))
+        norms = total[: 2 * layout.groups].view(2, layout.groups, -1).sum(1)
+        by_name |= dict(zip(("r_norm", "k_norm"), norms, strict=True))
     by_name |= {name: total[place] for name, place in rows.items() if not name.endswith("_norm")}
     return [_as_gradient(by_name.get(name), x) for name, x in given.items()], None, None, None, None
 
@@ -359,29 +410,30 @@ def _output_names(names, hand_key: bool) -> list[str]:
 
 
 @torch.library.custom_op("rwkvinside::mixer_output_triton", mutates_args=())
-def _output(y: Tensor, gate: Tensor, bonus: Tensor | None, v: Tensor | None, scale: float) -> Tensor:
-    launches, out = plan_output(y, gate, bonus, v, scale)
+def _output(y: Tensor, low: Tensor, up: Tensor, bonus: Tensor | None, v: Tensor | None, scale: float) -> Tensor:
+    launches, out = plan_output(y, _product(low, up, y.shape[3]), bonus, v, scale)
     run(launches, y.device)
     return out
 
 
 @_output.register_fake
-def _(y, gate, bonus, v, scale):
-    return plan_output(y, gate, bonus, v, scale)[1]
+def _(y, low, up, bonus, v, scale):
+    return low.new_empty(y.shape)
 
 
 @torch.library.custom_op("rwkvinside::mixer_output_triton_backward", mutates_args=())
 def _output_backward(
-    y: Tensor, gate: Tensor, bonus: Tensor | None, v: Tensor | None, scale: float, dout: Tensor
+    y: Tensor, low: Tensor, up: Tensor, bonus: Tensor | None, v: Tensor | None, scale: float, dout: Tensor
 ) -> list[Tensor]:
-    launches, grads = plan_output_backward(y, gate, bonus, v, scale, dout)
+    launches, grads = plan_output_backward(y, _product(low, up, y.shape[3]), bonus, v, scale, dout)
     run(launches, y.device)
-    return grads
+    dy, dgate, *rest = grads
+    return [dy, *_factor_gradients(dgate, low, up), *rest]
 
 
 @_output_backward.register_fake
-def _(y, gate, bonus, v, scale, dout):
-    return plan_output_backward(y, gate, bonus, v, scale, dout)[1]
+def _(y, low, up, bonus, v, scale, dout):
+    return [x.new_empty(x.shape) for x in (y, low, up, bonus, v) if x is not None]
 
 
 def _setup_output(ctx, inputs, output) -> None:
@@ -390,9 +442,9 @@ def _setup_output(ctx, inputs, output) -> None:
 
 
 def _differentiate_output(ctx, dout):
-    dy, dgate, *rest = _output_backward(*ctx.saved_tensors, ctx.scale, dout)
+    dy, dlow, dup, *rest = _output_backward(*ctx.saved_tensors, ctx.scale, dout)
     dbonus, dv = rest or (None, None)
-    return dy, dgate, dbonus, dv, None
+    return dy, dlow, dup, dbonus, dv, None
 
 
 _output.register_autograd(_differentiate_output, setup_context=_setup_output)
@@ -413,15 +465,22 @@ def _check_inputs(given: dict[str, Tensor], key_scale: str) -> None:
         raise ValueError("v_first is mixed in by a value_gate, which is missing")
     B, T, H, N = given["r"].shape
     G = given["k"].shape[2]
+    layout = _Layout(given, key_scale)
     if N % 8 or not 8 <= N <= 256 or H % G:
         raise ValueError(f"{H} heads of {N} columns, {G} of keys: N must be a multiple of 8 up to 256, G divide H")
-    values = given["value_gate"].shape[2] if "value_gate" in given else G
-    heads = dict(r=(H,), decay=(H,), iclr=(H,), k=(G,), v=(G,), key_gate=(G,), k_first=(G,))
-    heads |= dict(value_gate=(G, H), v_first=(G, values))
+    values = layout.value_heads
+    heads = dict(r=(H,), k=(G,), v=(G,), k_first=(G,), v_first=(G, values))
     for name, allowed in heads.items():
         if name in given and given[name].shape not in [(B, T, count, N) for count in allowed]:
             expected = " or ".join(str((B, T, count, N)) for count in allowed)
             raise ValueError(f"{name} has shape {tuple(given[name].shape)}, expected {expected}")
+    for name, allowed in dict(decay=(H,), iclr=(H,), key_gate=(G,), value_gate=(G, H)).items():
+        if name in given:
+            low, up = given[name], given[f"{name}_up"]
+            if low.shape != (B, T, up.shape[0]) or up.shape[1] not in [count * N for count in allowed]:
+                shapes = f"{tuple(low.shape)} and {tuple(up.shape)}"
+                widths = " or ".join(str(count * N) for count in allowed)
+                raise ValueError(f"{name} has shapes {shapes}, expected {(B, T)} x rank and rank x {widths}")
     for name in ("cos", "sin"):
         if name in given and given[name].shape not in [(1, T, N), (B, T, N)]:
             raise ValueError(f"{name} has shape {tuple(given[name].shape)}, expected {(B, T, N)} or {(1, T, N)}")
