@@ -105,7 +105,10 @@ def mix_fused(
     if c.group_norm:
         y = mixer.ln_x(y.flatten(0, 1).flatten(1)).view_as(y)
     y = ops.output(y, low_rank["g"], scale=scale, bonus=s.bonus, v=s.v if c.bonus else None)
-    return y.flatten(2), FirstLayerKV(v, s.key) if mixer.is_first else first, state, shift
+    if mixer.is_first:
+        first = FirstLayerKV(v, s.key)
+    assert first is not None
+    return y.flatten(2), first, state, shift
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -140,4 +143,4 @@ class _SideBySide(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.split_with_sizes_copy(grad, ctx.widths, 1))
+        return tuple(torch.ops.aten.split_with_sizes_copy(grad, ctx.widths, 1))

@@ -114,9 +114,9 @@ def measure(backend, T, is_first=False):
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with Count() as forward, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        with torch.autocast("cpu", torch.bfloat16):
-            y, *_ = mixer(x, first=None if is_first else first, rope=rope)
+    hooks, autocast = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16)
+    with Count() as forward, hooks, autocast:
+        y, *_ = mixer(x, first=None if is_first else first, rope=rope)
     dy = torch.randn_like(y)
     with Count() as backward:
         y.backward(dy)

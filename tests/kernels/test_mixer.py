@@ -14,6 +14,11 @@ def test_properties_in_the_interpreter():
     run_cases("mixer_cases.py", interpret=True)
 
 
+@pytest.mark.integration
+def test_what_a_layer_costs():
+    run_cases("mixer_counts.py", interpret=True)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_properties_on_a_gpu():

@@ -15,11 +15,12 @@ import triton
 from torch import Tensor
 
 from rwkvinside.kernels.gpu import mixer_kernels as kernels
+from rwkvinside.kernels.gpu.kernels import INTERPRETED
 from rwkvinside.kernels.gpu.launch import Launch, run
 
 KEY_SCALES = ("decay", "log", "k_a")
 TILE = 1024  # columns of all tokens of a program
-WARPS = 8  # 4 columns a thread: with 8 the backward takes 216 registers, a quarter of the threads that a processor holds
+WARPS = 8  # 4 columns a thread: 128 registers in the backward; with 8 columns 216, and a processor holds half the warps
 
 # What the kernels of `inputs` read, per token and then parameters. Absent tensors are not in a call's list.
 TOKENS = ("r", "k", "v", "decay", "iclr", "key_gate", "k_first", "value_gate", "v_first", "cos", "sin")
@@ -303,9 +304,7 @@ class _Layout:
         args |= {f"{name}_": given[name].contiguous() if name in given else None for name in PARAMETERS}
         args |= {**places, "eps": eps, "POSITIONS": positions}
         constants = {"R": self.heads // self.groups, "RV": self.value_heads // self.groups, "FIRST": group}
-        return _launch(
-            kernel, args, {**constants, "KEY_SCALE": self.key_scale}, self.tokens, self.groups, self.size
-        )
+        return _launch(kernel, args, {**constants, "KEY_SCALE": self.key_scale}, self.tokens, self.groups, self.size)
 
 
 def _multiplied(given: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -491,5 +490,5 @@ def _check_inputs(given: dict[str, Tensor], key_scale: str) -> None:
     for name, x in given.items():
         if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             raise ValueError(f"{name} is {x.dtype}: the kernels take bfloat16, float16 and float32")
-    if given["r"].device.type != "cuda" and not kernels.INTERPRETED.value:
+    if given["r"].device.type != "cuda" and not INTERPRETED.value:
         raise RuntimeError(f"the Triton kernels need a CUDA device, r is on {given['r'].device}")

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rwkvinside.kernels.gpu.kernels import INTERPRETED, _store  # noqa: F401
+from rwkvinside.kernels.gpu.kernels import _store
 
 DECAY_SCALE = tl.constexpr(0.6065306597126334)  # exp(-0.5), see rwkvinside.modeling.time_mixer
 ADDITIVE_SCALE = tl.constexpr(0.2)
@@ -196,9 +196,7 @@ def inputs_forward(
         z = _load(decay_ + token * decay_t + head * decay_h + column, inside) + _load(w0_ + at_head, inside)
         gate, w, s = _decay(z, KEY_SCALE)
         _store(w_out_ + per_head, w, inside)
-        rate = tl.sigmoid(
-            _load(iclr_ + token * iclr_t + head * iclr_h + column, inside) + _load(a0_ + at_head, inside)
-        )
+        rate = tl.sigmoid(_load(iclr_ + token * iclr_t + head * iclr_h + column, inside) + _load(a0_ + at_head, inside))
         if KEY_SCALE == "k_a":
             unit, scale, scaled = _unit(k * _load(k_k_ + at_head, inside))
             _store(a_out_ + per_head, -unit, inside)
@@ -270,9 +268,7 @@ def inputs_backward(
         per_head = token * (G * R * D) + at_head
         z = _load(decay_ + token * decay_t + head * decay_h + column, inside) + _load(w0_ + at_head, inside)
         gate, w, s = _decay(z, KEY_SCALE)
-        rate = tl.sigmoid(
-            _load(iclr_ + token * iclr_t + head * iclr_h + column, inside) + _load(a0_ + at_head, inside)
-        )
+        rate = tl.sigmoid(_load(iclr_ + token * iclr_t + head * iclr_h + column, inside) + _load(a0_ + at_head, inside))
         if KEY_SCALE == "k_a":
             k_k = _load(k_k_ + at_head, inside)
             k_a = _load(k_a_ + at_head, inside)
@@ -372,9 +368,8 @@ def inputs_backward(
                 _store(dvalue_gate_ + per_value, d * ADDITIVE_SCALE, inside)
                 dv += d
         _store(dv_ + per_group, dv, inside)
-        if dv_first_ is not None:
-            if FIRST != 1:
-                _store(dv_first_ + per_group, dfirst, inside)
+        if dv_first_ is not None and FIRST != 1:
+            _store(dv_first_ + per_group, dfirst, inside)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
