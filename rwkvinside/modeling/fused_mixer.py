@@ -64,19 +64,40 @@ def mix_fused(
         first layer hands on has the G heads of its projection, whatever the value path.
     """
     c = mixer.mixer_config
-    H, N = c.num_heads, c.head_size
-    x = x.to(product_dtype(x))
-    inputs, shift = mixer.shifted(x, last, mask, cu_seqlens)
-    r = mixer.receptance(inputs["r"]).unflatten(-1, (H, N))
-    k = mixer.key(inputs["k"]).unflatten(-1, (-1, N))
-    v = mixer.value(inputs["v"]).unflatten(-1, (-1, N))
+    inputs, shift = mixer.shifted(x.to(product_dtype(x)), last, mask, cu_seqlens)
     low_rank = _low_rank(mixer, inputs)
+    s, first = _recurrence_tensors(mixer, inputs, low_rank, first, rope)
+    y, state = mixer.recur((s.r, s.log_decay, s.k, s.v, s.a, s.b), state, mask, cu_seqlens, inplace)
+    if c.group_norm:
+        y = mixer.ln_x(y.flatten(0, 1).flatten(1)).view_as(y)
+    scale = 1.0 if c.group_norm else c.head_size**-0.5
+    y = kernels.mixer_ops().output(y, low_rank["g"], scale=scale, bonus=s.bonus, v=s.v if c.bonus else None)
+    return y.flatten(2), first, state, shift
+
+
+Factors = tuple[Tensor, Tensor]  # of the result of a low-rank map
+
+
+def _recurrence_tensors(
+    mixer: TimeMixer,
+    inputs: dict[str, Tensor],
+    low_rank: dict[str, Factors],
+    first: FirstLayerKV | None,
+    rope: tuple[Tensor, Tensor] | None,
+) -> tuple[Any, FirstLayerKV]:
+    """Return the `RecurrenceTensors` of `kernels.mixer_ops`, and the FirstLayerKV to hand to later layers."""
+    c = mixer.mixer_config
+    r, k, v = (
+        linear(inputs[name]).unflatten(-1, (-1, c.head_size))
+        for name, linear in (("r", mixer.receptance), ("k", mixer.key), ("v", mixer.value))
+    )
     options: dict[str, Any] = {"value_gate": low_rank.get("v")}
+    options |= {name: getattr(mixer, name, None) for name in ("r_k", "k_k", "k_a")}
     if c.rope:
         assert rope is not None, "a mixer that rotates needs cos and sin"
         options |= {"cos": rope[0], "sin": rope[1]}
     if c.qk_norm:
-        options |= {"r_norm": mixer.r_norm.weight, "k_norm": mixer.k_norm.weight}
+        options |= {"r_norm": mixer.r_norm.weight, "k_norm": mixer.k_norm.weight, "eps": c.norm_eps}
     if not mixer.is_first:
         assert first is not None, "only the first RWKV layer runs without v_first"
         v_first, k_first = first.detach() if c.detach_first else first
@@ -84,10 +105,7 @@ def mix_fused(
             options |= {"v_first": v_first, "v0": mixer.v0}
         if c.key_residual:
             options |= {"key_gate": low_rank["k"], "k_first": k_first, "k0": mixer.k0}
-    options |= {name: getattr(mixer, name, None) for name in ("r_k", "k_k", "k_a")}
-
-    ops = kernels.mixer_ops()
-    s = ops.inputs(
+    s = kernels.mixer_ops().inputs(
         r,
         k,
         v,
@@ -96,19 +114,10 @@ def mix_fused(
         w0=mixer.w0,
         a0=mixer.a0,
         key_scale=c.key_scale,
-        eps=c.norm_eps,
         hand_key=mixer.is_first and c.key_residual,
         **options,
     )
-    y, state = mixer.recur((s.r, s.log_decay, s.k, s.v, s.a, s.b), state, mask, cu_seqlens, inplace)
-    scale = 1.0 if c.group_norm else N**-0.5
-    if c.group_norm:
-        y = mixer.ln_x(y.flatten(0, 1).flatten(1)).view_as(y)
-    y = ops.output(y, low_rank["g"], scale=scale, bonus=s.bonus, v=s.v if c.bonus else None)
-    if mixer.is_first:
-        first = FirstLayerKV(v, s.key)
-    assert first is not None
-    return y.flatten(2), first, state, shift
+    return s, FirstLayerKV(v, s.key) if first is None else first
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -117,7 +126,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def _low_rank(mixer: TimeMixer, inputs: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+def _low_rank(mixer: TimeMixer, inputs: dict[str, Tensor]) -> dict[str, Factors]:
     """Return the two factors of the low-rank maps that the mixer has, by the letter of their parameters."""
     names = [name for name in "wgavk" if hasattr(mixer, f"{name}1")]
     downs = [getattr(mixer, f"{name}1") for name in names]
