@@ -6,9 +6,9 @@ the heads that share it. It reads each projection once, computes in fp32, and th
 forward did not write. What heads share is summed inside a program, and gradients of parameters are written as one sum
 per block of tokens, to be added afterwards: no atomics.
 
-Token tensors are (token, head, column) with contiguous columns, their strides `_t` and `_h`. A tile is [tokens, 2,
-columns of half a head], because the rotation pairs the halves of a head; `D` is the head size and `P` half of it,
-padded to a power of two. Parameters are (head, column), contiguous.
+Token tensors are (token, head, column) with contiguous columns, their strides `_t` and `_h`. A tile is [tokens, columns
+of one head]. `D` is the head size and `P` half of it, padded to a power of two: each half of a head is padded by
+itself, because the rotation pairs them. Parameters are (head, column), contiguous.
 """
 
 from __future__ import annotations
@@ -27,19 +27,24 @@ RUNTIME = ["TOKENS", "POSITIONS"]
 
 @triton.jit
 def _place(G, TOKENS, BLOCK: tl.constexpr, D: tl.constexpr, P: tl.constexpr):
-    """Locate a program: its block, its head of keys and values, its tokens [BLOCK, 1, 1] and columns [1, 2, P].
+    """Locate a program: its block, its head of keys and values, its tokens [BLOCK, 1] and columns [BLOCK, 2 P].
 
-    Also returns which columns exist and which places of a tile do.
+    Also returns which places of a tile exist.
     """
     program = tl.program_id(0)
     block = (program // G).to(tl.int64)
-    token = block * BLOCK + tl.arange(0, BLOCK)[:, None, None]
-    half = tl.arange(0, 2)[None, :, None]
-    j = tl.arange(0, P)[None, None, :]
-    exists = (j < D // 2) & (half < 2)
+    token = block * BLOCK + tl.arange(0, BLOCK)[:, None]
+    column, exists = _columns(D, P)
     # of parameters too, every token reads its own copy: a row shared by all would get another layout than the tiles
-    column = tl.broadcast_to(half * (D // 2) + j, (BLOCK, 2, P))
-    return block, (program % G).to(tl.int64), token, column, exists, exists & (token < TOKENS)
+    column = tl.broadcast_to(column[None, :], (BLOCK, 2 * P))
+    return block, (program % G).to(tl.int64), token, column, exists[None, :] & (token < TOKENS)
+
+
+@triton.jit
+def _columns(D: tl.constexpr, P: tl.constexpr):
+    """Return the columns of a padded head, and which of them exist."""
+    i = tl.arange(0, 2 * P)
+    return i // P * (D // 2) + i % P, i % P < D // 2
 
 
 @triton.jit
@@ -49,14 +54,15 @@ def _load(pointers, inside):
 
 @triton.jit
 def _sum_head(x):
-    """Sum a tile over its columns, to [BLOCK, 1, 1]."""
-    return tl.sum(tl.sum(x, axis=2, keep_dims=True), axis=1, keep_dims=True)
+    """Sum a tile over its columns, to [BLOCK, 1]."""
+    return tl.sum(x, axis=1, keep_dims=True)
 
 
 @triton.jit
-def _store_sum(pointers, x, exists):
-    """Store the sum of a tile over its tokens."""
-    tl.store(pointers, tl.sum(x, axis=0, keep_dims=True), mask=exists)
+def _store_sum(row_, x, D: tl.constexpr, P: tl.constexpr):
+    """Store the sum of a tile over its tokens in a row of D columns."""
+    column, exists = _columns(D, P)
+    tl.store(row_ + column, tl.sum(x, axis=0), mask=exists)
 
 
 @triton.jit
@@ -65,10 +71,13 @@ def _turned(x):
 
     Sums of one value and zeros stay within a warp, which permuting the tile would not.
     """
+    BLOCK: tl.constexpr = x.shape[0]
+    P: tl.constexpr = x.shape[1] // 2
+    x = tl.reshape(x, (BLOCK, 2, P))
     in_first = tl.arange(0, 2)[None, :, None] == 0
     first = tl.sum(tl.where(in_first, x, 0.0), axis=1, keep_dims=True)
     second = tl.sum(tl.where(in_first, 0.0, x), axis=1, keep_dims=True)
-    return tl.where(in_first, -second, first)
+    return tl.reshape(tl.where(in_first, -second, first), (BLOCK, 2 * P))
 
 
 @triton.jit
@@ -168,7 +177,7 @@ def inputs_forward(
     Grid: (blocks * G,). v has RV heads a group. FIRST of them read one head of v_first. Absent tensors are None: no
     residual mix, no rotation, no norm, no bonus. `key_` takes the key before its residual mix, which later layers read.
     """
-    block, g, token, column, exists, inside = _place(G, TOKENS, BLOCK, D, P)
+    block, g, token, column, inside = _place(G, TOKENS, BLOCK, D, P)
     cos = 1.0
     sin = 0.0
     if cos_ is not None:
@@ -243,13 +252,13 @@ def inputs_backward(
     Gradients of parameters are sums over the block's tokens, `sums_t` apart from block to block. dk_first_ and
     dv_first_ are None where nobody asks for them; dv_first_ has the heads of v_first.
     """
-    block, g, token, column, exists, inside = _place(G, TOKENS, BLOCK, D, P)
+    block, g, token, column, inside = _place(G, TOKENS, BLOCK, D, P)
     cos = 1.0
     sin = 0.0
     if cos_ is not None:
         cos = _load(cos_ + token % POSITIONS * cos_t + column, inside)
         sin = _load(sin_ + token % POSITIONS * sin_t + column, inside)
-    sums = block * sums_t + tl.arange(0, 2)[None, :, None] * (D // 2) + tl.arange(0, P)[None, None, :]
+    sums = block * sums_t
     per_group = (token * G + g) * D + column
 
     _, _, _, k, _ = _key(
@@ -286,7 +295,7 @@ def inputs_backward(
             r = _rotated(normed_r, r_norm_, cos_, cos, sin, column, inside)
             r_k = _load(r_k_ + at_head, inside)
             dbonus = tl.load(dbonus_ + token * dbonus_t + head * dbonus_h, mask=token < TOKENS, other=0.0)
-            _store_sum(dr_k_ + sums + head * D, dbonus * r * (k * factor), exists)
+            _store_sum(dr_k_ + sums + head * D, dbonus * r * (k * factor), D, P)
             dr += dbonus * (k * factor) * r_k
             dkey += dbonus * r * r_k
         dr, dweight = _from_rotated(dr, normed_r, scale_r, r_norm_, cos_, cos, sin, column, inside, D)
@@ -300,8 +309,8 @@ def inputs_backward(
         dz = _load(dw_out_ + token * dw_out_t + head * dw_out_h + column, inside) * -DECAY_SCALE
         if KEY_SCALE == "k_a":
             dq = _from_unit(dunit, unit, unit_scale, scaled)
-            _store_sum(dk_k_ + sums + head * D, dq * k, exists)
-            _store_sum(dk_a_ + sums + head * D, dfactor * (rate - 1.0), exists)
+            _store_sum(dk_k_ + sums + head * D, dq * k, D, P)
+            _store_sum(dk_a_ + sums + head * D, dfactor * (rate - 1.0), D, P)
             dk += dq * k_k
             drate = dfactor * k_a + db * unit
             dz = dz * gate * (1.0 - gate)
@@ -312,13 +321,13 @@ def inputs_backward(
             else:
                 dz = (dz * gate - dfactor) * (1.0 - gate)
         _store(ddecay_ + per_head, dz, inside)
-        _store_sum(dw0_ + sums + head * D, dz, exists)
+        _store_sum(dw0_ + sums + head * D, dz, D, P)
         drate = drate * rate * (1.0 - rate)
         _store(diclr_ + per_head, drate, inside)
-        _store_sum(da0_ + sums + head * D, drate, exists)
+        _store_sum(da0_ + sums + head * D, drate, D, P)
 
     if r_norm_ is not None:
-        _store_sum(dr_norm_ + sums + g * D, dr_weight, exists)
+        _store_sum(dr_norm_ + sums + g * D, dr_weight, D, P)
     if KEY_SCALE != "k_a":
         dk += _from_unit(dunit, k * unit_scale, unit_scale, scaled)
     # again, so that the loop has the registers
@@ -332,14 +341,14 @@ def inputs_backward(
         first = _load(k_first_ + token * k_first_t + g * k_first_h + column, inside)
         dshare = dk * (first - own) * share * (1.0 - share)
         _store(dkey_gate_ + per_group, dshare, inside)
-        _store_sum(dk0_ + sums + g * D, dshare, exists)
+        _store_sum(dk0_ + sums + g * D, dshare, D, P)
         dk = dk * (1.0 - share)
     if dkey_ is not None:
         dk += _load(dkey_ + token * dkey_t + g * dkey_h + column, inside)
     dk, dweight = _from_rotated(dk, normed, scale, k_norm_, cos_, cos, sin, column, inside, D)
     _store(dk_ + per_group, dk, inside)
     if k_norm_ is not None:
-        _store_sum(dk_norm_ + sums + g * D, dweight, exists)
+        _store_sum(dk_norm_ + sums + g * D, dweight, D, P)
 
     if dv_out_ is not None:
         v = _load(v_ + token * v_t + g * v_h + column, inside)
@@ -357,7 +366,7 @@ def inputs_backward(
                 first = _load(v_first_ + token * v_first_t + head // FIRST * v_first_h + column, inside)
                 dshare = d * (first - v) * share * (1.0 - share)
                 _store(dvalue_gate_ + per_value, dshare, inside)
-                _store_sum(dv0_ + sums + head * D, dshare, exists)
+                _store_sum(dv0_ + sums + head * D, dshare, D, P)
                 dv += d * (1.0 - share)
                 if dv_first_ is not None:
                     if FIRST == 1:
@@ -383,7 +392,7 @@ def output_forward(
 
     Grid: (blocks * G,), G being the heads of v, each shared by R heads. bonus_ and v_ are None without a bonus.
     """
-    block, g, token, column, exists, inside = _place(G, TOKENS, BLOCK, D, P)
+    block, g, token, column, inside = _place(G, TOKENS, BLOCK, D, P)
     if bonus_ is not None:
         v = _load(v_ + token * v_t + g * v_h + column, inside)
     for i in range(R):
@@ -404,7 +413,7 @@ def output_backward(
     R: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of everything that `output_forward` reads."""
-    block, g, token, column, exists, inside = _place(G, TOKENS, BLOCK, D, P)
+    block, g, token, column, inside = _place(G, TOKENS, BLOCK, D, P)
     if bonus_ is not None:
         v = _load(v_ + token * v_t + g * v_h + column, inside)
         dv = tl.zeros_like(v)
