@@ -22,9 +22,7 @@ from rwkvinside.modeling.time_mixer import MixerState, TimeMixer
 
 DEVICE = "cpu" if INTERPRETED.value else "cuda"
 D = 24
-CLOSE = 1e-6
-# with the recurrence, which has an error of its own: CLOSE of triton_cases.py, and what products in fp32 add
-CLOSE_WITH_RECURRENCE = 3e-6
+CLOSE = 1e-6 if INTERPRETED.value else 5e-6  # a GPU's exp2, log, and order of summation cost a little
 
 
 def stand_in(r, log_decay, k, v, a, b, state=None, **_):
@@ -113,16 +111,16 @@ def distances(found, wanted):
     }
 
 
-def assert_close(found, wanted, limit):
+def assert_close(found, wanted):
     measured = distances(found, wanted)
-    too_far = {name: x for name, x in measured.items() if not x <= limit}
+    too_far = {name: x for name, x in measured.items() if not x <= CLOSE}
     assert not too_far, f"too far: {too_far}; all: {measured}"
 
 
-def compare(mixer, reference, x, first, rope, limit=CLOSE, **options):
+def compare(mixer, reference, x, first, rope, **options):
     assert fused_mixer.is_fused(mixer.mixer_config, x) and not fused_mixer.is_fused(reference.mixer_config, x.double())
     found = results(mixer, x, first, rope, torch.float32, **options)
-    assert_close(found, results(reference, x, first, rope, torch.float64, **options), limit)
+    assert_close(found, results(reference, x, first, rope, torch.float64, **options))
 
 
 def tokens(B, T):
@@ -194,8 +192,7 @@ def test_with_the_recurrence(preset):
     state = MixerState(torch.randn(2, 4, 16, 16, device=DEVICE), None)
     if preset == "x070":
         state = state._replace(shift=torch.randn(2, D, device=DEVICE))
-    options = {"limit": CLOSE_WITH_RECURRENCE, "state": state}
-    compare(mixer, reference, tokens(2, 20), first_for(mixer, 2, 20), rope_of(16, 20), **options)
+    compare(mixer, reference, tokens(2, 20), first_for(mixer, 2, 20), rope_of(16, 20), state=state)
 
 
 @pytest.mark.parametrize("preset", ["cxa079", "x070"])
@@ -204,9 +201,9 @@ def test_masks_and_packed_documents(preset):
     x, first, rope = tokens(2, 20), first_for(mixer, 2, 20), rope_of(16, 20, batch=2)
     mask = torch.ones(2, 20, dtype=torch.bool, device=DEVICE)
     mask[0, :3] = mask[1, 15:] = False
-    compare(mixer, reference, x, first, rope, CLOSE_WITH_RECURRENCE, mask=mask)
+    compare(mixer, reference, x, first, rope, mask=mask)
     bounds = torch.tensor([0, 7, 20, 33, 40], dtype=torch.int32, device=DEVICE)
-    compare(mixer, reference, x, first, rope, CLOSE_WITH_RECURRENCE, cu_seqlens=bounds)
+    compare(mixer, reference, x, first, rope, cu_seqlens=bounds)
 
 
 @pytest.mark.parametrize("preset", ["cxa079", "hxa07b", "rad"])
@@ -223,6 +220,17 @@ def test_bf16_is_no_further_off_than_pytorch(preset, is_first):
         allowed = distances(results(plain, x, first, rope, torch.float32), exact)
     too_far = {name: (x, allowed[name]) for name, x in found.items() if not x <= 1.5 * allowed[name]}
     assert not too_far
+
+
+def test_packed_bf16_rows_with_the_recurrence():
+    """All of it as a student trains: what bf16 costs, with and without the fused ops."""
+    mixer, reference = make("cxa079", N=64)
+    x, first, rope = tokens(2, 20), first_for(mixer, 2, 20), rope_of(64, 20)
+    bounds = torch.tensor([0, 7, 20, 40], dtype=torch.int32, device=DEVICE)
+    exact = results(reference, x, first, rope, torch.float64, cu_seqlens=bounds)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found = distances(results(mixer, x, first, rope, torch.float32, cu_seqlens=bounds), exact)
+    assert max(found.values()) < 0.03, found
 
 
 def test_dtypes_under_autocast(monkeypatch):
