@@ -31,7 +31,10 @@ MAY_IMPORT = {
     "export": {"data", "modeling", "families", "hybrid", "runs"},
     "evaluate": {"data", "hybrid", "losses", "teacher", "runs", "export"},
     "report": {"runs"},
-    "bench": {"data", "modeling", "hybrid", "losses", "teacher", "stages"},
+    "bench": {
+        *("kernels", "data", "modeling", "hybrid", "losses", "teacher", "training", "stages"),
+        *("config", "planning", "conversion", "demo"),
+    },
     "conversion": {
         *("modeling", "data", "hybrid", "losses", "teacher", "training", "stages"),
         *("config", "runs", "planning", "evaluate"),

@@ -40,11 +40,13 @@ SMALLER = {
     "train_distill.py": TRAIN,
     "rwkvinside train": TRAIN,
     "rwkvinside bench training": ["--rows", "1", "--seq-len", "16", "--repeats", "1"],
+    "rwkvinside bench generation": ["--contexts", "8", "--new-tokens", "2"],
     "rwkvinside bench wkv7": ["--shapes", "1,16,1,8", "--repeats", "1", "--candidates", "reference"],
     "rwkvinside data logits": ["stages.distill.tokens=512", "device=cpu"],
 }
 # how a command begins -> why its arguments are parsed and no more
 ONLY_PARSED = {
+    "rwkvinside bench gpu": "needs a GPU; tests/bench runs it dry",
     "rwkvinside bench head": "starts processes that measure for minutes; tests/bench runs it",
     "rwkvinside demo": "trains for minutes; tests/demo runs it",
 }

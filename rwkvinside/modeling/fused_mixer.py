@@ -16,23 +16,21 @@ from torch import Tensor
 
 from .first_layer import FirstLayerKV
 from .mixer_presets import TimeMixerConfig
-from .wkv7 import why_unavailable
+from .wkv7 import kernels, why_unavailable
 
 if TYPE_CHECKING:
     from .time_mixer import TimeMixer
 
-try:
-    from rwkvinside import kernels
-except ImportError:  # an exported model on a machine without the package
-    kernels = None
 
-
-def is_fused(config: TimeMixerConfig, x: Tensor) -> bool:
+def is_fused_sequence(config: TimeMixerConfig, x: Tensor) -> bool:
     """Return whether a mixer of this configuration runs as `mix_fused` on inputs like x.
 
     It does where "auto" finds a GPU that the Triton kernels can use, and where the backend is "triton" by name (in
-    Triton's interpreter, too); "chunked" and the others are PyTorch code throughout.
+    Triton's interpreter, too); "chunked" and the others are PyTorch code throughout. A single token without gradient is
+    not a sequence: `mixer_step` has a kernel of its own for it.
     """
+    if x.shape[1] == 1 and not torch.is_grad_enabled() or not hasattr(kernels, "mixer_ops"):
+        return False
     by_choice = config.backend == "triton" or config.backend == "auto" and x.device.type == "cuda"
     return by_choice and why_unavailable("triton", x.device.type, x.dtype, config.head_size) is None
 

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .first_layer import FirstLayerKV
-from .fused_mixer import is_fused, mix_fused
+from .fused_mixer import is_fused_sequence, mix_fused
 from .mixer_presets import TimeMixerConfig
+from .mixer_step import is_fused, mixer_step
 from .wkv7 import wkv7
 
 DECAY_SCALE = math.exp(-0.5)  # log_decay = -DECAY_SCALE * sigmoid(z) lies in (-0.6065, 0)
@@ -79,8 +80,12 @@ class TimeMixer(nn.Module):
     a2: nn.Parameter
     g1: nn.Parameter  # gate
     g2: nn.Parameter
-    v1: nn.Parameter  # share of v_first
+    v0: nn.Parameter  # share of v_first
+    v1: nn.Parameter
     v2: nn.Parameter
+    k0: nn.Parameter  # share of k_first
+    k1: nn.Parameter
+    k2: nn.Parameter
 
     def __init__(self, config: TimeMixerConfig, is_first: bool):
         super().__init__()
@@ -150,8 +155,10 @@ class TimeMixer(nn.Module):
             cu_seqlens.
         """
         wkv, last = (None, None) if state is None else state
-        decoding = x.shape[1] == 1 and not torch.is_grad_enabled()
-        if not decoding and is_fused(self.mixer_config, x):
+        if is_fused(self.mixer_config, x, cu_seqlens):
+            y, first, wkv = mixer_step(self, x, first=first, wkv=wkv, rope=rope, mask=mask, inplace=inplace)
+            return self.output(y.to(x.dtype)), first, MixerState(wkv, None)
+        if is_fused_sequence(self.mixer_config, x):
             y, first, wkv, shift = mix_fused(
                 self,
                 x,
@@ -338,7 +345,7 @@ class TimeMixer(nn.Module):
 
 def _fp32(x: Tensor) -> Tensor:
     """Return `x` in fp32, or in fp64 if it is fp64."""
-    return x if x.dtype == torch.float64 else x.float()
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()  # the test costs less than an operation
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -383,8 +390,8 @@ def _shift(x: Tensor, last: Tensor | None, mask: Tensor | None, cu_seqlens: Tens
         previous = history.gather(1, before[..., None].expand(-1, -1, D))
         newest = history.gather(1, newest_at[:, -1:, None].expand(-1, -1, D))[:, 0]
     if cu_seqlens is not None:
-        starts = torch.ones(B * T, 1, dtype=x.dtype, device=x.device)
-        starts[cu_seqlens[:-1][cu_seqlens.diff() > 0].long()] = 0
-        previous = previous * starts.view(B, T, 1)
+        inside = torch.ones(B * T + 1, dtype=x.dtype, device=x.device)  # an empty document may start behind the last
+        inside = inside.index_fill(0, cu_seqlens[:-1].long(), 0)[:-1]
+        previous = previous * inside.view(B, T, 1)
         newest = x.reshape(B * T, D)[cu_seqlens[1:].long() - 1]
     return previous, newest

@@ -118,7 +118,7 @@ def measure(fused, T, is_first=False):
         return tensor
 
     hooks, autocast = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16)
-    with Count() as forward, hooks, autocast, mock.patch.object(time_mixer, "is_fused", return_value=fused):
+    with Count() as forward, hooks, autocast, mock.patch.object(time_mixer, "is_fused_sequence", return_value=fused):
         y, *_ = mixer(x, first=None if is_first else first, rope=rope)
     dy = torch.randn_like(y)
     with Count() as backward:

@@ -5,7 +5,7 @@ import torch
 from triton_worker import run_cases
 
 from rwkvinside.kernels.gpu import mixer
-from rwkvinside.modeling.fused_mixer import is_fused
+from rwkvinside.modeling.fused_mixer import is_fused_sequence
 from rwkvinside.modeling.mixer_presets import TimeMixerConfig
 
 
@@ -28,7 +28,7 @@ def test_properties_on_a_gpu():
 @pytest.mark.parametrize("backend", ["auto", "reference", "chunked", "native", "triton"])
 def test_a_cpu_runs_pytorch_code(backend):
     config = TimeMixerConfig(hidden_size=32, num_heads=2, num_kv_heads=1, head_size=16, backend=backend)
-    assert not is_fused(config, torch.empty(1, 4, 32))
+    assert not is_fused_sequence(config, torch.empty(1, 4, 32))
 
 
 def arguments(B=2, T=5, H=4, G=2, N=16, **changes):

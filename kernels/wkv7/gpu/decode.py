@@ -88,7 +88,7 @@ def plan_step(
     # One axis: a grid's second axis ends at 65535, which B * H may exceed.
     blocks = triton.cdiv(N, block)
     constants = {"N": N, "K": padded, "BLOCK": block, "BLOCKS": blocks}
-    launch = Launch(_step, (blocks * B * H,), args, constants, config.step.num_warps, config.step.num_stages)
+    launch = Launch(_step, (blocks * B * H,), args, constants, config.step)
     return [launch], y
 
 

@@ -61,14 +61,55 @@ def _operand(x, MODE: tl.constexpr):
 
 
 @triton.jit
+def _split_off(x):
+    """Return the leading 8 bits of fp32 x as an operand, and what is missing, in fp32.
+
+    Cut off, not rounded: conversions of single numbers share the unit of exp2, at a quarter of the rate.
+    """
+    bits = x.to(tl.uint32, bitcast=True)
+    high = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+    if INTERPRETED:
+        return high, x - high
+    else:
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True), x - high
+
+
+@triton.jit
+def _high_and_low(x):
+    """Return two operands of bf16 that together are x to 2^-17."""
+    high, rest = _split_off(x.to(tl.float32))
+    return high, _operand(rest, "bf16")
+
+
+@triton.jit
+def _signed_sums(signs, x):
+    """Return signs x in fp32, for a matrix of 1, 0 and -1.
+
+    Three parts of bf16 hold an fp32 number, and products with signs are exact. In place of tl.cumsum, which takes five
+    shuffles and as many additions for every number.
+    """
+    signs = _operand(signs, "bf16")
+    x = x.to(tl.float32)
+    high, x = _split_off(x)
+    middle, x = _split_off(x)
+    return tl.dot(signs, high, tl.dot(signs, middle, tl.dot(signs, _operand(x, "bf16"))))
+
+
+@triton.jit
 def _dot(x, y, MODE: tl.constexpr):
     """Multiply matrices with fp32 accumulation.
 
     MODE is "bf16", or "bf16x3" or "bf16x6" for so many products of bf16 parts (Triton's fp32 products without tensor
-    cores spill kilobytes of registers here).
+    cores spill kilobytes of registers here). The three are written out: Triton's own would split an operand anew in
+    every product and look for NaN each time, which makes twice the instructions.
     """
-    PRECISION: tl.constexpr = "ieee" if MODE == "bf16" or INTERPRETED else MODE
-    return tl.dot(_operand(x, MODE), _operand(y, MODE), input_precision=PRECISION)
+    if MODE == "bf16x3":
+        x_high, x_low = _high_and_low(x)
+        y_high, y_low = _high_and_low(y)
+        return tl.dot(x_high, y_high, tl.dot(x_high, y_low, tl.dot(x_low, y_high)))
+    else:
+        PRECISION: tl.constexpr = "ieee" if MODE == "bf16" or INTERPRETED else MODE
+        return tl.dot(_operand(x, MODE), _operand(y, MODE), input_precision=PRECISION)
 
 
 @triton.jit
@@ -162,7 +203,12 @@ def _decays(w, L: tl.constexpr, MODE: tl.constexpr):
         before = _exp2(c - coarse, c_fine - fine)
         return p, inverse, before, _exp2(middle, middle_fine), _exp2(end, end_fine)
     else:
-        c, middle, end = _sums(w, L)
+        row = tl.arange(0, L)[:, None]
+        column = tl.arange(0, L)[None, :]
+        signs = tl.where(column <= row, 1.0, 0.0) - tl.where(column < L // 2, 1.0, 0.0)
+        c = _signed_sums(signs, w)
+        middle = tl.sum(tl.where(row == 0, w - c, 0.0), axis=0)
+        end = tl.sum(tl.where(row == L - 1, c, 0.0), axis=0)
         return tl.exp2(c), tl.exp2(-c), tl.exp2(c - w), tl.exp2(middle), tl.exp2(end)
 
 
@@ -244,12 +290,17 @@ def prepare(
         for k0 in tl.static_range(0, UNROLL * BK, BK):
             j = block + k0 + tl.arange(0, BK)
             m = real[:, None] & (j < D)[None, :]
+            # all loads first: what follows is full of barriers, which no load is moved over
             w = tl.load(w_ + t[:, None] * w_t + j[None, :], mask=m, other=0.0).to(tl.float32)
+            r = tl.load(r_ + t[:, None] * r_t + j[None, :], mask=m, other=0.0)
+            a = tl.load(a_ + t[:, None] * a_t + j[None, :], mask=m, other=0.0)
+            k = tl.load(k_ + t[:, None] * k_t + j[None, :], mask=m, other=0.0)
+            b = tl.load(b_ + t[:, None] * b_t + j[None, :], mask=m, other=0.0)
             p, inverse, before, _, _ = _decays(w, L, LOCAL)
-            Rt = tl.load(r_ + t[:, None] * r_t + j[None, :], mask=m, other=0.0).to(tl.float32) * p
-            At = tl.load(a_ + t[:, None] * a_t + j[None, :], mask=m, other=0.0).to(tl.float32) * before
-            Kt = tl.load(k_ + t[:, None] * k_t + j[None, :], mask=m, other=0.0).to(tl.float32) * inverse
-            Bt = tl.load(b_ + t[:, None] * b_t + j[None, :], mask=m, other=0.0).to(tl.float32) * inverse
+            Rt = r.to(tl.float32) * p
+            At = a.to(tl.float32) * before
+            Kt = k.to(tl.float32) * inverse
+            Bt = b.to(tl.float32) * inverse
             Rp = _in_parts(Rt, PARTS)
             Ap = _in_parts(At, PARTS)
             Kp = _in_parts(Kt, PARTS)
@@ -265,29 +316,37 @@ def prepare(
     Z = tl.where(lower_or_equal, RK + _dot(RX, AK, SQUARE), 0.0)
     row = (chunk * H + head) * L + i
     square = row[:, None] * L + i[None, :]
-    _store(Z_ + square, Z)
-    if T_ is not None:
-        _store(T_ + square, Tm)
-    if X_ is not None:
-        _store(X_ + square, X)
-        _store(RX_ + square, RX)
+    # A store here keeps the compiler from holding the tiles of all blocks until the second loop; one block fits.
+    if BK < K:
+        _store(Z_ + square, Z)
     Tt = tl.trans(Tm)
     for block in range(0, K, UNROLL * BK):
         for k0 in tl.static_range(0, UNROLL * BK, BK):
             j = block + k0 + tl.arange(0, BK)
             m = real[:, None] & (j < D)[None, :]
             w = tl.load(w_ + t[:, None] * w_t + j[None, :], mask=m, other=0.0).to(tl.float32)
+            r = tl.load(r_ + t[:, None] * r_t + j[None, :], mask=m, other=0.0)
+            a = tl.load(a_ + t[:, None] * a_t + j[None, :], mask=m, other=0.0)
+            k = tl.load(k_ + t[:, None] * k_t + j[None, :], mask=m, other=0.0)
+            b = tl.load(b_ + t[:, None] * b_t + j[None, :], mask=m, other=0.0)
             p, inverse, before, e, g = _decays(w, L, LOCAL)
-            At = tl.load(a_ + t[:, None] * a_t + j[None, :], mask=m, other=0.0).to(tl.float32) * before
+            At = a.to(tl.float32) * before
             tile = row[:, None] * K + j[None, :]
             _store(W_ + tile, _dot(X, At, LOCAL) * e[None, :])
-            Rt = tl.load(r_ + t[:, None] * r_t + j[None, :], mask=m, other=0.0).to(tl.float32) * p
+            Rt = r.to(tl.float32) * p
             _store(Q_ + tile, (Rt + _dot(RX, At, LOCAL)) * e[None, :])
-            Bt = tl.load(b_ + t[:, None] * b_t + j[None, :], mask=m, other=0.0).to(tl.float32) * inverse
+            Bt = b.to(tl.float32) * inverse
             _store(Bg_ + tile, Bt * g[None, :])
-            Kt = tl.load(k_ + t[:, None] * k_t + j[None, :], mask=m, other=0.0).to(tl.float32) * inverse
+            Kt = k.to(tl.float32) * inverse
             _store(Kp_ + tile, (Kt + _dot(Tt, Bt, LOCAL)) * g[None, :])
             tl.store(C_ + (chunk * H + head) * K + j, e * g)
+    if BK == K:
+        _store(Z_ + square, Z)
+    if T_ is not None:
+        _store(T_ + square, Tm)
+    if X_ is not None:
+        _store(X_ + square, X)
+        _store(RX_ + square, RX)
 
 
 @triton.jit
@@ -327,7 +386,7 @@ def scan_forward(
     initial_, y_, starts_, U_, final_,
     T, H, SEGMENTS,
     D: tl.constexpr, K: tl.constexpr, BV: tl.constexpr, L: tl.constexpr,
-    STATE: tl.constexpr, AFFINE: tl.constexpr, PARTS: tl.constexpr,
+    STATE: tl.constexpr, AFFINE: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Carry BV rows of the state over the chunks of a span.
 
@@ -356,12 +415,13 @@ def scan_forward(
         initial_ += part * D * D
     S = _initial(initial_, row, column, identity, D)
     v_ += batch * v_b + (head // v_group) * v_h
-    for n in range(0, count):
+    for n in tl.range(0, count, num_stages=STAGES):  # (said here, it holds for loads that feed no product, too)
         t = start + n * L + i
         real = _real(mask_, mask_b, batch, t, end)
         base = (chunk + n) * H + head
         tile = _down(base * L + i, PARTS) * K + column
         square = (base * L + i)[:, None] * L + i[None, :]
+        decay = tl.load(C_ + base * K + j)
         takes = (rows < D)[:, None] & real[None, :]
         if AFFINE:
             takes = takes & (identity == 0)
@@ -377,7 +437,6 @@ def scan_forward(
             _store(starts_ + base * K * K + row * K + column, S)
             U = removed + _dot(v, tl.trans(tl.load(T_ + square)), STATE)
             _store(U_ + (base * L + i)[None, :] * K + rows[:, None], U)
-        decay = tl.load(C_ + base * K + j)
         S = S * _along(decay, PARTS)
         S += _outer(removed, tl.load(Bg_ + tile), STATE, PARTS) + _outer(v, tl.load(Kp_ + tile), STATE, PARTS)
     inside = (row < D) & (column < D)
@@ -395,7 +454,7 @@ def scan_backward(
     dfinal_, ends_, P_, dv_, dinitial_,
     T, H, SEGMENTS,
     D: tl.constexpr, K: tl.constexpr, BV: tl.constexpr, L: tl.constexpr,
-    STATE: tl.constexpr, AFFINE: tl.constexpr, PARTS: tl.constexpr,
+    STATE: tl.constexpr, AFFINE: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Carry BV rows of the gradient of the state back over the chunks of a span.
 
@@ -420,13 +479,14 @@ def scan_backward(
         dfinal_ += part * D * D
     dS = _initial(dfinal_, row, column, identity, D)
     dy_ += batch * dy_b + head * dy_h
-    for step in range(0, count):
+    for step in tl.range(0, count, num_stages=STAGES):
         n = count - 1 - step
         t = start + n * L + i
         real = _real(mask_, mask_b, batch, t, end)
         base = (chunk + n) * H + head
         tile = _down(base * L + i, PARTS) * K + column
         square = (base * L + i)[:, None] * L + i[None, :]
+        decay = tl.load(C_ + base * K + j)
         takes = (rows < D)[:, None] & real[None, :]
         if AFFINE:
             takes = takes & (identity == 0)
@@ -441,7 +501,6 @@ def scan_backward(
             inside = (rows < D)[:, None] & (t < end)[None, :]
             out = ((batch * T + t) * H + head)[None, :] * D + rows[:, None]
             _store(dv_ + out, tl.where(real[None, :], dv, 0.0), mask=inside)
-        decay = tl.load(C_ + base * K + j)
         dS = dS * _along(decay, PARTS)
         dS += _outer(E, tl.load(W_ + tile), STATE, PARTS) + _outer(dy, tl.load(Q_ + tile), STATE, PARTS)
     inside = (row < D) & (column < D)
@@ -490,6 +549,17 @@ def gradient(
     v_ += batch * v_b + (head // v_group) * v_h
     dy_ += batch * dy_b + head * dy_h
 
+    # What the second half reads is loaded first: the first is full of barriers, which no load is moved over.
+    m = real[:, None] & (j < D)[None, :]
+    k_ += batch * k_b + (head // k_group) * k_h
+    b_ += batch * b_b + (head // b_group) * b_h
+    a_ += batch * a_b + (head // a_group) * a_h
+    w = tl.load(w_ + batch * w_b + head * w_h + t[:, None] * w_t + j[None, :], mask=m, other=0.0).to(tl.float32)
+    r = tl.load(r_ + batch * r_b + head * r_h + t[:, None] * r_t + j[None, :], mask=m, other=0.0)
+    k = tl.load(k_ + t[:, None] * k_t + j[None, :], mask=m, other=0.0)
+    a = tl.load(a_ + t[:, None] * a_t + j[None, :], mask=m, other=0.0)
+    b = tl.load(b_ + t[:, None] * b_t + j[None, :], mask=m, other=0.0)
+
     dRK = tl.zeros((L, L), tl.float32)
     dRB = tl.zeros((L, L), tl.float32)
     dAK = tl.zeros((L, L), tl.float32)
@@ -509,16 +579,16 @@ def gradient(
             P = tl.load(P_ + tile)
             v = tl.load(v_ + t[:, None] * v_t + rows[None, :], mask=takes, other=0.0)
             U = tl.load(U_ + tile)
+            S = tl.load(starts_ + square)
+            dS = tl.load(ends_ + square)
             vt = tl.trans(v)
             Ut = tl.trans(U)
             dRK += _dot(dy, vt, FINAL)
             dRB += _dot(dy, Ut, FINAL)
             dAK += _dot(P, vt, FINAL)
             dAB += _dot(P, Ut, FINAL)
-            S = tl.load(starts_ + square)
             dR += _dot(dy, S, STATE)
             dA += _dot(P, S, STATE)
-            dS = tl.load(ends_ + square)
             dK += _dot(v, dS, STATE)
             dB += _dot(U, dS, STATE)
             carried += tl.sum(S.to(tl.float32) * dS.to(tl.float32), axis=0)
@@ -529,25 +599,20 @@ def gradient(
     dAK = _operand(tl.where(lower, dAK, 0.0), FINAL)
     dAB = _operand(tl.where(lower, dAB, 0.0), FINAL)
 
-    m = real[:, None] & (j < D)[None, :]
     inside = (t < end)[:, None] & (j < D)[None, :]
     out = ((batch * T + t) * H + head)[:, None] * D + j[None, :]
-    w = tl.load(w_ + batch * w_b + head * w_h + t[:, None] * w_t + j[None, :], mask=m, other=0.0).to(tl.float32)
     p, inverse, before, e, g = _decays(w, L, FINAL)
-    k_ += batch * k_b + (head // k_group) * k_h
-    b_ += batch * b_b + (head // b_group) * b_h
-    a_ += batch * a_b + (head // a_group) * a_h
-    Kt = tl.load(k_ + t[:, None] * k_t + j[None, :], mask=m, other=0.0).to(tl.float32) * inverse
-    Bt = tl.load(b_ + t[:, None] * b_t + j[None, :], mask=m, other=0.0).to(tl.float32) * inverse
+    Kt = k.to(tl.float32) * inverse
+    Bt = b.to(tl.float32) * inverse
     Ko = _operand(Kt, FINAL)
     Bo = _operand(Bt, FINAL)
-    Rt = tl.load(r_ + batch * r_b + head * r_h + t[:, None] * r_t + j[None, :], mask=m, other=0.0).to(tl.float32) * p
+    Rt = r.to(tl.float32) * p
     Ro = _operand(Rt, FINAL)
     dR *= e[None, :]
     within = _dot(dRK, Ko, FINAL) + _dot(dRB, Bo, FINAL)
     crossing = within * Ro.to(tl.float32) + dR * Rt
     _store(dr_ + out, (within + dR) * p, mask=inside)
-    At = tl.load(a_ + t[:, None] * a_t + j[None, :], mask=m, other=0.0).to(tl.float32) * before
+    At = a.to(tl.float32) * before
     Ao = _operand(At, FINAL)
     dA *= e[None, :]
     within = _dot(dAK, Ko, FINAL) + _dot(dAB, Bo, FINAL)
@@ -566,8 +631,12 @@ def gradient(
     _store(db_ + out, (within + dB) * inverse, mask=inside)
     # A token's decay scales what enters the chunk and leaves it, what leaves it from an earlier token, and what is
     # read from its own token on (by `a` from the next one on) but was not written from its own token on.
-    dw = carried[None, :] * (e * g)[None, :] + tl.cumsum(leaving, axis=0) - leaving
-    dw += tl.cumsum(crossing, axis=0, reverse=True) - own
+    if FINAL == "bf16x6":
+        dw = tl.cumsum(leaving, axis=0) - leaving + tl.cumsum(crossing, axis=0, reverse=True)
+    else:
+        dw = _signed_sums(tl.where(lower, 1.0, 0.0), leaving)
+        dw += _signed_sums(tl.where(i[:, None] <= i[None, :], 1.0, 0.0), crossing)
+    dw += carried[None, :] * (e * g)[None, :] - own
     _store(dw_ + out, tl.where(m, dw, 0.0), mask=inside)
 
 

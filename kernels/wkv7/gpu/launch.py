@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from rwkvinside.kernels.gpu.table import Tuning
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -18,20 +20,29 @@ class Launch:
         grid: number of programs along each axis.
         args: run-time arguments by name (tensors, numbers, None).
         constants: `tl.constexpr` arguments by name.
-        num_warps, num_stages: as Triton takes them.
+        tuning: settings to compile it with.
     """
 
     kernel: Any
     grid: tuple[int, ...]
     args: dict[str, Any]
     constants: dict[str, Any]
-    num_warps: int
-    num_stages: int
+    tuning: Tuning
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Return what Triton compiles the kernel with."""
+        options = {"num_warps": self.tuning.num_warps, "num_stages": self.tuning.num_stages}
+        return options | ({"maxnreg": self.tuning.max_registers} if self.tuning.max_registers else {})
 
     def run(self) -> None:
         """Launch on the current device and stream; an empty grid launches nothing."""
         if 0 not in self.grid:
-            self.kernel[self.grid](**self.args, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
+            self.kernel[self.grid](**self.args, **self.constants, **self.options)
+
+    def compile(self) -> Any:
+        """Compile without launching; the tensors may be on the meta device. Return Triton's compiled kernel."""
+        return self.kernel.run(grid=self.grid, warmup=True, **self.args, **self.constants, **self.options)
 
 
 def run(launches: Iterable[Launch], device: torch.device) -> None:

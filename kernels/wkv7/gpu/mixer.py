@@ -17,10 +17,12 @@ from torch import Tensor
 from rwkvinside.kernels.gpu import mixer_kernels as kernels
 from rwkvinside.kernels.gpu.kernels import INTERPRETED
 from rwkvinside.kernels.gpu.launch import Launch, run
+from rwkvinside.kernels.gpu.table import Tuning
 
 KEY_SCALES = ("decay", "log", "k_a")
 TILE = 1024  # columns of all tokens of a program
-WARPS = 8  # 4 columns a thread: 128 registers in the backward; with 8 columns 216, and a processor holds half the warps
+# 4 columns a thread: 128 registers in the backward; with 8 columns 216, and a processor holds half the warps
+TUNING = Tuning(num_warps=8, num_stages=1)
 
 # What the kernels of `inputs` read, per token and then parameters. Absent tensors are not in a call's list.
 TOKENS = ("r", "k", "v", "decay", "iclr", "key_gate", "k_first", "value_gate", "v_first", "cos", "sin")
@@ -221,7 +223,7 @@ def _launch(kernel, args: dict[str, Any], constants: dict[str, Any], tokens: int
     block = _block(size)
     constants = {**constants, "BLOCK": block, "D": size, "P": half}
     args = {**args, "G": groups, "TOKENS": tokens}
-    return Launch(kernel, (triton.cdiv(tokens, block) * groups,), args, constants, WARPS, 1)
+    return Launch(kernel, (triton.cdiv(tokens, block) * groups,), args, constants, TUNING)
 
 
 def _block(size: int) -> int:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from rwkvinside.kernels.gpu import kernels
 from rwkvinside.kernels.gpu.launch import Launch, capability, run
@@ -47,7 +48,6 @@ _MODES = {
     "fast": _Mode("bf16", "bf16x3", "bf16", "bf16", torch.bfloat16, torch.bfloat16),
 }
 NARROW = 16  # rows of the state per program of a scan that has few heads: the least that a product takes
-PREPARE_COLUMNS = 64  # columns of r, w, k, a, b that `prepare` works on at a time: more of them spill registers
 MAX_LENGTH = 32  # tokens per chunk: with 64, exponents of log decays near -5 leave fp32
 
 
@@ -75,7 +75,8 @@ def wkv7(
         mask: (B, T) bool, True for real tokens. A masked step does not change the state, outputs 0 and gets gradient 0.
         cu_seqlens: (S + 1,) int32 or int64 on the device: sequence s is [cu[s], cu[s+1]); needs B = 1. It is read on
             the device only. Tokens from cu[S] on get zeros.
-        precision: "fp32", "high", "balanced", "fast", or "auto" (fp32 for fp32 r, else balanced).
+        precision: "fp32", "high", "balanced", "fast", or "auto": see `resolve_precision`. Where it is not fp32, r, k,
+            v, a and b are read in bf16: what comes in fp32 (norms and rotations under autocast) is cast once.
 
     Returns:
         y (B, T, H, N) in v's dtype and the final state (B or S, H, N, N) in fp32. Both carry gradient to all inputs
@@ -85,13 +86,26 @@ def wkv7(
         ValueError: shapes, dtypes or a precision that do not fit.
         RuntimeError: tensors that are not on a GPU, except in Triton's interpreter.
     """
-    if precision == "auto":
-        precision = "fp32" if r.dtype == torch.float32 else "balanced"
+    precision = resolve_precision(precision, v)
     _check(r, w, k, v, a, b, state, mask, cu_seqlens, precision)
+    if precision != "fp32":
+        r, k, v, a, b = (x.to(torch.bfloat16) if x.dtype == torch.float32 else x for x in (r, k, v, a, b))
     inputs = (r, w, k, v, a, b, state)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     y, final, _, _ = _forward(*inputs, mask, cu_seqlens, precision, save)
     return y, final
+
+
+def resolve_precision(precision: str, v: Tensor) -> str:
+    """Return the mode that "auto" stands for: fp32 where the model computes in fp32, else balanced.
+
+    Under autocast its dtype decides, otherwise that of v, which comes from a product without a norm or rotation.
+    """
+    if precision != "auto":
+        return precision
+    device = v.device.type
+    compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else v.dtype
+    return "fp32" if compute == torch.float32 else "balanced"
 
 
 def plan_forward(
@@ -166,6 +180,7 @@ def plan_backward(
     config: Config | None = None,
     block_v: int | None = None,
     segments: int = 1,
+    within: bool = True,
 ) -> tuple[list[Launch], tuple[Tensor, ...]]:
     """Return the launches of a backward pass and their outputs; launch nothing.
 
@@ -174,10 +189,12 @@ def plan_backward(
         starts, u: the last two outputs of the forward, planned with the same precision, capability and config.
         dy, dfinal: gradients of y and of the final state; None for the latter is zero.
         precision, capability, config, block_v, segments: as in `plan_forward`.
+        within: whether any of r, w, k, a and b needs its gradient, which is half of the work.
 
     Returns:
-        Launches in order, and the gradients of r, w, k, v, a, b, all (B, T, H, N), and of the initial state in fp32.
-        Where heads share an input, its gradient is in fp32 and still to be summed over them, else in the input's dtype.
+        Launches in order, and the gradients of r, w, k, v, a, b, all (B, T, H, N), and of the initial state in fp32;
+        those of r, w, k, a and b have no elements without `within`. Where heads share an input,
+        its gradient is in fp32 and still to be summed over them, else in the input's dtype.
 
     Raises:
         ValueError: a forward that was planned differently, or without `save`.
@@ -190,8 +207,10 @@ def plan_backward(
     if starts.shape != ends.shape or u.shape != p.shape:
         raise ValueError(f"the forward has kept {tuple(starts.shape)}, this backward reads {tuple(ends.shape)}")
     dstate = plan.empty(plan.sequences, plan.heads, plan.size, plan.size)
+    dtypes = [x.dtype if x.shape == r.shape else torch.float32 for x in (r, w, k, v, a, b)]
     dr, dw, dk, dv, da, db = (
-        plan.per_token(x.dtype if x.shape == r.shape else torch.float32) for x in (r, w, k, v, a, b)
+        plan.per_token(dtype) if within or name == "v" else plan.empty(0)
+        for name, dtype in zip("rwkvab", dtypes, strict=True)
     )
     scan = plan.scan(
         kernels.scan_backward,
@@ -200,6 +219,8 @@ def plan_backward(
         ("dfinal_", dfinal, "dinitial_", dstate),
         range(segments)[::-1],
     )
+    if not within:
+        return [plan.prepare(tiles), *scan], (dr, dw, dk, dv, da, db, dstate)
     columns = min(plan.config.grad_block_k, plan.padded)
     rows = min(plan.config.grad_block_v, plan.padded)
     gradient = plan.launch(
@@ -301,7 +322,7 @@ class _Plan:
         """Return a launch with the arguments that all kernels take."""
         args = {**args, **self.where, "T": self.time, "H": self.heads}
         constants = {"D": self.size, "K": self.padded, "L": self.length, **constants}
-        return Launch(kernel, grid, args, constants, tuning.num_warps, tuning.num_stages)
+        return Launch(kernel, grid, args, constants, tuning)
 
     def unroll(self, block: int) -> int:
         """Return how many blocks of columns or rows a kernel processes without a loop.
@@ -319,7 +340,7 @@ class _Plan:
 
     def prepare(self, tiles: dict[str, Tensor | None]) -> Launch:
         """Return the launch that computes the tiles."""
-        columns = min(PREPARE_COLUMNS, self.padded)
+        columns = min(self.config.prep_block_k, self.padded)
         constants = {"BK": columns, "LOCAL": self.mode.local, "SQUARE": self.mode.square}
         constants |= {"UNROLL": self.unroll(columns), "PARTS": self.parts(columns, self.config.prep)}
         return self.launch(
@@ -341,8 +362,9 @@ class _Plan:
         """
         first, start, last, arrival = ends
         reads = {**reads, "cu_": self.cu_seqlens, "first_": self.first_chunk, "SEGMENTS": len(order)}
-        parts = self.parts(self.padded, self.config.scan)
-        constants = {"BV": self.block_v, "STATE": self.mode.state, "PARTS": parts}
+        tuning = self.config.scan if self.block_v == self.config.block_v else self.config.narrow
+        parts = self.parts(self.padded, tuning)
+        constants = {"BV": self.block_v, "STATE": self.mode.state, "PARTS": parts, "STAGES": tuning.num_stages}
         programs = self.sequences * len(order) * self.heads * (self.padded // self.block_v)
         start = None if start is None else start.float().contiguous()
         launches = []
@@ -354,15 +376,13 @@ class _Plan:
             affine = self.empty(self.batch, len(order), self.heads, 2, self.size, self.size)
             nothing = dict.fromkeys(writes) | {first: None, last: affine}
             launches.append(
-                self.launch(
-                    kernel, (2 * programs,), {**reads, **nothing}, {**constants, "AFFINE": True}, self.config.scan
-                )
+                self.launch(kernel, (2 * programs,), {**reads, **nothing}, {**constants, "AFFINE": True}, tuning)
             )
             for here, there in pairwise(order):
                 launches.append(self._advance(between[:, here], affine[:, here], between[:, there]))
             start = between
         args = {**reads, **writes, first: start, last: arrival}
-        launches.append(self.launch(kernel, (programs,), args, {**constants, "AFFINE": False}, self.config.scan))
+        launches.append(self.launch(kernel, (programs,), args, {**constants, "AFFINE": False}, tuning))
         return launches
 
     def _advance(self, before: Tensor, affine: Tensor, after: Tensor) -> Launch:
@@ -371,18 +391,34 @@ class _Plan:
         args = tensors | {f"{name}b": x.stride(0) for name, x in tensors.items()} | {"H": self.heads}
         blocks = triton.cdiv(self.size, block)
         constants = {"D": self.size, "BLOCK": block}
-        return Launch(kernels.advance, (self.batch * self.heads, blocks, blocks), args, constants, 4, 1)
+        return Launch(kernels.advance, (self.batch * self.heads, blocks, blocks), args, constants, Tuning(4, 1))
 
 
 def _chunk_table(cu_seqlens: Tensor, chunks: int, length: int) -> tuple[Tensor, Tensor]:
     """Locate the chunks of packed sequences.
 
-    Sizes do not depend on the values, so nothing waits for the device; surplus chunks are empty.
+    Sizes do not depend on the values, so nothing waits for the device; surplus chunks are empty. All layers of a
+    forward read the same `cu_seqlens`, and so do their backwards: what was found is kept with that tensor, as long as
+    it lives and nobody writes to it.
 
     Returns:
         The first chunk of every sequence (S,), and (first token, end of the sequence) of every chunk (chunks, 2), both
         int64.
     """
+    if cu_seqlens.is_inference() or cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
+        return _locate_chunks(cu_seqlens, chunks, length)  # no record of writes; a graph's replays bring other values
+    asked = (cu_seqlens._version, chunks, length)
+    known, table = _chunk_tables.get(cu_seqlens, (None, None))
+    if known != asked:
+        table = _locate_chunks(cu_seqlens, chunks, length)
+        _chunk_tables[cu_seqlens] = asked, table
+    return table
+
+
+_chunk_tables = WeakTensorKeyDictionary()
+
+
+def _locate_chunks(cu_seqlens: Tensor, chunks: int, length: int) -> tuple[Tensor, Tensor]:
     bounds = cu_seqlens.long()
     counts = (bounds.diff() + length - 1).div(length, rounding_mode="floor")
     ends = counts.cumsum(0)
@@ -474,10 +510,11 @@ def _backward(
     dy: Tensor,
     dfinal: Tensor | None,
     precision: str,
+    within: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = (r, w, k, v, a, b)
     launches, (*grads, dstate) = plan_backward(
-        *inputs, mask, cu_seqlens, starts, u, dy, dfinal, **_split(r, cu_seqlens, precision)
+        *inputs, mask, cu_seqlens, starts, u, dy, dfinal, within=within, **_split(r, cu_seqlens, precision)
     )
     run(launches, r.device)
     return *(_sum_over_heads(grad, x) for grad, x in zip(grads, inputs, strict=True)), dstate
@@ -485,14 +522,15 @@ def _backward(
 
 def _sum_over_heads(grad: Tensor, x: Tensor) -> Tensor:
     """Sum (B, T, H, N) over the heads that share a head of x."""
-    if grad.shape == x.shape:
+    if grad.shape == x.shape or not grad.numel():
         return grad
     return grad.unflatten(2, (x.shape[2], -1)).sum(3).to(x.dtype)
 
 
 @_backward.register_fake
-def _(r, w, k, v, a, b, mask, cu_seqlens, starts, u, dy, dfinal, precision):
-    grads = [x.new_empty(x.shape) for x in (r, w, k, v, a, b)]
+def _(r, w, k, v, a, b, mask, cu_seqlens, starts, u, dy, dfinal, precision, within):
+    inputs = zip("rwkvab", (r, w, k, v, a, b), strict=True)
+    grads = [x.new_empty(x.shape if within or name == "v" else 0) for name, x in inputs]
     sequences = r.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return *grads, r.new_empty((sequences, r.shape[2], r.shape[3], r.shape[3]), dtype=torch.float32)
 
@@ -507,7 +545,10 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, dy, dfinal, _starts, _u):
     dy = torch.zeros_like(ctx.saved_tensors[0]) if dy is None else dy
-    *grads, dstate = _backward(*ctx.saved_tensors, dy, dfinal, ctx.precision)
+    wanted = ctx.needs_input_grad
+    within = any(needed for name, needed in zip("rwkvab", wanted[:6], strict=True) if name != "v")
+    *grads, dstate = _backward(*ctx.saved_tensors, dy, dfinal, ctx.precision, within)
+    grads = [grad if needed else None for grad, needed in zip(grads, wanted[:6], strict=True)]
     dstate = None if ctx.state_dtype is None else dstate.to(ctx.state_dtype)
     return *grads, dstate, None, None, None, None
 

@@ -16,6 +16,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rwkvinside.support.files import write_text
 
@@ -28,10 +29,16 @@ LENGTHS = (16, 32, 64)
 
 @dataclass(frozen=True)
 class Tuning:
-    """Settings with which Triton compiles one kernel."""
+    """Settings with which Triton compiles one kernel.
+
+    Attributes:
+        num_warps, num_stages: as Triton takes them.
+        max_registers: per thread, so that more programs fit on a multiprocessor; None: as many as ptxas likes.
+    """
 
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,8 @@ class Config:
         length: tokens per chunk (L), the same for the four training kernels: 16, 32 or 64.
         block_v: rows of the state held by one program of the scans.
         prep, scan, grad: settings of `prepare`, of the two scans, of `gradient`.
+        narrow: settings of the scans where they work on the fewest rows instead (few heads, see `op.choose_split`).
+        prep_block_k: columns of K worked on at a time in `prepare`.
         grad_block_v: rows of V worked on at a time in `gradient`.
         grad_block_k: columns of K worked on at a time in `gradient`.
     """
@@ -49,7 +58,9 @@ class Config:
     length: int
     block_v: int
     prep: Tuning
+    prep_block_k: int
     scan: Tuning
+    narrow: Tuning
     grad: Tuning
     grad_block_v: int
     grad_block_k: int
@@ -57,7 +68,7 @@ class Config:
     def __post_init__(self):
         if self.length not in LENGTHS:
             raise ValueError(f"length is {self.length}, must be one of {LENGTHS}")
-        _check_blocks(self.block_v, self.grad_block_v, self.grad_block_k)
+        _check_blocks(self.block_v, self.prep_block_k, self.grad_block_v, self.grad_block_k)
 
 
 @dataclass(frozen=True)
@@ -149,5 +160,9 @@ def _entry(name: str, fields: dict) -> tuple[Key, Config | StepConfig]:
 def write(path: Path, table: Table) -> None:
     """Write entries as `read` takes them, atomically."""
     keys = sorted(table, key=lambda key: (*key[:2], (*PRECISIONS, STEP).index(key[2])))
-    lines = [f'  "sm_{key[0]}/{key[1]}/{key[2]}": {json.dumps(asdict(table[key]))}' for key in keys]
+
+    def said(fields: list[tuple[str, Any]]) -> dict:
+        return {name: value for name, value in fields if value is not None}
+
+    lines = [f'  "sm_{key[0]}/{key[1]}/{key[2]}": {json.dumps(asdict(table[key], dict_factory=said))}' for key in keys]
     write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")

@@ -1,0 +1,194 @@
+"""The session on a GPU, dry: on a CPU, from a bare working tree, without the packages that a GPU machine lacks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rwkvinside.bench.gpu_session.results import summary
+from rwkvinside.bench.gpu_session.session import STAGES, StageEntry, chosen, run_session
+from rwkvinside.bench.gpu_session.staging import MAPPED
+from rwkvinside.cli.main import main
+from rwkvinside.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+WRITTEN = ("facts", "training", "generation")
+# imported by Python itself before anything else: these packages are not there, whoever asks
+WITHOUT = """
+from importlib.machinery import PathFinder
+
+ABSENT = {"deepspeed", "bitsandbytes", "datasets"}
+find = PathFinder.find_spec
+
+
+def find_spec(cls, name, path=None, target=None):
+    return None if name.partition(".")[0] in ABSENT else find(name, path, target)
+
+
+PathFinder.find_spec = classmethod(find_spec)
+"""
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def ends(folder):
+    return {line["stage"]: line for line in lines(folder) if "ended" in line}
+
+
+@pytest.fixture
+def modules(tmp_path, monkeypatch):
+    """Write a stage's module, which its process can import; return its entry."""
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+
+    def write(name, body, seconds=30.0, minimum=1.0):
+        text = "import os, signal, time\n\n\ndef run(stage):\n" + "".join(f"    {line}\n" for line in body.splitlines())
+        (folder / f"{name}.py").write_text(text)
+        return StageEntry(name, seconds, minimum, name)
+
+    return write
+
+
+GOOD = 'stage.attempt("one", lambda: {"number": 1})'
+
+
+def test_a_dry_session_runs_from_a_bare_tree(tmp_path):
+    """No stage fails, no measurement has an error; nothing is installed, and three packages are missing."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(WITHOUT)
+    packages = Path(torch.__file__).parents[1]  # what is only unpacked there: .pth files are not read
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path / 'site'}:{packages}"}
+    python = getattr(sys, "_base_executable", sys.executable)
+    probe = "import importlib.util as u; print(u.find_spec('rwkvinside.kernels'), u.find_spec('datasets'))"
+    bare = subprocess.run([python, "-c", probe], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert bare.stdout == "None None\n"  # otherwise this test would show nothing
+    out = tmp_path / "out"
+    command = [python, "-m", "rwkvinside.bench.gpu_session", "--dry", "--out", str(out), "--stages", ",".join(WRITTEN)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    log = (out / "session.log").read_text() if out.exists() else ""
+    assert done.returncode == 0, done.stdout + done.stderr + log[-3000:]
+    found = lines(out)
+    assert not [line for line in found if "error" in line or "skipped" in line]
+    assert {name: end["ended"] for name, end in ends(out).items()} == dict.fromkeys(WRITTEN, "ok")
+    assert len(list(out.iterdir())) <= 8
+    table = (out / "summary.txt").read_text()
+    assert table == summary(found) and table in done.stdout
+    assert all(f"\n{name} " in table for name in WRITTEN)
+
+    speeds = [line for line in found if "mfu" in line]
+    assert len(speeds) == 9 and all(line["finite"] and line["tokens_per_s"] > 0 for line in speeds)
+    assert all(line["predicted_gib"] > 0 for line in speeds if not line["what"].startswith("fine-tuning"))
+    profiles = [line for line in found if "kernels_ms" in line]
+    assert len(profiles) == 2 and all(0 < len(line["top"]) <= 25 for line in profiles)
+    (whole,) = (line for line in found if line["what"] == "conversion end to end")
+    assert whole["cpu fp32 losses"] == 0 < whole["cpu bf16 losses"] < 0.05  # the same run again, and a rounded one
+    caches = {line["what"]: line["cache_bytes"] for line in found if "cache_bytes" in line}
+    assert caches["student: 1 x 512"] == caches["student: 1 x 131072"]
+    assert caches["teacher: 1 x 512"] < caches["teacher: 1 x 131072"]
+
+
+def test_what_installation_maps_is_where_staging_looks():
+    import rwkvinside.kernels
+    import rwkvinside.recipes
+
+    for name, module in (("kernels", rwkvinside.kernels), ("recipes", rwkvinside.recipes)):
+        assert Path(module.__file__).resolve().parent == MAPPED[name].resolve()
+
+
+@pytest.mark.parametrize(
+    "body, ended, why",
+    [
+        ("raise RuntimeError('broken')", "failed", "exit code 1"),
+        ("os._exit(3)", "failed", "exit code 3"),
+        ('stage.attempt("only", lambda: 1 / 0)', "failed", "no measurement succeeded"),
+        ('stage.attempt("long", lambda: time.sleep(60))', "killed", "in: long"),
+    ],
+)
+def test_what_crashes_or_hangs_leaves_the_next_stage_running(body, ended, why, modules, tmp_path):
+    entries = [modules("bad", body, seconds=3), modules("good", GOOD)]
+    assert run_session(tmp_path / "out", entries, 33.5, dry=True) == 1
+    found = ends(tmp_path / "out")
+    assert found["bad"]["ended"] == ended and why in found["bad"]["why"]
+    assert found["good"]["ended"] == "ok"
+    assert [line["number"] for line in lines(tmp_path / "out") if "number" in line] == [1]
+
+
+def test_a_measurement_that_takes_its_process_down_is_left_out(modules, tmp_path):
+    """What was measured before it is not measured again, what comes behind it is."""
+    body = "\n".join(
+        [
+            'stage.attempt("first", lambda: {"number": 1})',
+            'stage.attempt("second", lambda: os.kill(os.getpid(), signal.SIGSEGV))',
+            'stage.attempt("third", lambda: 1 / 0)',
+            'stage.attempt("fourth", lambda: {"number": 4})',
+        ]
+    )
+    assert run_session(tmp_path / "out", [modules("half", body)], 30, dry=True) == 0
+    *found, end = lines(tmp_path / "out")
+    assert [line["what"] for line in found] == ["first", "second", "third", "fourth"]
+    assert found[1]["error"] == "the process ended with SIGSEGV"
+    assert found[2]["error"] == "ZeroDivisionError: division by zero"
+    assert found[3]["number"] == 4 and end["ended"] == "ok"
+    assert " 2       2" in (tmp_path / "out" / "summary.txt").read_text()  # measured, errors
+
+
+def test_a_broken_context_is_left_behind(modules, tmp_path):
+    """After an error that stays, a new process goes on."""
+    body = """
+from types import SimpleNamespace
+import sys
+
+def synchronize():
+    if cuda.broken:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+def fail():
+    cuda.broken = True
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+cuda = SimpleNamespace(is_initialized=lambda: True, synchronize=synchronize, empty_cache=lambda: None, broken=False)
+sys.modules["torch"] = SimpleNamespace(cuda=cuda)
+stage.attempt("first", fail)
+stage.attempt("second", lambda: {"number": 2, "process": os.getpid()})
+stage.attempt("third", lambda: {"number": 3, "process": os.getpid()})
+"""
+    assert run_session(tmp_path / "out", [modules("illegal", body)], 30, dry=True) == 0
+    first, second, third, end = lines(tmp_path / "out")
+    assert first["error"] == "RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert (second["number"], third["number"]) == (2, 3) and second["process"] == third["process"]
+    assert end["ended"] == "ok"
+
+
+def test_stages_without_enough_time_are_skipped(modules, tmp_path):
+    entries = [modules("large", GOOD, seconds=60, minimum=50), modules("small", GOOD, minimum=5)]
+    assert run_session(tmp_path / "out", entries, 20, dry=True) == 1
+    found = ends(tmp_path / "out")
+    assert found["large"]["ended"] == "skipped" and "it needs 50" in found["large"]["why"]
+    assert found["small"]["ended"] == "ok"
+    assert "it needs 50" in (tmp_path / "out" / "summary.txt").read_text()
+
+
+def test_numbers_that_are_not_finite_are_words(modules, tmp_path):
+    body = 'stage.record("odd", nan=float("nan"), parts=[float("inf")])'
+    assert run_session(tmp_path / "out", [modules("odd", body)], 30, dry=True) == 0
+    (line, _) = lines(tmp_path / "out")
+    assert (line["nan"], line["parts"]) == ("nan", ["inf"])
+
+
+def test_the_session_fits_its_budget():
+    assert sum(entry.seconds for entry in STAGES) <= 520
+    assert all(0 < entry.minimum <= entry.seconds for entry in STAGES)
+
+
+def test_unknown_stages_are_refused(tmp_path, capsys):
+    with pytest.raises(UserError, match="there is no stage 'fact'"):
+        chosen("facts,fact")
+    assert main(["bench", "gpu", "--out", str(tmp_path), "--stages", "nonsense"]) == 2
+    assert "there is no stage 'nonsense'" in capsys.readouterr().err
