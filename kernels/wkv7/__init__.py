@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     import torch
     from torch import Tensor
 
@@ -105,6 +107,13 @@ def run(
     from .gpu import wkv7
 
     return wkv7(r, w, k, v, a, b, state, mask, cu_seqlens, precision)
+
+
+def mixer_ops() -> ModuleType:
+    """Return the Triton ops around the recurrence, `inputs` and `output`; they run where the backend "triton" does."""
+    from .gpu import mixer
+
+    return mixer
 
 
 def mixer_step(**inputs: Tensor | float | bool | None) -> Tensor:

@@ -39,6 +39,7 @@ from triton.backends.compiler import GPUTarget
 from rwkvinside.kernels.gpu.decode import plan_step
 from rwkvinside.kernels.gpu.launch import Launch
 from rwkvinside.kernels.gpu.low_rank import plan_low_rank
+from rwkvinside.kernels.gpu.mixer import plan_inputs, plan_inputs_backward, plan_output, plan_output_backward
 from rwkvinside.kernels.gpu.mixer_step import plan_mixer_step
 from rwkvinside.kernels.gpu.op import NARROW, plan_backward, plan_forward
 from rwkvinside.kernels.gpu.table import PRECISIONS
@@ -107,10 +108,13 @@ def shipped(architecture: int) -> Iterator[tuple[str, Launch]]:
             yield from _named(f"{prefix}/{mode}", plan_training(size, mode, capability))
         yield from _named(prefix, plan_decoding(size, capability))
         yield from _named(prefix, plan_mixing(size, capability))
+        yield from _named(f"{prefix}/mixer", plan_mixer(size))
     # These arguments change the code but hardly its resources: one mode and head size represent all.
     yield from _named(f"sm_{architecture}/64/packed", plan_packed(64, "balanced", capability))
     yield from _named(f"sm_{architecture}/64/first", plan_first_mixing(64, capability))
     yield from _named(f"sm_{architecture}/64/maps", plan_maps())
+    for variant in MIXER_VARIANTS:
+        yield from _named(f"sm_{architecture}/64/mixer_{variant}", plan_mixer(64, variant))
 
 
 def _named(prefix: str, launches: list[Launch]) -> Iterator[tuple[str, Launch]]:
@@ -193,6 +197,37 @@ def _mixed_token(size: int) -> dict[str, torch.Tensor]:
     token |= {name: bf16(size) for name in ("r_weight", "k_weight")} | {name: bf16(1, size) for name in ("cos", "sin")}
     token |= {name: torch.empty(32 * size, device="meta") for name in ("w0", "a0")}
     return token | {"state": torch.empty(8, 32, size, size, device="meta")}
+
+
+# How a mixer may differ from a later layer of cxa079 in bf16: the first layer in fp32, values mixed at all heads, stock
+# RWKV-7
+MIXER_VARIANTS = ("first", "full", "stock")
+
+
+def plan_mixer(size: int, variant: str = "") -> list[Launch]:
+    """Plan the work around the recurrence, forward and backward, with two heads for each of keys and values."""
+    dtype = torch.float32 if variant == "first" else torch.bfloat16
+    full, shared = (_tokens(heads, size, dtype) for heads in (32, 16))
+    rotation, norm = _tokens(1, size, torch.float32)[:, :, 0], torch.empty(size, device="meta")
+    bias, bias_shared = (torch.empty(heads * size, device="meta") for heads in (32, 16))
+    given = {"r": full, "k": shared, "v": shared, "decay": full, "iclr": full, "w0": bias, "a0": bias, "r_k": bias}
+    if variant == "stock":
+        given |= {"value_gate": full, "k_k": bias, "k_a": bias}
+    else:
+        given |= {"cos": rotation, "sin": rotation, "r_norm": norm, "k_norm": norm}
+    if variant == "full":
+        given |= {"value_gate": full, "v_first": shared, "v0": bias}
+    elif not variant:
+        given |= {"key_gate": shared, "k_first": shared, "k0": bias_shared}
+        given |= {"value_gate": shared, "v_first": shared, "v0": bias_shared}
+    key_scale = {"stock": "k_a", "full": "log"}.get(variant, "decay")
+    forward, made = plan_inputs(given, key_scale=key_scale, hand_key=variant == "first")
+    backward, *_ = plan_inputs_backward(given, made, key_scale=key_scale, wanted={"k_first", "v_first"})
+    if variant:
+        return forward + backward
+    last = (full, full, made["bonus"], made["v"], size**-0.5)
+    after, out = plan_output(*last)
+    return forward + backward + after + plan_output_backward(*last, out)[0]
 
 
 def survey(only: str = "") -> dict[str, Usage]:
