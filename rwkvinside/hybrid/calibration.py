@@ -1,12 +1,21 @@
 """The start of a mixer from the teacher's own attention, without training.
 
-It is computed layer by layer and in closed form, with no constant to tune.
+It is computed layer by layer and in closed form, on a few thousand tokens and with no constant to tune. Every layer
+reads what the student's layers before it, fitted already, give it; what it is fitted to is the teacher's. So it learns
+to cope with their errors, and takes back what it can of them.
 
-What copying the projections leaves open, and this fits on a few thousand tokens:
+What copying the projections leaves open, and this fits, in this order:
 - how fast each head forgets and how strongly it overwrites (decay w0 and in-context rate a0, one value per head), by a
   search over half-lives and rates that minimizes the squared error to the teacher head's output;
 - the scale of each head's output and the weight of the current token (bonus r_k), by least squares for every candidate
-  of that search, because an unnormalized sum replaces a weighted mean.
+  of that search, because an unnormalized sum replaces a weighted mean;
+- how each head's output depends on the token that reads it (gate g1 and g2), by ridge regression: the sum's missing
+  denominator does;
+- the output projection, by ridge regression over all heads, to what takes the student's residual stream to the
+  teacher's.
+
+Each token's error counts relative to the size of the residual stream there: what follows reads it through a norm, and a
+few tokens of real models are a thousand times larger than the others.
 """
 
 from __future__ import annotations
@@ -20,15 +29,16 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batch import Batch
-from ..modeling.first_layer import FirstLayerKV
 from ..modeling.time_mixer import DECAY_SCALE, ProjectedInputs, TimeMixer, times_shared
-from .layerwise_teacher import AttentionActivations, LayerwiseTeacher
+from .gptq import STRENGTHS, refit
+from .layerwise_teacher import AttentionActivations, LayerwiseStudent, LayerwiseTeacher, MixerInputs
 from .model import HybridModel
 
 # Candidates: half-lives in tokens from the fastest representable decay on, rates as the mixer's sigmoid gives them.
 HALF_LIVES = tuple(2**e for e in (0.5, 1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12))
 RATES = (0.0005, 0.01, 0.05, 0.15, 0.3, 0.5, 0.7, 0.9)
 ROUNDS = 2  # decay, rate, then both again with the other one's value
+SEARCHED_TOKENS = 4096  # are enough for two numbers a head; the regressions go over all tokens
 
 
 @dataclass(frozen=True)
@@ -36,8 +46,9 @@ class LayerFit:
     """What was fitted in one layer; lists are per head.
 
     Attributes:
-        error: squared error to the teacher heads' outputs relative to their squared norm, after the fit.
-        error_before: the same with the initial decay and rate and the best output scale.
+        error: squared error to the teacher heads' outputs relative to their squared norm, after the fit of the gate.
+        error_before: the same with the initial decay and rate and the best output scale, over the searched tokens.
+        output_error: squared error to what the mixer should add to the student's stream, relative to its squared norm.
         half_life: tokens after which a head's state has lost half.
         rate: in-context learning rate.
         scale: factor of the head's output.
@@ -46,6 +57,7 @@ class LayerFit:
 
     error: float
     error_before: float
+    output_error: float
     half_life: list[float]
     rate: list[float]
     scale: list[float]
@@ -56,7 +68,7 @@ class LayerFit:
 def calibrate(
     model: HybridModel, batches: list[Batch], progress: Callable[[int], None] | None = None
 ) -> dict[int, LayerFit]:
-    """Fit decay, rate, bonus and output scale of every mixer to the teacher, in place.
+    """Fit every mixer to the teacher, in place.
 
     Args:
         model: with its teacher attention and freshly initialized mixers.
@@ -67,15 +79,19 @@ def calibrate(
         What was fitted, by layer.
     """
     fits: dict[int, LayerFit] = {}
-    firsts: list[FirstLayerKV | None] = [None] * len(batches)
-    teacher, mixers = LayerwiseTeacher(model, batches), model.mixers
+    teacher = LayerwiseTeacher(model, batches)
+    student = LayerwiseStudent(model, teacher, batches)
     for i in range(model.lm.config.num_hidden_layers):
         activations = teacher.run(i)
-        if i in mixers:
-            inputs = [_Input(*fields) for fields in zip(activations, batches, firsts, strict=True)]
-            firsts, fits[i] = _fit(mixers[i], inputs)
+        if i in model.rwkv_layers:
+            mixer = model.mixers[i]
+            given = zip(batches, activations, student.inputs(i), strict=True)
+            with torch.autocast(mixer.output.weight.device.type, enabled=False):
+                inputs = [_Input.of(mixer, *fields) for fields in given]
+                fits[i] = _fit(mixer, inputs)
             del inputs
         del activations  # before the next layer's are made
+        student.run(i)
         if progress is not None:
             progress(i)
     return fits
@@ -103,36 +119,42 @@ class _Input(NamedTuple):
     """One batch in a layer.
 
     Attributes:
-        activations: what the layer's attention did with it.
         batch: the batch.
-        first: what the first RWKV layer gave; None: it is this one.
+        own: what the student's mixer reads.
+        rope: cos and sin of the rotation.
+        heads: (B, T, H, N), the outputs of the teacher's heads.
+        target: (B, T, D), what takes the student's stream to the teacher's behind the attention, without a bias.
+        weight: (B, T), of a token's squared error; 0 for padding.
     """
 
-    activations: AttentionActivations
     batch: Batch
-    first: FirstLayerKV | None
+    own: MixerInputs
+    rope: tuple[Tensor, Tensor]
+    heads: Tensor
+    target: Tensor
+    weight: Tensor
+
+    @classmethod
+    def of(cls, mixer: TimeMixer, batch: Batch, activations: AttentionActivations, own: MixerInputs) -> _Input:
+        """Return the input of a mixer whose output projection is still the teacher's."""
+        heads, output = activations.heads.float(), mixer.output
+        before, after = own.stream.float(), activations.stream.float() + output(heads)
+        # relative to both streams: a token that is huge in one of them alone is lost, and must not hide the others
+        size = before.square().mean(-1) + after.square().mean(-1)
+        weight = batch.mask / size.clamp_min(torch.finfo(torch.float32).tiny)
+        target = after - before if output.bias is None else after - before - output.bias
+        return cls(
+            batch, own, activations.rope, heads.unflatten(-1, (-1, mixer.mixer_config.head_size)), target, weight
+        )
 
 
-def _fit(mixer: TimeMixer, inputs: list[_Input]) -> tuple[list[FirstLayerKV], LayerFit]:
+def _fit(mixer: TimeMixer, inputs: list[_Input]) -> LayerFit:
     c = mixer.mixer_config
     H, N = c.num_heads, c.head_size
     if c.bonus:
-        mixer.r_k.zero_()  # the recurrence alone; the bonus is a separate term of the regression
-    half_lives = torch.tensor([h for h in HALF_LIVES if math.log(2) / h < DECAY_SCALE])
-    candidates = {
-        "w0": torch.logit(math.log(2) / half_lives / DECAY_SCALE),
-        "a0": torch.logit(torch.tensor(RATES)),
-    }
-
-    ((_, error_before),) = _regress(mixer, inputs)
-    error = error_before
-    for _ in range(ROUNDS):
-        for name, values in candidates.items():
-            best = getattr(mixer, name).view(H, N).clone()
-            for value, (_, candidate) in zip(values, _regress(mixer, inputs, name, values), strict=True):
-                best[candidate < error] = float(value)
-                error = torch.minimum(error, candidate)
-            getattr(mixer, name).copy_(best.view_as(getattr(mixer, name)))
+        mixer.r_k.zero_()  # the recurrence alone; the bonus is a separate term of the regressions
+    error_before = _search(mixer, _leading(inputs, SEARCHED_TOKENS))
+    _fit_gate(mixer, inputs)
     ((weights, error),) = _regress(mixer, inputs)
 
     scale = weights[:, 0]
@@ -142,22 +164,61 @@ def _fit(mixer: TimeMixer, inputs: list[_Input]) -> tuple[list[FirstLayerKV], La
     bonus = (weights[:, 1] / scale).nan_to_num(0, 0, 0) if c.bonus else torch.zeros_like(scale)
     if c.bonus:
         mixer.r_k.copy_(bonus[:, None].expand(H, N))
-    fit = LayerFit(
+    return LayerFit(
         error=float(error.mean()),
         error_before=float(error_before.mean()),
+        output_error=_fit_output(mixer, inputs),
         half_life=(math.log(2) / (DECAY_SCALE * torch.sigmoid(mixer.w0.view(H, N)).mean(-1))).tolist(),
         rate=torch.sigmoid(mixer.a0.view(H, N)).mean(-1).tolist(),
         scale=scale.tolist(),
         bonus=bonus.tolist(),
     )
-    return [_project(mixer, layer_input)[1] for layer_input in inputs], fit
 
 
-def _project(mixer: TimeMixer, layer_input: _Input) -> tuple[ProjectedInputs, FirstLayerKV]:
-    activations, batch, first = layer_input
-    return mixer.project_inputs(
-        activations.x, first=first, rope=activations.rope, cu_seqlens=batch.documents.cu_seqlens
-    )[:2]
+def _leading(inputs: list[_Input], tokens: int) -> list[_Input]:
+    """Return the first batches that have this many tokens, or all."""
+    leading: list[_Input] = []
+    for layer_input in inputs:
+        if sum(each.batch.num_tokens for each in leading) >= tokens:
+            break
+        leading.append(layer_input)
+    return leading
+
+
+def _search(mixer: TimeMixer, inputs: list[_Input]) -> Tensor:
+    """Set decay and rate of every head to the best candidates; return the errors (H,) before."""
+    c = mixer.mixer_config
+    H, N = c.num_heads, c.head_size
+    half_lives = torch.tensor([h for h in HALF_LIVES if math.log(2) / h < DECAY_SCALE])
+    candidates = {
+        "w0": torch.logit(math.log(2) / half_lives / DECAY_SCALE),
+        "a0": torch.logit(torch.tensor(RATES)),
+    }
+    ((_, error_before),) = _regress(mixer, inputs)
+    error = error_before
+    for _ in range(ROUNDS):
+        for name, values in candidates.items():
+            best = getattr(mixer, name).view(H, N).clone()
+            for value, (_, candidate) in zip(values, _regress(mixer, inputs, name, values), strict=True):
+                best[candidate < error] = float(value)
+                error = torch.minimum(error, candidate)
+            getattr(mixer, name).copy_(best.view_as(getattr(mixer, name)))
+    return error_before
+
+
+def _project(mixer: TimeMixer, layer_input: _Input) -> ProjectedInputs:
+    own, documents = layer_input.own, layer_input.batch.documents
+    return mixer.project_inputs(own.x, first=own.first, rope=layer_input.rope, cu_seqlens=documents.cu_seqlens)[0]
+
+
+def _terms(mixer: TimeMixer, projected: ProjectedInputs, layer_input: _Input) -> list[Tensor]:
+    """Return what a head's output is a sum of, before the gate; (B, T, H, N) fp32 each."""
+    s = mixer.recurrence_inputs(projected)
+    y, _ = mixer.run_recurrence(s, None, None, layer_input.batch.documents.cu_seqlens)
+    terms = [y]
+    if mixer.mixer_config.bonus:
+        terms.append(times_shared((s.r * s.k).sum(-1, keepdim=True), s.v))
+    return [term.float() for term in terms]
 
 
 def _regress(
@@ -166,7 +227,7 @@ def _regress(
     name: str | None = None,
     values: Sequence[float] = (math.nan,),
 ) -> list[tuple[Tensor, Tensor]]:
-    """Fit the teacher heads by [recurrence, bonus], in least squares.
+    """Fit the teacher heads by the terms of the mixer's, in least squares.
 
     Args:
         mixer: the layer's.
@@ -175,24 +236,131 @@ def _regress(
         values: of the parameter; they share what does not depend on them.
 
     Returns:
-        For each value the weights (H, 1 or 2) and the relative squared error (H,).
+        For each value the weights (H, terms) and the relative squared error (H,).
     """
-    c = mixer.mixer_config
     sums = [_Sums() for _ in values]
     for layer_input in inputs:
-        projected, _ = _project(mixer, layer_input)
-        batch = layer_input.batch
-        target = layer_input.activations.heads.unflatten(-1, (c.num_heads, c.head_size)).float()
+        projected = _project(mixer, layer_input)
         for value, total in zip(values, sums, strict=True):
             if name is not None:
                 getattr(mixer, name).fill_(float(value))
-            s = mixer.recurrence_inputs(projected)
-            y, _ = mixer.run_recurrence(s, None, None, batch.documents.cu_seqlens)
-            terms = [y * s.gate]
-            if c.bonus:
-                terms.append(times_shared((s.r * s.k).sum(-1, keepdim=True), s.v) * s.gate)
-            total.add([term.float() for term in terms], target, batch.mask)
+            terms = [term * projected.gate for term in _terms(mixer, projected, layer_input)]
+            total.add(terms, layer_input.heads, layer_input.weight)
     return [total.solve() for total in sums]
+
+
+def _fit_gate(mixer: TimeMixer, inputs: list[_Input]) -> None:
+    """Let each head's output depend on the input where that brings it closer to the teacher's.
+
+    g1 becomes the principal directions of the gate's input, and g2, the same for all channels of a head, what takes
+    their sigmoids to the head's factor. Its first feature is the constant. Strength of the ridge: of each head, the one
+    that leaves least in the half of the tokens that was not fitted.
+    """
+    N, R = mixer.mixer_config.head_size, mixer.mixer_config.rank_gate
+    mixer.g1.zero_()
+    mixer.g2.fill_(2 / R)  # a gate of one
+    ((weights, _),) = _regress(mixer, inputs)
+    mixer.g1[:, 1:] = _directions(mixer, inputs, R - 1)
+
+    halves = _GateSums(), _GateSums()
+    middle, done = sum(each.weight.numel() for each in inputs) // 2, 0
+    for layer_input in inputs:
+        terms = _terms(mixer, _project(mixer, layer_input), layer_input)
+        output = torch.stack([w[:, None] * term for w, term in zip(weights.t(), terms, strict=True)]).sum(0)
+        features = torch.sigmoid(_gate_input(mixer, layer_input).float() @ mixer.g1.float()) - 0.5
+        features[..., 0] = 1
+        count = layer_input.weight.numel()
+        first = torch.arange(done, done + count, device=features.device) < middle
+        for half, chosen in zip(halves, (first, ~first), strict=True):
+            weight = layer_input.weight * chosen.view_as(layer_input.weight)
+            half.add(features, output, layer_input.heads, weight)
+        done += count
+    factors = _best_ridge(*halves)
+    # a feature is sigmoid - 1/2, and the first column's sigmoid is 1/2
+    constant = 2 * factors[:, 0] - factors[:, 1:].sum(-1)
+    mixer.g2.copy_(torch.cat([constant[:, None], factors[:, 1:]], 1).t().repeat_interleave(N, 1))
+
+
+def _gate_input(mixer: TimeMixer, layer_input: _Input) -> Tensor:
+    return mixer.shifted(layer_input.own.x, None, None, layer_input.batch.documents.cu_seqlens)[0]["g"]
+
+
+def _directions(mixer: TimeMixer, inputs: list[_Input], count: int) -> Tensor:
+    """Return the first principal directions (D, count) of the gate's inputs, on which these have unit squares."""
+    moments, tokens = 0, sum(each.batch.num_tokens for each in inputs)
+    for layer_input in inputs:
+        x = _gate_input(mixer, layer_input)[layer_input.batch.mask].float()
+        moments = moments + (x.t() @ x).double() / tokens
+    values, vectors = torch.linalg.eigh(moments)
+    values, vectors = values.flip(0)[:count], vectors.flip(1)[:, :count]
+    smallest = torch.finfo(torch.float32).eps * values[0]  # directions that the tokens do not have stay unused
+    signs = torch.where(vectors.sum(0) < 0, -1, 1)  # an eigenvector's sign is a matter of the library
+    return vectors * signs * torch.where(values > smallest, values, torch.inf).rsqrt()
+
+
+class _GateSums:
+    """Normal equations of every head's factor, summed over tokens in fp64."""
+
+    def __init__(self):
+        self.gram = self.moment = 0
+
+    def add(self, features: Tensor, output: Tensor, target: Tensor, weight: Tensor) -> None:
+        """Add tokens.
+
+        Args:
+            features: (B, T, R), what the factor is linear in.
+            output, target: (B, T, H, N); output times factor should be the target.
+            weight: (B, T), of a token's squared error.
+        """
+        features = features.flatten(0, 1)
+        squares = (output.square().sum(-1) * weight[..., None]).flatten(0, 1)
+        products = ((output * target).sum(-1) * weight[..., None]).flatten(0, 1)
+        grams = [(features * square[:, None]).t() @ features for square in squares.unbind(-1)]
+        self.gram = self.gram + torch.stack(grams).double()
+        self.moment = self.moment + (products.t() @ features).double()
+
+
+def _best_ridge(first: _GateSums, second: _GateSums) -> Tensor:
+    """Return each head's coefficients (H, R), drawn to a factor of one."""
+    start = torch.zeros_like(first.moment)
+    start[:, 0] = 1
+    smallest = torch.finfo(torch.float32).tiny  # a head without any output has nothing to fit
+
+    def solve(gram: Tensor, moment: Tensor, strength: Tensor) -> Tensor:
+        mean = gram.diagonal(dim1=-2, dim2=-1)[:, 1:].mean(-1).clamp_min(smallest)
+        pull = (strength * mean)[:, None].expand_as(moment)
+        return start + torch.linalg.solve(gram + pull.diag_embed(), moment - (gram @ start[..., None])[..., 0])
+
+    def error(sums: _GateSums, factors: Tensor) -> Tensor:
+        return ((sums.gram @ factors[..., None])[..., 0] * factors).sum(-1) - 2 * (sums.moment * factors).sum(-1)
+
+    best, least = torch.full_like(start[:, 0], torch.inf), error(first, start) + error(second, start)
+    for value in STRENGTHS:
+        strength = torch.full_like(best, value)
+        left = [
+            error(test, solve(half.gram, half.moment, strength)) for half, test in ((first, second), (second, first))
+        ]
+        best = torch.where(left[0] + left[1] < least, strength, best)
+        least = torch.minimum(left[0] + left[1], least)
+    found = solve(first.gram + second.gram, first.moment + second.moment, best.nan_to_num(posinf=1.0))
+    return torch.where(best.isinf()[:, None], start, found).float()
+
+
+def _fit_output(mixer: TimeMixer, inputs: list[_Input]) -> float:
+    """Fit the output projection to the stream; return the relative squared error that is left."""
+    features, targets = [], []
+    for layer_input in inputs:
+        projected = _project(mixer, layer_input)
+        y, _ = mixer.run_recurrence(
+            mixer.recurrence_inputs(projected), None, None, layer_input.batch.documents.cu_seqlens
+        )
+        root = layer_input.weight.sqrt()[..., None]
+        features.append(((y * projected.gate).flatten(2).float() * root).flatten(0, 1))
+        targets.append((layer_input.target * root).flatten(0, 1))
+    feature, target = torch.cat(features), torch.cat(targets)
+    weight = refit(mixer.output.weight.float(), feature, target)
+    mixer.output.weight.copy_(weight)
+    return float((target - feature @ weight.t()).square().sum() / target.square().sum())
 
 
 class _Sums:
@@ -201,17 +369,17 @@ class _Sums:
     def __init__(self):
         self.gram = self.moment = self.target_norm = 0
 
-    def add(self, terms: list[Tensor], target: Tensor, mask: Tensor) -> None:
+    def add(self, terms: list[Tensor], target: Tensor, weight: Tensor) -> None:
         """Add terms that should sum to the target, (B, T, H, N) each.
 
         Args:
             terms: of the regression.
             target: outputs of the teacher's heads.
-            mask: (B, T), False where tokens do not count.
+            weight: (B, T), of a token's squared error.
         """
 
         def dot(x: Tensor, y: Tensor) -> Tensor:
-            return ((x * y).sum(-1).double() * mask[..., None]).sum((0, 1))
+            return ((x * y).sum(-1).double() * weight[..., None]).sum((0, 1))
 
         self.gram = self.gram + torch.stack([torch.stack([dot(x, y) for y in terms], -1) for x in terms], -1)
         self.moment = self.moment + torch.stack([dot(x, target) for x in terms], -1)

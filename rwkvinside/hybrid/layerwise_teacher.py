@@ -1,4 +1,4 @@
-"""The teacher's forward one decoder layer at a time, with attention activations.
+"""Teacher and student one decoder layer at a time: what each of them has before a layer's attention.
 
 The backbone's own forward runs once and shows what it calls every layer with; then the layers are called again one by
 one with these arguments. So this file knows nothing of masks, rotations or other arguments of layers, and no more than
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batch import Batch
+from ..modeling.first_layer import FirstLayerKV
 from .adapters import disabled
 from .model import HybridModel
 from .quantized_linear import QuantizedLinear
@@ -22,15 +23,29 @@ class AttentionActivations(NamedTuple):
     """What a converted layer's teacher attention did with one batch.
 
     Attributes:
-        x: (B, T, D), what it reads.
+        stream: (B, T, D), the residual stream that its output is added to.
         rope: cos and sin of the rotation that it applies.
         heads: (B, T, H * N), the outputs of its heads, which its output projection reads; computed with the original
             query, key and value projections where those of the teacher are quantized.
     """
 
-    x: Tensor
+    stream: Tensor
     rope: tuple[Tensor, Tensor]
     heads: Tensor
+
+
+class MixerInputs(NamedTuple):
+    """What a student has for the mixer of a layer.
+
+    Attributes:
+        stream: (B, T, D), the residual stream that its output is added to.
+        x: (B, T, D), what it reads.
+        first: what the first RWKV layer gave; None: it is this one.
+    """
+
+    stream: Tensor
+    x: Tensor
+    first: FirstLayerKV | None
 
 
 class LayerCall(NamedTuple):
@@ -46,16 +61,20 @@ class LayerwiseTeacher:
     Args:
         model: with the teacher's attention; adapters outside of the mixers are off, as in mode "teacher".
         batches: where the model is.
+
+    Attributes:
+        hidden: (B, T, D) of each batch, what the layer that runs next reads.
+        calls: how each layer is called, by batch and layer; tensors are shared by all layers of a batch.
     """
 
     def __init__(self, model: HybridModel, batches: list[Batch]):
         self._model = model
-        self._hidden: list[Tensor] = []
-        self._calls: list[list[LayerCall]] = []  # by batch and layer; tensors are shared by all layers of a batch
+        self.hidden: list[Tensor] = []
+        self.calls: list[list[LayerCall]] = []
         for batch in batches:
             calls, hidden = layer_calls(model, batch)
-            self._hidden.append(hidden)
-            self._calls.append(calls)
+            self.hidden.append(hidden)
+            self.calls.append(calls)
 
     @torch.no_grad()
     def run(self, index: int) -> list[AttentionActivations]:
@@ -72,14 +91,48 @@ class LayerwiseTeacher:
         watch = _Watch(model, index) if index in model.rwkv_layers else None
         activations = []
         with disabled(model.lm, but=".student_attn."):
-            for i, calls in enumerate(self._calls):
+            for i, calls in enumerate(self.calls):
                 args, kwargs = calls[index]
-                self._hidden[i] = layer(self._hidden[i], *args, **kwargs)
+                stream, self.hidden[i] = self.hidden[i], layer(self.hidden[i], *args, **kwargs)
                 if watch is not None:
-                    activations.append(watch.take())
+                    activations.append(AttentionActivations(stream, *watch.take()))
         if watch is not None:
             watch.close()
         return activations
+
+
+class LayerwiseStudent:
+    """The student of a teacher that has run nothing yet, about to run its own first decoder layer.
+
+    Args:
+        model: the teacher's; a layer's mixer may change until that layer runs.
+        teacher: over the same batches.
+        batches: where the model is.
+    """
+
+    def __init__(self, model: HybridModel, teacher: LayerwiseTeacher, batches: list[Batch]):
+        self._model = model
+        self._hidden, self._calls = list(teacher.hidden), teacher.calls
+        self._contexts = [model.context(batch, "student") for batch in batches]
+
+    @torch.no_grad()
+    def inputs(self, index: int) -> list[MixerInputs]:
+        """Return for each batch what the mixer of the layer that runs next will read."""
+        model = self._model
+        norm = model.family.attention_input(model.family.layers(model.lm)[index])
+        is_first = model.mixers[index].is_first
+        return [
+            MixerInputs(hidden, norm(hidden), None if is_first else context.first.read())
+            for hidden, context in zip(self._hidden, self._contexts, strict=True)
+        ]
+
+    @torch.no_grad()
+    def run(self, index: int) -> None:
+        """Run a layer on the output of the layer before it; from 0 on, each once."""
+        layer = self._model.family.layers(self._model.lm)[index]
+        for i, (calls, context) in enumerate(zip(self._calls, self._contexts, strict=True)):
+            args, kwargs = calls[index]
+            self._hidden[i] = layer(self._hidden[i], *args, **kwargs | {"forward_context": context})
 
 
 class _Watch:
@@ -93,14 +146,13 @@ class _Watch:
         copies = [wrapper.student_attn.get_submodule(name) for name in names]
         self._quantized = [pair for pair in zip(inputs, copies, strict=True) if isinstance(pair[0], QuantizedLinear)]
         self._hooks = [
-            family.attention_input(family.layers(model.lm)[index]).register_forward_hook(self._note_input),
             self._attention.register_forward_pre_hook(self._note_call, with_kwargs=True),
             output.register_forward_pre_hook(self._note_heads),
         ]
 
-    def take(self) -> AttentionActivations:
-        """Return what was noted since the last time."""
-        x, (args, kwargs) = self._x, self._call
+    def take(self) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Return the rotation and the outputs of the heads that were noted since the last time."""
+        args, kwargs = self._call
         if self._quantized:  # the mixer still has their originals, and is to be fitted to these
             hooks = [
                 linear.register_forward_hook(lambda m, args, y, copy=copy: copy(args[0]))
@@ -109,17 +161,14 @@ class _Watch:
             self._attention(*args, **kwargs)
             for hook in hooks:
                 hook.remove()
-        activations = AttentionActivations(x, kwargs["position_embeddings"], self._heads)
-        del self._x, self._call, self._heads
-        return activations
+        noted = kwargs["position_embeddings"], self._heads
+        del self._call, self._heads
+        return noted
 
     def close(self) -> None:
         """Take the hooks off."""
         for hook in self._hooks:
             hook.remove()
-
-    def _note_input(self, module: nn.Module, args: tuple, x: Tensor) -> None:
-        self._x = x
 
     def _note_call(self, attention: nn.Module, args: tuple, kwargs: dict) -> None:
         self._call = args, kwargs

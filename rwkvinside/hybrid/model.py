@@ -126,13 +126,7 @@ class HybridModel(nn.Module):
             "align": {layer: (squared error, squared norm of the teacher)}, 0-d fp32 sums over real tokens;
             otherwise the task's result, or without a task the final hidden states (B, T, D).
         """
-        documents = batch.documents
-        call = ForwardContext(
-            mode=mode,
-            mask=batch.mask if documents.padded else None,
-            cu_seqlens=None if documents.alone else documents.cu_seqlens,
-            checkpoint=checkpoint,
-        )
+        call = self.context(batch, mode, checkpoint)
         adapters = nullcontext() if mode == "student" else disabled(self.lm, but=".student_attn.")
         with torch.set_grad_enabled(torch.is_grad_enabled() and mode != "teacher"), adapters:
             hidden = run_backbone(self.lm, batch, forward_context=call)
@@ -141,6 +135,16 @@ class HybridModel(nn.Module):
             if task is None:
                 return hidden
             return self.lm_head_loss(hidden, labels=batch.labels, task=task)  # DeepSpeed warns of positional objects
+
+    def context(self, batch: Batch, mode: str, checkpoint: bool = False) -> ForwardContext:
+        """Return what the layers are to know of one forward over a batch; arguments as of `forward`."""
+        documents = batch.documents
+        return ForwardContext(
+            mode=mode,
+            mask=batch.mask if documents.padded else None,
+            cu_seqlens=None if documents.alone else documents.cu_seqlens,
+            checkpoint=checkpoint,
+        )
 
     @property
     def teacher_head(self) -> nn.Module:

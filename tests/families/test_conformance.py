@@ -209,8 +209,9 @@ def test_calibration_sees_what_the_attention_sees(case):
     for i in range(LAYERS):
         activations = layerwise.run(i)
         assert len(activations) == (len(batches) if i in student.rwkv_layers else 0)
-        for j, (x, rope, heads) in enumerate(activations):
+        for j, (stream, rope, heads) in enumerate(activations):
             kwargs, output = called[i][j]
+            x = family.attention_input(family.layers(student.lm)[i])(stream)
             assert torch.equal(x, kwargs["hidden_states"]) and torch.equal(heads, projected[i][j])
             assert all(torch.equal(a, b) for a, b in zip(rope, kwargs["position_embeddings"], strict=True))
             with torch.no_grad():
@@ -225,7 +226,7 @@ def test_calibration_sees_the_heads_of_the_original_projections(family):
     student = assemble(teacher(family, 1), StudentConfig(), layer_spec(("teacher",)))
     ((quantized, *_),) = [LayerwiseTeacher(student, [batch]).run(0)]
     ((plain, *_),) = [LayerwiseTeacher(HybridModel.from_teacher(teacher(family, 1), StudentConfig()), [batch]).run(0)]
-    assert student.quantized and torch.equal(quantized.x, plain.x)
+    assert student.quantized and torch.equal(quantized.stream, plain.stream)
     torch.testing.assert_close(quantized.heads, plain.heads)
 
 
