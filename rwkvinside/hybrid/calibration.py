@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from ..data.batch import Batch
 from ..modeling.time_mixer import DECAY_SCALE, ProjectedInputs, TimeMixer, times_shared
-from .gptq import STRENGTHS, refit
+from .gptq import refit
 from .layerwise_teacher import AttentionActivations, LayerwiseStudent, LayerwiseTeacher, MixerInputs
 from .model import HybridModel
 
@@ -38,6 +38,7 @@ from .model import HybridModel
 HALF_LIVES = tuple(2**e for e in (0.5, 1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12))
 RATES = (0.0005, 0.01, 0.05, 0.15, 0.3, 0.5, 0.7, 0.9)
 ROUNDS = 2  # decay, rate, then both again with the other one's value
+STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)  # of a ridge, in units of the mean second moment
 SEARCHED_TOKENS = 4096  # are enough for two numbers a head; the regressions go over all tokens
 
 
@@ -358,7 +359,7 @@ def _fit_output(mixer: TimeMixer, inputs: list[_Input]) -> float:
         features.append(((y * projected.gate).flatten(2).float() * root).flatten(0, 1))
         targets.append((layer_input.target * root).flatten(0, 1))
     feature, target = torch.cat(features), torch.cat(targets)
-    weight = refit(mixer.output.weight.float(), feature, target)
+    weight = refit(mixer.output.weight.float(), feature, target, STRENGTHS)
     mixer.output.weight.copy_(weight)
     return float((target - feature @ weight.t()).square().sum() / target.square().sum())
 

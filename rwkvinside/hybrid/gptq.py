@@ -108,7 +108,7 @@ def _copies(x: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def refit(weight: Tensor, inputs: Tensor, target: Tensor) -> Tensor:
+def refit(weight: Tensor, inputs: Tensor, target: Tensor, strengths: Sequence[float] = STRENGTHS) -> Tensor:
     """Return a weight near the given one whose outputs come closer to a target.
 
     Ridge regression of the difference. Its strength is the one that, fitted to one half of the tokens, leaves least in
@@ -118,13 +118,14 @@ def refit(weight: Tensor, inputs: Tensor, target: Tensor) -> Tensor:
         weight: (out, in).
         inputs: (tokens, in).
         target: (tokens, out).
+        strengths: to choose from.
     """
     difference = target - inputs @ weight.t()
     half = len(inputs) // 2
     (fit_inputs, test_inputs), (fit_difference, test_difference) = ((x[:half], x[half:]) for x in (inputs, difference))
     moments, products = fit_inputs.t() @ fit_inputs, fit_inputs.t() @ fit_difference
     best, least = None, test_difference.square().sum()
-    for strength in STRENGTHS:
+    for strength in strengths:
         error = (test_difference - test_inputs @ _ridge(moments, products, strength).t()).square().sum()
         if error < least:
             best, least = strength, error

@@ -1,6 +1,6 @@
-"""Calibrate: fit each head to the teacher's attention, in closed form.
+"""Calibrate: fit each mixer to the teacher's attention, in closed form.
 
-Fitted are decay, rate, bonus and output scale.
+Fitted are decay, rate, bonus, gate and output projection.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FP32 = 4
 
 
 class Calibrate(Stage):
-    """Start of the mixers: each head is fitted by search and least squares.
+    """Start of the mixers: each layer is fitted by search and least squares.
 
     Nothing trains.
     """
@@ -86,13 +86,15 @@ class Calibrate(Stage):
     def held_bytes(self, student: HybridModel, plan: StagePlan) -> int:
         """Return the bytes that calibration holds.
 
-        They are those of all tokens (hidden states, their normed form, the teacher's heads, what later mixers read) and
-        those of one batch (the inputs of a recurrence, and features and targets in two precisions).
+        They are those of all tokens (hidden states of teacher and student, the latter's normed form, the teacher's
+        heads, what later mixers read, inputs and targets of the output projection, as they are and weighted, and what
+        is left of these) and those of one batch (the inputs of a recurrence, and features and targets in two
+        precisions).
         """
         mixers, seq_len = student.mixer_configs.values(), plan.length.seq_len
         C = max(mixer.num_heads * mixer.head_size for mixer in mixers)
         K = max(mixer.num_kv_heads * mixer.head_size for mixer in mixers)
-        token_bytes = FP32 * (2 * student.lm.config.hidden_size + C + 2 * K)
+        token_bytes = FP32 * (7 * student.lm.config.hidden_size + 3 * C + 2 * K)
         return plan.length.total_tokens * token_bytes + plan.shape.micro_rows * seq_len * FP32 * 25 * C
 
     def summary(self, student: HybridModel, plan: StagePlan, kind: TeacherKind | None) -> list[str]:

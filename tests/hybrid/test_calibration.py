@@ -1,0 +1,140 @@
+"""The start of the mixers: what is fitted to what, and that each fit finds what is there."""
+
+import dataclasses
+
+import pytest
+import torch
+from hybrid_cases import packed, teacher
+
+from rwkvinside.data.batch import IGNORE, Batch
+from rwkvinside.hybrid import calibration
+from rwkvinside.hybrid.calibration import RATES, _fit, _fit_gate, _Input, calibrate
+from rwkvinside.hybrid.layerwise_teacher import AttentionActivations, LayerwiseStudent, LayerwiseTeacher, MixerInputs
+from rwkvinside.hybrid.model import HybridModel
+from rwkvinside.hybrid.settings import StudentConfig
+
+
+def padded(batch, count):
+    pad = torch.zeros(len(batch.input_ids), count, dtype=torch.long)
+    columns = (batch.input_ids, pad), (batch.labels, pad + IGNORE), (batch.position_ids, pad), (batch.segment_ids, pad)
+    ids, labels, positions, segments = (torch.cat([x, p.to(x.dtype)], 1) for x, p in columns)
+    return Batch(ids, labels, positions, segments, batch.rows)
+
+
+def first_layer(batches, family="qwen3", preset="cxa079"):
+    """The first mixer of a student and its inputs."""
+    hybrid = HybridModel.from_teacher(teacher(family), StudentConfig(preset=preset))
+    walk = LayerwiseTeacher(hybrid, batches)
+    own = LayerwiseStudent(hybrid, walk, batches).inputs(0)
+    mixer = hybrid.mixers[0]
+    return mixer, [_Input.of(mixer, *fields) for fields in zip(batches, walk.run(0), own, strict=True)]
+
+
+@pytest.mark.parametrize("kept", [(), (0,), (1,)])
+def test_every_mixer_is_fitted_on_what_the_student_gives_it(kept, monkeypatch):
+    """Also behind kept attention and with padding: the inputs are those of the finished student's forward."""
+    spec = StudentConfig(attention_layers=kept, attention_rope=not kept)
+    hybrid = HybridModel.from_teacher(teacher("qwen3"), spec).eval()
+    batches = [packed([30, 14], rows=2), padded(packed([21], rows=2), 5)]
+    fitted, seen = [], {i: [] for i in hybrid.rwkv_layers}
+    monkeypatch.setattr(calibration, "_fit", lambda mixer, inputs: fitted.append(inputs) or _fit(mixer, inputs))
+    calibrate(hybrid, batches)
+    for i, mixer in hybrid.mixers.items():
+        mixer.register_forward_pre_hook(
+            lambda m, args, kwargs, i=i: seen[i].append((args[0], kwargs["forward_context"])), with_kwargs=True
+        )
+    with torch.no_grad():
+        for batch in batches:
+            hybrid(batch, mode="student")
+    for inputs, calls in zip(fitted, seen.values(), strict=True):
+        for given, (x, context) in zip(inputs, calls, strict=True):
+            assert torch.equal(given.own.x, x)
+            assert (given.own.first is None) == (inputs is fitted[0])
+            if given.own.first is not None:
+                assert torch.equal(given.own.first.v, context.first.read().v)
+
+
+def test_the_target_takes_the_stream_to_the_teachers():
+    """Error of earlier layers included, and a token counts relative to its size in both streams."""
+    batch = padded(packed([9], rows=2), 3)
+    mixer, _ = first_layer([batch], family="llama")
+    torch.manual_seed(0)
+    shape, D = batch.input_ids.shape, mixer.mixer_config.hidden_size
+    theirs, ours = torch.randn(*shape, D), torch.randn(*shape, D)
+    theirs[0, 2], ours[1, 3] = 1e4 * theirs[0, 2], 1e4 * ours[1, 3]
+    heads = torch.randn(*shape, mixer.output.in_features)
+    given = _Input.of(mixer, batch, AttentionActivations(theirs, None, heads), MixerInputs(ours, ours, None))
+    behind = theirs + mixer.output(heads)
+    torch.testing.assert_close(ours + given.target, behind, rtol=1e-5, atol=1e-3)
+    size = ours.square().mean(-1) + behind.square().mean(-1)
+    torch.testing.assert_close(given.weight * size, batch.mask.float())
+    assert given.weight[0, 2] < 1e-6 < given.weight[0, 1] and given.weight[1, 3] < 1e-6  # neither hides the others
+
+
+@torch.no_grad()
+def test_a_layer_that_the_mixer_can_compute_is_found():
+    """Decay, rate, scale and bonus of heads that are made by a mixer; then nothing is left."""
+    mixer, inputs = first_layer([packed([400, 112], rows=2)])
+    c = mixer.mixer_config
+    H, N = c.num_heads, c.head_size
+    rates, scales = torch.tensor(RATES)[[1, 3, 4, 6]], torch.tensor([0.5, 2.0, -1.0, 3.0])
+    (given,) = inputs
+    mixer.a0.copy_(torch.logit(rates).repeat_interleave(N).view_as(mixer.a0))
+    mixer.w0.fill_(float(torch.logit(torch.log(torch.tensor(2.0)) / 8 / calibration.DECAY_SCALE)))
+    mixer.r_k.fill_(0.25)
+    s = mixer.recurrence_inputs(calibration._project(mixer, given))
+    y, _ = mixer.run_recurrence(s, None, None, given.batch.documents.cu_seqlens)
+    heads = y * scales[:, None]
+    mixer.w0.fill_(-1)
+    mixer.a0.fill_(0)
+    fit = _fit(mixer, [given._replace(heads=heads, target=heads.flatten(2) @ mixer.output.weight.t())])
+    assert fit.error < 1e-5 and fit.output_error < 1e-5 < 0.01 < fit.error_before
+    assert fit.half_life == pytest.approx([8] * H, rel=1e-4) and fit.rate == pytest.approx(rates.tolist(), rel=1e-4)
+    assert fit.scale == pytest.approx(scales.tolist(), rel=1e-2) and fit.bonus == pytest.approx([0.25] * H, rel=1e-2)
+
+
+@torch.no_grad()
+def test_a_gate_is_fitted_where_it_helps():
+    mixer, (given,) = first_layer([packed([400, 112], rows=4)])
+    s = mixer.recurrence_inputs(calibration._project(mixer, given))
+    y, _ = mixer.run_recurrence(s, None, None, given.batch.documents.cu_seqlens)
+    x = given.own.x
+    factor = 1 + torch.sigmoid(x @ torch.linspace(-1, 1, x.shape[-1]))  # of the first head alone
+    heads = y.clone()
+    heads[..., 0, :] *= factor[..., None]
+    given = given._replace(heads=heads)
+
+    def gates_and_errors():
+        ((_, error),) = calibration._regress(mixer, [given])
+        return calibration._project(mixer, given).gate, error
+
+    _, before = gates_and_errors()
+    _fit_gate(mixer, [given])
+    gate, after = gates_and_errors()
+    assert after[0] < 0.5 * before[0]
+    assert torch.corrcoef(torch.stack([gate[..., 0, 0].flatten(), factor.flatten()]))[0, 1] > 0.7
+    torch.testing.assert_close(gate[..., 1:, :], torch.ones_like(gate[..., 1:, :]))  # right already
+
+
+def test_the_output_projection_takes_back_what_it_can():
+    """With it the student's stream is closer to the teacher's than with heads alone."""
+    batches = [packed([90, 38], rows=4) for _ in range(4)]
+    errors = {}
+    for name, fit in {"fitted": calibration.refit, "heads alone": lambda weight, *given: weight}.items():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(calibration, "refit", fit)
+            fits = calibrate(HybridModel.from_teacher(teacher("llama"), StudentConfig()), batches)
+        errors[name] = [fit.output_error for fit in fits.values()]
+    assert all(a < b for a, b in zip(errors["fitted"], errors["heads alone"], strict=True)), errors
+
+
+@pytest.mark.parametrize("preset", ["cxa079", "hxa07b", "cxa078", "rad", "x070"])
+def test_two_calibrations_are_equal(preset):
+    found = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        hybrid = HybridModel.from_teacher(teacher("llama"), StudentConfig(preset=preset))
+        fits = calibrate(hybrid, [packed([30, 14], rows=2)])
+        found.append((hybrid.student_state_dict(), [dataclasses.asdict(fit) for fit in fits.values()]))
+    (one, first), (other, second) = found
+    assert first == second and all(torch.equal(x, other[name]) and x.isfinite().all() for name, x in one.items())
