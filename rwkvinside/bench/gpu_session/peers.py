@@ -16,7 +16,7 @@ import triton
 
 from ...kernels.bench.candidates import Candidate, choose
 from ...kernels.bench.problem import Shape, make_inputs, make_pass
-from .kernel_times import eager_ms
+from .timing import milliseconds
 
 if TYPE_CHECKING:
     from .stage import Stage
@@ -54,6 +54,6 @@ def times(candidate: Candidate, shape: Shape, device: str) -> dict:
     for setting, op in candidate.ops(device, shape.T).items():
         both = make_pass(op, "forward_backward", inputs, None)
         name = f"{setting} " if setting else ""
-        found[f"{name}forward_ms"] = eager_ms(make_pass(op, "forward", inputs, None), device, 10)
-        found[f"{name}forward_backward_ms"] = eager_ms(both, device, 10)
+        found[f"{name}forward_ms"] = milliseconds(make_pass(op, "forward", inputs, None), device, 10)
+        found[f"{name}forward_backward_ms"] = milliseconds(both, device, 10)
     return found
