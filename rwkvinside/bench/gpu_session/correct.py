@@ -110,8 +110,9 @@ def launches(case: Case, found: Capability) -> list[Launch]:
 
 
 def judged(distances: dict[str, float], limit: float) -> dict:
-    """Return the distances with the limit and whether all keep it."""
-    return {"distances": distances, "limit": limit, "ok": all(x <= limit for x in distances.values())}
+    """Return the distances with the limit and whether all keep it (what is no number keeps none)."""
+    ok = all(x <= limit for x in distances.values())
+    return {"distances": distances, "worst": max(distances.values()), "limit": limit, "ok": ok}
 
 
 def distance(found: Tensor, wanted: Tensor) -> float:

@@ -108,9 +108,26 @@ def times(case: Case, device: str, bandwidth: float, processors: int) -> dict:
     inputs = case.inputs(device)
     found = capability(inputs[0].device)
     planned = case.as_called(found, processors) if as_called(case) else case
-    plan = planned.plan(inputs, found)
-    for launch in plan.launches:
-        launch.run()
+    moves = ideal_bytes(Shape(case.batch, case.time, case.heads, case.size), case.dtype, "forward_backward")
+    return {
+        **launch_times(planned, inputs, bandwidth),
+        "block_v": planned.block_v,
+        "segments": planned.segments,
+        "ideal_ms": 1e3 * moves / bandwidth,
+        **(passes(case, inputs) if as_called(case) else {}),
+    }
+
+
+def launch_times(case: Case, inputs: list[Tensor], bandwidth: float) -> dict:
+    """Time every launch of a case by itself, and all of them one after another."""
+    device = inputs[0].device.type
+    plan = case.plan(inputs, capability(inputs[0].device))
+
+    def everything() -> None:
+        for launch in plan.launches:
+            launch.run()
+
+    everything()  # so that no launch reads what none has written
     launches: dict[str, dict[str, float]] = {}
     for place, part in (("forward", plan.forward), ("backward", plan.backward)):
         for launch in part:
@@ -119,13 +136,7 @@ def times(case: Case, device: str, bandwidth: float, processors: int) -> dict:
             row["ms"] += launch_milliseconds(launch.run, device, 10)
             row["floor_ms"] += 1e3 * moved(launch) / bandwidth
             row["bytes"] += moved(launch)
-    whole = launch_milliseconds(lambda: [launch.run() for launch in plan.launches], device)
-    result: dict = {"launches": launches, "launched_ms": whole}
-    result |= {"block_v": planned.block_v, "segments": planned.segments}
-    del plan  # its buffers
-    moves = ideal_bytes(Shape(case.batch, case.time, case.heads, case.size), case.dtype, "forward_backward")
-    result |= {"ideal_ms": 1e3 * moves / bandwidth}
-    return result | (passes(case, inputs) if as_called(case) else {})
+    return {"launches": launches, "launched_ms": launch_milliseconds(everything, device)}
 
 
 def passes(case: Case, inputs: list[Tensor]) -> dict:
@@ -171,7 +182,9 @@ def compare(batch: Batch, device: str, found: Capability, fastest: Fastest) -> d
         ms = sum(parts.values())
         timed.append({"ms": ms, "with": words, **parts})
         fastest.add((architecture, case.padded, case.precision), batch.part, case.config, ms)
-    return {"fastest": sorted(timed, key=lambda row: row["ms"]), "failed": failed}
+    timed.sort(key=lambda row: row["ms"])
+    best = {name: timed[0][name] for name in ("ms", "with")} if timed else {}
+    return {**best, "fastest": timed, "failed": failed}
 
 
 def decode_times(rows: int, device: str, bandwidth: float, dry: bool) -> dict:

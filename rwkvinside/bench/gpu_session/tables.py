@@ -133,7 +133,7 @@ def _times(lines: Sequence[Line]) -> str:
 
 
 def _passes(kernels: Sequence[Line], peers: Sequence[Line]) -> str:
-    """Return whole passes as a user calls them: ours (beside others', where these were measured), fla's, attention's."""
+    """Return whole passes as a user calls them: ours, fla's, attention's; ours beside theirs."""
     shapes: dict[str, dict[str, str]] = {}
     tried = set()
     for line in kernels:
