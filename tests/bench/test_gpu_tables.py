@@ -45,10 +45,10 @@ def test_checks_that_fail_are_seen():
 
 
 def test_the_best_setting_of_a_peer_and_configurations_of_several_lines():
-    fla = {"tried": 2, "a forward_ms": 1.0, "a forward_backward_ms": 5.0}
-    fla |= {"b forward_ms": 2.0, "b forward_backward_ms": 4.0}
+    what, tried = "fla:chunk B=1 T=2 H=3 N=4", {"stage": "peers", "tried": 2}
     lines = [
-        {"stage": "peers", "what": "fla:chunk B=1 T=2 H=3 N=4", **fla},
+        {**tried, "what": f"{what} a", "forward_ms": 1.0, "forward_backward_ms": 5.0},
+        {**tried, "what": f"{what} b", "forward_ms": 2.0, "forward_backward_ms": 4.0},
         {"stage": "kernels", "what": "configurations grad 1,2,3,4 balanced 0-7", "failed": ["x"], "fastest": []},
         {
             "stage": "kernels",

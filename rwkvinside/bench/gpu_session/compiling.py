@@ -1,7 +1,11 @@
 """Compile what a stage will launch before it launches it, in threads of its own process.
 
 Triton would compile each kernel when it is first launched, one after another, with one processor of many: a minute of a
-session, or several. Its passes and ptxas run without Python's lock.
+session, or several. Its passes and ptxas run without Python's lock, and what was compiled in threads is the same code
+bit for bit (30 kernels, 1, 2 and 8 threads, Triton 3.6.0 and 3.7.1).
+
+In processes it does not work: what fourteen of them had compiled into Triton's cache on a GPU machine was compiled
+again by the stages. Why is not known.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ if TYPE_CHECKING:
 SECONDS = {"gradient": 12.0, "prepare": 3.0}  # to compile a kernel, as measured beside an H200; the others:
 OTHERS = 0.6
 MOST_THREADS = 16
-GAIN = 0.5  # of a thread, compared with a processor of its own (a guess: 4 % of the work holds Python's lock)
+GAIN = 0.5  # of a thread beside others: of eight, 5.6 were runnable on average, imports and the last kernel included
 
 
 class Compiler:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -106,11 +106,13 @@ class Batch:
         return [_configured(self.case, self.part, choice, capability) for choice in self.choices]
 
 
-def batches(dry: bool) -> Iterator[Batch]:
-    """Yield all configurations that are compared, the most valuable first: the first choices of every part."""
+def rounds(dry: bool) -> list[list[Batch]]:
+    """Return all configurations that are compared, the most valuable first.
+
+    The first round has the first choices of every part, the next ones those that follow.
+    """
     if dry:
-        yield from (Batch(Case(1, 32, 1, 32), part, DRY, 0) for part in ("prep", "grad"))
-        return
+        return [[Batch(Case(1, 32, 1, 32), part, DRY, 0) for part in ("prep", "grad")]]
     wide, wider = Case(8, 4096, 64, 64), Case(8, 4096, 32, 128)
     small, smaller = Case(1, 4096, 32, 64), Case(1, 4096, 16, 128)
     parts = [*((case, part) for part in ("prep", "grad", "scan") for case in (wide, wider))]
@@ -119,10 +121,15 @@ def batches(dry: bool) -> Iterator[Batch]:
         (case, part): [choice for choice in CHOICES[part] if max(choice.rows, choice.columns) <= case.padded]
         for case, part in parts
     }
-    for first in range(0, max(map(len, fitting.values())), AT_ONCE):
-        for (case, part), choices in fitting.items():
-            if some := choices[first : first + AT_ONCE]:
-                yield Batch(case, part, some, first)
+    longest = max(map(len, fitting.values()))
+    return [
+        [
+            Batch(case, part, some, first)
+            for (case, part), choices in fitting.items()
+            if (some := choices[first : first + AT_ONCE])
+        ]
+        for first in range(0, longest, AT_ONCE)
+    ]
 
 
 def _configured(case: Case, part: str, choice: Choice, capability: Capability) -> tuple[str, Case]:

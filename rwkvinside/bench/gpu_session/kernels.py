@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +17,7 @@ from ...kernels.gpu.decode import plan_step
 from ...kernels.gpu.launch import Launch, capability
 from ...modeling.wkv7 import wkv7
 from .compiling import Compiler
-from .configurations import Batch, Fastest, batches, of_part
+from .configurations import Batch, Fastest, of_part, rounds
 from .timing import host_microseconds, launch_milliseconds, milliseconds
 from .wkv_cases import Capability, Case
 
@@ -52,15 +53,22 @@ def run(stage: Stage) -> None:
     for rows in (1,) if stage.dry else (1, 8, 64, 512):
         stage.attempt(f"decode {rows}", partial(decode_times, rows, device, bandwidth, stage.dry))
     fastest = Fastest()
-    for batch in batches(stage.dry):
+
+    def try_out(batch: Batch) -> None:
         parts = list(_parts(batch, found))
         compiler.ahead(batch.name, parts)
         needs = 1 + 0.4 * len(parts) + compiler.seconds(parts)
         stage.attempt(f"configurations {batch.name}", partial(compare, batch, device, found, fastest), needs)
         if winners := fastest.table():
             table.write(stage.directory / WINNERS, winners)
+
+    promising, *more = rounds(stage.dry)
+    for batch in promising:
+        try_out(batch)
     for cases in others:
         time_all(cases)
+    for batch in chain.from_iterable(more):
+        try_out(batch)
 
 
 def timed_cases(dry: bool) -> list[list[Case]]:
@@ -173,7 +181,6 @@ def compare(batch: Batch, device: str, found: Capability, fastest: Fastest) -> d
         try:
             parts: dict[str, float] = {}
             for launch in of_part(batch.part, case.plan(inputs, found).launches):
-                launch.run()
                 name = launch.kernel.__name__
                 parts[name] = parts.get(name, 0.0) + launch_milliseconds(launch.run, device, 5)
         except Exception as error:  # shared memory or registers that this GPU lacks

@@ -17,10 +17,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import TextIO
 
 from ...errors import UserError
 from .results import LOG, RESULTS, SUMMARY, append, read, summary
-from .staging import environment, importable
+from .staging import PACKAGE, environment, importable
 from .tables import PAGE, write_tables
 
 BROKEN = 75  # exit code of a process whose CUDA context no longer works (EX_TEMPFAIL: try again)
@@ -145,12 +146,11 @@ def run_session(directory: Path, entries: Sequence[StageEntry], budget: float, *
 
 
 def _commit() -> str:
-    """Return the commit of the working tree, if it is one with its history."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
-    except FileNotFoundError:
+    """Return the commit of the working tree, or "unknown": of a copy, of an installed package."""
+    if not (PACKAGE.parent / ".git").exists():
         return "unknown"
+    command = ["git", "-C", str(PACKAGE.parent), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 @dataclass
@@ -168,7 +168,7 @@ class _Processes:
     directory: Path
     folder: Path
     environment: dict[str, str]
-    log: object
+    log: TextIO
     dry: bool
 
     def run(self, entry: StageEntry, limit: float) -> dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -93,7 +94,7 @@ def _correctness(lines: Sequence[Line]) -> list[str]:
 
 def _worst(line: Line) -> float:
     """Return the largest distance; one that is no number is the worst of all."""
-    return max(float("inf") if isinstance(x, str) else x for x in line["distances"].values())
+    return max(math.inf if isinstance(x, str) else x for x in line["distances"].values())
 
 
 def _held(lines: Iterable[Line]) -> str:
@@ -138,18 +139,19 @@ def _passes(kernels: Sequence[Line], peers: Sequence[Line]) -> str:
     tried = set()
     for line in kernels:
         if "forward_ms" in line:
-            cells = {"triton": _both(line, ""), "bytes": _number(line["ideal_ms"])}
+            cells = {"triton": _both(line), "bytes": _number(line["ideal_ms"])}
             shapes[_case(line["what"].removeprefix("time "))] = cells
+    fastest: dict[tuple[str, str], float] = {}
     for line in peers:
-        found = re.fullmatch(r"(\S+) B=(\d+) T=(\d+) H=(\d+) N=(\d+)", line["what"])
-        settings = {name.removesuffix("forward_backward_ms") for name in line if name.endswith("forward_backward_ms")}
-        if not found or not settings:
+        found = re.fullmatch(r"(\w+)\S* B=(\d+) T=(\d+) H=(\d+) N=(\d+) ?(.*)", line["what"])
+        if not found or "forward_backward_ms" not in line:
             continue
-        best = min(settings, key=lambda name: line[f"{name}forward_backward_ms"])
-        words = _both(line, best) + (f" ({best.strip()})" if best else "")
-        name = found[1].partition(":")[0]
-        shapes.setdefault(",".join(found.groups()[1:]), {})[name] = words
+        (name, *sizes, setting), ms = found.groups(), line["forward_backward_ms"]
+        shape = ",".join(sizes)
         tried |= {line["tried"]} if "tried" in line else set()
+        if ms < fastest.get((shape, name), math.inf):
+            fastest[shape, name] = ms
+            shapes.setdefault(shape, {})[name] = _both(line) + (f" ({setting})" if setting else "")
     names = ("triton", "fla", "attention", "bytes")
     rows = [(shape, *(cells.get(name, "-") for name in names)) for shape, cells in shapes.items()]
     text = "Milliseconds forward / forward and backward as a user calls them; those of other implementations are\n"
@@ -159,8 +161,8 @@ def _passes(kernels: Sequence[Line], peers: Sequence[Line]) -> str:
     return _table(f"{text}):", ("", "`wkv7`", "fla, `chunk_rwkv7`", "causal attention", "bytes"), rows)
 
 
-def _both(line: Line, setting: str) -> str:
-    return " / ".join(_number(line[f"{setting}{name}_ms"]) for name in ("forward", "forward_backward"))
+def _both(line: Line) -> str:
+    return f"{_number(line['forward_ms'])} / {_number(line['forward_backward_ms'])}"
 
 
 def _decoding(lines: Sequence[Line]) -> str:
@@ -179,8 +181,8 @@ def _configurations(lines: Sequence[Line]) -> str:
     found: dict[tuple[str, str], list[Line]] = {}
     failed: dict[tuple[str, str], int] = {}
     for line in lines:
-        if words := re.match(r"configurations (\w+) (\S+ \w+)", line["what"]):
-            place = (words[1], _case(words[2]))
+        if name := re.match(r"configurations (\w+) (\S+ \w+)", line["what"]):
+            place = (name[1], _case(name[2]))
             found.setdefault(place, []).extend(line["fastest"])
             failed[place] = failed.get(place, 0) + len(line["failed"])
     rows = []

@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import torch
 
-LONG = 0.2  # milliseconds of a kernel from which on the host is far enough ahead of the device
-TURN = 2.0  # milliseconds of work between two events, for shorter ones
+AHEAD = 2.0  # times the host's work that the device's must be, so that the device never waits
+TURN = 2.0  # milliseconds of work between two events where it would
 
 
 def synchronize(device: str) -> None:
@@ -42,7 +42,7 @@ def milliseconds(function: Callable[[], object], device: str, repeats: int = 20,
 def launch_milliseconds(function: Callable[[], object], device: str, repeats: int = 20) -> float:
     """Return the median time of a function without what the host takes to issue it.
 
-    What takes less than `LONG` is replayed as a CUDA graph of several calls.
+    What the device does in less than `AHEAD` times the host's own time is replayed as a CUDA graph of several calls.
 
     Args:
         function: launches kernels, and neither allocates memory nor waits.
@@ -53,8 +53,12 @@ def launch_milliseconds(function: Callable[[], object], device: str, repeats: in
         return milliseconds(function, device)
     function()
     torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(3):
+        function()
+    host = 1e3 * (time.perf_counter() - began) / 3
     once = _by_events(function, 3)
-    if once > LONG:
+    if once > AHEAD * host:
         return _by_events(function, repeats)
     count = min(50, max(1, math.ceil(TURN / max(once, 1e-3))))
     graph = captured(lambda: [function() for _ in range(count)])

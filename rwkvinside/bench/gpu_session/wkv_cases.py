@@ -121,9 +121,18 @@ class Case:
         backward, grads = plan_backward(*inputs, None, None, starts, u, dy, dfinal, **how)
         return Plan(forward, backward, y, final, list(grads))
 
-    def inference(self, capability: Capability) -> list[Launch]:
-        """Return the launches of a forward that no backward follows, without memory."""
-        return plan_forward(*self.placeholders(), save=False, **self._how(capability))[0]
+    def inference(self, capability: Capability, masked: bool = False, sequences: int | None = None) -> list[Launch]:
+        """Return the launches of a forward that no backward follows, without memory.
+
+        Args:
+            capability: of the GPU.
+            masked: with a mask of the tokens.
+            sequences: that are packed in a row; None: a row is one.
+        """
+        mask = torch.empty(self.batch, self.time, dtype=torch.bool, device="meta") if masked else None
+        bounds = None if sequences is None else torch.empty(sequences + 1, dtype=torch.int32, device="meta")
+        how = self._how(capability)
+        return plan_forward(*self.placeholders(), None, mask, bounds, save=False, **how)[0]
 
     def as_called(self, capability: Capability, processors: int) -> Case:
         """Return the case with the rows and segments that `wkv7` chooses on a GPU with so many multiprocessors."""
