@@ -65,8 +65,12 @@ def test_the_best_setting_of_a_peer_and_configurations_of_several_lines():
 def test_training_and_generation_have_tables_once_measured():
     speed = {"tokens_per_s": 12345.6, "mfu": 0.25, "peak_gib": 9.0, "predicted_gib": 8.5}
     cost = {"prefill_tokens_per_s": 1e5, "ms_per_token": 2.0, "cache_bytes": 3 * 2**20}
-    text = tables([{"stage": "training", "what": "align", **speed}, {"stage": "generation", "what": "student", **cost}])
+    graphed = {"eager_ms": 2.5, "graphed_ms": 0.5}
+    lines = [{"stage": "training", "what": "align", **speed}]
+    lines += [{"stage": "generation", "what": "student", **more} for more in (cost, graphed)]
+    text = tables(lines)
     assert "| align | 12,346 | 25.0 % | 9 | 8.5 |" in text and "| student | 100,000 | 2 | 3.0 |" in text
+    assert "| student | 2.5 | 0.5 |" in text
 
 
 def test_the_command_writes_between_the_markers(tmp_path, monkeypatch, capsys):

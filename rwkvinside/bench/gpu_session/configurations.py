@@ -6,16 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from ...kernels.gpu.autotune import PARTS
 from ...kernels.gpu.launch import Launch
 from ...kernels.gpu.table import Config, Key, Tuning, lookup
 from .wkv_cases import Capability, Case
 
-PARTS = {
-    "prep": {"prepare"},
-    "grad": {"gradient"},
-    "scan": {"scan_forward", "scan_backward"},
-    "narrow": {"scan_forward", "scan_backward"},
-}
 AT_ONCE = 8  # choices that are compiled together
 
 
@@ -86,7 +81,7 @@ class Batch:
 
     Attributes:
         case: with the table's configuration.
-        part: of the kernels, one of `PARTS`.
+        part: of the kernels, one of `CHOICES`.
         choices: for the part.
         first: number of the first choice among all of the case and part.
     """
@@ -171,7 +166,7 @@ class Fastest:
         """Return an entry for each key whose passes are all measured, with the length that makes them fastest."""
         sums: dict[Key, tuple[float, Config]] = {}
         for key, length in dict.fromkeys((key, length) for key, length, _ in self._found):
-            parts = {part: self._found.get((key, length, part)) for part in PARTS}
+            parts = {part: self._found.get((key, length, part)) for part in FIELDS}
             needed = [parts[part] for part in ("prep", "grad", "scan")]
             if None in needed:
                 continue

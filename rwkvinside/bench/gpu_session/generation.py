@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..generation import generation_speed
 from .models import SMALL, TINY, random_hybrid, random_teacher, stage_plan
 from .timing import synchronize
 
@@ -44,6 +45,12 @@ def run(stage: Stage) -> None:
             make(name, layers[name])
         return speed(models[name], rows, context, stage.device)
 
+    def graphed(name: str, rows: int, context: int) -> dict:
+        if name not in models:
+            make(name, layers[name])
+        (found,) = generation_speed({name: models[name]}, [context], [rows], new_tokens=TOKENS)
+        return {"eager_ms": found.eager_ms, "graphed_ms": found.graphed_ms}
+
     layers: dict[str, tuple[int, ...]] = {"student": (), "student, 25 % kept": kept, "teacher": ()}
     for name, attention_layers in layers.items():
         stage.attempt(f"make {name}", partial(make, name, attention_layers))
@@ -52,6 +59,8 @@ def run(stage: Stage) -> None:
         for name in layers:  # attention needs the square of a long context
             twice = needs * (2 if name == "teacher" else 1)
             stage.attempt(f"{name}: {rows} x {context}", partial(measure, name, rows, tokens), needs=twice)
+        for name in layers if context == 4096 else ():
+            stage.attempt(f"{name}, graphed: {rows} x {context}", partial(graphed, name, rows, tokens), needs=twice)
 
 
 @torch.inference_mode()

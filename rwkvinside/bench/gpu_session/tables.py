@@ -51,7 +51,7 @@ def tables(lines: Sequence[Line]) -> str:
         _configurations(measured),
         _profiles(by_stage.get("nsight", [])),
         _training(by_stage.get("training", [])),
-        _generation(by_stage.get("generation", [])),
+        *_generation(by_stage.get("generation", [])),
     ]
     return "\n".join(filter(None, parts))
 
@@ -237,7 +237,8 @@ def _training(lines: Sequence[Line]) -> str:
     return _table(text, ("", "tokens/s", "MFU", "peak GiB", "predicted GiB"), rows)
 
 
-def _generation(lines: Sequence[Line]) -> str:
+def _generation(lines: Sequence[Line]) -> list[str]:
+    """Return a table by length of context, and one of tokens that are launched as CUDA graphs."""
     rows = [
         (
             *(line["what"], f"{line['prefill_tokens_per_s']:,.0f}", _number(line["ms_per_token"])),
@@ -246,8 +247,14 @@ def _generation(lines: Sequence[Line]) -> str:
         for line in lines
         if "ms_per_token" in line
     ]
+    graphed = [
+        (line["what"], *map(_number, (line["eager_ms"], line["graphed_ms"]))) for line in lines if "graphed_ms" in line
+    ]
     text = "Generation in bf16, random weights (rows x tokens of context):"
-    return _table(text, ("", "prefill tokens/s", "ms a token", "cache MiB"), rows)
+    return [
+        _table(text, ("", "prefill tokens/s", "ms a token", "cache MiB"), rows),
+        _table("Milliseconds a token:", ("", "launched from Python", "as one CUDA graph"), graphed),
+    ]
 
 
 def _case(name: str) -> str:
