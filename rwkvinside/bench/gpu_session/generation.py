@@ -40,15 +40,16 @@ def run(stage: Stage) -> None:
         parameters = sum(p.numel() for p in models[name].parameters())
         return {"parameters": parameters, "build_s": time.perf_counter() - began}
 
-    def measure(name: str, rows: int, context: int) -> dict:
+    def model(name: str) -> PreTrainedModel:
         if name not in models:  # it was made in a process that has ended
             make(name, layers[name])
-        return speed(models[name], rows, context, stage.device)
+        return models[name]
+
+    def measure(name: str, rows: int, context: int) -> dict:
+        return speed(model(name), rows, context, stage.device)
 
     def graphed(name: str, rows: int, context: int) -> dict:
-        if name not in models:
-            make(name, layers[name])
-        (found,) = generation_speed({name: models[name]}, [context], [rows], new_tokens=TOKENS)
+        (found,) = generation_speed({name: model(name)}, [context], [rows], new_tokens=TOKENS)
         return {"eager_ms": found.eager_ms, "graphed_ms": found.graphed_ms}
 
     layers: dict[str, tuple[int, ...]] = {"student": (), "student, 25 % kept": kept, "teacher": ()}
@@ -60,7 +61,7 @@ def run(stage: Stage) -> None:
             twice = needs * (2 if name == "teacher" else 1)
             stage.attempt(f"{name}: {rows} x {context}", partial(measure, name, rows, tokens), needs=twice)
         for name in layers if context == 4096 else ():
-            stage.attempt(f"{name}, graphed: {rows} x {context}", partial(graphed, name, rows, tokens), needs=twice)
+            stage.attempt(f"{name}, graphed: {rows} x {context}", partial(graphed, name, rows, tokens), needs=2 * needs)
 
 
 @torch.inference_mode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from .staging import PACKAGE
 
 PAGE = "docs/benchmarks.md"
 BEGIN, END = "<!-- GPU tables: begin -->", "<!-- GPU tables: end -->"
+WIDTH = 100  # of the page's text
 FASTEST = 3  # configurations that are shown of those that were tried
 Line = Mapping
 
@@ -126,8 +128,8 @@ def _times(lines: Sequence[Line]) -> str:
             cells.append(f"{_number(ms)} ({_number(floor)})")
         rows.append((_case(line["what"].removeprefix("time ")), *cells, _number(line["launched_ms"])))
     text = (
-        "Milliseconds of each launch, and in brackets of a copy of the bytes that it reads and writes\n"
-        "(B,T,H,N, balanced unless another mode is named; G: heads of k, v, a, b; L: tokens of a chunk;\n"
+        "Milliseconds of each launch, and in brackets of a copy of the bytes that it reads and writes "
+        "(B,T,H,N, balanced unless another mode is named; G: heads of k, v, a, b; L: tokens of a chunk; "
         "scans with segments are three launches):"
     )
     return _table(text, ("", *LAUNCHES, "all"), rows)
@@ -154,10 +156,10 @@ def _passes(kernels: Sequence[Line], peers: Sequence[Line]) -> str:
             shapes.setdefault(shape, {})[name] = _both(line) + (f" ({setting})" if setting else "")
     names = ("triton", "fla", "attention", "bytes")
     rows = [(shape, *(cells.get(name, "-") for name in names)) for shape, cells in shapes.items()]
-    text = "Milliseconds forward / forward and backward as a user calls them; those of other implementations are\n"
+    text = "Milliseconds forward / forward and backward as a user calls them; those of other implementations are "
     text += "of one process with ours (bytes: both passes, as a copy of what any implementation must move"
     for count in sorted(tried):
-        text += f";\nfla: its best setting, each kernel having tried {count} of its configurations only"
+        text += f"; fla: its best setting, each kernel having tried {count} of its configurations only"
     return _table(f"{text}):", ("", "`wkv7`", "fla, `chunk_rwkv7`", "causal attention", "bytes"), rows)
 
 
@@ -172,7 +174,7 @@ def _decoding(lines: Sequence[Line]) -> str:
         for line in lines
         if line["what"].startswith("decode ")
     ]
-    text = "One token, 32 heads of 64, microseconds (as a CUDA graph; a copy of its bytes; called by itself;\n"
+    text = "One token, 32 heads of 64, microseconds (as a CUDA graph; a copy of its bytes; called by itself; "
     text += "of the host):"
     return _table(text, ("rows", "graph", "bytes", "called", "host"), rows)
 
@@ -191,7 +193,7 @@ def _configurations(lines: Sequence[Line]) -> str:
         words = "; ".join(f"{_number(row['ms'])}: {row['with']}" for row in best[:FASTEST])
         last = f", the slowest {_number(best[-1]['ms'])}" if len(best) > FASTEST else ""
         rows.append((part, case, f"{len(tried)} ({failed[part, case]} failed)", words + last))
-    text = f"Configurations tried, the {FASTEST} fastest, milliseconds of the launches that they concern\n"
+    text = f"Configurations tried, the {FASTEST} fastest, milliseconds of the launches that they concern "
     text += "(L: tokens of a chunk, BV and BK: rows and columns at a time):"
     return _table(text, ("part", "B,T,H,N", "tried", "fastest"), rows)
 
@@ -206,8 +208,8 @@ def _profiles(lines: Sequence[Line]) -> str:
         for line in lines
     ]
     commits = ", ".join(dict.fromkeys(line["commit"] for line in lines))
-    text = f"Nsight Compute, 2 rows of 4096 tokens and 4096 channels, balanced, at commit {commits} (warps of a\n"
-    text += "program; warps on a scheduler; cycles in which none could issue; time waiting for loads, where it\n"
+    text = f"Nsight Compute, 2 rows of 4096 tokens and 4096 channels, balanced, at commit {commits} (warps of a "
+    text += "program; warps on a scheduler; cycles in which none could issue; time waiting for loads, where it "
     text += "says so):"
     columns = (
         "",
@@ -248,7 +250,7 @@ def _generation(lines: Sequence[Line]) -> list[str]:
         if "ms_per_token" in line
     ]
     graphed = [
-        (line["what"], *map(_number, (line["eager_ms"], line["graphed_ms"]))) for line in lines if "graphed_ms" in line
+        (line["what"], _number(line["eager_ms"]), _number(line["graphed_ms"])) for line in lines if "graphed_ms" in line
     ]
     text = "Generation in bf16, random weights (rows x tokens of context):"
     return [
@@ -273,4 +275,4 @@ def _table(text: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
     head, *body = (
         "|" + "|".join(f" {cell} " if cell != "" else " " for cell in line) + "|\n" for line in (columns, *rows)
     )
-    return f"{text}\n\n{head}|{'---|' * len(columns)}\n{''.join(body)}"
+    return f"{textwrap.fill(text, WIDTH)}\n\n{head}|{'---|' * len(columns)}\n{''.join(body)}"
