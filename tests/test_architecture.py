@@ -27,7 +27,9 @@ MAY_IMPORT = {
     "stages": {"data", "families", "hybrid", "losses", "teacher", "training"},
     "config": {"data", "families", "hybrid", "teacher", "training", "stages"},
     "runs": {"hybrid", "teacher", "training", "stages", "config"},
-    "planning": {"modeling", "families", "data", "hybrid", "losses", "teacher", "training", "stages", "config"},
+    "planning": {
+        *("kernels", "modeling", "families", "data", "hybrid", "losses", "teacher", "training", "stages", "config"),
+    },
     "export": {"data", "modeling", "families", "hybrid", "runs"},
     "evaluate": {"data", "hybrid", "losses", "teacher", "runs", "export"},
     "report": {"runs"},

@@ -70,6 +70,22 @@ def why_unsupported(backend: str, device: str, dtype: torch.dtype, head_size: in
     return None if device == expected else f"it runs on {expected} tensors and was given {device}"
 
 
+def kept_beside_inputs(head_size: int, bf16: bool) -> float:
+    """Return the bytes a token and head that the Triton kernels keep for their backward beside their inputs.
+
+    They are the state before each chunk and the rows that b writes. Nothing of torch or triton is imported.
+
+    Args:
+        head_size: N.
+        bf16: whether the inputs are in bf16.
+    """
+    from .gpu.table import HEAD_SIZES, lookup
+
+    padded = min(size for size in HEAD_SIZES if size >= head_size)
+    length = lookup(padded, None, "balanced" if bf16 else "fp32").length
+    return (2 if bf16 else 4) * (padded * padded / length + padded)
+
+
 def run(
     backend: str,
     r: Tensor,
