@@ -14,7 +14,6 @@ models: torch only, no I/O.
 
 from __future__ import annotations
 
-import functools
 import warnings
 from typing import Any
 
@@ -169,10 +168,14 @@ def _carried_unavailable(device: str, dtype: torch.dtype, head_size: int) -> str
     return why_unavailable() or why_unsupported(device, dtype, head_size)
 
 
+_warned: set[str] = set()
+
+
 @torch.compiler.disable
-@functools.cache
 def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=3)
+    if message not in _warned:  # every layer would say it again at every token
+        _warned.add(message)
+        warnings.warn(message, stacklevel=3)
 
 
 def _to_heads(x: Tensor, heads: int) -> Tensor:
