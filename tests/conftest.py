@@ -43,6 +43,7 @@ TIERS = {
     "golden": "integration",
     "hybrid/test_gptq.py": "integration",
     "modeling/test_generation.py": "integration",
+    "modeling/test_graphed_decoding.py": "integration",
     "test_api.py": "integration",
     "test_docs.py": "integration",
     "test_packaging.py": "integration",

@@ -103,6 +103,8 @@ def test_portable_code_needs_torch_and_transformers_only():
     for file in (PACKAGE / "modeling").glob("*.py"):
         for name in imported(file) - {"rwkvinside"}:  # its kernels, inside try: an export does without
             top = name.split(".")[0]
+            if (file.name, top) == ("wkv7_triton.py", "triton"):  # inside try, too
+                continue
             assert top in {"torch", "transformers", "rwkvinside", *sys.stdlib_module_names}, (
                 f"{file.name} imports {name}"
             )

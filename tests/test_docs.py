@@ -40,6 +40,7 @@ SMALLER = {
     "train_distill.py": TRAIN,
     "rwkvinside train": TRAIN,
     "rwkvinside bench training": ["--rows", "1", "--seq-len", "16", "--repeats", "1"],
+    "rwkvinside bench generation": ["--contexts", "8", "--new-tokens", "2"],
     "rwkvinside bench wkv7": ["--shapes", "1,16,1,8", "--repeats", "1", "--candidates", "reference"],
     "rwkvinside data logits": ["stages.distill.tokens=512", "device=cpu"],
 }

@@ -7,9 +7,12 @@ too if it is installed.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     import torch
     from torch import Tensor
 
@@ -100,6 +103,42 @@ def run(
     from .gpu import wkv7
 
     return wkv7(r, w, k, v, a, b, state, mask, cu_seqlens, precision)
+
+
+def mixer_ops() -> ModuleType:
+    """Return the Triton ops around the recurrence, `inputs` and `output`; they run where the backend "triton" does."""
+    from .gpu import mixer
+
+    return mixer
+
+
+def mixer_step(**inputs: Tensor | float | bool | None) -> Tensor:
+    """Take one token of a whole time mixer by its Triton kernel, without gradient.
+
+    Arguments, result and errors are those of `gpu.mixer_step.mixer_step`, the operator, which a compiler sees.
+    """
+    import torch
+
+    from .gpu.mixer_step import launch_mixer_step, mixer_step
+
+    return (mixer_step if torch.compiler.is_compiling() else launch_mixer_step)(**inputs)
+
+
+def low_rank(
+    x: Tensor, downs: Sequence[Tensor], ups: Sequence[Tensor], activations: Sequence[str]
+) -> list[Tensor] | None:
+    """Compute the low-rank maps of a few tokens by two Triton launches, without gradient.
+
+    Arguments, result and errors are those of `gpu.low_rank.low_rank`. None where products of whole batches are to be
+    preferred, and while compiling: a compiler sees no launches.
+    """
+    import torch
+
+    from .gpu.low_rank import MAX_ROWS, low_rank
+
+    if x.shape[0] > MAX_ROWS or torch.compiler.is_compiling():
+        return None
+    return low_rank(x, downs, ups, activations)
 
 
 def _tracked(*tensors: Tensor | None) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 
 from rich.console import Console
@@ -17,6 +18,10 @@ COMMANDS = {
     "wkv7": ("bench:wkv7", "the recurrence: our kernels compared with others and with attention"),
     "training": ("bench:training", "align and distill compared with plain fine-tuning of the same teacher"),
     "gpu": ("bench:gpu", "everything that is measured on a GPU, in one command that ends in time"),
+    "generation": (
+        "bench:generation",
+        "prompts and tokens of hybrids and their teacher, from Python and as CUDA graphs",
+    ),
     "head": ("bench:head", "memory and time of the distillation loss: all logits at once, or chunk by chunk"),
 }
 
@@ -110,6 +115,48 @@ def head(parser: ArgumentParser, argv: Sequence[str]) -> int:
     Console().print(table)
     if args.json is not None:
         write_json(args.json, result)
+    return 0
+
+
+def generation(parser: ArgumentParser, argv: Sequence[str]) -> int:
+    """Measure generation, print a table, write JSON."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--models", nargs="+", metavar="DIR", help="model directories or hub ids; code in them is run")
+    source.add_argument(
+        "--random", type=_shape, metavar="LAYERS,HEADS,HEAD_SIZE", help="a teacher and hybrids with random weights"
+    )
+    for flag, default, text in (
+        ("--contexts", [512, 4096], "tokens of the prompts"),
+        ("--batches", [1], "rows that generate together"),
+    ):
+        parser.add_argument(flag, type=at_least(1), nargs="+", default=default, metavar="N", help=text)
+    parser.add_argument(
+        "--new-tokens", type=at_least(1), default=64, metavar="N", help="measured tokens of each (default: 64)"
+    )
+    add_output_arguments(parser)
+    args = parser.parse(argv)
+    import torch
+
+    from ..bench.generation import generation_speed, random_hybrids
+    from ..evaluate.load import load_pretrained
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.random:
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        models = random_hybrids(*args.random, dtype=dtype, device=device)
+    else:
+        models = {path: load_pretrained(path, device, trust_remote_code=True) for path in args.models}
+    table = Table(title=f"generation, {torch.cuda.get_device_name() if device == 'cuda' else 'cpu (no graphs)'}")
+    for column in ("", "batch", "prompt", "prefill", "ms per token", "graphed", "cache"):
+        table.add_column(column, justify="left" if not column else "right")
+    found = []
+    for s in generation_speed(models, args.contexts, args.batches, new_tokens=args.new_tokens):
+        found.append(asdict(s))
+        times = (f"{s.prefill_seconds:.3f} s", f"{s.eager_ms:.2f}", f"{s.graphed_ms:.2f}")
+        table.add_row(s.model, str(s.batch), str(s.context), *times, rounded_bytes(s.cache_bytes))
+        if args.json is not None:
+            write_json(args.json, found)  # again after each, so that an error loses nothing
+    Console().print(table)
     return 0
 
 

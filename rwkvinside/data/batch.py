@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from copy import copy
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -11,8 +12,55 @@ IGNORE = -100
 
 
 @dataclass(frozen=True)
+class Documents:
+    """Where the documents of a batch lie in its flattened B * T tokens.
+
+    The padding of a row is a document here, and the end of a row always ends one. All but `cu_seqlens` are numbers that
+    the host knows: whatever depends on them is decided without asking a device.
+
+    Attributes:
+        lengths: tokens of each, in order.
+        longest: tokens of the longest.
+        alone: each row starts with its only document, so that only padding follows. Plain causal attention, and a
+            recurrence that starts anew in every row, keep such documents apart by themselves.
+        padded: there is padding.
+        cu_seqlens: bounds, (S + 1,) int32.
+    """
+
+    lengths: tuple[int, ...]
+    longest: int
+    alone: bool
+    padded: bool
+    cu_seqlens: Tensor
+
+    @classmethod
+    def of(cls, segment_ids: Tensor) -> Documents:
+        """Return the documents of rows, from the `segment_ids` of a `Batch`."""
+        starts = torch.ones_like(segment_ids, dtype=torch.bool)
+        starts[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+        end = torch.tensor([starts.numel()], device=starts.device)
+        cu_seqlens = torch.cat([starts.flatten().nonzero().flatten(), end])
+        lengths = tuple(cu_seqlens.diff().tolist())
+        real = segment_ids > 0
+        return cls(
+            lengths=lengths,
+            longest=max(lengths, default=0),
+            alone=not bool((starts & real)[:, 1:].any()),
+            padded=not bool(real.all()),
+            cu_seqlens=cu_seqlens.int(),
+        )
+
+    def to(self, device) -> Documents:
+        """Return the same documents with their bounds on another device."""
+        return replace(self, cu_seqlens=self.cu_seqlens.to(device))
+
+
+@dataclass(frozen=True)
 class Batch:
     """Rows of tokens, each with one or more documents.
+
+    What is counted is counted when a batch is made, which should be on the CPU, and travels along: the tensors are not
+    written to afterwards, `dataclasses.replace` counts anew.
 
     Attributes:
         input_ids: (B, T) int64.
@@ -20,6 +68,9 @@ class Batch:
         position_ids: (B, T) int64, restarting at 0 in each document.
         segment_ids: (B, T) int32, 0 = padding, 1, 2, ... = documents of the row.
         rows: global row numbers, for reports.
+        documents: where the documents lie.
+        num_tokens: number of real tokens.
+        num_targets: number of tokens to predict.
     """
 
     input_ids: Tensor
@@ -27,50 +78,32 @@ class Batch:
     position_ids: Tensor
     segment_ids: Tensor
     rows: tuple[int, ...]
+    documents: Documents = field(init=False, repr=False)
+    num_tokens: int = field(init=False, repr=False)
+    num_targets: int = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        vars(self).update(
+            documents=Documents.of(self.segment_ids),
+            num_tokens=int(self.mask.sum()),
+            num_targets=int((self.labels != IGNORE).sum()),
+        )
 
     def to(self, device) -> Batch:
         """Return the same batch on another device."""
-        return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "rows"})
+        moved = copy(self)  # not made anew, which would count on that device
+        vars(moved).update({name: tensor.to(device) for name, tensor in self._tensors().items()})
+        vars(moved).update(documents=self.documents.to(device))
+        return moved
 
     def twice(self) -> Batch:
         """Return all rows, followed by the same rows again."""
-        doubled = {f.name: torch.cat(2 * [getattr(self, f.name)]) for f in fields(self) if f.name != "rows"}
-        return replace(self, **doubled, rows=2 * self.rows)
+        return Batch(**{name: torch.cat([x, x]) for name, x in self._tensors().items()}, rows=2 * self.rows)
 
     @property
     def mask(self) -> Tensor:
         """Real tokens as (B, T) bool, False = padding."""
         return self.segment_ids > 0
 
-    @property
-    def num_tokens(self) -> int:
-        """Number of real tokens."""
-        return int(self.mask.sum())
-
-    @property
-    def num_targets(self) -> int:
-        """Number of tokens to predict."""
-        return int((self.labels != IGNORE).sum())
-
-    @property
-    def cu_seqlens(self) -> Tensor:
-        """Bounds of the documents in the flattened B * T tokens, (S + 1,) int32.
-
-        The padding of a row is a sequence too, and the end of a row always ends one.
-        """
-        starts = torch.ones_like(self.segment_ids, dtype=torch.bool)
-        starts[:, 1:] = self.segment_ids[:, 1:] != self.segment_ids[:, :-1]
-        end = torch.tensor([starts.numel()], device=starts.device)
-        return torch.cat([starts.flatten().nonzero().flatten(), end]).int()
-
-
-def attention_mask_4d(batch: Batch) -> Tensor:
-    """Return (B, 1, T, T) bool, True = may attend: causally within the same document.
-
-    A padding query attends only to itself.
-    """
-    T = batch.input_ids.shape[1]
-    same = batch.segment_ids[:, :, None] == batch.segment_ids[:, None, :]
-    causal = torch.ones(T, T, dtype=torch.bool, device=same.device).tril()
-    allowed = same & causal & batch.mask[:, :, None]
-    return (allowed | torch.eye(T, dtype=torch.bool, device=same.device))[:, None]
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}

@@ -155,7 +155,9 @@ def _fit(mixer: TimeMixer, inputs: list[_Input]) -> tuple[list[FirstLayerKV], La
 
 def _project(mixer: TimeMixer, layer_input: _Input) -> tuple[ProjectedInputs, FirstLayerKV]:
     activations, batch, first = layer_input
-    return mixer.project_inputs(activations.x, first=first, rope=activations.rope, cu_seqlens=batch.cu_seqlens)[:2]
+    return mixer.project_inputs(
+        activations.x, first=first, rope=activations.rope, cu_seqlens=batch.documents.cu_seqlens
+    )[:2]
 
 
 def _regress(
@@ -185,7 +187,7 @@ def _regress(
             if name is not None:
                 getattr(mixer, name).fill_(float(value))
             s = mixer.recurrence_inputs(projected)
-            y, _ = mixer.run_recurrence(s, None, None, batch.cu_seqlens)
+            y, _ = mixer.run_recurrence(s, None, None, batch.documents.cu_seqlens)
             terms = [y * s.gate]
             if c.bonus:
                 terms.append(times_shared((s.r * s.k).sum(-1, keepdim=True), s.v) * s.gate)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..data.batch import Batch, attention_mask_4d
+from ..data.batch import Batch
 from ..errors import UserError
 from ..families.base import Family
 from ..families.registry import find
@@ -25,6 +25,7 @@ from ..modeling.mixer_presets import TimeMixerConfig, check_first_layer
 from ..modeling.rwkv_attention import RWKVAttention, identity_rotation
 from .adapters import disabled, is_adapter, is_start, module_of
 from .attention_wrapper import AttentionWrapper
+from .document_attention import attend_within_documents, run_backbone
 from .freezing import GROUPS, canonical_name, group_of, weight_names
 from .lm_head import HeadTask, LMHeadLoss
 from .quantized_linear import QuantizedLinear
@@ -49,7 +50,7 @@ class HybridModel(nn.Module):
 
     def __init__(self, lm: PreTrainedModel, family: Family, spec: StudentConfig, rwkv_layers: list[int], tied: bool):
         super().__init__()
-        self.lm = lm
+        self.lm = attend_within_documents(lm)
         self.lm_head_loss = LMHeadLoss(family.head(lm))
         self.family = family
         self.spec = spec
@@ -125,22 +126,16 @@ class HybridModel(nn.Module):
             "align": {layer: (squared error, squared norm of the teacher)}, 0-d fp32 sums over real tokens;
             otherwise the task's result, or without a task the final hidden states (B, T, D).
         """
-        whole_rows = bool((batch.segment_ids == 1).all())  # one document per row: plain causal attention, no resets
+        documents = batch.documents
         call = ForwardContext(
             mode=mode,
-            mask=None if whole_rows else batch.mask,
-            cu_seqlens=None if whole_rows else batch.cu_seqlens,
+            mask=batch.mask if documents.padded else None,
+            cu_seqlens=None if documents.alone else documents.cu_seqlens,
             checkpoint=checkpoint,
         )
         adapters = nullcontext() if mode == "student" else disabled(self.lm, but=".student_attn.")
         with torch.set_grad_enabled(torch.is_grad_enabled() and mode != "teacher"), adapters:
-            hidden = self.lm.base_model(
-                input_ids=batch.input_ids,
-                attention_mask=None if whole_rows else attention_mask_4d(batch),
-                position_ids=batch.position_ids,
-                use_cache=False,
-                forward_context=call,
-            ).last_hidden_state
+            hidden = run_backbone(self.lm, batch, forward_context=call)
             if mode == "align":
                 return call.errors
             if task is None:

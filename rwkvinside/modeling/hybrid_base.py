@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .first_layer import ForwardContext, VFirstHolder
+from .graphed_decoding import generate_graphed
 from .mixer_init import init_mixer
 from .mixer_presets import TimeMixerConfig, check_first_layer
 from .rwkv_attention import RWKVAttention, identity_rotation
@@ -195,6 +196,16 @@ class HybridCausalLM(MixerInitialization):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def generate_graphed(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Generate with each token as one CUDA graph; arguments, result and errors as `generate()`.
+
+        Greedy or sampling, no beams, no streaming, no settings that need the tokens so far; see graphed_decoding.py.
+        """
+        if kwargs.get("streamer") is not None:
+            raise ValueError("graphed generation does not stream: use generate()")
+        generate: Any = self.generate  # of GenerationMixin, which the family's model has
+        return generate(*args, custom_generate=generate_graphed, **kwargs)
 
 
 def _current_tokens(attention_mask: Tensor, tokens: int) -> Tensor:

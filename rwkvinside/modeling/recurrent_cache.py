@@ -33,8 +33,16 @@ class RecurrentLayer(CacheLayerMixin):
         self.seen = 0
 
     def write(self, state: MixerState, tokens: int) -> None:
-        """Replace the state by the one after `tokens` further positions."""
-        self.state = state
+        """Take the state after `tokens` further positions.
+
+        Where it can, it goes into the memory of the previous one, which a captured CUDA graph reads again.
+        """
+        if self.state is None or not can_overwrite(self.state):
+            self.state = state
+        else:
+            for kept, new in zip(self.state, state, strict=True):
+                if kept is not None and new is not None and kept.data_ptr() != new.data_ptr():
+                    kept.copy_(new)
         self.seen += tokens
         self.is_initialized = True
 
@@ -97,6 +105,19 @@ class RecurrentLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Refuse keys and values (NotImplementedError)."""
         raise NotImplementedError("a recurrent layer stores no keys and values")
+
+
+def is_recurrent(slot: Any) -> bool:
+    """Return whether a slot of a cache is a `RecurrentLayer`, be it of an export, which carries a class of its own."""
+    return type(slot).__name__ == RecurrentLayer.__name__
+
+
+def can_overwrite(state: MixerState) -> bool:
+    """Return whether the memory of a state may take another one.
+
+    Not while gradients may need it, nor outside of the inference mode that it is from.
+    """
+    return not torch.is_grad_enabled() and (torch.is_inference_mode_enabled() or not state.wkv.is_inference())
 
 
 def read_state(cache: Cache | None, layer_idx: int) -> MixerState | None:

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 
 from .first_layer import FirstLayerKV, ForwardContext
 from .mixer_presets import TimeMixerConfig
-from .recurrent_cache import read_state, write_state
+from .recurrent_cache import can_overwrite, read_state, write_state
 from .time_mixer import TimeMixer
 
 
@@ -59,14 +59,15 @@ class RWKVAttention(TimeMixer):
         if not self.is_first:
             v, k = forward_context.first.read()
             first = FirstLayerKV(v.to(hidden_states.device), _to(k, hidden_states))
+        before = read_state(past_key_values, self.layer_idx)
         output, first, state = super().forward(
             hidden_states,
             first=first,
-            state=read_state(past_key_values, self.layer_idx),
+            state=before,
             rope=position_embeddings,
             mask=_to(forward_context.mask, hidden_states),
             cu_seqlens=_to(forward_context.cu_seqlens, hidden_states),
-            inplace=not torch.is_grad_enabled(),  # what the cache held is replaced below
+            inplace=before is not None and can_overwrite(before),  # what the cache held is replaced below
         )
         if self.is_first:
             forward_context.first.write(first)

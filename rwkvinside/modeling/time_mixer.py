@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .first_layer import FirstLayerKV
+from .fused_mixer import is_fused_sequence, mix_fused
 from .mixer_presets import TimeMixerConfig
+from .mixer_step import is_fused, mixer_step
 from .wkv7 import wkv7
 
 DECAY_SCALE = math.exp(-0.5)  # log_decay = -DECAY_SCALE * sigmoid(z) lies in (-0.6065, 0)
@@ -78,8 +80,12 @@ class TimeMixer(nn.Module):
     a2: nn.Parameter
     g1: nn.Parameter  # gate
     g2: nn.Parameter
-    v1: nn.Parameter  # share of v_first
+    v0: nn.Parameter  # share of v_first
+    v1: nn.Parameter
     v2: nn.Parameter
+    k0: nn.Parameter  # share of k_first
+    k1: nn.Parameter
+    k2: nn.Parameter
 
     def __init__(self, config: TimeMixerConfig, is_first: bool):
         super().__init__()
@@ -148,11 +154,28 @@ class TimeMixer(nn.Module):
             y (B, T, D), the FirstLayerKV to hand to later layers, and the state after the last token, (S, ...) with
             cu_seqlens.
         """
+        wkv, last = (None, None) if state is None else state
+        if is_fused(self.mixer_config, x, cu_seqlens):
+            y, first, wkv = mixer_step(self, x, first=first, wkv=wkv, rope=rope, mask=mask, inplace=inplace)
+            return self.output(y.to(x.dtype)), first, MixerState(wkv, None)
+        if is_fused_sequence(self.mixer_config, x):
+            y, first, wkv, shift = mix_fused(
+                self,
+                x,
+                first=first,
+                state=wkv,
+                last=last,
+                rope=rope,
+                mask=mask,
+                cu_seqlens=cu_seqlens,
+                inplace=inplace,
+            )
+            return self.output(y), first, MixerState(wkv, shift)
         projected, first, shift = self.project_inputs(
             x, first=first, state=state, rope=rope, mask=mask, cu_seqlens=cu_seqlens
         )
         s = self.recurrence_inputs(projected)
-        y, wkv = self.run_recurrence(s, None if state is None else state.wkv, mask, cu_seqlens, inplace)
+        y, wkv = self.run_recurrence(s, wkv, mask, cu_seqlens, inplace)
         return self.output((y * s.gate).flatten(2).to(x.dtype)), first, MixerState(wkv, shift)
 
     def project_inputs(
@@ -172,14 +195,8 @@ class TimeMixer(nn.Module):
         """
         c = self.mixer_config
         H, N = c.num_heads, c.head_size
-        if c.token_shift:
-            if mask is not None:
-                x = x * mask[..., None].to(x.dtype)
-            previous, shift = _shift(x, None if state is None else state.shift, mask, cu_seqlens)
-            xr, xw, xk, xv, xa, xg = (x + (previous - x) * getattr(self, f"x_{name}") for name in "rwkvag")
-        else:
-            shift = None
-            xr = xw = xk = xv = xa = xg = x
+        inputs, shift = self.shifted(x, None if state is None else state.shift, mask, cu_seqlens)
+        xr, xw, xk, xv, xa, xg = inputs.values()
 
         r, k, v = self.project(xr, xk, xv, rope if c.rope else None)
         if c.value_path == "residual_full":
@@ -190,6 +207,7 @@ class TimeMixer(nn.Module):
             assert first is not None, "only the first RWKV layer runs without v_first"
             v_first, k_first = first.detach() if c.detach_first else first
             if c.value_path in ("residual_kv", "residual_full"):
+                v_first = _to_heads(v_first, v.shape[2])  # a fused first layer hands on the heads of its projection
                 v = v + (v_first - v) * self._low_rank_sigmoid(xv, "v").unflatten(-1, (-1, N)).to(v.dtype)
             if c.key_residual:
                 assert k_first is not None, "the first RWKV layer has no key residual"
@@ -221,6 +239,21 @@ class TimeMixer(nn.Module):
             s = log_decay.exp() if c.key_scale == "decay" else F.logsigmoid(z) - 0.5
             k = times_shared((1 - s + iclr).to(k.dtype), k)
         return RecurrenceInputs(r, log_decay, k, v, kk, iclr, gate)
+
+    def shifted(
+        self, x: Tensor, last: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Return the inputs (B, T, D) of the maps r, w, k, v, a and g, and the shift state.
+
+        All are x itself without token shift, and the state is None. Arguments as of `forward`, `last` is the state that
+        came before.
+        """
+        if not self.mixer_config.token_shift:
+            return dict.fromkeys("rwkvag", x), None
+        if mask is not None:
+            x = x * mask[..., None].to(x.dtype)
+        previous, shift = _shift(x, last, mask, cu_seqlens)
+        return {name: x + (previous - x) * getattr(self, f"x_{name}") for name in "rwkvag"}, shift
 
     def project(
         self, xr: Tensor, xk: Tensor, xv: Tensor, rope: tuple[Tensor, Tensor] | None
@@ -259,30 +292,51 @@ class TimeMixer(nn.Module):
             y (B, T, H, N) before the gate, and the final state.
         """
         c = self.mixer_config
-        B, T = s.r.shape[:2]
-
-        def joined(x: Tensor) -> Tensor:
-            return x if cu_seqlens is None else x.reshape(1, B * T, *x.shape[2:])
-
-        y, wkv = wkv7(
-            joined(s.r),
-            joined(s.log_decay),
-            joined(s.k),
-            joined(s.v),
-            joined(-s.kk),
-            joined(times_shared(s.iclr, s.kk)),
-            wkv,
-            mask=None if mask is None else joined(mask),
-            cu_seqlens=cu_seqlens,
-            backend=c.backend,
-            precision=c.precision,
-            inplace=inplace,
-        )
-        y = y.view(B, T, *y.shape[2:])
+        inputs = (s.r, s.log_decay, s.k, s.v, -s.kk, times_shared(s.iclr, s.kk))
+        y, wkv = self.recur(inputs, wkv, mask, cu_seqlens, inplace)
         y = self.ln_x(y.flatten(0, 1).flatten(1)).view_as(y) if c.group_norm else y * c.head_size**-0.5
         if c.bonus:
             y = y + times_shared((s.r * s.k * self.r_k.to(s.k.dtype)).sum(-1, keepdim=True), s.v)
         return y, wkv
+
+    def recur(
+        self,
+        inputs: tuple[Tensor, ...],
+        wkv: Tensor | None,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        inplace: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Run the recurrence alone on rows or packed documents.
+
+        Args:
+            inputs: r, log_decay, k, v, a and b of `wkv7`, (B, T, heads, N).
+            wkv, mask, cu_seqlens, inplace: as of `run_recurrence`.
+
+        Returns:
+            y (B, T, H, N), and the final state.
+        """
+        B, T = inputs[0].shape[:2]
+
+        def joined(x: Tensor) -> Tensor:
+            return x if cu_seqlens is None else x.reshape(1, B * T, *x.shape[2:])
+
+        r, log_decay, k, v, a, b = (joined(x) for x in inputs)
+        y, wkv = wkv7(
+            r,
+            log_decay,
+            k,
+            v,
+            a,
+            b,
+            wkv,
+            mask=None if mask is None else joined(mask),
+            cu_seqlens=cu_seqlens,
+            backend=self.mixer_config.backend,
+            precision=self.mixer_config.precision,
+            inplace=inplace,
+        )
+        return y.view(B, T, *y.shape[2:]), wkv
 
     def _low_rank_sigmoid(self, x: Tensor, name: str) -> Tensor:
         bias, down, up = (getattr(self, f"{name}{i}") for i in range(3))
@@ -291,7 +345,7 @@ class TimeMixer(nn.Module):
 
 def _fp32(x: Tensor) -> Tensor:
     """Return `x` in fp32, or in fp64 if it is fp64."""
-    return x if x.dtype == torch.float64 else x.float()
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()  # the test costs less than an operation
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -336,8 +390,8 @@ def _shift(x: Tensor, last: Tensor | None, mask: Tensor | None, cu_seqlens: Tens
         previous = history.gather(1, before[..., None].expand(-1, -1, D))
         newest = history.gather(1, newest_at[:, -1:, None].expand(-1, -1, D))[:, 0]
     if cu_seqlens is not None:
-        starts = torch.ones(B * T, 1, dtype=x.dtype, device=x.device)
-        starts[cu_seqlens[:-1][cu_seqlens.diff() > 0].long()] = 0
-        previous = previous * starts.view(B, T, 1)
+        inside = torch.ones(B * T + 1, dtype=x.dtype, device=x.device)  # an empty document may start behind the last
+        inside = inside.index_fill(0, cu_seqlens[:-1].long(), 0)[:-1]
+        previous = previous * inside.view(B, T, 1)
         newest = x.reshape(B * T, D)[cu_seqlens[1:].long() - 1]
     return previous, newest

@@ -72,7 +72,6 @@ class StepMemory:
         inputs: bytes a token that a layer keeps when it is recomputed; 0: it is not.
         edges: bytes a token that the model keeps outside of its layers.
         transient: bytes a token that come in addition while a layer's backward runs.
-        masks: bytes of attention masks.
         chunk: bytes of the logits that are alive, and of what is computed from them.
         head_copy: weights of the head of which autocast makes a bf16 copy.
         teacher: bytes of a second model, teacher_whole: those of its largest layer or head.
@@ -86,7 +85,6 @@ class StepMemory:
     inputs: int = 0
     edges: int = 0
     transient: int = 0
-    masks: int = 0
     chunk: int = 0
     head_copy: int = 0
     teacher: int = 0
@@ -179,10 +177,10 @@ def memory_of(weights: StudentMemory, work: StepMemory, engine: EngineSpec, *, c
     forward = {
         "bf16 copies": cast * (bool(work.kept) and engine.bf16 and not engine.bf16_weights),
         "gradients": gradients * several + of_head,
-        "activations": work.tokens * (kept + work.edges) + work.masks + work.held + max(layer - chunk, 0),
+        "activations": work.tokens * (kept + work.edges) + work.held + max(layer - chunk, 0),
         "logits": chunk,  # gone before the layers' backward begins
     }
-    backward = {"gradients": gradients, "activations": layer + work.masks}
+    backward = {"gradients": gradients, "activations": layer}
     step = max((forward, backward), key=lambda moment: sum(moment.values()))
     sizes |= {name: int(size) for name, size in step.items() if size}
 

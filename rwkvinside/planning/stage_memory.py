@@ -109,17 +109,15 @@ def _weights(model: HybridModel, frozen: int, with_attention: bool, mapped: bool
 
 def _work(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, teacher: PreTrainedModel | None) -> StepMemory:
     c, stage, frozen = model.lm.config, plan.stage, plan.run.frozen_dtype
-    shape, T = plan.shape, plan.length.seq_len
-    tokens = shape.micro_rows * T
+    shape = plan.shape
+    tokens = shape.micro_rows * plan.length.seq_len
     bf16 = plan.run.precision == "bf16"
     low = 2 if bf16 else FP32
     trained_stream = f"{model.family.embedding_path}.weight" in model.trained
     stream = FP32 if trained_stream or not bf16 else frozen.itemsize
     vocab = c.vocab_size
-    attention = stage.needs_attention or kind is TeacherKind.SELF or len(model.rwkv_layers) < c.num_hidden_layers
     judged = min(plan.run.data.val_tokens, JUDGED_BATCH)
     common = dict(
-        masks=tokens * T * (1 + FP32 * attention),
         # both models' logits and what they are compared by; a layer of a forward without a backward
         judged=FP32 * 8 * min(judged, chunk_tokens(vocab)) * vocab
         + judged * transient_bytes(model, align=False, low=low),

@@ -86,13 +86,13 @@ class Calibrate(Stage):
     def held_bytes(self, student: HybridModel, plan: StagePlan) -> int:
         """Return the bytes that calibration holds.
 
-        They are those of all tokens (hidden states, their normed form, the teacher's heads, what later mixers read,
-        masks) and those of one batch (the inputs of a recurrence, and features and targets in two precisions).
+        They are those of all tokens (hidden states, their normed form, the teacher's heads, what later mixers read) and
+        those of one batch (the inputs of a recurrence, and features and targets in two precisions).
         """
         mixers, seq_len = student.mixer_configs.values(), plan.length.seq_len
         C = max(mixer.num_heads * mixer.head_size for mixer in mixers)
         K = max(mixer.num_kv_heads * mixer.head_size for mixer in mixers)
-        token_bytes = FP32 * (2 * student.lm.config.hidden_size + C + 2 * K) + seq_len
+        token_bytes = FP32 * (2 * student.lm.config.hidden_size + C + 2 * K)
         return plan.length.total_tokens * token_bytes + plan.shape.micro_rows * seq_len * FP32 * 25 * C
 
     def summary(self, student: HybridModel, plan: StagePlan, kind: TeacherKind | None) -> list[str]:

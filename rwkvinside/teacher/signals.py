@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..data.batch import IGNORE, Batch, attention_mask_4d
+from ..data.batch import IGNORE, Batch
 from ..families.registry import find
+from ..hybrid.document_attention import attend_within_documents, run_backbone
 from ..hybrid.lm_head import logits_function, wide
 from ..losses.chunked import TeacherChunk, TeacherSignal, chunk_slices
 from ..losses.divergence import TeacherDistribution
@@ -102,7 +103,7 @@ class TeacherModel(nn.Module):
 
     def __init__(self, lm: PreTrainedModel):
         super().__init__()
-        self.lm = lm.requires_grad_(False).eval()
+        self.lm = attend_within_documents(lm).requires_grad_(False).eval()
         self._family = find(lm.config.model_type)
 
     @property
@@ -112,13 +113,7 @@ class TeacherModel(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the final hidden states (B, T, D)."""
-        whole_rows = bool((batch.segment_ids == 1).all())
-        return self.lm.base_model(
-            input_ids=batch.input_ids,
-            attention_mask=None if whole_rows else attention_mask_4d(batch),
-            position_ids=batch.position_ids,
-            use_cache=False,
-        ).last_hidden_state
+        return run_backbone(self.lm, batch)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
+import pytest
 import torch
 
-from rwkvinside.data.batch import Batch, attention_mask_4d
+from rwkvinside.data.batch import Batch
 
 
 def make_batch(segments):
@@ -14,28 +15,33 @@ def make_batch(segments):
 SEGMENTS = [[1, 1, 2, 2, 2, 0, 0], [1, 1, 1, 1, 1, 1, 1], [1, 2, 3, 3, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0]]
 
 
-def test_mask_is_its_definition():
-    batch = make_batch(SEGMENTS)
-    mask = attention_mask_4d(batch)
-    B, T = batch.input_ids.shape
-    assert mask.shape == (B, 1, T, T) and mask.dtype == torch.bool
-    for b in range(B):
-        for query in range(T):
-            for key in range(T):
-                same = SEGMENTS[b][query] == SEGMENTS[b][key] != 0 and key <= query
-                assert mask[b, 0, query, key] == (same or key == query), (b, query, key)
-
-
-def test_cu_seqlens_are_the_runs_of_equal_segments():
-    batch = make_batch(SEGMENTS)
+def test_documents_are_the_runs_of_equal_segments():
+    documents = make_batch(SEGMENTS).documents
     expected, position = [0], 0
     for row in SEGMENTS:
         for t, segment in enumerate(row):
             position += 1
             if t + 1 == len(row) or row[t + 1] != segment:
                 expected.append(position)
-    assert batch.cu_seqlens.dtype == torch.int32
-    assert batch.cu_seqlens.tolist() == expected == [0, 2, 5, 7, 14, 15, 16, 18, 21, 28]
+    assert documents.cu_seqlens.dtype == torch.int32
+    assert documents.cu_seqlens.tolist() == expected == [0, 2, 5, 7, 14, 15, 16, 18, 21, 28]
+    assert documents.lengths == (2, 3, 2, 7, 1, 1, 2, 3, 7) and documents.longest == 7
+
+
+@pytest.mark.parametrize(
+    "segments, alone, padded",
+    [
+        ([[1, 1, 1], [1, 1, 1]], True, False),
+        ([[1, 1, 0], [1, 1, 1], [0, 0, 0]], True, True),
+        ([[1, 1, 2], [1, 1, 1]], False, False),
+        ([[0, 1, 1], [1, 1, 1]], False, True),  # padded on the left: a document does not start its row
+        ([[1, 0, 2]], False, True),
+        ([[3], [4]], True, False),
+    ],
+)
+def test_what_the_host_knows(segments, alone, padded):
+    documents = make_batch(segments).documents
+    assert (documents.alone, documents.padded) == (alone, padded)
 
 
 def test_counts_and_device():
@@ -44,3 +50,12 @@ def test_counts_and_device():
     assert torch.equal(batch.mask, batch.segment_ids > 0)
     moved = batch.to("meta")
     assert moved.input_ids.device.type == moved.segment_ids.device.type == "meta" and moved.rows == (0, 1, 2, 3)
+    assert moved.documents.cu_seqlens.device.type == "meta" and moved.documents.lengths == batch.documents.lengths
+    assert moved.num_tokens == moved.num_targets == 16 and batch.input_ids.device.type == "cpu"
+
+
+def test_twice():
+    batch = make_batch(SEGMENTS)
+    twice = batch.twice()
+    assert twice.input_ids.shape == (8, 7) and twice.rows == 2 * batch.rows
+    assert twice.documents.lengths == 2 * batch.documents.lengths and twice.num_targets == 32

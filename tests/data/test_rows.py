@@ -66,7 +66,7 @@ def test_a_document_that_is_cut_goes_on_in_the_next_row(make_store):
     assert batch.labels.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8], [9, -100, -100, -100]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 0, 0]]
     assert batch.segment_ids.tolist() == [[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]]
-    assert batch.cu_seqlens.tolist() == [0, 4, 8, 10, 12]
+    assert batch.documents.cu_seqlens.tolist() == [0, 4, 8, 10, 12]
     assert (batch.num_tokens, batch.num_targets, batch.rows) == (10, 9, (0, 1, 2))
     assert [batch.input_ids.dtype, batch.labels.dtype, batch.position_ids.dtype] == [torch.int64] * 3
     assert batch.segment_ids.dtype == torch.int32

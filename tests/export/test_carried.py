@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers.dynamic_module_utils import get_imports
 
 from rwkvinside.export.huggingface import export_hf
 
@@ -16,6 +17,12 @@ def exported(run, tmp_path_factory):
     out = tmp_path_factory.mktemp("exports") / "carried"
     export_hf(run, out)
     return out
+
+
+def test_no_file_asks_for_more_than_torch_and_transformers(exported):
+    """What transformers looks for before it loads a file: what is imported inside `try` does not count."""
+    for file in exported.glob("*.py"):
+        assert set(get_imports(file)) - sys.stdlib_module_names <= {"torch", "transformers"}, file.name
 
 
 def load(folder, package):

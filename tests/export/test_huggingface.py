@@ -114,10 +114,10 @@ def test_other_families(tmp_path, family, make_teacher, make_run):
     )
     report = export_hf(run, tmp_path / "out")
     assert report["verification"]["max_difference"] <= 1e-6
-    assert load(tmp_path / "out").generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, min_new_tokens=4).shape == (
-        1,
-        7,
-    )
+    model, prompt = load(tmp_path / "out"), torch.tensor([[5, 6, 7]])
+    assert model.generate(prompt, max_new_tokens=4, min_new_tokens=4).shape == (1, 7)
+    greedy = {"max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(model.generate_graphed(prompt, **greedy), model.generate(prompt, **greedy))
 
 
 def test_bf16_teacher_gives_a_bf16_export_with_fp32_decay(tmp_path, make_teacher, make_run):

@@ -54,6 +54,14 @@ def packed(documents, rows=1, seed=3):
     )
 
 
+def attention_mask_4d(batch):
+    """(B, 1, T, T) bool, True = may attend: causally within the same document; padding only to itself."""
+    T = batch.input_ids.shape[1]
+    same = batch.segment_ids[:, :, None] == batch.segment_ids[:, None, :]
+    allowed = same & torch.ones(T, T, dtype=torch.bool).tril() & batch.mask[:, :, None]
+    return (allowed | torch.eye(T, dtype=torch.bool))[:, None]
+
+
 def logits(model, batch, mode):
     return model(batch, mode=mode, task=Logits())
 

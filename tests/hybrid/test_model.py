@@ -3,7 +3,7 @@ exact teachers and separate documents among it, is in tests/families."""
 
 import pytest
 import torch
-from hybrid_cases import VOCAB, logits, packed, teacher
+from hybrid_cases import VOCAB, attention_mask_4d, logits, packed, teacher
 from plans import stage_plan
 from transformers import Qwen3ForCausalLM
 
@@ -134,8 +134,6 @@ def test_distill_step_equals_brute_force():
     loss, metrics = step(hybrid, batch)
     s = logits(hybrid, batch, "student")
     with torch.no_grad():
-        from rwkvinside.data.batch import attention_mask_4d
-
         t = wide(
             input_ids=batch.input_ids, attention_mask=attention_mask_4d(batch), position_ids=batch.position_ids
         ).logits

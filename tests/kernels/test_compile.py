@@ -42,7 +42,7 @@ def test_every_shipped_configuration_compiles_as_the_baseline_says():
 
 def test_a_baseline_is_current_until_the_sources_change(tmp_path, monkeypatch):
     path = tmp_path / "baseline.json"
-    write_baseline(path, {"a": Usage(128, 0, 1024, 40)})
+    write_baseline(path, {"a": Usage(128, 0, 1024, 40, 0)})
     assert is_current(path)
     monkeypatch.setattr(survey, "source_hash", lambda: "another")
     assert not is_current(path)
@@ -67,11 +67,11 @@ def test_a_baseline_that_is_not_one_is_refused_before_compiling(tmp_path, capsys
 @pytest.mark.parametrize(
     "usage, complaint",
     [
-        (Usage(255, 512, 163 * 1024, 10), None),
-        (Usage(255, 513, 0, 10), "spills 513 bytes"),
-        (Usage(32, 8, 0, 10), "fell back to 32 registers"),
-        (Usage(32, 0, 0, 0), None),
-        (Usage(100, 0, 163 * 1024 + 1, 10), "shared memory"),
+        (Usage(255, 512, 163 * 1024, 10, 0), None),
+        (Usage(255, 513, 0, 10, 0), "spills 513 bytes"),
+        (Usage(32, 8, 0, 10, 0), "fell back to 32 registers"),
+        (Usage(32, 0, 0, 0, 0), None),
+        (Usage(100, 0, 163 * 1024 + 1, 10, 0), "shared memory"),
     ],
 )
 def test_limits(usage, complaint):
@@ -80,20 +80,42 @@ def test_limits(usage, complaint):
 
 
 def test_shared_memory_is_judged_by_the_architecture():
-    usage = Usage(100, 0, 200 * 1024, 0)
+    usage = Usage(100, 0, 200 * 1024, 0, 0)
     assert len(problems({"sm_80/64/fast/gradient": usage, "sm_90/64/fast/gradient": usage})) == 1
 
 
 def test_a_baseline_allows_another_register_allocation_and_nothing_more(tmp_path):
-    known = {"a": Usage(128, 0, 1024, 40), "gone": Usage(40, 0, 0, 0)}
+    known = {"a": Usage(128, 0, 1024, 40, 0), "gone": Usage(40, 0, 0, 0, 0)}
     write_baseline(tmp_path / "baseline.json", known)
-    _, baseline = read_baseline(tmp_path / "baseline.json")
+    (baseline,) = read_baseline(tmp_path / "baseline.json").values()
     assert baseline == known
-    assert differences({"a": Usage(136, 100, 1024, 40), "gone": known["gone"]}, baseline) == []
-    lines = differences({"a": Usage(137, 0, 1024, 40), "new": known["gone"]}, baseline)
+    assert differences({"a": Usage(136, 100, 1024, 40, 0), "gone": known["gone"]}, baseline) == []
+    lines = differences({"a": Usage(137, 0, 1024, 40, 0), "new": known["gone"]}, baseline)
     assert [line.split(":")[0] for line in lines] == ["a", "gone", "new"]
-    assert differences({**known, "a": Usage(128, 0, 1024, 44)}, baseline)
-    assert differences({**known, "a": Usage(128, 0, 4096, 40)}, baseline)
+    assert differences({**known, "a": Usage(128, 0, 1024, 44, 0)}, baseline)
+    assert differences({**known, "a": Usage(128, 0, 4096, 40, 0)}, baseline)
+    assert differences({**known, "a": Usage(128, 0, 1024, 40, 3)}, baseline)
+
+
+def test_a_baseline_keeps_what_another_triton_gave_for_the_same_sources(tmp_path, monkeypatch):
+    path = tmp_path / "baseline.json"
+    write_baseline(path, {"a": Usage(128, 0, 1024, 40, 0)})
+    mine = survey.triton.__version__
+    monkeypatch.setattr(survey.triton, "__version__", "0.1")
+    write_baseline(path, {"a": Usage(64, 0, 1024, 40, 0)})
+    assert {version: usages["a"].registers for version, usages in read_baseline(path).items()} == {mine: 128, "0.1": 64}
+    monkeypatch.setattr(survey, "source_hash", lambda: "another")
+    write_baseline(path, {"a": Usage(32, 0, 1024, 40, 0)})
+    assert set(read_baseline(path)) == {"0.1"}
+
+
+@pytest.mark.integration
+def test_scans_load_the_next_chunks_while_they_compute():
+    usages = read_baseline(BASELINE)
+    assert len(usages) > 1, "more than one Triton"
+    for kernels in usages.values():
+        scans = {name: usage for name, usage in kernels.items() if "/scan_" in name and "/fp32/" not in name}
+        assert scans and all(usage.ahead > 0 for usage in scans.values())
 
 
 def test_the_table_has_an_entry_for_everything_it_may_be_asked():
@@ -139,9 +161,13 @@ def test_a_table_that_is_not_one_is_named(tmp_path, text):
 
 def test_tuning_finds_the_fastest_of_what_fits():
     best = table.Config(
-        32, 64, table.Tuning(4, 1), 64, table.Tuning(4, 3), table.Tuning(4, 3), table.Tuning(8, 1), 32, 64
+        32, 64, table.Tuning(4, 1), 64, table.Tuning(4, 3), table.Tuning(4, 3), table.Tuning(8, 1), 64, 64
     )
-    parts = {"prep": ["prep"], "scan": ["block_v", "scan"], "grad": ["grad", "grad_block_v", "grad_block_k"]}
+    parts = {
+        "prep": ["prep", "prep_block_k"],
+        "scan": ["block_v", "scan"],
+        "grad": ["grad", "grad_block_v", "grad_block_k"],
+    }
 
     def measure(config, part):
         """1 for each field that is not the best one; what would be best of all does not fit."""

@@ -1,4 +1,4 @@
-"""The Triton decode step: in the interpreter, on a GPU, and what it refuses."""
+"""The Triton decode steps, of the recurrence and of a whole mixer: in the interpreter, on a GPU, what they refuse."""
 
 import os
 import subprocess
@@ -10,27 +10,29 @@ import torch
 
 from rwkvinside.kernels.gpu.decode import plan_step
 
-CASES = Path(__file__).with_name("decode_cases.py")
+CASES = [Path(__file__).with_name(name) for name in ("decode_cases.py", "mixer_step_cases.py")]
 
 
-def run_cases(interpret: bool):
+def run_cases(cases: Path, interpret: bool):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     if interpret:
         environment["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
 
 
 @pytest.mark.integration
-def test_properties_in_the_interpreter():
-    run_cases(interpret=True)
+@pytest.mark.parametrize("cases", CASES, ids=lambda path: path.stem)
+def test_properties_in_the_interpreter(cases):
+    run_cases(cases, interpret=True)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_properties_on_a_gpu():
-    run_cases(interpret=False)
+@pytest.mark.parametrize("cases", CASES, ids=lambda path: path.stem)
+def test_properties_on_a_gpu(cases):
+    run_cases(cases, interpret=False)
 
 
 def token(B=2, H=4, N=64, G=None):

@@ -45,6 +45,15 @@ def test_plans_need_no_gpu_and_name_what_runs():
     assert [x.dtype for x in grads] == [x.dtype for x in inputs.values()] + [torch.float32]
 
 
+def test_a_gradient_that_only_v_or_the_state_needs_takes_no_work_within_the_chunks():
+    inputs = arguments()
+    _, (y, _, starts, u) = op.plan_forward(**inputs, **OPTIONS)
+    rest = {"mask": None, "cu_seqlens": None, "starts": starts, "u": u, "dy": y, "dfinal": None, "within": False}
+    backward, grads = op.plan_backward(**inputs, **rest, **OPTIONS)
+    assert names(backward) == ["prepare", "scan_backward"]
+    assert [x.numel() > 0 for x in grads] == [name in ("v", "state") for name in (*inputs, "state")]
+
+
 def test_plans_in_segments():
     launches, _ = op.plan_forward(**arguments(), **OPTIONS, segments=3)
     assert names(launches) == ["prepare", "scan_forward", "advance", "advance", "scan_forward"]
@@ -54,11 +63,10 @@ def test_plans_in_segments():
 
 def test_packed_sequences_get_a_chunk_more_each_at_most():
     cu_seqlens = torch.empty(4, dtype=torch.int32, device="meta")
-    launches, (_, final, starts, _) = op.plan_forward(
-        **arguments(B=1), cu_seqlens=cu_seqlens, **OPTIONS, config=lookup(64, (9, 0), "balanced")
-    )
+    config = lookup(64, (9, 0), "balanced")
+    launches, (_, final, starts, _) = op.plan_forward(**arguments(B=1), cu_seqlens=cu_seqlens, **OPTIONS, config=config)
     assert final.shape[0] == 3
-    assert launches[0].grid[0] == starts.shape[0] == -(-100 // 32) + 3
+    assert launches[0].grid[0] == starts.shape[0] == -(-100 // config.length) + 3
 
 
 def test_chunks_too_long_for_fp32_are_refused():

@@ -5,6 +5,7 @@
 The measure is the relative L2 distance to the reference in float64 on the very inputs that the kernels got.
 """
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -188,6 +189,31 @@ def test_packed_sequences():
     assert_close(found, wanted, CLOSE)
 
 
+def test_layers_share_the_table_of_chunks(monkeypatch):
+    located = []
+
+    def locate(cu_seqlens, chunks, length):
+        located.append(cu_seqlens.tolist())
+        return found_chunks(cu_seqlens, chunks, length)
+
+    found_chunks = op._locate_chunks
+    monkeypatch.setattr(op, "_locate_chunks", locate)
+    args = inputs(T=40, sequences=2)
+    dy, dfinal = cotangents(args[0], args[3], args[6])
+    cu_seqlens = torch.tensor([0, 19, 40], device=DEVICE)
+    for _ in range(2):
+        results(lambda *x: wkv7(*x, cu_seqlens=cu_seqlens), args, dy, dfinal)
+    assert located == [[0, 19, 40]]  # of two layers, forward and backward
+    cu_seqlens[1] = 7
+    found = results(lambda *x: wkv7(*x, cu_seqlens=cu_seqlens), args, dy, dfinal)
+    assert located[1:] == [[0, 7, 40]]
+    assert_close(found, expected(args, dy, dfinal, cu_seqlens=cu_seqlens), CLOSE)
+    alive = len(op._chunk_tables)
+    cu_seqlens = None
+    gc.collect()
+    assert len(op._chunk_tables) == alive - 1
+
+
 def test_packed_sequences_with_a_mask():
     args = inputs(T=40, sequences=2)
     cu_seqlens = torch.tensor([0, 19, 40], device=DEVICE)
@@ -330,14 +356,17 @@ def test_gradients_of_one_output_only():
         assert_close([*wanted[:2], *found], wanted, CLOSE)
 
 
-def test_gradients_of_some_inputs_only():
+@pytest.mark.parametrize("place", [1, 3, 6])
+def test_gradients_of_some_inputs_only(place):
     args = inputs(T=20)
     dy, dfinal = cotangents(args[0], args[3], args[6])
-    args[3].requires_grad_()
+    args[place].requires_grad_()
     y, final = wkv7(*args)
-    (dv,) = torch.autograd.grad((y, final), args[3], (dy, dfinal))
-    wanted = expected([x.detach() for x in args], dy, dfinal)
-    assert (dv - wanted[5]).norm() <= CLOSE * wanted[5].norm()
+    y.backward(dy, retain_graph=True)
+    final.backward(dfinal)
+    wanted = expected([x.detach() for x in args], dy, dfinal)[2 + place]
+    assert (args[place].grad - wanted).norm() <= CLOSE * wanted.norm()
+    assert all(x.grad is None for i, x in enumerate(args) if i != place)
 
 
 def test_nothing_is_kept_without_gradients():

@@ -30,7 +30,9 @@ def inputs(B, T, H, N, G=None, dtype=torch.float32, seed=0, decay=0.60653066):
 def reference(values, state):
     """y and the final state in float64, heads that are shared repeated."""
     H = values[0].shape[2]
-    return wkv7_reference(*(x.double().cpu().repeat_interleave(H // x.shape[2], 2) for x in values), state.double().cpu())
+    return wkv7_reference(
+        *(x.double().cpu().repeat_interleave(H // x.shape[2], 2) for x in values), state.double().cpu()
+    )
 
 
 def error(value, expected):

@@ -8,54 +8,10 @@ import threading
 
 import pytest
 import torch
-from generation_cases import NEW, check_paths, greedy
+from generation_cases import LAYOUTS, NEW, VOCAB, build, check_paths, greedy
 from transformers import DynamicCache, GenerationConfig, StaticCache, TextIteratorStreamer
 
 from rwkvinside.modeling.hybrid_base import FP32_PARAMETERS
-from rwkvinside.modeling.mixer_presets import TimeMixerConfig
-from rwkvinside.modeling.registry import hybrid_class
-
-LAYERS, HEADS, KV_HEADS, HEAD_SIZE, WIDTH, VOCAB = 4, 4, 2, 16, 48, 101
-LAYOUTS = {"all-rwkv": [0, 1, 2, 3], "mixed": [0, 2], "attention-first": [1, 2]}
-
-
-def build(family="qwen3", rwkv_layers=(0, 2), preset="cxa079", dtype=torch.float64, mixer=None, **config_fields):
-    """A random hybrid whose every mixer parameter matters: the zeros of the usual start are perturbed."""
-    torch.manual_seed(0)
-    mixer_config = TimeMixerConfig.from_preset(
-        preset,
-        qk_norm=family == "qwen3",
-        hidden_size=WIDTH,
-        num_heads=HEADS,
-        num_kv_heads=KV_HEADS,
-        head_size=HEAD_SIZE,
-        qkv_bias=family == "qwen2",
-        **(mixer or {}),
-    )
-    model_class = hybrid_class(f"hybrid_{family}")
-    config = model_class.config_class(
-        vocab_size=VOCAB,
-        hidden_size=WIDTH,
-        intermediate_size=64,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        head_dim=HEAD_SIZE,
-        initializer_range=0.2,
-        bos_token_id=1,
-        eos_token_id=None,
-        pad_token_id=0,
-        rwkv_layers=list(rwkv_layers),
-        mixer=mixer_config.to_dict(),
-        rwkv_architecture=preset,
-        **config_fields,
-    )
-    model = model_class(config).to(dtype).eval()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if ".self_attn." in name and int(name.split(".")[2]) in rwkv_layers and p.ndim > 1:
-                p += 0.2 * torch.randn_like(p)
-    return model
 
 
 @pytest.fixture(scope="module", params=list(LAYOUTS))

@@ -1,6 +1,8 @@
 """The Triton kernel that exports carry: its properties (carried_cases.py) in the interpreter and on a GPU, and who
 computes where it does not."""
 
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -94,6 +96,16 @@ def test_a_gpu_without_triton_says_what_to_install(monkeypatch):
     with pytest.warns(UserWarning, match="slower chunked path: .*pip install triton"):
         assert choose(token()) == "chunked"
     wkv7_triton.why_unavailable.cache_clear()
+
+
+def test_the_file_can_be_imported_without_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"  # as if it were not installed
+        "from rwkvinside.modeling.wkv7_triton import why_unavailable, why_unsupported\n"
+        "import torch; print(why_unavailable(), why_unsupported('cuda', torch.bfloat16, 64))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "the package triton is not installed: pip install triton None\n"
 
 
 def test_the_interfaces_agree():

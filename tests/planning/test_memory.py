@@ -100,6 +100,19 @@ def test_predicted_memory_is_what_a_run_takes(material, tmp_path, name, rows, mo
     print(f"\n{name} {more}: predicted {memory.peak / MIB:.0f} MiB, measured {measured / MIB:.0f} MiB")
 
 
+def test_what_a_token_takes_does_not_grow_with_the_row(material):
+    """Documents are kept apart by their bounds: nothing has T * T elements."""
+    for name in ("calibrate", "align", "distill"):
+        rows = {16: 64, 1: 1024}  # tokens of a row by rows of a micro-batch
+        sizes = []
+        for count, seq_len in rows.items():
+            fields = {"tokens": 1024, "data.seq_len": seq_len, "batch.tokens": 1024, "batch.micro_rows": count}
+            overrides = [f"run=[{name}]", *(f"stages.{name}.{k}={v}" for k, v in fields.items())]
+            config = load_config(teacher=str(material / "teacher"), out="out", overrides=overrides)
+            sizes.append(predicted(config).peak)
+        assert sizes[0] == sizes[1], name
+
+
 # A student of a hundred parameters, ten of which train; every term of the formula by hand.
 WEIGHTS = StudentMemory(trainable=10, others=180, parameters=100, cast=10, whole=20, unpacked=0, head=0)
 

@@ -1,4 +1,7 @@
-"""WKV-7 on a GPU, in Triton: `wkv7` trains and prefills (op.py), `decode.step` takes one token."""
+"""WKV-7 on a GPU, in Triton.
+
+`wkv7` trains and prefills (op.py), `decode.step` takes one token, `mixer_step.mixer_step` one of a whole time mixer.
+"""
 
 from rwkvinside.kernels.gpu.op import wkv7
 

@@ -25,7 +25,8 @@ import triton
 from rwkvinside.kernels.gpu import table
 from rwkvinside.kernels.gpu.decode import plan_step
 from rwkvinside.kernels.gpu.launch import Launch
-from rwkvinside.kernels.gpu.op import plan_backward, plan_forward
+from rwkvinside.kernels.gpu.mixer_step import plan_mixer_step
+from rwkvinside.kernels.gpu.op import NARROW, plan_backward, plan_forward
 from rwkvinside.kernels.gpu.table import Config, StepConfig, Tuning
 
 DESCRIPTION = "Measure configurations of the WKV-7 kernels on this machine's GPU and write the best into the table."
@@ -33,8 +34,9 @@ DESCRIPTION = "Measure configurations of the WKV-7 kernels on this machine's GPU
 PARTS = {
     "prep": {"prepare"},
     "scan": {"scan_forward", "scan_backward"},
+    "narrow": {"scan_forward", "scan_backward"},
     "grad": {"gradient"},
-    "step": {"_step"},
+    "step": {"_step", "_mixer_step"},
 }
 LENGTHS = (16, 32)  # op.py refuses longer chunks
 Measure = Callable[[Config | StepConfig, str], float]
@@ -45,17 +47,20 @@ def variants(config: Config | StepConfig, part: str, head_size: int) -> list[Con
     blocks = [size for size in (16, 32, 64) if size <= head_size]
     changes: list[dict]
     if part == "prep":
-        widths = [size for size in (64, 128) if size <= head_size] or [head_size]
-        choices = itertools.product(widths, (1, 2, 4, 8))
+        widths = [size for size in (32, 64, 128) if size <= head_size] or [head_size]
+        choices = itertools.product(widths, (1, 2, 4))
         changes = [{"prep_block_k": columns, "prep": Tuning(warps, 1)} for columns, warps in choices]
     elif part == "scan":
         choices = itertools.product(blocks, (2, 4, 8), (1, 2, 3))
         changes = [{"block_v": rows, "scan": Tuning(warps, stages)} for rows, warps, stages in choices]
+    elif part == "narrow":
+        changes = [{"narrow": Tuning(warps, stages)} for warps, stages in itertools.product((1, 2, 4, 8), (2, 3, 4))]
     elif part == "grad":
-        choices = itertools.product(blocks, blocks[-2:], (4, 8))
+        rows = [size for size in (64, 128) if size <= head_size] or blocks
+        choices = itertools.product(rows, blocks[-1:], (4, 8), (None, 128))
         changes = [
-            {"grad_block_v": rows, "grad_block_k": columns, "grad": Tuning(warps, 1)}
-            for rows, columns, warps in choices
+            {"grad_block_v": rows, "grad_block_k": columns, "grad": Tuning(warps, 1, most)}
+            for rows, columns, warps, most in choices
         ]
     else:
         changes = [
@@ -92,11 +97,19 @@ def tune(start: Config, head_size: int, measure: Measure) -> tuple[float, Config
 
 
 class OnGPU:
-    """Timer of launches on the current device, for one head size and precision mode."""
+    """Timer of launches on the current device, for one head size and precision mode.
 
-    def __init__(self, shape: tuple[int, int, int], head_size: int, precision: str):
+    Args:
+        shape: B, T, H.
+        head_size: N.
+        precision: mode.
+        narrow: the scans take the fewest rows at a time, as for few heads.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], head_size: int, precision: str, narrow: bool = False):
         B, T, H = shape
         self.precision = precision
+        self.block_v = NARROW if narrow else None
         dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         random = torch.Generator("cuda").manual_seed(0)
 
@@ -121,14 +134,17 @@ class OnGPU:
             return math.inf
 
     def plan(self, config: Config | StepConfig) -> list[Launch]:
-        """Return the launches of forward and backward, or of a decode step.
+        """Return the launches of forward and backward, or of the decode steps of the recurrence and of a mixer.
 
         The buffers between them are uninitialized, because no kernel's time depends on their content.
         """
         inputs = (self.r, self.w, self.k, self.v, self.a, self.b)
         if isinstance(config, StepConfig):
-            return plan_step(*(x[:, 0] for x in inputs), self.state, capability=None, config=config)[0]
-        how = {"precision": self.precision, "capability": None, "config": config}
+            r, _, k, v, _, _ = token = [x[:, 0] for x in inputs]
+            rows, how = r.flatten(1), {"capability": None, "config": config}
+            mixer = plan_mixer_step(r, k, v, rows, rows, rows, self.state, rows[0], rows[0], **how)[0]
+            return plan_step(*token, self.state, **how)[0] + mixer
+        how = {"precision": self.precision, "capability": None, "config": config, "block_v": self.block_v}
         forward, (y, _, starts, rows) = plan_forward(*inputs, **how)
         backward, _ = plan_backward(*inputs, None, None, starts, rows, y, None, **how)
         return forward + backward
@@ -159,6 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
         for (size, mode), start in starts.items():
             measure = OnGPU(shape, size, mode)
             time, config = tune(start, size, measure)
+            _, config = fastest(config, "narrow", size, OnGPU((1, *shape[1:]), size, mode, narrow=True))
             step_time, step = fastest(table.lookup_step(size, None), "step", size, measure)
             if math.isinf(time + step_time):
                 raise ValueError(f"no configuration for head size {size} in mode {mode} fits this GPU")

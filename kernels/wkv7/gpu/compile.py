@@ -7,8 +7,9 @@
 
 The launches are those that the ops plan, on meta tensors; Triton specializes and compiles them as for a real call, with
 the ptxas that its wheel ships, bypassing its cache. This finds type errors that the interpreter accepts, spilled
-registers, and shared memory that does not fit. It runs nothing, so it says nothing about results or times. A baseline
-holds for the Triton that it was written with; others allocate registers differently, so only the limits apply to them.
+registers, shared memory that does not fit, and loops whose loads wait for each other. It runs nothing, so it says
+nothing about results or times. A baseline has an entry for each Triton that it was written with; others allocate
+registers differently, so only the limits apply to them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import functools
 import hashlib
 import io
 import itertools
@@ -36,6 +38,9 @@ from triton.backends.compiler import GPUTarget
 
 from rwkvinside.kernels.gpu.decode import plan_step
 from rwkvinside.kernels.gpu.launch import Launch
+from rwkvinside.kernels.gpu.low_rank import plan_low_rank
+from rwkvinside.kernels.gpu.mixer import plan_inputs, plan_inputs_backward, plan_output, plan_output_backward
+from rwkvinside.kernels.gpu.mixer_step import plan_mixer_step
 from rwkvinside.kernels.gpu.op import NARROW, plan_backward, plan_forward
 from rwkvinside.kernels.gpu.table import PRECISIONS, Tuning
 from rwkvinside.modeling import wkv7_triton
@@ -47,7 +52,7 @@ HEAD_SIZES = (64, 128, 256)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes per block (CUDA C++ programming guide, compute capabilities)
 SPILL_LIMIT = 512  # bytes of spill stores and loads together; a few spilled registers cost nothing measurable
 # Accepted differences from the baseline. Another Triton makes larger ones, see `main`.
-TOLERANCE = {"registers": 8, "spill": 128, "shared": 1024, "mma": 0}
+TOLERANCE = {"registers": 8, "spill": 128, "shared": 1024, "mma": 0, "ahead": 0}
 
 
 @dataclass(frozen=True)
@@ -59,12 +64,14 @@ class Usage:
         spill: bytes of spill stores and loads per thread.
         shared: bytes of shared memory per block.
         mma: matrix instructions in its code.
+        ahead: copies to shared memory that may be under way while it computes; 0: it waits for all of them.
     """
 
     registers: int
     spill: int
     shared: int
     mma: int
+    ahead: int
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,8 @@ def _usage(log: str, kernel) -> Usage:
     if not registers or not spills:
         raise RuntimeError(f"ptxas printed something else than expected about {kernel.name}:\n{log}")
     mma = len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async)", kernel.asm["ptx"]))
-    return Usage(int(registers[1]), sum(map(int, spills)), kernel.metadata.shared, mma)
+    ahead = max(map(int, re.findall(r"async_wait.*?num = (\d+)", kernel.asm["ttgir"])), default=0)
+    return Usage(int(registers[1]), sum(map(int, spills)), kernel.metadata.shared, mma, ahead)
 
 
 def shipped(architecture: int) -> Iterator[tuple[str, Launch]]:
@@ -102,8 +110,14 @@ def shipped(architecture: int) -> Iterator[tuple[str, Launch]]:
         yield from _named(prefix, plan_decoding(size, capability))
         for tokens in (1, 4096):
             yield from _named(f"{prefix}/carried/{tokens}", plan_carried(size, tokens))
+        yield from _named(prefix, plan_mixing(size, capability))
+        yield from _named(f"{prefix}/mixer", plan_mixer(size))
     # These arguments change the code but hardly its resources: one mode and head size represent all.
     yield from _named(f"sm_{architecture}/64/packed", plan_packed(64, "balanced", capability))
+    yield from _named(f"sm_{architecture}/64/first", plan_first_mixing(64, capability))
+    yield from _named(f"sm_{architecture}/64/maps", plan_maps())
+    for variant in MIXER_VARIANTS:
+        yield from _named(f"sm_{architecture}/64/mixer_{variant}", plan_mixer(64, variant))
 
 
 def _named(prefix: str, launches: list[Launch]) -> Iterator[tuple[str, Launch]]:
@@ -160,6 +174,72 @@ def plan_carried(size: int, tokens: int) -> list[Launch]:
     mask = torch.empty(8, tokens, dtype=torch.bool, device="meta")
     plan, _ = wkv7_triton.plan(x, x.float(), shared, shared, shared, shared, state, mask)
     return [Launch(*plan, Tuning(wkv7_triton.warps(size), 1))]
+
+
+def plan_mixing(size: int, capability: tuple[int, int]) -> list[Launch]:
+    """Plan one token of a mixer that has everything the kernel knows, in a model of bf16."""
+    token = _mixed_token(size)
+    bf16 = functools.partial(torch.empty, dtype=torch.bfloat16, device="meta")
+    shares = {"v_mix": bf16(8, 8 * size), "v_first": bf16(8, 8, size), "k_mix": bf16(8, 8 * size)}
+    shares |= {"k_first": bf16(8, 8, size), "v0": token["w0"][: 8 * size], "k0": token["w0"][: 8 * size]}
+    rows = {"mask": torch.empty(8, dtype=torch.bool, device="meta"), "r_k": bf16(32, size)}
+    return plan_mixer_step(**token, **shares, **rows, log_scale=True, capability=capability)[0]
+
+
+def plan_first_mixing(size: int, capability: tuple[int, int]) -> list[Launch]:
+    """Plan one token of a first layer, which hands on its key, with an additive value and the decay as it is."""
+    given = {"v_mix": torch.empty(8, 32 * size, dtype=torch.bfloat16, device="meta")}
+    given["k_out"] = torch.empty(8, 8, size, dtype=torch.bfloat16, device="meta")
+    return plan_mixer_step(**_mixed_token(size), **given, capability=capability)[0]
+
+
+def plan_maps() -> list[Launch]:
+    """Plan the low-rank maps of a mixer of 16 heads of 128 with 8 of keys and values, as in Qwen3-0.6B."""
+    bf16 = functools.partial(torch.empty, dtype=torch.bfloat16, device="meta")
+    sizes = ((256, 2048), (96, 2048), (160, 2048), (64, 1024), (64, 1024))
+    downs, ups = [bf16(1024, rank) for rank, _ in sizes], [bf16(*size) for size in sizes]
+    return plan_low_rank(bf16(1, 1024), downs, ups, ("tanh", "none", "sigmoid", "none", "none"))[0]
+
+
+def _mixed_token(size: int) -> dict[str, torch.Tensor]:
+    """Return what every mixer has, with norms and rotation: 8 rows, 32 heads, 8 of keys and values."""
+    bf16 = functools.partial(torch.empty, dtype=torch.bfloat16, device="meta")
+    token = {"r": bf16(8, 32, size), "k": bf16(8, 8, size), "v": bf16(8, 8, size)}
+    token |= {name: bf16(8, 32 * size) for name in ("decay", "iclr", "gate")}
+    token |= {name: bf16(size) for name in ("r_weight", "k_weight")} | {name: bf16(1, size) for name in ("cos", "sin")}
+    token |= {name: torch.empty(32 * size, device="meta") for name in ("w0", "a0")}
+    return token | {"state": torch.empty(8, 32, size, size, device="meta")}
+
+
+# How a mixer may differ from a later layer of cxa079 in bf16: the first layer in fp32, values mixed at all heads, stock
+# RWKV-7
+MIXER_VARIANTS = ("first", "full", "stock")
+
+
+def plan_mixer(size: int, variant: str = "") -> list[Launch]:
+    """Plan the work around the recurrence, forward and backward, with two heads for each of keys and values."""
+    dtype = torch.float32 if variant == "first" else torch.bfloat16
+    full, shared = (_tokens(heads, size, dtype) for heads in (32, 16))
+    rotation, norm = _tokens(1, size, torch.float32)[:, :, 0], torch.empty(size, device="meta")
+    bias, bias_shared = (torch.empty(heads * size, device="meta") for heads in (32, 16))
+    given = {"r": full, "k": shared, "v": shared, "decay": full, "iclr": full, "w0": bias, "a0": bias, "r_k": bias}
+    if variant == "stock":
+        given |= {"value_gate": full, "k_k": bias, "k_a": bias}
+    else:
+        given |= {"cos": rotation, "sin": rotation, "r_norm": norm, "k_norm": norm}
+    if variant == "full":
+        given |= {"value_gate": full, "v_first": shared, "v0": bias}
+    elif not variant:
+        given |= {"key_gate": shared, "k_first": shared, "k0": bias_shared}
+        given |= {"value_gate": shared, "v_first": shared, "v0": bias_shared}
+    key_scale = {"stock": "k_a", "full": "log"}.get(variant, "decay")
+    forward, made = plan_inputs(given, key_scale=key_scale, hand_key=variant == "first")
+    backward, *_ = plan_inputs_backward(given, made, key_scale=key_scale, wanted={"k_first", "v_first"})
+    if variant:
+        return forward + backward
+    last = (full, full, made["bonus"], made["v"], size**-0.5)
+    after, out = plan_output(*last)
+    return forward + backward + after + plan_output_backward(*last, out)[0]
 
 
 def survey(only: str = "") -> dict[str, Usage]:
@@ -237,7 +317,7 @@ def differences(found: dict[str, Usage], baseline: dict[str, Usage]) -> list[str
 def _words(usage: Usage) -> str:
     return (
         f"{usage.registers:3} registers, {usage.spill:5} B spilled, {usage.shared / 1024:5.1f} KiB shared, "
-        f"{usage.mma:4} MMAs"
+        f"{usage.mma:4} MMAs, {usage.ahead:2} copies ahead"
     )
 
 
@@ -264,21 +344,33 @@ def _code(text: str) -> str:
 def is_current(path: Path) -> bool:
     """Return whether a baseline was written with these sources and this Triton."""
     content = json.loads(path.read_text(encoding="utf-8"))
-    return (content["triton"], content["sources"]) == (triton.__version__, source_hash())
+    return content["sources"] == source_hash() and triton.__version__ in content["triton"]
 
 
-def read_baseline(path: Path) -> tuple[str, dict[str, Usage]]:
-    """Return the version of Triton that a baseline is for, and usages by name."""
+def read_baseline(path: Path) -> dict[str, dict[str, Usage]]:
+    """Return usages by name, by the version of Triton that gave them."""
     content = json.loads(path.read_text(encoding="utf-8"))
-    return content["triton"], {name: Usage(**usage) for name, usage in content["kernels"].items()}
+    return {
+        version: {name: Usage(**usage) for name, usage in kernels.items()}
+        for version, kernels in content["triton"].items()
+    }
 
 
 def write_baseline(path: Path, found: dict[str, Usage]) -> None:
-    """Write usages by name, one per line, with the sources' hash and Triton's version."""
-    kernels = ",\n".join(f"    {json.dumps(name)}: {json.dumps(asdict(usage))}" for name, usage in found.items())
-    made = f'"triton": "{triton.__version__}",\n  "sources": "{source_hash()}"'
-    text = f'{{\n  {made},\n  "kernels": {{\n{kernels}\n  }}\n}}\n'
-    write_text(path, text)
+    """Write usages by name, one per line, with the sources' hash and Triton's version.
+
+    What another Triton gave stays if it was of these sources.
+    """
+    versions = {}
+    if path.exists() and json.loads(path.read_text(encoding="utf-8"))["sources"] == source_hash():
+        versions = read_baseline(path)
+    versions[triton.__version__] = found
+    parts = []
+    for version, usages in sorted(versions.items()):
+        lines = ",\n".join(f"      {json.dumps(name)}: {json.dumps(asdict(usage))}" for name, usage in usages.items())
+        parts.append(f"    {json.dumps(version)}: {{\n{lines}\n    }}")
+    text = ",\n".join(parts)
+    write_text(path, f'{{\n  "sources": "{source_hash()}",\n  "triton": {{\n{text}\n  }}\n}}\n')
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -298,16 +390,16 @@ def main(arguments: list[str] | None = None) -> int:
     if args.write and args.only:
         parser.error("--write needs every kernel: leave out --only")
     try:
-        version, baseline = read_baseline(args.check) if args.check else ("", {})
+        known = read_baseline(args.check) if args.check else {}
         found = survey(args.only)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         print(f"cannot check the kernels: {error}", file=sys.stderr)
         return 2
     lines = problems(found)
-    if args.check and version == triton.__version__:
+    if args.check and (baseline := known.get(triton.__version__)) is not None:
         lines += differences(found, {name: usage for name, usage in baseline.items() if name.startswith(args.only)})
     elif args.check:
-        print(f"the baseline is of Triton {version}, this is {triton.__version__}: only limits are checked")
+        print(f"the baseline is of Triton {', '.join(known)}, this is {triton.__version__}: only limits are checked")
     for line in lines:
         print(line, file=sys.stderr)
     if args.write and not lines:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from rwkvinside.kernels.gpu import kernels
 from rwkvinside.kernels.gpu.launch import Launch, capability, run
@@ -179,6 +180,7 @@ def plan_backward(
     config: Config | None = None,
     block_v: int | None = None,
     segments: int = 1,
+    within: bool = True,
 ) -> tuple[list[Launch], tuple[Tensor, ...]]:
     """Return the launches of a backward pass and their outputs; launch nothing.
 
@@ -187,10 +189,12 @@ def plan_backward(
         starts, u: the last two outputs of the forward, planned with the same precision, capability and config.
         dy, dfinal: gradients of y and of the final state; None for the latter is zero.
         precision, capability, config, block_v, segments: as in `plan_forward`.
+        within: whether any of r, w, k, a and b needs its gradient, which is half of the work.
 
     Returns:
-        Launches in order, and the gradients of r, w, k, v, a, b, all (B, T, H, N), and of the initial state in fp32.
-        Where heads share an input, its gradient is in fp32 and still to be summed over them, else in the input's dtype.
+        Launches in order, and the gradients of r, w, k, v, a, b, all (B, T, H, N), and of the initial state in fp32;
+        those of r, w, k, a and b have no elements without `within`. Where heads share an input,
+        its gradient is in fp32 and still to be summed over them, else in the input's dtype.
 
     Raises:
         ValueError: a forward that was planned differently, or without `save`.
@@ -203,8 +207,10 @@ def plan_backward(
     if starts.shape != ends.shape or u.shape != p.shape:
         raise ValueError(f"the forward has kept {tuple(starts.shape)}, this backward reads {tuple(ends.shape)}")
     dstate = plan.empty(plan.sequences, plan.heads, plan.size, plan.size)
+    dtypes = [x.dtype if x.shape == r.shape else torch.float32 for x in (r, w, k, v, a, b)]
     dr, dw, dk, dv, da, db = (
-        plan.per_token(x.dtype if x.shape == r.shape else torch.float32) for x in (r, w, k, v, a, b)
+        plan.per_token(dtype) if within or name == "v" else plan.empty(0)
+        for name, dtype in zip("rwkvab", dtypes, strict=True)
     )
     scan = plan.scan(
         kernels.scan_backward,
@@ -213,6 +219,8 @@ def plan_backward(
         ("dfinal_", dfinal, "dinitial_", dstate),
         range(segments)[::-1],
     )
+    if not within:
+        return [plan.prepare(tiles), *scan], (dr, dw, dk, dv, da, db, dstate)
     columns = min(plan.config.grad_block_k, plan.padded)
     rows = min(plan.config.grad_block_v, plan.padded)
     gradient = plan.launch(
@@ -389,12 +397,28 @@ class _Plan:
 def _chunk_table(cu_seqlens: Tensor, chunks: int, length: int) -> tuple[Tensor, Tensor]:
     """Locate the chunks of packed sequences.
 
-    Sizes do not depend on the values, so nothing waits for the device; surplus chunks are empty.
+    Sizes do not depend on the values, so nothing waits for the device; surplus chunks are empty. All layers of a
+    forward read the same `cu_seqlens`, and so do their backwards: what was found is kept with that tensor, as long as
+    it lives and nobody writes to it.
 
     Returns:
         The first chunk of every sequence (S,), and (first token, end of the sequence) of every chunk (chunks, 2), both
         int64.
     """
+    if cu_seqlens.is_inference() or cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing():
+        return _locate_chunks(cu_seqlens, chunks, length)  # no record of writes; a graph's replays bring other values
+    asked = (cu_seqlens._version, chunks, length)
+    known, table = _chunk_tables.get(cu_seqlens, (None, None))
+    if known != asked:
+        table = _locate_chunks(cu_seqlens, chunks, length)
+        _chunk_tables[cu_seqlens] = asked, table
+    return table
+
+
+_chunk_tables = WeakTensorKeyDictionary()
+
+
+def _locate_chunks(cu_seqlens: Tensor, chunks: int, length: int) -> tuple[Tensor, Tensor]:
     bounds = cu_seqlens.long()
     counts = (bounds.diff() + length - 1).div(length, rounding_mode="floor")
     ends = counts.cumsum(0)
@@ -486,10 +510,11 @@ def _backward(
     dy: Tensor,
     dfinal: Tensor | None,
     precision: str,
+    within: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = (r, w, k, v, a, b)
     launches, (*grads, dstate) = plan_backward(
-        *inputs, mask, cu_seqlens, starts, u, dy, dfinal, **_split(r, cu_seqlens, precision)
+        *inputs, mask, cu_seqlens, starts, u, dy, dfinal, within=within, **_split(r, cu_seqlens, precision)
     )
     run(launches, r.device)
     return *(_sum_over_heads(grad, x) for grad, x in zip(grads, inputs, strict=True)), dstate
@@ -497,14 +522,15 @@ def _backward(
 
 def _sum_over_heads(grad: Tensor, x: Tensor) -> Tensor:
     """Sum (B, T, H, N) over the heads that share a head of x."""
-    if grad.shape == x.shape:
+    if grad.shape == x.shape or not grad.numel():
         return grad
     return grad.unflatten(2, (x.shape[2], -1)).sum(3).to(x.dtype)
 
 
 @_backward.register_fake
-def _(r, w, k, v, a, b, mask, cu_seqlens, starts, u, dy, dfinal, precision):
-    grads = [x.new_empty(x.shape) for x in (r, w, k, v, a, b)]
+def _(r, w, k, v, a, b, mask, cu_seqlens, starts, u, dy, dfinal, precision, within):
+    inputs = zip("rwkvab", (r, w, k, v, a, b), strict=True)
+    grads = [x.new_empty(x.shape if within or name == "v" else 0) for name, x in inputs]
     sequences = r.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return *grads, r.new_empty((sequences, r.shape[2], r.shape[3], r.shape[3]), dtype=torch.float32)
 
@@ -519,7 +545,10 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, dy, dfinal, _starts, _u):
     dy = torch.zeros_like(ctx.saved_tensors[0]) if dy is None else dy
-    *grads, dstate = _backward(*ctx.saved_tensors, dy, dfinal, ctx.precision)
+    wanted = ctx.needs_input_grad
+    within = any(needed for name, needed in zip("rwkvab", wanted[:6], strict=True) if name != "v")
+    *grads, dstate = _backward(*ctx.saved_tensors, dy, dfinal, ctx.precision, within)
+    grads = [grad if needed else None for grad, needed in zip(grads, wanted[:6], strict=True)]
     dstate = None if ctx.state_dtype is None else dstate.to(ctx.state_dtype)
     return *grads, dstate, None, None, None, None
 

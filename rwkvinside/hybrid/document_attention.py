@@ -1,0 +1,146 @@
+"""Causal attention within documents, for the attention layers that run in training.
+
+They are a teacher's own, and those that a student keeps. transformers keeps packed documents apart by a mask of
+B * T * T elements; here their bounds travel with the call, and no mask is made: `run_backbone` hands them to the
+model's forward, and the attention function that is registered below finds them among its keyword arguments. A model
+from `attend_within_documents` that is called in another way attends as transformers' "sdpa" does, masks included.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from ..data.batch import Batch, Documents
+
+IMPLEMENTATION = "rwkvinside_documents"
+# PyTorch 2.12 has to be told that query heads share keys and values, earlier ones see it
+_SHARED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
+def attend_within_documents(lm: PreTrainedModel) -> PreTrainedModel:
+    """Let a causal language model attend by `document_attention`, and return it."""
+    lm.set_attn_implementation(IMPLEMENTATION)
+    return lm
+
+
+def run_backbone(lm: PreTrainedModel, batch: Batch, **kwargs: Any) -> Tensor:
+    """Return the final hidden states (B, T, D) of a packed batch.
+
+    Args:
+        lm: from `attend_within_documents`.
+        batch: packed rows, on the model's device.
+        kwargs: more keyword arguments for the decoder layers.
+    """
+    # without a mask transformers would look for packed rows in position_ids and wait for the device; one of four
+    # dimensions is handed on as it is, and none of its elements is needed
+    no_mask = torch.empty(0, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
+    return lm.base_model(
+        input_ids=batch.input_ids,
+        attention_mask=no_mask,
+        position_ids=batch.position_ids,
+        use_cache=False,
+        documents=batch.documents,
+        **kwargs,
+    ).last_hidden_state
+
+
+def document_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    documents: Documents | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend causally within documents, in transformers' convention for attention functions.
+
+    Args:
+        module: the attention.
+        query: (B, H, T, N).
+        key, value: (B, G, T, N), G dividing H.
+        attention_mask: read only without `documents`.
+        dropout: share of the weights that is dropped.
+        scaling: of the scores; None is 1 / sqrt(N).
+        documents: of the batch; None: attend as "sdpa".
+        kwargs: what "sdpa" takes.
+
+    Returns:
+        (output (B, T, H, N), None).
+
+    Raises:
+        ValueError: a sliding window or a soft cap, which nothing here knows.
+    """
+    if documents is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    for name in ("sliding_window", "softcap"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"attention within documents has no {name}, the layer asks for {kwargs[name]}")
+    if documents.alone:
+        return _causal(query, key, value, scaling, dropout), None
+    tokens = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
+    dtype = _flash_dtype(query)
+    if dtype is None or dropout:
+        output = _one_by_one(*tokens, documents, scaling, dropout)
+    else:
+        output = _flash(*(x.to(dtype) for x in tokens), documents, scaling)
+    return output.unflatten(0, (query.shape[0], query.shape[2])), None
+
+
+def _flash_dtype(query: Tensor) -> torch.dtype | None:
+    """Return the type in which flash attention reads such queries; None: it does not take them."""
+    if query.device.type != "cuda" or query.shape[-1] % 8 or query.shape[-1] > 256:
+        return None
+    # autocast does not know the operator
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+    taken = dtype in (torch.bfloat16, torch.float16) and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return dtype if taken else None
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scaling: float | None) -> Tensor:
+    """Attend by PyTorch's flash attention over sequences of any lengths; (B * T, heads, N) in and out."""
+    bounds = documents.cu_seqlens.to(query.device)  # layers may be spread over devices
+    shared = _SHARED if key.shape[1] != query.shape[1] else {}
+    longest = documents.longest
+    return varlen_attn(
+        *(query, key, value, bounds, bounds, longest, longest), scale=scaling, window_size=(-1, 0), **shared
+    )
+
+
+def _one_by_one(
+    query: Tensor, key: Tensor, value: Tensor, documents: Documents, scaling: float | None, dropout: float
+) -> Tensor:
+    """Attend in one document after the other; (B * T, heads, N) in and out."""
+    # split, not slices: the backward of each slice is a full-size zero tensor
+    parts = zip(*(x.split(documents.lengths) for x in (query, key, value)), strict=True)
+    outputs = [_causal(*(x.transpose(0, 1).unsqueeze(0) for x in part), scaling, dropout) for part in parts]
+    return torch.cat(outputs, 1).squeeze(0)
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float) -> Tensor:
+    """Attend causally; (B, heads, n, N) in, (B, n, heads, N) out."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and query.device.type == "cuda" and _flash_dtype(query) is None:
+        # of the kernels for GPUs only flash attention shares keys; the way around them all holds n * n scores
+        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    shared = key.shape[1] != query.shape[1]
+    return F.scaled_dot_product_attention(
+        query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=shared
+    ).transpose(1, 2)
+
+
+AttentionInterface.register(IMPLEMENTATION, document_attention)
+AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)

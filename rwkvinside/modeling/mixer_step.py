@@ -1,0 +1,117 @@
+"""One token of a time mixer by the fused kernel of `rwkvinside.kernels`: products, one launch, the output's product.
+
+`TimeMixer.forward` asks `is_fused` and calls `mixer_step`; everything else, and everything without that package, takes
+the path that is written out there, which this one is tested against. This file travels with exported models.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .first_layer import FirstLayerKV
+from .mixer_presets import TimeMixerConfig
+from .wkv7 import kernels, why_unavailable
+
+if TYPE_CHECKING:
+    from .time_mixer import TimeMixer
+
+
+def is_fused(config: TimeMixerConfig, x: Tensor, cu_seqlens: Tensor | None) -> bool:
+    """Return whether one launch computes what lies between the projections of x (B, T, D) and the output's."""
+    if x.shape[1] != 1 or cu_seqlens is not None or torch.is_grad_enabled():
+        return False
+    if config.token_shift or config.group_norm or config.key_scale == "k_a" or not hasattr(kernels, "mixer_step"):
+        return False
+    chosen = config.backend == "triton" or config.backend == "auto" and x.is_cuda
+    return chosen and why_unavailable("triton", x.device.type, x.dtype, config.head_size) is None
+
+
+def mixer_step(
+    mixer: TimeMixer,
+    x: Tensor,
+    *,
+    first: FirstLayerKV | None,
+    wkv: Tensor | None,
+    rope: tuple[Tensor, Tensor] | None,
+    mask: Tensor | None,
+    inplace: bool,
+) -> tuple[Tensor, FirstLayerKV, Tensor]:
+    """Mix one token of each row; arguments as of `TimeMixer.forward`, x is (B, 1, D).
+
+    Returns:
+        The gated output (B, 1, H * N) before its projection, the FirstLayerKV to hand on, and the state.
+    """
+    c, B = mixer.mixer_config, x.shape[0]
+    H, G, N = c.num_heads, c.num_kv_heads, c.head_size
+    x = x[:, 0]
+    r = mixer.receptance(x).view(B, H, N)
+    k = mixer.key(x).view(B, G, N)
+    v = mixer.value(x).view(B, G, N)
+    maps = _low_rank_maps(mixer, x)
+    given = _of_this_layer(mixer, None if not c.rope else rope) | _of_the_first(mixer, first)
+    if first is None:
+        k_out = torch.empty_like(k) if c.key_residual else None
+        shared = v.repeat_interleave(H // G, 1) if c.value_path == "residual_full" and G < H else v
+        first = FirstLayerKV(shared[:, None], None if k_out is None else k_out[:, None])
+        given["k_out"] = k_out
+    if wkv is None:
+        wkv = x.new_zeros(B, H, N, N, dtype=torch.float32)
+    else:
+        wkv = wkv.to(torch.float32, copy=not inplace).contiguous()
+    y = kernels.mixer_step(
+        r=r,
+        k=k,
+        v=v,
+        decay=maps["w"],
+        iclr=maps["a"],
+        gate=maps["g"],
+        v_mix=maps.get("v"),
+        k_mix=maps.get("k"),
+        state=wkv,
+        mask=None if mask is None else mask[:, 0].contiguous(),
+        norm_eps=c.norm_eps,
+        log_scale=c.key_scale == "log",
+        **given,
+    )
+    return y[:, None], first, wkv
+
+
+def _of_this_layer(mixer: TimeMixer, rope: tuple[Tensor, Tensor] | None) -> dict[str, Tensor | None]:
+    """Return the kernel's arguments that are parameters, and the rotation."""
+    given: dict[str, Tensor | None] = {"w0": mixer.w0, "a0": mixer.a0}
+    if mixer.mixer_config.qk_norm:
+        given |= {"r_weight": mixer.r_norm.weight, "k_weight": mixer.k_norm.weight}
+    if mixer.mixer_config.bonus:
+        given["r_k"] = mixer.r_k
+    if rope is not None:
+        given |= {"cos": rope[0][:, 0], "sin": rope[1][:, 0]}
+    return given
+
+
+def _of_the_first(mixer: TimeMixer, first: FirstLayerKV | None) -> dict[str, Tensor | None]:
+    """Return the kernel's arguments for the residual mixes with the first RWKV layer."""
+    given: dict[str, Tensor | None] = {}
+    if first is not None and mixer.mixer_config.value_path.startswith("residual"):
+        given |= {"v0": mixer.v0, "v_first": first.v[:, 0]}
+    if first is not None and mixer.mixer_config.key_residual:
+        assert first.k is not None, "the first RWKV layer has no key residual"
+        given |= {"k0": mixer.k0, "k_first": first.k[:, 0]}
+    return given
+
+
+def _low_rank_maps(mixer: TimeMixer, x: Tensor) -> dict[str, Tensor]:
+    """Return the outputs of the mixer's low-rank maps for x (B, D) by name, in as few launches as the kernels can."""
+    names = [name for name in "wagvk" if hasattr(mixer, f"{name}1")]
+    downs, ups = ([getattr(mixer, f"{name}{i}") for name in names] for i in (1, 2))
+    kinds = [{"w": "tanh", "g": "sigmoid"}.get(name, "none") for name in names]
+    outputs = kernels.low_rank(x, downs, ups, kinds)
+    if outputs is None:
+        hidden = [
+            x @ down if kind == "none" else getattr(torch, kind)(x @ down)
+            for down, kind in zip(downs, kinds, strict=True)
+        ]
+        outputs = [h @ up for h, up in zip(hidden, ups, strict=True)]
+    return dict(zip(names, outputs, strict=True))

@@ -1,0 +1,308 @@
+"""The fused step of a time mixer against the mixer's own PyTorch path in float64. Not collected by name:
+test_decode.py runs this file in a separate process."""
+
+import copy
+
+import pytest
+import torch
+import triton
+from generation_cases import LAYOUTS, VOCAB, build
+from recorded_graph import Capture, RecordedGraph
+
+from rwkvinside import kernels
+from rwkvinside.kernels.gpu.low_rank import MAX_ROWS, low_rank
+from rwkvinside.kernels.gpu.mixer_step import mixer_step
+from rwkvinside.modeling import graphed_decoding
+from rwkvinside.modeling.first_layer import FirstLayerKV
+from rwkvinside.modeling.mixer_init import init_mixer
+from rwkvinside.modeling.mixer_presets import TimeMixerConfig
+from rwkvinside.modeling.time_mixer import MixerState, TimeMixer
+
+DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
+D, B, T = 24, 3, 3
+PRESETS = ("cxa079", "hxa07a", "hxa07b", "hxa07c", "cxa078", "cxa076r", "rad")
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Calls of the fused kernel: a test of it must not be one of the path it is compared with."""
+    calls = []
+    run = kernels.mixer_step
+    monkeypatch.setattr(kernels, "mixer_step", lambda **inputs: calls.append(inputs) or run(**inputs))
+    return calls
+
+
+def make(preset, is_first=False, heads=4, kv_heads=2, N=16, qk_norm=True, dtype=torch.float32):
+    """A mixer that runs the kernel and the same numbers in one that runs in float64 on the CPU."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=D, num_heads=heads, num_kv_heads=kv_heads, head_size=N)
+    config = TimeMixerConfig.from_preset(preset, qk_norm=qk_norm, qkv_bias=True, backend="triton", **sizes)
+    mixer = TimeMixer(config, is_first)
+    init_mixer(mixer, 1, 3, "published")
+    with torch.no_grad():  # every path active: nothing at its neutral start
+        for p in mixer.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    mixer = mixer.to(DEVICE, dtype)
+    slow = copy.deepcopy(mixer).cpu().double()
+    slow.mixer_config = config.replace(backend="reference")
+    return mixer, slow
+
+
+def inputs(mixer, batch=B, rows_of_rotation=1):
+    """x, what the first layer handed on, cos and sin, and a state."""
+    c, like = mixer.mixer_config, mixer.w1
+    random = torch.Generator().manual_seed(1)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=random).to(DEVICE, like.dtype)
+
+    heads = c.num_heads if c.value_path == "residual_full" else c.num_kv_heads
+    first = None
+    if not mixer.is_first:
+        k = normal(batch, T, c.num_kv_heads, c.head_size) if c.key_residual else None
+        first = FirstLayerKV(normal(batch, T, heads, c.head_size), k)
+    angle = normal(rows_of_rotation, T, c.head_size // 2).repeat(1, 1, 2)
+    state = normal(batch, c.num_heads, c.head_size, c.head_size).float()
+    return normal(batch, T, D), first, (angle.cos(), angle.sin()), state
+
+
+def at(first, t):
+    return None if first is None else FirstLayerKV(*(None if x is None else x[:, t : t + 1] for x in first))
+
+
+def run(mixer, x, first, rope, wkv, mask=None):
+    """Token by token: outputs (B, T, D), what is handed on (B, T, heads, N), and the final state."""
+    ys, firsts, state = [], [], None if wkv is None else MixerState(wkv, None)
+    with torch.no_grad():
+        for t in range(x.shape[1]):
+            now = slice(t, t + 1)
+            token = dict(first=at(first, t), state=state, rope=tuple(part[:, now] for part in rope))
+            token["mask"] = None if mask is None else mask[:, now]
+            y, handed_on, state = mixer(x[:, now], inplace=True, **token)
+            ys.append(y)
+            firsts.append(handed_on)
+    handed_on = FirstLayerKV(*(None if x[0] is None else torch.cat(x, 1) for x in zip(*firsts, strict=True)))
+    return torch.cat(ys, 1), handed_on, state.wkv
+
+
+def double(*values):
+    """The same in float64 on the CPU; tuples stay what they are."""
+    return [
+        None if x is None else x.double().cpu() if isinstance(x, torch.Tensor) else type(x)(*double(*x))
+        if isinstance(x, FirstLayerKV) else tuple(double(*x)) for x in values
+    ]  # fmt: skip
+
+
+def error(value, expected):
+    return float((value.double().cpu() - expected).norm() / expected.norm())
+
+
+def compare(fast, slow, arguments, mask=None, tolerance=1e-6):
+    x, first, rope, wkv = arguments
+    expected = run(slow, *double(x, first, rope, wkv), None if mask is None else mask.cpu())
+    found = run(fast, x, first, rope, wkv, mask)
+    real = slice(None) if mask is None else mask.cpu()
+    assert error(found[0].cpu()[real], expected[0][real]) < tolerance
+    assert error(found[2], expected[2]) < tolerance
+    for value, correct in zip(found[1], expected[1], strict=True):
+        assert (value is None) == (correct is None)
+        if value is not None:
+            assert value.shape == correct.shape and error(value, correct) < tolerance
+    return found
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets(preset, is_first, launched):
+    fast, slow = make(preset, is_first)
+    compare(fast, slow, inputs(fast))
+    assert len(launched) == T
+
+
+@pytest.mark.parametrize("N", [8, 40, 64, 128, 256])
+def test_head_sizes(N, launched):
+    fast, slow = make("cxa079", heads=2, kv_heads=1, N=N)
+    compare(fast, slow, inputs(fast, batch=2))
+    assert len(launched) == T
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(3, 3), (6, 1), (6, 3)])
+@pytest.mark.parametrize("preset", ["cxa079", "cxa078", "hxa07b"])
+def test_shared_heads(preset, heads, kv_heads):
+    for is_first in (True, False):
+        fast, slow = make(preset, is_first, heads, kv_heads, N=8, qk_norm=False)
+        compare(fast, slow, inputs(fast))
+
+
+@pytest.mark.parametrize("preset", ["cxa079", "hxa07b"])
+def test_batches_of_which_the_low_rank_maps_are_whole_products(preset, launched):
+    fast, slow = make(preset, heads=2, N=8)
+    compare(fast, slow, inputs(fast, batch=MAX_ROWS + 1))
+    assert len(launched) == T
+
+
+def test_every_row_has_its_own_rotation():
+    fast, slow = make("cxa079", is_first=True)
+    compare(fast, slow, inputs(fast, rows_of_rotation=B))
+
+
+def test_the_first_token_starts_from_zeros(launched):
+    fast, slow = make("cxa079")
+    x, first, rope, _ = inputs(fast)
+    compare(fast, slow, (x, first, rope, None))
+    assert len(launched) == T
+
+
+def test_a_masked_row_keeps_its_state_bit_for_bit_whatever_its_inputs():
+    fast, slow = make("cxa079")
+    arguments = inputs(fast)
+    mask = torch.tensor([[True, True, True], [False, True, True], [False, False, False]], device=DEVICE)
+    before = arguments[3].clone()
+    _, _, state = compare(fast, slow, arguments, mask)
+    assert torch.equal(state[2], before[2])
+    arguments[0][~mask] = float("nan")
+    y, _, again = run(fast, *arguments[:3], before.clone(), mask)
+    assert torch.equal(again, state) and torch.isfinite(y[mask]).all()
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_the_state_is_updated_in_place_only_when_asked(inplace):
+    fast, _ = make("hxa07a")
+    x, first, rope, wkv = inputs(fast)
+    before = wkv.clone()
+    token = dict(first=at(first, 0), state=MixerState(wkv, None), rope=tuple(part[:, :1] for part in rope))
+    with torch.no_grad():
+        _, _, state = fast(x[:, :1], inplace=inplace, **token)
+    assert (state.wkv.data_ptr() == wkv.data_ptr()) == inplace
+    assert torch.equal(wkv, before) != inplace
+
+
+def test_bf16_loses_no_more_than_its_inputs():
+    """The state stays within the rounding of bf16 projections (2^-9 each, a dozen of them), and so does the output."""
+    fast, slow = make("cxa079", dtype=torch.bfloat16)
+    compare(fast, slow, inputs(fast), tolerance=2e-2)
+
+
+def test_gradients_take_the_path_that_has_them(launched):
+    fast, _ = make("cxa079")
+    x, first, rope, wkv = inputs(fast)
+    token = dict(first=at(first, 0), state=MixerState(wkv, None), rope=tuple(part[:, :1] for part in rope))
+    y, _, _ = fast(x[:, :1], **token)
+    y.sum().backward()
+    assert fast.w0.grad.abs().sum() > 0 and not launched
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+@pytest.mark.parametrize("rows", [1, MAX_ROWS])
+def test_low_rank_maps(rows, dtype, tolerance):
+    """Sizes on both sides of a tile's; the tolerance of bf16 is the rounding of the result."""
+    random = torch.Generator().manual_seed(3)
+    sizes = {"tanh": (96, 200), "none": (5, 64), "sigmoid": (130, 3)}
+    x = torch.randn(rows, 600, generator=random).to(DEVICE, dtype)
+    downs = [(torch.randn(600, rank, generator=random) / 24).to(DEVICE, dtype) for rank, _ in sizes.values()]
+    ups = [torch.randn(*size, generator=random).to(DEVICE, dtype) for size in sizes.values()]
+    for y, down, up, kind in zip(low_rank(x, downs, ups, list(sizes)), downs, ups, sizes, strict=True):
+        hidden = x.double().cpu() @ down.double().cpu()
+        hidden = hidden if kind == "none" else getattr(torch, kind)(hidden)
+        assert y.dtype == dtype and error(y, hidden @ up.double().cpu()) < tolerance
+
+
+@pytest.mark.parametrize(
+    "rows, down, up, kind",
+    [(MAX_ROWS + 1, (8, 4), (4, 8), "none"), (1, (9, 4), (4, 8), "none"), (1, (8, 4), (5, 8), "none"),
+     (1, (8, 4), (4, 8), "relu")],
+)  # fmt: skip
+def test_low_rank_maps_that_do_not_fit_are_refused(rows, down, up, kind):
+    with pytest.raises(ValueError, match="has shape|a map has"):
+        low_rank(torch.empty(rows, 8), [torch.empty(*down)], [torch.empty(*up)], [kind])
+
+
+def arguments(**changes):
+    """Of the op itself, all of them given."""
+    random = torch.Generator().manual_seed(2)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=random).to(DEVICE)
+
+    values = dict(r=normal(2, 4, 16), k=normal(2, 2, 16), v=normal(2, 2, 16))
+    values |= {name: normal(2, 64) for name in ("decay", "iclr", "gate")}
+    values |= dict(state=normal(2, 4, 16, 16), w0=normal(64), a0=normal(64), r_weight=normal(16), k_weight=normal(16))
+    values |= dict(cos=normal(1, 16), sin=normal(1, 16), v_mix=normal(2, 32), v0=normal(32), v_first=normal(2, 2, 16))
+    values |= dict(k_mix=normal(2, 32), k0=normal(32), k_first=normal(2, 2, 16), r_k=normal(4, 16))
+    values |= dict(mask=torch.tensor([True, False], device=DEVICE), k_out=normal(2, 2, 16))
+    return values | changes
+
+
+def test_the_op_is_registered_as_torch_wants_it():
+    torch.library.opcheck(mixer_step, (), arguments(), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_an_empty_batch():
+    empty = {n: x[:0] for n, x in arguments().items() if x.dim() > 1 and n not in ("cos", "sin", "r_k")}
+    assert mixer_step(**arguments(**empty, mask=None)).shape == (0, 64)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"r": torch.empty(2, 4, 12)}, "multiple of 8"),
+        ({"k": torch.empty(2, 3, 16)}, "must divide the 4"),
+        ({"v": torch.empty(2, 4, 16)}, "v has shape"),
+        ({"gate": torch.empty(2, 64, dtype=torch.float64)}, "not float64"),
+        ({"v0": None}, "come together"),
+        ({"k_first": None}, "come together"),
+        ({"sin": None}, "come together"),
+        ({"cos": torch.empty(3, 16)}, "cos has shape"),
+        ({"v_first": torch.empty(2, 3, 16)}, "v_first 3"),
+        ({"w0": torch.empty(63)}, "w0 has shape"),
+        ({"state": torch.empty(2, 4, 16, 16, dtype=torch.bfloat16)}, "float32, contiguous"),
+        ({"k_out": torch.empty(2, 4, 16)}, "k_out has shape"),
+        ({"mask": torch.empty(2)}, "of bool"),
+    ],
+)
+def test_refusals(change, message):
+    change = {name: None if x is None else x.to(DEVICE) for name, x in change.items()}
+    with pytest.raises(ValueError, match=message):
+        mixer_step(**arguments(**change))
+
+
+@pytest.mark.parametrize("layout", ["all-rwkv", "mixed"])
+def test_generation_by_a_graph_gives_the_tokens_of_the_slow_path(layout, launched, monkeypatch):
+    """A real graph on a GPU; on a CPU a recorded one. The prompt is left-padded."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(graphed_decoding, "can_capture", lambda device: True)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
+        monkeypatch.setattr(torch.cuda, "graph", Capture)
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # the operator, which `Capture` sees
+    slow = build("qwen3", LAYOUTS[layout], mixer={"backend": "reference"})
+    fast = build("qwen3", LAYOUTS[layout], mixer={"backend": "triton"}).to(DEVICE, torch.float32)
+    prompt = torch.randint(2, VOCAB, (2, 6), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(prompt)
+    mask[0, :2] = 0
+    expected = slow.generate(prompt, attention_mask=mask, max_new_tokens=14, do_sample=False)
+    assert expected[:, 6:].unique().numel() > 3, "a model that repeats one token would pass anything"
+    before = len(launched)
+    tokens = fast.generate_graphed(
+        prompt.to(DEVICE), attention_mask=mask.to(DEVICE), max_new_tokens=14, do_sample=False
+    )
+    assert torch.equal(tokens.cpu(), expected)
+    python_steps = graphed_decoding.WARM_STEPS + 1
+    assert len(launched) - before == python_steps * len(LAYOUTS[layout])
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+def test_a_captured_graph_and_large_offsets():
+    """More than 2^31 elements of state, and replay of a CUDA graph, as decoding does it."""
+    batch, heads, N = 512, 68, 256
+    fast, _ = make("cxa079", heads=heads, kv_heads=heads, N=N, dtype=torch.bfloat16)
+    x, first, rope, _ = inputs(fast, batch=1)
+    x, first = x.expand(batch, -1, -1), FirstLayerKV(*(part.expand(batch, -1, -1, -1) for part in first))
+    wkv = torch.zeros(batch, heads, N, N, device=DEVICE)
+    expected, _, _ = run(fast, x[:, :1], first, rope, wkv.clone())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, _, _ = run(fast, x[:, :1], first, rope, wkv)
+    graph.replay()
+    torch.testing.assert_close(y, expected)  # not bit by bit: products may be split differently in a graph
+    torch.testing.assert_close(wkv[-1], wkv[0])
+    assert wkv[0].any()
