@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def run_cases(file: str, interpret: bool) -> None:
-    """Run the cases of a file next to this one (or anywhere, by its path) under pytest; a failure shows what pytest printed."""
+    """Run the cases of a file, next to this one or anywhere by its path; a failure shows what pytest printed."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     if interpret:
         environment["TRITON_INTERPRET"] = "1"
