@@ -38,13 +38,13 @@ def _jit(function: Callable) -> Any:
 
 
 @_jit
-def _step(
+def _step(  # type: ignore[no-untyped-def]  # pointers and numbers of Triton
     r, w, k, v, a, b, mask, state, y, T, heads, k_group, v_group, a_group, b_group,
     r_batch, r_time, r_head, w_batch, w_time, w_head, k_batch, k_time, k_head,
     v_batch, v_time, v_head, a_batch, a_time, a_head, b_batch, b_time, b_head,
     state_batch, state_head, state_row, mask_batch, mask_time,
     N: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     program = tl.program_id(0)
     head = (program // BLOCKS) % heads
     batch = (program // BLOCKS // heads).to(tl.int64)
