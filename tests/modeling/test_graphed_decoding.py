@@ -130,7 +130,7 @@ def test_states_keep_their_memory(prompt):
     model = build("qwen3", LAYOUTS["mixed"], "x070")
 
     def addresses():
-        parts = [part for slot in cache.layers if isinstance(slot, RecurrentLayer) for part in slot.state]
+        parts = [part for slot in cache.layers if isinstance(slot, RecurrentLayer) for part in slot.state.tensors()]
         return [part.data_ptr() for part in parts]
 
     cache = DynamicCache(config=model.config)
