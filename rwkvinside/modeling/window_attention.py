@@ -139,6 +139,11 @@ def _attend(
     return out.index_select(0, place).unflatten(0, (B, T))
 
 
+def block_size(window: int) -> int:
+    """Return the number of queries in a block."""
+    return min(max(window, BLOCKS[0]), BLOCKS[1])
+
+
 def _blocks(q: Tensor, k: Tensor, v: Tensor, start: Tensor, window: int, sinks: int) -> Tensor:
     """Attend in blocks of queries to the keys of the block, of the W tokens before it, and of the sinks before those.
 
@@ -152,7 +157,7 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, start: Tensor, window: int, sinks: 
     """
     tokens, H, N = q.shape
     G = k.shape[1]
-    size = min(max(window, BLOCKS[0]), BLOCKS[1])
+    size = block_size(window)
     blocks = -(-tokens // size)
     more = blocks * size - tokens
     start = F.pad(start.clamp(max=tokens), (0, more), value=tokens).view(blocks, size)

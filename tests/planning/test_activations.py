@@ -29,11 +29,11 @@ SIZES = dict(
 FAMILIES = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
 
 
-def student(family="qwen3", preset="cxa079", kept=(), dtype=torch.float32, layers=None):
+def student(family="qwen3", preset="cxa079", kept=(), dtype=torch.float32, layers=None, **fields):
     torch.manual_seed(0)
     config, model = FAMILIES[family]
     teacher = model(config(**SIZES)).to(dtype)
-    hybrid = HybridModel.from_teacher(teacher, StudentConfig(preset=preset, attention_layers=kept))
+    hybrid = HybridModel.from_teacher(teacher, StudentConfig(preset=preset, attention_layers=kept, **fields))
     if layers is not None:
         apply(hybrid, layers)
     return hybrid
@@ -85,6 +85,10 @@ QUANTIZED = layer_spec(("mlp", "teacher"), adapters=(AdapterConfig(rank=8),))
         ("align", ["mixer"], True, {"family": "llama", "dtype": torch.bfloat16}),
         ("align", ["mixer"], False, {"preset": "rad", "kept": (1,)}),
         ("align", ["mixer"], False, {"family": "llama", "preset": "x070"}),
+        ("align", ["mixer"], False, {"window": 16, "sinks": 4}),
+        ("align", ["mixer"], False, {"window": 64, "preset": "rad"}),
+        ("align", ["mixer"], True, {"window": 32, "sinks": 1, "family": "llama", "dtype": torch.bfloat16}),
+        ("distill", ["mixer"], True, {"window": 32, "sinks": 4, "preset": "cxa078"}),
         ("distill", [".*"], False, {}),
         ("distill", [".*"], True, {}),
         ("distill", [".*"], False, {"family": "llama", "kept": (0, 2)}),
