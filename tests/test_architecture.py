@@ -27,7 +27,9 @@ MAY_IMPORT = {
     "stages": {"data", "families", "hybrid", "losses", "teacher", "training"},
     "config": {"data", "families", "hybrid", "teacher", "training", "stages"},
     "runs": {"hybrid", "teacher", "training", "stages", "config"},
-    "planning": {"modeling", "families", "data", "hybrid", "losses", "teacher", "training", "stages", "config"},
+    "planning": {
+        *("kernels", "modeling", "families", "data", "hybrid", "losses", "teacher", "training", "stages", "config"),
+    },
     "export": {"data", "modeling", "families", "hybrid", "runs"},
     "evaluate": {"data", "hybrid", "losses", "teacher", "runs", "export"},
     "report": {"runs"},
@@ -103,6 +105,8 @@ def test_portable_code_needs_torch_and_transformers_only():
     for file in (PACKAGE / "modeling").glob("*.py"):
         for name in imported(file) - {"rwkvinside"}:  # its kernels, inside try: an export does without
             top = name.split(".")[0]
+            if (file.name, top) == ("wkv7_triton.py", "triton"):  # inside try, too
+                continue
             assert top in {"torch", "transformers", "rwkvinside", *sys.stdlib_module_names}, (
                 f"{file.name} imports {name}"
             )
@@ -112,7 +116,7 @@ def test_portable_code_needs_torch_and_transformers_only():
 
 def test_kernels_need_torch_and_triton_only():
     allowed = {"torch", "triton", "rwkvinside", "kernels", *sys.stdlib_module_names}  # kernels: relative imports
-    of_package = {"errors", "support", "kernels", "modeling", "report"}  # the benchmark: its reference and its figure
+    of_package = {"errors", "support", "kernels", "modeling", "report"}  # modeling: the carried kernel; the benchmark
     for file in (ROOT / "kernels" / "wkv7").rglob("*.py"):
         names = imported(file)
         assert {name.split(".")[0] for name in names} <= allowed, file
@@ -183,7 +187,9 @@ def test_functions_can_be_read_in_one_sitting():
         count = len(names) - (names[:1] != [] and names[0].arg in ("self", "cls", "ctx"))
         where = f"{file.relative_to(ROOT)}: {function.name}"
         assert function.end_lineno - function.lineno < 60, f"{where} is too long"
-        assert count <= 10 or function.name.startswith("wkv7") or file.stem == "wkv7", f"{where} has {count} parameters"
+        assert count <= 10 or function.name.startswith("wkv7") or file.stem in ("wkv7", "wkv7_triton"), (
+            f"{where} has {count} parameters"
+        )
 
 
 def test_public_names_exist():

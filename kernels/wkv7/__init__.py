@@ -7,7 +7,6 @@ too if it is installed.
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,11 @@ if TYPE_CHECKING:
 
     import torch
     from torch import Tensor
+
+# What `rwkvinside.modeling.wkv7` and the copies of it in exported models call. An export runs on its own files where it
+# finds another number here: raise it when a function that they call is renamed, removed, or takes or returns something
+# else. New functions leave it as it is.
+INTERFACE = 1
 
 
 @functools.cache
@@ -28,20 +32,9 @@ def why_unavailable(backend: str) -> str | None:
         from .native import why_unavailable
 
         return why_unavailable()
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed: pip install triton"
-    if _interpreted():
-        return None
-    import torch
+    from rwkvinside.modeling.wkv7_triton import why_unavailable
 
-    if not torch.cuda.is_available():
-        return "PyTorch finds no GPU"
-    if torch.version.hip is not None:
-        return "the kernels are made for NVIDIA GPUs"
-    oldest = min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
-    if oldest < (8, 0):
-        return "the kernels need GPUs of compute capability 8.0 or later, and one here has {}.{}".format(*oldest)
-    return None
+    return why_unavailable()
 
 
 def instructions() -> str:
@@ -60,14 +53,33 @@ def why_unsupported(backend: str, device: str, dtype: torch.dtype, head_size: in
         dtype: of the inputs.
         head_size: N.
     """
+    if backend == "triton":
+        from rwkvinside.modeling.wkv7_triton import why_unsupported
+
+        return why_unsupported(device, dtype, head_size)
     import torch
 
     if dtype == torch.float64:
         return "it computes in fp32 and was given float64"
     if head_size % 8 or not 8 <= head_size <= 256:
         return f"it takes head sizes that are multiples of 8 from 8 to 256, not {head_size}"
-    expected = "cpu" if backend == "native" or _interpreted() else "cuda"
-    return None if device == expected else f"it runs on {expected} tensors and was given {device}"
+    return None if device == "cpu" else f"it runs on cpu tensors and was given {device}"
+
+
+def kept_beside_inputs(head_size: int, bf16: bool) -> float:
+    """Return the bytes a token and head that the Triton kernels keep for their backward beside their inputs.
+
+    They are the state before each chunk and the rows that b writes. Nothing of torch or triton is imported.
+
+    Args:
+        head_size: N.
+        bf16: whether the inputs are in bf16.
+    """
+    from .gpu.table import HEAD_SIZES, lookup
+
+    padded = min(size for size in HEAD_SIZES if size >= head_size)
+    length = lookup(padded, None, "balanced" if bf16 else "fp32").length
+    return (2 if bf16 else 4) * (padded * padded / length + padded)
 
 
 def run(
@@ -149,12 +161,3 @@ def _tracked(*tensors: Tensor | None) -> bool:
     import torch
 
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
-@functools.cache
-def _interpreted() -> bool:
-    if importlib.util.find_spec("triton") is None:
-        return False
-    import triton
-
-    return triton.knobs.runtime.interpret

@@ -24,7 +24,7 @@ from ..modeling.wkv7 import why_unavailable
 from ..planning.devices import peak_flops
 from ..planning.plan import meta_student, plan_text
 from ..runs.directory import RunDirectory
-from ..stages.plan import RunPlan
+from ..stages.plan import RunPlan, RunSettings
 from ..stages.teacher import check_teacher
 from ..support.process_memory import return_freed_memory
 from ..teacher.load import open_tokenizer
@@ -138,6 +138,7 @@ def train(
         text = plan_text(plan, config)
         run = Run(config, plan, text, directory, world, open_tokenizer(config.teacher), shapes, loggers)
         run.say(text)
+        run.say(f"kernels   {kernels_of(plan.settings, shapes)}")
         _check_inputs(run)
         for name in plan.selected:
             if name in directory.finished():
@@ -167,6 +168,22 @@ def _check_backend(backend: str, device: str, shapes: HybridModel) -> None:
     for head_size in {mixer.head_size for mixer in shapes.mixer_configs.values()}:
         if reason := why_unavailable(backend, device, torch.float32, head_size):
             raise UserError(f"student.backend {backend} cannot run: {reason}", "use student.backend=auto")
+
+
+def kernels_of(settings: RunSettings, shapes: HybridModel) -> str:
+    """Return who runs the recurrence in training, and for Triton in which precision mode (docs/wkv7.md)."""
+    backend, precision = settings.student.backend, settings.student.precision
+    sizes = {mixer.head_size for mixer in shapes.mixer_configs.values()}
+    if backend == "auto":
+        backend = "triton" if settings.device == "cuda" else "native"
+        reasons = (why_unavailable(backend, settings.device, torch.float32, size) for size in sizes)
+        if reason := next(filter(None, reasons), None):
+            return f"chunked, in PyTorch: {reason}"
+    if backend != "triton":
+        return backend
+    if precision == "auto":
+        precision = "balanced" if settings.precision == "bf16" else "fp32"
+    return f"triton, {precision}"
 
 
 def _check_inputs(run: Run) -> None:

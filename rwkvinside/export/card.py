@@ -40,8 +40,9 @@ inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
 ```
 
-Torch and transformers are all it needs. Greedy decoding, sampling, beams, left-padded batches, chunked prefill and
-streaming work with the default cache; static caches and assisted generation do not.
+Torch and transformers are all it needs; on a GPU with triton, which comes with PyTorch for CUDA, it runs a kernel that
+is part of the code here. Greedy decoding, sampling, beams, left-padded batches, chunked prefill and streaming work with
+the default cache; static caches and assisted generation do not.
 
 ## Measured on held-out data
 

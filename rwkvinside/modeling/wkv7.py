@@ -1,7 +1,7 @@
 """The WKV-7 recurrence: its contract, a slow reference, and who computes it.
 
-That is the chunked path, which runs on any torch device, or the compiled kernels of `rwkvinside.kernels` where that
-package is installed.
+That is, in this order (`_choose`): the compiled kernels of `rwkvinside.kernels` where that package is installed; in
+inference on a GPU the Triton kernel of wkv7_triton.py; the chunked path, which runs on any torch device.
 
 Per batch row and head, with the state S of shape (N_v, N_k) in fp32 (RWKV-7 "Goose", arXiv 2503.14456, eq. 1-3)
 
@@ -15,17 +15,34 @@ models: torch only, no I/O.
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .wkv7_chunked import Chunked
 
-try:
-    from rwkvinside import kernels
-except ImportError:  # an exported model on a machine without the package
-    kernels = None
+INTERFACE = 1  # of `rwkvinside.kernels`, as this file calls it
 
+
+def _installed_kernels() -> Any:
+    """Return the compiled kernels of the installed package, None without them or where they have another interface."""
+    try:
+        from rwkvinside import kernels
+    except ImportError:  # an exported model on a machine without the package
+        return None
+    interface = getattr(kernels, "INTERFACE", "of an early version")
+    if interface == INTERFACE:
+        return kernels
+    warnings.warn(
+        f"the kernels of the installed rwkvinside have interface {interface} and this model calls interface "
+        f"{INTERFACE}: it runs on its own files; install the rwkvinside that it was exported with to use the kernels",
+        stacklevel=2,
+    )
+    return None
+
+
+kernels = _installed_kernels()
 BACKENDS = ("auto", "reference", "chunked", "native", "triton")
 PRECISIONS = ("auto", "fp32", "high", "balanced", "fast")
 
@@ -50,18 +67,20 @@ def wkv7(
     Args:
         r: (B, T, H, N), any floating dtype; computed in fp32 (fp64 when `r` is fp64). In the RWKV-7 mixer a = -kk and
             b = kk * iclr with kk the L2-normalized key.
-        log_decay: (B, T, H, N), values <= 0; at least -5 for chunked and triton. fp32 is advised (bf16 costs 2-3 %
-            near 0).
+        log_decay: (B, T, H, N), values <= 0; at least -5 for chunked and triton (checked on a CPU only). fp32 is
+            advised (bf16 costs 2-3 % near 0).
         k, v, a, b: (B, T, H, N), or (B, T, G, N) each with its own G dividing H: head h reads head h // (H / G).
         state: initial state (B, H, N, N) as (value, key), or (S, H, N, N) with `cu_seqlens`; None is zero.
         mask: (B, T) bool, True for real tokens. A masked step leaves the state as it is and outputs 0.
         cu_seqlens: (S + 1,) integers, 0 first and T last: sequence s is [cu[s], cu[s+1]); needs B = 1. Every sequence
             starts from its own state; empty sequences are allowed. On a GPU its values are not checked.
         backend: "reference" (a loop over time), "chunked" (matrix products over chunks, hand-written backward that
-            recomputes), "native" (C++ on a CPU), "triton" (GPU), or "auto": the compiled kernel of the device where
-            it can run, else the reference for a single step and chunked for more.
+            recomputes), "native" (C++ on a CPU), "triton" (GPU; the kernels of the installed package, without it the
+            one in wkv7_triton.py, for inference only), or "auto": the compiled kernel of the device where it can run,
+            else the reference for a single step and chunked for more.
         precision: of triton: "fp32", "high", "balanced" or "fast" (docs/wkv7.md); "auto" is fp32 for fp32 inputs and
-            balanced otherwise. The other backends compute in the dtype of the state whatever it says.
+            balanced otherwise. All others compute in the dtype of the state whatever it says, the Triton kernel of
+            wkv7_triton.py too.
         inplace: the final state may be written over `state`, which saves a copy per token when decoding. The returned
             one counts: a backend that has to keep or convert `state` leaves it alone.
 
@@ -70,24 +89,31 @@ def wkv7(
         gradient to all inputs, the initial state included.
 
     Raises:
-        ValueError: shapes that do not fit, a log decay outside what the chosen path represents, an unknown backend.
+        ValueError: shapes that do not fit, an unknown backend; on a CPU a log decay that the chosen path cannot
+            represent.
         RuntimeError: a backend that is known but cannot run here or on these tensors.
     """
     _check_choices(backend, precision)
     _check_shapes(r, log_decay, {"k": k, "v": v, "a": a, "b": b}, state, mask, cu_seqlens)
-    backend = _choose(backend, r)
-    if backend in _COMPILED:
-        mask = None if mask is None else mask.bool()
-        how = dict(mask=mask, cu_seqlens=cu_seqlens, precision=precision, inplace=inplace)
-        return kernels.run(backend, r, log_decay, k, v, a, b, state, **how)
-    return _run_torch(backend, (r, log_decay, k, v, a, b), state, mask, cu_seqlens)
+    backend = _choose(backend, (r, log_decay, k, v, a, b, state), cu_seqlens)
+    if backend in ("reference", "chunked"):
+        return _run_torch(backend, (r, log_decay, k, v, a, b), state, mask, cu_seqlens)
+    mask = None if mask is None else mask.bool()
+    if backend == "carried":
+        from .wkv7_triton import recur
+
+        return recur(r, log_decay, k, v, a, b, state, mask=mask, inplace=inplace)
+    how = dict(mask=mask, cu_seqlens=cu_seqlens, precision=precision, inplace=inplace)
+    return kernels.run(backend, r, log_decay, k, v, a, b, state, **how)
 
 
 _COMPILED = ("native", "triton")
 
 
 def why_unavailable(backend: str, device: str, dtype: torch.dtype, head_size: int) -> str | None:
-    """Return why a backend cannot run here on tensors like these; None: it can.
+    """Return why a backend of the installed package cannot run here on tensors like these; None: it can.
+
+    Says nothing of the Triton kernel of wkv7_triton.py, which stands in for "triton" in inference without the package.
 
     Args:
         backend: one of `BACKENDS`.
@@ -98,24 +124,36 @@ def why_unavailable(backend: str, device: str, dtype: torch.dtype, head_size: in
     if backend not in _COMPILED:
         return None
     if kernels is None:
-        return "the package rwkvinside is not installed"
+        return f"the package rwkvinside is not installed, or its kernels have another interface than {INTERFACE}"
     return _unavailable(backend) or kernels.why_unsupported(backend, device, dtype, head_size)
 
 
-def _choose(backend: str, r: Tensor) -> str:
-    """Return what "auto" means for r, or the named backend if it can run."""
+def _choose(backend: str, inputs: tuple[Tensor | None, ...], cu_seqlens: Tensor | None) -> str:
+    """Return who computes: "reference", "chunked", the package's "native" or "triton", or "carried", wkv7_triton.py."""
+    r = inputs[0]
+    assert r is not None
     properties = (r.device.type, r.dtype, r.shape[3])
-    if reason := why_unavailable(backend, *properties):
+    slow = "reference" if r.shape[1] == 1 else "chunked"
+    wanted = {"cpu": "native", "cuda": "triton"}.get(r.device.type, slow) if backend == "auto" else backend
+    if wanted not in _COMPILED:
+        return wanted
+    reason = why_unavailable(wanted, *properties)
+    if reason and wanted == "triton" and kernels is None:
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+            reason = f"{reason}, and the kernel that came with the model computes no gradients"
+        elif cu_seqlens is not None:
+            reason = f"{reason}, and the kernel that came with the model takes no packed documents"
+        else:
+            reason = _carried_unavailable(*properties)
+            wanted = "carried"
+    if reason is None:
+        return wanted
+    if backend != "auto":
         raise RuntimeError(f"WKV-7 backend '{backend}' cannot run: {reason}; use 'auto' or 'chunked'")
-    if backend == "auto":
-        compiled = {"cpu": "native", "cuda": "triton"}.get(r.device.type)
-        if compiled and kernels is not None and not kernels.why_unsupported(compiled, *properties):
-            reason = _unavailable(compiled)
-            if reason is None:
-                return compiled
-            _warn_once(f"WKV-7 runs on the slower chunked path: {reason}")
-        return "reference" if r.shape[1] == 1 else "chunked"
-    return backend
+    # Silent where nothing is amiss: computing in float64, and an exported model on a CPU without the package
+    if r.dtype != torch.float64 and (r.is_cuda or kernels is not None):
+        _warn_once(f"WKV-7 runs on the slower chunked path: {reason}")
+    return slow
 
 
 @torch.compiler.assume_constant_result
@@ -123,9 +161,21 @@ def _unavailable(backend: str) -> str | None:
     return kernels.why_unavailable(backend)
 
 
+@torch.compiler.assume_constant_result
+def _carried_unavailable(device: str, dtype: torch.dtype, head_size: int) -> str | None:
+    from .wkv7_triton import why_unavailable, why_unsupported
+
+    return why_unavailable() or why_unsupported(device, dtype, head_size)
+
+
+_warned: set[str] = set()
+
+
 @torch.compiler.disable
 def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=3)  # Python shows the same warning of the same line once
+    if message not in _warned:  # every layer would say it again at every token
+        _warned.add(message)
+        warnings.warn(message, stacklevel=3)
 
 
 def _to_heads(x: Tensor, heads: int) -> Tensor:

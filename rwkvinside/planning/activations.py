@@ -1,8 +1,8 @@
 """What the backward pass needs of a forward pass, in bytes for each token.
 
-The counts follow from the student's structure. They are those of the code as it runs on a CPU with the native kernel,
-which `tests/planning/test_activations.py` compares with what autograd really keeps. The chunked path and the Triton
-kernels keep other things next to the recurrence; their counts are taken to be the same, which nobody has measured.
+The counts follow from the student's structure, and from who runs the mixers: the native kernel of a CPU with PyTorch
+code around it, or the fused Triton kernels of a GPU. `tests/planning/test_activations.py` compares both with what
+autograd really keeps. The chunked path keeps other things; its counts are taken to be those of the native kernel.
 
 Notation: D width, C = heads x head size, K = the same for keys and values, N head size, I inner size of the MLP; `low`
 bytes of a product's type (2 under bf16, else 4), `stream` of the residual stream's. What is named fp32 has 4 bytes.
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from .. import kernels
 from ..hybrid.model import HybridModel
 from ..modeling.mixer_presets import TimeMixerConfig
 from ..modeling.time_mixer import TimeMixer
@@ -22,7 +23,7 @@ from ..modeling.window_attention import block_size
 FP32 = 4
 
 
-def kept_bytes(model: HybridModel, *, align: bool, low: int, stream: int) -> list[int]:
+def kept_bytes(model: HybridModel, *, align: bool, low: int, stream: int, fused: bool = False) -> list[int]:
     """Return the bytes that each layer keeps for one token.
 
     In the order of the layers; what trains is read from the model.
@@ -31,13 +32,14 @@ def kept_bytes(model: HybridModel, *, align: bool, low: int, stream: int) -> lis
         model: with its trainable parameters marked.
         align: only the mixers have a backward pass, each on its own.
         low, stream: see the notation.
+        fused: the mixers run on the Triton kernels.
     """
     count = model.lm.config.num_hidden_layers
+    mixers = {i: _fused_mixer(m, low) if fused else _mixer(m, low, stream) for i, m in model.mixers.items()}
     if align:
-        width, mixers = model.lm.config.hidden_size, model.mixers
-        return [_mixer(mixers[i], low, stream) + FP32 * width if i in mixers else 0 for i in range(count)]
+        return [mixers[i] + FP32 * model.lm.config.hidden_size if i in mixers else 0 for i in range(count)]
     first = _first_trained(model)
-    return [_layer(model, i, low, stream) if i >= first else 0 for i in range(count)]
+    return [_layer(model, i, low, stream, mixers.get(i)) if i >= first else 0 for i in range(count)]
 
 
 def edge_bytes(model: HybridModel, *, align: bool, checkpointing: bool, stream: int) -> tuple[int, int]:
@@ -74,15 +76,15 @@ def _first_trained(model: HybridModel) -> int:
     return next(trained, len(layers))
 
 
-def _layer(model: HybridModel, index: int, low: int, stream: int) -> int:
+def _layer(model: HybridModel, index: int, low: int, stream: int, mixer: int | None) -> int:
     family = model.family
     layer = family.layers(model.lm)[index]
     mlp = family.mlp_linears(layer)
     total = sum(_norm(norm, stream) for norm in (family.attention_input(layer), family.mlp_input(layer)))
     total += _inputs(mlp.inputs, low, stream) + _inputs([mlp.output], low, low)
     total += 3 * low * mlp.output.in_features  # gate, silu of it, up
-    if index in model.rwkv_layers:
-        return total + _mixer(model.mixers[index], low, stream)
+    if mixer is not None:
+        return total + mixer
     # attention: query, key and value for every head, the output, and norms of query and key over fp32
     attention = family.attention_linears(family.attention(layer))
     heads = family.attention_fields(model.lm.config, index)
@@ -145,6 +147,30 @@ def _mixer(mixer: TimeMixer, low: int, stream: int) -> int:
     total += (turned if c.bonus else low) * C + low * 2 * C  # y, the gate, and their product
     total += FP32 * (C + 2 * H) * c.group_norm
     return int(total + (_window(c, low, turned if c.bonus else low) if c.window else 0))
+
+
+def _fused_mixer(mixer: TimeMixer, low: int) -> int:
+    """Return what `modeling.fused_mixer` keeps: projections, halves of low-rank maps, the recurrence's own."""
+    c, first = mixer.mixer_config, mixer.is_first
+    H, G, N, D = c.num_heads, c.num_kv_heads, c.head_size, c.hidden_size
+    C, K = H * N, G * N
+    v_residual = c.value_path in ("residual_kv", "residual_full") and not first
+    v_low_rank = v_residual or c.value_path == "additive"
+    k_residual = c.key_residual and not first
+    ranks = c.rank_decay + c.rank_iclr + c.rank_gate + c.rank_value * v_low_rank + c.rank_key * k_residual
+    # x in the products' type, or six mixtures of it and what they were mixed from; the low-rank maps, whose tanh and
+    # sigmoid keep their results
+    total = low * (ranks + c.rank_decay + c.rank_gate)
+    total += low * D * (12 if c.token_shift else 1)
+    total += low * (C + 2 * K)  # receptance, key, value
+    total += low * K * (first and c.key_residual)  # handed to later layers
+    # of the recurrence: r, k, b, and the log decay; v where it is another one than the projection, and a
+    values = 0 if not v_low_rank else K if c.value_path == "residual_kv" else C
+    total += low * (3 * C + values + (C if c.key_scale == "k_a" else K)) + FP32 * C
+    total += H * kernels.kept_beside_inputs(N, bf16=low != FP32)
+    total += low * C + FP32 * H * c.bonus + low * C  # its output, the bonus, and the input of the output projection
+    total += (low * C + FP32 * 2 * H) * c.group_norm
+    return int(total + (_window(c, low, low) if c.window else 0))
 
 
 def _window(c: TimeMixerConfig, low: int, gated: int) -> float:

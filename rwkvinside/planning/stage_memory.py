@@ -133,7 +133,7 @@ def _work(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, teacher
     return StepMemory(
         tokens=tokens,
         micro_batches=shape.micro_batches,
-        kept=kept_bytes(model, align=align, low=low, stream=stream),
+        kept=kept_bytes(model, align=align, low=low, stream=stream, fused=_fused(plan)),
         inputs=inputs,
         edges=edges,
         transient=transient_bytes(model, align=align, low=low),
@@ -143,6 +143,11 @@ def _work(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, teacher
         teacher_whole=largest,
         **common,
     )
+
+
+def _fused(plan: StagePlan) -> bool:
+    """Return whether the mixers run on the Triton kernels."""
+    return plan.run.device == "cuda" and plan.run.student.backend in ("auto", "triton")
 
 
 def _logits(plan: StagePlan, tokens: int, vocab: int, low: int, models: int) -> int:

@@ -1,6 +1,5 @@
 """The session on a GPU, dry: on a CPU, from a bare working tree, without the packages that a GPU machine lacks."""
 
-import json
 import os
 import subprocess
 import sys
@@ -9,14 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwkvinside.bench.gpu_session.results import summary
-from rwkvinside.bench.gpu_session.session import STAGES, StageEntry, chosen, run_session
+from rwkvinside.bench.gpu_session.results import read, summary
+from rwkvinside.bench.gpu_session.session import STAGES, StageEntry, chosen, run_session, share
 from rwkvinside.bench.gpu_session.staging import MAPPED
+from rwkvinside.bench.gpu_session.tables import tables
 from rwkvinside.cli.main import main
 from rwkvinside.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-WRITTEN = ("facts", "training", "generation")
+MODELS = ("facts", "training", "generation")
+KERNELS = ("correct", "kernels", "peers")
 # imported by Python itself before anything else: these packages are not there, whoever asks
 WITHOUT = """
 from importlib.machinery import PathFinder
@@ -34,7 +35,10 @@ PathFinder.find_spec = classmethod(find_spec)
 
 
 def lines(folder):
-    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    """Lines of the stages, behind the one about the session."""
+    about, *found = read(folder / "results.jsonl")
+    assert about["stage"] == "session" and about["date"] and about["commit"]
+    return found
 
 
 def ends(folder):
@@ -59,8 +63,11 @@ def modules(tmp_path, monkeypatch):
 GOOD = 'stage.attempt("one", lambda: {"number": 1})'
 
 
-def test_a_dry_session_runs_from_a_bare_tree(tmp_path):
-    """No stage fails, no measurement has an error; nothing is installed, and three packages are missing."""
+def dry_session(tmp_path, stages):
+    """Run stages from a bare tree: nothing is installed, and three packages are missing; return their lines.
+
+    No stage fails, no measurement has an error.
+    """
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(WITHOUT)
     packages = Path(torch.__file__).parents[1]  # what is only unpacked there: .pth files are not read
@@ -70,18 +77,23 @@ def test_a_dry_session_runs_from_a_bare_tree(tmp_path):
     bare = subprocess.run([python, "-c", probe], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     assert bare.stdout == "None None\n"  # otherwise this test would show nothing
     out = tmp_path / "out"
-    command = [python, "-m", "rwkvinside.bench.gpu_session", "--dry", "--out", str(out), "--stages", ",".join(WRITTEN)]
+    command = [python, "-m", "rwkvinside.bench.gpu_session", "--dry", "--out", str(out), "--stages", ",".join(stages)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     log = (out / "session.log").read_text() if out.exists() else ""
     assert done.returncode == 0, done.stdout + done.stderr + log[-3000:]
     found = lines(out)
     assert not [line for line in found if "error" in line or "skipped" in line]
-    assert {name: end["ended"] for name, end in ends(out).items()} == dict.fromkeys(WRITTEN, "ok")
+    assert {name: end["ended"] for name, end in ends(out).items()} == dict.fromkeys(stages, "ok")
+    assert list(ends(out)) == list(stages)
     assert len(list(out.iterdir())) <= 8
     table = (out / "summary.txt").read_text()
     assert table == summary(found) and table in done.stdout
-    assert all(f"\n{name} " in table for name in WRITTEN)
+    assert all(f"\n{name} " in table for name in stages)
+    return found
 
+
+def test_models_run_dry_from_a_bare_tree(tmp_path):
+    found = dry_session(tmp_path, MODELS)
     speeds = [line for line in found if "mfu" in line]
     assert len(speeds) == 9 and all(line["finite"] and line["tokens_per_s"] > 0 for line in speeds)
     assert all(line["predicted_gib"] > 0 for line in speeds if not line["what"].startswith("fine-tuning"))
@@ -91,7 +103,28 @@ def test_a_dry_session_runs_from_a_bare_tree(tmp_path):
     assert whole["cpu fp32 losses"] == 0 < whole["cpu bf16 losses"] < 0.05  # the same run again, and a rounded one
     caches = {line["what"]: line["cache_bytes"] for line in found if "cache_bytes" in line}
     assert caches["student: 1 x 512"] == caches["student: 1 x 131072"]
+    assert len([line for line in found if "graphed_ms" in line]) == 3
     assert caches["teacher: 1 x 512"] < caches["teacher: 1 x 131072"]
+
+
+@pytest.mark.integration
+def test_kernels_run_dry_in_the_interpreter(tmp_path):
+    found = dry_session(tmp_path, KERNELS)
+    checks = [line for line in found if "distances" in line]
+    assert len(checks) == 10 and all(line["ok"] for line in checks)
+    (timed,) = (line for line in found if "launches" in line)
+    assert set(timed["launches"]) == {
+        *("forward prepare", "forward scan_forward"),
+        *("backward prepare", "backward scan_backward", "backward gradient"),
+    }
+    tried = [line for line in found if line["what"].startswith("configurations")]
+    assert [len(line["fastest"]) for line in tried] == [2, 2] and not any(line["failed"] for line in tried)
+    assert len([line for line in found if line["what"].startswith("decode")]) == 1
+    peers = [line for line in found if line["stage"] == "peers" and "forward_backward_ms" in line]
+    assert len(peers) == 2
+    text = tables(found)
+    assert all(f"| {name} | 16 | 1 |" in text for name in ("balanced", "fp32"))
+    assert "| 1,64,2,16 |" in text and "| prep | 1,32,1,32 | 2 (0 failed) |" in text
 
 
 def test_what_installation_maps_is_where_staging_looks():
@@ -182,9 +215,34 @@ def test_numbers_that_are_not_finite_are_words(modules, tmp_path):
     assert (line["nan"], line["parts"]) == ("nan", ["inf"])
 
 
+def shares(budget, used):
+    """Seconds that each stage of a session gets, where each uses a part of them; None: it does not start."""
+    found = {}
+    for place, entry in enumerate(STAGES):
+        found[entry.name] = share(entry, STAGES[place + 1 :], budget) if budget >= entry.minimum else None
+        budget -= used * (found[entry.name] or 0)
+    return found
+
+
 def test_the_session_fits_its_budget():
     assert sum(entry.seconds for entry in STAGES) <= 520
     assert all(0 < entry.minimum <= entry.seconds for entry in STAGES)
+    full = shares(520, 1)
+    assert all(full[entry.name] >= entry.seconds for entry in STAGES) and sum(full.values()) == pytest.approx(520)
+
+
+def test_a_short_session_has_what_is_least_known():
+    found = shares(150, 1)
+    assert found["training"] >= 50 and found["generation"] >= 25 and found["correct"] >= 15
+    assert found["peers"] is None
+    assert shares(520, 0.5)["peers"] > 2 * shares(520, 1)["peers"]  # what others leave
+
+
+def test_stages_run_in_the_order_that_is_asked_for():
+    assert [entry.name for entry in chosen("peers,facts")] == ["peers", "facts"]
+    assert [entry.name for entry in chosen(None)] == [entry.name for entry in STAGES]
+    with pytest.raises(UserError, match="twice"):
+        chosen("facts,facts")
 
 
 def test_unknown_stages_are_refused(tmp_path, capsys):

@@ -151,7 +151,7 @@ def test_a_layer_in_align():
     """Limits a little above what was counted when this was written."""
     found = summary(fused=True)
     assert found["operations"] <= 40
-    assert found["bytes"] <= 460e3
+    assert found["bytes"] <= 500e3
     # in bf16 vectors of the hidden size, outside of what the recurrence itself keeps
     assert (found["kept"] - recurrence_kept()) / (2 * D) <= 13
 

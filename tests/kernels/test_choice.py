@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from rwkvinside import kernels
+from rwkvinside.modeling import wkv7_triton
 
 
 @pytest.mark.parametrize(
@@ -16,18 +17,22 @@ from rwkvinside import kernels
     ],
 )
 def test_triton(monkeypatch, found, hip, capabilities, reason):
-    monkeypatch.setattr(kernels, "_interpreted", lambda: False)
+    monkeypatch.setattr(wkv7_triton, "_interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: found)
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capabilities[i])
+    wkv7_triton.why_unavailable.cache_clear()
     got = kernels.why_unavailable.__wrapped__("triton")
+    wkv7_triton.why_unavailable.cache_clear()
     assert got is None if reason is None else reason in got
 
 
 def test_without_triton(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(wkv7_triton, "triton", None)
+    wkv7_triton.why_unavailable.cache_clear()
     assert "pip install triton" in kernels.why_unavailable.__wrapped__("triton")
+    wkv7_triton.why_unavailable.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -42,6 +47,6 @@ def test_without_triton(monkeypatch):
     ],
 )
 def test_tensors(monkeypatch, backend, given, reason):
-    monkeypatch.setattr(kernels, "_interpreted", lambda: False)
+    monkeypatch.setattr(wkv7_triton, "_interpreted", lambda: False)
     got = kernels.why_unsupported(backend, *given)
     assert got is None if reason is None else reason in got

@@ -1,4 +1,4 @@
-"""Training on the Triton kernels: training_cases.py in the interpreter and on a GPU."""
+"""Training on the Triton kernels, in the interpreter and on a GPU; memory that it keeps, in the interpreter."""
 
 import pytest
 import torch
@@ -8,6 +8,11 @@ from triton_worker import run_cases
 @pytest.mark.integration
 def test_steps_in_the_interpreter():
     run_cases("training_cases.py", interpret=True)
+
+
+@pytest.mark.integration
+def test_kept_memory_in_the_interpreter():
+    run_cases("activation_cases.py", interpret=True)
 
 
 @pytest.mark.gpu

@@ -42,7 +42,8 @@ from rwkvinside.kernels.gpu.low_rank import plan_low_rank
 from rwkvinside.kernels.gpu.mixer import plan_inputs, plan_inputs_backward, plan_output, plan_output_backward
 from rwkvinside.kernels.gpu.mixer_step import plan_mixer_step
 from rwkvinside.kernels.gpu.op import NARROW, plan_backward, plan_forward
-from rwkvinside.kernels.gpu.table import PRECISIONS
+from rwkvinside.kernels.gpu.table import PRECISIONS, Tuning
+from rwkvinside.modeling import wkv7_triton
 from rwkvinside.support.files import write_text
 
 DESCRIPTION = "Compile every shipped configuration for GPUs that need not be there, and compare with a baseline."
@@ -107,6 +108,8 @@ def shipped(architecture: int) -> Iterator[tuple[str, Launch]]:
         for mode in PRECISIONS:
             yield from _named(f"{prefix}/{mode}", plan_training(size, mode, capability))
         yield from _named(prefix, plan_decoding(size, capability))
+        for tokens in (1, 4096):
+            yield from _named(f"{prefix}/carried/{tokens}", plan_carried(size, tokens))
         yield from _named(prefix, plan_mixing(size, capability))
         yield from _named(f"{prefix}/mixer", plan_mixer(size))
     # These arguments change the code but hardly its resources: one mode and head size represent all.
@@ -162,6 +165,15 @@ def plan_decoding(size: int, capability: tuple[int, int]) -> list[Launch]:
     state = torch.empty(8, 32, size, size, device="meta")
     mask = torch.empty(8, dtype=torch.bool, device="meta")
     return plan_step(x, x.float(), shared, shared, shared, shared, state, mask, capability=capability)[0]
+
+
+def plan_carried(size: int, tokens: int) -> list[Launch]:
+    """Plan what an exported model runs without the package, for a batch with shared heads and masked rows."""
+    x, shared = (torch.empty(8, tokens, heads, size, dtype=torch.bfloat16, device="meta") for heads in (32, 8))
+    state = torch.empty(8, 32, size, size, device="meta")
+    mask = torch.empty(8, tokens, dtype=torch.bool, device="meta")
+    plan, _ = wkv7_triton.plan(x, x.float(), shared, shared, shared, shared, state, mask)
+    return [Launch(*plan, Tuning(wkv7_triton.warps(size), 1))]
 
 
 def plan_mixing(size: int, capability: tuple[int, int]) -> list[Launch]:
@@ -312,7 +324,7 @@ def _words(usage: Usage) -> str:
 def source_hash() -> str:
     """Return a hash of the code and the tables that, with Triton, decide the result."""
     digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.iterdir()):
+    for file in (*sorted(Path(__file__).parent.iterdir()), Path(wkv7_triton.__file__)):
         if file.suffix in (".py", ".json"):
             text = file.read_text(encoding="utf-8")
             digest.update(f"{file.name}\0{_code(text) if file.suffix == '.py' else text}".encode())

@@ -1,23 +1,18 @@
 """One token of WKV-7 in one Triton launch: the state is updated in place. For inference only, there is no backward.
 
-Per batch row and head (RWKV-7 "Goose", arXiv 2503.14456, eq. 1-3; conventions as in `rwkvinside.modeling.wkv7`)
-
-    S <- S diag(exp(w)) + (S a) b^T + v k^T          y = S r
-
-Rows of S are independent, so a program owns a few rows of one head, and the launch is bound by reading and writing S
-once (8 N^2 bytes per head). S stays fp32 whatever the inputs are: rounding it to bf16 after every token costs 1e-2 to
-3e-2 within some thousand tokens.
+The kernel is that of `rwkvinside.modeling.wkv7_triton`, which exported models carry; here it is an operator that a
+compiler sees, with settings from the table.
 """
 
 from __future__ import annotations
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from rwkvinside.kernels.gpu.launch import Launch, capability, run
 from rwkvinside.kernels.gpu.table import StepConfig, lookup_step
+from rwkvinside.modeling import wkv7_triton
 
 
 @torch.library.custom_op("rwkvinside::wkv7_triton_step", mutates_args={"state"})
@@ -72,92 +67,9 @@ def plan_step(
         config: replaces the table's.
     """
     _check(r, w, k, v, a, b, state, mask)
-    B, H, N = r.shape
-    y = torch.empty(r.shape, dtype=v.dtype, device=v.device)
-    padded = max(16, triton.next_power_of_2(N))
-    config = config or lookup_step(padded, capability)
-    block = min(config.block_v, padded)
-    args: dict = {"mask": mask, "state": state, "y": y, "heads": H}
-    for name, x in {"r": r, "w": w, "k": k, "v": v, "a": a, "b": b}.items():
-        x = x if x.stride(-1) == 1 else x.contiguous()
-        args |= {name: x, f"{name}_batch": x.stride(0), f"{name}_head": x.stride(1)}
-        if name in "kvab":
-            args[f"{name}_group"] = H // x.shape[1]
-    args |= {"state_batch": state.stride(0), "state_head": state.stride(1), "state_row": state.stride(2)}
-    args["mask_batch"] = None if mask is None else mask.stride(0)
-    # One axis: a grid's second axis ends at 65535, which B * H may exceed.
-    blocks = triton.cdiv(N, block)
-    constants = {"N": N, "K": padded, "BLOCK": block, "BLOCKS": blocks}
-    launch = Launch(_step, (blocks * B * H,), args, constants, config.step)
-    return [launch], y
-
-
-@triton.jit
-def _step(
-    r,
-    w,
-    k,
-    v,
-    a,
-    b,
-    mask,
-    state,
-    y,
-    heads,
-    k_group,
-    v_group,
-    a_group,
-    b_group,
-    r_batch,
-    r_head,
-    w_batch,
-    w_head,
-    k_batch,
-    k_head,
-    v_batch,
-    v_head,
-    a_batch,
-    a_head,
-    b_batch,
-    b_head,
-    state_batch,
-    state_head,
-    state_row,
-    mask_batch,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
-):
-    program = tl.program_id(0)
-    head = (program // BLOCKS) % heads
-    batch = (program // BLOCKS // heads).to(tl.int64)
-    rows = (program % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
-    columns = tl.arange(0, K)
-    in_rows = rows < N
-    in_columns = columns < N
-
-    # The state first: it is nearly all of the traffic, and its load depends on nothing else.
-    state += batch * state_batch + head.to(tl.int64) * state_head
-    places = state + rows[:, None] * state_row + columns[None, :]
-    inside = in_rows[:, None] & in_columns[None, :]
-    S = tl.load(places, mask=inside, other=0.0)
-    rt = tl.load(r + batch * r_batch + head * r_head + columns, mask=in_columns, other=0.0).to(tl.float32)
-    wt = tl.load(w + batch * w_batch + head * w_head + columns, mask=in_columns, other=0.0).to(tl.float32)
-    kt = tl.load(k + batch * k_batch + head // k_group * k_head + columns, mask=in_columns, other=0.0).to(tl.float32)
-    at = tl.load(a + batch * a_batch + head // a_group * a_head + columns, mask=in_columns, other=0.0).to(tl.float32)
-    bt = tl.load(b + batch * b_batch + head // b_group * b_head + columns, mask=in_columns, other=0.0).to(tl.float32)
-    vt = tl.load(v + batch * v_batch + head // v_group * v_head + rows, mask=in_rows, other=0.0).to(tl.float32)
-
-    removed = tl.sum(S * at[None, :], axis=1)
-    S = S * tl.exp(wt)[None, :] + removed[:, None] * bt[None, :] + vt[:, None] * kt[None, :]
-    yt = tl.sum(S * rt[None, :], axis=1)
-    if mask is not None:
-        real = tl.load(mask + batch * mask_batch)
-        yt = tl.where(real, yt, 0.0)
-        inside = inside & real
-    tl.store(places, S, mask=inside)
-    tl.store(y + (batch * heads + head) * N + rows, yt.to(y.dtype.element_ty), mask=in_rows)
+    config = config or lookup_step(max(16, triton.next_power_of_2(r.shape[2])), capability)
+    planned, y = wkv7_triton.plan(r, w, k, v, a, b, state, mask, rows=config.block_v)
+    return [Launch(*planned, config.step)], y
 
 
 def _check(r, w, k, v, a, b, state, mask) -> None:

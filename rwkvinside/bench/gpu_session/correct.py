@@ -1,22 +1,29 @@
 """Are the kernels right on this GPU? Everything against the recurrence in float64, on the GPU, outputs poisoned first.
 
-The measure is the relative L2 distance. `MODES` holds what the interpreter's tests allow; a GPU's exp2 and order of
+The measure is the relative L2 distance. `LIMITS` holds what the interpreter's tests allow; a GPU's exp2 and order of
 summation cost fp32 a little.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ...kernels.gpu.decode import plan_step
-from ...kernels.gpu.launch import capability
+from ...kernels.gpu.launch import Launch, capability
 from ...modeling.wkv7 import wkv7, wkv7_reference
-from .timing import synchronize
-from .wkv_cases import Case, correctness_cases, large_cases
+from .compiling import Compiler
+from .timing import captured, synchronize
+from .wkv_cases import Capability, Case
+
+if TYPE_CHECKING:
+    from .stage import Stage
 
 NAMES = ("y", "final", "dr", "dw", "dk", "dv", "da", "db", "dstate")
 # buffers between launches, which some launch must fill before another reads them
@@ -24,32 +31,91 @@ BETWEEN = {
     f"{name}_" for name in ("Q", "W", "Kp", "Bg", "Z", "C", "T", "X", "RX", "starts", "U", "ends", "P", "affine")
 }
 LIMITS = {"fp32": 5e-6, "high": 6e-3, "balanced": 7e-3, "fast": 1e-2}
+BLOCKS = (16, 32, 64)
 
 
-def run(stage) -> None:
-    """Check all cases; a line each, with every distance and whether it is within the limit."""
+def run(stage: Stage) -> None:
+    """Check all cases, the most important first; a line each, with every distance and whether it is in the limit."""
     device = stage.device
-    for case in correctness_cases(stage.dry):
-        stage.attempt(f"float64 {case.name}", lambda case=case: against_float64(case, device))
+    found = capability(torch.device(device))
+    compiler = Compiler(stage)
+    first, *others = groups(stage.dry)
     special = Case(1, 40, 2, 16, "fp32") if stage.dry else Case(1, 256, 3, 64, "balanced")
     precise = replace(special, precision="fp32")
-    stage.attempt("one key", lambda: against_float64(special, device, limit=4e-2, decay=-1e-4, one_key=True))
+    large = [] if stage.dry else large_cases()
+
+    def ahead(what: str, cases: list[Case], more: Sequence[Launch] = ()) -> None:
+        compiler.ahead(what, [*(launch for case in cases for launch in launches(case, found)), *more])
+
+    def compare(cases: list[Case]) -> None:
+        for case in cases:
+            needs = 2 + compiler.seconds(launches(case, found))
+            stage.attempt(f"float64 {case.name}", partial(against_float64, case, device), needs)
+
+    few = narrow(special)  # as `wkv7` computes few heads
+    odd = [*few.inference(found, masked=True), *few.inference(found, sequences=len(bounds(special)) - 1)]
+    ahead("the mode that trains", [*first, special, precise], odd)
+    compare(first)
+    stage.attempt("one key", partial(against_float64, special, device, 4e-2, decay=-1e-4, one_key=True))
     for decay in (-5.0, 0.0):
-        stage.attempt(f"log decay {decay}", lambda decay=decay: against_float64(special, device, 1.5e-2, decay=decay))
-        stage.attempt(
-            f"log decay {decay}, fp32", lambda decay=decay: against_float64(precise, device, 2e-4, decay=decay)
-        )
-    stage.attempt("packed", lambda: packed(special, device))
-    stage.attempt("masked, NaN behind the mask", lambda: masked(special, device))
-    stage.attempt("decoding, token by token", lambda: decoding(special, device))
-    if not stage.dry:
-        for case in large_cases():
-            stage.attempt(f"timed shape {case.name}", lambda case=case: timed_shape(case, device))
+        stage.attempt(f"log decay {decay}", partial(against_float64, special, device, 1.5e-2, decay=decay))
+        stage.attempt(f"log decay {decay}, fp32", partial(against_float64, precise, device, 2e-4, decay=decay))
+    stage.attempt("packed", partial(packed, special, device))
+    stage.attempt("masked, NaN behind the mask", partial(masked, special, device))
+    stage.attempt("decoding, token by token", partial(decoding, special, device))
+    ahead("timed shapes", [part for case in large for part in (case, narrow(case))])
+    for case in large:
+        needs = 5 + compiler.seconds([*launches(case, found), *launches(narrow(case), found)])
+        stage.attempt(f"timed shape {case.name}", partial(timed_shape, case, device), needs)
+    for cases in others:
+        ahead(", ".join(dict.fromkeys(f"N={case.size} {case.precision}" for case in cases)), cases)
+        compare(cases)
+
+
+def groups(dry: bool) -> list[list[Case]]:
+    """Return the cases that are compared with float64, in groups that are compiled together."""
+    if dry:
+        return [
+            [Case(1, 40, 2, 16, "balanced", block_v=16)],
+            [Case(1, 40, 2, 16, "fp32", block_v=16, segments=2)],
+        ]
+    return [
+        [Case(1, 700, 3, size, block_v=rows) for size in (64, 128) for rows in BLOCKS],
+        [Case(1, 700, 3, size, precision) for precision in ("fp32", "fast", "high") for size in (64, 128)],
+        [
+            *(Case(1, 700, 3, 64, "balanced", block_v=16, segments=segments) for segments in (2, 5)),
+            *(Case(1, 700, 3, 64, "fp32", block_v=16, segments=segments) for segments in (2, 5)),
+            *(Case(2, 700, 6, 64, "balanced", groups=2), Case(2, 700, 6, 128, "balanced", groups=3)),
+        ],
+        [Case(1, 700, 3, size, block_v=rows) for size in (40, 256) for rows in BLOCKS],
+        [Case(1, 700, 3, size, precision) for precision in ("fp32", "fast", "high") for size in (40, 256)],
+    ]
+
+
+def large_cases() -> list[Case]:
+    """Return the cases that are checked at their full size."""
+    return [
+        Case(8, 4096, 64, 64),
+        Case(8, 4096, 32, 128),
+        Case(4, 4096, 16, 128, groups=8),
+        Case(1, 4096, 32, 64, block_v=16, segments=4),
+    ]
+
+
+def narrow(case: Case) -> Case:
+    """Return the case with the fewest rows per program and one segment."""
+    return replace(case, block_v=16, segments=1)
+
+
+def launches(case: Case, found: Capability) -> list[Launch]:
+    """Return what `launched` will launch, without memory."""
+    return case.plan(case.placeholders(), found, **case.ends()).launches
 
 
 def judged(distances: dict[str, float], limit: float) -> dict:
-    """Return the distances with the limit and whether all keep it."""
-    return {"distances": distances, "limit": limit, "ok": all(x <= limit for x in distances.values())}
+    """Return the distances with the limit and whether all keep it (what is no number keeps none)."""
+    ok = all(x <= limit for x in distances.values())
+    return {"distances": distances, "worst": max(distances.values()), "limit": limit, "ok": ok}
 
 
 def distance(found: Tensor, wanted: Tensor) -> float:
@@ -57,16 +123,16 @@ def distance(found: Tensor, wanted: Tensor) -> float:
     return ((found.double() - wanted).norm() / wanted.norm().clamp(min=1e-30)).item()
 
 
-def launched(case: Case, inputs: list[Tensor], state, dy, dfinal) -> list[Tensor]:
+def launched(case: Case, inputs: list[Tensor], state: Tensor, dy: Tensor, dfinal: Tensor) -> list[Tensor]:
     """Return y, the final state and the seven gradients, heads that share an input summed."""
     plan = case.plan(inputs, capability(inputs[0].device), state, dy, dfinal)
     for x in (plan.y, plan.final, *plan.grads):
         x.fill_(float("nan"))
-    for launch in (*plan.forward, *plan.backward):
+    for launch in plan.launches:
         for name in BETWEEN & launch.args.keys():
             if launch.args[name] is not None:
                 launch.args[name].fill_(float("nan"))
-    for launch in (*plan.forward, *plan.backward):
+    for launch in plan.launches:
         launch.run()
     grads = []
     for grad, x in zip(plan.grads, [*inputs, state], strict=True):
@@ -93,9 +159,18 @@ def cotangents(case: Case, device: str) -> tuple[Tensor, Tensor, Tensor]:
     return state, dy.to(case.dtype), dfinal
 
 
-def against_float64(case: Case, device: str, limit: float | None = None, **kind) -> dict:
-    """Compare forward and backward of a case."""
-    inputs = case.inputs(device, **kind)
+def against_float64(
+    case: Case, device: str, limit: float | None = None, decay: float | None = None, one_key: bool = False
+) -> dict:
+    """Compare forward and backward of a case.
+
+    Args:
+        case: to compute.
+        device: "cuda" or "cpu".
+        limit: of the distances; None is the mode's.
+        decay, one_key: see `Case.inputs`.
+    """
+    inputs = case.inputs(device, decay=decay, one_key=one_key)
     state, dy, dfinal = cotangents(case, device)
     began = time.monotonic()
     found = launched(case, inputs, state, dy, dfinal)
@@ -118,9 +193,9 @@ def timed_shape(case: Case, device: str) -> dict:
     again = launched(case, inputs, state, dy, dfinal)
     equal = all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
     del again
-    narrow = launched(replace(case, block_v=16, segments=1), inputs, state, dy, dfinal)
-    blocks = max(distance(x, y.double()) for x, y in zip(found, narrow, strict=True))
-    del narrow
+    others = launched(narrow(case), inputs, state, dy, dfinal)
+    blocks = max(distance(x, y.double()) for x, y in zip(found, others, strict=True))
+    del others
     per = case.heads // (case.groups or case.heads)
     rows, group = slice(0, min(2, case.batch)), (case.groups or case.heads) - 1
     heads = slice(group * per, (group + 1) * per)
@@ -138,14 +213,19 @@ def timed_shape(case: Case, device: str) -> dict:
     return result
 
 
+def bounds(case: Case) -> list[int]:
+    """Return where packed sequences begin and end; some are empty."""
+    return [0, 0, 1, 18, 18, case.time, case.time]
+
+
 def packed(case: Case, device: str) -> dict:
     """Compare packed sequences, empty ones among them, with each alone."""
-    bounds = [0, 0, 1, 18, 18, case.time, case.time]
+    places = bounds(case)
     inputs = case.inputs(device)
-    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device)
+    cu_seqlens = torch.tensor(places, dtype=torch.int32, device=device)
     y, _ = wkv7(*inputs, cu_seqlens=cu_seqlens, backend="triton", precision=case.precision)
     alone = []
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in zip(places[:-1], places[1:], strict=True):
         if end > start:
             part = [x[:, start:end].double() for x in inputs]
             zero = part[0].new_zeros(case.batch, case.heads, case.size, case.size)
@@ -173,25 +253,21 @@ def decoding(case: Case, device: str) -> dict:
     """Compare single steps, eager and as a CUDA graph, with the recurrence in float64."""
     inputs = case.inputs(device)
     state = torch.zeros(case.batch, case.heads, case.size, case.size, device=device)
-    captured = state.clone()
+    kept = state.clone()
     wanted, final = wkv7_reference(*(x.double() for x in inputs), state.double())
     found = capability(inputs[0].device)
     now = [x[:, 0].clone() for x in inputs]
-    launches, y = plan_step(*now, captured, capability=found)
-    replay = launches[0].run
+    (launch,), y = plan_step(*now, kept, capability=found)
+    replay = launch.run
     if device == "cuda":
         replay()  # compiles
-        captured.zero_()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            launches[0].run()
-        captured.zero_()
-        replay = graph.replay
+        replay = captured(replay).replay
+        kept.zero_()
     eager, graphed = [], []
     for t in range(case.time):
         step = [x[:, t] for x in inputs]
-        launch, out = plan_step(*step, state, capability=found)
-        launch[0].run()
+        (launch,), out = plan_step(*step, state, capability=found)
+        launch.run()
         eager.append(out)
         for x, at in zip(now, step, strict=True):
             x.copy_(at)

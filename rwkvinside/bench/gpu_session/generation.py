@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..generation import generation_speed
 from .models import SMALL, TINY, random_hybrid, random_teacher, stage_plan
 from .timing import synchronize
 
@@ -39,10 +40,17 @@ def run(stage: Stage) -> None:
         parameters = sum(p.numel() for p in models[name].parameters())
         return {"parameters": parameters, "build_s": time.perf_counter() - began}
 
-    def measure(name: str, rows: int, context: int) -> dict:
+    def model(name: str) -> PreTrainedModel:
         if name not in models:  # it was made in a process that has ended
             make(name, layers[name])
-        return speed(models[name], rows, context, stage.device)
+        return models[name]
+
+    def measure(name: str, rows: int, context: int) -> dict:
+        return speed(model(name), rows, context, stage.device)
+
+    def graphed(name: str, rows: int, context: int) -> dict:
+        (found,) = generation_speed({name: model(name)}, [context], [rows], new_tokens=TOKENS)
+        return {"eager_ms": found.eager_ms, "graphed_ms": found.graphed_ms}
 
     layers: dict[str, tuple[int, ...]] = {"student": (), "student, 25 % kept": kept, "teacher": ()}
     for name, attention_layers in layers.items():
@@ -52,6 +60,8 @@ def run(stage: Stage) -> None:
         for name in layers:  # attention needs the square of a long context
             twice = needs * (2 if name == "teacher" else 1)
             stage.attempt(f"{name}: {rows} x {context}", partial(measure, name, rows, tokens), needs=twice)
+        for name in layers if context == 4096 else ():
+            stage.attempt(f"{name}, graphed: {rows} x {context}", partial(graphed, name, rows, tokens), needs=2 * needs)
 
 
 @torch.inference_mode()

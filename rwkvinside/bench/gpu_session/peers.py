@@ -9,14 +9,14 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 
-from ...kernels.bench.candidates import Candidate, choose
-from ...kernels.bench.problem import Shape, make_inputs, make_pass
-from .kernel_times import eager_ms
+from ...kernels.bench.candidates import Candidate, Op, choose
+from ...kernels.bench.problem import PASSES, Shape, make_inputs, make_pass
+from .timing import milliseconds
 
 if TYPE_CHECKING:
     from .stage import Stage
@@ -25,7 +25,7 @@ TRIED = 2
 
 
 def run(stage: Stage) -> None:
-    """Time forward, and forward with backward, of each peer."""
+    """Time forward, and forward with backward, of each peer with each of its settings."""
     shapes = [Shape(1, 64, 2, 16)] if stage.dry else [Shape(8, 4096, 64, 64), Shape(8, 4096, 32, 128)]
     names = ["chunked", "attention"] if stage.dry else ["triton:balanced", "attention", "fla:chunk"]
     if importlib.util.find_spec("fla") is None:
@@ -34,26 +34,29 @@ def run(stage: Stage) -> None:
     _cut_autotuning()
     for shape in shapes:
         for candidate in choose(names):
-            stage.attempt(f"{candidate.name} {shape}", partial(times, candidate, shape, stage.device), needs=5)
+            try:
+                ops = candidate.ops(stage.device, shape.T)
+            except RuntimeError as error:  # a package that cannot be imported
+                stage.record(f"{candidate.name} {shape}", skipped=str(error))
+                continue
+            for setting, op in ops.items():
+                what = f"{candidate.name} {shape} {setting}".rstrip()
+                stage.attempt(what, partial(times, candidate, op, shape, stage.device), needs=5)
 
 
 def _cut_autotuning() -> None:
     """Make every Triton kernel that is defined from now on try `TRIED` configurations, not all."""
     original: Callable = triton.autotune
 
-    def few(configs, *args, **options):
+    def few(configs: list, *args: Any, **options: Any) -> Callable:
         return original(configs[:TRIED], *args, **options)
 
-    triton.autotune = few  # type: ignore[assignment]
+    triton.autotune = few
 
 
-def times(candidate: Candidate, shape: Shape, device: str) -> dict:
-    """Return milliseconds of both passes with each of a candidate's settings."""
+def times(candidate: Candidate, op: Op, shape: Shape, device: str) -> dict:
+    """Return milliseconds of both passes with one of a candidate's settings."""
     inputs = make_inputs(shape, torch.bfloat16, device)
-    found: dict = {"tried": TRIED} if candidate.name.startswith("fla") else {}
-    for setting, op in candidate.ops(device, shape.T).items():
-        both = make_pass(op, "forward_backward", inputs, None)
-        name = f"{setting} " if setting else ""
-        found[f"{name}forward_ms"] = eager_ms(make_pass(op, "forward", inputs, None), device, 10)
-        found[f"{name}forward_backward_ms"] = eager_ms(both, device, 10)
-    return found
+    passes = {name: make_pass(op, name, inputs, None) for name in PASSES}
+    found: dict = {f"{name}_ms": milliseconds(run, device, 10) for name, run in passes.items()}
+    return found | ({"tried": TRIED} if candidate.name.startswith("fla") else {})

@@ -20,9 +20,8 @@ def append(directory: Path, line: Mapping) -> None:
         os.fsync(file.fileno())
 
 
-def read(directory: Path) -> list[dict]:
-    """Return all lines that are complete; the last one may be cut where a process was killed."""
-    file = directory / RESULTS
+def read(file: Path) -> list[dict]:
+    """Return all lines of results that are complete; the last one may be cut where a process was killed."""
     lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
     return [json.loads(line) for line in lines]
 

@@ -51,15 +51,14 @@ def run(stage: Stage) -> None:
     case = Case(plan(small, "align", rows, short))
     stage.attempt(f"align {case.name}", case.speed, needs=10)
     stage.attempt("align: inputs of the recurrence", case.recurrence_inputs)
+    stage.attempt("align: kernels of a micro-batch", case.profile, needs=5)
     case = Case(plan(small, "distill", 4, long))
     stage.attempt(f"distill {case.name}", case.speed, needs=10)
     stage.attempt("distill: inputs of the recurrence", case.recurrence_inputs)
     stage.attempt("distill: kernels of a micro-batch", case.profile, needs=5)
     tuning = FineTuning(plan(small, "distill", 4, long))
-    case = None
+    case = None  # its models
     stage.attempt(f"fine-tuning {tuning.name}", tuning.speed, needs=8)
-    case = Case(plan(small, "align", rows, short))
-    stage.attempt("align: kernels of a micro-batch", case.profile, needs=8)
     for objective, shape, *size, options in (
         ("distill", small, 4, long, {"document": document}),
         ("distill", small, 4, long, {"micro_rows": 4, "checkpointing": True}),

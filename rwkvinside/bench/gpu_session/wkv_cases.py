@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +12,11 @@ import triton
 from torch import Tensor
 
 from ...kernels.gpu.launch import Launch
-from ...kernels.gpu.op import plan_backward, plan_forward
-from ...kernels.gpu.table import Config, Tuning, lookup
+from ...kernels.gpu.op import choose_split, plan_backward, plan_forward
+from ...kernels.gpu.table import Config, lookup
 
 DECAY_BOUND = -math.exp(-0.5)
+Capability = tuple[int, int] | None  # compute capability of a GPU; None is Triton's interpreter
 
 
 @dataclass(frozen=True)
@@ -98,14 +99,50 @@ class Case:
         dy = torch.empty(self.batch, self.time, self.heads, self.size, dtype=self.dtype, device="meta")
         return {"state": state, "dy": dy, "dfinal": state}
 
-    def plan(self, inputs: list[Tensor], capability: tuple[int, int] | None, state=None, dy=None, dfinal=None) -> Plan:
-        """Return the launches of forward and backward and their results, launching nothing."""
-        how: dict = {"precision": self.precision, "capability": capability, "config": self.config}
-        how |= {"block_v": self.block_v, "segments": self.segments}
+    def plan(
+        self,
+        inputs: list[Tensor],
+        capability: Capability,
+        state: Tensor | None = None,
+        dy: Tensor | None = None,
+        dfinal: Tensor | None = None,
+    ) -> Plan:
+        """Return the launches of forward and backward and their results, launching nothing.
+
+        Args:
+            inputs: r, w, k, v, a, b.
+            capability: of the GPU; None is Triton's interpreter.
+            state: before the first token; None is zero.
+            dy, dfinal: gradients of y and of the final state; None is y itself, and zero.
+        """
+        how = self._how(capability)
         forward, (y, final, starts, u) = plan_forward(*inputs, state, **how)
         dy = y if dy is None else dy
         backward, grads = plan_backward(*inputs, None, None, starts, u, dy, dfinal, **how)
         return Plan(forward, backward, y, final, list(grads))
+
+    def inference(self, capability: Capability, masked: bool = False, sequences: int | None = None) -> list[Launch]:
+        """Return the launches of a forward that no backward follows, without memory.
+
+        Args:
+            capability: of the GPU.
+            masked: with a mask of the tokens.
+            sequences: that are packed in a row; None: a row is one.
+        """
+        mask = torch.empty(self.batch, self.time, dtype=torch.bool, device="meta") if masked else None
+        bounds = None if sequences is None else torch.empty(sequences + 1, dtype=torch.int32, device="meta")
+        how = self._how(capability)
+        return plan_forward(*self.placeholders(), None, mask, bounds, save=False, **how)[0]
+
+    def as_called(self, capability: Capability, processors: int) -> Case:
+        """Return the case with the rows and segments that `wkv7` chooses on a GPU with so many multiprocessors."""
+        config = self.config or lookup(self.padded, capability, self.precision)
+        split = choose_split(self.batch * self.heads, self.time // config.length, self.padded, config, processors)
+        return replace(self, block_v=split[0], segments=split[1])
+
+    def _how(self, capability: Capability) -> dict[str, Any]:
+        how = {"precision": self.precision, "capability": capability, "config": self.config}
+        return {**how, "block_v": self.block_v, "segments": self.segments}
 
 
 @dataclass(frozen=True)
@@ -118,137 +155,7 @@ class Plan:
     final: Tensor
     grads: list[Tensor]
 
-
-def large_cases() -> list[Case]:
-    """Return the cases that are checked at their full size."""
-    return [
-        Case(8, 4096, 64, 64),
-        Case(8, 4096, 32, 128),
-        Case(4, 4096, 16, 128, groups=8),
-        Case(1, 4096, 32, 64, block_v=16, segments=4),
-    ]
-
-
-SIZES = (40, 64, 128, 256)
-BLOCKS = (16, 32, 64)
-
-
-def correctness_cases(dry: bool) -> Iterator[Case]:
-    """Yield the cases that are compared with float64."""
-    if dry:
-        yield Case(1, 40, 2, 16, "balanced", block_v=16)
-        yield Case(1, 40, 2, 16, "fp32", block_v=16, segments=2)
-        return
-    for size in SIZES:
-        for rows in BLOCKS:
-            yield Case(1, 700, 3, size, block_v=rows)
-    for precision in ("fast", "high", "fp32"):  # with the rows that the table has for them
-        for size in SIZES:
-            yield Case(1, 700, 3, size, precision)
-    for segments in (2, 5):
-        for precision in ("balanced", "fp32"):
-            yield Case(1, 700, 3, 64, precision, block_v=16, segments=segments)
-    yield Case(2, 700, 6, 64, "balanced", groups=2)
-    yield Case(2, 700, 6, 128, "balanced", groups=3)
-
-
-def short_chunks(size: int) -> Config:
-    """Return the table's configuration with chunks of 16 tokens: less work within a chunk, more states."""
-    return replace(lookup(size, (9, 0), "balanced"), length=16, prep=Tuning(2, 1))
-
-
-def timed_cases(dry: bool) -> list[Case]:
-    """Return the cases that are timed with the table's configuration, the most important first."""
-    if dry:
-        return [Case(1, 64, 2, 16)]
-    return [
-        Case(8, 4096, 64, 64),
-        Case(8, 4096, 32, 128),
-        Case(32, 512, 16, 128),
-        Case(4, 4096, 16, 128, groups=8),
-        Case(8, 4096, 64, 64, config=short_chunks(64)),
-        Case(8, 4096, 32, 128, config=short_chunks(128)),
-        Case(1, 4096, 32, 64, block_v=16),
-        Case(1, 4096, 32, 64, block_v=16, segments=4),
-        Case(8, 4096, 16, 256),
-        Case(8, 4096, 64, 64, "fast"),
-        Case(8, 4096, 64, 64, "high"),
-        Case(8, 4096, 64, 64, "fp32"),
-        Case(8, 4096, 32, 128, "fp32"),
-    ]
-
-
-# Of each part: tokens of a chunk, warps, stages, registers, rows and columns at a time (16 where it has none)
-CHOICES: dict[str, list[tuple[int, int, int, int | None, int, int]]] = {
-    "scan": [
-        *((32, 4, 3, None, 64, 16), (32, 4, 3, None, 32, 16), (32, 8, 3, None, 64, 16)),
-        *((16, 4, 3, None, 64, 16), (16, 4, 4, None, 64, 16), (16, 4, 3, None, 32, 16), (16, 4, 4, None, 32, 16)),
-        *((16, 2, 3, None, 32, 16), (16, 2, 4, None, 32, 16), (16, 8, 4, None, 64, 16)),
-    ],
-    "narrow": [
-        *((32, 4, 3, None, 16, 16), (32, 2, 3, None, 16, 16), (32, 1, 3, None, 16, 16), (32, 4, 4, None, 16, 16)),
-        *((16, 4, 3, None, 16, 16), (16, 2, 3, None, 16, 16), (16, 1, 3, None, 16, 16), (16, 2, 4, None, 16, 16)),
-    ],
-    "prep": [
-        *((32, 4, 1, None, 16, 64), (32, 4, 1, 168, 16, 64), (32, 4, 1, 128, 16, 64), (32, 8, 1, None, 16, 64)),
-        *((32, 8, 1, 128, 16, 64), (32, 8, 1, None, 16, 128)),
-        *((16, 1, 1, None, 16, 64), (16, 1, 1, None, 16, 32), (16, 1, 1, 128, 16, 32)),
-        *((16, 2, 1, None, 16, 64), (16, 2, 1, 168, 16, 64), (16, 2, 1, 128, 16, 64), (16, 2, 1, None, 16, 32)),
-        *((16, 2, 1, 104, 16, 32), (16, 4, 1, None, 16, 64), (16, 4, 1, 168, 16, 64), (16, 4, 1, 128, 16, 64)),
-        *((16, 4, 1, None, 16, 128), (16, 4, 1, 168, 16, 128)),
-    ],
-    "grad": [
-        *((32, 8, 1, None, 32, 64), (32, 8, 1, None, 64, 64), (32, 8, 1, 128, 64, 64), (32, 8, 1, 128, 128, 64)),
-        *((32, 4, 1, None, 32, 64), (32, 4, 1, None, 64, 64)),
-        *((16, 4, 1, None, 64, 64), (16, 4, 1, 128, 64, 64), (16, 4, 1, 104, 64, 64), (16, 4, 1, 128, 32, 64)),
-        *((16, 2, 1, None, 64, 32), (16, 2, 1, 128, 64, 32), (16, 2, 1, None, 64, 64), (16, 4, 1, 104, 64, 32)),
-        *((16, 4, 1, None, 128, 64), (16, 4, 1, 128, 128, 64), (16, 8, 1, 128, 128, 128), (16, 8, 1, 128, 64, 64)),
-    ],
-}
-
-
-def variants(case: Case, part: str, capability: tuple[int, int] | None) -> list[Case]:
-    """Return the case with every configuration worth trying for a part of it.
-
-    Args:
-        case: with the table's configuration.
-        part: "scan", "narrow", "prep" or "grad".
-        capability: of the GPU.
-    """
-    config = lookup(case.padded, capability, case.precision)
-    found: list[Config] = []
-    for length, warps, stages, registers, rows, columns in CHOICES[part]:
-        if max(rows, columns) > case.padded:
-            continue
-        tuning = Tuning(warps, stages, registers)
-        changes: dict = {part: tuning, "length": length}
-        if part == "scan":
-            changes["block_v"] = rows
-        elif part == "narrow":
-            changes["block_v"] = 64  # so that 16 rows are the narrow ones
-        elif part == "prep":
-            changes["prep_block_k"] = columns
-        else:
-            changes |= {"grad_block_v": rows, "grad_block_k": columns}
-        found.append(replace(config, **changes))
-    return [replace(case, config=each, block_v=16 if part == "narrow" else None) for each in found]
-
-
-PARTS = {
-    "scan": {"scan_forward", "scan_backward"},
-    "narrow": {"scan_forward", "scan_backward"},
-    "prep": {"prepare"},
-    "grad": {"gradient"},
-}
-
-
-def varied_cases(dry: bool) -> list[tuple[Case, str]]:
-    """Return the cases for which configurations are compared, and the part that varies."""
-    if dry:
-        return [(Case(1, 32, 1, 16), "prep"), (Case(1, 32, 1, 16), "grad")]
-    wide, wider = Case(8, 4096, 64, 64), Case(8, 4096, 32, 128)
-    small, smaller = Case(1, 4096, 32, 64), Case(1, 4096, 16, 128)
-    return [
-        (wide, "scan"), (wide, "prep"), (wider, "scan"), (wider, "prep"), (small, "narrow"), (smaller, "narrow"),
-        (wide, "grad"), (wider, "grad"),
-    ]  # fmt: skip
+    @property
+    def launches(self) -> list[Launch]:
+        """Return all launches in order."""
+        return [*self.forward, *self.backward]

@@ -1,0 +1,44 @@
+"""What the plan says a backward pass keeps on the Triton kernels, which are not launched, next to what autograd keeps.
+
+Run by test_training_steps.py, or directly: TRITON_INTERPRET=1 python -m pytest tests/kernels/activation_cases.py
+"""
+
+import pytest
+import torch
+from kept_activations import SIZES, kept_by_autograd, student
+
+from rwkvinside.kernels.gpu import mixer, op
+from rwkvinside.planning.activations import kept_bytes
+
+
+@pytest.fixture(autouse=True)
+def no_launches(monkeypatch):
+    """What is kept does not depend on values, and the interpreter would take minutes to compute them."""
+    for module in (op, mixer):
+        monkeypatch.setattr(module, "run", lambda launches, device: None)
+
+
+@pytest.mark.parametrize(
+    "mode, train, bf16, made",
+    [
+        ("align", ["mixer"], False, {}),
+        ("align", ["mixer"], True, {}),
+        ("align", ["mixer"], True, {"family": "llama", "dtype": torch.bfloat16}),
+        ("align", ["mixer"], True, {"preset": "rad", "kept": (1,)}),
+        ("align", ["mixer"], True, {"preset": "hxa07b"}),
+        ("align", ["mixer"], True, {"family": "llama", "preset": "x070"}),
+        ("align", ["mixer"], True, {"window": 32, "sinks": 4}),
+        ("align", ["mixer"], False, {"window": 64, "preset": "rad"}),
+        ("distill", [".*"], True, {}),
+        ("distill", [".*"], False, {"kept": (0, 2)}),
+        ("distill", ["mixer"], True, {"dtype": torch.bfloat16}),
+    ],
+)
+def test_activations_are_those_that_autograd_keeps(mode, train, bf16, made):
+    model = student(backend="triton", **made)
+    model.set_trainable(train)
+    stream = 2 if made.get("dtype") == torch.bfloat16 else 4
+    align = mode == "align"
+    expected = sum(kept_bytes(model, align=align, low=2 if bf16 else 4, stream=stream, fused=True))
+    expected += 0 if align else 8 * SIZES["hidden_size"]  # the last norm
+    assert expected == pytest.approx(kept_by_autograd(model, align=align, bf16=bf16), rel=0.04)
