@@ -377,8 +377,18 @@ class TimeMixer(nn.Module):
         Returns:
             (B, T, H, N) for `mixed`, and the window's state; None with cu_seqlens.
         """
-        c, options = self.mixer_config, {"mask": mask, "cu_seqlens": cu_seqlens, "inplace": inplace}
-        return window_attention(q, k, v, window=c.window, sinks=c.sinks, state=state, **options)
+        c = self.mixer_config
+        return window_attention(
+            q,
+            k,
+            v,
+            window=c.window,
+            sinks=c.sinks,
+            state=state,
+            mask=mask,
+            cu_seqlens=cu_seqlens,
+            inplace=inplace,
+        )
 
     def mixed(self, y: Tensor, a: Tensor) -> Tensor:
         """Return the weighed sum of gated recurrence and window, (B, T, H, N) each."""

@@ -135,7 +135,8 @@ def _attend(
     place = torch.where(real, count - 1, count[-1] + index - count)  # padding goes to the end
     start = torch.where(real, (count - real.long())[start], place)  # where it attends to itself alone
     order = torch.empty_like(place).scatter_(0, place, index)
-    out = _blocks(*(x.index_select(0, order) for x in (q, k, v)), start[order], window, sinks)
+    q, k, v = (x.index_select(0, order) for x in (q, k, v))
+    out = _blocks(q, k, v, start[order], window, sinks)
     return out.index_select(0, place).unflatten(0, (B, T))
 
 
