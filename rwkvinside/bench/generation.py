@@ -136,8 +136,7 @@ def _timed(device: torch.device, run: Callable) -> tuple[float, object]:
 
 def _tensors(cache: Cache) -> Iterator[Tensor]:
     for layer in cache.layers:
-        parts = layer.state if is_recurrent(layer) else (layer.keys, layer.values)
-        yield from (part for part in parts if part is not None)
+        yield from layer.state.tensors() if is_recurrent(layer) else (layer.keys, layer.values)
 
 
 def random_models(

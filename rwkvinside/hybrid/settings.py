@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from ..support.settings import Positive, Section, problem
+from ..support.settings import NotNegative, Positive, Section, problem
 
 TITLES = {"miss": "MiSS", "bone": "Bone, which is MiSS in its bat form"}
 
@@ -34,6 +34,10 @@ class StudentConfig(Section):
         "decay", description="Scale of the key; log is how older checkpoints were trained; null: the preset's."
     )
     key_residual: bool | None = Field(None, description="Mix keys with those of the first mixer; null: the preset's.")
+    window: NotNegative = Field(
+        0, description="Tokens that every mixer also attends to exactly, its own included; 0: the recurrence alone."
+    )
+    sinks: NotNegative = Field(0, description="First tokens of a document that stay in that window.")
     init: Literal["calibrated", "published"] = Field(
         "calibrated", description="Start of the mixers: ready for calibration, or the constants of the published code."
     )
@@ -61,9 +65,16 @@ class StudentConfig(Section):
                 raise problem("keeps all {} layers; leave at least one to convert", count)
         return tuple(sorted(layers))
 
+    @field_validator("sinks")
+    @classmethod
+    def _sinks(cls, sinks: int, info: ValidationInfo) -> int:
+        if sinks and not info.data.get("window"):
+            raise problem("is {} without a window; set student.window, or leave sinks at 0", sinks)
+        return sinks
+
     def mixer_overrides(self) -> dict:
         """Return fields of `TimeMixerConfig` in which the mixers differ from the preset."""
-        values = {"detach_first": self.detach_first, "backend": self.backend, "precision": self.precision}
+        values = {name: getattr(self, name) for name in ("window", "sinks", "detach_first", "backend", "precision")}
         # the stock mixer's k_a form is a matter of its equations, not a choice
         values |= {} if self.key_scale is None or self.preset == "x070" else {"key_scale": self.key_scale}
         values |= {} if self.key_residual is None else {"key_residual": self.key_residual}

@@ -3,8 +3,8 @@
 The equations are those of `TimeMixer`'s own PyTorch code, which is the reference and what every other device runs. What
 is different: the input is cast once, the low-rank maps go down in one product, everything between the products and the
 recurrence is one launch (`rwkvinside.kernels.gpu.mixer`), and bonus and gate are another. The token shift and the group
-norm of stock RWKV-7 (x070) stay PyTorch code before and between them. This file travels with exported models: torch
-only, no I/O.
+norm of stock RWKV-7 (x070) stay PyTorch code before and between them, a window beside the recurrence after them. This
+file travels with exported models: torch only, no I/O.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from torch import Tensor
 
 from .first_layer import FirstLayerKV
 from .mixer_presets import TimeMixerConfig
+from .window_attention import WindowState
 from .wkv7 import kernels, why_unavailable
 
 if TYPE_CHECKING:
-    from .time_mixer import TimeMixer
+    from .time_mixer import MixerState, TimeMixer
 
 
 def is_fused_sequence(config: TimeMixerConfig, x: Tensor) -> bool:
@@ -40,37 +41,38 @@ def mix_fused(
     x: Tensor,
     *,
     first: FirstLayerKV | None,
-    state: Tensor | None,
-    last: Tensor | None,
+    state: MixerState | None,
     rope: tuple[Tensor, Tensor] | None,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     inplace: bool,
-) -> tuple[Tensor, FirstLayerKV, Tensor, Tensor | None]:
+) -> tuple[Tensor, FirstLayerKV, tuple[Tensor, Tensor | None, WindowState | None]]:
     """Mix a batch of rows up to the output projection.
 
     Args:
         mixer: whose parameters and configuration count.
         x: (B, T, D).
-        first, rope, mask, cu_seqlens, inplace: as of `TimeMixer.forward`.
-        state: of the recurrence.
-        last: the last input before x, for the token shift.
+        first, state, rope, mask, cu_seqlens, inplace: as of `TimeMixer.forward`.
 
     Returns:
         The input of the output projection (B, T, H * N) in the dtype of products (that of autocast, else x's), the
-        FirstLayerKV for later layers, and the new state of the recurrence and of the token shift. The value that the
-        first layer hands on has the G heads of its projection, whatever the value path.
+        FirstLayerKV for later layers, and the parts of the new MixerState. The value that the first layer hands on has
+        the G heads of its projection, whatever the value path.
     """
     c = mixer.mixer_config
+    wkv, last, window = (None, None, None) if state is None else state
     inputs, shift = mixer.shifted(x.to(product_dtype(x)), last, mask, cu_seqlens)
     low_rank = _low_rank(mixer, inputs)
-    s, first = _recurrence_tensors(mixer, inputs, low_rank, first, rope)
-    y, state = mixer.recur((s.r, s.log_decay, s.k, s.v, s.a, s.b), state, mask, cu_seqlens, inplace)
+    s, value, first = _recurrence_tensors(mixer, inputs, low_rank, first, rope)
+    y, wkv = mixer.recur((s.r, s.log_decay, s.k, s.v, s.a, s.b), wkv, mask, cu_seqlens, inplace)
     if c.group_norm:
         y = mixer.ln_x(y.flatten(0, 1).flatten(1)).view_as(y)
     scale = 1.0 if c.group_norm else c.head_size**-0.5
     y = kernels.mixer_ops().output(y, low_rank["g"], scale=scale, bonus=s.bonus, v=s.v if c.bonus else None)
-    return y.flatten(2), first, state, shift
+    if c.window:
+        a, window = mixer.window_features(s.r, s.key, value, window, mask, cu_seqlens, inplace)
+        y = mixer.mixed(y, a)
+    return y.flatten(2), first, (wkv, shift, window)
 
 
 Factors = tuple[Tensor, Tensor]  # of the result of a low-rank map
@@ -82,8 +84,8 @@ def _recurrence_tensors(
     low_rank: dict[str, Factors],
     first: FirstLayerKV | None,
     rope: tuple[Tensor, Tensor] | None,
-) -> tuple[Any, FirstLayerKV]:
-    """Return the `RecurrenceTensors` of `kernels.mixer_ops`, and the FirstLayerKV to hand to later layers."""
+) -> tuple[Any, Tensor, FirstLayerKV]:
+    """Return the `RecurrenceTensors` of `kernels.mixer_ops`, the projected value, and the FirstLayerKV to hand on."""
     c = mixer.mixer_config
     r, k, v = (
         linear(inputs[name]).unflatten(-1, (-1, c.head_size))
@@ -112,10 +114,10 @@ def _recurrence_tensors(
         w0=mixer.w0,
         a0=mixer.a0,
         key_scale=c.key_scale,
-        hand_key=mixer.is_first and c.key_residual,
+        hand_key=bool(c.window) or mixer.is_first and c.key_residual,
         **options,
     )
-    return s, FirstLayerKV(v, s.key) if first is None else first
+    return s, v, FirstLayerKV(v, s.key if c.key_residual else None) if first is None else first
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

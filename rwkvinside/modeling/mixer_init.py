@@ -20,6 +20,7 @@ def init_mixer(mixer: TimeMixer, layer: int, num_layers: int, init: str = "calib
     | a0 | -0.19 + 0.3 zz + 0.4 lin | the same |
     | v0, k0 | 0.73: 67.5 % of the first layer | -4: 1.8 % |
     | r_k | -0.04 | 0 |
+    | mix_recurrence, mix_window | 1, 0 | 1, 0 |
     | w1, a1, v1, k1, g1 | 0 | 0 |
     | w2, a2, v2, k2 | orthogonal, gain 0.1 max(1, sqrt(rows / cols)) | the same |
     | g2 | the same orthogonal | and its columns sum to 2, so that the gate starts at 1 |
@@ -51,6 +52,8 @@ def init_mixer(mixer: TimeMixer, layer: int, num_layers: int, init: str = "calib
         "r_k": -0.04 if init == "published" else 0.0,
         "k_k": 0.85,
         "k_a": 1.0,
+        "mix_recurrence": 1.0,
+        "mix_window": 0.0,
     }
     for name, parameter in mixer.named_parameters():
         if name in values:

@@ -57,6 +57,8 @@ class TimeMixerConfig:
             were trained); "k_a" is the stock RWKV-7 form with learned k_k and k_a.
         token_shift, group_norm: stock RWKV-7 only; without the norm the output is scaled by N^-0.5.
         qkv_bias, output_bias: biases copied from the teacher.
+        window, sinks: attend exactly to the last `window` tokens and the first `sinks` of the document, beside the
+            recurrence (`window_attention`); 0 and 0: not at all.
         detach_first: no gradient from later layers into v_first and k_first.
         backend, precision: see `wkv7`.
     """
@@ -81,6 +83,8 @@ class TimeMixerConfig:
     group_norm: bool = False
     qkv_bias: bool = False
     output_bias: bool = False
+    window: int = 0
+    sinks: int = 0
     detach_first: bool = False
     backend: str = "auto"
     precision: str = "auto"
@@ -92,6 +96,8 @@ class TimeMixerConfig:
         ):
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}, allowed: {', '.join(allowed)}")
+        if self.window < 0 or self.sinks < 0 or self.sinks and not self.window:
+            raise ValueError(f"window {self.window} and sinks {self.sinks}: neither is negative, sinks need a window")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}")
         for name, rank in default_ranks(self.hidden_size, self.num_heads * self.head_size).items():

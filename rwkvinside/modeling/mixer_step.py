@@ -23,7 +23,8 @@ def is_fused(config: TimeMixerConfig, x: Tensor, cu_seqlens: Tensor | None) -> b
     """Return whether one launch computes what lies between the projections of x (B, T, D) and the output's."""
     if x.shape[1] != 1 or cu_seqlens is not None or torch.is_grad_enabled():
         return False
-    if config.token_shift or config.group_norm or config.key_scale == "k_a" or not hasattr(kernels, "mixer_step"):
+    unknown = config.token_shift or config.group_norm or config.key_scale == "k_a" or config.window
+    if unknown or not hasattr(kernels, "mixer_step"):
         return False
     chosen = config.backend == "triton" or config.backend == "auto" and x.is_cuda
     return chosen and why_unavailable("triton", x.device.type, x.dtype, config.head_size) is None

@@ -40,16 +40,15 @@ class RecurrentLayer(CacheLayerMixin):
         if self.state is None or not can_overwrite(self.state):
             self.state = state
         else:
-            for kept, new in zip(self.state, state, strict=True):
-                if kept is not None and new is not None and kept.data_ptr() != new.data_ptr():
+            for kept, new in zip(self.state.tensors(), state.tensors(), strict=True):
+                if kept.data_ptr() != new.data_ptr():
                     kept.copy_(new)
         self.seen += tokens
         self.is_initialized = True
 
     def _map_state(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.state is not None:
-            wkv, shift = self.state
-            self.state = MixerState(change(wkv), None if shift is None else change(shift))
+            self.state = self.state.map(change)
 
     def get_seq_length(self) -> int:
         """Return the number of positions seen."""

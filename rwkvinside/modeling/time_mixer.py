@@ -7,6 +7,7 @@ checkpoints and of RWKV-Infer. No state lives on the module. This file travels w
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from .first_layer import FirstLayerKV
 from .fused_mixer import is_fused_sequence, mix_fused
 from .mixer_presets import TimeMixerConfig
 from .mixer_step import is_fused, mixer_step
+from .window_attention import WindowState, window_attention
 from .wkv7 import wkv7
 
 DECAY_SCALE = math.exp(-0.5)  # log_decay = -DECAY_SCALE * sigmoid(z) lies in (-0.6065, 0)
@@ -28,10 +30,22 @@ class MixerState(NamedTuple):
     Attributes:
         wkv: (B, H, N, N) fp32, as (value, key).
         shift: (B, D), the last input; None without token shift.
+        window: keys and values of a window; None without one, and after packed documents.
     """
 
     wkv: Tensor
-    shift: Tensor | None
+    shift: Tensor | None = None
+    window: WindowState | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors, in an order that depends on the mixer's configuration alone."""
+        return [x for x in (self.wkv, self.shift, *(self.window or ())) if x is not None]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> MixerState:
+        """Return the state whose tensors are changed ones of this."""
+        shift = None if self.shift is None else change(self.shift)
+        window = None if self.window is None else WindowState(*(change(x) for x in self.window))
+        return MixerState(change(self.wkv), shift, window)
 
 
 class RecurrenceInputs(NamedTuple):
@@ -53,7 +67,8 @@ class ProjectedInputs(NamedTuple):
     """Projections of a layer's input.
 
     r and gate are (B, T, H, N), k and v (B, T, H or G, N), decay and iclr (B, T, H * N); the latter are added to w0
-    and a0.
+    and a0. key and value are k and v before their residual mixes, (B, T, G, N), which a window attends to with r as its
+    query.
     """
 
     r: Tensor
@@ -62,6 +77,8 @@ class ProjectedInputs(NamedTuple):
     decay: Tensor
     iclr: Tensor
     gate: Tensor
+    key: Tensor
+    value: Tensor
 
 
 class TimeMixer(nn.Module):
@@ -127,6 +144,9 @@ class TimeMixer(nn.Module):
                 self.register_parameter(f"x_{name}", nn.Parameter(torch.empty(1, 1, D)))
         if config.group_norm:
             self.ln_x = nn.GroupNorm(H, C, eps=64e-5)
+        if config.window:
+            self.mix_recurrence = nn.Parameter(torch.empty(H, N))  # weights of the gated recurrence and of the window
+            self.mix_window = nn.Parameter(torch.empty(H, N))
 
     def forward(
         self,
@@ -152,31 +172,29 @@ class TimeMixer(nn.Module):
 
         Returns:
             y (B, T, D), the FirstLayerKV to hand to later layers, and the state after the last token, (S, ...) with
-            cu_seqlens.
+            cu_seqlens, and then without that of a window.
         """
-        wkv, last = (None, None) if state is None else state
+        wkv = None if state is None else state.wkv
         if is_fused(self.mixer_config, x, cu_seqlens):
             y, first, wkv = mixer_step(self, x, first=first, wkv=wkv, rope=rope, mask=mask, inplace=inplace)
-            return self.output(y.to(x.dtype)), first, MixerState(wkv, None)
+            return self.output(y.to(x.dtype)), first, MixerState(wkv)
         if is_fused_sequence(self.mixer_config, x):
-            y, first, wkv, shift = mix_fused(
-                self,
-                x,
-                first=first,
-                state=wkv,
-                last=last,
-                rope=rope,
-                mask=mask,
-                cu_seqlens=cu_seqlens,
-                inplace=inplace,
+            y, first, parts = mix_fused(
+                self, x, first=first, state=state, rope=rope, mask=mask, cu_seqlens=cu_seqlens, inplace=inplace
             )
-            return self.output(y), first, MixerState(wkv, shift)
+            return self.output(y), first, MixerState(*parts)
         projected, first, shift = self.project_inputs(
             x, first=first, state=state, rope=rope, mask=mask, cu_seqlens=cu_seqlens
         )
         s = self.recurrence_inputs(projected)
         y, wkv = self.run_recurrence(s, wkv, mask, cu_seqlens, inplace)
-        return self.output((y * s.gate).flatten(2).to(x.dtype)), first, MixerState(wkv, shift)
+        y, window = y * s.gate, None
+        if self.mixer_config.window:
+            before = None if state is None else state.window
+            q, k, v = projected.r, projected.key, projected.value
+            a, window = self.window_features(q, k, v, before, mask, cu_seqlens, inplace)
+            y = self.mixed(y, a)
+        return self.output(y.flatten(2).to(x.dtype)), first, MixerState(wkv, shift, window)
 
     def project_inputs(
         self,
@@ -199,6 +217,7 @@ class TimeMixer(nn.Module):
         xr, xw, xk, xv, xa, xg = inputs.values()
 
         r, k, v = self.project(xr, xk, xv, rope if c.rope else None)
+        key, value = k, v
         if c.value_path == "residual_full":
             v = _to_heads(v, H)
         if self.is_first:
@@ -218,13 +237,13 @@ class TimeMixer(nn.Module):
         decay = torch.tanh(xw @ self.w1) @ self.w2
         iclr = (xa @ self.a1) @ self.a2
         gate = (torch.sigmoid(xg @ self.g1) @ self.g2).unflatten(-1, (H, N))
-        return ProjectedInputs(r, k, v, decay, iclr, gate), first, shift
+        return ProjectedInputs(r, k, v, decay, iclr, gate, key, value), first, shift
 
     def recurrence_inputs(self, projected: ProjectedInputs) -> RecurrenceInputs:
         """Return the inputs of the recurrence, from projections, w0 and a0."""
         c = self.mixer_config
         H, N = c.num_heads, c.head_size
-        r, k, v, decay, iclr, gate = projected
+        r, k, v, decay, iclr, gate, *_ = projected
         # decay and in-context learning rate stay in fp32: near 0 a bf16 log decay is off by 2-3 %
         z = (_fp32(self.w0) + _fp32(decay)).unflatten(-1, (H, N))
         log_decay = -DECAY_SCALE * torch.sigmoid(z)
@@ -337,6 +356,43 @@ class TimeMixer(nn.Module):
             inplace=inplace,
         )
         return y.view(B, T, *y.shape[2:]), wkv
+
+    def window_features(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: WindowState | None = None,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        inplace: bool = False,
+    ) -> tuple[Tensor, WindowState | None]:
+        """Attend exactly to the tokens of the window and to the sinks.
+
+        Args:
+            q, k, v: r, key and value of `ProjectedInputs`.
+            state: of the window, None at the start of a document.
+            mask, cu_seqlens, inplace: as of `forward`.
+
+        Returns:
+            (B, T, H, N) for `mixed`, and the window's state; None with cu_seqlens.
+        """
+        c = self.mixer_config
+        return window_attention(
+            q,
+            k,
+            v,
+            window=c.window,
+            sinks=c.sinks,
+            state=state,
+            mask=mask,
+            cu_seqlens=cu_seqlens,
+            inplace=inplace,
+        )
+
+    def mixed(self, y: Tensor, a: Tensor) -> Tensor:
+        """Return the weighed sum of gated recurrence and window, (B, T, H, N) each."""
+        return self.mix_recurrence.to(y.dtype) * y + self.mix_window.to(a.dtype) * a
 
     def _low_rank_sigmoid(self, x: Tensor, name: str) -> Tensor:
         bias, down, up = (getattr(self, f"{name}{i}") for i in range(3))

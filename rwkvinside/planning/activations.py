@@ -16,7 +16,9 @@ from torch import nn
 
 from .. import kernels
 from ..hybrid.model import HybridModel
+from ..modeling.mixer_presets import TimeMixerConfig
 from ..modeling.time_mixer import TimeMixer
+from ..modeling.window_attention import block_size
 
 FP32 = 4
 
@@ -144,7 +146,7 @@ def _mixer(mixer: TimeMixer, low: int, stream: int) -> int:
     total += k_residual * (FP32 + turned) * K
     total += (turned if c.bonus else low) * C + low * 2 * C  # y, the gate, and their product
     total += FP32 * (C + 2 * H) * c.group_norm
-    return int(total)
+    return int(total + (_window(c, low, turned if c.bonus else low) if c.window else 0))
 
 
 def _fused_mixer(mixer: TimeMixer, low: int) -> int:
@@ -168,4 +170,15 @@ def _fused_mixer(mixer: TimeMixer, low: int) -> int:
     total += H * kernels.kept_beside_inputs(N, bf16=low != FP32)
     total += low * C + FP32 * H * c.bonus + low * C  # its output, the bonus, and the input of the output projection
     total += (low * C + FP32 * 2 * H) * c.group_norm
-    return int(total)
+    return int(total + (_window(c, low, low) if c.window else 0))
+
+
+def _window(c: TimeMixerConfig, low: int, gated: int) -> float:
+    """Return the bytes that a window keeps; the gated recurrence next to it has `gated` bytes a number."""
+    H, G, N = c.num_heads, c.num_kv_heads, c.head_size
+    size = block_size(c.window)
+    seen = size + c.window + c.sinks  # keys of a block of queries, which the mask has as numbers for each query
+    copies = seen / size if c.sinks else 1.0  # of keys and values; views where no sinks are put next to them
+    # queries, the output as it is computed and in the order of tokens, sums of weights; the gated recurrence, which
+    # mix_recurrence is multiplied with
+    return low * (3 * H * N + 2 * copies * G * N + H // G * seen) + FP32 * H + gated * H * N

@@ -12,7 +12,8 @@ and without matrices of weights, with C = heads x head size, N = head size, T = 
 
     scores      4 C (T + 1) / 2 in the forward: queries with keys, weights with values, half of the square
     recurrence  8 C N in the forward: S a, (S a) b^T, v k^T and S r for every head
-                both: twice that in the backward, where something before it trains
+    window      4 C times the keys that a token sees on average: t + 1 at first, window + sinks later
+                all: twice that in the backward, where something before it trains
 
 The teacher's side has a forward only. Embeddings are looked up. MFU is these operations, times the tokens per second,
 over the peak of the devices: the share of the hardware that did necessary work.
@@ -42,8 +43,8 @@ class Flops:
     """Operations for one token by what they are for.
 
     Attributes:
-        forward, backward: by "mixer.proj", "mixer.lora", "recurrence", "attention", "scores", "mlp", "adapters", "head"
-            and "teacher" (everything of its side).
+        forward, backward: by "mixer.proj", "mixer.lora", "recurrence", "window", "attention", "scores", "mlp",
+            "adapters", "head" and "teacher" (everything of its side).
     """
 
     forward: dict[str, float] = field(default_factory=dict)
@@ -84,7 +85,7 @@ def training_flops(
         upstream |= not align and _trains(family.attention_input(layer))
         # adapters outside of the mixers are off in align
         if converted:
-            trained = _add_mixer(flops, family, attention.student_attn, upstream)
+            trained = _add_mixer(flops, family, attention.student_attn, plan.length.seq_len, upstream)
         else:
             trained = _add_attention(flops, family, attention, scores, upstream, adapters=not align)
         upstream |= trained and not align
@@ -111,10 +112,15 @@ def _trains(module: nn.Module) -> bool:
     return any(p.requires_grad for p in module.parameters())
 
 
-def _add_mixer(flops: Flops, family: Family, mixer: TimeMixer, upstream: bool) -> bool:
-    """Add what a mixer costs; return whether something in it trains."""
-    core = 8 * mixer.mixer_config.num_heads * mixer.mixer_config.head_size**2
-    flops.add("recurrence", core, 2 * core * _before_the_last(family, mixer, upstream, adapters=True))
+def _add_mixer(flops: Flops, family: Family, mixer: TimeMixer, tokens: int, upstream: bool) -> bool:
+    """Add what a mixer costs in rows of so many tokens; return whether something in it trains."""
+    c, backward = mixer.mixer_config, 2 * _before_the_last(family, mixer, upstream, adapters=True)
+    core = 8 * c.num_heads * c.head_size**2
+    flops.add("recurrence", core, core * backward)
+    if c.window:
+        most = min(c.window + c.sinks, tokens)
+        near = 4 * c.num_heads * c.head_size * (most - most * (most - 1) / (2 * tokens))
+        flops.add("window", near, near * backward)
     return _add_block(flops, family, mixer, upstream, "mixer")
 
 

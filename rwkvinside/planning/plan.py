@@ -14,6 +14,7 @@ from ..config.schema import Config
 from ..data.sources import describe
 from ..hybrid.assemble import apply, layer_lines
 from ..hybrid.model import HybridModel
+from ..modeling.mixer_presets import TimeMixerConfig
 from ..stages.plan import RunPlan, RunSettings, StagePlan
 from ..stages.teacher import meta_online_teacher
 from ..support.text import rounded_bytes, rounded_count, rounded_flop
@@ -84,7 +85,7 @@ def _run_lines(plan: RunPlan, config: Config, model: HybridModel) -> list[str]:
         f"{mixer.num_heads} heads of {mixer.head_size} ({mixer.num_kv_heads} for keys), "
         f"{rounded_count(teacher)} parameters",
         *([f"variant   {', '.join(config.variant)}"] if config.variant else []),
-        f"student   {run.student.preset}, key scale {mixer.key_scale}, {run.student.init} start, "
+        f"student   {run.student.preset}, key scale {mixer.key_scale}, {_window(mixer)}{run.student.init} start, "
         f"{rounded_count(total)} parameters: {rounded_count(total - new)} copied from the teacher, "
         f"{rounded_count(new)} new",
         f"layers    {layer_map}   ({len(model.rwkv_layers)} R = RWKV, {layer_map.count('A')} A = attention)",
@@ -92,6 +93,12 @@ def _run_lines(plan: RunPlan, config: Config, model: HybridModel) -> list[str]:
         f"loggers   {', '.join(['metrics.jsonl', *config.loggers])}",
         f"run       {' -> '.join(config.run)}, into {config.out}",
     ]
+
+
+def _window(mixer: TimeMixerConfig) -> str:
+    if not mixer.window:
+        return ""
+    return f"window of {mixer.window}{f' and {mixer.sinks} first tokens' * bool(mixer.sinks)}, "
 
 
 def teacher_parameters(model: HybridModel) -> int:

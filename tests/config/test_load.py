@@ -193,6 +193,7 @@ def test_all_problems_at_once(teacher):
     [
         ("student.attention_layers=[7,-1]", "has layer -1, 7, but the teacher has layers 0 to 4"),
         ("student.attention_layers=[0,1,2,3,4]", "keeps all 5 layers"),
+        ("student.sinks=4", "student.sinks = 4: is 4 without a window; set student.window"),
         ("student.preset.x=1", "student.preset = {'x': 1}: allowed"),
         ("stages=5", "stages = 5: must be a mapping"),
         ("stages.align=5", "stages.align = 5: must be a mapping"),

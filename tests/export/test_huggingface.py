@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from hybrid_cases import batch_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -13,6 +14,7 @@ from rwkvinside.errors import UserError, VerificationError
 from rwkvinside.export import huggingface
 from rwkvinside.export.huggingface import build_hybrid, export_hf
 from rwkvinside.export.verify import verify
+from rwkvinside.hybrid.lm_head import Logits
 from rwkvinside.runs.trained import open_run
 from rwkvinside.training.checkpoint import Checkpointer
 
@@ -118,6 +120,21 @@ def test_other_families(tmp_path, family, make_teacher, make_run):
     assert model.generate(prompt, max_new_tokens=4, min_new_tokens=4).shape == (1, 7)
     greedy = {"max_new_tokens": 4, "do_sample": False}
     assert torch.equal(model.generate_graphed(prompt, **greedy), model.generate(prompt, **greedy))
+
+
+def test_windows(tmp_path, teacher, make_run):
+    run = make_run(tmp_path / "run", teacher, student={"window": 6, "sinks": 2})
+    result = export_hf(run, tmp_path / "out")["verification"]
+    assert result["max_difference"] <= 1e-6 and 0 < result["cache_difference"] < 1e-4
+    assert (tmp_path / "out" / "window_attention.py").is_file()
+    model, prompt = load(tmp_path / "out"), torch.arange(5, 25)[None]
+    assert {(model.config.mixer_config(i).window, model.config.mixer_config(i).sinks) for i in (0, 2, 3)} == {(6, 2)}
+    logits = open_run(run).load_model()(batch_of(prompt), task=Logits())
+    torch.testing.assert_close(model(prompt).logits, logits, rtol=0, atol=1e-5)
+    greedy = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    tokens = model.generate(prompt, **greedy)
+    assert torch.equal(tokens, model.generate(prompt, use_cache=False, **greedy))
+    assert verify(tmp_path / "out", against=run)["passed"]
 
 
 def test_bf16_teacher_gives_a_bf16_export_with_fp32_decay(tmp_path, make_teacher, make_run):

@@ -38,6 +38,7 @@ LAYOUTS = {
     "mha": (StudentConfig(attention_layers=(1,)), {"num_key_value_heads": 4}),
     "untied": (StudentConfig(attention_layers=(2,)), {"tie_word_embeddings": False}),
     "biases": (StudentConfig(attention_layers=(1,)), {"attention_bias": True}),
+    "window": (StudentConfig(attention_layers=(1,), window=5, sinks=2), {}),
 }
 BIASED = ("llama", "qwen3")  # whose configuration chooses; others always or never have biases
 CASES = [(family, layout) for family in FAMILIES for layout in LAYOUTS if layout != "biases" or family in BIASED]

@@ -25,11 +25,11 @@ SIZES = dict(
 FAMILIES = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
 
 
-def student(family="qwen3", preset="cxa079", kept=(), dtype=torch.float32, layers=None, backend="auto"):
+def student(family="qwen3", preset="cxa079", kept=(), dtype=torch.float32, layers=None, **fields):
     torch.manual_seed(0)
     config, model = FAMILIES[family]
     teacher = model(config(**SIZES)).to(dtype)
-    hybrid = HybridModel.from_teacher(teacher, StudentConfig(preset=preset, attention_layers=kept, backend=backend))
+    hybrid = HybridModel.from_teacher(teacher, StudentConfig(preset=preset, attention_layers=kept, **fields))
     if layers is not None:
         apply(hybrid, layers)
     return hybrid

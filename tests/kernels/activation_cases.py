@@ -27,6 +27,8 @@ def no_launches(monkeypatch):
         ("align", ["mixer"], True, {"preset": "rad", "kept": (1,)}),
         ("align", ["mixer"], True, {"preset": "hxa07b"}),
         ("align", ["mixer"], True, {"family": "llama", "preset": "x070"}),
+        ("align", ["mixer"], True, {"window": 32, "sinks": 4}),
+        ("align", ["mixer"], False, {"window": 64, "preset": "rad"}),
         ("distill", [".*"], True, {}),
         ("distill", [".*"], False, {"kept": (0, 2)}),
         ("distill", ["mixer"], True, {"dtype": torch.bfloat16}),

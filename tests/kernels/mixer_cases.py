@@ -197,9 +197,34 @@ def test_with_the_recurrence(preset):
     compare(mixer, reference, tokens(2, 20), first_for(mixer, 2, 20), rope_of(16, 20), state=state)
 
 
-@pytest.mark.parametrize("preset", ["cxa079", "x070"])
-def test_masks_and_packed_documents(preset):
-    mixer, reference = make(preset)
+@pytest.mark.usefixtures("no_recurrence")
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+@pytest.mark.parametrize("is_first", [True, False], ids=["first", "later"])
+def test_windows(preset, is_first):
+    mixer, reference = make(preset, is_first=is_first, window=6, sinks=2)
+    compare(mixer, reference, tokens(2, 35), first_for(mixer, 2, 35), rope_of(16, 35))
+
+
+@pytest.mark.parametrize("preset", ["cxa079", "rad", "x070"])
+def test_windows_continue(preset):
+    """From a prompt by the fused path, in chunks and by single tokens."""
+    mixer, reference = make(preset, is_first=True, window=6, sinks=2)
+    x, (cos, sin) = tokens(2, 20), rope_of(16, 20)
+    mask = torch.ones(2, 20, dtype=torch.bool, device=DEVICE)
+    mask[0, :3] = False
+    whole, *_ = reference(x.double(), first=None, rope=(cos.double(), sin.double()), mask=mask)
+    state, parts = None, []
+    with torch.no_grad():
+        for t, end in ((0, 11), (11, 17), (17, 18), (18, 19), (19, 20)):
+            rope = cos[:, t:end], sin[:, t:end]
+            y, _, state = mixer(x[:, t:end], first=None, rope=rope, mask=mask[:, t:end], state=state, inplace=t > 0)
+            parts.append(y)
+    assert_close({"y": torch.cat(parts, 1)}, {"y": whole.detach()})
+
+
+@pytest.mark.parametrize("preset, window", [("cxa079", {}), ("x070", {}), ("cxa079", {"window": 5, "sinks": 2})])
+def test_masks_and_packed_documents(preset, window):
+    mixer, reference = make(preset, **window)
     x, first, rope = tokens(2, 20), first_for(mixer, 2, 20), rope_of(16, 20, batch=2)
     mask = torch.ones(2, 20, dtype=torch.bool, device=DEVICE)
     mask[0, :3] = mask[1, 15:] = False
@@ -210,9 +235,10 @@ def test_masks_and_packed_documents(preset):
 
 @pytest.mark.parametrize("preset", ["cxa079", "hxa07b", "rad"])
 @pytest.mark.parametrize("is_first", [True, False], ids=["first", "later"])
+@pytest.mark.parametrize("window", [{}, {"window": 6, "sinks": 2}], ids=["", "window"])
 @pytest.mark.usefixtures("no_recurrence")
-def test_bf16_is_no_further_off_than_pytorch(preset, is_first):
-    mixer, reference = make(preset, is_first=is_first)
+def test_bf16_is_no_further_off_than_pytorch(preset, is_first, window):
+    mixer, reference = make(preset, is_first=is_first, **window)
     x, first, rope = tokens(2, 35), first_for(mixer, 2, 35), rope_of(16, 35)
     exact = results(reference, x, first, rope, torch.float64)
     plain = copy.deepcopy(mixer)
@@ -220,7 +246,8 @@ def test_bf16_is_no_further_off_than_pytorch(preset, is_first):
     with torch.autocast(DEVICE, torch.bfloat16):
         found = distances(results(mixer, x, first, rope, torch.float32), exact)
         allowed = distances(results(plain, x, first, rope, torch.float32), exact)
-    too_far = {name: (x, allowed[name]) for name, x in found.items() if not x <= 1.5 * allowed[name]}
+    factor = 2 if window else 1.5  # the gradients of r and k from recurrence and window add up in bf16, there in fp32
+    too_far = {name: (x, allowed[name]) for name, x in found.items() if not x <= factor * allowed[name]}
     assert not too_far
 
 

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from generation_cases import LAYOUTS, NEW, VOCAB, build, check_paths, greedy
+from generation_cases import HEAD_SIZE, HEADS, KV_HEADS, LAYERS, LAYOUTS, NEW, VOCAB, build, check_paths, greedy
 from transformers import DynamicCache, GenerationConfig, StaticCache, TextIteratorStreamer
 
 from rwkvinside.modeling.hybrid_base import FP32_PARAMETERS
@@ -50,6 +50,42 @@ def test_attention_without_rotation(prompt):
     positions = torch.arange(prompt.shape[1])[None]
     shifted = positionless(prompt, position_ids=positions + 100).logits
     torch.testing.assert_close(shifted, positionless(prompt, position_ids=positions).logits, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "family, layout, preset, window, sinks",
+    [
+        ("qwen3", "all-rwkv", "cxa079", 4, 1),
+        ("llama", "mixed", "x070", 1, 0),
+        ("qwen2", "attention-first", "rad", 6, 4),
+        ("qwen3", "all-rwkv", "cxa076r", 40, 4),  # more than there are tokens
+    ],
+)
+def test_windows(family, layout, preset, window, sinks, prompt):
+    model = build(family, LAYOUTS[layout], preset, mixer={"window": window, "sinks": sinks})
+    check_paths(model, prompt)
+    kwargs = {"max_new_tokens": NEW, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
+    assert torch.equal(model.generate(prompt, **kwargs), model.generate(prompt, use_cache=False, **kwargs))
+    without = build(family, LAYOUTS[layout], preset)
+    without.load_state_dict(model.state_dict(), strict=False)
+    assert not torch.allclose(model(prompt).logits, without(prompt).logits, atol=1e-3)
+
+
+def test_a_window_keeps_its_size():
+    model = build("llama", [0, 1, 2, 3], dtype=torch.bfloat16, mixer={"window": 32, "sinks": 4})
+    sizes = {}
+    with torch.no_grad():
+        for length in (1024, 16384):
+            cache = DynamicCache(config=model.config)
+            for part in torch.full((1, length), 5).split(4096, 1):
+                model.model(part, past_key_values=cache)
+            model.model(torch.tensor([[7]]), past_key_values=cache)
+            states = [slot.state for slot in cache.layers]
+            sizes[length] = sum(x.untyped_storage().nbytes() for state in states for x in state.tensors())
+            assert all(state.window.seen.tolist() == [length + 1] for state in states)
+            assert {state.window.k.dtype for state in states} == {torch.bfloat16}
+    recurrence, window = 4 * HEADS * HEAD_SIZE**2, 2 * 2 * KV_HEADS * 36 * HEAD_SIZE + 8
+    assert sizes == dict.fromkeys(sizes, LAYERS * (recurrence + window))
 
 
 @pytest.mark.parametrize("layout", ["mixed", "attention-first"])
@@ -111,8 +147,9 @@ def test_generate_makes_the_default_cache(model, prompt):
     assert out.past_key_values.get_seq_length() == prompt.shape[1] + 2
 
 
-def test_cache_rows_can_be_repeated_and_selected(prompt):
-    model = build("llama", LAYOUTS["mixed"], preset="x070")
+@pytest.mark.parametrize("mixer", [{}, {"window": 5, "sinks": 2}], ids=["recurrence", "window"])
+def test_cache_rows_can_be_repeated_and_selected(mixer, prompt):
+    model = build("llama", LAYOUTS["mixed"], preset="x070", mixer=mixer)
     cache = DynamicCache(config=model.config)
     model(prompt, past_key_values=cache)
     cache.batch_repeat_interleave(2)

@@ -68,6 +68,13 @@ def test_families_and_presets(family, preset, prompt, graphs):
     assert torch.equal(tokens, expected)
 
 
+@pytest.mark.parametrize("window, sinks", [(6, 2), (200, 0)])
+def test_windows_beside_the_recurrence(window, sinks, prompt, padding, graphs):
+    model = build("qwen3", LAYOUTS["mixed"], mixer={"window": window, "sinks": sinks})
+    expected, tokens = both(model, prompt, attention_mask=padding, **GREEDY)
+    assert torch.equal(tokens, expected)
+
+
 def test_rows_end_at_stop_tokens_and_are_filled_with_padding(prompt, padding, graphs):
     model = build("qwen3", LAYOUTS["mixed"])
     free = model.generate(prompt, max_new_tokens=NEW, attention_mask=padding, **GREEDY)
@@ -125,12 +132,13 @@ def test_one_new_token_and_several_sequences_for_a_prompt(prompt):
         assert torch.equal(model.generate_graphed(prompt, **kwargs), expected)
 
 
-def test_states_keep_their_memory(prompt):
+@pytest.mark.parametrize("mixer, parts", [({}, 4), ({"window": 6, "sinks": 2}, 10)], ids=["recurrence", "window"])
+def test_states_keep_their_memory(mixer, parts, prompt):
     """Once they exist, and without gradient: a captured graph reads and writes the same addresses."""
-    model = build("qwen3", LAYOUTS["mixed"], "x070")
+    model = build("qwen3", LAYOUTS["mixed"], "x070", mixer=mixer)
 
     def addresses():
-        parts = [part for slot in cache.layers if isinstance(slot, RecurrentLayer) for part in slot.state]
+        parts = [part for slot in cache.layers if isinstance(slot, RecurrentLayer) for part in slot.state.tensors()]
         return [part.data_ptr() for part in parts]
 
     cache = DynamicCache(config=model.config)
@@ -139,7 +147,7 @@ def test_states_keep_their_memory(prompt):
         before = addresses()
         model(prompt[:, :1], past_key_values=cache)
         model(prompt[:, :5], past_key_values=cache)
-    assert addresses() == before and len(before) == 4
+    assert addresses() == before and len(before) == parts
     model(prompt[:, :5], past_key_values=cache).logits.sum().backward()
     assert addresses() != before
 

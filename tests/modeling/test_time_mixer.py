@@ -61,7 +61,7 @@ def oracle(m, preset, x, first, rope):
     rows = []
     for b in range(x.shape[0]):
         S = [torch.zeros(N, N, dtype=x.dtype) for _ in range(H)]
-        outs = []
+        outs, attended = [], []
         for t in range(x.shape[1]):
             xt = x[b, t]
             if f.get("token_shift"):
@@ -86,6 +86,7 @@ def oracle(m, preset, x, first, rope):
                 return parts
 
             r, k, v = per_head(r, p.get("r_norm.weight")), per_head(k, p.get("k_norm.weight")), list(v.split(N))
+            attended.append((k, v))  # what a window attends to
             z = (p["w0"][0, 0] + p["w2"].T @ torch.tanh(p["w1"].T @ xw)).split(N)
             iclr = sigmoid(p["a0"][0, 0] + p["a2"].T @ (p["a1"].T @ xa)).split(N)
             gate = (p["g2"].T @ sigmoid(p["g1"].T @ xg)).split(N)
@@ -122,7 +123,13 @@ def oracle(m, preset, x, first, rope):
                     y = y / math.sqrt(N)
                 if f["bonus"]:
                     y = y + (r[h] * kh * p["r_k"][h]).sum() * v[h]
-                out.append(y * gate[h])
+                y = y * gate[h]
+                if c.window:
+                    seen = [attended[j] for j in range(t + 1) if j > t - c.window or j < c.sinks]
+                    weights = torch.stack([r[h] @ keys[h // R] / math.sqrt(N) for keys, _ in seen]).softmax(0)
+                    a = sum(weight * values[h // R] for weight, (_, values) in zip(weights, seen, strict=True))
+                    y = p["mix_recurrence"][h] * y + p["mix_window"][h] * a
+                out.append(y)
             outs.append(p["output.weight"] @ torch.cat(out))
         rows.append(torch.stack(outs))
     return torch.stack(rows)
@@ -130,8 +137,9 @@ def oracle(m, preset, x, first, rope):
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 @pytest.mark.parametrize("is_first, kv_heads", [(True, 2), (False, 2), (False, 4)], ids=["first", "GQA", "MHA"])
-def test_equals_the_oracle_with_all_gradients(preset, is_first, kv_heads):
-    mixer = make(preset, kv_heads=kv_heads, is_first=is_first)
+@pytest.mark.parametrize("window", [{}, {"window": 4}, {"window": 3, "sinks": 2}], ids=["", "window", "sinks"])
+def test_equals_the_oracle_with_all_gradients(preset, is_first, kv_heads, window):
+    mixer = make(preset, kv_heads=kv_heads, is_first=is_first, **window)
     x = torch.randn(B, T, D, dtype=torch.float64, requires_grad=True)
     rope, first = rope_of(), first_for(mixer)
     weight = torch.randn(B, T, D, dtype=torch.float64)
@@ -150,22 +158,24 @@ def test_equals_the_oracle_with_all_gradients(preset, is_first, kv_heads):
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
-def test_state_carries_a_split_sequence(preset):
-    mixer = make(preset, is_first=True)
+@pytest.mark.parametrize("window", [{}, {"window": 3, "sinks": 2}], ids=["", "window"])
+def test_state_carries_a_split_sequence(preset, window):
+    mixer = make(preset, is_first=True, **window)
     x = torch.randn(B, T, D, dtype=torch.float64)
     whole, _, end = mixer(x, first=None, rope=rope_of())
     a, _, state = mixer(x[:, :5], first=None, rope=rope_of(0, 5))
     b, _, last = mixer(x[:, 5:], first=None, rope=rope_of(5, T - 5), state=state)
     assert torch.allclose(torch.cat([a, b], 1), whole, atol=1e-12)
-    assert all(p is None or torch.allclose(p, q, atol=1e-12) for p, q in zip(last, end, strict=True))
+    assert all(torch.allclose(p, q, atol=1e-12) for p, q in zip(last.tensors(), end.tensors(), strict=True))
     for t in range(T):  # token by token
         y, _, state = mixer(x[:, t : t + 1], first=None, rope=rope_of(t, 1), state=state if t else None)
         assert torch.allclose(y[:, 0], whole[:, t], atol=1e-12)
 
 
 @pytest.mark.parametrize("preset", ["cxa079", "x070"])
-def test_padding_on_either_side_and_packed_documents(preset):
-    mixer = make(preset, is_first=True)
+@pytest.mark.parametrize("window", [{}, {"window": 3, "sinks": 2}], ids=["", "window"])
+def test_padding_on_either_side_and_packed_documents(preset, window):
+    mixer = make(preset, is_first=True, **window)
     x = torch.randn(B, T, D, dtype=torch.float64)
     alone, _, state = mixer(x, first=None, rope=rope_of())
     junk = torch.randn(B, 3, D, dtype=torch.float64)
@@ -173,7 +183,7 @@ def test_padding_on_either_side_and_packed_documents(preset):
     mask[:, :3] = mask[:, -3:] = False
     padded, _, after = mixer(torch.cat([junk, x, junk], 1), first=None, rope=rope_of(-3, T + 6), mask=mask)
     assert torch.allclose(padded[:, 3:-3], alone, atol=1e-12)
-    assert all(p is None or torch.allclose(p, q, atol=1e-12) for p, q in zip(after, state, strict=True))
+    assert all(torch.allclose(p, q, atol=1e-12) for p, q in zip(after.tensors(), state.tensors(), strict=True))
 
     # two rows of [5 tokens | 8 tokens]: each document as if it were alone
     cu = torch.tensor([0, 5, T, T + 5, 2 * T], dtype=torch.int32)
@@ -183,8 +193,9 @@ def test_padding_on_either_side_and_packed_documents(preset):
     two, _, s2 = mixer(x[:, 5:], first=None, rope=rope_of(0, T - 5))
     assert torch.allclose(packed, torch.cat([one, two], 1), atol=1e-12)
     expected = MixerState(
-        *(None if p is None else torch.stack([p, q], 1).flatten(0, 1) for p, q in zip(s1, s2, strict=True))
+        *(None if p is None else torch.stack([p, q], 1).flatten(0, 1) for p, q in zip(s1[:2], s2[:2], strict=True))
     )
+    assert ends.window is None, "of documents that may be shorter than it"
     assert all(p is None or torch.allclose(p, q, atol=1e-12) for p, q in zip(ends, expected, strict=True))
 
 
@@ -236,6 +247,9 @@ def test_bad_choices_are_named():
         TimeMixerConfig.from_preset("nope", qk_norm=False, **base)
     with pytest.raises(ValueError, match="key_scale is 'linear'"):
         TimeMixerConfig(**base, key_scale="linear")
+    for window in ({"sinks": 1}, {"window": -1}, {"window": 4, "sinks": -1}):
+        with pytest.raises(ValueError, match="neither is negative, sinks need a window"):
+            TimeMixerConfig(**base, **window)
     with pytest.raises(ValueError, match="does not divide"):
         TimeMixerConfig(**(base | dict(num_kv_heads=3)))
     with pytest.raises(ValueError, match="unknown mixer fields"):

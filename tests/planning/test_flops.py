@@ -38,9 +38,9 @@ def teacher(layers=3):
     return Qwen3ForCausalLM(Qwen3Config(**SIZES | {"num_hidden_layers": layers})).eval()
 
 
-def hybrid(train, kept=(), preset="cxa079", layers=None):
+def hybrid(train, kept=(), preset="cxa079", layers=None, **fields):
     model = teacher() if preset != "x070" else LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
-    student = HybridModel.from_teacher(model, StudentConfig(preset=preset, attention_layers=kept))
+    student = HybridModel.from_teacher(model, StudentConfig(preset=preset, attention_layers=kept, **fields))
     if layers is not None:
         apply(student, layers)
     student.set_trainable(train)
@@ -188,6 +188,20 @@ def test_a_second_model_is_counted_as_what_it_is(counted):
 def test_the_stock_mixer(counted, shift):
     student = hybrid([rf"model\.layers\.0\.self_attn\.x_{shift}"], preset="x070")
     assert formula(student, "distill", TeacherKind.SELF) == pytest.approx(counted(student, distill))
+
+
+@pytest.mark.parametrize("train, objective", [(["mixer"], "align"), ([".*"], "distill"), (["norms"], "distill")])
+def test_a_window(counted, train, objective):
+    student = hybrid(train, (1,), window=6, sinks=2)
+    found = training_flops(student, stage(objective), TeacherKind.SELF)
+    keys = sum(min(t + 1, 8) for t in range(LENGTH)) / LENGTH
+    assert found.forward["window"] == pytest.approx(2 * 4 * 4 * 16 * keys)
+    needed = found.forward["window"] + found.backward["window"]
+    # computed are all keys of the one block of 64 queries that the rows make
+    whole = (64 + 6 + 2) / keys
+    step = align if objective == "align" else distill
+    expected = formula(student, objective, TeacherKind.SELF) + (whole - 1) * needed
+    assert expected == pytest.approx(counted(student, step))
 
 
 def test_frozen_weights_need_no_gradient_of_their_own():

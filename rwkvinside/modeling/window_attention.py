@@ -1,0 +1,266 @@
+"""Exact softmax attention to the last W tokens of a document and to its first S, beside a recurrence.
+
+    a_t = softmax over { j : t - W < j <= t, or j < S } of q_t . k_j / sqrt(N), times v_j
+
+j and t count the real tokens of one document. `window_attention` is the door: sequences go in blocks of queries, in
+O(T (W + S)) time and memory; single tokens read a ring of constant size. `dense_window_attention` is the reference.
+Nothing here asks the device for a number. This file travels with exported models: torch only, no I/O.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCKS = (64, 128)  # queries of a block: as many as the window has keys, within these, which measured fastest
+
+
+class WindowState(NamedTuple):
+    """Keys and values that a window needs of the tokens so far.
+
+    Token p of the document (padding does not count) lies in slot p if p < S, else in slot S + (p - S) % W. So the slots
+    that hold something are those below `seen`.
+
+    Attributes:
+        k, v: (B, G, S + W, N), normed and rotated keys, and values.
+        seen: (B,) int64, real tokens so far.
+    """
+
+    k: Tensor
+    v: Tensor
+    seen: Tensor
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int,
+    sinks: int,
+    state: WindowState | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    inplace: bool = False,
+) -> tuple[Tensor, WindowState | None]:
+    """Attend to the last `window` tokens, the own one included, and to the first `sinks`.
+
+    Args:
+        q: (B, T, H, N). It and k are cast to the dtype of v, in which everything is kept; softmax in fp32 at least.
+        k, v: (B, T, G, N), head h reads h // (H / G).
+        window, sinks: W >= 1 and S >= 0.
+        state: of the tokens before; None at the start of a document.
+        mask: (B, T) bool, True = real token, wherever the padding is; it is attended by nobody and gets zeros.
+        cu_seqlens: (documents + 1,) bounds over the flattened B * T tokens, row ends included; None: a row each.
+        inplace: a single token may be written into the memory of `state`.
+
+    Returns:
+        (B, T, H, N) in the dtype of v, and the state after the last token; None with cu_seqlens, whose documents may be
+        many and shorter than a window.
+
+    Raises:
+        ValueError: a state and cu_seqlens.
+    """
+    if state is not None and cu_seqlens is not None:
+        raise ValueError("packed documents start anew: a window cannot continue from a state with cu_seqlens")
+    q, k = q.to(v.dtype), k.to(v.dtype)
+    if mask is not None:  # nothing behind the padding may come through, NaN times zero included
+        q, k, v = (x.masked_fill(~mask[..., None, None], 0) for x in (q, k, v))
+    if q.shape[1] == 1 and cu_seqlens is None:
+        return _step(q, k, v, state or _empty(k, window + sinks), mask, window, sinks, inplace)
+    if state is None:
+        return _attend(q, k, v, mask, cu_seqlens, window, sinks), (
+            None if cu_seqlens is not None else _advance(_empty(k, window + sinks), k, v, mask, window, sinks)
+        )
+    past, (earlier_k, earlier_v, real) = window + sinks, _in_order(state, window, sinks)
+    joined = torch.cat([real, torch.ones_like(q[..., 0, 0], dtype=torch.bool) if mask is None else mask], 1)
+    out = _attend(
+        F.pad(q, (0, 0, 0, 0, past, 0)),
+        torch.cat([earlier_k.to(k.dtype), k], 1),
+        torch.cat([earlier_v.to(v.dtype), v], 1),
+        joined,
+        None,
+        window,
+        sinks,
+    )
+    return out[:, past:], _advance(state, k, v, mask, window, sinks)
+
+
+def dense_window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int,
+    sinks: int,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Return what `window_attention` does, from all (B T)^2 scores: the reference, arguments as there."""
+    (B, T, H, N), device = q.shape, q.device
+    index = torch.arange(B * T, device=device)
+    document = index // T if cu_seqlens is None else torch.searchsorted(cu_seqlens.long(), index, right=True)
+    real = torch.ones_like(index, dtype=torch.bool) if mask is None else mask.flatten()
+    same = document[:, None] == document
+    position = (same & real & (index <= index[:, None])).sum(1)  # real tokens of the document up to this one
+    distance = position[:, None] - position
+    near = (distance >= 0) & (distance < window) | (position <= sinks) & (index <= index[:, None])
+    allowed = same & near & real & real[:, None]
+    q, k, v = (x.flatten(0, 1).transpose(0, 1) for x in (q, k, v))
+    k, v = (x.repeat_interleave(H // x.shape[0], 0) for x in (k, v))
+    scores = (q @ k.mT * N**-0.5).masked_fill(~allowed, -torch.inf)
+    weights = scores.softmax(-1).masked_fill(~real[:, None], 0)  # padding has nothing to attend to
+    return (weights @ v).transpose(0, 1).unflatten(0, (B, T))
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, window: int, sinks: int
+) -> Tensor:
+    """Attend in one sequence of all B * T tokens, real ones first, each of which knows where its document starts."""
+    B, T = q.shape[:2]
+    index = torch.arange(B * T, device=q.device)
+    if cu_seqlens is None:
+        start = index // T * T
+    else:
+        bounds = cu_seqlens.long()
+        start = bounds[torch.searchsorted(bounds, index, right=True) - 1]
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    if mask is None:
+        return _blocks(q, k, v, start, window, sinks).unflatten(0, (B, T))
+    real = mask.flatten()
+    count = real.cumsum(0)
+    place = torch.where(real, count - 1, count[-1] + index - count)  # padding goes to the end
+    start = torch.where(real, (count - real.long())[start], place)  # where it attends to itself alone
+    order = torch.empty_like(place).scatter_(0, place, index)
+    q, k, v = (x.index_select(0, order) for x in (q, k, v))
+    out = _blocks(q, k, v, start[order], window, sinks)
+    return out.index_select(0, place).unflatten(0, (B, T))
+
+
+def block_size(window: int) -> int:
+    """Return the number of queries in a block."""
+    return min(max(window, BLOCKS[0]), BLOCKS[1])
+
+
+def _blocks(q: Tensor, k: Tensor, v: Tensor, start: Tensor, window: int, sinks: int) -> Tensor:
+    """Attend in blocks of queries to the keys of the block, of the W tokens before it, and of the sinks before those.
+
+    A block has one document at most that began before its keys: that of its first query. Only that one's first tokens
+    have to be fetched.
+
+    Args:
+        q, k, v: (tokens, heads, N), documents side by side.
+        start: (tokens,) index of the first token of each one's document.
+        window, sinks: as of `window_attention`.
+    """
+    tokens, H, N = q.shape
+    G = k.shape[1]
+    size = block_size(window)
+    blocks = -(-tokens // size)
+    more = blocks * size - tokens
+    start = F.pad(start.clamp(max=tokens), (0, more), value=tokens).view(blocks, size)
+    allowed = _allowed(start, window, sinks)
+    first = start[:, :1] + torch.arange(sinks, device=q.device)
+
+    def keys(x: Tensor) -> Tensor:
+        local = F.pad(x, (0, 0, 0, 0, window, more)).unfold(0, window + size, size).mT  # views, nothing is copied yet
+        return local if sinks == 0 else torch.cat([local, x[first.clamp(max=tokens - 1)].transpose(1, 2)], 2)
+
+    # the heads that share keys are more queries of the same keys: no kernel has to know of groups
+    q = F.pad(q, (0, 0, 0, 0, 0, more)).view(blocks, size, G, H // G, N).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    allowed = allowed[:, None].expand(-1, H // G, -1, -1).flatten(1, 2)[:, None]
+    out = F.scaled_dot_product_attention(q, keys(k), keys(v), attn_mask=allowed)
+    return out.unflatten(2, (H // G, size)).permute(0, 3, 1, 2, 4).reshape(-1, H, N)[:tokens]
+
+
+def _allowed(start: Tensor, window: int, sinks: int) -> Tensor:
+    """Return which keys of `_blocks` each query attends to, (blocks, size, window + size + sinks) bool.
+
+    Args:
+        start: (blocks, size), of each query's document.
+        window, sinks: as of `window_attention`.
+    """
+    blocks, size = start.shape
+    query = torch.arange(blocks * size, device=start.device).view(blocks, size)
+    position = (query - start)[..., None]
+    distance = query[0, :, None] + window - torch.arange(window + size, device=start.device)
+    near = (distance >= 0) & (distance < window) & (distance <= position)
+    if sinks == 0:
+        return near
+    near |= (distance >= 0) & (distance <= position) & (distance > position - sinks)
+    first = start[:, :1] + torch.arange(sinks, device=start.device)
+    before = first < query[:, :1] - window
+    far = before[:, None] & (start == start[:, :1])[..., None]
+    return torch.cat([near, far], 2)
+
+
+def _step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: WindowState,
+    mask: Tensor | None,
+    window: int,
+    sinks: int,
+    inplace: bool,
+) -> tuple[Tensor, WindowState]:
+    """Attend with one token of each row, which first takes its slot."""
+    B, _, H, N = q.shape
+    G, slots = state.k.shape[1:3]
+    seen = state.seen
+    slot = torch.where(seen < sinks, seen, sinks + (seen - sinks) % window)
+    at = slot.view(B, 1, 1, 1).expand(B, G, 1, N)
+
+    def put(held: Tensor, new: Tensor) -> Tensor:
+        new = new.transpose(1, 2).to(held.dtype)
+        if mask is not None:
+            new = torch.where(mask[:, :, None, None], new, held.gather(2, at))
+        return held.scatter_(2, at, new) if inplace else held.scatter(2, at, new)
+
+    more = 1 if mask is None else mask[:, 0]
+    state = WindowState(put(state.k, k), put(state.v, v), seen.add_(more) if inplace else seen + more)
+    filled = torch.arange(slots, device=q.device) < state.seen.clamp(min=1)[:, None]
+    out = F.scaled_dot_product_attention(
+        q.reshape(B, G, H // G, N), state.k.to(q.dtype), state.v.to(q.dtype), attn_mask=filled[:, None, None]
+    ).reshape(B, 1, H, N)
+    return out if mask is None else out.masked_fill(~mask[..., None, None], 0), state
+
+
+def _empty(k: Tensor, slots: int) -> WindowState:
+    B, _, G, N = k.shape
+    held = k.new_zeros(2, B, G, slots, N)
+    return WindowState(held[0], held[1], torch.zeros(B, dtype=torch.long, device=k.device))
+
+
+def _in_order(state: WindowState, window: int, sinks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return keys and values (B, S + W, G, N) in the order of their tokens, and which are real (B, S + W).
+
+    What lies between the sinks and the window is missing, and out of reach: no token that follows can tell.
+    """
+    steps = torch.arange(window, device=state.seen.device)
+    ring = sinks + (state.seen[:, None] - sinks + steps) % window  # the oldest is the next to be replaced
+    slots = torch.cat([torch.arange(sinks, device=ring.device).expand(ring.shape[0], -1), ring], 1)
+    rows = torch.arange(slots.shape[0], device=slots.device)[:, None]
+    return state.k[rows, :, slots], state.v[rows, :, slots], slots < state.seen[:, None]
+
+
+def _advance(state: WindowState, k: Tensor, v: Tensor, mask: Tensor | None, window: int, sinks: int) -> WindowState:
+    """Return the state after further tokens (B, T, G, N)."""
+    B, T = k.shape[:2]
+    seen = state.seen + (T if mask is None else mask.sum(1))
+    slot = torch.arange(sinks + window, device=k.device)
+    last = seen[:, None] - 1
+    position = torch.where(slot < sinks, slot, last - (last - slot) % window)  # of the token that a slot holds now
+    new = (slot <= last) & (position >= state.seen[:, None])
+    index = (position - state.seen[:, None]).clamp(0, T - 1)  # among the real tokens of this call
+    if mask is not None:
+        index = torch.searchsorted(mask.cumsum(1), index + 1).clamp(max=T - 1)
+    rows = torch.arange(B, device=k.device)[:, None]
+
+    def put(held: Tensor, x: Tensor) -> Tensor:
+        return torch.where(new[:, None, :, None], x[rows, index].transpose(1, 2).to(held.dtype), held)
+
+    return WindowState(put(state.k, k), put(state.v, v), seen)

@@ -1,0 +1,207 @@
+"""Window attention by blocks and by single tokens, against the dense form, and that against loops over a document."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rwkvinside.modeling.window_attention import WindowState, dense_window_attention, window_attention
+
+B, H, G, N = 2, 4, 2, 8
+SIZES = [(1, 0), (1, 1), (4, 0), (4, 4), (32, 1), (32, 4), (200, 0), (200, 4)]  # windows and sinks; T is at most 150
+
+
+def inputs(T, dtype=torch.float64, batch=B, grad=False):
+    torch.manual_seed(T)
+    return tuple(torch.randn(batch, T, heads, N, dtype=dtype).requires_grad_(grad) for heads in (H, G, G))
+
+
+def bounds_of(*cuts):
+    return torch.tensor(cuts, dtype=torch.int32)
+
+
+def loops(q, k, v, window, sinks, mask=None, bounds=None):
+    """The sentence of the module's first lines, one token and one head at a time."""
+    T = q.shape[1]
+    bounds = bounds or [b * T for b in range(B + 1)]
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    out = torch.zeros_like(q)
+    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+        document = [i for i in range(begin, end) if mask is None or mask.flatten()[i]]
+        for t, i in enumerate(document):
+            seen = [document[j] for j in range(t + 1) if j > t - window or j < sinks]
+            for h in range(H):
+                g = h // (H // G)
+                out[i, h] = (k[seen, g] @ q[i, h] / N**0.5).softmax(0) @ v[seen, g]
+    return out.view(B, T, H, N)
+
+
+@pytest.mark.parametrize("window, sinks", SIZES)
+def test_the_dense_form_is_what_the_words_say(window, sinks):
+    q, k, v = inputs(40)
+    mask = torch.rand(B, 40) < 0.7
+    cuts = [0, 1, 2, 30, 40, 57, 57, 80]
+    for given, bounds in ((None, None), (mask, None), (None, cuts), (mask, cuts)):
+        found = dense_window_attention(
+            q, k, v, window=window, sinks=sinks, mask=given, cu_seqlens=bounds and bounds_of(*bounds)
+        )
+        assert (found - loops(q, k, v, window, sinks, given, bounds)).abs().max() < 1e-12
+
+
+CASES = {
+    "rows": {},
+    "documents": {"cuts": (0, 1, 2, 9, 70, 150, 151, 190, 290, 290, 300)},  # shorter and longer than windows, one empty
+    "single": {"cuts": tuple(range(301))},
+    "left": {"mask": lambda at: at >= torch.tensor([[13], [0]])},
+    "right": {"mask": lambda at: at < torch.tensor([[150], [3]])},
+    "scattered": {"mask": lambda at: torch.rand(B, 150, generator=torch.Generator().manual_seed(2)) < 0.6},
+    "scattered in documents": {
+        "cuts": (0, 1, 2, 9, 70, 150, 151, 190, 290, 300),
+        "mask": lambda at: torch.rand(B, 150, generator=torch.Generator().manual_seed(2)) < 0.6,
+    },
+    "nothing": {"mask": lambda at: at < torch.tensor([[150], [0]])},
+}
+
+
+def options_of(case):
+    cuts, mask = CASES[case].get("cuts"), CASES[case].get("mask")
+    return {
+        "cu_seqlens": None if cuts is None else bounds_of(*cuts),
+        "mask": None if mask is None else mask(torch.arange(150)[None]).expand(B, -1),
+    }
+
+
+@pytest.mark.parametrize("case", list(CASES))
+@pytest.mark.parametrize("window, sinks", SIZES)
+def test_blocks_equal_the_dense_form_with_all_gradients(window, sinks, case):
+    given = inputs(150, grad=True)
+    options = {"window": window, "sinks": sinks} | options_of(case)
+    weight = torch.randn(B, 150, H, N, dtype=torch.float64)
+    found, state = window_attention(*given, **options)
+    wanted = dense_window_attention(*given, **options)
+    assert (found - wanted).abs().max() < 1e-10
+    assert (state is None) == (options["cu_seqlens"] is not None)
+    exact = torch.autograd.grad((wanted * weight).sum(), given)
+    for x, y in zip(torch.autograd.grad((found * weight).sum(), given), exact, strict=True):
+        assert (x - y).abs().max() < 1e-10
+
+    single = tuple(x.detach().float().requires_grad_() for x in given)
+    found = window_attention(*single, **options)[0]
+    assert (found - wanted).abs().max() < 5e-6
+    for x, y in zip(torch.autograd.grad((found * weight.float()).sum(), single), exact, strict=True):
+        assert (x - y).abs().max() < 5e-6 * max(1, y.abs().max())
+
+
+@pytest.mark.parametrize("window, sinks", [(256, 4), (300, 0), (70, 100)])
+def test_windows_wider_than_a_block(window, sinks):
+    given = inputs(700, batch=1)
+    cuts = bounds_of(0, 10, 650, 700)
+    for cu_seqlens in (None, cuts):
+        options = {"window": window, "sinks": sinks, "cu_seqlens": cu_seqlens}
+        assert (window_attention(*given, **options)[0] - dense_window_attention(*given, **options)).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("case", ["rows", "left", "right", "scattered", "nothing"])
+@pytest.mark.parametrize("window, sinks", SIZES)
+@pytest.mark.parametrize("chunk", [1, 2, 7, 33])
+def test_chunks_with_a_state_equal_the_whole(chunk, window, sinks, case):
+    given, mask = inputs(150), options_of(case)["mask"]
+    options = {"window": window, "sinks": sinks}
+    whole, end = window_attention(*given, mask=mask, **options)
+    for inplace in (False, True):
+        state, parts = None, []
+        for t in range(0, 150, chunk):
+            cut = slice(t, t + chunk)
+            part, state = window_attention(
+                *(x[:, cut] for x in given),
+                state=state,
+                mask=None if mask is None else mask[:, cut],
+                inplace=inplace and state is not None,
+                **options,
+            )
+            parts.append(part)
+        assert (torch.cat(parts, 1) - whole).abs().max() < 1e-12
+        assert all(torch.equal(x, y) for x, y in zip(state, end, strict=True))
+    assert state.seen.tolist() == ([150, 150] if mask is None else mask.sum(1).tolist())
+
+
+def test_gradients_pass_through_a_state():
+    given = inputs(30, grad=True)
+    options = {"window": 8, "sinks": 2}
+    weight = torch.randn(B, 30, H, N, dtype=torch.float64)
+    wanted = torch.autograd.grad((window_attention(*given, **options)[0] * weight).sum(), given)
+    for cuts in ((11, 19), (29, 1)):
+        state, parts = None, []
+        for part in zip(*(x.split(cuts, 1) for x in given), strict=True):
+            y, state = window_attention(*part, state=state, **options)
+            parts.append(y)
+        found = torch.autograd.grad((torch.cat(parts, 1) * weight).sum(), given)
+        assert all((x - y).abs().max() < 1e-12 for x, y in zip(found, wanted, strict=True))
+
+
+def test_a_token_is_written_into_the_memory_of_the_state_if_it_may_be():
+    _, state = window_attention(*inputs(20), window=6, sinks=2)
+    before = WindowState(*(x.clone() for x in state))
+    one = inputs(1)
+    _, after = window_attention(*one, window=6, sinks=2, state=state)
+    assert all(torch.equal(x, y) for x, y in zip(state, before, strict=True))
+    _, same = window_attention(*one, window=6, sinks=2, state=state, inplace=True)
+    assert all(x is y for x, y in zip(same, state, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(same, after, strict=True))
+    changed = (same.k != before.k).any(-1).any(1)
+    assert changed.sum(1).tolist() == [1, 1], "one slot of each row, nothing is moved"
+
+
+@pytest.mark.parametrize("T", [1, 9])
+def test_nothing_behind_padding_comes_through(T):
+    given = inputs(T)
+    mask = torch.arange(T) >= torch.tensor([[1], [0]])
+    for x in given:
+        x[0, 0] = torch.nan
+    given = tuple(x.requires_grad_() for x in given)
+    for state in (None, window_attention(*inputs(5), window=4, sinks=1)[1]):
+        out, after = window_attention(*given, window=4, sinks=1, mask=mask, state=state)
+        gradients = torch.autograd.grad(out.square().sum(), given)
+        assert out.isfinite().all() and (out[0, 0] == 0).all() and after.k.isfinite().all()
+        assert all(x.isfinite().all() and (x[0, 0] == 0).all() for x in gradients)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of any tensor that an operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
+        return out
+
+
+def test_memory_grows_with_the_tokens_alone():
+    def largest(T, attend=window_attention):
+        given = inputs(T, torch.float32, batch=1, grad=True)
+        with Largest() as seen:
+            out = attend(*given, window=16, sinks=2)
+            (out if attend is dense_window_attention else out[0]).sum().backward()
+        return seen.elements
+
+    assert largest(1024, dense_window_attention) >= 1024**2, "the measure sees such a tensor"
+    # the most is a mask: queries that share keys, times the keys of a block
+    assert largest(2048) == 2 * largest(1024) == 2048 * (H // G) * (64 + 16 + 2)
+
+
+def test_keys_take_the_dtype_of_the_values():
+    q, k, v = inputs(9, torch.float32)
+    out, state = window_attention(q, k, v.bfloat16(), window=4, sinks=1)
+    assert {x.dtype for x in (out, state.k, state.v)} == {torch.bfloat16} and state.seen.dtype == torch.int64
+    exact = dense_window_attention(q, k, v, window=4, sinks=1)
+    assert (out.float() - exact).norm() / exact.norm() < 0.01
+
+
+def test_packed_documents_do_not_continue():
+    _, state = window_attention(*inputs(5), window=4, sinks=1)
+    with pytest.raises(ValueError, match="packed documents start anew"):
+        window_attention(*inputs(5), window=4, sinks=1, state=state, cu_seqlens=bounds_of(0, 10))
