@@ -7,10 +7,9 @@ to cope with their errors, and takes back what it can of them.
 What copying the projections leaves open, and this fits, in this order:
 - how fast each head forgets and how strongly it overwrites (decay w0 and in-context rate a0, one value per head), by a
   search over half-lives and rates that minimizes the squared error to the teacher head's output;
-- the scale of each head's output and the weight of the current token (bonus r_k), by least squares for every candidate
-  of that search, because an unnormalized sum replaces a weighted mean;
-- how each head's output depends on the token that reads it (gate g1 and g2), by ridge regression: the sum's missing
-  denominator does;
+- the scale of each head's output, the weight of the current token (bonus r_k) and that of the window, by least squares
+  for every candidate of that search, because an unnormalized sum replaces a weighted mean, and because the search then
+  fits what the window leaves over;
 - the output projection, by ridge regression over all heads, to what takes the student's residual stream to the
   teacher's.
 
@@ -47,7 +46,7 @@ class LayerFit:
     """What was fitted in one layer; lists are per head.
 
     Attributes:
-        error: squared error to the teacher heads' outputs relative to their squared norm, after the fit of the gate.
+        error: squared error to the teacher heads' outputs relative to their squared norm, after the fit.
         error_before: the same with the initial decay and rate and the best output scale, over the searched tokens.
         output_error: squared error to what the mixer should add to the student's stream, relative to its squared norm.
         half_life: tokens after which a head's state has lost half.
@@ -155,12 +154,14 @@ def _fit(mixer: TimeMixer, inputs: list[_Input]) -> LayerFit:
     if c.bonus:
         mixer.r_k.zero_()  # the recurrence alone; the bonus is a separate term of the regressions
     error_before = _search(mixer, _leading(inputs, SEARCHED_TOKENS))
-    _fit_gate(mixer, inputs)
     ((weights, error),) = _regress(mixer, inputs)
 
     scale = weights[:, 0]
-    # folded into the output projection: the gate and the copied value stay what they are
-    mixer.output.weight.view(-1, H, N).mul_(scale.to(mixer.output.weight)[:, None])
+    if c.window:
+        mixer.mix_recurrence.copy_(scale[:, None].expand(H, N))
+        mixer.mix_window.copy_(weights[:, -1:].expand(H, N))
+    else:  # folded into the output projection: the gate and the copied value stay what they are
+        mixer.output.weight.view(-1, H, N).mul_(scale.to(mixer.output.weight)[:, None])
     # a head whose values are all zero has nothing to fit: its scale is 0 and any bonus is right
     bonus = (weights[:, 1] / scale).nan_to_num(0, 0, 0) if c.bonus else torch.zeros_like(scale)
     if c.bonus:
@@ -222,6 +223,14 @@ def _terms(mixer: TimeMixer, projected: ProjectedInputs, layer_input: _Input) ->
     return [term.float() for term in terms]
 
 
+def _window(mixer: TimeMixer, projected: ProjectedInputs, layer_input: _Input) -> list[Tensor]:
+    """Return what the window adds to a head's output, no term for a mixer without one; (B, T, H, N) fp32."""
+    if not mixer.mixer_config.window:
+        return []
+    q, k, v = projected.r, projected.key, projected.value
+    return [mixer.window_features(q, k, v, cu_seqlens=layer_input.batch.documents.cu_seqlens)[0].float()]
+
+
 def _regress(
     mixer: TimeMixer,
     inputs: list[_Input],
@@ -242,109 +251,13 @@ def _regress(
     sums = [_Sums() for _ in values]
     for layer_input in inputs:
         projected = _project(mixer, layer_input)
+        window = _window(mixer, projected, layer_input)
         for value, total in zip(values, sums, strict=True):
             if name is not None:
                 getattr(mixer, name).fill_(float(value))
             terms = [term * projected.gate for term in _terms(mixer, projected, layer_input)]
-            total.add(terms, layer_input.heads, layer_input.weight)
+            total.add(terms + window, layer_input.heads, layer_input.weight)
     return [total.solve() for total in sums]
-
-
-def _fit_gate(mixer: TimeMixer, inputs: list[_Input]) -> None:
-    """Let each head's output depend on the input where that brings it closer to the teacher's.
-
-    g1 becomes the principal directions of the gate's input, and g2, the same for all channels of a head, what takes
-    their sigmoids to the head's factor. Its first feature is the constant. Strength of the ridge: of each head, the one
-    that leaves least in the half of the tokens that was not fitted.
-    """
-    N, R = mixer.mixer_config.head_size, mixer.mixer_config.rank_gate
-    mixer.g1.zero_()
-    mixer.g2.fill_(2 / R)  # a gate of one
-    ((weights, _),) = _regress(mixer, inputs)
-    mixer.g1[:, 1:] = _directions(mixer, inputs, R - 1)
-
-    halves = _GateSums(), _GateSums()
-    middle, done = sum(each.weight.numel() for each in inputs) // 2, 0
-    for layer_input in inputs:
-        terms = _terms(mixer, _project(mixer, layer_input), layer_input)
-        output = torch.stack([w[:, None] * term for w, term in zip(weights.t(), terms, strict=True)]).sum(0)
-        features = torch.sigmoid(_gate_input(mixer, layer_input).float() @ mixer.g1.float()) - 0.5
-        features[..., 0] = 1
-        count = layer_input.weight.numel()
-        first = torch.arange(done, done + count, device=features.device) < middle
-        for half, chosen in zip(halves, (first, ~first), strict=True):
-            weight = layer_input.weight * chosen.view_as(layer_input.weight)
-            half.add(features, output, layer_input.heads, weight)
-        done += count
-    factors = _best_ridge(*halves)
-    # a feature is sigmoid - 1/2, and the first column's sigmoid is 1/2
-    constant = 2 * factors[:, 0] - factors[:, 1:].sum(-1)
-    mixer.g2.copy_(torch.cat([constant[:, None], factors[:, 1:]], 1).t().repeat_interleave(N, 1))
-
-
-def _gate_input(mixer: TimeMixer, layer_input: _Input) -> Tensor:
-    return mixer.shifted(layer_input.own.x, None, None, layer_input.batch.documents.cu_seqlens)[0]["g"]
-
-
-def _directions(mixer: TimeMixer, inputs: list[_Input], count: int) -> Tensor:
-    """Return the first principal directions (D, count) of the gate's inputs, on which these have unit squares."""
-    moments, tokens = 0, sum(each.batch.num_tokens for each in inputs)
-    for layer_input in inputs:
-        x = _gate_input(mixer, layer_input)[layer_input.batch.mask].float()
-        moments = moments + (x.t() @ x).double() / tokens
-    values, vectors = torch.linalg.eigh(moments)
-    values, vectors = values.flip(0)[:count], vectors.flip(1)[:, :count]
-    smallest = torch.finfo(torch.float32).eps * values[0]  # directions that the tokens do not have stay unused
-    signs = torch.where(vectors.sum(0) < 0, -1, 1)  # an eigenvector's sign is a matter of the library
-    return vectors * signs * torch.where(values > smallest, values, torch.inf).rsqrt()
-
-
-class _GateSums:
-    """Normal equations of every head's factor, summed over tokens in fp64."""
-
-    def __init__(self):
-        self.gram = self.moment = 0
-
-    def add(self, features: Tensor, output: Tensor, target: Tensor, weight: Tensor) -> None:
-        """Add tokens.
-
-        Args:
-            features: (B, T, R), what the factor is linear in.
-            output, target: (B, T, H, N); output times factor should be the target.
-            weight: (B, T), of a token's squared error.
-        """
-        features = features.flatten(0, 1)
-        squares = (output.square().sum(-1) * weight[..., None]).flatten(0, 1)
-        products = ((output * target).sum(-1) * weight[..., None]).flatten(0, 1)
-        grams = [(features * square[:, None]).t() @ features for square in squares.unbind(-1)]
-        self.gram = self.gram + torch.stack(grams).double()
-        self.moment = self.moment + (products.t() @ features).double()
-
-
-def _best_ridge(first: _GateSums, second: _GateSums) -> Tensor:
-    """Return each head's coefficients (H, R), drawn to a factor of one."""
-    start = torch.zeros_like(first.moment)
-    start[:, 0] = 1
-    smallest = torch.finfo(torch.float32).tiny  # a head without any output has nothing to fit
-
-    def solve(gram: Tensor, moment: Tensor, strength: Tensor) -> Tensor:
-        mean = gram.diagonal(dim1=-2, dim2=-1)[:, 1:].mean(-1).clamp_min(smallest)
-        pull = (strength * mean)[:, None].expand_as(moment)
-        return start + torch.linalg.solve(gram + pull.diag_embed(), moment - (gram @ start[..., None])[..., 0])
-
-    def error(sums: _GateSums, factors: Tensor) -> Tensor:
-        return ((sums.gram @ factors[..., None])[..., 0] * factors).sum(-1) - 2 * (sums.moment * factors).sum(-1)
-
-    best, least = torch.full_like(start[:, 0], torch.inf), error(first, start) + error(second, start)
-    for value in STRENGTHS:
-        strength = torch.full_like(best, value)
-        left = [
-            error(test, solve(half.gram, half.moment, strength)) for half, test in ((first, second), (second, first))
-        ]
-        best = torch.where(left[0] + left[1] < least, strength, best)
-        least = torch.minimum(left[0] + left[1], least)
-    found = solve(first.gram + second.gram, first.moment + second.moment, best.nan_to_num(posinf=1.0))
-    return torch.where(best.isinf()[:, None], start, found).float()
 
 
 def _fit_output(mixer: TimeMixer, inputs: list[_Input]) -> float:
@@ -355,8 +268,11 @@ def _fit_output(mixer: TimeMixer, inputs: list[_Input]) -> float:
         y, _ = mixer.run_recurrence(
             mixer.recurrence_inputs(projected), None, None, layer_input.batch.documents.cu_seqlens
         )
+        output = y * projected.gate
+        for window in _window(mixer, projected, layer_input):
+            output = mixer.mixed(output, window)
         root = layer_input.weight.sqrt()[..., None]
-        features.append(((y * projected.gate).flatten(2).float() * root).flatten(0, 1))
+        features.append((output.flatten(2).float() * root).flatten(0, 1))
         targets.append((layer_input.target * root).flatten(0, 1))
     feature, target = torch.cat(features), torch.cat(targets)
     weight = refit(mixer.output.weight.float(), feature, target, STRENGTHS)

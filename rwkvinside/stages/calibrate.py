@@ -1,6 +1,6 @@
 """Calibrate: fit each mixer to the teacher's attention, in closed form.
 
-Fitted are decay, rate, bonus, gate and output projection.
+Fitted are decay, rate, bonus, the window's weight and the output projection.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from hybrid_cases import packed, teacher
 
 from rwkvinside.data.batch import IGNORE, Batch
 from rwkvinside.hybrid import calibration
-from rwkvinside.hybrid.calibration import RATES, _fit, _fit_gate, _Input, calibrate
+from rwkvinside.hybrid.calibration import RATES, _fit, _Input, calibrate
 from rwkvinside.hybrid.layerwise_teacher import AttentionActivations, LayerwiseStudent, LayerwiseTeacher, MixerInputs
 from rwkvinside.hybrid.model import HybridModel
 from rwkvinside.hybrid.settings import StudentConfig
@@ -93,27 +93,23 @@ def test_a_layer_that_the_mixer_can_compute_is_found():
     assert fit.scale == pytest.approx(scales.tolist(), rel=1e-2) and fit.bonus == pytest.approx([0.25] * H, rel=1e-2)
 
 
-@torch.no_grad()
-def test_a_gate_is_fitted_where_it_helps():
-    mixer, (given,) = first_layer([packed([400, 112], rows=4)])
-    s = mixer.recurrence_inputs(calibration._project(mixer, given))
-    y, _ = mixer.run_recurrence(s, None, None, given.batch.documents.cu_seqlens)
-    x = given.own.x
-    factor = 1 + torch.sigmoid(x @ torch.linspace(-1, 1, x.shape[-1]))  # of the first head alone
-    heads = y.clone()
-    heads[..., 0, :] *= factor[..., None]
-    given = given._replace(heads=heads)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_window_over_everything_is_the_teacher(family):
+    hybrid = HybridModel.from_teacher(teacher(family), StudentConfig(window=64, sinks=2))
+    fits = calibrate(hybrid, [packed([30, 14], rows=2), padded(packed([21], rows=2), 5)])
+    for i, mixer in hybrid.mixers.items():
+        assert fits[i].error < 1e-6
+        torch.testing.assert_close(mixer.mix_window, torch.ones_like(mixer.mix_window), rtol=0, atol=1e-3)
+        assert mixer.mix_recurrence.abs().max() < 1e-2
 
-    def gates_and_errors():
-        ((_, error),) = calibration._regress(mixer, [given])
-        return calibration._project(mixer, given).gate, error
 
-    _, before = gates_and_errors()
-    _fit_gate(mixer, [given])
-    gate, after = gates_and_errors()
-    assert after[0] < 0.5 * before[0]
-    assert torch.corrcoef(torch.stack([gate[..., 0, 0].flatten(), factor.flatten()]))[0, 1] > 0.7
-    torch.testing.assert_close(gate[..., 1:, :], torch.ones_like(gate[..., 1:, :]))  # right already
+def test_a_window_leaves_less_to_the_recurrence():
+    batches = [packed([90, 38], rows=4)]
+    errors = {}
+    for window in (0, 4, 16):
+        hybrid = HybridModel.from_teacher(teacher("llama"), StudentConfig(window=window))
+        errors[window] = sum(fit.output_error for fit in calibrate(hybrid, batches).values())
+    assert errors[16] < errors[4] < errors[0]
 
 
 def test_the_output_projection_takes_back_what_it_can():
