@@ -392,7 +392,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         known = read_baseline(args.check) if args.check else {}
         found = survey(args.only)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         print(f"cannot check the kernels: {error}", file=sys.stderr)
         return 2
     lines = problems(found)
