@@ -27,10 +27,10 @@ def plan(config: Config, *, stages: Sequence[str] | None = None, ranks: int = 1)
     Raises:
         UserError: a setting does not fit the student's layers and parameters.
     """
-    from .config.resolve import resolve
+    from .planning.fitting import resolve_fitted
     from .planning.plan import plan_text
 
-    return plan_text(resolve(config, stages, ranks), config)
+    return plan_text(resolve_fitted(config, stages, ranks), config)
 
 
 def export(run: str | Path, out: str | Path, to: str = "hf", **options: Any) -> dict:

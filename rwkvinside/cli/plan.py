@@ -15,8 +15,8 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     )
     args = parser.parse(argv)
     config = config_from(args)
-    from ..config.resolve import resolve
+    from ..planning.fitting import resolve_fitted
     from ..planning.plan import plan_text
 
-    print(plan_text(resolve(config, ranks=args.ranks), config), end="")
+    print(plan_text(resolve_fitted(config, ranks=args.ranks), config), end="")
     return 0

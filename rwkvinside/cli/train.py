@@ -28,10 +28,10 @@ def main(parser: ArgumentParser, argv: Sequence[str], script: str | None = None)
         hosts = read_hostfile(args.hostfile)
         ranks = sum(hosts.values())
     if args.dry_run:
-        from ..config.resolve import resolve
+        from ..planning.fitting import resolve_fitted
         from ..planning.plan import plan_text
 
-        plan = resolve(config, [args.stage] if args.stage else None, ranks)
+        plan = resolve_fitted(config, [args.stage] if args.stage else None, ranks)
         print(plan_text(plan, config), end="")
         return 0
     if hosts:

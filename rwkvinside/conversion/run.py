@@ -22,6 +22,7 @@ from ..errors import UserError
 from ..hybrid.model import HybridModel
 from ..modeling.wkv7 import why_unavailable
 from ..planning.devices import peak_flops
+from ..planning.fitting import resolve_fitted
 from ..planning.plan import meta_student, plan_text
 from ..runs.directory import RunDirectory
 from ..stages.plan import RunPlan, RunSettings
@@ -134,7 +135,7 @@ def train(
     world = join_process_group() if launched else Distributed(plan.settings.device)
     loggers = Loggers(config.loggers if world.is_main else (), directory.path, config.model_dump(mode="json"))
     try:
-        plan = resolve(config, selected, ranks=world.size)
+        plan = resolve_fitted(config, selected, ranks=world.size)
         text = plan_text(plan, config)
         run = Run(config, plan, text, directory, world, open_tokenizer(config.teacher), shapes, loggers)
         run.say(text)

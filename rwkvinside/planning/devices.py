@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 
+import psutil
 import torch
 
 # Peak of dense products in TFLOP/s by words in the device's name, the first that fits: bf16 with fp32 sums, and fp32
@@ -81,6 +82,17 @@ def measured_flops(device: torch.device, precision: str, seconds: float = 0.2) -
         elapsed = time_product()
         best, spent = min(best, elapsed), spent + elapsed
     return 2 * size**3 / best
+
+
+def device_memory(device: str) -> int | None:
+    """Return the bytes of this machine's memory, or of its first GPU's; None: it has no GPU.
+
+    Args:
+        device: "cpu" or "cuda".
+    """
+    if device == "cpu":
+        return psutil.virtual_memory().total
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
 def card_for(size: int) -> int | None:

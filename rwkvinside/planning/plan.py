@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 
-import psutil
 import torch
 
 from ..config.schema import Config
@@ -23,7 +22,7 @@ from ..teacher.load import meta_teacher
 from ..training.deepspeed_config import deepspeed_config, settle
 from ..training.loggers import check_loggers
 from ..training.optimizer_8bit import check_optimizer
-from .devices import card_for
+from .devices import card_for, device_memory
 from .flops import training_flops
 from .memory import Memory, checkpoint_bytes
 from .stage_memory import stage_memory, trained_bytes
@@ -151,9 +150,9 @@ def _fit_lines(peak: int, device: str) -> list[str]:
 
     It is checked on the device of this machine; where there is none, on common GPUs.
     """
-    if device == "cuda" and not torch.cuda.is_available():
+    total = device_memory(device)
+    if total is None:
         card = card_for(peak)
         return [f"            fits a GPU of {card} GB" if card else "            DOES NOT FIT any common GPU"]
-    total = torch.cuda.get_device_properties(0).total_memory if device == "cuda" else psutil.virtual_memory().total
     here = "GPU" if device == "cuda" else "machine"
     return [] if peak <= total else [f"            DOES NOT FIT: this {here} has {rounded_bytes(total)}"]

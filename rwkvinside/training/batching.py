@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .schedule import StageLength
 
-MICRO_TOKENS = 4096  # of a micro-batch, unless batch.micro_rows says otherwise
+MICRO_TOKENS = 4096  # of a micro-batch, unless batch.micro_rows says otherwise or a GPU has room for more (planning)
 
 
 @dataclass(frozen=True)
