@@ -14,7 +14,8 @@ class BatchConfig(Section):
 
     tokens: Count = Field(description="Tokens of an optimizer step over all ranks.")
     micro_rows: Positive | None = Field(
-        None, description="Rows that run at a time on a rank; null: about 4096 tokens, up to 32768 where a GPU has room."
+        None,
+        description="Rows that run at a time on a rank; null: about 4096 tokens, up to 32768 where a GPU has room.",
     )
 
 

@@ -1,8 +1,9 @@
 """Configurations of hybrids: mixers by layer, and what they refuse."""
 
 import pytest
+import torch
 
-from rwkvinside.modeling.hybrid_base import mixer_fields
+from rwkvinside.modeling.hybrid_base import attention_of_decoding, mixer_fields
 from rwkvinside.modeling.hybrid_qwen3 import HybridQwen3Config
 from rwkvinside.modeling.mixer_presets import TimeMixerConfig
 
@@ -51,3 +52,13 @@ def _ranks(mixers):
 def test_refusals(fields, said):
     with pytest.raises(ValueError, match=said):
         config({0: mixer(), 2: mixer()}, **fields)
+
+
+def test_one_token_is_kept_from_attention_that_plans_for_every_length():
+    enabled = torch.backends.cuda.cudnn_sdp_enabled
+    before = enabled()
+    with attention_of_decoding(torch.device("cuda")):
+        assert not enabled() and torch.backends.cuda.flash_sdp_enabled()
+    assert enabled() == before
+    with attention_of_decoding(torch.device("cpu")):
+        assert enabled() == before
