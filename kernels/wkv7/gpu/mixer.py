@@ -227,10 +227,9 @@ def plan_inputs_backward(
     rows = layout.parameter_rows()
     sums = layout.empty_sums(work)
     places: dict[str, Any] = {}
-    for name in OUTPUTS[:6]:
-        places |= _strided(f"d{name}_out", grads.get(name))
-    for name in OUTPUTS[6:]:
-        places |= _strided(f"d{name}", grads.get(name))
+    own = {name: grads[name].contiguous() if name in grads else None for name in OUTPUTS}
+    places |= {f"d{name}_out_": own[name] for name in OUTPUTS[:6]}
+    places |= {f"d{name}_": own[name] for name in OUTPUTS[6:]}
     places |= {f"d{name}_": out.get(name) for name in TOKENS[:9]}
     places |= {f"d{name}_": sums[:, rows[name]] if name in rows else None for name in PARAMETERS}
     places["sums_t"] = sums.stride(0)
@@ -355,7 +354,8 @@ class _Layout:
         given = self.given
         args: dict[str, Any] = {}
         for name in TOKENS[:9]:
-            args |= _strided(name, given.get(name))
+            x = given.get(name)
+            args |= {f"{name}_": None if x is None else x.contiguous()} if name in LOW_RANK else _strided(name, x)
         first = given.get("v_first")
         group = 1 if first is None else self.value_heads // first.shape[2]
         positions = 1

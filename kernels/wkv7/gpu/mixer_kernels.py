@@ -11,7 +11,8 @@ Loads wait for memory, and none moves ahead of a store, which might write what i
 loads, and each head loads what the next one needs before it computes. The rows of a tile lie within warps where
 `mixer.py` can have it so: no warp waits for another one inside of the loop over blocks.
 
-Token tensors are (token, head, column) with contiguous columns, their strides `_t` and `_h`. A tile is [tokens, columns
+Token tensors are (token, head, column). Projections have contiguous columns and strides `_t` and `_h`, all others are
+contiguous, so that they share their places within a tile. A tile is [tokens, columns
 of one head]. `D` is the head size and `P` half of it, padded to a power of two: each half of a head is padded by
 itself, because the rotation pairs them. Parameters are (head, column), contiguous.
 """
@@ -61,6 +62,24 @@ def _tile(x_, x_t, x_h, start, head, row, column, inside):
     """Load one head of the tokens from `start` on; None if there is no tensor."""
     if x_ is not None:
         return _load(x_ + start * x_t + head.to(tl.int64) * x_h + (row * x_t + column), inside)
+    else:
+        return None
+
+
+@triton.jit
+def _own(x_, heads, start, head, row, column, inside, D: tl.constexpr):
+    """Load one head of the tokens from `start` on of a contiguous tensor of so many heads; None if there is none."""
+    if x_ is not None:
+        return _load(x_ + (start * heads + head) * D + (row * (heads * D) + column), inside)
+    else:
+        return None
+
+
+@triton.jit
+def _scalar(x_, heads, start, head, row, there):
+    """Load one number of a head for each of the tokens from `start` on; None if there is no tensor."""
+    if x_ is not None:
+        return _load(x_ + start * heads + head + row * heads, there)
     else:
         return None
 
@@ -186,34 +205,32 @@ def _decay(z, KEY_SCALE: tl.constexpr):
 
 
 @triton.jit
-def _head_inputs(
-    r_, r_t, r_h, decay_, decay_t, decay_h, iclr_, iclr_t, iclr_h, start, head, row, column, inside,
-):  # fmt: skip
+def _head_inputs(r_, r_t, r_h, decay_, iclr_, start, heads, head, row, column, inside, D: tl.constexpr):
     """Load what one head of `inputs_forward` reads for itself."""
     return (
         _tile(r_, r_t, r_h, start, head, row, column, inside),
-        _tile(decay_, decay_t, decay_h, start, head, row, column, inside),
-        _tile(iclr_, iclr_t, iclr_h, start, head, row, column, inside),
-    )  # fmt: skip
+        _own(decay_, heads, start, head, row, column, inside, D),
+        _own(iclr_, heads, start, head, row, column, inside, D),
+    )
 
 
 @triton.jit
 def _value_inputs(
-    value_gate_, value_gate_t, value_gate_h, v_first_, v_first_t, v_first_h, start, head, row, column, inside,
-    FIRST: tl.constexpr,
+    gate_, v_first_, v_first_t, v_first_h, start, heads, head, row, column, inside,
+    FIRST: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Load what one head of values reads for itself."""
     return (
-        _tile(value_gate_, value_gate_t, value_gate_h, start, head, row, column, inside),
+        _own(gate_, heads, start, head, row, column, inside, D),
         _tile(v_first_, v_first_t, v_first_h, start, head // FIRST, row, column, inside),
-    )  # fmt: skip
+    )
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def inputs_forward(
-    r_, r_t, r_h, k_, k_t, k_h, v_, v_t, v_h, decay_, decay_t, decay_h, iclr_, iclr_t, iclr_h,
-    key_gate_, key_gate_t, key_gate_h, k_first_, k_first_t, k_first_h,
-    value_gate_, value_gate_t, value_gate_h, v_first_, v_first_t, v_first_h,
+    r_, r_t, r_h, k_, k_t, k_h, v_, v_t, v_h, decay_, iclr_,
+    key_gate_, k_first_, k_first_t, k_first_h,
+    value_gate_, v_first_, v_first_t, v_first_h,
     cos_, cos_t, sin_, sin_t, r_norm_, k_norm_, w0_, a0_, k0_, v0_, r_k_, k_k_, k_a_,
     r_out_, w_out_, k_out_, v_out_, a_out_, b_out_, bonus_, key_,
     eps, G, TOKENS, POSITIONS,
@@ -232,17 +249,15 @@ def inputs_forward(
         there = start + row < TOKENS
         inside = exists & there
         k = _tile(k_, k_t, k_h, start, g, row, column, inside)
-        key_gate = _tile(key_gate_, key_gate_t, key_gate_h, start, g, row, column, inside)
+        key_gate = _own(key_gate_, G, start, g, row, column, inside, D)
         k_first = _tile(k_first_, k_first_t, k_first_h, start, g, row, column, inside)
         cos, sin = _rotation(cos_, cos_t, sin_, sin_t, start, row, column, inside, POSITIONS)
-        next_head = _head_inputs(
-            r_, r_t, r_h, decay_, decay_t, decay_h, iclr_, iclr_t, iclr_h, start, g * R, row, column, inside,
-        )  # fmt: skip
+        next_head = _head_inputs(r_, r_t, r_h, decay_, iclr_, start, G * R, g * R, row, column, inside, D)
         if v_out_ is not None:
             v = _tile(v_, v_t, v_h, start, g, row, column, inside)
             next_value = _value_inputs(
-                value_gate_, value_gate_t, value_gate_h, v_first_, v_first_t, v_first_h, start, g * RV, row, column,
-                inside, FIRST,
+                value_gate_, v_first_, v_first_t, v_first_h, start, G * RV, g * RV, row, column,
+                inside, FIRST, D,
             )  # fmt: skip
 
         _, _, own_key, k, _ = _key(k, key_gate, k_first, k_norm_, k0_, cos, sin, g, column, exists, eps, D)
@@ -254,9 +269,7 @@ def inputs_forward(
             at_head = head * D + column
             r, decay, iclr = next_head
             if i + 1 < R:
-                next_head = _head_inputs(
-                    r_, r_t, r_h, decay_, decay_t, decay_h, iclr_, iclr_t, iclr_h, start, head + 1, row, column, inside,
-                )  # fmt: skip
+                next_head = _head_inputs(r_, r_t, r_h, decay_, iclr_, start, G * R, head + 1, row, column, inside, D)
             normed, scale = _normed(r, r_norm_, eps, D)
             r = _rotated(normed, r_norm_, cos, sin, column, exists)
             gate, w, s = _decay(decay + _load(w0_ + at_head, exists), KEY_SCALE)
@@ -284,8 +297,8 @@ def inputs_forward(
                 mix, first = next_value
                 if i + 1 < RV:
                     next_value = _value_inputs(
-                        value_gate_, value_gate_t, value_gate_h, v_first_, v_first_t, v_first_h, start, head + 1, row,
-                        column, inside, FIRST,
+                        value_gate_, v_first_, v_first_t, v_first_h, start, G * RV, head + 1, row, column,
+                        inside, FIRST, D,
                     )  # fmt: skip
                 if v_first_ is not None:
                     share = tl.sigmoid(mix + _load(v0_ + head * D + column, exists))
@@ -297,49 +310,47 @@ def inputs_forward(
 
 @triton.jit
 def _head_gradients(
-    r_, r_t, r_h, decay_, decay_t, decay_h, iclr_, iclr_t, iclr_h,
-    dr_out_, dr_out_t, dr_out_h, dw_out_, dw_out_t, dw_out_h, dk_out_, dk_out_t, dk_out_h,
-    da_out_, da_out_t, da_out_h, db_out_, db_out_t, db_out_h, dbonus_, dbonus_t, dbonus_h,
-    start, head, row, column, inside, there, KEY_SCALE: tl.constexpr,
+    r_, r_t, r_h, decay_, iclr_, dr_out_, dw_out_, dk_out_, da_out_, db_out_, dbonus_,
+    start, heads, head, row, column, inside, there, KEY_SCALE: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Load what one head of `inputs_backward` reads for itself."""
     own_da_ = da_out_ if KEY_SCALE == "k_a" else None
     return (
-        _tile(decay_, decay_t, decay_h, start, head, row, column, inside),
-        _tile(iclr_, iclr_t, iclr_h, start, head, row, column, inside),
+        _own(decay_, heads, start, head, row, column, inside, D),
+        _own(iclr_, heads, start, head, row, column, inside, D),
         _tile(r_, r_t, r_h, start, head, row, column, inside),
-        _tile(dr_out_, dr_out_t, dr_out_h, start, head, row, column, inside),
-        _tile(dk_out_, dk_out_t, dk_out_h, start, head, row, column, inside),
-        _tile(db_out_, db_out_t, db_out_h, start, head, row, column, inside),
-        _tile(dw_out_, dw_out_t, dw_out_h, start, head, row, column, inside),
-        _tile(own_da_, da_out_t, da_out_h, start, head, row, column, inside),
-        _tile(dbonus_, dbonus_t, dbonus_h, start, head, row, 0, there),
-    )  # fmt: skip
+        _own(dr_out_, heads, start, head, row, column, inside, D),
+        _own(dk_out_, heads, start, head, row, column, inside, D),
+        _own(db_out_, heads, start, head, row, column, inside, D),
+        _own(dw_out_, heads, start, head, row, column, inside, D),
+        _own(own_da_, heads, start, head, row, column, inside, D),
+        _scalar(dbonus_, heads, start, head, row, there),
+    )
 
 
 @triton.jit
 def _value_gradients(
-    value_gate_, value_gate_t, value_gate_h, v_first_, v_first_t, v_first_h, dv_out_, dv_out_t, dv_out_h,
-    start, head, row, column, inside, FIRST: tl.constexpr,
+    gate_, v_first_, v_first_t, v_first_h, dv_out_, start, heads, head, row, column, inside,
+    FIRST: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Load what one head of values of `inputs_backward` reads for itself; the gate only if a sigmoid is taken of it."""
-    own_gate_ = value_gate_ if v_first_ is not None else None
+    own_gate_ = gate_ if v_first_ is not None else None
     return (
-        _tile(own_gate_, value_gate_t, value_gate_h, start, head, row, column, inside),
+        _own(own_gate_, heads, start, head, row, column, inside, D),
         _tile(v_first_, v_first_t, v_first_h, start, head // FIRST, row, column, inside),
-        _tile(dv_out_, dv_out_t, dv_out_h, start, head, row, column, inside),
-    )  # fmt: skip
+        _own(dv_out_, heads, start, head, row, column, inside, D),
+    )
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def inputs_backward(
-    r_, r_t, r_h, k_, k_t, k_h, v_, v_t, v_h, decay_, decay_t, decay_h, iclr_, iclr_t, iclr_h,
-    key_gate_, key_gate_t, key_gate_h, k_first_, k_first_t, k_first_h,
-    value_gate_, value_gate_t, value_gate_h, v_first_, v_first_t, v_first_h,
+    r_, r_t, r_h, k_, k_t, k_h, v_, v_t, v_h, decay_, iclr_,
+    key_gate_, k_first_, k_first_t, k_first_h,
+    value_gate_, v_first_, v_first_t, v_first_h,
     cos_, cos_t, sin_, sin_t, r_norm_, k_norm_, w0_, a0_, k0_, v0_, r_k_, k_k_, k_a_,
-    dr_out_, dr_out_t, dr_out_h, dw_out_, dw_out_t, dw_out_h, dk_out_, dk_out_t, dk_out_h,
-    dv_out_, dv_out_t, dv_out_h, da_out_, da_out_t, da_out_h, db_out_, db_out_t, db_out_h,
-    dbonus_, dbonus_t, dbonus_h, dkey_, dkey_t, dkey_h,
+    dr_out_, dw_out_, dk_out_,
+    dv_out_, da_out_, db_out_,
+    dbonus_, dkey_,
     dr_, dk_, dv_, ddecay_, diclr_, dkey_gate_, dk_first_, dvalue_gate_, dv_first_,
     dr_norm_, dk_norm_, dw0_, da0_, dk0_, dv0_, dr_k_, dk_k_, dk_a_, sums_t,
     eps, G, TOKENS, POSITIONS,
@@ -368,24 +379,53 @@ def inputs_backward(
         there = start + row < TOKENS
         inside = exists & there
         k = _tile(k_, k_t, k_h, start, g, row, column, inside)
-        key_gate = _tile(key_gate_, key_gate_t, key_gate_h, start, g, row, column, inside)
+        key_gate = _own(key_gate_, G, start, g, row, column, inside, D)
         k_first = _tile(k_first_, k_first_t, k_first_h, start, g, row, column, inside)
         cos, sin = _rotation(cos_, cos_t, sin_, sin_t, start, row, column, inside, POSITIONS)
         next_head = _head_gradients(
-            r_, r_t, r_h, decay_, decay_t, decay_h, iclr_, iclr_t, iclr_h,
-            dr_out_, dr_out_t, dr_out_h, dw_out_, dw_out_t, dw_out_h, dk_out_, dk_out_t, dk_out_h,
-            da_out_, da_out_t, da_out_h, db_out_, db_out_t, db_out_h, dbonus_, dbonus_t, dbonus_h,
-            start, g * R, row, column, inside, there, KEY_SCALE,
+            r_, r_t, r_h, decay_, iclr_, dr_out_, dw_out_, dk_out_, da_out_, db_out_, dbonus_,
+            start, G * R, g * R, row, column, inside, there, KEY_SCALE, D,
         )  # fmt: skip
         if KEY_SCALE != "k_a":
-            dunit = -_tile(da_out_, da_out_t, da_out_h, start, g, row, column, inside)
-        dkey = _tile(dkey_, dkey_t, dkey_h, start, g, row, column, inside)
+            dunit = -_own(da_out_, G, start, g, row, column, inside, D)
+        dkey = _own(dkey_, G, start, g, row, column, inside, D)
         if dv_out_ is not None:
             v = _tile(v_, v_t, v_h, start, g, row, column, inside)
             next_value = _value_gradients(
-                value_gate_, value_gate_t, value_gate_h, v_first_, v_first_t, v_first_h, dv_out_, dv_out_t, dv_out_h,
-                start, g * RV, row, column, inside, FIRST,
+                value_gate_, v_first_, v_first_t, v_first_h, dv_out_, start, G * RV, g * RV, row, column,
+                inside, FIRST, D,
             )  # fmt: skip
+
+        if dv_out_ is not None:
+            dv = tl.zeros_like(v)
+            dfirst = tl.zeros_like(v)
+            v0 = ()
+            for i in tl.static_range(RV):
+                head = g * RV + i
+                mix, first, d = next_value
+                if i + 1 < RV:
+                    next_value = _value_gradients(
+                        value_gate_, v_first_, v_first_t, v_first_h, dv_out_, start, G * RV, head + 1, row, column,
+                        inside, FIRST, D,
+                    )  # fmt: skip
+                if v_first_ is not None:
+                    mixed = tl.sigmoid(mix + _load(v0_ + head * D + column, exists))
+                    dgate = d * (first - v) * mixed * (1.0 - mixed)
+                    v0 = v0 + (sum_v0[i] + dgate,)
+                    dv += d * (1.0 - mixed)
+                    if FIRST == 1:
+                        _store_tile(dv_first_, G * RV, start, head, row, column, inside, d * mixed, D)
+                    else:
+                        dfirst += d * mixed
+                else:
+                    v0 = v0 + (sum_v0[i],)
+                    dgate = d * ADDITIVE_SCALE
+                    dv += d
+                _store_tile(dvalue_gate_, G * RV, start, head, row, column, inside, dgate, D)
+            sum_v0 = v0
+            _store_tile(dv_, G, start, g, row, column, inside, dv, D)
+            if FIRST != 1:
+                _store_tile(dv_first_, G, start, g, row, column, inside, dfirst, D)
 
         normed, scale, own, k, share = _key(
             k, key_gate, k_first, k_norm_, k0_, cos, sin, g, column, exists, eps, D,
@@ -405,10 +445,8 @@ def inputs_backward(
             decay, iclr, r, dr, dscaled, db, dw, da, dbonus = next_head
             if i + 1 < R:
                 next_head = _head_gradients(
-                    r_, r_t, r_h, decay_, decay_t, decay_h, iclr_, iclr_t, iclr_h,
-                    dr_out_, dr_out_t, dr_out_h, dw_out_, dw_out_t, dw_out_h, dk_out_, dk_out_t, dk_out_h,
-                    da_out_, da_out_t, da_out_h, db_out_, db_out_t, db_out_h, dbonus_, dbonus_t, dbonus_h,
-                    start, head + 1, row, column, inside, there, KEY_SCALE,
+                    r_, r_t, r_h, decay_, iclr_, dr_out_, dw_out_, dk_out_, da_out_, db_out_, dbonus_,
+                    start, G * R, head + 1, row, column, inside, there, KEY_SCALE, D,
                 )  # fmt: skip
             gate, w, s = _decay(decay + _load(w0_ + at_head, exists), KEY_SCALE)
             rate = tl.sigmoid(iclr + _load(a0_ + at_head, exists))
@@ -478,37 +516,6 @@ def inputs_backward(
         dk, dweight = _from_rotated(dk, normed, scale, k_norm_, cos, sin, column, exists, D)
         _store_tile(dk_, G, start, g, row, column, inside, dk, D)
         sum_k_norm += dweight
-
-        if dv_out_ is not None:
-            dv = tl.zeros_like(v)
-            dfirst = tl.zeros_like(v)
-            v0 = ()
-            for i in tl.static_range(RV):
-                head = g * RV + i
-                mix, first, d = next_value
-                if i + 1 < RV:
-                    next_value = _value_gradients(
-                        value_gate_, value_gate_t, value_gate_h, v_first_, v_first_t, v_first_h,
-                        dv_out_, dv_out_t, dv_out_h, start, head + 1, row, column, inside, FIRST,
-                    )  # fmt: skip
-                if v_first_ is not None:
-                    share = tl.sigmoid(mix + _load(v0_ + head * D + column, exists))
-                    dgate = d * (first - v) * share * (1.0 - share)
-                    v0 = v0 + (sum_v0[i] + dgate,)
-                    dv += d * (1.0 - share)
-                    if FIRST == 1:
-                        _store_tile(dv_first_, G * RV, start, head, row, column, inside, d * share, D)
-                    else:
-                        dfirst += d * share
-                else:
-                    v0 = v0 + (sum_v0[i],)
-                    dgate = d * ADDITIVE_SCALE
-                    dv += d
-                _store_tile(dvalue_gate_, G * RV, start, head, row, column, inside, dgate, D)
-            sum_v0 = v0
-            _store_tile(dv_, G, start, g, row, column, inside, dv, D)
-            if FIRST != 1:
-                _store_tile(dv_first_, G, start, g, row, column, inside, dfirst, D)
 
     sums = span * sums_t
     for i in tl.static_range(R):
