@@ -59,29 +59,29 @@ def _load(pointers, inside):
 
 @triton.jit
 def _tile(x_, x_t, x_h, start, head, row, column, inside):
-    """Load one head of the tokens from `start` on; None if there is no tensor."""
+    """Load one head of the tokens from `start` on; 0 if there is no tensor."""
     if x_ is not None:
         return _load(x_ + start * x_t + head.to(tl.int64) * x_h + (row * x_t + column), inside)
     else:
-        return None
+        return 0.0
 
 
 @triton.jit
 def _own(x_, heads, start, head, row, column, inside, D: tl.constexpr):
-    """Load one head of the tokens from `start` on of a contiguous tensor of so many heads; None if there is none."""
+    """Load one head of the tokens from `start` on of a contiguous tensor of so many heads; 0 if there is none."""
     if x_ is not None:
         return _load(x_ + (start * heads + head) * D + (row * (heads * D) + column), inside)
     else:
-        return None
+        return 0.0
 
 
 @triton.jit
 def _scalar(x_, heads, start, head, row, there):
-    """Load one number of a head for each of the tokens from `start` on; None if there is no tensor."""
+    """Load one number of a head for each of the tokens from `start` on; 0 if there is no tensor."""
     if x_ is not None:
         return _load(x_ + start * heads + head + row * heads, there)
     else:
-        return None
+        return 0.0
 
 
 @triton.jit
@@ -93,12 +93,12 @@ def _store_tile(x_, heads, start, head, row, column, inside, value, D: tl.conste
 
 @triton.jit
 def _rotation(cos_, cos_t, sin_, sin_t, start, row, column, inside, POSITIONS):
-    """Load cos and sin of the tokens from `start` on; None if nothing is rotated."""
+    """Load cos and sin of the tokens from `start` on; 0 if nothing is rotated."""
     if cos_ is not None:
         position = ((start.to(tl.int32) + row) % POSITIONS).to(tl.int64)
         return _load(cos_ + position * cos_t + column, inside), _load(sin_ + position * sin_t + column, inside)
     else:
-        return None, None
+        return 0.0, 0.0
 
 
 @triton.jit
@@ -141,20 +141,20 @@ def _normed(x, norm_, eps, D: tl.constexpr):
 
 
 @triton.jit
-def _rotated(normed, norm_, cos, sin, column, exists):
+def _rotated(normed, norm_, cos_, cos, sin, column, exists):
     """Weight a normed tile and rotate it, where there are weights and a rotation."""
     if norm_ is not None:
         normed = normed * _load(norm_ + column, exists)
-    if cos is not None:
+    if cos_ is not None:
         return normed * cos + _turned(normed) * sin
     else:
         return normed
 
 
 @triton.jit
-def _from_rotated(d, normed, scale, norm_, cos, sin, column, exists, D: tl.constexpr):
+def _from_rotated(d, normed, scale, norm_, cos_, cos, sin, column, exists, D: tl.constexpr):
     """Return the gradient of a tile before norm and rotation, and the tile whose sum is that of the norm's weight."""
-    if cos is not None:
+    if cos_ is not None:
         d = d * cos - _turned(d * sin)
     if norm_ is not None:
         dweight = d * normed
@@ -165,14 +165,14 @@ def _from_rotated(d, normed, scale, norm_, cos, sin, column, exists, D: tl.const
 
 
 @triton.jit
-def _key(k, key_gate, k_first, k_norm_, k0_, cos, sin, g, column, exists, eps, D: tl.constexpr):
+def _key(k, key_gate, k_first, k_norm_, k0_, cos_, cos, sin, g, column, exists, eps, D: tl.constexpr):
     """Compute the key of a group.
 
     Returns the normed projection, its scale, the key before its residual mix, after it, and the first layer's share.
     """
     normed, scale = _normed(k, k_norm_, eps, D)
-    own = _rotated(normed, k_norm_, cos, sin, column, exists)
-    if k_first is not None:
+    own = _rotated(normed, k_norm_, cos_, cos, sin, column, exists)
+    if k0_ is not None:
         share = tl.sigmoid(key_gate + _load(k0_ + g * D + column, exists))
         return normed, scale, own, own + (k_first - own) * share, share
     else:
@@ -260,7 +260,7 @@ def inputs_forward(
                 inside, FIRST, D,
             )  # fmt: skip
 
-        _, _, own_key, k, _ = _key(k, key_gate, k_first, k_norm_, k0_, cos, sin, g, column, exists, eps, D)
+        _, _, own_key, k, _ = _key(k, key_gate, k_first, k_norm_, k0_, cos_, cos, sin, g, column, exists, eps, D)
         if KEY_SCALE != "k_a":
             unit, scale, scaled = _unit(k)
 
@@ -271,7 +271,7 @@ def inputs_forward(
             if i + 1 < R:
                 next_head = _head_inputs(r_, r_t, r_h, decay_, iclr_, start, G * R, head + 1, row, column, inside, D)
             normed, scale = _normed(r, r_norm_, eps, D)
-            r = _rotated(normed, r_norm_, cos, sin, column, exists)
+            r = _rotated(normed, r_norm_, cos_, cos, sin, column, exists)
             gate, w, s = _decay(decay + _load(w0_ + at_head, exists), KEY_SCALE)
             rate = tl.sigmoid(iclr + _load(a0_ + at_head, exists))
             if KEY_SCALE == "k_a":
@@ -428,7 +428,7 @@ def inputs_backward(
                 _store_tile(dv_first_, G, start, g, row, column, inside, dfirst, D)
 
         normed, scale, own, k, share = _key(
-            k, key_gate, k_first, k_norm_, k0_, cos, sin, g, column, exists, eps, D,
+            k, key_gate, k_first, k_norm_, k0_, cos_, cos, sin, g, column, exists, eps, D,
         )  # fmt: skip
         dk = tl.zeros_like(k)
         if KEY_SCALE != "k_a":
@@ -461,7 +461,7 @@ def inputs_backward(
 
             normed_r, scale_r = _normed(r, r_norm_, eps, D)
             if dbonus_ is not None:
-                r = _rotated(normed_r, r_norm_, cos, sin, column, exists)
+                r = _rotated(normed_r, r_norm_, cos_, cos, sin, column, exists)
                 bonus_weight = _load(r_k_ + at_head, exists)
                 weighted = dbonus * (k * factor)
                 r_k = r_k + (sum_r_k[i] + weighted * r,)
@@ -469,7 +469,7 @@ def inputs_backward(
                 dscaled += dbonus * r * bonus_weight
             else:
                 r_k = r_k + (sum_r_k[i],)
-            dr, dweight = _from_rotated(dr, normed_r, scale_r, r_norm_, cos, sin, column, exists, D)
+            dr, dweight = _from_rotated(dr, normed_r, scale_r, r_norm_, cos_, cos, sin, column, exists, D)
             sum_r_norm += dweight
 
             dfactor = dscaled * k
@@ -513,7 +513,7 @@ def inputs_backward(
             dk = dk * (1.0 - share)
         if dkey_ is not None:
             dk += dkey
-        dk, dweight = _from_rotated(dk, normed, scale, k_norm_, cos, sin, column, exists, D)
+        dk, dweight = _from_rotated(dk, normed, scale, k_norm_, cos_, cos, sin, column, exists, D)
         _store_tile(dk_, G, start, g, row, column, inside, dk, D)
         sum_k_norm += dweight
 
