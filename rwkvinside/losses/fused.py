@@ -52,7 +52,10 @@ class Comparison:
         from ..kernels.gpu.losses import compare_logits  # needs triton
 
         how = {"kind": self.divergence, "kl": self.kl, "ce": self.ce, "temperature": self.temperature}
-        return compare_logits(logits, labels, self.teacher, **how, need_grad=need_grad)
+        rows = compare_logits(logits, labels, self.teacher, **how, need_grad=need_grad)
+        if need_grad:
+            torch.autograd.graph.increment_version(logits)  # so that a head whose backward needs them raises
+        return rows
 
 
 def fused_form(backend: Backend, comparison: Comparison | None, logits: Tensor) -> Comparison | None:

@@ -146,10 +146,8 @@ def test_what_is_no_number_or_no_label_is_not_hidden():
 @pytest.mark.parametrize("config", CONFIGS[:3], ids=str)
 def test_the_loss_of_hidden_states(config, head):
     """Loss, metrics, and gradients of hidden states and head, several chunks: next to those of the PyTorch code."""
-    hidden, head, labels, *teacher = problem(head=copy.deepcopy(head))
-    hidden, labels, teacher = hidden.to(DEVICE), labels.to(DEVICE), [x.to(DEVICE) for x in teacher]
+    hidden, head, labels, *teacher = (x.to(DEVICE) for x in problem(head=copy.deepcopy(head)))
     hidden.requires_grad_()
-    head = head.to(DEVICE)
     trained = [hidden, *(p for p in head.parameters() if p.requires_grad)]
     chunked = config.model_copy(update={"chunk_tokens": 8})
     wanted, wanted_sums = distill(hidden, head, labels, teacher, chunked, backend="torch")
@@ -164,13 +162,7 @@ def test_the_loss_of_hidden_states(config, head):
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
 def test_a_loss_under_autocast(low):
     """The gradient of logits is rounded to their dtype by both."""
-    hidden, head, labels, *teacher = problem()
-    hidden, labels, head, teacher = (
-        hidden.to(DEVICE),
-        labels.to(DEVICE),
-        head.to(DEVICE),
-        [x.to(DEVICE) for x in teacher],
-    )
+    hidden, head, labels, *teacher = (x.to(DEVICE) for x in problem())
     hidden.requires_grad_()
     both = []
     for backend in ("torch", "triton"):
@@ -187,17 +179,25 @@ def test_a_loss_under_autocast(low):
             assert (x - y).norm() <= 1e-3 * x.norm()
 
 
+class Capped(Adapted):
+    """A head whose backward needs its logits."""
+
+    def forward(self, x):
+        return torch.tanh(super().forward(x))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_head_that_needs_its_logits_does_not_get_their_gradient_instead(backend):
+    hidden, head, labels, *teacher = (x.to(DEVICE) for x in problem(head=Capped()))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        distill(hidden.requires_grad_(), head, labels, teacher, backend=backend)
+
+
 @pytest.mark.parametrize("labeled", [0, 1])
 def test_few_positions(labeled):
-    hidden, head, labels, *teacher = problem()
+    hidden, head, labels, *teacher = (x.to(DEVICE) for x in problem())
     labels[0, labeled:] = -100
     labels[0, :labeled] = 5
-    hidden, labels, head, teacher = (
-        hidden.to(DEVICE),
-        labels.to(DEVICE),
-        head.to(DEVICE),
-        [x.to(DEVICE) for x in teacher],
-    )
     hidden.requires_grad_()
     loss, sums = distill(hidden, head, labels, teacher, backend="triton")
     wanted, wanted_sums = distill(hidden, head, labels, teacher, backend="torch")

@@ -122,7 +122,7 @@ def plan_compare(
         "LANES": LANES,
         "WIDTH": WIDTH,
     }
-    return [Launch(compare, (len(logits),), args, constants, TUNING)], rows
+    return [Launch(compare_rows, (len(logits),), args, constants, TUNING)], rows
 
 
 @triton.jit
@@ -159,7 +159,7 @@ def _log_middle(log_p, log_q):
 
 
 @triton.jit
-def compare(
+def compare_rows(
     logits_,
     logits_row,
     teacher_,
@@ -178,7 +178,7 @@ def compare(
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Compare one row; WARM: the temperature is not 1."""
+    """Compare a row in each program; WARM: the temperature is not 1."""
     row = tl.program_id(0).to(tl.int64)
     logits_ += row * logits_row
     label = tl.load(labels_ + row)
