@@ -9,7 +9,7 @@ equations are those of `rwkvinside.modeling.time_mixer`, computed in fp32 on ten
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -226,6 +226,8 @@ def plan_inputs_backward(
         gradients of parameters, and the rows of each parameter; those of the norms are still to be added.
     """
     layout = _Layout(given, key_scale)
+    if layout.heads // layout.groups > 2:  # sums of every head are held: a limit would spill 2 KB of them with 8 heads
+        work = replace(work, max_registers=None)
     out = {name: given[name].new_empty(given[name].shape) for name in layout.differentiated(wanted)}
     rows = layout.parameter_rows()
     sums = layout.empty_sums(work)
