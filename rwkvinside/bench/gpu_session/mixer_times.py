@@ -96,7 +96,7 @@ class MixerCase:
 
 
 def cases(dry: bool) -> list[MixerCase]:
-    """Return the cases that are timed: an align step's rows, of Qwen3-0.6B and of Qwen3-8B, which has four heads in a group."""
+    """Return the cases that are timed: an align step's rows, in Qwen3-0.6B and in Qwen3-8B (four heads a group)."""
     if dry:
         return [MixerCase(1, 20, 4, 2, 16, candidates=1)]
     return [MixerCase(8, 512, 16, 8, 128, candidates=6), MixerCase(8, 512, 32, 8, 128, candidates=0)]
