@@ -9,7 +9,7 @@ equations are those of `rwkvinside.modeling.time_mixer`, computed in fp32 on ten
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -49,12 +49,11 @@ class Work:
 
 
 COLUMNS = 4  # of a thread: 16 bytes of fp32 are the most that it loads at once, and one layout suits all tensors
-# By the name of the kernel, chosen by what it compiles to. In `inputs_backward` many tokens and warps share one row of
-# sums for each parameter; the warps wait for each other at the end only, and with fewer registers three programs fit on
-# a multiprocessor, for 100 bytes spilled. The others have no such sums, and where a warp is alone it waits for none.
+# By the name of the kernel, the fastest of some on an H200 (docs/measurements). A warp that is alone waits for none, and
+# 16 tokens share a row of sums for each parameter.
 DEFAULTS = {
-    "inputs_forward": Work(tokens=8, warps=1),
-    "inputs_backward": Work(tokens=32, warps=4, max_registers=168),
+    "inputs_forward": Work(tokens=4, warps=4),
+    "inputs_backward": Work(tokens=16, warps=1),
     "output_forward": Work(tokens=4, warps=4),
     "output_backward": Work(tokens=4, warps=1),
 }
@@ -226,8 +225,6 @@ def plan_inputs_backward(
         gradients of parameters, and the rows of each parameter; those of the norms are still to be added.
     """
     layout = _Layout(given, key_scale)
-    if layout.heads // layout.groups > 2:  # sums of every head are held: a limit would spill 2 KB of them with 8 heads
-        work = replace(work, max_registers=None)
     out = {name: given[name].new_empty(given[name].shape) for name in layout.differentiated(wanted)}
     rows = layout.parameter_rows()
     sums = layout.empty_sums(work)
