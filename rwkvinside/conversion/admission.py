@@ -58,6 +58,11 @@ def admit(
     _check_changes(changes, directory, joins=stage is not None and not resume, allowed=allow_changes)
     unfinished = [plan.stage(name) for name in plan.selected if name not in directory.finished()]
     for one in unfinished:
+        if followers := directory.records.followers(one.name):
+            raise UserError(
+                f"stage {one.name} of {directory.path} is to run, but stage {followers[0]} has begun after it",
+                f"restore conversion.json, or remove {directory.stage(followers[0])} to do both again",
+            )
         if missing := missing_sources(plan.settings.data, one.settings.data):
             raise UserError(f"stage {one.name}: data {missing[0]!r} does not exist", "correct the path")
     teacher = _identity(plan.settings.teacher, digests)

@@ -25,6 +25,8 @@ from ..hybrid.lm_head import Logits
 from ..hybrid.model import HybridModel
 from ..runs.trained import TrainedRun, open_run
 from ..support.files import write_json
+from ..support.names import ALLOWED, is_name
+from ..support.weight_index import check_shards
 from .weights import DTYPES, stored_dtype
 
 ROWS, TOKENS, SEED = 2, 41, 0  # 41: not a multiple of any backend's chunk
@@ -65,8 +67,13 @@ def verify(folder: str | Path, against: str | Path) -> dict:
         raise UserError(
             f"{folder} is not an exported model: {error!r}", "name a directory that `rwkvinside export` wrote"
         ) from error
+    check_shards(folder)
     run = open_run(against)
     directories = (conversion.get("adapters") or {}).get("directories", [])
+    if outside := [name for name in directories if not is_name(name)]:
+        raise UserError(f"{folder} names the adapter directory {outside[0]!r}", ALLOWED)
+    if (of := conversion.get("run")) != run.id and of is not None:
+        raise UserError(f"{folder} was exported from run {of}, and {run.path} is run {run.id}", "name the run it is of")
     batch, expected = _expected_logits(run, dtype, bool(directories))
     sample_ids = _sample_ids(run.teacher_files())
     reloaded = _reload(folder, batch.input_ids, SAMPLE if sample_ids else "", directories)

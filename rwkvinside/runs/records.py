@@ -143,12 +143,19 @@ class Records:
         """
         record = self.stage(name, later)
         if record is None or record.checkpoint is None:
-            raise UserError(
-                f"{self.path} says that stage {name} is finished, but {self._file(name)} "
-                f"{'does not' if record else 'is missing'}",
-                RESTORE,
-            )
+            what = "is missing" if record is None else "names no last checkpoint"
+            raise UserError(f"stage {name} does not count as finished: {self._file(name)} {what}", RESTORE)
         return record
+
+    def followers(self, name: str) -> list[str]:
+        """Return the stages that began after a stage.
+
+        Raises:
+            UserError: see `stage`.
+        """
+        files = sorted(self.path.glob(f"stages/*/{RECORD}"))
+        records = [self.stage(file.parent.name) for file in files]
+        return [record.stage for record in records if record is not None and record.before == name]
 
     def digest_before(self, before: str | None, later: tuple[str, ...] = ()) -> str:
         """Return what the record of a stage names as `after`.

@@ -49,6 +49,16 @@ class TrainedRun:
         return self.directory.path
 
     @property
+    def id(self) -> str | None:
+        """The run's own id; None: an earlier version made it."""
+        return (identity := self.directory.records.identity()) and identity.run
+
+    @property
+    def teacher_digests(self) -> dict[str, str]:
+        """What tells the teacher that the run began with from another one; {} where an earlier version made the run."""
+        return identity.teacher if (identity := self.directory.records.identity()) else {}
+
+    @property
     def teacher(self) -> str:
         """Local path or hub id of the teacher."""
         return self.config["teacher"]["path"]
@@ -93,8 +103,7 @@ class TrainedRun:
         Raises:
             UserError: the teacher is gone, incomplete, or not used up; the checkpoint is damaged or of another student.
         """
-        identity = self.directory.records.identity()
-        checkpoint, folder = open_checkpoint(self.checkpoint, identity and identity.run), self.checkpoint.parent
+        checkpoint, folder = open_checkpoint(self.checkpoint, self.id), self.checkpoint.parent
         frozen = read_frozen_weights(folder, checkpoint.state.get("settings", {}).get("frozen"))
         lm = load_teacher(self.teacher, self.teacher_revision, torch.float32)
         return assemble(lm, self.spec, self.layers, checkpoint.tensors(), frozen)
@@ -154,14 +163,12 @@ def check_teacher(run: TrainedRun) -> None:
     Raises:
         UserError: says which of the teacher's files differ.
     """
-    identity = run.directory.records.identity()
-    if identity is None:
+    if run.id is None:
         _say_unidentified(run.path)
         return
     digests = FileDigests(run.path / DIGESTS)
-    check_unchanged(
-        f"teacher {run.teacher}", identity.teacher, model_identity(run.teacher, run.teacher_revision, digests)
-    )
+    current = model_identity(run.teacher, run.teacher_revision, digests)
+    check_unchanged(f"teacher {run.teacher}", run.teacher_digests, current)
     with suppress(UserError):  # a run that may only be read: they are computed again the next time
         digests.save()
 

@@ -134,7 +134,8 @@ def distill_only(straight, out):
         (out / "stages" / name).symlink_to(straight / "stages" / name)
     conversion = json.loads((straight / "conversion.json").read_text()) | {"finished_stages": ["calibrate", "align"]}
     (out / "conversion.json").write_text(json.dumps(conversion))
-    (out / "config.yaml").write_text((straight / "config.yaml").read_text())
+    for name in ("run.json", "config.yaml"):
+        (out / name).write_text((straight / name).read_text())
     return out
 
 
@@ -149,7 +150,7 @@ def two_ranks(launcher, world, out, *more):
         "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port],
         "torchrun on two nodes": ["-m", "torch.distributed.run", *nodes, "--master_port", port],
     }
-    command = [*start[launcher], *arguments(world, out, "--stage", "distill", "--resume", *more)]
+    command = [*start[launcher], *arguments(world, out, "--stage", "distill", "--resume", "--allow-changes", *more)]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return command, os.environ | {"PATH": path, "DS_ACCELERATOR": "cpu"}
 

@@ -21,6 +21,7 @@ from rwkvinside.data.sources import tokens_of
 from rwkvinside.errors import Interrupted, UserError
 from rwkvinside.stages.rows import rows_of
 from rwkvinside.stages.teacher import build_teacher, check_teacher, online_teacher
+from rwkvinside.support.digests import FileDigests
 from rwkvinside.teacher.kinds import TeacherKind
 from rwkvinside.teacher.load import open_tokenizer
 from rwkvinside.teacher.logits_store import LogitsReader, LogitsWriter
@@ -91,11 +92,12 @@ def cached(material, out, *more, **kwargs):
     )
     rows, tokenizer = rows_and_tokenizer(config)
     plan, world = distillation_plan(config, "distill"), Distributed("cpu")
-    return build_teacher(plan, TeacherKind.OFFLINE, tokenizer, rows, world), rows
+    return build_teacher(plan, TeacherKind.OFFLINE, tokenizer, rows, world, FileDigests()), rows
 
 
 def test_every_position_has_the_likeliest_tokens_of_the_teacher(material, written):
     assert sorted(f.name for f in written.iterdir()) == [
+        "digests.json",
         "index.json",
         *(f"logits-0000{i}.safetensors" for i in range(3)),
     ]
@@ -327,9 +329,9 @@ def test_a_second_teacher_of_another_tokenizer_is_refused(material, tmp_path):
     (tmp_path / "foreign" / "tokenizer.json").write_text(json.dumps(tokenizer))
     config = configured(material, f"stages.distill.teacher_model.path={tmp_path / 'foreign'}")
     with pytest.raises(UserError, match=f"has another tokenizer than .*: token 'a' is {vocab['a']} there"):
-        check_teacher(distillation_plan(config, "distill"), open_tokenizer(config.teacher))
+        check_teacher(distillation_plan(config, "distill"), open_tokenizer(config.teacher), FileDigests())
     fine = configured(material, f"stages.distill.teacher_model.path={material / 'wide'}")
-    check_teacher(distillation_plan(fine, "distill"), open_tokenizer(fine.teacher))
+    check_teacher(distillation_plan(fine, "distill"), open_tokenizer(fine.teacher), FileDigests())
 
 
 @pytest.mark.parametrize(
