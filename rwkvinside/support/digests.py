@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
-from .files import file_digest, write_text
+from .files import file_digest, write_json
+from .sealed import read_sealed, sealed
 
 THREADS = 4  # hashing runs outside of Python's lock; more than a disk can feed is of no use
 
@@ -20,7 +20,7 @@ class FileDigests:
     A file is read again only when its size, time of change or inode is another one than when it was read last.
 
     Args:
-        file: where they are remembered; missing or damaged it counts as empty. None: for the life of this object.
+        file: where they are remembered; missing, damaged or edited it counts as empty. None: nowhere else.
     """
 
     def __init__(self, file: Path | None = None):
@@ -41,7 +41,7 @@ class FileDigests:
         path = path.resolve()
         facts = _facts(path)
         known = self._known.get(str(path))
-        if known is not None and known.get("sha256") and {name: known.get(name) for name in facts} == facts:
+        if known is not None and {name: known[name] for name in facts} == facts:
             return known["sha256"]
         digest = file_digest(path)
         self._known[str(path)] = facts | {"sha256": digest}  # as it was before it was read: a later change shows
@@ -61,7 +61,7 @@ class FileDigests:
             UserError: no space, or the directory cannot be written.
         """
         if self._file is not None and self._new:
-            write_text(self._file, json.dumps(self._known, indent=1) + "\n")
+            write_json(self._file, sealed({"files": self._known}))
             self._new = False
 
 
@@ -73,7 +73,6 @@ def _facts(path: Path) -> dict[str, int]:
 
 def _read(file: Path) -> dict[str, dict]:
     try:
-        known = json.loads(file.read_text(encoding="utf-8"))
-        return {path: facts for path, facts in known.items() if isinstance(facts, dict)}
-    except (OSError, ValueError, AttributeError):
+        return read_sealed(file)[0]["files"]
+    except (ValueError, KeyError):
         return {}

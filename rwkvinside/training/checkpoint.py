@@ -271,6 +271,8 @@ def _read(path: Path, run: str | None) -> dict:
     """
     content = _read_state(path / STATE)
     _check_place(path, content.get("place"), run)
+    if more := [file for file in (MODEL, OPTIMIZER) if file not in content["files"] and (path / file).exists()]:
+        raise CorruptCheckpoint(f"checkpoint {path} is corrupt: {more[0]} was not written with it")
     for file, written in content["files"].items():
         if not is_name(file) or not (path / file).is_file():
             raise CorruptCheckpoint(f"checkpoint {path} is corrupt: {file} is missing")
@@ -288,11 +290,13 @@ def _check_place(path: Path, place: Mapping | None, run: str | None) -> None:
 
     Those of earlier versions do not know their place, nor do their runs have an id.
     """
-    here = {"stage": path.parent.name, "step": _number(path.name)} | ({} if run is None else {"run": run})
     if place is None and run is None:
         return
+    if place is None:
+        raise CorruptCheckpoint(f"checkpoint {path} does not say of which run it is, and the run knows its own")
+    here = {"stage": path.parent.name, "step": _number(path.name)} | ({} if run is None else {"run": run})
     for name, value in here.items():
-        if (written := (place or {}).get(name)) != value:
+        if (written := place.get(name)) != value:
             raise CorruptCheckpoint(f"checkpoint {path} was moved: it is of {name} {written}, not {value}")
 
 
