@@ -67,13 +67,9 @@ def verify(folder: str | Path, against: str | Path) -> dict:
         raise UserError(
             f"{folder} is not an exported model: {error!r}", "name a directory that `rwkvinside export` wrote"
         ) from error
-    check_shards(folder)
     run = open_run(against)
     directories = (conversion.get("adapters") or {}).get("directories", [])
-    if outside := [name for name in directories if not is_name(name)]:
-        raise UserError(f"{folder} names the adapter directory {outside[0]!r}", ALLOWED)
-    if (of := conversion.get("run")) != run.id and of is not None:
-        raise UserError(f"{folder} was exported from run {of}, and {run.path} is run {run.id}", "name the run it is of")
+    _check_source(folder, conversion.get("run"), directories, run)
     batch, expected = _expected_logits(run, dtype, bool(directories))
     sample_ids = _sample_ids(run.teacher_files())
     reloaded = _reload(folder, batch.input_ids, SAMPLE if sample_ids else "", directories)
@@ -103,6 +99,20 @@ def verify(folder: str | Path, against: str | Path) -> dict:
     if problems:
         raise VerificationError(f"{folder} does not reproduce {run.path}: {'; '.join(problems)}")
     return result
+
+
+def _check_source(folder: Path, exported_from: str | None, adapters: list[str], run: TrainedRun) -> None:
+    """Refuse a directory of another run, or one that names files elsewhere.
+
+    Exports of runs without an id name none.
+    """
+    check_shards(folder)
+    if outside := [name for name in adapters if not is_name(name)]:
+        raise UserError(f"{folder} names the adapter directory {outside[0]!r}", ALLOWED)
+    if exported_from not in (None, run.id):
+        raise UserError(
+            f"{folder} was exported from run {exported_from}, {run.path} is run {run.id}", "name its own run"
+        )
 
 
 def _expected_logits(run: TrainedRun, dtype: torch.dtype, separate: bool) -> tuple[Batch, dict[str, Tensor]]:

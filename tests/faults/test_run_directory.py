@@ -436,3 +436,17 @@ def test_an_index_names_files_beside_it(material, tmp_path, capsys):
 def test_a_record_with_a_path_is_refused(run):
     with pytest.raises(UserError, match="no stage"):
         RunDirectory(run).stage("../calibrate")
+
+
+def test_an_export_is_verified_against_its_own_run(run, other, tmp_path, capsys):
+    exported = tmp_path / "exported"
+    exported.mkdir()
+    (exported / "config.json").write_text('{"dtype": "float32"}')
+    report = {"run": open_run(run).id}
+    (exported / "conversion.json").write_text(json.dumps(report))
+    assert main(["verify", str(exported), "--against", str(other)]) == 2
+    refused(capsys, f"was exported from run {open_run(run).id}, {other} is run {open_run(other).id}")
+    report["adapters"] = {"directories": ["../adapter"]}
+    (exported / "conversion.json").write_text(json.dumps(report))
+    assert main(["verify", str(exported), "--against", str(run)]) == 2
+    refused(capsys, "names the adapter directory '../adapter'")
