@@ -170,14 +170,11 @@ def train(
         world.on_main(lambda: stack.enter_context(locked(directory.path)))
         stack.callback(loggers.close)
         plan = resolve(config, selected, ranks=world.size)
-        text, tokenizer, digests = plan_text(plan, config), open_tokenizer(config.teacher), _digests(directory)
+        text, tokenizer = plan_text(plan, config), open_tokenizer(config.teacher)
+        digests = FileDigests(directory.path / DIGESTS)
         asked = {"stage": stage, "resume": resume, "allow_changes": allow_changes}
         admission = world.on_main(lambda: admit(config, plan, directory, tokenizer, digests, **asked)) or Admission()
         _run(Run(config, plan, text, directory, world, tokenizer, shapes, loggers, digests, admission), resume_from)
-
-
-def _digests(directory: RunDirectory) -> FileDigests:
-    return FileDigests(directory.path / DIGESTS)
 
 
 def _run(run: Run, resume_from: str | None) -> None:

@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import load_file
 from tiny import byte_tokenizer, save_qwen3
 
+from rwkvinside.support.lock import locked
+
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [
     "stages.calibrate.tokens=512",
@@ -225,6 +227,17 @@ def test_two_nodes_with_a_launcher_each(world, straight):
     assert "2 ranks, DeepSpeed" in plan and "sharded over the ranks" in plan
     assert "distill: " in said[0] and "distill: " not in said[1]  # the first node's rank prints for both
     assert_same(straight, out, 1e-5, 1e-4)
+
+
+@pytest.mark.distributed
+def test_ranks_of_one_run_respect_another_process(world, tmp_path):
+    """Rank 0 finds the directory in use; all ranks end, and one says why."""
+    out = tmp_path / "run"
+    command, environment = two_ranks("torchrun", world, out)
+    with locked(out):
+        refused = run(*(word for word in command if word != "--resume"), check=False, env=environment)
+    assert refused.returncode != 0 and not out.exists()
+    assert refused.stderr.count(f"error: {out} is in use by process {os.getpid()} on {socket.gethostname()}") == 1
 
 
 @pytest.mark.distributed
