@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 from ..data.settings import DataConfig
 from ..hybrid.settings import AdapterConfig, QuantizeConfig, StudentConfig
 from ..stages.settings import StageConfig
+from ..support.names import ALLOWED, is_name
 from ..support.settings import Positive, Section, problem
 from ..teacher.settings import TeacherConfig
 from ..training.settings import CheckpointConfig, DeepSpeedConfig
@@ -37,6 +38,13 @@ class Config(Section):
         [], description="Where metrics go in addition to metrics.jsonl; each is an optional extra."
     )
     log_every: Positive = Field(10, description="Optimizer steps between lines on the console.")
+
+    @field_validator("stages")
+    @classmethod
+    def _directories(cls, stages: dict[str, StageConfig]) -> dict[str, StageConfig]:
+        if wrong := [name for name in stages if not is_name(name)]:
+            raise problem("stage {} cannot be the name of a directory; {}", repr(wrong[0]), ALLOWED)
+        return stages
 
     @field_validator("run")
     @classmethod

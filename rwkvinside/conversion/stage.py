@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from .. import __version__
 from ..data.batch import Batch
 from ..data.sources import tokens_of
 from ..errors import UserError
@@ -30,25 +29,24 @@ from ..training.batching import MICRO_TOKENS, rows_within
 from ..training.callbacks import Callback, Evaluate, MeasureMFU, SaveExtra, ShowProgress, WriteMetrics
 from ..training.checkpoint import Checkpoint
 from ..training.deepspeed_engine import Engine
-from ..training.frozen_weights import frozen_weights_digest
 from ..training.metrics import Console, MetricsWriter
 from ..training.precision import precision_context
 from ..training.protocols import Step
 from ..training.schedule import Schedule
-from ..training.trainer import Trainer, TrainingPlan
+from ..training.trainer import Trainer, TrainingPlan, check_resumable
 from .build import (
     check_adapters,
     evaluation_teacher,
-    fingerprint,
-    layer_settings,
+    frozen_digest,
     make_engine,
     make_student,
     numbers,
-    save_frozen_weights,
+    read_frozen,
+    stage_settings,
     watch_adapters,
     work_of,
-    write_adapters,
 )
+from .recording import begin_stage, finish_stage
 
 if TYPE_CHECKING:
     from .run import Run
@@ -65,12 +63,14 @@ class _Inputs:
         rows: to train on.
         validation: batches of validation documents.
         data: identity of the training data.
+        facts: about the data, for conversion.json.
     """
 
     before: str | None
     rows: Rows
     validation: list[Batch]
     data: str
+    facts: dict
 
 
 @dataclass(frozen=True)
@@ -99,22 +99,22 @@ def run_stage(run: Run, plan: StagePlan, resume_from: str | None) -> None:
     if resume_from and not checkpointer.names():
         raise UserError(f"stage {plan.name} has no checkpoint {resume_from}, nor any other", "use --resume alone")
     checkpoint = checkpointer.load(resume_from) if plan.stage.trains and checkpointer.names() else None
+    if run.directory.begun(plan.name):
+        at = f"after step {checkpoint.step} of {plan.length.steps}, from {checkpoint.path}" if checkpoint else ""
+        run.say(f"{plan.name} goes on {at or 'from its beginning: it has saved no step'}")
     inputs = _load_inputs(run, plan, before)
+    if checkpoint is not None:
+        check_resumable(checkpoint, plan.name, _settings(run, plan, inputs), plan.length)
     for phase in plan.phases:
         last = phase is plan.phases[-1]
         if checkpoint is None or checkpoint.step < phase.until or last:
             evaluation = _run_phase(run, plan, phase, inputs, checkpoint)
-            checkpoint = None if last else checkpointer.load()
-    if run.world.is_main:
-        if plan.layers.adapters:
-            tensors = checkpointer.load().tensors()
-            write_adapters(plan.layers, run.shapes, tensors, run.directory.stage(plan.name))
-        run.directory.note({}, finished=plan.name, evaluation=evaluation)
-    run.world.barrier()
+            checkpoint = None if last else run.checkpointer(plan.name).load()
+    run.world.on_main(lambda: finish_stage(run, plan, evaluation))
 
 
 def _load_inputs(run: Run, plan: StagePlan, before: str | None) -> _Inputs:
-    """Read the data of a stage, and describe the run in its directory."""
+    """Read the data of a stage."""
     settings, lm = plan.run, run.shapes.lm.config
     tokens, val = tokens_of(
         settings.data, plan.settings.data, settings.endless_tokens, run.tokenizer, lm.vocab_size, run.world
@@ -122,14 +122,13 @@ def _load_inputs(run: Run, plan: StagePlan, before: str | None) -> _Inputs:
     run.world.barrier()  # every process has looked at the directory before one writes into it
     rows = rows_of(plan, tokens)
     lines, facts = report(plan, tokens, rows, val)
-    if run.world.is_main:
-        run.directory.describe(run.config, run.plan_text)
-        data = run.directory.conversion().get("data", {}) | {plan.name: facts}
-        facts_of_run = {"rwkvinside": __version__, "teacher": settings.teacher.path, "student": fingerprint(run.shapes)}
-        run.directory.note(facts_of_run | {"data": data})
-        run.loggers.open()
     run.say("\n".join([f"{plan.name}: {lines[0]}", *lines[1:]]))
-    return _Inputs(before, rows, validation_batches(val, lm.max_position_embeddings), tokens.fingerprint)
+    return _Inputs(before, rows, validation_batches(val, lm.max_position_embeddings), tokens.fingerprint, facts)
+
+
+def _settings(run: Run, plan: StagePlan, inputs: _Inputs) -> dict:
+    """Return what a checkpoint of a stage must share with it, as JSON values."""
+    return {"seed": plan.run.seed, "data": inputs.data} | stage_settings(plan, run.directory)
 
 
 def _run_phase(run: Run, plan: StagePlan, phase: Phase, inputs: _Inputs, checkpoint: Checkpoint | None) -> dict:
@@ -145,7 +144,7 @@ def _run_phase(run: Run, plan: StagePlan, phase: Phase, inputs: _Inputs, checkpo
     kind = plan.stage.prepare(student, plan, phase.train)
     if kind is not TeacherKind.SELF:
         student.release_teacher()
-    teacher = build_teacher(plan, kind, run.tokenizer, inputs.rows, run.world)
+    teacher = build_teacher(plan, kind, run.tokenizer, inputs.rows, run.world, run.digests)
     models = _Models(student, kind, teacher)
     try:
         if plan.stage.trains:
@@ -159,22 +158,24 @@ def _run_phase(run: Run, plan: StagePlan, phase: Phase, inputs: _Inputs, checkpo
 def _build_student(run: Run, plan: StagePlan, inputs: _Inputs, checkpoint: Checkpoint | None) -> HybridModel:
     """Return the student of a phase.
 
-    Rank 0 writes what it quantizes, the others read it.
+    Rank 0 writes what it quantizes, the others read it. Nothing of a stage is written before its student is there.
     """
-    world, folder, before = run.world, run.directory.stage(plan.name), inputs.before
-    start = checkpoint or (before and run.checkpointer(before).load())
-    if start is not None:
+    world, directory, before = run.world, run.directory, inputs.before
+    start = checkpoint or (before and run.last_checkpoint(before))
+    if start:
         check_adapters(plan.layers, start.state)
-    waits = plan.layers.has_frozen_weights and not world.is_main and frozen_weights_digest(folder) is None
+    waits = plan.layers.has_frozen_weights and not world.is_main and frozen_digest(directory, plan.name) is None
+
+    def begin() -> None:
+        begin_stage(run, plan, before, inputs.facts, student)
+
     if waits:
-        world.barrier()
+        world.on_main(begin)
     text = partial(leading_text, inputs.rows, ROUNDING_TOKENS)
-    earlier = before and run.directory.stage(before)
-    student = make_student(plan, start and start.tensors(), folder, world.device, text, earlier)
-    if world.is_main:
-        save_frozen_weights(student, folder)
+    frozen, earlier = read_frozen(directory, plan.name), before and read_frozen(directory, before)
+    student = make_student(plan, start and start.tensors(), frozen, world.device, text, earlier)
     if not waits:
-        world.barrier()
+        world.on_main(begin)
     if quantized := student.quantized.values():
         error = relative_error(quantized)
         run.say(f"{plan.name}: quantized weights differ from the original ones by {100 * error:.2g} %")
@@ -211,7 +212,7 @@ def _fit(run: Run, plan: StagePlan, models: _Models, inputs: _Inputs) -> dict:
         fitted = plan.stage.fit(student, batches, lambda layer: progress.advance())
     row(plan.stage.objective, 1, fitted)
     evaluation = evaluate(1)
-    settings = layer_settings(plan.layers, run.directory.stage(plan.name))
+    settings = stage_settings(plan, run.directory)
     state = {"stage": plan.name, "step": 1, "finished": True, "settings": settings}
     run.checkpointer(plan.name).save(1, student.student_state_dict(), None, state, required=True)
     run.world.barrier()
@@ -238,8 +239,7 @@ def _train(
             inputs.rows,
             _training_plan(run, plan, plan.schedule(groups), student),
             checkpointer=run.checkpointer(plan.name),
-            settings={"seed": plan.run.seed, "data": inputs.data}
-            | layer_settings(plan.layers, run.directory.stage(plan.name)),
+            settings=_settings(run, plan, inputs),
             callbacks=[Evaluate(evaluation), SaveExtra(others), *_reports(run, plan, work)],
         )
         if checkpoint is not None:

@@ -19,11 +19,14 @@ from ..data.batch import IGNORE, Batch
 from ..data.sources import tokens_of
 from ..errors import Interrupted, UserError
 from ..losses.chunked import chunk_tokens
+from ..runs.directory import DIGESTS
 from ..stages.plan import StagePlan
 from ..stages.registry import objective_class
 from ..stages.rows import Rows, rows_of
 from ..stages.teacher import cache_identity, check_tokenizer, data_hash, online_teacher, shared_vocab
+from ..support.digests import FileDigests
 from ..support.files import free_bytes
+from ..support.lock import locked
 from ..support.progress import Progress
 from ..support.text import rounded_bytes
 from ..teacher.load import open_tokenizer
@@ -55,9 +58,15 @@ def write_logits(plan: StagePlan, out: Path, k: int, shard_bytes: int = SHARD_BY
         shard_bytes: about what a file is to have.
 
     Raises:
-        UserError: there is no space, or other logits are in the directory; `Interrupted` by ctrl-C, with whole shards
-            kept.
+        UserError: there is no space, other logits are in the directory, or another process writes to it; `Interrupted`
+            by ctrl-C, with whole shards kept.
     """
+    with locked(out):
+        _write(plan, out, k, shard_bytes)
+
+
+def _write(plan: StagePlan, out: Path, k: int, shard_bytes: int) -> None:
+    """Write what is missing, into a directory that no other process writes to."""
     disable_progress_bar()
     device = plan.run.device
     if device == "cuda" and not torch.cuda.is_available():
@@ -72,14 +81,16 @@ def write_logits(plan: StagePlan, out: Path, k: int, shard_bytes: int = SHARD_BY
     rows = rows_of(plan, tokens)
     row_bytes = plan.length.seq_len * position_bytes(k)
     count = plan.row_count
+    digests = FileDigests(out / DIGESTS)
     writer = LogitsWriter(
         out,
-        cache_identity(plan, tokenizer) | {"data": data_hash(rows)},
+        cache_identity(plan, tokenizer, digests) | {"data": data_hash(rows)},
         k=k,
         vocab=vocab,
         rows=count,
         rows_per_shard=max(1, shard_bytes // row_bytes),
     )
+    digests.save()
     missing = writer.missing()
     left = sum(map(len, missing))
     written = count - left

@@ -196,8 +196,10 @@ def _conversion(model: PreTrainedModel, trained: HybridModel, run: TrainedRun, f
     config = model.config
     return {
         "base_model": base_model,
+        "run": run.id,
         "teacher": run.teacher_id,
-        "teacher_revision": run.config["teacher"].get("revision"),
+        "teacher_revision": run.teacher_revision,
+        "teacher_digests": run.teacher_digests,
         "student": trained.spec.model_dump(mode="json"),
         "mixer": config.mixer,
         "mixer_layers": config.mixer_layers,

@@ -25,6 +25,8 @@ from ..hybrid.lm_head import Logits
 from ..hybrid.model import HybridModel
 from ..runs.trained import TrainedRun, open_run
 from ..support.files import write_json
+from ..support.names import ALLOWED, is_name
+from ..support.weight_index import check_shards
 from .weights import DTYPES, stored_dtype
 
 ROWS, TOKENS, SEED = 2, 41, 0  # 41: not a multiple of any backend's chunk
@@ -67,6 +69,7 @@ def verify(folder: str | Path, against: str | Path) -> dict:
         ) from error
     run = open_run(against)
     directories = (conversion.get("adapters") or {}).get("directories", [])
+    _check_source(folder, conversion.get("run"), directories, run)
     batch, expected = _expected_logits(run, dtype, bool(directories))
     sample_ids = _sample_ids(run.teacher_files())
     reloaded = _reload(folder, batch.input_ids, SAMPLE if sample_ids else "", directories)
@@ -96,6 +99,20 @@ def verify(folder: str | Path, against: str | Path) -> dict:
     if problems:
         raise VerificationError(f"{folder} does not reproduce {run.path}: {'; '.join(problems)}")
     return result
+
+
+def _check_source(folder: Path, exported_from: str | None, adapters: list[str], run: TrainedRun) -> None:
+    """Refuse a directory of another run, or one that names files elsewhere.
+
+    Exports of runs without an id name none.
+    """
+    check_shards(folder)
+    if outside := [name for name in adapters if not is_name(name)]:
+        raise UserError(f"{folder} names the adapter directory {outside[0]!r}", ALLOWED)
+    if exported_from not in (None, run.id):
+        raise UserError(
+            f"{folder} was exported from run {exported_from}, {run.path} is run {run.id}", "name its own run"
+        )
 
 
 def _expected_logits(run: TrainedRun, dtype: torch.dtype, separate: bool) -> tuple[Batch, dict[str, Tensor]]:

@@ -13,8 +13,10 @@ from ..data.encode import tokenizer_hash
 from ..errors import UserError
 from ..families.registry import find
 from ..hybrid.quantized_linear import linear_names, quantize
+from ..support.digests import FileDigests
+from ..teacher.files import local_hashes
 from ..teacher.kinds import TeacherKind
-from ..teacher.load import load_teacher, meta_teacher, open_tokenizer, teacher_config, weights_hash
+from ..teacher.load import load_teacher, meta_teacher, open_tokenizer, teacher_config
 from ..teacher.logits_store import LogitsReader, check_identity, row_digests
 from ..teacher.signals import OfflineTeacher, OnlineTeacher, SelfTeacher, Teacher, TeacherModel
 from ..training.deepspeed_engine import inference_engine
@@ -26,7 +28,12 @@ FIRST_ROWS = 16  # whose contents stand for the data in the identity of a cache;
 
 
 def build_teacher(
-    plan: StagePlan, kind: TeacherKind | None, tokenizer: PreTrainedTokenizerBase, rows: Rows, world: Distributed
+    plan: StagePlan,
+    kind: TeacherKind | None,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    world: Distributed,
+    digests: FileDigests,
 ) -> Teacher | None:
     """Return where the teacher's side of a stage comes from.
 
@@ -35,6 +42,7 @@ def build_teacher(
         kind: from `Stage.prepare`.
         tokenizer, rows: which logits on disk must be of.
         world: the processes that share a sharded model.
+        digests: of the teacher's files, as far as they are known.
 
     Raises:
         UserError: weights cannot be loaded; logits are of something else, incomplete or damaged.
@@ -42,7 +50,7 @@ def build_teacher(
     if kind is TeacherKind.SELF:
         return SelfTeacher()
     if kind is TeacherKind.OFFLINE:
-        return OfflineTeacher(check_cache(plan, tokenizer, rows))
+        return OfflineTeacher(check_cache(plan, tokenizer, digests, rows))
     return online_teacher(plan, world) if kind is TeacherKind.ONLINE else None
 
 
@@ -73,15 +81,17 @@ def meta_online_teacher(plan: StagePlan) -> PreTrainedModel:
     return lm
 
 
-def check_teacher(plan: StagePlan, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_teacher(plan: StagePlan, tokenizer: PreTrainedTokenizerBase, digests: FileDigests) -> None:
     """Refuse, before anything trains, a teacher that a stage cannot use.
+
+    Args: see `check_cache`.
 
     Raises:
         UserError: a second model of another tokenizer, whose distributions would be over other tokens; see also
             `check_cache`.
     """
     if plan.asked_teacher is TeacherKind.OFFLINE:
-        check_cache(plan, tokenizer)
+        check_cache(plan, tokenizer, digests)
     elif plan.settings.teacher_model.path is not None:
         check_tokenizer(plan, tokenizer)
 
@@ -103,12 +113,15 @@ def check_tokenizer(plan: StagePlan, tokenizer: PreTrainedTokenizerBase) -> None
         )
 
 
-def check_cache(plan: StagePlan, tokenizer: PreTrainedTokenizerBase, rows: Rows | None = None) -> LogitsReader:
+def check_cache(
+    plan: StagePlan, tokenizer: PreTrainedTokenizerBase, digests: FileDigests, rows: Rows | None = None
+) -> LogitsReader:
     """Return logits on disk that are what a stage needs.
 
     Args:
         plan: of the stage.
         tokenizer: of the run.
+        digests: of the teacher's files, as far as they are known.
         rows: of the stage; None: they are not known yet, and only the rest is checked.
 
     Raises:
@@ -117,9 +130,12 @@ def check_cache(plan: StagePlan, tokenizer: PreTrainedTokenizerBase, rows: Rows 
     """
     if plan.settings.teacher_cache is None:
         raise RuntimeError(f"stage {plan.name} has no teacher_cache")
-    reader, identity = LogitsReader(plan.settings.teacher_cache), cache_identity(plan, tokenizer)
-    # the teacher by its weights, or by its name where the weights were left on another machine
-    identity.pop("teacher" if identity["teacher"] is None else "teacher's name")
+    reader, identity = LogitsReader(plan.settings.teacher_cache), cache_identity(plan, tokenizer, digests)
+    # the teacher by its files, or by its name where they were left on another machine
+    for name in ("teacher", "teacher's configuration") if identity["teacher"] is None else ("teacher's name",):
+        del identity[name]
+    if "teacher's configuration" not in reader.identity:  # written by an earlier version
+        identity.pop("teacher's configuration", None)
     if rows is not None:
         identity["data"] = data_hash(rows)
     check_identity(reader.path, reader.identity, reader.identity | identity)
@@ -134,18 +150,20 @@ def check_cache(plan: StagePlan, tokenizer: PreTrainedTokenizerBase, rows: Rows 
     return reader
 
 
-def cache_identity(plan: StagePlan, tokenizer: PreTrainedTokenizerBase) -> dict:
+def cache_identity(plan: StagePlan, tokenizer: PreTrainedTokenizerBase, digests: FileDigests) -> dict:
     """Return what logits on disk are of, except for the data.
 
-    Names that a message can use, and JSON values.
+    Names that a message can use, and JSON values. Arguments are those of `check_cache`.
     """
     teacher = plan.signal_teacher
+    weights, configuration = local_hashes(teacher.path, teacher.revision, digests)
     return {
         "row length": plan.length.seq_len,
         "stage": plan.name,
         "seed": plan.run.seed,
         "tokenizer": tokenizer_hash(tokenizer)[:16],
-        "teacher": weights_hash(teacher.path, teacher.revision),
+        "teacher": weights,
+        "teacher's configuration": configuration,
         "teacher's name": teacher.path if teacher.revision is None else f"{teacher.path}@{teacher.revision}",
         "teacher's quantization": plan.settings.teacher_model.quantize,
         "temperature": plan.loss.temperature,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -15,10 +13,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file
 
 from ..errors import UserError
-from ..support.files import file_digest
+from ..support.weight_index import check_shards
 from .settings import TeacherConfig
 
 
@@ -33,6 +30,7 @@ def load_teacher(path: str, revision: str | None, dtype: torch.dtype) -> PreTrai
     Raises:
         UserError: weights that are missing, damaged, incomplete or not all used.
     """
+    check_shards(Path(path))
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             path, revision=revision, dtype=dtype, output_loading_info=True
@@ -87,23 +85,6 @@ def meta_teacher(teacher: TeacherConfig) -> PreTrainedModel:
     """Return a teacher without its weights, on the meta device."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(teacher_config(teacher))
-
-
-@cache
-def weights_hash(path: str, revision: str | None) -> str | None:
-    """Return a hash of a model's weights, whatever its files are called.
-
-    None: they are not on this machine.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        try:
-            folder = Path(cached_file(path, "config.json", revision=revision, local_files_only=True)).parent
-        except OSError:
-            return None
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    digests = sorted(map(file_digest, files))
-    return hashlib.sha256(" ".join(digests).encode()).hexdigest()[:16] if files else None
 
 
 def _one_line(error: Exception) -> str:

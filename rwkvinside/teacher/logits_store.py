@@ -30,6 +30,8 @@ from torch import Tensor
 from ..data.batch import IGNORE, Batch
 from ..errors import UserError
 from ..support.files import file_digest, replacing
+from ..support.lock import entries
+from ..support.names import ALLOWED, is_name
 
 FORMAT = 1
 INDEX = "index.json"
@@ -78,7 +80,7 @@ class LogitsWriter:
             check_identity(self.path, old["identity"], identity)
             check_identity(self.path, {name: old.get(name) for name in facts}, facts)
             shards = old["shards"]
-        elif self.path.exists() and not (self.path.is_dir() and not any(self.path.iterdir())):
+        elif self.path.exists() and not (self.path.is_dir() and not entries(self.path)):
             raise UserError(f"output {self.path} is not empty and holds no logits", "name another directory with --out")
         self._index = facts | {"identity": dict(identity), "rows": rows, "shards": shards}
         self._write(INDEX, json.dumps(self._index, indent=1).encode())
@@ -245,6 +247,8 @@ def _read_index(path: Path) -> dict:
         _ = [(shard["rows"][1], shard["bytes"], shard["sha256"]) for shard in index["shards"].values()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"{file} is damaged: {error!r}", "write the logits again into another directory") from error
+    if outside := [name for name in index["shards"] if not is_name(name)]:
+        raise UserError(f"{file} names the file {outside[0]!r}", f"names of files beside it are allowed: {ALLOWED}")
     if form != FORMAT:
         raise UserError(f"the logits in {path} have format {form!r}", f"this version reads format {FORMAT}")
     return index

@@ -91,7 +91,7 @@ class Trainer(Generic[AnyBatch]):
         self.world = engine.world
         self.checkpointer = checkpointer
         length = plan.length
-        self.settings = dict(settings or {}) | {"batch_tokens": length.batch_tokens, "seq_len": length.seq_len}
+        self.settings = _with_shape(settings or {}, length)
         self.callbacks = [callback for callback in callbacks if self.world.is_main or not callback.main_only]
         self.done = 0
         self.seconds_left = math.inf
@@ -115,27 +115,14 @@ class Trainer(Generic[AnyBatch]):
         Raises:
             UserError: made with another batch size, row length, seed or data, or without an optimizer.
         """
-        state = checkpoint.state
-        current = {"stage": self.plan.stage} | self.settings
-        written = {"stage": state.get("stage")} | state.get("settings", {})
-        for key in sorted(set(written) | set(current)):
-            if written.get(key) != current.get(key):
-                raise UserError(
-                    f"checkpoint {checkpoint.path} was made with {key}={written.get(key)!r}, not {current.get(key)!r}",
-                    "resume with the settings it was made with, or start the stage again without --resume",
-                )
+        check_resumable(checkpoint, self.plan.stage, self.settings, self.plan.length)
         optimizer = checkpoint.optimizer()
         if optimizer is None:
             raise UserError(f"checkpoint {checkpoint.path} has no optimizer state", "start the next stage from it")
-        if checkpoint.step > self.plan.length.steps:
-            raise UserError(
-                f"checkpoint {checkpoint.path} is at step {checkpoint.step}, the stage has {self.plan.length.steps}",
-                "raise the stage's tokens or start it again without --resume",
-            )
         trained = {n: t for n, t in checkpoint.tensors().items() if n in self.engine.trainable}
         self.engine.load_parameters(trained, absent=set(joined) - set(trained))
         self.engine.load_optimizer_state(optimizer, absent={n for n in joined if f"{n}/step" not in optimizer})
-        set_rng_state(state["rng"])
+        set_rng_state(checkpoint.state["rng"])
         self.done = self._saved = checkpoint.step
 
     def fit(self, until: int | None = None) -> None:
@@ -328,6 +315,37 @@ class Trainer(Generic[AnyBatch]):
             if not self.world.is_main:
                 print(f"rank {self.world.rank}: {error}", file=sys.stderr, flush=True)
             raise
+
+
+def check_resumable(checkpoint: Checkpoint, stage: str, settings: Mapping, length: StageLength) -> None:
+    """Refuse a checkpoint from which a stage cannot go on as it began.
+
+    Args:
+        checkpoint: of the stage.
+        stage: its name.
+        settings: those of the trainer; batch size and row length are added here.
+        length: of the stage.
+
+    Raises:
+        UserError: made with another batch size, row length, seed or data, or for a longer stage.
+    """
+    current = {"stage": stage} | _with_shape(settings, length)
+    written = {"stage": checkpoint.state.get("stage")} | checkpoint.state.get("settings", {})
+    for key in sorted(set(written) | set(current)):
+        if written.get(key) != current.get(key):
+            raise UserError(
+                f"checkpoint {checkpoint.path} was made with {key}={written.get(key)!r}, not {current.get(key)!r}",
+                "resume with the settings it was made with, or start the stage again without --resume",
+            )
+    if checkpoint.step > length.steps:
+        raise UserError(
+            f"checkpoint {checkpoint.path} is at step {checkpoint.step}, the stage has {length.steps}",
+            "raise the stage's tokens or start it again without --resume",
+        )
+
+
+def _with_shape(settings: Mapping, length: StageLength) -> dict:
+    return dict(settings) | {"batch_tokens": length.batch_tokens, "seq_len": length.seq_len}
 
 
 class _Except(Generic[AnyBatch]):

@@ -142,13 +142,15 @@ def test_a_crashed_run_resumes_bit_for_bit(material, whole, tmp_path, monkeypatc
     (out / "conversion.json").write_text(json.dumps(conversion | {"finished_stages": ["calibrate", "align"]}))
     straight = tmp_path / "straight"
     shutil.copytree(out, straight)
-    assert train(material, straight, "--resume", *more) == 0
+    assert train(material, straight, "--resume", "--allow-changes", *more) == 0
 
-    cut_off(monkeypatch, "distill", 13, material, out, "--resume", *more)
+    cut_off(monkeypatch, "distill", 13, material, out, "--resume", "--allow-changes", *more)
     assert train(material, out, *more) == 2
     assert "is not empty" in capsys.readouterr().err
     assert train(material, out, "--resume", *more) == 0
-    assert "align is finished already" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "align is finished already" in said
+    assert f"distill goes on after step 10 of 20, from {out}/stages/distill/step-00000010" in said
     assert same(tensors(out, "distill"), tensors(straight, "distill"))
     assert same(tensors(out, "distill", "optimizer"), tensors(straight, "distill", "optimizer"))
     assert [row["step"] for row in rows(out, "train", "distill")] == list(range(1, 21))
@@ -189,15 +191,18 @@ def test_a_streamed_mixture_resumes_bit_for_bit(material, whole, tmp_path, monke
     shares = json.loads((straight / "conversion.json").read_text())["data"]["align"]["sources"]
     assert [one["share"] for one in shares] == pytest.approx([0.75, 0.25], abs=0.03)
     cut_off(monkeypatch, "align", 13, material, out, *more)
-    assert train(material, out, "--resume", *more, f"data.cache_dir={tmp_path / 'other-cache'}") == 0
+    again = ["--resume", "--allow-changes", *more, f"data.cache_dir={tmp_path / 'other-cache'}"]
+    assert train(material, out, *again) == 0
     assert same(tensors(out, "align"), tensors(straight, "align"))
     losses = [[row["loss"] for row in rows(folder, "train", "align")] for folder in (out, straight)]
     assert len(losses[0]) == 20 and losses[0] == losses[1]
 
 
 def test_another_student_is_refused(material, whole, capsys):
-    more = ["--resume", "run=[calibrate,align,distill,long]", "student.preset=rad"]
+    before = (whole / "config.yaml").read_bytes()
+    more = ["--resume", "--allow-changes", "run=[calibrate,align,distill,long]", "student.preset=rad"]
     assert train(material, whole, *more) == 2
+    assert (whole / "config.yaml").read_bytes() == before and not list(whole.glob("config.*.yaml"))
     err = capsys.readouterr().err
     assert "belongs to another student" in err and "value_path is 'residual_kv' there and 'residual_full' here" in err
     assert json.loads((whole / "conversion.json").read_text())["finished_stages"][-1] == "distill"
@@ -251,7 +256,7 @@ def unfrozen(material, whole, tmp_path_factory):
     before_distill(whole, out)
     said = io.StringIO()
     with redirect_stdout(said):
-        assert train(material, out, "--resume", *UNFREEZING) == 0
+        assert train(material, out, "--resume", "--allow-changes", *UNFREEZING) == 0
     return out, said.getvalue()
 
 
@@ -292,7 +297,7 @@ def test_unfreezing_resumes_bit_for_bit(material, whole, unfrozen, tmp_path, mon
     out = tmp_path / "run"
     before_distill(whole, out)
     for step in crashes:
-        cut_off(monkeypatch, "distill", step, material, out, "--resume", *UNFREEZING)
+        cut_off(monkeypatch, "distill", step, material, out, "--resume", "--allow-changes", *UNFREEZING)
     assert train(material, out, "--resume", *UNFREEZING) == 0
     assert same(tensors(out, "distill"), tensors(straight, "distill"))
     assert same(tensors(out, "distill", "optimizer"), tensors(straight, "distill", "optimizer"))
@@ -423,9 +428,10 @@ def test_quantized_training_resumes_bit_for_bit(material, economical, tmp_path, 
     shutil.rmtree(out / "stages" / "distill" / "step-00000003")
     conversion = json.loads((out / "conversion.json").read_text())
     (out / "conversion.json").write_text(json.dumps(conversion | {"finished_stages": ["calibrate", "align"]}))
-    assert train(material, out, "--resume", *ECONOMY, "adapters=[{kind: lora, groups: [mlp], rank: 4, alpha: 3}]") == 2
-    assert "were trained with other adapters" in capsys.readouterr().err
-    assert train(material, out, "--resume", *ECONOMY, "quantize.groups=[mlp]") == 2
+    changed = ["--resume", "--allow-changes", *ECONOMY]
+    assert train(material, out, *changed, "adapters=[{kind: lora, groups: [mlp], rank: 4, alpha: 3}]") == 2
+    assert "made with adapters=" in capsys.readouterr().err
+    assert train(material, out, *changed, "quantize.groups=[mlp]") == 2
     assert "this stage began with other quantized layers" in capsys.readouterr().err
     assert train(material, out, "--resume", *ECONOMY) == 0
     for name in ("model", "optimizer"):

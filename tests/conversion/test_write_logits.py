@@ -21,6 +21,8 @@ from rwkvinside.data.sources import tokens_of
 from rwkvinside.errors import Interrupted, UserError
 from rwkvinside.stages.rows import rows_of
 from rwkvinside.stages.teacher import build_teacher, check_teacher, online_teacher
+from rwkvinside.support.digests import FileDigests
+from rwkvinside.support.lock import locked
 from rwkvinside.teacher.kinds import TeacherKind
 from rwkvinside.teacher.load import open_tokenizer
 from rwkvinside.teacher.logits_store import LogitsReader, LogitsWriter
@@ -91,11 +93,12 @@ def cached(material, out, *more, **kwargs):
     )
     rows, tokenizer = rows_and_tokenizer(config)
     plan, world = distillation_plan(config, "distill"), Distributed("cpu")
-    return build_teacher(plan, TeacherKind.OFFLINE, tokenizer, rows, world), rows
+    return build_teacher(plan, TeacherKind.OFFLINE, tokenizer, rows, world, FileDigests()), rows
 
 
 def test_every_position_has_the_likeliest_tokens_of_the_teacher(material, written):
     assert sorted(f.name for f in written.iterdir()) == [
+        "digests.json",
         "index.json",
         *(f"logits-0000{i}.safetensors" for i in range(3)),
     ]
@@ -223,6 +226,7 @@ def test_ctrl_c_and_a_full_disk_keep_what_is_done(material, tmp_path, monkeypatc
         (["stages.distill.teacher_model.path={wide}"], {}, "teacher '"),
         (["stages.distill.teacher_model.quantize=nf4"], {}, "teacher's quantization None there, 'nf4' here"),
         ([], {"teacher": "retrained"}, "teacher '"),
+        ([], {"teacher": "rescaled"}, "teacher's configuration '"),
         ([], {"teacher": "chatty"}, "tokenizer '"),
         ([], {"data": "other"}, "data '"),
     ],
@@ -233,6 +237,10 @@ def test_a_cache_of_something_else_is_refused_with_the_reason(material, written,
         weights = load_file(material / "retrained" / "model.safetensors")
         weights["model.norm.weight"][3] += 1e-3
         save_file(weights, material / "retrained" / "model.safetensors", {"format": "pt"})
+    if kwargs.get("teacher") == "rescaled" and not (material / "rescaled").exists():
+        shutil.copytree(material / "teacher", material / "rescaled")
+        file = material / "rescaled" / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"rms_norm_eps": 1e-2}))
     if kwargs.get("teacher") == "chatty" and not (material / "chatty").exists():
         shutil.copytree(material / "teacher", material / "chatty")
         tokenizer = PreTrainedTokenizerFast.from_pretrained(material / "chatty")
@@ -253,6 +261,27 @@ def test_of_something_else_comes_before_incomplete(material, copied, more, kwarg
         cached(material, copied, *more, **kwargs)
     with pytest.raises(UserError, match="missing"):
         cached(material, copied)
+
+
+def test_one_process_at_a_time_writes(material, copied):
+    before = {path.name: path.read_bytes() for path in copied.iterdir()}
+    with locked(copied), pytest.raises(UserError, match=f"logits is in use by process {os.getpid()} on "):
+        write_logits(distillation_plan(configured(material), "distill"), copied, K, SHARD_BYTES)
+    assert {path.name: path.read_bytes() for path in copied.iterdir()} == before
+
+
+def test_an_index_that_names_a_file_elsewhere_is_refused(material, copied):
+    file = copied / "index.json"
+    file.write_text(file.read_text().replace("logits-00001.safetensors", "../logits-00001.safetensors"))
+    with pytest.raises(UserError, match="index.json names the file '../logits-00001.safetensors'"):
+        LogitsReader(copied)
+
+
+def test_a_cache_of_an_earlier_version_says_less_of_its_teacher(material, copied):
+    index = json.loads((copied / "index.json").read_text())
+    del index["identity"]["teacher's configuration"]
+    (copied / "index.json").write_text(json.dumps(index))
+    assert cached(material, copied)
 
 
 def test_more_tokens_a_position_than_there_are(material, written):
@@ -327,9 +356,9 @@ def test_a_second_teacher_of_another_tokenizer_is_refused(material, tmp_path):
     (tmp_path / "foreign" / "tokenizer.json").write_text(json.dumps(tokenizer))
     config = configured(material, f"stages.distill.teacher_model.path={tmp_path / 'foreign'}")
     with pytest.raises(UserError, match=f"has another tokenizer than .*: token 'a' is {vocab['a']} there"):
-        check_teacher(distillation_plan(config, "distill"), open_tokenizer(config.teacher))
+        check_teacher(distillation_plan(config, "distill"), open_tokenizer(config.teacher), FileDigests())
     fine = configured(material, f"stages.distill.teacher_model.path={material / 'wide'}")
-    check_teacher(distillation_plan(fine, "distill"), open_tokenizer(fine.teacher))
+    check_teacher(distillation_plan(fine, "distill"), open_tokenizer(fine.teacher), FileDigests())
 
 
 @pytest.mark.parametrize(
