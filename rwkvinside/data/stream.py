@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError
+from ..support.sealed import sealed, unsealed
 from .batch import Batch
 from .encode import Encoder, chunks
 from .readers import DocumentReader
@@ -146,8 +147,8 @@ class TokenStream:
     def _end(self) -> int | None:
         """Return the number of blocks, None while it is not known."""
         try:
-            return json.loads((self.directory / END).read_text(encoding="utf-8"))["blocks"]
-        except (OSError, ValueError, KeyError, TypeError):  # missing or damaged: the end is found again
+            return unsealed((self.directory / END).read_text(encoding="utf-8"))["blocks"]
+        except (OSError, ValueError, KeyError):  # missing or damaged: the end is found again
             return None
 
     def _next(self) -> int | None:
@@ -214,7 +215,7 @@ class _BlockWriter:
                 writer.finish({"cursor": self._reader.cursor()})
         if ended:
             with writing(stream.directory / END) as unfinished:
-                unfinished.write_text(json.dumps({"blocks": number + bool(writer.documents)}), encoding="utf-8")
+                unfinished.write_text(sealed({"blocks": number + bool(writer.documents)}), encoding="utf-8")
         self.position = number + 1
 
 

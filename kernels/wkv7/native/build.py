@@ -46,7 +46,7 @@ def source_hash() -> str:
 
 
 def find_compiler() -> list[str]:
-    """Return the command of the compiler: CXX, which may have arguments or a launcher such as ccache, or the first found.
+    """Return the command of the compiler: CXX, which may have arguments or begin with ccache, or the first found.
 
     Raises:
         CompileError: there is none, or CXX names none.
