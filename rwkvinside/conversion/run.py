@@ -28,6 +28,7 @@ from ..stages.plan import RunPlan, RunSettings
 from ..stages.teacher import check_teacher
 from ..support.process_memory import return_freed_memory
 from ..teacher.load import open_tokenizer
+from ..teacher.tokenizer_files import check_tokenizer_code
 from ..training.checkpoint import Checkpointer
 from ..training.deepspeed_engine import join_process_group
 from ..training.loggers import Loggers
@@ -187,7 +188,8 @@ def kernels_of(settings: RunSettings, shapes: HybridModel) -> str:
 
 
 def _check_inputs(run: Run) -> None:
-    """Refuse now, not after days, what a later stage cannot use."""
+    """Refuse now, not after days, what a later stage or the export cannot use."""
+    check_tokenizer_code(run.config.teacher)
     for name in run.plan.selected:
         if name not in run.directory.finished():
             stage = run.plan.stage(name)

@@ -20,6 +20,7 @@ from ..support.scratch import scratch
 from .binidx import is_binidx, pair, read_binidx, scan
 from .encode import CHUNK_DOCUMENTS, Encoder, check_ids, chunks, tokenizer_hash
 from .readers import HUB, DocumentReader, source_files
+from .settings import MAX_LINE_BYTES
 from .token_pack import AGAIN, is_pack, open_pack, write_pack
 from .token_store import StoreWriter, TokenStore, check_vocab, entry_key, is_whole, join, open_store, stats_of, writing
 
@@ -39,6 +40,7 @@ class ReadOptions:
         vocab_size: rows of the teacher's embedding; larger token ids are refused. None accepts any.
         trust_ids: accept token ids that come with the data without checking that the tokenizer would give them.
         max_tokens: stop after the document with which this many tokens are reached (for endless sources).
+        max_line_bytes: a longer line of a file is refused.
     """
 
     text_column: str = "text"
@@ -46,6 +48,7 @@ class ReadOptions:
     vocab_size: int | None = None
     trust_ids: bool = False
     max_tokens: int | None = None
+    max_line_bytes: int = MAX_LINE_BYTES
 
 
 def load_tokens(
@@ -152,7 +155,7 @@ def _tokenized(
     entry = cache / entry_key(identity)
     if not is_whole(entry):
         with writing(entry) as unfinished, StoreWriter(unfinished) as writer:
-            reader = DocumentReader(source, options.text_column)
+            reader = DocumentReader(source, options.text_column, max_line_bytes=options.max_line_bytes)
             for document in (document for chunk in chunks(reader) for document in encoder(chunk)):
                 writer.add(document)
                 if options.vocab_size is not None:

@@ -15,22 +15,11 @@ from ..hybrid.assemble import assemble
 from ..hybrid.model import HybridModel
 from ..hybrid.settings import AdapterConfig, LayerSpec, QuantizeConfig, StudentConfig
 from ..teacher.load import load_teacher
+from ..teacher.tokenizer_files import TOKENIZER_FILES
 from ..training.checkpoint import open_checkpoint
 from ..training.frozen_weights import NAME, frozen_weights_digest, read_frozen_weights
 from .directory import RunDirectory
 
-# Everything of a teacher's repository that a release passes on unchanged, except for the weights.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 LEGAL_FILES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
@@ -88,7 +77,7 @@ class TrainedRun:
         """
         if Path(self.teacher).is_dir():
             return Path(self.teacher)
-        patterns = [*TOKENIZER_FILES, *LEGAL_FILES, "README.md"]
+        patterns = [*TOKENIZER_FILES, "*.py", *LEGAL_FILES, "README.md"]
         return Path(snapshot_download(self.teacher, revision=self._revision, allow_patterns=patterns))
 
     def load_model(self) -> HybridModel:
