@@ -21,6 +21,8 @@ from ..runs.trained import TrainedRun, open_run, public_name
 from ..support.files import free_bytes, replacing
 from ..support.sealed import sealed
 from ..support.text import rounded_bytes
+from ..teacher.settings import TeacherConfig
+from ..teacher.tokenizer_files import check_tokenizer_code
 from .build import build_hybrid, write_files
 from .card import measurements, model_card
 from .manifest import CONVERSION, digests
@@ -95,6 +97,7 @@ def _check_options(run: TrainedRun, out: Path, dtype: str | None, adapters: str)
         raise UserError(f"adapters is {adapters!r}", "allowed: merge, separate")
     if adapters == "separate" and not run.layers.adapters:
         raise UserError(f"{run.path} was trained without adapters", "leave out --adapters separate")
+    check_tokenizer_code(TeacherConfig.model_validate(run.config["teacher"]))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"output directory {out} exists and is not empty", "name a new directory, or remove it first")
 

@@ -71,7 +71,10 @@ def check_tokenizer_code(teacher: TeacherConfig) -> None:
 
 def _classes(path: str, revision: str | None) -> list[str]:
     """Return the tokenizer classes that a model brings along, such as "tok.MyTokenizer"."""
-    auto_map = get_tokenizer_config(path, revision=revision).get("auto_map") or ()
+    try:
+        auto_map = get_tokenizer_config(path, revision=revision).get("auto_map") or ()
+    except (OSError, ValueError):  # there is no such model: who loads it says so
+        return []
     entry = auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map
     return [name for name in ([entry] if isinstance(entry, str) else entry or ()) if name]
 
