@@ -92,7 +92,7 @@ def verify(folder: str | Path, against: str | Path) -> dict:
         VerificationError: a file is damaged, or is not what this version writes for this run; the directory does not
             load on its own; a difference exceeds its tolerance.
     """
-    folder = Path(folder).resolve()
+    folder = Path(folder)
     conversion = read_export(folder)
     check_files(folder, conversion["files"])
     directories = (conversion.get("adapters") or {}).get("directories", [])
@@ -120,6 +120,7 @@ def compare(folder: Path, run: TrainedRun, adapters: list[str]) -> dict:
     Raises:
         VerificationError: see `verify`.
     """
+    folder = folder.resolve()  # it is loaded by a process in another directory
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     dtype, tied = DTYPES[config["dtype"]], bool(config.get("tie_word_embeddings"))
     tokenizer = _tokenizer(run)

@@ -141,9 +141,10 @@ def test_windows(tmp_path, teacher, make_run):
     assert verify(tmp_path / "out", against=run)["passed"]
 
 
-def test_bf16_teacher_gives_a_bf16_export_with_fp32_decay(tmp_path, make_teacher, make_run):
+def test_bf16_teacher_gives_a_bf16_export_with_fp32_decay(tmp_path, make_teacher, make_run, monkeypatch):
     teacher = make_teacher(tmp_path / "teacher", dtype=torch.bfloat16)
-    report = export_hf(make_run(tmp_path / "run", teacher), tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    report = export_hf(make_run(tmp_path / "run", teacher), "out")  # here, wherever that is
     assert report["dtype"] == report["verification"]["dtype"] == "bfloat16"
     assert report["verification"]["max_difference"] <= 1e-6, "against the trained weights rounded to bf16"
     assert 0 < report["verification"]["rounding_kl"] < 0.05
