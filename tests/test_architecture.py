@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "planning": {
         *("kernels", "modeling", "families", "data", "hybrid", "losses", "teacher", "training", "stages", "config"),
     },
-    "export": {"data", "modeling", "families", "hybrid", "runs"},
+    "export": {"data", "modeling", "families", "hybrid", "teacher", "runs"},
     "evaluate": {"data", "hybrid", "losses", "teacher", "runs", "export"},
     "report": {"runs"},
     "bench": {

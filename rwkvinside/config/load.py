@@ -205,7 +205,7 @@ def _complete_stage(name: str, stage: StageConfig, width: int) -> StageConfig:
 
 def _read_yaml(file: str | os.PathLike) -> dict:
     try:
-        with open(file, encoding="utf-8") as stream:
+        with open(file, encoding="utf-8-sig") as stream:
             values = OmegaConf.load(stream)
         if not isinstance(values, DictConfig):
             raise UserError(f"{file} is not a mapping of settings", REFERENCE)
@@ -219,7 +219,7 @@ def _read_yaml(file: str | os.PathLike) -> dict:
 
 def _read_json(file: str | os.PathLike) -> dict:
     try:
-        with open(file, encoding="utf-8") as stream:
+        with open(file, encoding="utf-8-sig") as stream:
             values = json.load(stream)
     except OSError as error:
         raise UserError(f"configuration {file} cannot be read: {error.strerror}", "check the path") from error

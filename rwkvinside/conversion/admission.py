@@ -16,6 +16,7 @@ from ..support.digests import FileDigests
 from ..teacher.files import check_unchanged, model_identity
 from ..teacher.kinds import TeacherKind
 from ..teacher.settings import TeacherConfig
+from ..teacher.tokenizer_files import check_tokenizer_code
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def admit(
     directory.claim(stage=stage, resume=resume)  # again, now that no other process writes to it
     changes = directory.changes(config)
     _check_changes(changes, directory, joins=stage is not None and not resume, allowed=allow_changes)
+    check_tokenizer_code(plan.settings.teacher)
     unfinished = [plan.stage(name) for name in plan.selected if name not in directory.finished()]
     for one in unfinished:
         if followers := directory.records.followers(one.name):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 
 from ..errors import UserError
+from ..support.time_limit import TimeExceeded, time_limit
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _STAND_IN = "@@the-answer@@"
+TEMPLATE_SECONDS = 30.0  # for all renderings of a conversation, which take milliseconds: a template may loop for ever
 
 
 def encode_conversation(
@@ -32,7 +36,8 @@ def encode_conversation(
         (ids, completion): token ids, and bool (len(ids),) True = written by the assistant.
 
     Raises:
-        UserError: no template, a template that refuses the conversation or hides where answers are, no answer.
+        UserError: no template, a template that refuses the conversation, hides where answers are or does not end; no
+            answer.
     """
     if not tokenizer.chat_template:
         raise UserError(
@@ -41,6 +46,33 @@ def encode_conversation(
         )
     if not tokenizer.is_fast:
         raise UserError(f"{where}: conversations need a fast tokenizer, not {type(tokenizer).__name__}")
+    with bounded(where):
+        ids, completion = _encode(tokenizer, messages, where, tools)
+    if not completion.any():
+        raise UserError(
+            f"{where}: a conversation without an answer from the assistant", "remove it, or give it as text"
+        )
+    return ids, completion
+
+
+@contextmanager
+def bounded(where: str) -> Iterator[None]:
+    """Refuse a chat template that does not end, in what is rendered inside.
+
+    Raises:
+        UserError: after `TEMPLATE_SECONDS`.
+    """
+    try:
+        with time_limit(TEMPLATE_SECONDS):
+            yield
+    except TimeExceeded as error:
+        raise UserError(
+            f"{where}: the chat template does not end within {TEMPLATE_SECONDS:g} seconds",
+            "correct the template: one of its loops or macros is too long",
+        ) from error
+
+
+def _encode(tokenizer, messages: list[dict], where: str, tools: list[dict] | None) -> tuple[list[int], np.ndarray]:
     if _GENERATION.search(tokenizer.get_chat_template(tools=tools)):
         encoded = _render(
             tokenizer,
@@ -65,10 +97,6 @@ def encode_conversation(
         completion = np.zeros(len(ids), dtype=bool)
         for start, end in spans:
             completion |= (start <= starts) & (starts < end)
-    if not completion.any():
-        raise UserError(
-            f"{where}: a conversation without an answer from the assistant", "remove it, or give it as text"
-        )
     return ids, completion
 
 
@@ -104,5 +132,6 @@ def _render(tokenizer, messages: list[dict], where: str, *, tokenize: bool = Fal
 
     try:
         return tokenizer.apply_chat_template(messages, tokenize=tokenize, **options)
-    except (TemplateError, ValueError, TypeError) as error:  # TypeError: a field of another type than it expects
+    except (TemplateError, ValueError, TypeError, ArithmeticError, LookupError, MemoryError, RecursionError) as error:
+        # TypeError and LookupError: a field of another type than it expects
         raise UserError(f"{where}: the chat template refuses the conversation: {error}") from error

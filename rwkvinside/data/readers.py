@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from .records import FIELDS, Document, document_of, no_content, without_nulls
+from .settings import MAX_LINE_BYTES
 
 HUB = "hub:"
 EXTENSIONS = (".jsonl", ".parquet", ".txt")
@@ -33,10 +34,17 @@ class DocumentReader:
             split "train"; NAME may be a local directory that `datasets` can load).
         text_column: field that holds a text; `records` says what else a record may be.
         cursor: result of `cursor`; the documents after it follow.
+        max_line_bytes: a longer line of a file is refused.
     """
 
-    def __init__(self, source: str | Path, text_column: str = "text", cursor: dict | None = None):
-        self.source, self.text_column = str(source), text_column
+    def __init__(
+        self,
+        source: str | Path,
+        text_column: str = "text",
+        cursor: dict | None = None,
+        max_line_bytes: int = MAX_LINE_BYTES,
+    ):
+        self.source, self.text_column, self.max_line_bytes = str(source), text_column, max_line_bytes
         self._cursor = cursor or {}
         self._fresh = cursor is None
         self._dataset = None
@@ -71,7 +79,8 @@ class DocumentReader:
         first, at = self._cursor.get("file", 0), self._cursor.get("at")
         for number in range(first, len(files)):
             try:
-                for document, position in _read_file(files[number], self.text_column, at if number == first else None):
+                start = at if number == first else None
+                for document, position in _read_file(files[number], self.text_column, start, self.max_line_bytes):
                     self._cursor = {"file": number, "at": position}
                     yield document
             except OSError as error:
@@ -113,7 +122,8 @@ def source_files(source: str | Path) -> list[Path]:
     """Return the files of a local source, sorted: one file, or all below a directory.
 
     Raises:
-        UserError: the path does not exist, has an unknown extension, or is a directory without data files.
+        UserError: the path does not exist, has an unknown extension, is a pipe or a device (or one of the data files
+            below it is), or is a directory without data files.
     """
     path = Path(source)
     if not path.exists():
@@ -124,9 +134,10 @@ def source_files(source: str | Path) -> list[Path]:
                 f"{path}: unknown kind of data file {path.suffix!r}",
                 f"give {', '.join(EXTENSIONS)}, a directory of them, or .idx with its .bin",
             )
-        return [path]
+        return [_regular(path)]
     known = (".arrow", ".json") if _is_dataset(path) else EXTENSIONS
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in known and file.is_file())
+    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in known and not file.is_dir())
+    files = [_regular(file) for file in found]
     if not files:
         raise UserError(
             f"directory {str(source)!r} holds no data files",
@@ -135,21 +146,32 @@ def source_files(source: str | Path) -> list[Path]:
     return files
 
 
+def _regular(file: Path) -> Path:
+    """Return a file that is one.
+
+    Raises:
+        UserError: a pipe, which may have no writer and cannot be read twice, a device, or a link to nothing.
+    """
+    if not file.is_file():
+        raise UserError(f"{file}: not a regular file, but a pipe, a device or a broken link", "write a file, name that")
+    return file
+
+
 def _is_dataset(path: Path) -> bool:
     return (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
-def _read_file(path: Path, text_column: str, at) -> Iterator[tuple[Document, object]]:
+def _read_file(path: Path, text_column: str, at, max_line_bytes: int) -> Iterator[tuple[Document, object]]:
     """Yield documents from a position on (None: all), each with the position after it."""
     kind = path.suffix.lower()
     if kind == ".jsonl":
-        return _read_jsonl(path, text_column, tuple(at or (0, 0)))
+        return _read_jsonl(path, text_column, tuple(at or (0, 0)), max_line_bytes)
     if kind == ".parquet":
         return _read_parquet(path, text_column, at or 0)
-    return _read_text(path, tuple(at or (0, 0)))
+    return _read_text(path, tuple(at or (0, 0)), max_line_bytes)
 
 
-def _lines(path: Path, start: Line) -> Iterator[tuple[Line, str]]:
+def _lines(path: Path, start: Line, max_line_bytes: int) -> Iterator[tuple[Line, str]]:
     """Yield each line with the position after it.
 
     Lines are decoded one by one, so that a bad byte has a line number.
@@ -157,8 +179,13 @@ def _lines(path: Path, start: Line) -> Iterator[tuple[Line, str]]:
     number, offset = start
     with path.open("rb") as file:
         file.seek(offset)
-        for line in file:
+        while line := file.readline(max_line_bytes + 1):
             number, offset = number + 1, offset + len(line)
+            if len(line) > max_line_bytes:
+                raise UserError(
+                    f"{path}:{number}: the line has more than {max_line_bytes:,} bytes",
+                    "cut it into documents, or raise data.max_line_bytes (--max-line-bytes)",
+                )
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
@@ -169,8 +196,8 @@ def _lines(path: Path, start: Line) -> Iterator[tuple[Line, str]]:
             yield (number, offset), text.replace("\r\n", "\n")
 
 
-def _read_jsonl(path: Path, text_column: str, start: Line) -> Iterator[tuple[Document, Line]]:
-    for position, line in _lines(path, start):
+def _read_jsonl(path: Path, text_column: str, start: Line, max_line_bytes: int) -> Iterator[tuple[Document, Line]]:
+    for position, line in _lines(path, start, max_line_bytes):
         if not line.strip():
             continue
         where = f"{path}:{position[0]}"
@@ -186,11 +213,11 @@ def _read_jsonl(path: Path, text_column: str, start: Line) -> Iterator[tuple[Doc
         yield document_of(record, text_column, where), position
 
 
-def _read_text(path: Path, start: Line) -> Iterator[tuple[Document, Line]]:
+def _read_text(path: Path, start: Line, max_line_bytes: int) -> Iterator[tuple[Document, Line]]:
     cut = path.stat().st_size > LARGE_TEXT
     lines: list[str] = []
     length, first, position = 0, start[0] + 1, start
-    for position, line in _lines(path, start):
+    for position, line in _lines(path, start, max_line_bytes):
         if cut and length >= TEXT_DOCUMENT and not line.strip():
             yield Document(f"{path}:{first}", "".join(lines)), position
             lines, length, first = [], 0, position[0] + 1

@@ -8,6 +8,8 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from ..support.settings import Count, Section, problem
 
+MAX_LINE_BYTES = 32_000_000  # of a .jsonl or .txt file, held and tokenized as a whole
+
 MixtureWeights = list[Annotated[float, Field(gt=0)]]
 
 
@@ -36,6 +38,9 @@ class DataConfig(Section):
     val_tokens: Count = Field(100_000, description="At most this many validation tokens are read.")
     cache_dir: str | None = Field(None, description="Where tokenized data is kept; null: the user's cache directory.")
     text_column: str = Field("text", description="Field or column that holds a document's text.")
+    max_line_bytes: Count = Field(
+        MAX_LINE_BYTES, description="A longer line of a .jsonl or .txt file is refused: it is held as a whole."
+    )
     rotate_options: bool = Field(
         True, description="Every multiple-choice question once with each rotation of its options; false: as given."
     )

@@ -164,6 +164,7 @@ class _Loader:
             vocab_size=self.vocab,
             trust_ids=not self.data.check_ids,
             max_tokens=max_tokens,
+            max_line_bytes=self.data.max_line_bytes,
         )
         with tokenizing_progress() as progress:
             store = load_tokens(sources, self.tokenizer, options, cache_dir=self.cache, progress=progress)
@@ -185,6 +186,7 @@ class _Loader:
             cache_dir=self.cache,
             block_tokens=self.data.block_tokens,
             text_column=self.data.text_column,
+            max_line_bytes=self.data.max_line_bytes,
             val_fraction=fraction,
             masks=self.masks,
             check=check,

@@ -49,7 +49,7 @@ the default cache; static caches and assisted generation do not.
 {table}
 
 Reloaded in a process without the training code, its fp32 logits differ from the trained model's by at most
-{difference:.2g}. `conversion.json` holds the configuration, the hashes of weights and code, and this verification.
+{difference:.2g}. `conversion.json` holds the configuration, the SHA-256 of every file, and this verification.
 """
 
 

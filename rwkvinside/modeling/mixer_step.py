@@ -24,7 +24,7 @@ def is_fused(config: TimeMixerConfig, x: Tensor, cu_seqlens: Tensor | None) -> b
     if x.shape[1] != 1 or cu_seqlens is not None or torch.is_grad_enabled():
         return False
     unknown = config.token_shift or config.group_norm or config.key_scale == "k_a" or config.window
-    if unknown or not hasattr(kernels, "mixer_step"):
+    if unknown or not all(hasattr(kernels, name) for name in ("mixer_step", "low_rank")):
         return False
     chosen = config.backend == "triton" or config.backend == "auto" and x.is_cuda
     return chosen and why_unavailable("triton", x.device.type, x.dtype, config.head_size) is None

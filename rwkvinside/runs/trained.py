@@ -18,8 +18,9 @@ from ..hybrid.assemble import assemble
 from ..hybrid.model import HybridModel
 from ..hybrid.settings import AdapterConfig, LayerSpec, QuantizeConfig, StudentConfig
 from ..support.digests import FileDigests
-from ..teacher.files import LEGAL_FILES, TOKENIZER_FILES, check_unchanged, model_identity
+from ..teacher.files import LEGAL_FILES, check_unchanged, model_identity
 from ..teacher.load import load_teacher
+from ..teacher.tokenizer_files import TOKENIZER_FILES
 from ..training.checkpoint import open_checkpoint
 from ..training.frozen_weights import read_frozen_weights
 from .directory import DIGESTS, RunDirectory
@@ -91,7 +92,7 @@ class TrainedRun:
         """
         if Path(self.teacher).is_dir():
             return Path(self.teacher)
-        patterns = [*TOKENIZER_FILES, *LEGAL_FILES, "README.md"]
+        patterns = [*TOKENIZER_FILES, "*.py", *LEGAL_FILES, "README.md"]
         return Path(snapshot_download(self.teacher, revision=self.teacher_revision, allow_patterns=patterns))
 
     def load_model(self) -> HybridModel:

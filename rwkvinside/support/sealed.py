@@ -1,4 +1,4 @@
-"""JSON objects that carry the SHA-256 of their own content, so that an edited one is noticed."""
+"""JSON that carries a SHA-256 of its own content, so that it is known to be what was written."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-SEAL = "sha256"  # the key of the digest
+SEAL = "seal"  # the key of the digest
 
 
 def digest_of(values: object) -> str:
@@ -18,9 +18,31 @@ def digest_of(values: object) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def sealed(content: Mapping) -> dict:
-    """Return JSON values with their own digest."""
-    return {SEAL: digest_of(content)} | dict(content)
+def sealed(values: Mapping) -> dict:
+    """Return JSON values with their digest, the last field."""
+    return dict(values) | {SEAL: digest_of(dict(values))}
+
+
+def sealed_text(values: Mapping, indent: int = 1) -> str:
+    """Return `sealed` values as text."""
+    return json.dumps(sealed(values), indent=indent) + "\n"
+
+
+def unsealed(text: str) -> dict:
+    """Return the values of `sealed`.
+
+    Raises:
+        ValueError: it is not JSON, or not the values that were written.
+    """
+    try:
+        values = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(values, dict) or SEAL not in values:
+        raise ValueError("it has no seal")
+    if values.pop(SEAL) != digest_of(values):
+        raise ValueError("it was changed after it was written")
+    return values
 
 
 def read_sealed(path: Path) -> tuple[dict, str]:
@@ -30,10 +52,9 @@ def read_sealed(path: Path) -> tuple[dict, str]:
         ValueError: says what is wrong with the file, which may be missing.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        digest = content.pop(SEAL)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path.name} cannot be read") from error
-    if digest != digest_of(content):
-        raise ValueError(f"{path.name} was changed after it was written")
-    return content, digest
+        text = path.read_text(encoding="utf-8")
+        values = unsealed(text)
+    except (OSError, ValueError) as error:
+        what = "was changed after it was written" if "changed" in str(error) else "cannot be read"
+        raise ValueError(f"{path.name} {what}") from error
+    return values, digest_of(values)

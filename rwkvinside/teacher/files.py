@@ -12,19 +12,9 @@ from transformers.utils import cached_file
 from ..errors import UserError
 from ..support.digests import FileDigests
 from ..support.weight_index import check_shards
+from .tokenizer_files import TOKENIZER_FILES
 
-# Everything of a teacher's repository that a release passes on unchanged, except for the weights.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+# Of a teacher's repository, what a release passes on unchanged beside the tokenizer
 LEGAL_FILES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 CONFIGURATION = ("config.json", "generation_config.json")
 WEIGHTS = ("*.safetensors", "*.bin")  # the second kind counts where there is none of the first
@@ -41,7 +31,8 @@ def model_folder(path: str, revision: str | None) -> Path:
     try:
         for kind in WEIGHTS:
             patterns = [kind, "*.index.json", *CONFIGURATION, *TOKENIZER_FILES]
-            nested = ["*/*", "consolidated*"]  # other copies of the same weights, which transformers does not read
+            # other copies of the same weights, which transformers does not read
+            nested = ["*/*.safetensors", "*/*.bin", "consolidated*"]
             folder = Path(snapshot_download(path, revision=revision, allow_patterns=patterns, ignore_patterns=nested))
             if any(folder.glob(kind)):
                 break
@@ -115,8 +106,9 @@ def _weights(folder: Path) -> list[Path]:
 
 
 def _named(folder: Path, names: Iterable[str], digests: FileDigests) -> str:
-    files = [folder / name for name in names if (folder / name).is_file()]
-    return _hash(f"{file.name} {digest}" for file, digest in zip(files, digests.of_all(files), strict=True))
+    files = sorted({file for name in names for file in folder.glob(name) if file.is_file()})
+    named = zip(files, digests.of_all(files), strict=True)
+    return _hash(f"{file.relative_to(folder)} {digest}" for file, digest in named)
 
 
 def _hash(lines: Iterable[str]) -> str:

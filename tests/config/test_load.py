@@ -257,6 +257,15 @@ def test_problems_of_files(tmp_path, teacher):
     assert load_config([file], teacher=teacher) == load_config(teacher=teacher)
 
 
+def test_files_of_other_editors_are_read(tmp_path, teacher):
+    """With a byte-order mark, as Windows writes it."""
+    settings, own = tmp_path / "deepspeed.json", tmp_path / "own.yaml"
+    settings.write_text('{"zero_optimization": {"stage": 2}}', encoding="utf-8-sig")
+    own.write_text("seed: 7\n", encoding="utf-8-sig")
+    config = load_config([own], teacher=teacher, deepspeed=settings)
+    assert config.seed == 7 and config.deepspeed.config == {"zero_optimization": {"stage": 2}}
+
+
 @pytest.mark.parametrize(
     "changes, cause",
     [

@@ -23,6 +23,7 @@ from rwkvinside.stages.rows import rows_of
 from rwkvinside.stages.teacher import build_teacher, check_teacher, online_teacher
 from rwkvinside.support.digests import FileDigests
 from rwkvinside.support.lock import locked
+from rwkvinside.support.sealed import sealed_text, unsealed
 from rwkvinside.teacher.kinds import TeacherKind
 from rwkvinside.teacher.load import open_tokenizer
 from rwkvinside.teacher.logits_store import LogitsReader, LogitsWriter
@@ -254,9 +255,9 @@ def test_a_cache_of_something_else_is_refused_with_the_reason(material, written,
 @pytest.mark.parametrize("more, kwargs, part", [(["seed=1"], {}, "seed 0 there"), ([], {"data": "other"}, "data '")])
 def test_of_something_else_comes_before_incomplete(material, copied, more, kwargs, part):
     (copied / "logits-00001.safetensors").unlink()
-    index = json.loads((copied / "index.json").read_text())
+    index = unsealed((copied / "index.json").read_text())
     del index["shards"]["logits-00002.safetensors"]
-    (copied / "index.json").write_text(json.dumps(index))
+    (copied / "index.json").write_text(sealed_text(index))
     with pytest.raises(UserError, match=f"are not those of this run: {part}"):
         cached(material, copied, *more, **kwargs)
     with pytest.raises(UserError, match="missing"):
@@ -315,6 +316,25 @@ def test_damage_is_refused_in_one_line(material, copied):
     refused("index.json is damaged")
     (copied / "index.json").unlink()
     refused("there are no logits in")
+
+
+def test_a_damaged_shard_is_written_again(material, copied, written):
+    shard = copied / "logits-00001.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    (copied / ".logits-00002.safetensors.unfinished").write_bytes(b"of a killed process")
+    write_logits(distillation_plan(configured(material), "distill"), copied, K, SHARD_BYTES)
+    assert shard.read_bytes() == (written / shard.name).read_bytes()
+    assert {file.name for file in copied.iterdir()} == {file.name for file in written.iterdir()}
+
+
+def test_what_a_kill_left_in_an_empty_directory_is_no_obstacle(material, tmp_path):
+    out = tmp_path / "logits"
+    out.mkdir()
+    (out / ".index.json.unfinished").write_text("{")
+    writer = LogitsWriter(out, {}, k=1, vocab=8, rows=2, rows_per_shard=1)
+    assert len(writer.missing()) == 2 and [file.name for file in out.iterdir()] == ["index.json"]
 
 
 def test_a_row_that_has_changed_is_refused_when_it_is_used(material, written):

@@ -156,3 +156,23 @@ def test_a_template_that_shows_calls_in_place_of_the_content(make_tokenizer):
     assert runs == [f"{SHOWN}<|im_end|>", f"{SHOWN}<|im_end|>", "It changes.<|im_end|>", "welcome<|im_end|>"]
     with pytest.raises(UserError, match=r"x\.jsonl:1: the chat template refuses .*only single tool-calls"):
         answers(make_tokenizer(LLAMA3), ERRAND)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(9999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{{ f(n) }}{{ f(n) }}{% endmacro %}{{ f(1) }}",
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+        "{% for i in range(9999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    ],
+    ids=["loops", "recursion", "loops, marked"],
+)
+def test_a_template_without_an_end_is_refused(make_tokenizer, template, monkeypatch):
+    monkeypatch.setattr("rwkvinside.data.chat.TEMPLATE_SECONDS", 0.5)
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    with pytest.raises(UserError) as caught:
+        encode_conversation(make_tokenizer(template), messages, "a.jsonl:1")
+    said = str(caught.value).splitlines()
+    assert said[0].startswith("a.jsonl:1: the chat template ") and len(said) <= 2
+    assert "does not end within 0.5 seconds" in said[0] or "recursion" in said[0]

@@ -1,6 +1,8 @@
+import os
+
 import pytest
 
-from rwkvinside.data.readers import LARGE_TEXT, TEXT_DOCUMENT, read_documents
+from rwkvinside.data.readers import LARGE_TEXT, TEXT_DOCUMENT, DocumentReader, read_documents
 from rwkvinside.errors import UserError
 
 
@@ -122,3 +124,26 @@ def test_surrogates(tmp_path):
     (document,) = read_documents(tmp_path / "a.jsonl")
     with pytest.raises(UserError, match=r"a\.jsonl:1: the text holds a lone surrogate"):
         document.as_bytes()
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_lines_have_a_longest_length(tmp_path, name):
+    file = tmp_path / name
+    file.write_text('{"text": "short"}\n' + '{"text": "' + "x" * 88 + '"}\n')  # 101 bytes with its end
+    assert list(DocumentReader(file, max_line_bytes=101))
+    with pytest.raises(UserError) as caught:
+        list(DocumentReader(file, max_line_bytes=100))
+    assert caught.value.cause == f"{file}:2: the line has more than 100 bytes"
+    assert "data.max_line_bytes" in caught.value.hint
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("kind", ["pipe", "broken link"])
+def test_what_is_not_a_file_is_refused_without_waiting(tmp_path, inside, kind):
+    (tmp_path / "data").mkdir()
+    file = tmp_path / "data" / "a.jsonl"
+    (tmp_path / "data" / "b.jsonl").write_text('{"text": "x"}\n')
+    os.mkfifo(file) if kind == "pipe" else file.symlink_to(tmp_path / "nowhere")
+    said = "not a regular file, but a pipe" if inside or kind == "pipe" else "does not exist"
+    with pytest.raises(UserError, match=said):
+        list(read_documents(file.parent if inside else file))
