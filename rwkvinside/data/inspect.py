@@ -96,8 +96,8 @@ def summary(
     if original:
         lines.append(f"answers     given {_shares(original)}; trained on {_shares(trained)}")
     lines.append(
-        f"padding     {packed:.2%} in packed rows of {seq_len}; {padded:.1%} with one document per row, "
-        f"which cuts {cut:,} documents and {lost / tokens:.1%} of the tokens"
+        f"padding     {packed:.2%} in packed rows of {seq_len}; {padded:.1%} in rows of whole ones (sft), "
+        f"which cut {cut:,} documents and {lost / tokens:.1%} of the tokens"
     )
     lines.append(f"lengths     median {median:,}, longest {longest:,} tokens")
     classes = statistics.histogram()

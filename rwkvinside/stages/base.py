@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..data.batch import Batch
-    from ..data.rows import PackedRows, PaddedDocuments
+    from ..data.rows import PackedRows, WholeDocuments
     from ..data.token_store import TokenStore
     from ..hybrid.model import HybridModel
     from ..losses.settings import DistillLossConfig
@@ -211,7 +211,7 @@ class Stage(ABC):
 
     # data and steps
 
-    def documents(self, store: TokenStore, seq_len: int, seed: int) -> PackedRows | PaddedDocuments:
+    def documents(self, store: TokenStore, seq_len: int, seed: int) -> PackedRows | WholeDocuments:
         """Lay documents out in rows: packed, one document after the other."""
         from ..data.rows import PackedRows
 

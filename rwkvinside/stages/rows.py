@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..data.batch import Batch
 from ..data.mixture import MixedRows
-from ..data.rows import PackedRows, PaddedDocuments, document_batches
+from ..data.rows import PackedRows, PaddedDocuments, WholeDocuments, document_batches
 from ..data.sources import Mixture, Tokens
 from ..data.stream import StreamedRows, TokenStream
 from ..data.token_store import TokenStore
@@ -22,17 +22,17 @@ ORDER_NAMES = {"distill": "distil"}
 JUDGED_TOKENS = 4096  # of a validation document
 JUDGED_BATCH = 8192  # tokens that are evaluated at a time
 
-Rows = PackedRows | PaddedDocuments | StreamedRows | MixedRows
+Rows = PackedRows | WholeDocuments | StreamedRows | MixedRows
 
 
 def rows_of(plan: StagePlan, tokens: Tokens) -> Rows:
     """Return the rows that a stage trains on, in a random order."""
     seed = zlib.crc32(f"{plan.run.seed} {ORDER_NAMES.get(plan.name, plan.name)}".encode())
 
-    def of_documents(store: TokenStore, seed: int) -> PackedRows | PaddedDocuments:
+    def of_documents(store: TokenStore, seed: int) -> PackedRows | WholeDocuments:
         return plan.stage.documents(store, plan.length.seq_len, seed)
 
-    def of_source(source: TokenStore | TokenStream) -> PackedRows | PaddedDocuments | StreamedRows:
+    def of_source(source: TokenStore | TokenStream) -> PackedRows | WholeDocuments | StreamedRows:
         if isinstance(source, TokenStream):
             return StreamedRows(source, of_documents, seed)
         return of_documents(source, seed)
@@ -60,7 +60,9 @@ def report(plan: StagePlan, tokens: Tokens, rows: Rows, val: TokenStore) -> tupl
     if isinstance(tokens, Mixture) or isinstance(rows, MixedRows):
         raise TypeError("rows of a mixture come from a mixture")
     count = rows.tokens_in(plan.row_count)
-    return [f"{_amount(tokens, count)}, {validation}"], {"tokens": count, **_epochs(tokens, count)}
+    positions = plan.row_count * plan.length.seq_len
+    padding = f", {1 - count / positions:.1%} of the rows is padding" if count < 0.99 * positions else ""
+    return [f"{_amount(tokens, count)}{padding}, {validation}"], {"tokens": count, **_epochs(tokens, count)}
 
 
 def _epochs(source: TokenStore | TokenStream, read: int) -> dict[str, float]:

@@ -328,6 +328,9 @@ def test_sft_trains_on_completions_and_measures_what_it_can(material, tmp_path):
     assert train_distill.main([*argv, "stages.sft.optim.lr=0.01", f"data.cache_dir={tmp_path / 'cache'}"]) == 0
     first, last = rows(out, "train", "sft")
     assert last["ce"] < first["ce"]
+    # rates and MFU are of the real tokens: those of the eight conversations, over and over
+    assert 0 < first["tokens"] < 256 and last["tokens"] == 2 * first["tokens"]
+    assert 0 < last["mfu"] < 1
     (evaluation,) = rows(out, "eval", "sft")
     assert "ce" in evaluation and "kl" not in evaluation  # everything trains: no exact teacher is in memory
 
