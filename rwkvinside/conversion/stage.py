@@ -281,7 +281,7 @@ def _step(plan: StagePlan, models: _Models, engine: Engine, rows: Rows) -> Step[
         batches = partial(sample, rows, micro_rows=micro_rows, device=engine.world.device)
         step = plan.stage.step(engine.module, models.teacher, plan, batches)
     if plan.settings.activation_checkpointing and plan.stage.recomputes_layers:
-        models.student.lm.train().activation_checkpointing_enable()  # transformers recomputes in training mode only
+        models.student.recompute_layers()
     return step
 
 

@@ -62,9 +62,8 @@ def test_rows_of_whole_documents_are_mixed_by_tokens_too(make_store):
     mixed = MixedRows([WholeDocuments(short, 64, seed=0), WholeDocuments(long, 64, seed=0)], [1, 1], seed=0)
     tokens = mixed.tokens_of(500)
     assert tokens[0] / sum(tokens) == pytest.approx(0.5, abs=0.01)
-    assert mixed.counts(500)[0] == pytest.approx(
-        500 * 64 / 119, abs=8
-    )  # six short ones in a row, of 500 in 9 rows; long ones are cut to 64
+    # six short ones fill a row, and the fifty of them nine; long ones are cut to 64
+    assert mixed.counts(500)[0] == pytest.approx(500 * 64 / (64 + 500 / 9), abs=8)
 
 
 def test_one_weight_for_each_source(mixed):
