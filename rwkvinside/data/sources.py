@@ -161,6 +161,7 @@ class _Loader:
         options = ReadOptions(
             text_column=self.data.text_column,
             rotate=self.data.rotate_options,
+            today=self.data.today,
             vocab_size=self.vocab,
             trust_ids=not self.data.check_ids,
             max_tokens=max_tokens,
@@ -181,7 +182,7 @@ class _Loader:
 
         return TokenStream(
             source,
-            Encoder(self.tokenizer, rotate=self.data.rotate_options),
+            Encoder(self.tokenizer, rotate=self.data.rotate_options, today=self.data.today),
             cache_dir=self.cache,
             block_tokens=self.data.block_tokens,
             text_column=self.data.text_column,

@@ -24,7 +24,7 @@ import numpy as np
 from ..errors import UserError
 from .batch import Batch
 from .encode import Encoder, chunks
-from .readers import DocumentReader
+from .readers import DocumentReader, name_skipped
 from .rows import PackedRows, Row, WholeDocuments, collate
 from .token_store import StoreWriter, TokenStore, entry_key, is_whole, open_store, read_meta, writing
 from .tokenize import source_identity
@@ -70,6 +70,7 @@ class TokenStream:
     ):
         self.source, self.encoder, self.text_column = source, encoder, text_column
         self.block_tokens, self.val_fraction, self.masks = block_tokens, val_fraction, masks
+        name_skipped(source)
         identity = {"source": source_identity(source), "text_column": text_column, "block_tokens": block_tokens}
         self.directory = cache_dir / f"{entry_key(identity | encoder.identity)}.stream"
         self._made = 0  # complete blocks, from the first on
