@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..config.resolve import resolve
 from ..config.schema import Config
-from ..data.sources import missing_sources
+from ..data.sources import close, missing_sources, tokens_of
 from ..errors import UserError
 from ..hybrid.model import HybridModel
 from ..modeling.wkv7 import why_unavailable
@@ -25,9 +25,10 @@ from ..planning.devices import peak_flops
 from ..planning.plan import meta_student, plan_text
 from ..runs.directory import RunDirectory
 from ..stages.plan import RunPlan, RunSettings
+from ..stages.rows import check_targets
 from ..stages.teacher import check_teacher
 from ..support.process_memory import return_freed_memory
-from ..teacher.load import open_tokenizer
+from ..teacher.load import check_files, open_tokenizer
 from ..training.checkpoint import Checkpointer
 from ..training.deepspeed_engine import join_process_group
 from ..training.loggers import Loggers
@@ -123,6 +124,7 @@ def train(
     """
     selected = None if stage is None else [stage]
     plan = resolve(config, selected)
+    check_files(config.teacher)
     directory = RunDirectory(config.out)
     directory.claim(stage=stage, resume=resume or resume_from is not None)
     _check_device(plan.settings.device)
@@ -187,10 +189,21 @@ def kernels_of(settings: RunSettings, shapes: HybridModel) -> str:
 
 
 def _check_inputs(run: Run) -> None:
-    """Refuse now, not after days, what a later stage cannot use."""
-    for name in run.plan.selected:
-        if name not in run.directory.finished():
-            stage = run.plan.stage(name)
-            if missing := missing_sources(run.plan.settings.data, stage.settings.data):
-                raise UserError(f"stage {name}: data {missing[0]!r} does not exist", "correct the path")
-            check_teacher(stage, run.tokenizer)
+    """Refuse now, not after days, what a later stage cannot use.
+
+    What is quick to see comes first, then the data is tokenized, which each stage finds in the cache.
+    """
+    left = [run.plan.stage(name) for name in run.plan.selected if name not in run.directory.finished()]
+    for stage in left:
+        if missing := missing_sources(run.plan.settings.data, stage.settings.data):
+            raise UserError(f"stage {stage.name}: data {missing[0]!r} does not exist", "correct the path")
+        check_teacher(stage, run.tokenizer)
+    settings, vocab = run.plan.settings, run.shapes.lm.config.vocab_size
+    for stage in left:
+        tokens, val = tokens_of(
+            settings.data, stage.settings.data, settings.endless_tokens, run.tokenizer, vocab, run.world
+        )
+        try:
+            check_targets(stage, tokens, val)
+        finally:
+            close(tokens)

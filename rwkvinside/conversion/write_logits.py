@@ -22,7 +22,7 @@ from ..losses.chunked import chunk_tokens
 from ..stages.plan import StagePlan
 from ..stages.registry import objective_class
 from ..stages.rows import Rows, rows_of
-from ..stages.teacher import cache_identity, check_tokenizer, data_hash, online_teacher, shared_vocab
+from ..stages.teacher import cache_identity, check_model, data_hash, online_teacher, shared_vocab
 from ..support.files import free_bytes
 from ..support.progress import Progress
 from ..support.text import rounded_bytes
@@ -63,7 +63,7 @@ def write_logits(plan: StagePlan, out: Path, k: int, shard_bytes: int = SHARD_BY
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device is cuda, but PyTorch finds no CUDA device", "use device=cpu, or see rwkvinside doctor")
     world, tokenizer = Distributed(device), open_tokenizer(plan.run.teacher)
-    check_tokenizer(plan, tokenizer)
+    check_model(plan, tokenizer)
     teacher = online_teacher(plan, world)
     vocab = shared_vocab(plan)
     if not 1 <= k < vocab:

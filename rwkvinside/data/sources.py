@@ -119,6 +119,13 @@ def tokens_of(
     return tokens, val.first(data.val_tokens)
 
 
+def close(tokens: Tokens) -> None:
+    """Stop reading ahead what is streamed."""
+    for part in tokens.parts if isinstance(tokens, Mixture) else [tokens]:
+        if isinstance(part, TokenStream):
+            part.close()
+
+
 def mixture_of(data: DataConfig, stage: StageData) -> tuple[list[str], list[float] | None]:
     """Return the sources of a stage and their shares of its tokens.
 

@@ -68,6 +68,8 @@ class Stage(ABC):
         needs_attention: runs the teacher's attention next to the mixers, so on the teacher's own weights.
         follows_teacher: its loss compares distributions, so it has a choice of teacher.
         has_loss: `stages.<name>.loss` has a meaning.
+        reads_targets: trains on the tokens that the data wants predicted.
+        cuts_documents: does not go on with a long document in the next row.
     """
 
     objective: ClassVar[str]
@@ -77,6 +79,8 @@ class Stage(ABC):
     needs_attention: ClassVar[bool] = False
     follows_teacher: ClassVar[bool] = False
     has_loss: ClassVar[bool] = False
+    reads_targets: ClassVar[bool] = True
+    cuts_documents: ClassVar[bool] = False
 
     @property
     def trains(self) -> bool:

@@ -13,6 +13,7 @@ from ..data.rows import PackedRows, PaddedDocuments, WholeDocuments, document_ba
 from ..data.sources import Mixture, Tokens
 from ..data.stream import StreamedRows, TokenStream
 from ..data.token_store import TokenStore
+from ..errors import UserError
 from .plan import StagePlan
 
 # The order of a stage's rows is drawn from its name. `distill` was spelled with one l when the numbers in
@@ -74,6 +75,28 @@ def _amount(source: TokenStore | TokenStream, read: int) -> str:
     if isinstance(source, TokenStream):
         return f"{read:,} tokens streamed"
     return f"{read:,} tokens, {read / source.num_tokens:.3g} epochs of {source.num_documents:,} documents"
+
+
+def check_targets(plan: StagePlan, tokens: Tokens, val: TokenStore) -> None:
+    """Refuse data without a token to predict, on which a stage would train without a gradient or judge nothing.
+
+    Of a stream its first block counts.
+
+    Raises:
+        UserError: names the stage and its data.
+    """
+    hint = (
+        "a document needs two tokens or more, of which labels, masks and loss flags leave one as a target within "
+        f"stages.{plan.name}.data.seq_len; stages.{plan.name}.data.loss_on=all ignores them"
+    )
+    if plan.stage.reads_targets:
+        length = plan.length.seq_len if plan.stage.cuts_documents else None
+        parts = tokens.parts if isinstance(tokens, Mixture) else (tokens,)
+        stores = [part.training(0) if isinstance(part, TokenStream) else part for part in parts]
+        if not any(store is not None and store.has_targets(length) for store in stores):
+            raise UserError(f"stage {plan.name}: its training data has no token to predict", hint)
+    if not val.has_targets(JUDGED_TOKENS):
+        raise UserError(f"stage {plan.name}: the validation data has no token to predict", hint)
 
 
 def sample(rows: Rows, tokens: int, micro_rows: int, device: torch.device) -> list[Batch]:

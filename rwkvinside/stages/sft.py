@@ -31,6 +31,7 @@ class SupervisedFineTuning(Stage):
     small = StageSize("1M", 512, 4096)
     large = StageSize("20M", 4096, 131072)
     has_loss = True
+    cuts_documents = True
 
     @classmethod
     def defaults(cls, width: int, max_positions: int) -> dict:

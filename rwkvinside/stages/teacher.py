@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..families.registry import find
 from ..hybrid.quantized_linear import linear_names, quantize
 from ..teacher.kinds import TeacherKind
-from ..teacher.load import load_teacher, meta_teacher, open_tokenizer, teacher_config, weights_hash
+from ..teacher.load import check_files, load_teacher, meta_teacher, open_tokenizer, teacher_config, weights_hash
 from ..teacher.logits_store import LogitsReader, check_identity, row_digests
 from ..teacher.signals import OfflineTeacher, OnlineTeacher, SelfTeacher, Teacher, TeacherModel
 from ..training.deepspeed_engine import inference_engine
@@ -83,7 +83,17 @@ def check_teacher(plan: StagePlan, tokenizer: PreTrainedTokenizerBase) -> None:
     if plan.asked_teacher is TeacherKind.OFFLINE:
         check_cache(plan, tokenizer)
     elif plan.settings.teacher_model.path is not None:
-        check_tokenizer(plan, tokenizer)
+        check_model(plan, tokenizer)
+
+
+def check_model(plan: StagePlan, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a second model that is not computed right or damaged, or for which a token of the run has another id.
+
+    Raises:
+        UserError: see `teacher.load.check_files` and `check_tokenizer`.
+    """
+    check_files(plan.signal_teacher)
+    check_tokenizer(plan, tokenizer)
 
 
 def check_tokenizer(plan: StagePlan, tokenizer: PreTrainedTokenizerBase) -> None:
