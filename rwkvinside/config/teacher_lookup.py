@@ -137,7 +137,7 @@ def _check_original(path: str, fields: dict) -> None:
 
 def _teacher(path: str, recipe: dict, fields: dict, local: bool) -> TeacherInfo:
     model_type = fields.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise unsupported(model_type, f"teacher {path}")
 
     _check_original(path, fields)
@@ -152,6 +152,12 @@ def _teacher(path: str, recipe: dict, fields: dict, local: bool) -> TeacherInfo:
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "head_dim"):
         if fields.get(name) is not None:
             size(name)
+    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    for name in ("rope_theta", "factor") if isinstance(rope, dict) else ():
+        value = rope.get(name, fields.get(name))
+        if value is not None and not (isinstance(value, (int, float)) and 0 < value < float("inf")):
+            cause = f"teacher {path}: its configuration has {name} = {value!r:.60} among the rotary settings"
+            raise UserError(cause, "it must be a positive number")
     heads, shared = fields.get("num_attention_heads"), fields.get("num_key_value_heads")
     if heads and shared and heads % shared:
         raise UserError(

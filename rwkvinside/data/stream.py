@@ -70,8 +70,8 @@ class TokenStream:
     ):
         self.source, self.encoder, self.text_column = source, encoder, text_column
         self.block_tokens, self.val_fraction, self.masks = block_tokens, val_fraction, masks
-        name_skipped(source)
         identity = {"source": source_identity(source), "text_column": text_column, "block_tokens": block_tokens}
+        name_skipped(source)
         self.directory = cache_dir / f"{entry_key(identity | encoder.identity)}.stream"
         self._made = 0  # complete blocks, from the first on
         self._requested = 0

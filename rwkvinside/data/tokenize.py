@@ -80,7 +80,6 @@ def load_tokens(
         elif is_binidx(source):
             store = _open_binidx(source, cache, progress)
         else:
-            name_skipped(source)
             store = _tokenized(source, encoder, replace(options, max_tokens=left), cache, progress)
         if options.vocab_size is not None:
             store.check_vocab(options.vocab_size)
@@ -149,6 +148,7 @@ def _tokenized(
         "max_tokens": options.max_tokens,
         **encoder.identity,
     }
+    name_skipped(source)
     entry = cache / entry_key(identity)
     if not is_whole(entry):
         with writing(entry) as unfinished, StoreWriter(unfinished) as writer:

@@ -27,7 +27,7 @@ from .settings import TeacherConfig
 
 # What transformers raises over values of a configuration that it did not expect.
 BROKEN = (
-    *(ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError),
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError),
     StrictDataclassError,
 )
 POINTER = b"version https://git-lfs"

@@ -67,8 +67,11 @@ class MetricsWriter:
             self._logger.begin(stage, step or 0)
         if not self.path.exists():
             return
-        lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
-        remaining = [line for line in lines if not _repeated(json.loads(line), stage, step)]
+        lines = self.path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")[:-1]
+        try:
+            remaining = [line for line in lines if not _repeated(json.loads(line), stage, step)]
+        except (AttributeError, TypeError, ValueError, RecursionError) as error:
+            raise UserError(f"{self.path} has a damaged line ({error})", "`rwkvinside report` names it") from error
         write_text(self.path, "".join(f"{line}\n" for line in remaining), hint=HINT)
 
 
