@@ -44,13 +44,13 @@ def _wrong(row: object) -> str:
         if not isinstance(row.get("stage"), str):
             return f"is of stage {row.get('stage')!r:.40}, not a name"
         for name in ("step", "tokens"):
-            if not isinstance(row.get(name), int):
+            if not isinstance(row.get(name, 0 if name == "tokens" else None), int):
                 return f"has {name} = {row.get(name)!r:.40}, not a whole number"
     layers = row.get("layers", {})
     if not isinstance(layers, dict) or not all(layer.isdecimal() for layer in layers):
         return f"has layers = {layers!r:.40}, not numbers by layer"
     for name, value in row.items():
-        if name not in ("kind", "stage") and not _is_numbers(value):
+        if name not in ("kind", "stage", "teacher") and not _is_numbers(value):
             return f"has {name} = {value!r:.40}, not a number"
     return ""
 

@@ -119,7 +119,8 @@ class Console:
         """Show an evaluation row: its numbers by name."""
         skipped = ("step", "tokens", "time")
         numbers = [f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, (int, float)) and k not in skipped]
-        self.say(f"{self.stage} {row['step']}/{self.steps}  {row['kind']}: {'  '.join(numbers)}")
+        against = f"  (teacher: {row['teacher']})" if "teacher" in row else ""
+        self.say(f"{self.stage} {row['step']}/{self.steps}  {row['kind']}: {'  '.join(numbers)}{against}")
 
     def say(self, line: str) -> None:
         """Show a line of text."""

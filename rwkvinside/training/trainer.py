@@ -225,7 +225,7 @@ class Trainer(Generic[AnyBatch]):
             callback.step(self, row)
 
     def _evaluate(self) -> None:
-        numbers: dict[str, float] = {}
+        numbers: dict[str, float | str] = {}
         for callback in self.callbacks:
             numbers |= callback.evaluate(self)
         if numbers:

@@ -13,8 +13,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny import byte_tokenizer, save_qwen3
 
 import train_distill
+from rwkvinside.api import evaluate
 from rwkvinside.config.load import load_config
 from rwkvinside.config.resolve import resolve
+from rwkvinside.export.card import measurements, table
 from rwkvinside.training.callbacks import WriteMetrics
 
 
@@ -477,3 +479,34 @@ def test_missing_data_of_a_later_stage_shows_at_once(material, tmp_path, capsys)
     assert train(material, tmp_path / "run", "stages.distill.data.train=[nowhere.jsonl]") == 2
     assert "stage distill: data 'nowhere.jsonl' does not exist" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "more, label, last",
+    [
+        (["quantize.groups=[mlp,teacher]", "stages.distill.train=[mixer]"], "quantized (nf4)", None),
+        (["stages.distill.teacher=separate", "stages.distill.teacher_model.quantize=int8"], "quantized (int8)", None),
+        (["stages.distill.teacher_model.path={teacher}"], "{teacher}", "{teacher}"),
+    ],
+)
+def test_the_last_numbers_are_against_the_original(material, tmp_path, more, label, last):
+    """Those before say what they compare with, and the last ones where they must."""
+    teacher, out = str(material / "teacher"), tmp_path / "run"
+    more = [field.format(teacher=teacher) for field in more]
+    assert train(material, out, "run=[distill]", "stages.distill.evaluate_every_tokens=256", *more) == 0
+    before, final = rows(out, "eval", "distill")
+    assert before["teacher"] == label.format(teacher=teacher)
+    assert final.get("teacher") == (last and last.format(teacher=teacher))
+    found = evaluate(out, teacher, data=[material / "val.jsonl"], device="cpu")
+    assert found["kl"] == pytest.approx(final["kl"], rel=1e-3)
+    assert found["ce_teacher"] == pytest.approx(final["ce_teacher"], rel=1e-5)
+    assert (before["ce_teacher"] == pytest.approx(final["ce_teacher"], rel=1e-5)) == (last is not None)
+
+
+def test_no_memory_for_the_original_is_said(material, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("rwkvinside.conversion.build.SHARE", 0.0)
+    assert train(material, tmp_path / "run", "run=[calibrate]", "quantize.groups=[mlp]") == 0
+    assert "no memory for the original teacher" in capsys.readouterr().out
+    assert [row["teacher"] for row in rows(tmp_path / "run", "eval", "calibrate")] == ["quantized (nf4)"] * 2
+    said = table(measurements(tmp_path / "run" / "metrics.jsonl"))
+    assert said.endswith("After stage calibrate the teacher is not the original: quantized (nf4).")
