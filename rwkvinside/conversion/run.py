@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from ..config.resolve import resolve
 from ..config.schema import Config
 from ..data.sources import close, missing_sources, tokens_of
-from ..errors import UserError
+from ..errors import Interrupted, UserError
 from ..hybrid.model import HybridModel
 from ..modeling.wkv7 import why_unavailable
 from ..planning.devices import peak_flops
@@ -34,6 +34,7 @@ from ..training.deepspeed_engine import join_process_group
 from ..training.loggers import Loggers
 from ..training.metrics import Console
 from ..training.process_group import Distributed
+from ..training.stop_signal import sigterm_interrupts
 from .build import fingerprint
 from .stage import run_stage
 
@@ -99,6 +100,7 @@ class Run:
         return before
 
 
+@sigterm_interrupts()
 def train(
     config: Config,
     *,
@@ -148,6 +150,11 @@ def train(
             else:
                 run_stage(run, plan.stage(name), resume_from)
                 resume_from = None
+    except KeyboardInterrupt as error:  # other than in a step, which is finished and saved
+        if any(Checkpointer(directory.stage(stage.name), {}).names() for stage in plan.stages):
+            cause = f"stopped; what was saved before is in {directory.path}"
+            raise Interrupted(cause, "continue with --resume") from error
+        raise
     finally:
         loggers.close()
         world.close()

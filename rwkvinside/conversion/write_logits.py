@@ -31,6 +31,7 @@ from ..teacher.logits_store import SHARD_BYTES, LogitsWriter, position_bytes, ro
 from ..teacher.signals import OnlineTeacher
 from ..training.precision import precision_context
 from ..training.process_group import Distributed
+from ..training.stop_signal import sigterm_interrupts
 
 
 def distillation_plan(config: Config, name: str) -> StagePlan:
@@ -45,6 +46,7 @@ def distillation_plan(config: Config, name: str) -> StagePlan:
     return resolve(config, [name]).stage(name)
 
 
+@sigterm_interrupts()
 def write_logits(plan: StagePlan, out: Path, k: int, shard_bytes: int = SHARD_BYTES) -> None:
     """Write the logits of a stage, or what is missing of them.
 
@@ -100,6 +102,8 @@ def write_logits(plan: StagePlan, out: Path, k: int, shard_bytes: int = SHARD_BY
                     writer.write(shard, *_shard(teacher, rows, shard, micro_rows, vocab, k, temperature, advance))
                 written += len(shard)
     except KeyboardInterrupt as error:
+        if not written:
+            raise
         raise Interrupted(f"stopped with {written:,} of {count:,} rows", "the same command again goes on") from error
     progress.say(f"{plan.name}: {written:,} of {count:,} rows are in {out}")
 

@@ -148,7 +148,8 @@ class Trainer(Generic[AnyBatch]):
 
         Raises:
             UserError: a loss or gradient that is not finite (the last good checkpoint stays), or no space to save.
-            Interrupted: SIGTERM or SIGINT came on any rank; the step was finished and saved.
+            Interrupted: SIGTERM or SIGINT came on any rank; the step was finished and saved. KeyboardInterrupt, if that
+                was before the first one.
         """
         plan, steps = self.plan, self.plan.length.steps
         end = steps if until is None else min(until, steps)
@@ -287,7 +288,7 @@ class Trainer(Generic[AnyBatch]):
     def _interrupt(self) -> NoReturn:
         where = f"stage {self.plan.stage} stopped at step {self.done} of {self.plan.length.steps}"
         if self.checkpointer is None or not self.done:
-            raise Interrupted(f"{where}, nothing to save", "start it again")
+            raise KeyboardInterrupt(where)  # nothing to save
         self._save(required=True)
         raise Interrupted(f"{where}, saved in {self.checkpointer.directory}", "continue with --resume")
 

@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import random
 import shutil
+import signal
 from contextlib import redirect_stdout
 
 import pytest
@@ -16,6 +18,7 @@ import train_distill
 from rwkvinside.api import evaluate
 from rwkvinside.config.load import load_config
 from rwkvinside.config.resolve import resolve
+from rwkvinside.conversion import run as conversion
 from rwkvinside.export.card import measurements, table
 from rwkvinside.training.callbacks import WriteMetrics
 
@@ -510,3 +513,26 @@ def test_no_memory_for_the_original_is_said(material, tmp_path, monkeypatch, cap
     assert [row["teacher"] for row in rows(tmp_path / "run", "eval", "calibrate")] == ["quantized (nf4)"] * 2
     said = table(measurements(tmp_path / "run" / "metrics.jsonl"))
     assert said.endswith("After stage calibrate the teacher is not the original: quantized (nf4).")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_between_the_steps(material, tmp_path, monkeypatch, capsys, number):
+    """Before anything is saved one line and 130; after that 75, and --resume goes on."""
+    begun, run_stage = [], conversion.run_stage
+
+    def signalled(run, plan, resume_from):
+        begun.append(plan.name)
+        if len(begun) in (1, 3):
+            os.kill(os.getpid(), number)
+        run_stage(run, plan, resume_from)
+
+    monkeypatch.setattr(conversion, "run_stage", signalled)
+    before = signal.getsignal(signal.SIGTERM)
+    out, stages = tmp_path / "run", "run=[calibrate,align]"
+    assert train(material, out, stages) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
+    assert train(material, out, stages) == 75  # calibrate is done
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-2:] == [f"error: stopped; what was saved before is in {out}", "continue with --resume"]
+    assert train(material, out, stages, "--resume") == 0 and begun == ["calibrate", "calibrate", "align", "align"]
+    assert signal.getsignal(signal.SIGTERM) == before
