@@ -92,7 +92,7 @@ class MixerModel(PreTrainedModel):
     The initialization of mixers that were not loaded, and what activation checkpointing must not be.
     """
 
-    def _set_gradient_checkpointing(
+    def _set_gradient_checkpointing(  # type: ignore[override]  # whose options differ between versions
         self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
     ) -> None:
         """Switch activation checkpointing, as all of transformers' own ways to it do in the end.
