@@ -28,6 +28,8 @@ from .teacher_lookup import TeacherInfo, find_teacher, variants
 DEFAULT_DATA = "hub:HuggingFaceFW/fineweb-edu:sample-10BT"  # for teachers from the hub when no data is named
 REFERENCE = "all fields: rwkvinside config fields"
 
+UNREADABLE = (ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException)
+
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -66,7 +68,9 @@ def load_config(
     flags += [{"variant": list(variant)}] if variant else []
     flags += [{"out": out}] if out else []
     flags += [{"deepspeed": {"config": _read_json(deepspeed)}}] if deepspeed else []
-    user = _merge([*map(_read_yaml, files), *flags, *map(_override, overrides)])
+    layers = [*map(_read_yaml, files), *flags, *map(_override, overrides)]
+    _check_sections(layers)
+    user = _merge(layers)
     info = _find_teacher(user)
     if isinstance(user.get("variant"), str):
         user["variant"] = [user["variant"]]
@@ -212,9 +216,8 @@ def _read_yaml(file: str | os.PathLike) -> dict:
         return _plain(values)
     except OSError as error:
         raise UserError(f"configuration {file} cannot be read: {error.strerror}", "check the path") from error
-    except (UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"configuration {file} is not valid YAML: {reason}", "correct the file") from error
+    except UNREADABLE as error:
+        raise UserError(f"configuration {file} is not valid YAML: {_reason(error)}", "correct the file") from error
 
 
 def _read_json(file: str | os.PathLike) -> dict:
@@ -223,8 +226,8 @@ def _read_json(file: str | os.PathLike) -> dict:
             values = json.load(stream)
     except OSError as error:
         raise UserError(f"configuration {file} cannot be read: {error.strerror}", "check the path") from error
-    except ValueError as error:
-        raise UserError(f"configuration {file} is not valid JSON: {error}", "correct the file") from error
+    except UNREADABLE as error:
+        raise UserError(f"configuration {file} is not valid JSON: {_reason(error)}", "correct the file") from error
     if not isinstance(values, dict):
         raise UserError(f"{file} is not a mapping of settings", "see DeepSpeed's documentation of its configuration")
     return values
@@ -236,9 +239,36 @@ def _override(text: str) -> dict:
         raise UserError(f"{text!r} is not of the form key=value", "for instance stages.align.tokens=600k")
     try:
         return _plain(OmegaConf.from_dotlist([text]))
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{text!r}: the value is not valid YAML: {reason}", "quote it") from error
+    except UNREADABLE as error:
+        raise UserError(f"{_show(text)}: the value is not valid YAML: {_reason(error)}", "quote it") from error
+
+
+def _reason(error: Exception) -> str:
+    """Return what is wrong with a text in YAML or JSON, in one line."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    reason = " ".join(str(error).split())
+    return "a number of more than 4,300 digits" if "integer string conversion" in reason else reason
+
+
+def _check_sections(layers: Sequence[dict]) -> None:
+    """Refuse another value in place of a section of which several layers say something: one would hide the other.
+
+    Raises:
+        UserError: names the section and the value.
+    """
+    for name in sorted(set().union(*layers) & {"stages", *Config.model_fields}):
+        annotation = Config.model_fields[name].annotation
+        values = [layer[name] for layer in layers if layer.get(name) is not None]
+        section = name == "stages" or isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        wrong = [value for value in values if not isinstance(value, dict)]
+        if section and wrong and len(values) > 1:
+            raise UserError(f"{name} = {_show(wrong[0])}: must be a mapping of settings", _section_hint(name))
+
+
+def _section_hint(name: str) -> str:
+    examples = {"data": "as in data: {train: [a.jsonl]}", "teacher": "as in teacher: {path: Qwen/Qwen3-0.6B}"}
+    return f"{examples[name]}; {REFERENCE}" if name in examples else REFERENCE
 
 
 def _merge(layers: Iterable[dict]) -> dict:
@@ -246,7 +276,10 @@ def _merge(layers: Iterable[dict]) -> dict:
 
     Mappings are merged, everything else (lists too) is replaced by the later layer.
     """
-    merged = OmegaConf.merge({}, *map(OmegaConf.create, layers))
+    try:
+        merged = OmegaConf.merge({}, *map(OmegaConf.create, layers))
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        raise UserError(f"the settings do not fit together: {_reason(error)}", REFERENCE) from error
     return _plain(cast(DictConfig, merged), resolve=False)
 
 

@@ -27,7 +27,7 @@ class Config(Section):
     run: list[str] = Field(description="Stages to run, in order; each starts from the last one's result.")
     stages: dict[str, StageConfig] = Field(description="Settings by stage name; own names need an objective.")
     out: str = Field(description="Run directory; must be new or empty unless resumed.")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of initialization and data order.")
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = Field(0, description="Seed of initialization and data order.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train; auto: cuda when there is one.")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="Arithmetic; bf16 keeps fp32 masters; auto: bf16 on cuda, fp32 on CPU."

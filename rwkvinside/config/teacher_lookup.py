@@ -117,25 +117,53 @@ def _download(repository: str, revision: str | None) -> Path:
 def _read(file: Path) -> dict:
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read as JSON: {error}", "give a Hugging Face model directory") from error
     if not isinstance(fields, dict):
         raise UserError(f"{file} is not a JSON object", "give a Hugging Face model directory")
     return fields
 
 
+def _check_original(path: str, fields: dict) -> None:
+    """Refuse weights that are quantized already: they would be converted from a rounded model, if they load at all."""
+    if (quantized := fields.get("quantization_config")) is None:
+        return
+    method = quantized.get("quant_method") if isinstance(quantized, dict) else None
+    raise UserError(
+        f"teacher {path} is already quantized{f' ({method})' if method else ''}",
+        "give the original model; quantize.groups and teacher_model.quantize quantize it here",
+    )
+
+
 def _teacher(path: str, recipe: dict, fields: dict, local: bool) -> TeacherInfo:
     model_type = fields.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise unsupported(model_type, f"teacher {path}")
+
+    _check_original(path, fields)
 
     def size(name: str) -> int:
         value = fields.get(name)
-        if not isinstance(value, int) or value < 1:
-            cause = f"teacher {path}: its configuration has {name} = {value!r}"
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
+            cause = f"teacher {path}: its configuration has {name} = {value!r:.60}"
             raise UserError(cause, "it must be a positive integer")
         return value
 
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "head_dim"):
+        if fields.get(name) is not None:
+            size(name)
+    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    for name in ("rope_theta", "factor") if isinstance(rope, dict) else ():
+        value = rope.get(name, fields.get(name))
+        if value is not None and not (isinstance(value, (int, float)) and 0 < value < float("inf")):
+            cause = f"teacher {path}: its configuration has {name} = {value!r:.60} among the rotary settings"
+            raise UserError(cause, "it must be a positive number")
+    heads, shared = fields.get("num_attention_heads"), fields.get("num_key_value_heads")
+    if heads and shared and heads % shared:
+        raise UserError(
+            f"teacher {path}: its configuration has num_attention_heads = {heads} and num_key_value_heads = {shared}",
+            "the first must be a multiple of the second",
+        )
     return TeacherInfo(
         path=path,
         recipe=recipe,

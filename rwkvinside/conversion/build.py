@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -24,8 +25,10 @@ from ..runs.directory import RunDirectory
 from ..stages.param_groups import rate_groups
 from ..stages.phases import Phase
 from ..stages.plan import StagePlan
+from ..stages.teacher import original_teacher
+from ..support.text import rounded_bytes
 from ..teacher.kinds import TeacherKind
-from ..teacher.load import load_teacher
+from ..teacher.load import load_teacher, meta_teacher
 from ..teacher.signals import OfflineTeacher, OnlineTeacher, Teacher
 from ..training.deepspeed_engine import DeepSpeedEngine
 from ..training.frozen_weights import NAME, read_frozen_weights, write_frozen_weights
@@ -33,6 +36,8 @@ from ..training.gradient_watch import GradientWatch
 from ..training.local_engine import LocalEngine
 from ..training.process_group import Distributed
 from ..training.protocols import Step
+
+SHARE = 0.8  # of the free memory that an additional teacher may take
 
 
 def make_student(
@@ -192,6 +197,34 @@ def work_of(plan: StagePlan, student: HybridModel, kind: TeacherKind | None, tea
     """
     second = teacher.module.lm if isinstance(teacher, OnlineTeacher) else None
     return training_flops(student, plan, kind, second).total
+
+
+def original_for(
+    plan: StagePlan, label: str | None, world: Distributed, say: Callable[[str], None]
+) -> OnlineTeacher | None:
+    """Return the original of a quantized teacher, for the last numbers of a stage.
+
+    None: the stage's own teacher is the original or another model, or no memory is left for the original on every rank,
+    which is said.
+
+    Args:
+        label: from `teacher_label`.
+        say: prints a line.
+    """
+    if label is None or "quantized" not in label:
+        return None
+    weights = meta_teacher(plan.signal_teacher).state_dict().values()
+    item = torch.float32.itemsize if plan.run.precision == "fp32" else plan.run.teacher_dtype.itemsize
+    needed = sum(weight.numel() for weight in weights) * item
+    cuda = world.device.type == "cuda"
+    free = torch.cuda.mem_get_info(world.device)[0] if cuda else psutil.virtual_memory().available
+    if world.all_reduce_sum([needed > SHARE * free])[0]:
+        say(
+            f"{plan.name}: no memory for the original teacher ({rounded_bytes(needed)}): the last numbers compare with "
+            f"the one that is {label}; `rwkvinside eval RUN` compares with the original"
+        )
+        return None
+    return original_teacher(plan, world)
 
 
 def numbers(scores: Scores, teacher: Teacher | None) -> dict[str, float]:

@@ -18,23 +18,26 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..config.resolve import resolve
 from ..config.schema import Config
-from ..errors import UserError
+from ..data.sources import close, tokens_of
+from ..errors import Interrupted, UserError
 from ..hybrid.model import HybridModel
 from ..modeling.wkv7 import why_unavailable
 from ..planning.devices import peak_flops
 from ..planning.fitting import resolve_fitted
 from ..planning.plan import meta_student, plan_text
 from ..runs.directory import DIGESTS, RunDirectory
-from ..stages.plan import RunPlan, RunSettings
+from ..stages.plan import RunPlan, RunSettings, StagePlan
+from ..stages.rows import check_targets
 from ..support.digests import FileDigests
 from ..support.lock import locked
 from ..support.process_memory import return_freed_memory
-from ..teacher.load import open_tokenizer
+from ..teacher.load import check_files, open_tokenizer
 from ..training.checkpoint import Checkpoint, Checkpointer
 from ..training.deepspeed_engine import join_process_group
 from ..training.loggers import Loggers
 from ..training.metrics import Console
 from ..training.process_group import Distributed
+from ..training.stop_signal import sigterm_interrupts
 from .admission import Admission, admit
 from .build import fingerprint
 from .stage import run_stage
@@ -129,6 +132,7 @@ class Run:
         return before
 
 
+@sigterm_interrupts()
 def train(
     config: Config,
     *,
@@ -156,6 +160,7 @@ def train(
     """
     selected, resume = None if stage is None else [stage], resume or resume_from is not None
     plan = resolve(config, selected)
+    check_files(config.teacher)
     directory = RunDirectory(config.out)
     directory.claim(stage=stage, resume=resume)
     _check_device(plan.settings.device)
@@ -175,7 +180,14 @@ def train(
         digests = FileDigests(directory.path / DIGESTS)
         asked = {"stage": stage, "resume": resume, "allow_changes": allow_changes}
         admission = world.on_main(lambda: admit(config, plan, directory, tokenizer, digests, **asked)) or Admission()
-        _run(Run(config, plan, text, directory, world, tokenizer, shapes, loggers, digests, admission), resume_from)
+        run = Run(config, plan, text, directory, world, tokenizer, shapes, loggers, digests, admission)
+        try:
+            _run(run, resume_from)
+        except KeyboardInterrupt as error:  # other than in a step, which is finished and saved
+            if any(Checkpointer(directory.stage(stage.name), {}).names() for stage in plan.stages):
+                cause = f"stopped; what was saved before is in {directory.path}"
+                raise Interrupted(cause, "continue with --resume") from error
+            raise
 
 
 def _run(run: Run, resume_from: str | None) -> None:
@@ -192,6 +204,8 @@ def _run(run: Run, resume_from: str | None) -> None:
         raise UserError(f"all stages of {run.directory.path} are finished", "leave out --resume-from")
     if not unfinished:
         run.say(f"nothing is left to do in {run.directory.path}")
+    for name in unfinished:
+        _check_data(run, run.plan.stage(name))
     for name in unfinished:
         run_stage(run, run.plan.stage(name), resume_from)
         resume_from = None
@@ -230,3 +244,18 @@ def kernels_of(settings: RunSettings, shapes: HybridModel) -> str:
     if precision == "auto":
         precision = "balanced" if settings.precision == "bf16" else "fp32"
     return f"triton, {precision}"
+
+
+def _check_data(run: Run, stage: StagePlan) -> None:
+    """Refuse now, not after days, data in which a stage finds nothing to learn.
+
+    It is tokenized for this; the stage finds it in the cache.
+    """
+    settings, vocab = run.plan.settings, run.shapes.lm.config.vocab_size
+    tokens, val = tokens_of(
+        settings.data, stage.settings.data, settings.endless_tokens, run.tokenizer, vocab, run.world
+    )
+    try:
+        check_targets(stage, tokens, val)
+    finally:
+        close(tokens)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -20,7 +22,7 @@ from ..stages.phases import Phase
 from ..stages.plan import StagePlan
 from ..stages.rows import Rows, leading_text, report, rows_of, sample, validation_batches
 from ..stages.summary import training_table
-from ..stages.teacher import build_teacher
+from ..stages.teacher import build_teacher, teacher_label
 from ..support.progress import Progress
 from ..support.text import rounded_flop
 from ..teacher.kinds import TeacherKind
@@ -31,6 +33,7 @@ from ..training.checkpoint import Checkpoint
 from ..training.deepspeed_engine import Engine
 from ..training.metrics import Console, MetricsWriter
 from ..training.precision import precision_context
+from ..training.process_group import Distributed
 from ..training.protocols import Step
 from ..training.schedule import Schedule
 from ..training.trainer import Trainer, TrainingPlan, check_resumable
@@ -41,6 +44,7 @@ from .build import (
     make_engine,
     make_student,
     numbers,
+    original_for,
     read_frozen,
     stage_settings,
     watch_adapters,
@@ -187,7 +191,8 @@ def _fit(run: Run, plan: StagePlan, models: _Models, inputs: _Inputs) -> dict:
     if not run.world.is_main:
         run.world.barrier()
         return {}
-    device, student, teacher = run.world.device, models.student, models.teacher
+    device, student = run.world.device, models.student
+    judge = partial(_judge, run, plan, models, alone=True)
     metrics, console = MetricsWriter(run.directory.path, run.loggers), Console(plan.name, 1)
     metrics.begin(plan.name)
     student.to(device)
@@ -201,8 +206,8 @@ def _fit(run: Run, plan: StagePlan, models: _Models, inputs: _Inputs) -> dict:
         return written
 
     def evaluate(step: int) -> dict:
-        with precision_context(plan.run.precision, device):
-            scores = numbers(evaluate_student(student, teacher, inputs.validation, device), teacher)
+        with precision_context(plan.run.precision, device), judge(final=step == 1) as (against, label):
+            scores = numbers(evaluate_student(student, against, inputs.validation, device), against) | label
         console.evaluation(row("eval", step, scores))
         return scores
 
@@ -232,7 +237,8 @@ def _train(
     work = work_of(plan, student, models.kind, models.teacher)
     engine = make_engine(plan, phase, student, world)
     try:
-        evaluation = _Evaluation(engine, evaluation_teacher(models.teacher), inputs.validation)
+        judge = partial(_judge, run, plan, models)
+        evaluation = _Evaluation(engine, judge, inputs.validation, plan.length.steps)
         trainer = Trainer(
             engine,
             watch_adapters(_step(plan, models, engine, inputs.rows), student),
@@ -255,23 +261,59 @@ def _train(
 class _Evaluation:
     """Scores of the student on the validation documents, shared by all ranks.
 
+    Args:
+        judge: gives the teacher to compare with, see `_judge`.
+        steps: after which the numbers are the last ones.
+
     Attributes:
         last: the numbers of the last evaluation, {} before the first one.
     """
 
-    def __init__(self, engine: Engine, teacher: Teacher | None, batches: list[Batch]):
-        self._engine, self._teacher, self._world = engine, teacher, engine.world
+    def __init__(
+        self,
+        engine: Engine,
+        judge: Callable[..., AbstractContextManager[tuple[Teacher | None, dict]]],
+        batches: list[Batch],
+        steps: int,
+    ):
+        self._engine, self._judge, self._world, self._steps = engine, judge, engine.world, steps
         self._batches = share(batches, self._world.rank, self._world.size)
-        self.last: dict[str, float] = {}
+        self.last: dict = {}
 
-    def __call__(self, done: int) -> dict[str, float]:
+    def __call__(self, done: int) -> dict:
         world = self._world
-        with self._engine.autocast():
-            scores = evaluate_student(
-                self._engine.module, self._teacher, self._batches, world.device, world.all_reduce_sum
-            )
-        self.last = numbers(scores, self._teacher)
+        with self._engine.autocast(), self._judge(final=done == self._steps) as (teacher, label):
+            scores = evaluate_student(self._engine.module, teacher, self._batches, world.device, world.all_reduce_sum)
+        self.last = numbers(scores, teacher) | label
         return self.last
+
+
+@contextmanager
+def _judge(
+    run: Run, plan: StagePlan, models: _Models, *, final: bool, alone: bool = False
+) -> Iterator[tuple[Teacher | None, dict]]:
+    """Yield the teacher that an evaluation compares with, and {"teacher": what it is} where it is not the original.
+
+    The last numbers of a stage are against the original, where a quantized teacher stood in for it before.
+
+    Args:
+        run, plan, models: of the stage.
+        final: these are the last numbers.
+        alone: the other ranks wait.
+    """
+    teacher, label = evaluation_teacher(models.teacher), teacher_label(plan, models.student, models.kind)
+    if teacher is None:
+        label = None
+    world = Distributed(run.world.device) if alone else run.world
+    original = original_for(plan, label, world, run.say) if final else None
+    if original is None:
+        yield teacher, {"teacher": label} if label else {}
+        return
+    try:
+        second = plan.settings.teacher_model.path
+        yield original, {"teacher": second} if second else {}
+    finally:
+        original.close()
 
 
 def _step(plan: StagePlan, models: _Models, engine: Engine, rows: Rows) -> Step[Batch]:
@@ -281,7 +323,7 @@ def _step(plan: StagePlan, models: _Models, engine: Engine, rows: Rows) -> Step[
         batches = partial(sample, rows, micro_rows=micro_rows, device=engine.world.device)
         step = plan.stage.step(engine.module, models.teacher, plan, batches)
     if plan.settings.activation_checkpointing and plan.stage.recomputes_layers:
-        models.student.lm.train().activation_checkpointing_enable()  # transformers recomputes in training mode only
+        models.student.recompute_layers()
     return step
 
 

@@ -23,7 +23,7 @@ from ..runs.directory import DIGESTS
 from ..stages.plan import StagePlan
 from ..stages.registry import objective_class
 from ..stages.rows import Rows, rows_of
-from ..stages.teacher import cache_identity, check_tokenizer, data_hash, online_teacher, shared_vocab
+from ..stages.teacher import cache_identity, check_model, data_hash, online_teacher, shared_vocab
 from ..support.digests import FileDigests
 from ..support.files import free_bytes
 from ..support.lock import locked
@@ -34,6 +34,7 @@ from ..teacher.logits_store import SHARD_BYTES, LogitsWriter, position_bytes, ro
 from ..teacher.signals import OnlineTeacher
 from ..training.precision import precision_context
 from ..training.process_group import Distributed
+from ..training.stop_signal import sigterm_interrupts
 
 
 def distillation_plan(config: Config, name: str) -> StagePlan:
@@ -48,6 +49,7 @@ def distillation_plan(config: Config, name: str) -> StagePlan:
     return resolve(config, [name]).stage(name)
 
 
+@sigterm_interrupts()
 def write_logits(plan: StagePlan, out: Path, k: int, shard_bytes: int = SHARD_BYTES) -> None:
     """Write the logits of a stage, or what is missing of them.
 
@@ -72,7 +74,7 @@ def _write(plan: StagePlan, out: Path, k: int, shard_bytes: int) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device is cuda, but PyTorch finds no CUDA device", "use device=cpu, or see rwkvinside doctor")
     world, tokenizer = Distributed(device), open_tokenizer(plan.run.teacher)
-    check_tokenizer(plan, tokenizer)
+    check_model(plan, tokenizer)
     teacher = online_teacher(plan, world)
     vocab = shared_vocab(plan)
     if not 1 <= k < vocab:
@@ -111,6 +113,8 @@ def _write(plan: StagePlan, out: Path, k: int, shard_bytes: int) -> None:
                     writer.write(shard, *_shard(teacher, rows, shard, micro_rows, vocab, k, temperature, advance))
                 written += len(shard)
     except KeyboardInterrupt as error:
+        if not written:
+            raise
         raise Interrupted(f"stopped with {written:,} of {count:,} rows", "the same command again goes on") from error
     progress.say(f"{plan.name}: {written:,} of {count:,} rows are in {out}")
 

@@ -25,8 +25,8 @@ from ..errors import UserError
 from ..support.sealed import sealed_text, unsealed
 from .batch import Batch
 from .encode import Encoder, chunks
-from .readers import DocumentReader
-from .rows import PackedRows, PaddedDocuments, Row, collate
+from .readers import DocumentReader, name_skipped
+from .rows import PackedRows, Row, WholeDocuments, collate
 from .settings import MAX_LINE_BYTES
 from .token_store import StoreWriter, TokenStore, entry_key, is_whole, open_store, read_meta, writing
 from .tokenize import source_identity
@@ -76,6 +76,7 @@ class TokenStream:
         self.block_tokens, self.val_fraction, self.masks = block_tokens, val_fraction, masks
         self.max_line_bytes = max_line_bytes
         identity = {"source": source_identity(source), "text_column": text_column, "block_tokens": block_tokens}
+        name_skipped(source)
         self.directory = cache_dir / f"{entry_key(identity | encoder.identity)}.stream"
         self._made = 0  # complete blocks, from the first on
         self._requested = 0
@@ -262,7 +263,7 @@ class StreamedRows:
 
     rows_per_epoch = float("inf")
 
-    def __init__(self, stream: TokenStream, make: Callable[[TokenStore, int], PackedRows | PaddedDocuments], seed: int):
+    def __init__(self, stream: TokenStream, make: Callable[[TokenStore, int], PackedRows | WholeDocuments], seed: int):
         self.stream, self.seed = stream, seed
         self._make = make
         self._rows = lru_cache(maxsize=4)(self._rows_of)
@@ -275,13 +276,13 @@ class StreamedRows:
             )
         self.tokens_per_row, self.seq_len = first.tokens_per_row, first.seq_len
 
-    def _rows_of(self, block: int) -> PackedRows | PaddedDocuments | None:
+    def _rows_of(self, block: int) -> PackedRows | WholeDocuments | None:
         """Return the rows of a block, None if all its documents are held out."""
         store = self.stream.training(block)
         seed = zlib.crc32(f"{self.seed} {block}".encode())
         return self._make(store, seed) if store.num_documents else None
 
-    def _place(self, i: int) -> tuple[PackedRows | PaddedDocuments, int]:
+    def _place(self, i: int) -> tuple[PackedRows | WholeDocuments, int]:
         """Return the rows of the block that contains row i, and its number there."""
         while not self._whole and i >= self._starts[-1]:
             block = len(self._starts) - 1

@@ -138,6 +138,16 @@ class TokenStore:
             labels[: len(following)][self.loss[a + 1 : min(b + 1, end)] == 0] = IGNORE
         return ids, labels
 
+    def has_targets(self, length: int | None = None) -> bool:
+        """Return whether there is a token to predict.
+
+        Args:
+            length: tokens of each document that count; None: all.
+        """
+        if self.loss is None:
+            return bool((self.lengths > 1).any())
+        return any((self.piece(i, 0, length)[1] != IGNORE).any() for i in range(self.num_documents))
+
     def masked(self, document: int) -> np.ndarray:
         """Return a bool for each of a document's tokens, True = carries no loss."""
         first, end = self._bounds(document)

@@ -18,8 +18,9 @@ import numpy as np
 from ..errors import UserError
 from ..support.scratch import scratch
 from .binidx import is_binidx, pair, read_binidx, scan
+from .chat import DATE
 from .encode import CHUNK_DOCUMENTS, Encoder, check_ids, chunks, tokenizer_hash
-from .readers import HUB, DocumentReader, source_files
+from .readers import HUB, DocumentReader, name_skipped, source_files
 from .settings import MAX_LINE_BYTES
 from .token_pack import AGAIN, is_pack, open_pack, write_pack
 from .token_store import StoreWriter, TokenStore, check_vocab, entry_key, is_whole, join, open_store, stats_of, writing
@@ -36,7 +37,7 @@ class ReadOptions:
 
     Attributes:
         text_column: field that holds a text.
-        rotate: see `Encoder`.
+        rotate, today: see `Encoder`.
         vocab_size: rows of the teacher's embedding; larger token ids are refused. None accepts any.
         trust_ids: accept token ids that come with the data without checking that the tokenizer would give them.
         max_tokens: stop after the document with which this many tokens are reached (for endless sources).
@@ -45,6 +46,7 @@ class ReadOptions:
 
     text_column: str = "text"
     rotate: bool = True
+    today: str = DATE
     vocab_size: int | None = None
     trust_ids: bool = False
     max_tokens: int | None = None
@@ -74,7 +76,7 @@ def load_tokens(
             cache that cannot be written.
     """
     options, cache = options or ReadOptions(), Path(cache_dir)
-    encoder = Encoder(tokenizer, rotate=options.rotate)
+    encoder = Encoder(tokenizer, rotate=options.rotate, today=options.today)
     stores: list[TokenStore] = []
     left = options.max_tokens
     for source in sources:
@@ -152,6 +154,7 @@ def _tokenized(
         "max_tokens": options.max_tokens,
         **encoder.identity,
     }
+    name_skipped(source)
     entry = cache / entry_key(identity)
     if not is_whole(entry):
         with writing(entry) as unfinished, StoreWriter(unfinished) as writer:

@@ -56,7 +56,7 @@ Reloaded in a process without the training code, its fp32 logits differ from the
 def measurements(metrics: Path) -> dict[str, dict]:
     """Return the last evaluation of each stage in a metrics.jsonl; {} without a file."""
     rows = of_kind(read_metrics(metrics), "eval") if metrics.exists() else []
-    return {row["stage"]: {name: row[name] for name in ("step", *COLUMNS) if name in row} for row in rows}
+    return {row["stage"]: {name: row[name] for name in ("step", *COLUMNS, "teacher") if name in row} for row in rows}
 
 
 def model_card(conversion: dict, base_card: Path) -> ModelCard:
@@ -90,7 +90,7 @@ def model_card(conversion: dict, base_card: Path) -> ModelCard:
         else "none keeps softmax attention",
         layout="".join("R" if i in recurrent else "A" for i in range(layers)),
         embeddings="tied" if conversion["tie_word_embeddings"] else "untied",
-        table=_table(conversion["measurements"]),
+        table=table(conversion["measurements"]),
         difference=conversion["verification"]["max_difference"],
         **{field: conversion[field] for field in ("parameters", "dtype", "stage", "checkpoint")},
     )
@@ -121,13 +121,20 @@ def changes(conversion: dict) -> list[str]:
     return lines
 
 
-def _table(rows: dict[str, dict]) -> str:
+def table(rows: dict[str, dict]) -> str:
+    """Return measurements as Markdown, and which teacher is not the original."""
     if not rows:
         return "The run was not evaluated."
     names = [name for name in COLUMNS if any(name in row for row in rows.values())]
     lines = [["after stage", *(COLUMNS[name] for name in names)], ["---"] * (len(names) + 1)]
     lines += [[stage, *(_number(row.get(name)) for name in names)] for stage, row in rows.items()]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    others = [
+        f"After stage {stage} the teacher is not the original: {row['teacher']}."
+        for stage, row in rows.items()
+        if row.get("teacher")
+    ]
+    return "\n\n".join([table, *others])
 
 
 def _number(value: float | int | None) -> str:

@@ -27,7 +27,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.batch import IGNORE, Batch
 from ..data.chat import bounded
-from ..errors import VerificationError
+from ..errors import UserError, VerificationError
 from ..hybrid.adapters import is_adapter
 from ..hybrid.assemble import adapter_names, make_plain, take_adapters
 from ..hybrid.lm_head import Logits

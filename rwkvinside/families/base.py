@@ -29,6 +29,12 @@ WEIGHT_MAP = {
     "o_proj.bias": "output.bias",
 }
 
+# Caps and factors of logits and sums in other architectures, which would be left out in silence.
+SCALES = (
+    *("attn_logit_softcapping", "final_logit_softcapping", "logit_scale", "logits_scaling"),
+    *("attention_multiplier", "embedding_multiplier", "residual_multiplier"),
+)
+
 
 class BlockLinears(NamedTuple):
     """The linear layers of an attention or an MLP.
@@ -81,11 +87,22 @@ class Family(ABC):
         Raises:
             UserError: names the property of the configuration, and the reason.
         """
-        if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+        if "sliding_attention" in kinds:
             raise UserError(
                 "the teacher has sliding-window attention layers, which are not supported",
                 "use a teacher whose layers all see the whole context",
             )
+        if kinds:
+            raise UserError(
+                f"the teacher has layers of kind {min(kinds)}, which are not supported",
+                "use a teacher whose layers are all full_attention",
+            )
+        for name in SCALES:
+            if (value := getattr(config, name, None)) not in (None, 1, 1.0):
+                raise UserError(
+                    f"the teacher has {name} = {value!r}, which is not computed here", "use a teacher without it"
+                )
 
     @abstractmethod
     def attention_fields(self, config: PretrainedConfig, layer: int) -> dict:

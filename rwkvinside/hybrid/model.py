@@ -20,7 +20,6 @@ from ..errors import UserError
 from ..families.base import Family
 from ..families.registry import find
 from ..modeling.first_layer import ForwardContext
-from ..modeling.mixer_init import init_mixer
 from ..modeling.mixer_presets import TimeMixerConfig, check_first_layer
 from ..modeling.rwkv_attention import RWKVAttention, identity_rotation
 from .adapters import disabled, is_adapter, is_start, module_of
@@ -91,9 +90,8 @@ class HybridModel(nn.Module):
                 if i in rwkv_layers:
                     device = next(attention.parameters()).device
                     with torch.device(device):
-                        student = RWKVAttention(mixers[i], layer_idx=i, is_first=i == rwkv_layers[0])
-                    if device.type != "meta":
-                        init_mixer(student, i, count, spec.init)
+                        first = i == rwkv_layers[0]
+                        student = RWKVAttention(mixers[i], i, first, num_layers=count, init=spec.init)
                     transfer(attention, student, family.weight_map)
                     family.set_attention(layer, AttentionWrapper(attention, student))
                 elif not spec.attention_rope:
@@ -135,6 +133,22 @@ class HybridModel(nn.Module):
             if task is None:
                 return hidden
             return self.lm_head_loss(hidden, labels=batch.labels, task=task)  # DeepSpeed warns of positional objects
+
+    def train(self, mode: bool = True) -> HybridModel:
+        """Put the decoder layers themselves into training mode, and nothing in them.
+
+        transformers recomputes a layer's activations where the layer is in training mode. Its attention, whose dropout
+        the teacher was trained with, never is: mode "teacher" is the teacher, and what is recomputed is the same.
+        """
+        super().train(False)
+        for layer in self.family.layers(self.lm):
+            layer.training = mode
+        return self
+
+    def recompute_layers(self) -> None:
+        """Recompute decoder layers in the backward instead of keeping their activations."""
+        self.train()
+        self.lm.activation_checkpointing_enable()
 
     def context(self, batch: Batch, mode: str, checkpoint: bool = False) -> ForwardContext:
         """Return what the layers are to know of one forward over a batch; arguments as of `forward`."""

@@ -32,6 +32,7 @@ class Align(Stage):
     large = StageSize("320M", 512, 16384)
     backward = Backward.MIXERS
     needs_attention = True
+    reads_targets = False
 
     @classmethod
     def defaults(cls, width: int, max_positions: int) -> dict:

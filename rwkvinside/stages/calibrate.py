@@ -37,6 +37,7 @@ class Calibrate(Stage):
     large = StageSize("16k", 2048, 16384)
     backward = Backward.NOTHING
     needs_attention = True
+    reads_targets = False
 
     @classmethod
     def learning_rates(cls, width: int) -> dict[str, float]:

@@ -6,17 +6,19 @@ It is a second model, or its logits on disk.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.encode import tokenizer_hash
 from ..errors import UserError
 from ..families.registry import find
+from ..hybrid.model import HybridModel
 from ..hybrid.quantized_linear import linear_names, quantize
 from ..support.digests import FileDigests
 from ..teacher.files import local_hashes
 from ..teacher.kinds import TeacherKind
-from ..teacher.load import load_teacher, meta_teacher, open_tokenizer, teacher_config
+from ..teacher.load import check_files, load_teacher, meta_teacher, open_tokenizer, teacher_config
 from ..teacher.logits_store import LogitsReader, check_identity, row_digests
 from ..teacher.signals import OfflineTeacher, OnlineTeacher, SelfTeacher, Teacher, TeacherModel
 from ..training.deepspeed_engine import inference_engine
@@ -73,6 +75,30 @@ def online_teacher(plan: StagePlan, world: Distributed) -> OnlineTeacher:
     return OnlineTeacher(model.to(world.device))
 
 
+def original_teacher(plan: StagePlan, world: Distributed) -> OnlineTeacher:
+    """Return the `online_teacher` of a stage as it was before anything was quantized."""
+    second = plan.settings.teacher_model.model_copy(update={"quantize": None})
+    settings = plan.settings.model_copy(update={"teacher_model": second})
+    return online_teacher(replace(plan, settings=settings), world)
+
+
+def teacher_label(plan: StagePlan, student: HybridModel, kind: TeacherKind | None) -> str | None:
+    """Return what evaluations of a stage compare with, where that is not the original of the model converted.
+
+    Args:
+        plan: of the stage.
+        student: with its quantized layers, some of which the student as its own teacher runs on.
+        kind: where the teacher's side comes from.
+    """
+    second = plan.settings.teacher_model
+    if kind is TeacherKind.ONLINE:
+        parts = [second.path, f"quantized ({second.quantize})" if second.quantize else None]
+        return ", ".join(filter(None, parts)) or None
+    mixers = student.mixer_names()
+    formats = {layer.format for name, layer in student.quantized.items() if f"{name}.weight" not in mixers}
+    return f"quantized ({', '.join(sorted(formats))})" if kind is TeacherKind.SELF and formats else None
+
+
 def meta_online_teacher(plan: StagePlan) -> PreTrainedModel:
     """Return the shapes of `online_teacher`'s model, on the meta device."""
     lm = meta_teacher(plan.signal_teacher)
@@ -93,7 +119,17 @@ def check_teacher(plan: StagePlan, tokenizer: PreTrainedTokenizerBase, digests: 
     if plan.asked_teacher is TeacherKind.OFFLINE:
         check_cache(plan, tokenizer, digests)
     elif plan.settings.teacher_model.path is not None:
-        check_tokenizer(plan, tokenizer)
+        check_model(plan, tokenizer)
+
+
+def check_model(plan: StagePlan, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a second model that is not computed right or damaged, or for which a token of the run has another id.
+
+    Raises:
+        UserError: see `teacher.load.check_files` and `check_tokenizer`.
+    """
+    check_files(plan.signal_teacher)
+    check_tokenizer(plan, tokenizer)
 
 
 def check_tokenizer(plan: StagePlan, tokenizer: PreTrainedTokenizerBase) -> None:

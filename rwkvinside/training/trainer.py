@@ -73,6 +73,7 @@ class Trainer(Generic[AnyBatch]):
 
     Attributes:
         done: optimizer steps done.
+        tokens: read in these steps by all ranks; padding does not count.
         seconds_left: estimate for the rest of the stage.
     """
 
@@ -93,7 +94,7 @@ class Trainer(Generic[AnyBatch]):
         length = plan.length
         self.settings = _with_shape(settings or {}, length)
         self.callbacks = [callback for callback in callbacks if self.world.is_main or not callback.main_only]
-        self.done = 0
+        self.done = self.tokens = 0
         self.seconds_left = math.inf
         self._saved: int | None = None
         if length.rows_per_step < self.world.size:
@@ -124,6 +125,7 @@ class Trainer(Generic[AnyBatch]):
         self.engine.load_optimizer_state(optimizer, absent={n for n in joined if f"{n}/step" not in optimizer})
         set_rng_state(checkpoint.state["rng"])
         self.done = self._saved = checkpoint.step
+        self.tokens = checkpoint.state["tokens"]
 
     def fit(self, until: int | None = None) -> None:
         """Train to the end of the stage, evaluate and save.
@@ -133,7 +135,8 @@ class Trainer(Generic[AnyBatch]):
 
         Raises:
             UserError: a loss or gradient that is not finite (the last good checkpoint stays), or no space to save.
-            Interrupted: SIGTERM or SIGINT came on any rank; the step was finished and saved.
+            Interrupted: SIGTERM or SIGINT came on any rank; the step was finished and saved. KeyboardInterrupt, if that
+                was before the first one.
         """
         plan, steps = self.plan, self.plan.length.steps
         end = steps if until is None else min(until, steps)
@@ -142,13 +145,13 @@ class Trainer(Generic[AnyBatch]):
             while self.done < end:
                 throughput.mark()
                 with self._heard():
-                    batches, step = self._micro_batches()
+                    batches, step, read = self._micro_batches()
                 here = sum(step.count(batch) for batch in batches)
-                count, stopped = self.world.all_reduce_sum([here, signal.received is not None])
+                count, tokens, stopped = self.world.all_reduce_sum([here, read, signal.received is not None])
                 if stopped:
                     self._interrupt()
                 # a step in which nothing counts has loss 0
-                self._update(batches, step, max(int(count), 1), throughput)
+                self._update(batches, step, max(int(count), 1), int(tokens), throughput)
                 if self.done == steps or _due(self.done, plan.evaluate_every):
                     self._evaluate()
                 if self.done == end or _due(self.done, plan.save_every):
@@ -157,8 +160,8 @@ class Trainer(Generic[AnyBatch]):
             if self.world.all_reduce_sum([signal.received is not None])[0]:
                 self._interrupt()
 
-    def _micro_batches(self) -> tuple[list[AnyBatch], Step[AnyBatch]]:
-        """Return this rank's micro-batches, and the step that trains on them.
+    def _micro_batches(self) -> tuple[list[AnyBatch], Step[AnyBatch], int]:
+        """Return this rank's micro-batches, the step that trains on them, and their tokens.
 
         They are as many as any other rank has.
         """
@@ -169,14 +172,22 @@ class Trainer(Generic[AnyBatch]):
         first = self.done * R
         rows = range(first, first + R)[world.rank :: world.size]
         batches = [self.rows.batch(rows[i : i + n]).to(world.device) for i in range(0, len(rows), n)]
+        tokens = sum(batch.num_tokens for batch in batches)
         if len(batches) == math.ceil(math.ceil(R / world.size) / n):
-            return batches, self.step
+            return batches, self.step, tokens
         # engines work in step with each other: one forward and backward that counts nothing
         idle = self.rows.batch(rows[-1:]).to(world.device)
-        return [*batches, idle], _Except(self.step, idle)
+        return [*batches, idle], _Except(self.step, idle), tokens
 
-    def _update(self, batches: Sequence[AnyBatch], step: Step[AnyBatch], count: int, throughput: Throughput) -> None:
-        """Make an optimizer step, and a row of metrics of it."""
+    def _update(
+        self, batches: Sequence[AnyBatch], step: Step[AnyBatch], count: int, tokens: int, throughput: Throughput
+    ) -> None:
+        """Make an optimizer step, and a row of metrics of it.
+
+        Args:
+            count: items that the loss is divided by.
+            tokens: of the step. Both are those of all ranks.
+        """
         length, number = self.plan.length, self.done + 1
         rates = self.plan.schedule.rates(number, length)
         self.engine.set_rates(rates)
@@ -184,8 +195,8 @@ class Trainer(Generic[AnyBatch]):
             result = self.engine.train_step(batches, step, count)
         if not result.finite:
             self._refuse(number, result, batches, step)
-        self.done = number
-        speed, self.seconds_left = throughput.step(length.tokens_per_step, length.steps - number)
+        self.done, self.tokens = number, self.tokens + tokens
+        speed, self.seconds_left = throughput.step(tokens, length.steps - number)
         first, *others = rates
         row = {
             **self._row("train"),
@@ -202,7 +213,7 @@ class Trainer(Generic[AnyBatch]):
             callback.step(self, row)
 
     def _evaluate(self) -> None:
-        numbers: dict[str, float] = {}
+        numbers: dict[str, float | str] = {}
         for callback in self.callbacks:
             numbers |= callback.evaluate(self)
         if numbers:
@@ -212,8 +223,7 @@ class Trainer(Generic[AnyBatch]):
 
     def _row(self, kind: str) -> dict:
         """Return the beginning of a row of metrics."""
-        tokens = self.done * self.plan.length.tokens_per_step
-        return {"kind": kind, "stage": self.plan.stage, "step": self.done, "tokens": tokens}
+        return {"kind": kind, "stage": self.plan.stage, "step": self.done, "tokens": self.tokens}
 
     def _labeled(self, name: str, value: float | list[float]) -> float | dict[str, float]:
         if not isinstance(value, list):
@@ -249,7 +259,7 @@ class Trainer(Generic[AnyBatch]):
         state = {
             "stage": self.plan.stage,
             "step": self.done,
-            "tokens": self.done * length.tokens_per_step,
+            "tokens": self.tokens,
             "rows": self.done * length.rows_per_step,
             "finished": self.done == length.steps,
             "world_size": self.world.size,
@@ -265,7 +275,7 @@ class Trainer(Generic[AnyBatch]):
     def _interrupt(self) -> NoReturn:
         where = f"stage {self.plan.stage} stopped at step {self.done} of {self.plan.length.steps}"
         if self.checkpointer is None or not self.done:
-            raise Interrupted(f"{where}, nothing to save", "start it again")
+            raise KeyboardInterrupt(where)  # nothing to save
         self._save(required=True)
         raise Interrupted(f"{where}, saved in {self.checkpointer.directory}", "continue with --resume")
 

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from tiny import save_configuration
 
+from rwkvinside.cli.main import main
 from rwkvinside.config.load import DEFAULT_DATA, load_config
 from rwkvinside.config.resolve import resolve
 from rwkvinside.config.show import describe, to_yaml
@@ -220,11 +221,70 @@ def test_all_problems_at_once(teacher):
         ("a..b=1", "'a..b=1' is not of the form key=value"),
         ("seed=[1", "'seed=[1': the value is not valid YAML"),
         ("seed=${nothing}", "'seed=${nothing}': the value is not valid YAML"),
+        (f"seed={2**64}", "seed = 18446744073709551616: must be less than 18446744073709551616"),
+        ("seed=" + "9" * 5000, "a number of more than 4,300 digits"),
+        ("stages.align.tokens=" + "9" * 400, "must be a positive number such as 600k"),
+        ("data.today=tomorrow", "data.today = 'tomorrow': must be a day such as 2024-07-26"),
+        ("data.val=['']", "names a source by an empty text"),
+        ("data.train=" + "[" * 5000, "not valid YAML"),
     ],
 )
 def test_single_problems(teacher, override, cause):
     found = problems(override, teacher=teacher)
     assert len(found) == 1 and cause in found[0]
+
+
+def test_a_list_in_place_of_a_section_beside_a_flag(teacher, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("data: [a.jsonl]\n")
+    for options in ({"val": ["b.jsonl"]}, {"data": ["b.jsonl"]}, {"overrides": ["data.stream=true"]}):
+        with pytest.raises(UserError, match=r"data = \['a.jsonl'\]: must be a mapping of settings") as caught:
+            load_config([file], teacher=teacher, **options)
+        assert "data: {train: [a.jsonl]}" in caught.value.hint
+    file.write_text("stages: {align: [1]}\n")
+    with pytest.raises(UserError, match="the settings do not fit together|stages.align = .1.: must be a mapping"):
+        load_config([file], teacher=teacher, overrides=["stages.align.tokens=5"])
+
+
+@pytest.mark.parametrize(
+    "content", ["seed: " + "9" * 5000, "a: " + "[" * 5000, "".join(" " * i + "a:\n" for i in range(2000))]
+)
+def test_files_that_cannot_be_read(teacher, tmp_path, content):
+    file = tmp_path / "config.yaml"
+    file.write_text(content)
+    with pytest.raises(UserError, match=r"config\.yaml is not valid YAML") as caught:
+        load_config([file], teacher=teacher)
+    assert "\n" not in caught.value.cause
+    settings = tmp_path / "deepspeed.json"
+    for text in ("[" * 100_000, '{"a": ' + "9" * 5000 + "}"):
+        settings.write_text(text)
+        with pytest.raises(UserError, match=r"deepspeed\.json is not valid JSON"):
+            load_config(teacher=teacher, deepspeed=str(settings))
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        *(("num_attention_heads", value) for value in (0, -1, "x", True, 10**30)),
+        *(("num_key_value_heads", value) for value in (0, 3)),
+        *(("rope_parameters", {"rope_theta": 1e4} | change) for change in ({"rope_theta": 0}, {"factor": "x"})),
+        *(("rope_parameters", {"rope_theta": 1e4, "rope_type": kind}) for kind in ("nonsense", "yarn", 3)),
+        *(("dtype", value) for value in ("float99", 3, [])),
+        *(("model_type", value) for value in ([], 3, None)),
+        ("quantization_config", {"quant_method": "gptq"}),
+        ("layer_types", ["sliding_attention"] * 5),
+        ("layer_types", ["chunked_attention"] * 5),
+        ("attn_logit_softcapping", 50.0),
+        ("final_logit_softcapping", 30.0),
+        ("hidden_act", "nonsense"),
+        ("rms_norm_eps", "small"),
+    ],
+)
+def test_odd_values_of_a_teacher(tmp_path, capsys, field, value):
+    path = make_teacher(tmp_path / "odd", **{field: value})
+    assert main(["plan", "--teacher", path]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("[transformers]")]
+    assert len(lines) == 2 and lines[0].startswith("error: ")
 
 
 def test_only_stages_that_run_need_rows_that_the_teacher_can_read(teacher, tmp_path):

@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import random
 import shutil
+import signal
 from contextlib import redirect_stdout
 
 import pytest
@@ -13,8 +15,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny import byte_tokenizer, save_qwen3
 
 import train_distill
+from rwkvinside.api import evaluate
 from rwkvinside.config.load import load_config
 from rwkvinside.config.resolve import resolve
+from rwkvinside.conversion import run as conversion
+from rwkvinside.export.card import measurements, table
 from rwkvinside.training.callbacks import WriteMetrics
 
 
@@ -333,6 +338,9 @@ def test_sft_trains_on_completions_and_measures_what_it_can(material, tmp_path):
     assert train_distill.main([*argv, "stages.sft.optim.lr=0.01", f"data.cache_dir={tmp_path / 'cache'}"]) == 0
     first, last = rows(out, "train", "sft")
     assert last["ce"] < first["ce"]
+    # rates and MFU are of the real tokens: those of the eight conversations, over and over
+    assert 0 < first["tokens"] < 256 and last["tokens"] == 2 * first["tokens"]
+    assert 0 < last["mfu"] < 1
     (evaluation,) = rows(out, "eval", "sft")
     assert "ce" in evaluation and "kl" not in evaluation  # everything trains: no exact teacher is in memory
 
@@ -480,3 +488,57 @@ def test_missing_data_of_a_later_stage_shows_at_once(material, tmp_path, capsys)
     assert train(material, tmp_path / "run", "stages.distill.data.train=[nowhere.jsonl]") == 2
     assert "stage distill: data 'nowhere.jsonl' does not exist" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "more, label, last",
+    [
+        (["quantize.groups=[mlp,teacher]", "stages.distill.train=[mixer]"], "quantized (nf4)", None),
+        (["stages.distill.teacher=separate", "stages.distill.teacher_model.quantize=int8"], "quantized (int8)", None),
+        (["stages.distill.teacher_model.path={teacher}"], "{teacher}", "{teacher}"),
+    ],
+)
+def test_the_last_numbers_are_against_the_original(material, tmp_path, more, label, last):
+    """Those before say what they compare with, and the last ones where they must."""
+    teacher, out = str(material / "teacher"), tmp_path / "run"
+    more = [field.format(teacher=teacher) for field in more]
+    assert train(material, out, "run=[distill]", "stages.distill.evaluate_every_tokens=256", *more) == 0
+    before, final = rows(out, "eval", "distill")
+    assert before["teacher"] == label.format(teacher=teacher)
+    assert final.get("teacher") == (last and last.format(teacher=teacher))
+    found = evaluate(out, teacher, data=[material / "val.jsonl"], device="cpu")
+    assert found["kl"] == pytest.approx(final["kl"], rel=1e-3)
+    assert found["ce_teacher"] == pytest.approx(final["ce_teacher"], rel=1e-5)
+    assert (before["ce_teacher"] == pytest.approx(final["ce_teacher"], rel=1e-5)) == (last is not None)
+
+
+def test_no_memory_for_the_original_is_said(material, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("rwkvinside.conversion.build.SHARE", 0.0)
+    assert train(material, tmp_path / "run", "run=[calibrate]", "quantize.groups=[mlp]") == 0
+    assert "no memory for the original teacher" in capsys.readouterr().out
+    assert [row["teacher"] for row in rows(tmp_path / "run", "eval", "calibrate")] == ["quantized (nf4)"] * 2
+    said = table(measurements(tmp_path / "run" / "metrics.jsonl"))
+    assert said.endswith("After stage calibrate the teacher is not the original: quantized (nf4).")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_between_the_steps(material, tmp_path, monkeypatch, capsys, number):
+    """Before anything is saved one line and 130; after that 75, and --resume goes on."""
+    begun, run_stage = [], conversion.run_stage
+
+    def signalled(run, plan, resume_from):
+        begun.append(plan.name)
+        if len(begun) in (1, 3):
+            os.kill(os.getpid(), number)
+        run_stage(run, plan, resume_from)
+
+    monkeypatch.setattr(conversion, "run_stage", signalled)
+    before = signal.getsignal(signal.SIGTERM)
+    out, stages = tmp_path / "run", "run=[calibrate,align]"
+    assert train(material, out, stages) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
+    assert train(material, out, stages) == 75  # calibrate is done
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-2:] == [f"error: stopped; what was saved before is in {out}", "continue with --resume"]
+    assert train(material, out, stages, "--resume") == 0 and begun == ["calibrate", "calibrate", "align", "align"]
+    assert signal.getsignal(signal.SIGTERM) == before

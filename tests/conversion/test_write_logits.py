@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -379,6 +380,31 @@ def test_a_second_teacher_of_another_tokenizer_is_refused(material, tmp_path):
         check_teacher(distillation_plan(config, "distill"), open_tokenizer(config.teacher), FileDigests())
     fine = configured(material, f"stages.distill.teacher_model.path={material / 'wide'}")
     check_teacher(distillation_plan(fine, "distill"), open_tokenizer(fine.teacher), FileDigests())
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({"layer_types": ["sliding_attention"] * 2, "sliding_window": 8}, "has sliding-window attention layers"),
+        ({"final_logit_softcapping": 30.0}, "has final_logit_softcapping = 30.0, which is not computed here"),
+        ({"logit_scale": 0.5}, "has logit_scale = 0.5"),
+        ({"num_attention_heads": 0}, "its configuration has num_attention_heads = 0"),
+        ({"quantization_config": {"quant_method": "awq"}}, "is already quantized .awq."),
+        ({"hidden_size": 64}, "has shape .*, the configuration wants"),
+    ],
+)
+def test_a_second_teacher_that_is_not_computed_right_is_refused(material, tmp_path, capsys, fields, said):
+    """For training and for logits on disk, before anything is tokenized or written."""
+    second = tmp_path / "second"
+    shutil.copytree(material / "wide", second)
+    config = json.loads((second / "config.json").read_text())
+    (second / "config.json").write_text(json.dumps(config | fields))
+    more = arguments(material, f"stages.distill.teacher_model.path={second}", f"data.cache_dir={tmp_path / 'cache'}")
+    for verb in (["train"], ["data", "logits"]):
+        assert main([*verb, *more, "--out", str(tmp_path / "out"), "device=cpu"]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 2 and re.search(f"error: .*second.*{said}", lines[0]), lines
+    assert not (tmp_path / "cache").exists() and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
