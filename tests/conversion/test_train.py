@@ -19,7 +19,11 @@ from rwkvinside.api import evaluate
 from rwkvinside.config.load import load_config
 from rwkvinside.config.resolve import resolve
 from rwkvinside.conversion import run as conversion
+from rwkvinside.errors import UserError
 from rwkvinside.export.card import measurements, table
+from rwkvinside.export.huggingface import export_hf
+from rwkvinside.export.verify import verify
+from rwkvinside.runs.directory import RunDirectory
 from rwkvinside.training.callbacks import WriteMetrics
 
 
@@ -510,6 +514,51 @@ def test_the_last_numbers_are_against_the_original(material, tmp_path, more, lab
     assert found["kl"] == pytest.approx(final["kl"], rel=1e-3)
     assert found["ce_teacher"] == pytest.approx(final["ce_teacher"], rel=1e-5)
     assert (before["ce_teacher"] == pytest.approx(final["ce_teacher"], rel=1e-5)) == (last is not None)
+
+
+def test_a_stage_that_gets_worse_keeps_its_best_checkpoint(material, whole, tmp_path, capsys):
+    """It is said while it happens; export takes the best, and the next stage where that is asked for."""
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    spoiled = ["stages.long.optim.lr=0.1", "stages.long.optim.lr_rest=0.1", "stages.long.optim.warmup_steps=2"]
+    often = ["stages.long.evaluate_every_tokens=128", "checkpoint={every_steps: 1, keep: 1, continue_from: best}"]
+    assert train(material, out, "--stage", "long", "--allow-changes", *spoiled, *often) == 0
+    said = capsys.readouterr().out
+    kl = {row["step"]: row["kl"] for row in rows(out, "eval", "long")}
+    before = json.loads((out / "conversion.json").read_text())["evaluations"]["distill"]["kl"]
+    assert len(kl) == 3 and min(kl, key=kl.get) == 1 and kl[3] > 1.05 * kl[1], kl
+    best, last = "step-00000001", "step-00000003"
+    start = "its start" if before < kl[1] else "step 1"
+    assert (
+        f"long 3/3  WORSE ON VALIDATION: kl {kl[3]:.4g}, best of the stage {min(before, kl[1]):.4g} at {start}" in said
+    )
+    assert f"not the last checkpoint is best on validation data but {best} (kl {kl[1]:.4g})" in said
+    folder = out / "stages" / "long"
+    assert sorted(path.name for path in folder.glob("step-*")) == [best, last]
+    record = json.loads((folder / "stage.json").read_text())
+    assert (record["checkpoint"], record["best"]) == (last, best)
+
+    for options, name in (({}, best), ({"checkpoint": "last"}, last), ({"checkpoint": last}, last)):
+        export = tmp_path / f"export-{len(options)}-{options.get('checkpoint')}"
+        report = export_hf(out, export, **options)
+        assert report["checkpoint"] == name
+        assert report["measurements"]["long"]["kl"] == kl[int(name[-1])]
+        exported, trained = load_file(export / "model.safetensors"), load_file(folder / name / "model.safetensors")
+        assert torch.equal(exported["model.layers.1.mlp.up_proj.weight"], trained["model.layers.1.mlp.up_proj.weight"])
+        assert verify(export, out)["passed"]
+    with pytest.raises(UserError, match="has no checkpoint step-00000002"):
+        export_hf(out, tmp_path / "none", checkpoint="step-00000002")
+
+    still = (
+        "stages.still={objective: sft, tokens: 128, data: {seq_len: 32}, batch: {tokens: 128}, "
+        "optim: {lr: 0, lr_rest: 0}}"
+    )
+    assert train(material, out, "--stage", "still", "--allow-changes", *spoiled, *often, still) == 0
+    assert same(tensors(out, "still"), load_file(folder / best / "model.safetensors"))
+    state = folder / best / "state.json"
+    state.write_text(state.read_text().replace('"step": 1', '"step": 2'))
+    with pytest.raises(UserError, match="is not the one that stage long ended with"):
+        RunDirectory(out).checkpoint("long", "best")
 
 
 def test_no_memory_for_the_original_is_said(material, tmp_path, monkeypatch, capsys):

@@ -126,3 +126,15 @@ def test_a_missing_logger_is_refused(teacher, monkeypatch):
     monkeypatch.setattr("rwkvinside.training.loggers.find_spec", lambda name: None)
     with pytest.raises(UserError, match="wandb is not installed"):
         planned(teacher, "loggers=[wandb]")
+
+
+def test_disk_counts_the_best_checkpoint_where_there_can_be_another_one(teacher):
+    def disk(*overrides):
+        [line] = [line for line in planned(teacher, *overrides, stages=["distill"]).splitlines() if "  disk " in line]
+        return line
+
+    plain, evaluated = disk(), disk("stages.distill.evaluate_every_tokens=1M")
+    size, most = (float(plain.split("disk")[1].split()[0]), float(plain.split(": ")[-1].split()[0]))
+    assert ", 2 kept: " in plain and most == pytest.approx(3 * size, rel=0.05)
+    assert ", 2 and the best kept: " in evaluated
+    assert float(evaluated.split(": ")[-1].split()[0]) == pytest.approx(4 * size, rel=0.05)
