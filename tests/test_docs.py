@@ -2,7 +2,7 @@
 
 Commands are taken from indented and fenced blocks and run in this process, block by block, in a folder that has what
 they name: a tiny teacher as `DIR` and `TEACHER`, texts, a small configuration as `run.yaml`, a finished run as `RUN`,
-its export as `DIR`. They are made smaller by arguments at their end (`SMALLER`). What trains a recipe's teacher, whose
+its export as `DIR`. They are made smaller by arguments at their end (`SMALLER`). What trains a preset's teacher, whose
 weights are on the hub, or starts other machines is run with --dry-run; what takes minutes is only parsed
 (`ONLY_PARSED`).
 """
@@ -50,7 +50,7 @@ ONLY_PARSED = {
     "rwkvinside bench head": "starts processes that measure for minutes; tests/bench runs it",
     "rwkvinside demo": "trains for minutes; tests/demo runs it",
 }
-RECIPE = r"(Qwen|Llama)[\w.-]+"
+PRESET = r"(Qwen|Llama|SmolLM)[\w.-]+"
 
 
 def blocks(page):
@@ -183,11 +183,11 @@ def check(words, capsys):
         assert capsys.readouterr().err.startswith("error: unknown flag --no-such-option\n")
         return
     trains = words[0] == "train_distill.py" or words[:2] == ["rwkvinside", "train"]
-    recipe = re.fullmatch(RECIPE, option(words, "--teacher") or "")
-    if trains and (recipe or "--hostfile" in words):
+    preset = re.fullmatch(PRESET, option(words, "--teacher") or "")
+    if trains and (preset or "--hostfile" in words):
         words = [*words, "--dry-run"]
     else:
-        if words[:2] == ["rwkvinside", "data"] and recipe:  # its tokenizer is on the hub
+        if words[:2] == ["rwkvinside", "data"] and preset:  # its tokenizer is on the hub
             words[words.index("--teacher") + 1] = "TEACHER"
         words = [*words, *(word for key in begins for word in SMALLER[key])]
         if "export" in words or trains:  # what the commands around this one have left

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from ..modeling.mixer_presets import PRESETS
 from ..support.settings import NotNegative, Positive, Section, problem
 
 TITLES = {"miss": "MiSS", "bone": "Bone, which is MiSS in its bat form"}
@@ -71,6 +72,18 @@ class StudentConfig(Section):
         if sinks and not info.data.get("window"):
             raise problem("is {} without a window; set student.window, or leave sinks at 0", sinks)
         return sinks
+
+    def missing_of_variant(self) -> list[str]:
+        """Return what the published variant of an `hxa` preset is besides its mixer, and this student is not."""
+        if not self.preset.startswith("hxa"):
+            return []
+        scale = PRESETS[self.preset]["key_scale"]
+        missing = {
+            "no layer keeps attention (student.attention_layers)": not self.attention_layers,
+            "attention that is kept rotates (student.attention_rope)": self.attention_rope,
+            f"the key scale is {self.key_scale}, not {scale} (student.key_scale)": self.key_scale not in (None, scale),
+        }
+        return [text for text, applies in missing.items() if applies]
 
     def mixer_overrides(self) -> dict:
         """Return fields of `TimeMixerConfig` in which the mixers differ from the preset."""

@@ -78,15 +78,18 @@ def _run_lines(plan: RunPlan, config: Config, model: HybridModel) -> list[str]:
     total = sum({id(p): p.numel() for p in model.canonical_parameters().values()}.values())
     new = {group: count for group, _, count in model.group_table()}.get(NEW, 0)
     layer_map = "".join("R" if i in model.rwkv_layers else "A" for i in range(c.num_hidden_layers))
+    missing = run.student.missing_of_variant()
     engine = f"DeepSpeed, ZeRO {settle(run.zero).zero_stage}" if run.ranks > 1 else "one process"
     return [
         f"teacher   {run.teacher.path}: {c.model_type}, {c.num_hidden_layers} layers, width {c.hidden_size}, "
         f"{mixer.num_heads} heads of {mixer.head_size} ({mixer.num_kv_heads} for keys), "
         f"{rounded_count(teacher)} parameters",
+        *([f"recipe    {config.recipe}"] if config.recipe else []),
         *([f"variant   {', '.join(config.variant)}"] if config.variant else []),
         f"student   {run.student.preset}, key scale {mixer.key_scale}, {_window(mixer)}{run.student.init} start, "
         f"{rounded_count(total)} parameters: {rounded_count(total - new)} copied from the teacher, "
         f"{rounded_count(new)} new",
+        *([f"warning   not the published {run.student.preset}: {'; '.join(missing)}"] if missing else []),
         f"layers    {layer_map}   ({len(model.rwkv_layers)} R = RWKV, {layer_map.count('A')} A = attention)",
         f"device    {run.device}, {run.precision}, {run.ranks} {'ranks' if run.ranks > 1 else 'rank'}, {engine}",
         f"loggers   {', '.join(['metrics.jsonl', *config.loggers])}",
