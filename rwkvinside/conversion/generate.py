@@ -125,7 +125,7 @@ def _write_batches(
                 first = batches * sampling.rows
                 chosen = [given[(first + i) % len(given)] for i in range(sampling.rows)]
             with torch.random.fork_rng():
-                torch.manual_seed(hash((sampling.seed, batches)))  # of numbers: the same in every process
+                torch.manual_seed(sampling.seed * 1_000_003 + batches)
                 records, count = write(chosen)
             silent = 0 if records else silent + 1
             if silent == SILENT_BATCHES:
@@ -134,7 +134,7 @@ def _write_batches(
             file.flush()
             fsync(partial)
             batches, done = batches + 1, done + count
-            progress.update(min(done, tokens), f"{progress.rate:,.0f} tokens/s")
+            progress.update(min(done, tokens))
 
 
 def _texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> Writer:

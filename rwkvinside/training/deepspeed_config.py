@@ -1,7 +1,7 @@
 """DeepSpeed's configuration, as plain values.
 
-It joins what follows from the configuration and what the user's own file says. DeepSpeed itself is not imported, so that a
-plan can show the result.
+It joins what follows from the configuration and what the user's own file says. DeepSpeed itself is not imported, so
+that a plan can show the result.
 """
 
 from __future__ import annotations

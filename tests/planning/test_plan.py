@@ -1,4 +1,4 @@
-"""Plans: every teacher's preset with every variant and every recipe, and what a plan says of quantization, adapters, ranks and memory."""
+"""Plans: every teacher with every variant and recipe, and what a plan says of quantization, adapters, ranks, memory."""
 
 import json
 from importlib.resources import files
@@ -99,8 +99,8 @@ def test_a_published_preset_that_is_not_its_variant_is_warned_of(teacher):
     lines = planned(teacher, "student.preset=hxa079").splitlines()
     (warning,) = [line for line in lines if line.startswith("warning")]
     assert warning == (
-        "warning   not the published hxa079: no layer keeps attention (student.attention_layers); attention that is kept "
-        "rotates (student.attention_rope); the key scale is decay, not log (student.key_scale)"
+        "warning   not the published hxa079: no layer keeps attention (student.attention_layers); attention that is "
+        "kept rotates (student.attention_rope); the key scale is decay, not log (student.key_scale)"
     )
     variant = ["student.attention_layers=[1]", "student.attention_rope=false"]
     for scale in ("log", "null"):
