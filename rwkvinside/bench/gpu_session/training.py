@@ -30,6 +30,7 @@ from ...teacher.signals import OnlineTeacher, SelfTeacher, TeacherModel
 from ...training.local_engine import LocalEngine
 from ...training.process_group import Distributed
 from ...training.protocols import Step, StepResult
+from .distillation import compare_losses
 from .end_to_end import compare
 from .models import LARGE, SMALL, TINY, random_batch, random_teacher, stage_plan
 from .profiling import kernels_of
@@ -48,6 +49,8 @@ def run(stage: Stage) -> None:
     (rows, short), long, document = ((4, 16), 32, 12) if stage.dry else ((32, 512), 4096, 700)
     plan = partial(stage_plan, device=stage.device)
 
+    losses = partial(compare_losses, long, small.vocab, small.hidden, stage.device)
+    stage.attempt(f"distillation loss {long} x {small.vocab}", losses, needs=6)
     case = Case(plan(small, "align", rows, short))
     stage.attempt(f"align {case.name}", case.speed, needs=10)
     stage.attempt("align: inputs of the recurrence", case.recurrence_inputs)
