@@ -82,9 +82,8 @@ class HybridModel(nn.Module):
         if not rwkv_layers:
             raise UserError(f"student.attention_layers keeps all {count} layers", "leave at least one layer to convert")
 
-        overrides = spec.mixer_overrides()
         try:
-            mixers = {i: family.mixer_config(config, i, spec.preset, **overrides) for i in rwkv_layers}
+            mixers = {i: family.mixer_config(config, i, spec.preset, **spec.mixer_overrides(i)) for i in rwkv_layers}
             check_first_layer(mixers)
             for i, layer in enumerate(family.layers(teacher)):
                 attention = family.attention(layer)
