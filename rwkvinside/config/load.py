@@ -1,7 +1,7 @@
 """From presets, files, flags and `key=value` to one checked configuration.
 
-Later beats earlier: defaults by the teacher's width < the teacher's preset < the recipe < variants < -c files in order <
-flags < key=value. All problems are reported at once.
+Later beats earlier: defaults by the teacher's width < the teacher's preset < the recipe < variants < -c files in order
+< flags < key=value. All problems are reported at once.
 """
 
 from __future__ import annotations

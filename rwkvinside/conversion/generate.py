@@ -143,7 +143,9 @@ def _texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling:
     def write(prompts: list[str | None]) -> tuple[list[dict], int]:
         starts = [text_start(tokenizer) if each is None else tokenizer(each)["input_ids"] for each in prompts]
         written = sample(model, starts, end, sampling.max_tokens, sampling)
-        texts = ((p or "") + tokenizer.decode(ids, skip_special_tokens=True) for p, ids in zip(prompts, written))
+        texts = (
+            (p or "") + tokenizer.decode(ids, skip_special_tokens=True) for p, ids in zip(prompts, written, strict=True)
+        )
         return [{"text": text} for text in texts if text.strip()], sum(map(len, written))
 
     return write

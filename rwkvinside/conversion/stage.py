@@ -14,8 +14,10 @@ from ..data.batch import Batch
 from ..data.sources import tokens_of
 from ..errors import UserError
 from ..evaluate.in_training import evaluate_student, share
+from ..hybrid.document_attention import windows_of
 from ..hybrid.model import HybridModel
 from ..hybrid.quantized_linear import relative_error
+from ..runs.metrics_file import of_kind, read_metrics
 from ..stages.param_groups import joined, rate_groups
 from ..stages.phases import Phase
 from ..stages.plan import StagePlan
@@ -211,6 +213,10 @@ def _fit(run: Run, plan: StagePlan, models: _Models, inputs: _Inputs) -> dict:
         fitted = plan.stage.fit(student, batches, lambda layer: progress.advance())
     row(plan.stage.objective, 1, fitted)
     evaluation = evaluate(1)
+    if _needs_control(run, models):
+        with precision_context(plan.run.precision, device):
+            scores = evaluate_student(student, teacher, inputs.validation, device, mode="control")
+        console.evaluation(row("control", 1, numbers(scores, teacher)))
     settings = layer_settings(plan.layers, run.directory.stage(plan.name))
     state = {"stage": plan.name, "step": 1, "finished": True, "settings": settings}
     run.checkpointer(plan.name).save(1, student.student_state_dict(), None, state, required=True)
@@ -247,9 +253,26 @@ def _train(
         trainer.fit(until=phase.until)
         if not evaluation.last and phase.until == plan.length.steps:
             evaluation(phase.until)  # killed between the last checkpoint and the end of the stage
+        if phase.until == plan.length.steps and _needs_control(run, models):
+            row = {"kind": "control", "stage": plan.name, "step": phase.until, "tokens": plan.length.total_tokens}
+            row |= evaluation.numbers("control") | {"time": time.time()}
+            if world.is_main:
+                MetricsWriter(run.directory.path, run.loggers).write(row)
+                Console(plan.name, plan.length.steps).evaluation(row)
     finally:
         engine.close()
     return evaluation.last
+
+
+def _needs_control(run: Run, models: _Models) -> bool:
+    """Return whether this is a windowed student whose control no stage has measured yet, and this one can.
+
+    The control is the teacher cut to the student's windows, so a stage can that has the teacher's attention.
+    """
+    if models.kind is not TeacherKind.SELF or not windows_of(models.student.mixer_configs):
+        return False
+    metrics = run.directory.metrics
+    return not (metrics.exists() and of_kind(read_metrics(metrics), "control"))
 
 
 class _Evaluation:
@@ -265,13 +288,17 @@ class _Evaluation:
         self.last: dict[str, float] = {}
 
     def __call__(self, done: int) -> dict[str, float]:
+        self.last = self.numbers("student")
+        return self.last
+
+    def numbers(self, mode: str) -> dict[str, float]:
+        """Return the scores of a mode of the model."""
         world = self._world
         with self._engine.autocast():
             scores = evaluate_student(
-                self._engine.module, self._teacher, self._batches, world.device, world.all_reduce_sum
+                self._engine.module, self._teacher, self._batches, world.device, world.all_reduce_sum, mode
             )
-        self.last = numbers(scores, self._teacher)
-        return self.last
+        return numbers(scores, self._teacher)
 
 
 def _step(plan: StagePlan, models: _Models, engine: Engine, rows: Rows) -> Step[Batch]:

@@ -21,11 +21,13 @@ def show_samples(console: Console, samples: dict[str, str], how: str) -> None:
     console.print(table)
 
 
-def show_scores(console: Console, stages: dict[str, Scores]) -> None:
-    """Print the scores of the teacher and of the student after each stage, in order."""
+def show_scores(console: Console, stages: dict[str, Scores], control: Scores | None) -> None:
+    """Print the scores of the teacher, of a windowed student's control, and of the student after each stage."""
     table = _table("validation, each document alone", "model", "CE (nats)", "KL (nats)", "agreement")
     last = list(stages.values())[-1]
     table.add_row("teacher", f"{last.ce_teacher:.3f}", "0", "100.0%")
+    if control is not None:
+        table.add_row("control", f"{control.ce:.3f}", f"{control.kl:.3f}", f"{control.agreement:.1%}")
     for stage, scores in stages.items():
         table.add_row(f"after {stage}", f"{scores.ce:.3f}", f"{scores.kl:.3f}", f"{scores.agreement:.1%}")
     console.print(table)

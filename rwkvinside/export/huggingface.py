@@ -22,7 +22,7 @@ from ..modeling.hybrid_base import mixer_fields
 from ..runs.trained import LEGAL_FILES, TOKENIZER_FILES, TrainedRun, open_run, public_name
 from ..support.files import file_digest, free_bytes, replacing, write_json
 from ..support.text import rounded_bytes
-from .card import measurements, model_card
+from .card import control, measurements, model_card
 from .verify import verify
 from .weights import DTYPES, stored_dtype
 
@@ -211,6 +211,7 @@ def _conversion(model: PreTrainedModel, trained: HybridModel, run: TrainedRun, f
         "tie_word_embeddings": config.tie_word_embeddings,
         "parameters": model.num_parameters(),
         "measurements": measurements(run.directory.metrics),
+        **({} if (scores := control(run.directory.metrics)) is None else {"control": scores}),
         "files": {str(f.relative_to(folder)): file_digest(f) for f in sorted(folder.rglob("*")) if f.is_file()},
         "versions": {"torch": torch.__version__, "transformers": transformers_version},
     }

@@ -195,6 +195,16 @@ def test_all_problems_at_once(teacher):
         ("student.attention_layers=[7,-1]", "has layer -1, 7, but the teacher has layers 0 to 4"),
         ("student.attention_layers=[0,1,2,3,4]", "keeps all 5 layers"),
         ("student.sinks=4", "student.sinks = 4: is 4 without a window; set student.window"),
+        ("student.sinks={1: 4}", "without a window; set student.window"),
+        ("student.window=-1", "student.window = -1: must be a number of tokens, 0 or more, or numbers by layer"),
+        ("student.window=[4,4,4,4,4]", "must be a number of tokens, 0 or more, or numbers by layer: {0: 64, 1-11: 32"),
+        ("student.window={}", "must be a number of tokens, 0 or more, or numbers by layer"),
+        ("student.window={0: 4.5}", "must be a number of tokens, 0 or more, or numbers by layer"),
+        ("student.window={first: 4}", "has the key first; name a layer (3), a range of them (4-11), or default"),
+        ("student.window={3-1: 4}", "has the key 3-1; name a layer"),
+        ("student.window={0-2: 4, 2: 8}", "names layer 2 twice"),
+        ("student.window={3-5: 4}", "has layer 5, but the teacher has layers 0 to 4"),
+        ("student={window: {0-2: 4}, sinks: {2-4: 1}}", "has first tokens in layer 3, which has no window"),
         ("student.preset.x=1", "student.preset = {'x': 1}: allowed"),
         ("stages=5", "stages = 5: must be a mapping"),
         ("stages.align=5", "stages.align = 5: must be a mapping"),
@@ -226,6 +236,20 @@ def test_all_problems_at_once(teacher):
 def test_single_problems(teacher, override, cause):
     found = problems(override, teacher=teacher)
     assert len(found) == 1 and cause in found[0]
+
+
+def test_windows_by_layer(teacher, tmp_path):
+    config = load_config(teacher=teacher, overrides=["student={window: {0: 64, 2-3: 32, default: 8}, sinks: 4}"])
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config))
+    for read in (config, load_config([file])):
+        fields = [read.student.mixer_overrides(i) for i in range(5)]
+        assert [(f["window"], f["sinks"]) for f in fields] == [(64, 4), (8, 4), (32, 4), (32, 4), (8, 4)]
+    spec = StudentConfig(window={"1-3": 16}, sinks={"2": 1})
+    fields = [spec.mixer_overrides(i) for i in range(5)]
+    assert [(f["window"], f["sinks"]) for f in fields] == [(0, 0), (16, 0), (16, 1), (16, 0), (0, 0)]
+    spec = StudentConfig(window={1: 16}, sinks=2)  # first tokens of layers without a window are nothing
+    assert [spec.mixer_overrides(i)["sinks"] for i in range(3)] == [0, 2, 0]
 
 
 def test_only_stages_that_run_need_rows_that_the_teacher_can_read(teacher, tmp_path):

@@ -127,6 +127,30 @@ def test_a_tied_head_counts_once(teacher):
     assert lines[0].endswith(f", {copied} parameters")
 
 
+def test_windows_are_named_by_layer(teacher):
+    def student(*overrides):
+        return planned(teacher, *overrides).splitlines()[1]
+
+    assert "window" not in student()
+    assert "window of 8 and 2 first tokens, calibrated" in student("student.window=8", "student.sinks=2")
+    text = student("student={window: {1-2: 16, 3: 8}, sinks: {1: 4}}")
+    shown = ["no window in layers 0", "window of 16 and 4 first tokens in layers 1", "window of 16 in layers 2"]
+    assert ", ".join([*shown, "window of 8 in layers 3, calibrated start"]) in text
+
+
+def test_memory_follows_the_windows_of_all_layers(teacher):
+    def largest(window):
+        config = load_config(teacher=teacher, overrides=[f"student.window={window}"])
+        return resolve(config).stage("align"), plan.meta_student(resolve(config).settings)
+
+    sizes = []
+    for window in ("0", "{1: 256}", "256"):
+        stage, model = largest(window)
+        kind = stage.stage.prepare(model, stage, stage.phases[0].train)
+        sizes.append(plan.stage_memory(stage, model, kind, None).peak)
+    assert sizes == sorted(sizes) and len(set(sizes)) == 3
+
+
 def test_calibration_counts_what_is_quantized(teacher):
     text = planned(teacher, "quantize.groups=[mlp]", "stages.distill.train=[mixer]", stages=["calibrate"])
     assert f"  {'mlp':<12}{'24.58 K':>12}  frozen in nf4\n" in text
