@@ -71,14 +71,14 @@ def generate_text(
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device is cuda, but PyTorch finds no CUDA device", "use --device cpu")
     tokenizer = open_tokenizer(settings)
-    longest = sampling.max_tokens + QUESTION_TOKENS + max(map(len, (encode(tokenizer, p) for p in given or [""])))
-    if longest > info.max_positions:
-        cause = f"prompts and max_tokens {sampling.max_tokens} take up to {longest} tokens"
+    chat = bool(tokenizer.chat_template) and not plain
+    longest = max((len(encode(tokenizer, prompt)) for prompt in given or ()), default=QUESTION_TOKENS if chat else 0)
+    if longest + sampling.max_tokens > info.max_positions:
+        cause = f"prompts of up to {longest} tokens and max_tokens {sampling.max_tokens} are too long together"
         raise UserError(cause, f"the teacher was made for {info.max_positions}: lower --max-tokens")
     disable_progress_bar()
     dtype = teacher_dtype("auto", device, resolve_precision("auto", device))
     model = load_teacher(info.path, None, dtype).to(device)  # type: ignore[arg-type]  # of transformers
-    chat = bool(tokenizer.chat_template) and not plain
     write = _conversations(model, tokenizer, sampling) if chat else _texts(model, tokenizer, sampling)
     identity = {
         "format": FORMAT,

