@@ -53,7 +53,7 @@ class LlmSettings:
         "run=[calibrate,distill]",  # before it begins, align runs the teacher on 16K tokens: too long for minutes
         "stages.calibrate.tokens=4k",
         "stages.distill.tokens=8k",
-        "stages.distill.data.seq_len=256",
+        "stages.distill.data.seq_len=512",
         "stages.distill.batch.tokens=1024",
         "data.val_tokens=4k",
         "checkpoint.keep=1",

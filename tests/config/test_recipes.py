@@ -44,7 +44,7 @@ def test_a_recipe_reads_back_as_written(teacher, tmp_path):
 
 def test_published_numbers(teacher, tmp_path):
     rad = load_config(teacher=teacher, recipe="radlads")
-    assert (rad.student.preset, rad.student.init, rad.run) == ("rad", "published", ["align", "distill", "long"])
+    assert (rad.student.preset, rad.student.init, rad.run) == ("rad", "published", ["align", "distill", "sft"])
     assert not rad.student.attention_layers
     align, distill, longer = (rad.stages[name] for name in rad.run)
     assert (align.tokens, align.data.seq_len, align.length.rows_per_step) == (100_000_000, 512, 32)
@@ -56,8 +56,8 @@ def test_published_numbers(teacher, tmp_path):
     assert (hxa.preset, hxa.key_scale, hxa.attention_rope) == ("hxa079", "log", False)
 
     halo = load_config(teacher=teacher, recipe="halo")
-    steps = {name: halo.stages[name].length.steps for name in ("align", "distill", "long")}
-    assert steps == {"align": 20_000, "distill": 20_000, "long": 500}
+    steps = {name: halo.stages[name].length.steps for name in ("align", "distill", "sft")}
+    assert steps == {"align": 20_000, "distill": 20_000, "sft": 500}
     assert halo.student.key_scale == "decay" and not halo.student.attention_rope
 
     short = load_config(teacher=save_configuration(tmp_path / "short", max_position_embeddings=128), recipe="radlads")
@@ -125,7 +125,7 @@ def material(tmp_path_factory):
 @pytest.mark.integration
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_tiny_model_runs_through(name, material, tmp_path):
-    stages = ("calibrate", "align", "distill", "long")
+    stages = ("calibrate", "align", "distill", "sft")
     small = [f"stages.{stage}.{field}" for stage in stages for field in ("tokens=256", "data.seq_len=32")]
     small += [f"stages.{stage}.batch.tokens=128" for stage in stages]
     argv = ["--teacher", material / "teacher", "--data", material / "train.jsonl", "--val", material / "val.jsonl"]

@@ -64,6 +64,14 @@ def test_every_teacher_plans_with_every_recipe(name):
         assert [line.split(":")[0].split(" ")[0] for line in text.split("\n\n")[1:]] == config.run
 
 
+@pytest.mark.integration
+@pytest.mark.parametrize("recipe", sorted(recipes()))
+def test_every_recipe_plans_with_every_variant(recipe):
+    for variant in VARIANTS:
+        config = load_config(teacher="Qwen3-8B", recipe=recipe, variant=[variant], overrides=GPU)
+        assert plan_text(resolve(config, ranks=8 if variant == "multi-card" else 1), config)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_preset_as_a_file_is_the_preset_by_name(variant):
     for name in teachers():
