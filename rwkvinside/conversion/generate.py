@@ -66,19 +66,13 @@ def generate_text(
         raise UserError(f"output {out} exists", "remove it, or name another file")
     given = None if prompts is None else _read_prompts(prompts)
     info = find_teacher(teacher)
-    settings = TeacherConfig(path=info.path)
-    device = resolve_device(device)
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device is cuda, but PyTorch finds no CUDA device", "use --device cpu")
-    tokenizer = open_tokenizer(settings)
+    tokenizer = open_tokenizer(TeacherConfig(path=info.path))
     chat = bool(tokenizer.chat_template) and not plain
     longest = max((len(encode(tokenizer, prompt)) for prompt in given or ()), default=QUESTION_TOKENS if chat else 0)
     if longest + sampling.max_tokens > info.max_positions:
         cause = f"prompts of up to {longest} tokens and max_tokens {sampling.max_tokens} are too long together"
         raise UserError(cause, f"the teacher was made for {info.max_positions}: lower --max-tokens")
-    disable_progress_bar()
-    dtype = teacher_dtype("auto", device, resolve_precision("auto", device))
-    model = load_teacher(info.path, None, dtype).to(device)  # type: ignore[arg-type]  # of transformers
+    model = _load(info.path, resolve_device(device))
     write = _conversations(model, tokenizer, sampling) if chat else _texts(model, tokenizer, sampling)
     identity = {
         "format": FORMAT,
@@ -88,21 +82,45 @@ def generate_text(
         "kind": "messages" if chat else "text",
         "prompts": given,
     }
-    partial = out.with_name(f".{out.name}.partial")
-    out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        batches, done = _begin(partial, identity)
-        with Progress("writing", tokens, unit="tokens", done=min(done, tokens), stream=sys.stdout) as progress:
-            _write_batches(partial, batches, done, tokens, sampling, given, write, progress)
-        count = _publish(partial, out)
+        count = _write_file(out, identity, tokens, sampling, given, write)
     except KeyboardInterrupt as error:
         raise Interrupted(f"stopped writing {out}", "the same command again goes on") from error
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}", "free space, or name another file") from error
-    progress.say(f"{out}: {count:,} {'conversations' if chat else 'texts'}; train on it with --data {out}")
+    print(f"{out}: {count:,} {'conversations' if chat else 'texts'}; train on it with --data {out}")
 
 
-def _write_batches(
+def _load(path: str, device: str) -> PreTrainedModel:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is cuda, but PyTorch finds no CUDA device", "use --device cpu")
+    disable_progress_bar()
+    dtype = teacher_dtype("auto", device, resolve_precision("auto", device))
+    return load_teacher(path, None, dtype).to(device)  # type: ignore[arg-type]  # of transformers
+
+
+def _write_file(
+    out: Path, identity: dict, tokens: int, sampling: Sampling, given: list[str] | None, write: Writer
+) -> int:
+    """Write what is missing of the file, batch by batch, and put it in its place.
+
+    Args:
+        identity: settings that must be the same when an interrupted file goes on.
+        given: prompts in order; None: none.
+        write: makes a batch.
+
+    Returns:
+        The number of its records.
+    """
+    partial = out.with_name(f".{out.name}.partial")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    batches, done = _begin(partial, identity)
+    with Progress("writing", tokens, unit="tokens", done=min(done, tokens), stream=sys.stdout) as progress:
+        _add_batches(partial, batches, done, tokens, sampling, given, write, progress)
+    return _publish(partial, out)
+
+
+def _add_batches(
     partial: Path,
     batches: int,
     done: int,
@@ -112,11 +130,7 @@ def _write_batches(
     write: Writer,
     progress: Progress,
 ) -> None:
-    """Add batches to the unfinished file until the teacher has written `tokens`.
-
-    Args:
-        batches, done: there are so many batches, of so many tokens.
-    """
+    """Add batches to the unfinished file, of `batches` and `done` tokens, until it has `tokens`."""
     silent = 0
     with partial.open("a", encoding="utf-8") as file:
         while done < tokens:

@@ -28,6 +28,7 @@ from ..runs.metrics_file import of_kind, read_metrics
 from ..support.files import write_json, write_text
 from ..teacher.load import open_tokenizer
 from ..teacher.sampling import Sampling, encode, end_tokens, render_chat, sample
+from .run import STAGES
 from .tables import show_stages, show_turns
 
 QUESTION = "What is the capital of France, and what is it known for?"
@@ -70,9 +71,9 @@ QUICK = LlmSettings(
     text_tokens=500,
     text=Sampling(max_tokens=24, rows=16),
     overrides=(
-        *(f"stages.{stage}.tokens=256" for stage in ("calibrate", "align", "distill")),
-        *(f"stages.{stage}.data.seq_len=64" for stage in ("calibrate", "align", "distill")),
-        *(f"stages.{stage}.batch.tokens=128" for stage in ("calibrate", "align", "distill")),
+        *(f"stages.{stage}.tokens=256" for stage in STAGES),
+        *(f"stages.{stage}.data.seq_len=64" for stage in STAGES),
+        *(f"stages.{stage}.batch.tokens=128" for stage in STAGES),
         "data.val_tokens=256",
     ),
     sample_tokens=8,
@@ -208,7 +209,7 @@ class LlmDemo:
             stages.setdefault("teacher", {"tokens": 0, "kl": 0.0, "ce": last["ce_teacher"], "agreement": 1.0})
             if control := of_kind(rows, "control"):
                 stages.setdefault("teacher cut to the window", {"tokens": 0} | _numbers(control[-1]))
-            trained += last["tokens"] if stage != "calibrate" else 0
+            trained += last["tokens"] if of_kind(rows, "train", stage) else 0
             stages[f"after {stage}"] = {"tokens": trained} | _numbers(last)
         return stages
 
