@@ -80,9 +80,17 @@ class Calibrate(Stage):
         from dataclasses import fields
 
         from ..hybrid.calibration import LayerFit, calibrate
+        from .shares import Calibrated, choose_shares, split_rows
 
-        fits = calibrate(student, batches, progress)
-        return {f.name: {str(i): getattr(fit, f.name) for i, fit in fits.items()} for f in fields(LayerFit)}
+        windowed = {i: mixer for i, mixer in student.mixers.items() if mixer.mixer_config.window}
+        projections = {i: mixer.output.weight.detach().clone() for i, mixer in windowed.items()}
+        to_fit, held = split_rows(batches) if windowed else (batches, [])
+        fits = calibrate(student, to_fit, progress)
+        row = {f.name: {str(i): getattr(fit, f.name) for i, fit in fits.items()} for f in fields(LayerFit)}
+        if windowed:
+            layers = {i: Calibrated.of(mixer, projections[i]) for i, mixer in windowed.items()}
+            row["share"] = {str(i): share for i, share in choose_shares(student, layers, held).items()}
+        return row
 
     def held_bytes(self, student: HybridModel, plan: StagePlan) -> int:
         """Return the bytes that calibration holds.

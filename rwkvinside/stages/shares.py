@@ -1,0 +1,117 @@
+"""How much of its calibration every layer of a windowed student keeps.
+
+Calibration fits one layer after the other, each by least squares, and does not see what later layers make of what a fit
+leaves over. In a deep model the fitted layers together can be worse than their windows alone, which is the student's
+control. So what calibration has changed is scaled, in a few groups of layers, by the share with which the student is
+closest to its teacher on rows that were not fitted. With no share left the student is its control.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..data.batch import Batch
+from ..hybrid.model import HybridModel
+from ..losses.distillation import DistillationLoss
+from ..modeling.rwkv_attention import RWKVAttention
+from ..teacher.signals import SelfTeacher
+
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+GROUPS = 4  # of neighboring layers, each with a share of its own
+HELD_PART = 4  # of so many rows one is held out
+HELD_TOKENS = 4096  # are enough to tell shares apart
+
+
+def split_rows(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """Return the rows to fit, and the last ones, to choose shares on.
+
+    A single row is both.
+    """
+    rows = sum(len(batch.rows) for batch in batches)
+    if rows == 1:
+        return list(batches), list(batches)
+    width = batches[0].input_ids.shape[1]
+    remaining = rows - max(1, min(rows // HELD_PART, HELD_TOKENS // width))
+    fitted, held = [], []
+    for batch in batches:
+        count = len(batch.rows)
+        cut = min(remaining, count)
+        remaining -= cut
+        fitted += [_rows(batch, slice(0, cut))] if cut else []
+        held += [_rows(batch, slice(cut, count))] if cut < count else []
+    return fitted, held
+
+
+def _rows(batch: Batch, rows: slice) -> Batch:
+    names = ("input_ids", "labels", "position_ids", "segment_ids", "rows")
+    return replace(batch, **{name: getattr(batch, name)[rows] for name in names})
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A fitted mixer with a window, and what a share of the fit is of.
+
+    Attributes:
+        mixer: the mixer.
+        projection: its output projection before the fit, the teacher's.
+        fitted: mix_recurrence, mix_window and output projection after it.
+    """
+
+    mixer: RWKVAttention
+    projection: Tensor
+    fitted: tuple[Tensor, Tensor, Tensor]
+
+    @classmethod
+    def of(cls, mixer: RWKVAttention, projection: Tensor) -> Calibrated:
+        """Return a mixer as it is, fitted, with its output projection before the fit."""
+        tensors = mixer.mix_recurrence, mixer.mix_window, mixer.output.weight
+        recurrence, window, output = (x.detach().clone() for x in tensors)
+        return cls(mixer, projection, (recurrence, window, output))
+
+    @torch.no_grad()
+    def keep(self, share: float) -> None:
+        """Give the mixer this share of the fit: at 0 it is its window alone."""
+        recurrence, window, output = self.fitted
+        self.mixer.mix_recurrence.copy_(share * recurrence)
+        self.mixer.mix_window.copy_(1 + share * (window - 1))
+        self.mixer.output.weight.copy_(self.projection + share * (output - self.projection))
+
+
+@torch.no_grad()
+def choose_shares(model: HybridModel, layers: Mapping[int, Calibrated], batches: Sequence[Batch]) -> dict[int, float]:
+    """Give every layer the share of its fit with which the student is closest to its teacher.
+
+    First the best one for all layers, then, from the last layers on, the best one for each of a few groups.
+
+    Args:
+        model: calibrated, with its teacher's attention.
+        layers: those with a window.
+        batches: of rows that were not fitted.
+
+    Returns:
+        The shares by layer.
+    """
+    judged = [(batch, SelfTeacher().signal(model, batch)) for batch in batches]
+
+    def divergence(shares: Mapping[int, float]) -> float:
+        for i, share in shares.items():
+            layers[i].keep(share)
+        return sum(float(model(batch, task=DistillationLoss(signal))[0]) for batch, signal in judged)
+
+    def tried(chosen: dict[int, float], group: Sequence[int], shares: Sequence[float]) -> dict[int, float]:
+        candidates = [chosen | dict.fromkeys(group, share) for share in shares]
+        return min(candidates, key=divergence)
+
+    every = sorted(layers)
+    chosen = tried({}, every, SHARES)
+    size = -(-len(every) // GROUPS)
+    for first in reversed(range(0, len(every), size)):
+        group = every[first : first + size]
+        at = SHARES.index(chosen[group[0]])
+        chosen = tried(chosen, group, SHARES[max(0, at - 1) : at + 2])
+    divergence(chosen)  # the last that was tried need not be the best
+    return chosen
