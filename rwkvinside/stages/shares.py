@@ -96,22 +96,28 @@ def choose_shares(model: HybridModel, layers: Mapping[int, Calibrated], batches:
         The shares by layer.
     """
     judged = [(batch, SelfTeacher().signal(model, batch)) for batch in batches]
+    every = sorted(layers)
+    measured: dict[tuple[float, ...], float] = {}
 
-    def divergence(shares: Mapping[int, float]) -> float:
+    def keep(shares: Mapping[int, float]) -> None:
         for i, share in shares.items():
             layers[i].keep(share)
-        return sum(float(model(batch, task=DistillationLoss(signal))[0]) for batch, signal in judged)
 
-    def tried(chosen: dict[int, float], group: Sequence[int], shares: Sequence[float]) -> dict[int, float]:
-        candidates = [chosen | dict.fromkeys(group, share) for share in shares]
-        return min(candidates, key=divergence)
+    def divergence(shares: Mapping[int, float]) -> float:
+        key = tuple(shares[i] for i in every)
+        if key not in measured:
+            keep(shares)
+            measured[key] = sum(float(model(batch, task=DistillationLoss(signal))[0]) for batch, signal in judged)
+        return measured[key]
 
-    every = sorted(layers)
-    chosen = tried({}, every, SHARES)
+    def best(chosen: dict[int, float], group: Sequence[int], shares: Sequence[float]) -> dict[int, float]:
+        return min((chosen | dict.fromkeys(group, share) for share in shares), key=divergence)
+
+    chosen = best({}, every, SHARES)
     size = -(-len(every) // GROUPS)
     for first in reversed(range(0, len(every), size)):
         group = every[first : first + size]
         at = SHARES.index(chosen[group[0]])
-        chosen = tried(chosen, group, SHARES[max(0, at - 1) : at + 2])
-    divergence(chosen)  # the last that was tried need not be the best
+        chosen = best(chosen, group, SHARES[max(0, at - 1) : at + 2])
+    keep(chosen)
     return chosen
