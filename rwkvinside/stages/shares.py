@@ -57,8 +57,8 @@ class Calibrated:
 
     Attributes:
         mixer: the mixer.
-        projection: its output projection before the fit, the teacher's.
-        fitted: mix_recurrence, mix_window and output projection after it.
+        projection: its output projection before the fit, the teacher's; on the CPU, where a GPU has no room for it.
+        fitted: mix_recurrence, mix_window and output projection after it; there, too.
     """
 
     mixer: RWKVAttention
@@ -69,7 +69,7 @@ class Calibrated:
     def of(cls, mixer: RWKVAttention, projection: Tensor) -> Calibrated:
         """Return a mixer as it is, fitted, with its output projection before the fit."""
         tensors = mixer.mix_recurrence, mixer.mix_window, mixer.output.weight
-        recurrence, window, output = (x.detach().clone() for x in tensors)
+        recurrence, window, output = (x.detach().to("cpu", copy=True) for x in tensors)
         return cls(mixer, projection, (recurrence, window, output))
 
     @torch.no_grad()
