@@ -79,8 +79,8 @@ class Calibrate(Stage):
         """
         from dataclasses import fields
 
-        from ..hybrid.calibration import LayerFit, calibrate
-        from .shares import Calibrated, choose_shares, split_rows
+        from ..hybrid.calibration import Calibrated, LayerFit, calibrate
+        from .shares import choose_shares, split_rows
 
         windowed = {i: mixer for i, mixer in student.mixers.items() if mixer.mixer_config.window}
         projections = {i: mixer.output.weight.detach().to("cpu", copy=True) for i, mixer in windowed.items()}

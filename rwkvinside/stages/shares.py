@@ -9,15 +9,14 @@ closest to its teacher on rows that were not fitted. With no share left the stud
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from ..data.batch import Batch
+from ..hybrid.calibration import Calibrated
 from ..hybrid.model import HybridModel
 from ..losses.distillation import DistillationLoss
-from ..modeling.rwkv_attention import RWKVAttention
 from ..teacher.signals import SelfTeacher
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -49,36 +48,6 @@ def split_rows(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
 def _rows(batch: Batch, rows: slice) -> Batch:
     names = ("input_ids", "labels", "position_ids", "segment_ids", "rows")
     return replace(batch, **{name: getattr(batch, name)[rows] for name in names})
-
-
-@dataclass(frozen=True)
-class Calibrated:
-    """A fitted mixer with a window, and what a share of the fit is of.
-
-    Attributes:
-        mixer: the mixer.
-        projection: its output projection before the fit, the teacher's; on the CPU, where a GPU has no room for it.
-        fitted: mix_recurrence, mix_window and output projection after it; there, too.
-    """
-
-    mixer: RWKVAttention
-    projection: Tensor
-    fitted: tuple[Tensor, Tensor, Tensor]
-
-    @classmethod
-    def of(cls, mixer: RWKVAttention, projection: Tensor) -> Calibrated:
-        """Return a mixer as it is, fitted, with its output projection before the fit."""
-        tensors = mixer.mix_recurrence, mixer.mix_window, mixer.output.weight
-        recurrence, window, output = (x.detach().to("cpu", copy=True) for x in tensors)
-        return cls(mixer, projection, (recurrence, window, output))
-
-    @torch.no_grad()
-    def keep(self, share: float) -> None:
-        """Give the mixer this share of the fit: at 0 it is its window alone."""
-        recurrence, window, output = self.fitted
-        self.mixer.mix_recurrence.copy_(share * recurrence)
-        self.mixer.mix_window.copy_(1 + share * (window - 1))
-        self.mixer.output.weight.copy_(self.projection + share * (output - self.projection))
 
 
 @torch.no_grad()
