@@ -14,8 +14,7 @@ from ..data.batch import Batch
 from ..data.rows import PaddedDocuments, document_batches
 from ..data.tokenize import load_tokens
 from ..errors import UserError
-from ..hybrid.document_attention import attend_within_documents, cut_to_windows, run_backbone, windows_of
-from ..modeling.mixer_presets import TimeMixerConfig
+from ..hybrid.document_attention import attend_within_documents, cut_to_windows, run_backbone, windows_in
 from ..runs.directory import RunDirectory
 from ..runs.trained import open_run
 from ..support.progress import Progress
@@ -158,9 +157,7 @@ def control_of(student: PreTrainedModel, teacher: PreTrainedModel) -> Logits | N
     Returns:
         None where there is no control: a student without a window, or one that is no hybrid.
     """
-    layers, mixer = getattr(student.config, "rwkv_layers", ()), getattr(student.config, "mixer", {})
-    differences = getattr(student.config, "mixer_layers", {})  # plain values: the class is the export's own
-    windows = windows_of({i: TimeMixerConfig.from_dict(mixer | differences.get(str(i), {})) for i in layers})
+    windows = windows_in(student.config)
     if not windows:
         return None
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -57,6 +57,13 @@ def windows_of(mixers: Mapping[int, TimeMixerConfig]) -> dict[int, Window]:
     """
     windows = {i: Window(c.window, c.sinks) for i, c in mixers.items()}
     return windows if any(window.tokens for window in windows.values()) else {}
+
+
+def windows_in(config: PretrainedConfig) -> dict[int, Window]:
+    """Return the `windows_of` an exported student, from its configuration; {} for any other model."""
+    layers, mixer = getattr(config, "rwkv_layers", ()), getattr(config, "mixer", {})
+    differences = getattr(config, "mixer_layers", {})  # plain values: the class is the export's own
+    return windows_of({i: TimeMixerConfig.from_dict(mixer | differences.get(str(i), {})) for i in layers})
 
 
 @contextmanager

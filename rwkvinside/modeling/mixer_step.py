@@ -61,10 +61,11 @@ def mixer_step(
     wkv, window = (None, None) if state is None else (state.wkv, state.window)
     # a window reads query and key as they are after norm and rotation
     k_out = torch.empty_like(k) if c.window or first is None and c.key_residual else None
-    given |= {"k_out": k_out} | ({"r_out": torch.empty_like(r)} if c.window else {})
+    r_out = torch.empty_like(r) if c.window else None
+    given |= {"k_out": k_out} | ({} if r_out is None else {"r_out": r_out})
     if first is None:
         shared = v.repeat_interleave(H // G, 1) if c.value_path == "residual_full" and G < H else v
-        first = FirstLayerKV(shared[:, None], k_out[:, None] if c.key_residual else None)
+        first = FirstLayerKV(shared[:, None], k_out[:, None] if c.key_residual and k_out is not None else None)
     if wkv is None:
         wkv = x.new_zeros(B, H, N, N, dtype=torch.float32)
     else:
@@ -85,8 +86,8 @@ def mixer_step(
         log_scale=c.key_scale == "log",
         **given,
     )
-    if c.window:
-        y, window = _attend(mixer, given["r_out"], k_out, v, y, window, mask, inplace)
+    if r_out is not None and k_out is not None:
+        y, window = _attend(mixer, r_out, k_out, v, y, window, mask, inplace)
     return y[:, None], first, wkv, window
 
 

@@ -9,15 +9,14 @@ closest to its teacher on rows that were not fitted. With no share left the stud
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from ..data.batch import Batch
+from ..hybrid.calibration import Calibrated
 from ..hybrid.model import HybridModel
 from ..losses.distillation import DistillationLoss
-from ..modeling.rwkv_attention import RWKVAttention
 from ..teacher.signals import SelfTeacher
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -51,36 +50,6 @@ def _rows(batch: Batch, rows: slice) -> Batch:
     return replace(batch, **{name: getattr(batch, name)[rows] for name in names})
 
 
-@dataclass(frozen=True)
-class Calibrated:
-    """A fitted mixer with a window, and what a share of the fit is of.
-
-    Attributes:
-        mixer: the mixer.
-        projection: its output projection before the fit, the teacher's.
-        fitted: mix_recurrence, mix_window and output projection after it.
-    """
-
-    mixer: RWKVAttention
-    projection: Tensor
-    fitted: tuple[Tensor, Tensor, Tensor]
-
-    @classmethod
-    def of(cls, mixer: RWKVAttention, projection: Tensor) -> Calibrated:
-        """Return a mixer as it is, fitted, with its output projection before the fit."""
-        tensors = mixer.mix_recurrence, mixer.mix_window, mixer.output.weight
-        recurrence, window, output = (x.detach().clone() for x in tensors)
-        return cls(mixer, projection, (recurrence, window, output))
-
-    @torch.no_grad()
-    def keep(self, share: float) -> None:
-        """Give the mixer this share of the fit: at 0 it is its window alone."""
-        recurrence, window, output = self.fitted
-        self.mixer.mix_recurrence.copy_(share * recurrence)
-        self.mixer.mix_window.copy_(1 + share * (window - 1))
-        self.mixer.output.weight.copy_(self.projection + share * (output - self.projection))
-
-
 @torch.no_grad()
 def choose_shares(model: HybridModel, layers: Mapping[int, Calibrated], batches: Sequence[Batch]) -> dict[int, float]:
     """Give every layer the share of its fit with which the student is closest to its teacher.
@@ -96,22 +65,28 @@ def choose_shares(model: HybridModel, layers: Mapping[int, Calibrated], batches:
         The shares by layer.
     """
     judged = [(batch, SelfTeacher().signal(model, batch)) for batch in batches]
+    every = sorted(layers)
+    measured: dict[tuple[float, ...], float] = {}
 
-    def divergence(shares: Mapping[int, float]) -> float:
+    def keep(shares: Mapping[int, float]) -> None:
         for i, share in shares.items():
             layers[i].keep(share)
-        return sum(float(model(batch, task=DistillationLoss(signal))[0]) for batch, signal in judged)
 
-    def tried(chosen: dict[int, float], group: Sequence[int], shares: Sequence[float]) -> dict[int, float]:
-        candidates = [chosen | dict.fromkeys(group, share) for share in shares]
-        return min(candidates, key=divergence)
+    def divergence(shares: Mapping[int, float]) -> float:
+        key = tuple(shares[i] for i in every)
+        if key not in measured:
+            keep(shares)
+            measured[key] = sum(float(model(batch, task=DistillationLoss(signal))[0]) for batch, signal in judged)
+        return measured[key]
 
-    every = sorted(layers)
-    chosen = tried({}, every, SHARES)
+    def best(chosen: dict[int, float], group: Sequence[int], shares: Sequence[float]) -> dict[int, float]:
+        return min((chosen | dict.fromkeys(group, share) for share in shares), key=divergence)
+
+    chosen = best({}, every, SHARES)
     size = -(-len(every) // GROUPS)
     for first in reversed(range(0, len(every), size)):
         group = every[first : first + size]
         at = SHARES.index(chosen[group[0]])
-        chosen = tried(chosen, group, SHARES[max(0, at - 1) : at + 2])
-    divergence(chosen)  # the last that was tried need not be the best
+        chosen = best(chosen, group, SHARES[max(0, at - 1) : at + 2])
+    keep(chosen)
     return chosen

@@ -5,10 +5,10 @@ import torch
 from hybrid_cases import logits, packed, teacher
 
 from rwkvinside.data.batch import Batch
-from rwkvinside.hybrid.calibration import calibrate
+from rwkvinside.hybrid.calibration import Calibrated, calibrate
 from rwkvinside.hybrid.model import HybridModel
 from rwkvinside.hybrid.settings import StudentConfig
-from rwkvinside.stages.shares import SHARES, Calibrated, choose_shares, split_rows
+from rwkvinside.stages.shares import SHARES, choose_shares, split_rows
 
 
 def kl(model, batches, mode="student"):
