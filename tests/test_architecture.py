@@ -41,7 +41,7 @@ MAY_IMPORT = {
         *("modeling", "data", "hybrid", "losses", "teacher", "training", "stages"),
         *("config", "runs", "planning", "evaluate"),
     },
-    "demo": {"data", "config", "conversion", "evaluate", "export", "report"},
+    "demo": {"data", "teacher", "config", "runs", "conversion", "evaluate", "export", "report"},
     "cli": {
         *("kernels", "data", "teacher", "training", "config", "planning"),
         *("evaluate", "export", "report", "bench", "conversion", "demo"),

@@ -1,7 +1,7 @@
-"""From recipe, files, flags and `key=value` to one checked configuration.
+"""From presets, files, flags and `key=value` to one checked configuration.
 
-Later beats earlier: defaults by the teacher's width < the teacher's recipe < its variants < -c files in order < flags <
-key=value. All problems are reported at once.
+Later beats earlier: defaults by the teacher's width < the teacher's preset < the recipe < variants < -c files in order
+< flags < key=value. All problems are reported at once.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ..errors import UserError
 from ..stages.registry import OBJECTIVES, RUN, STAGES, find_stage_class, stage_class
 from ..stages.settings import StageConfig
 from ..support.text import did_you_mean
+from .recipes import recipe_layers
 from .schema import Config
 from .show import inner_model
 from .teacher_lookup import TeacherInfo, find_teacher, variants
@@ -37,6 +38,7 @@ def load_config(
     files: Sequence[str | os.PathLike] = (),
     *,
     teacher: str | None = None,
+    recipe: str | None = None,
     variant: Sequence[str] = (),
     data: Sequence[str] = (),
     val: Sequence[str] = (),
@@ -52,7 +54,8 @@ def load_config(
 
     Args:
         files: YAML files, later ones beat earlier ones.
-        teacher: name of a recipe, local directory or hub id.
+        teacher: name of a preset, local directory or hub id.
+        recipe: name of a shipped recipe (radlads, hxa079, halo, windowed): student, stages, tokens and rates.
         variant: names of shipped variants (one-card, quantized, ...), later ones beat earlier ones.
         data, val, out: the fields data.train, data.val and out.
         deepspeed: JSON file with DeepSpeed's own configuration, the field deepspeed.config.
@@ -65,6 +68,7 @@ def load_config(
     flags: list[dict] = []
     flags += [{"teacher": {"path": teacher}}] if teacher else []
     flags += [{"data": {name: list(paths)}} for name, paths in (("train", data), ("val", val)) if paths]
+    flags += [{"recipe": recipe}] if recipe else []
     flags += [{"variant": list(variant)}] if variant else []
     flags += [{"out": out}] if out else []
     flags += [{"deepspeed": {"config": _read_json(deepspeed)}}] if deepspeed else []
@@ -74,9 +78,10 @@ def load_config(
     info = _find_teacher(user)
     if isinstance(user.get("variant"), str):
         user["variant"] = [user["variant"]]
-    of_recipe = user.pop("variants", info.recipe.get("variants"))
-    merged = _merge([info.recipe, *_variants(user.get("variant"), of_recipe), user])
-    merged.pop("variants", None)
+    of_teacher = {key: user.pop(key, info.preset.get(key)) for key in ("recipes", "variants")}
+    preset = {key: value for key, value in info.preset.items() if key not in of_teacher}
+    recipe_settings = recipe_layers(user.get("recipe"), of_teacher["recipes"], info)
+    merged = _merge([preset, *recipe_settings, *_variants(user.get("variant"), of_teacher["variants"]), user])
     merged["teacher"]["path"] = info.path
     if not info.local:
         merged = _merge([{"data": {"train": [DEFAULT_DATA]}}, merged])
@@ -99,14 +104,14 @@ def _find_teacher(user: dict) -> TeacherInfo:
     return find_teacher(path, revision=teacher.get("revision"), fields=fields if isinstance(fields, dict) else None)
 
 
-def _variants(names: object, of_recipe: object) -> list[dict]:
+def _variants(names: object, of_teacher: object) -> list[dict]:
     """Return the settings of the named variants, in order.
 
-    Each is followed by what the recipe says about it for its own model.
+    Each is followed by what the teacher's preset says about it for its own model.
 
     Args:
         names: list of names; anything else is left to the validation.
-        of_recipe: the recipe's key `variants`, {name: settings}.
+        of_teacher: the preset's key `variants`, {name: settings}.
 
     Raises:
         UserError: a variant is not known.
@@ -116,7 +121,7 @@ def _variants(names: object, of_recipe: object) -> list[dict]:
         if name not in shipped:
             cause = f"variant {_show(name)} is not known{did_you_mean(str(name), shipped)}"
             raise UserError(cause, f"variants: {', '.join(shipped)}")
-        layers += [shipped[name], _mapping(_mapping(of_recipe).get(name))]
+        layers += [shipped[name], _mapping(_mapping(of_teacher).get(name))]
     return layers
 
 

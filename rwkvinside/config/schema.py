@@ -19,7 +19,8 @@ class Config(Section):
     """All settings of a run."""
 
     teacher: TeacherConfig = Field(description="The model to convert.")
-    variant: list[str] = Field([], description="Shipped variants of the recipe, such as one-card; later beat earlier.")
+    recipe: str | None = Field(None, description="Shipped recipe: radlads, hxa079, halo, windowed; null: the defaults.")
+    variant: list[str] = Field([], description="Shipped variants for a machine, such as one-card; later beat earlier.")
     student: StudentConfig = Field(StudentConfig(), description="What it becomes.")
     quantize: QuantizeConfig = Field(QuantizeConfig(), description="Frozen weights in 4 or 8 bits.")
     adapters: list[AdapterConfig] = Field([], description="Adapters; they train in stages whose train has `adapters`.")

@@ -15,8 +15,10 @@ from ..data.batch import Batch
 from ..data.sources import tokens_of
 from ..errors import UserError
 from ..evaluate.in_training import evaluate_student, share
+from ..hybrid.document_attention import windows_of
 from ..hybrid.model import HybridModel
 from ..hybrid.quantized_linear import relative_error
+from ..runs.metrics_file import of_kind, read_metrics
 from ..stages.param_groups import joined, rate_groups
 from ..stages.phases import Phase
 from ..stages.plan import StagePlan
@@ -214,10 +216,11 @@ def _fit(run: Run, plan: StagePlan, models: _Models, inputs: _Inputs) -> dict:
         metrics.write(written)
         return written
 
-    def evaluate(step: int) -> dict:
+    def evaluate(step: int, mode: str = "student") -> dict:
         with precision_context(plan.run.precision, device), judge(final=step == 1) as (against, label):
-            scores = numbers(evaluate_student(student, against, inputs.validation, device), against) | label
-        console.evaluation(row("eval", step, scores))
+            scores = evaluate_student(student, against, inputs.validation, device, mode=mode)
+            scores = numbers(scores, against) | label
+        console.evaluation(row("eval" if mode == "student" else mode, step, scores))
         return scores
 
     evaluate(0)
@@ -226,6 +229,8 @@ def _fit(run: Run, plan: StagePlan, models: _Models, inputs: _Inputs) -> dict:
         fitted = plan.stage.fit(student, batches, lambda layer: progress.advance())
     row(plan.stage.objective, 1, fitted)
     evaluation = evaluate(1)
+    if _needs_control(run, models):
+        evaluate(1, "control")
     settings = stage_settings(plan, run.directory)
     state = {"stage": plan.name, "step": 1, "finished": True, "settings": settings}
     score = Score.of(1, evaluation)
@@ -263,9 +268,26 @@ def _train(
         trainer.fit(until=phase.until)
         if not evaluation.last and phase.until == plan.length.steps:
             evaluation(phase.until)  # killed between the last checkpoint and the end of the stage
+        if phase.until == plan.length.steps and _needs_control(run, models):
+            row = {"kind": "control", "stage": plan.name, "step": phase.until, "tokens": plan.length.total_tokens}
+            row |= evaluation.numbers("control", phase.until) | {"time": time.time()}
+            if world.is_main:
+                MetricsWriter(run.directory.path, run.loggers).write(row)
+                Console(plan.name, plan.length.steps).evaluation(row)
     finally:
         engine.close()
     return evaluation.last
+
+
+def _needs_control(run: Run, models: _Models) -> bool:
+    """Return whether this is a windowed student whose control no stage has measured yet, and this one can.
+
+    The control is the teacher cut to the student's windows, so a stage can that has the teacher's attention.
+    """
+    if models.kind is not TeacherKind.SELF or not windows_of(models.student.mixer_configs):
+        return False
+    metrics = run.directory.metrics
+    return not (metrics.exists() and of_kind(read_metrics(metrics), "control"))
 
 
 class _Evaluation:
@@ -291,11 +313,17 @@ class _Evaluation:
         self.last: dict = {}
 
     def __call__(self, done: int) -> dict:
+        self.last = self.numbers("student", done)
+        return self.last
+
+    def numbers(self, mode: str, done: int) -> dict:
+        """Return the scores of a mode of the model after so many steps."""
         world = self._world
         with self._engine.autocast(), self._judge(final=done == self._steps) as (teacher, label):
-            scores = evaluate_student(self._engine.module, teacher, self._batches, world.device, world.all_reduce_sum)
-        self.last = numbers(scores, teacher) | label
-        return self.last
+            scores = evaluate_student(
+                self._engine.module, teacher, self._batches, world.device, world.all_reduce_sum, mode
+            )
+        return numbers(scores, teacher) | label
 
 
 @contextmanager

@@ -16,6 +16,9 @@ COLUMNS = {
     "agreement": "top-1 agreement",
 }
 
+CONTROL = """The control is the base model, untrained, with the attention of the converted layers merely cut to the
+windows that the recurrent layers have here: what the student has to beat."""
+
 BODY = """# {title}
 
 {count} of the {layers} attention layers of {base_link} are replaced by RWKV-7 time
@@ -65,6 +68,12 @@ def measurements(metrics: Path, stage: str | None = None, step: int | None = Non
     return {row["stage"]: {name: row[name] for name in ("step", *COLUMNS, "teacher") if name in row} for row in rows}
 
 
+def control(metrics: Path) -> dict | None:
+    """Return the scores of a windowed student's control in a metrics.jsonl; None where there are none."""
+    rows = of_kind(read_metrics(metrics), "control") if metrics.exists() else []
+    return {name: rows[-1][name] for name in COLUMNS if name != "tokens" and name in rows[-1]} if rows else None
+
+
 def model_card(conversion: dict, base_card: Path) -> ModelCard:
     """Return the card of an export.
 
@@ -96,7 +105,7 @@ def model_card(conversion: dict, base_card: Path) -> ModelCard:
         else "none keeps softmax attention",
         layout="".join("R" if i in recurrent else "A" for i in range(layers)),
         embeddings="tied" if conversion["tie_word_embeddings"] else "untied",
-        table=table(conversion["measurements"]),
+        table=table(conversion["measurements"], conversion.get("control")),
         difference=conversion["verification"]["max_difference"],
         **{field: conversion[field] for field in ("parameters", "dtype", "stage", "checkpoint")},
     )
@@ -127,20 +136,27 @@ def changes(conversion: dict) -> list[str]:
     return lines
 
 
-def table(rows: dict[str, dict]) -> str:
-    """Return measurements as Markdown, and which teacher is not the original."""
+def table(rows: dict[str, dict], control: dict | None = None) -> str:
+    """Return measurements as Markdown, with those of a windowed student's control; which teacher is not the original.
+
+    Args:
+        rows: by stage, see `measurements`.
+        control: see the function of this name.
+    """
     if not rows:
         return "The run was not evaluated."
     names = [name for name in COLUMNS if any(name in row for row in rows.values())]
     lines = [["after stage", *(COLUMNS[name] for name in names)], ["---"] * (len(names) + 1)]
     lines += [[stage, *(_number(row.get(name)) for name in names)] for stage, row in rows.items()]
+    if control is not None:
+        lines += [["(control)", *(_number(control.get(name)) for name in names)]]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     others = [
         f"After stage {stage} the teacher is not the original: {row['teacher']}."
         for stage, row in rows.items()
         if row.get("teacher")
     ]
-    return "\n\n".join([table, *others])
+    return "\n\n".join([table, *([] if control is None else [CONTROL]), *others])
 
 
 def _number(value: float | int | None) -> str:

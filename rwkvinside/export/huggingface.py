@@ -24,7 +24,7 @@ from ..support.text import rounded_bytes
 from ..teacher.settings import TeacherConfig
 from ..teacher.tokenizer_files import check_tokenizer_code
 from .build import build_hybrid, write_files
-from .card import measurements, model_card
+from .card import control, measurements, model_card
 from .manifest import CONVERSION, digests
 from .verify import compare
 from .weights import DTYPES
@@ -150,6 +150,7 @@ def _conversion(model: PreTrainedModel, trained: HybridModel, run: TrainedRun, b
         "tie_word_embeddings": config.tie_word_embeddings,
         "parameters": model.num_parameters(),
         "measurements": measurements(run.directory.metrics, run.stage, run.step),
+        **({} if (scores := control(run.directory.metrics)) is None else {"control": scores}),
         "versions": {"rwkvinside": __version__, "torch": torch.__version__, "transformers": transformers_version},
     }
 

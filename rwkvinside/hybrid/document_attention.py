@@ -9,21 +9,84 @@ from `attend_within_documents` that is called in another way attends as transfor
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..data.batch import Batch, Documents
+from ..families.registry import find
+from ..modeling.mixer_presets import TimeMixerConfig
+from ..modeling.window_attention import window_attention
 
 IMPLEMENTATION = "rwkvinside_documents"
 # PyTorch 2.12 has to be told that query heads share keys and values, earlier ones see it
 _SHARED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
+class Window(NamedTuple):
+    """The tokens that an attention is cut to.
+
+    Attributes:
+        tokens: the last so many, the own one included; 0: none at all, the output is zero.
+        sinks: the first so many of the document.
+    """
+
+    tokens: int
+    sinks: int
+
+
+def windows_of(mixers: Mapping[int, TimeMixerConfig]) -> dict[int, Window]:
+    """Return what the attention of converted layers is cut to in a student's control, by layer.
+
+    The control is the teacher with nothing but the windows of the student in its converted layers: what the student
+    would be if its recurrences gave nothing.
+
+    Args:
+        mixers: configurations by layer.
+
+    Returns:
+        One for every mixer; {} where none has a window, and so there is no control.
+    """
+    windows = {i: Window(c.window, c.sinks) for i, c in mixers.items()}
+    return windows if any(window.tokens for window in windows.values()) else {}
+
+
+def windows_in(config: PretrainedConfig) -> dict[int, Window]:
+    """Return the `windows_of` an exported student, from its configuration; {} for any other model."""
+    layers, mixer = getattr(config, "rwkv_layers", ()), getattr(config, "mixer", {})
+    differences = getattr(config, "mixer_layers", {})  # plain values: the class is the export's own
+    return windows_of({i: TimeMixerConfig.from_dict(mixer | differences.get(str(i), {})) for i in layers})
+
+
+@contextmanager
+def cut_to_windows(lm: PreTrainedModel, windows: Mapping[int, Window]) -> Iterator[None]:
+    """Within it, `run_backbone` of this model cuts the attention of some layers.
+
+    Args:
+        lm: from `attend_within_documents`.
+        windows: by layer.
+    """
+    family = find(lm.config.model_type)
+    layers = family.layers(lm)
+    hooks = [
+        family.attention(layers[i]).register_forward_pre_hook(
+            lambda module, args, kwargs, window=window: (args, kwargs | {"window": window}), with_kwargs=True
+        )
+        for i, window in windows.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def attend_within_documents(lm: PreTrainedModel) -> PreTrainedModel:
@@ -62,6 +125,7 @@ def document_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     documents: Documents | None = None,
+    window: Window | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend causally within documents, in transformers' convention for attention functions.
@@ -74,21 +138,26 @@ def document_attention(
         dropout: share of the weights that is dropped.
         scaling: of the scores; None is 1 / sqrt(N).
         documents: of the batch; None: attend as "sdpa".
+        window: what each token is cut to; None: all tokens before it.
         kwargs: what "sdpa" takes.
 
     Returns:
         (output (B, T, H, N), None).
 
     Raises:
-        ValueError: a sliding window or a soft cap, which nothing here knows.
+        ValueError: a sliding window or a soft cap, which nothing here knows, or `window` without documents.
     """
     if documents is None:
+        if window is not None:
+            raise ValueError("attention is cut to a window within documents only: hand them over")
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     for name in ("sliding_window", "softcap"):
         if kwargs.get(name) is not None:
             raise ValueError(f"attention within documents has no {name}, the layer asks for {kwargs[name]}")
+    if window is not None:
+        return _cut(query, key, value, documents, window, scaling), None
     if documents.alone:
         return _causal(query, key, value, scaling, dropout), None
     tokens = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
@@ -98,6 +167,19 @@ def document_attention(
     else:
         output = _flash(*(x.to(dtype) for x in tokens), documents, scaling)
     return output.unflatten(0, (query.shape[0], query.shape[2])), None
+
+
+def _cut(
+    query: Tensor, key: Tensor, value: Tensor, documents: Documents, window: Window, scaling: float | None
+) -> Tensor:
+    """Attend to a window and the first tokens of each document; (B, heads, T, N) in, (B, T, heads, N) out."""
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    if not window.tokens:
+        return torch.zeros_like(query)
+    if scaling is not None:
+        query = query * (scaling * query.shape[-1] ** 0.5)
+    bounds = documents.cu_seqlens.to(query.device)
+    return window_attention(query, key, value, window=window.tokens, sinks=window.sinks, cu_seqlens=bounds)[0]
 
 
 def _flash_dtype(query: Tensor) -> torch.dtype | None:

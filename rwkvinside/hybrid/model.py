@@ -81,9 +81,8 @@ class HybridModel(nn.Module):
         if not rwkv_layers:
             raise UserError(f"student.attention_layers keeps all {count} layers", "leave at least one layer to convert")
 
-        overrides = spec.mixer_overrides()
         try:
-            mixers = {i: family.mixer_config(config, i, spec.preset, **overrides) for i in rwkv_layers}
+            mixers = {i: family.mixer_config(config, i, spec.preset, **spec.mixer_overrides(i)) for i in rwkv_layers}
             check_first_layer(mixers)
             for i, layer in enumerate(family.layers(teacher)):
                 attention = family.attention(layer)
@@ -114,8 +113,9 @@ class HybridModel(nn.Module):
 
         Args:
             batch: token ids, positions and documents of the rows.
-            mode: "student", "teacher" (the original model as long as only mixers and adapters were trained) or "align".
-                Adapters outside of the mixers are on in mode "student" only.
+            mode: "student", "teacher" (the original model as long as only mixers and adapters were trained), "control"
+                (the teacher, the attention of converted layers cut to the windows of their mixers) or "align". Adapters
+                outside of the mixers are on in mode "student" only.
             task: what the head computes (a loss, scores, logits); it runs inside the forward, so that an engine that
                 shards parameters gathers the head for it. None: nothing. Ignored in mode "align".
             checkpoint: align only: recompute each mixer in the backward.
@@ -126,7 +126,7 @@ class HybridModel(nn.Module):
         """
         call = self.context(batch, mode, checkpoint)
         adapters = nullcontext() if mode == "student" else disabled(self.lm, but=".student_attn.")
-        with torch.set_grad_enabled(torch.is_grad_enabled() and mode != "teacher"), adapters:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and mode not in ("teacher", "control")), adapters:
             hidden = run_backbone(self.lm, batch, forward_context=call)
             if mode == "align":
                 return call.errors

@@ -194,8 +194,8 @@ class TimeMixer(nn.Module):
             raise ValueError("the mixer rotates its receptance and key: give rope=(cos, sin), or configure rope=False")
         wkv = None if state is None else state.wkv
         if is_fused(self.mixer_config, x, cu_seqlens):
-            y, first, wkv = mixer_step(self, x, first=first, wkv=wkv, rope=rope, mask=mask, inplace=inplace)
-            return self.output(y.to(x.dtype)), first, MixerState(wkv)
+            y, first, wkv, window = mixer_step(self, x, first=first, state=state, rope=rope, mask=mask, inplace=inplace)
+            return self.output(y.to(x.dtype)), first, MixerState(wkv, None, window)
         if is_fused_sequence(self.mixer_config, x):
             y, first, parts = mix_fused(
                 self, x, first=first, state=state, rope=rope, mask=mask, cu_seqlens=cu_seqlens, inplace=inplace

@@ -272,8 +272,8 @@ def language_model_defaults(width: int, *, kl: float, ce: float) -> dict:
 def narrow_rate(rate: float, exponent: float, width: int) -> float:
     """Return a learning rate for a width, given the one for widths around 4096.
 
-    Narrower models take larger ones. 1e-3 (4096 / D)^0.67 to align and 1e-4 (4096 / D)^0.72 to distill pass through the
-    published rates and through those found for D = 64, 1.6e-2 and 2e-3 (docs/benchmarks.md). Published: RADLADS (arXiv
+    Narrower models take larger ones. 1e-3 (4096 / D)^0.83 to align and 1e-4 (4096 / D)^0.72 to distill pass through the
+    published rates and through those found for D = 64, 3.2e-2 and 2e-3 (docs/benchmarks.md). Published: RADLADS (arXiv
     2505.03005), HALO (arXiv 2601.22156).
     """
     return rate * (4096 / width) ** exponent

@@ -59,7 +59,7 @@ def load_teacher(path: str, revision: str | None, dtype: torch.dtype) -> PreTrai
 def teacher_config(teacher: TeacherConfig) -> PretrainedConfig:
     """Return a teacher's Hugging Face configuration.
 
-    Where the recipe has it, no network is needed.
+    Where the teacher's preset has it, no network is needed.
 
     Raises:
         UserError: the configuration contradicts itself.

@@ -12,7 +12,7 @@ from rwkvinside.cli.main import main
 from rwkvinside.config.load import DEFAULT_DATA, load_config
 from rwkvinside.config.resolve import resolve
 from rwkvinside.config.show import describe, to_yaml
-from rwkvinside.config.teacher_lookup import recipes
+from rwkvinside.config.teacher_lookup import teachers
 from rwkvinside.errors import UserError
 from rwkvinside.hybrid.settings import StudentConfig
 from rwkvinside.stages.registry import OBJECTIVES, STAGES, find_stage_class
@@ -28,6 +28,7 @@ PARAMETERS = {
     "Qwen3-8B": 8.19,
     "Qwen3-14B": 14.77,
     "Qwen3-32B": 32.76,
+    "SmolLM2-135M": 0.1345,
 }
 
 
@@ -58,22 +59,22 @@ def problems(*overrides, **arguments):
     return caught.value.cause.split("\n  ")
 
 
-@pytest.mark.parametrize("name", sorted(recipes()))
-def test_every_recipe_loads_and_describes_the_model_of_that_name(name):
+@pytest.mark.parametrize("name", sorted(teachers()))
+def test_every_preset_loads_and_describes_the_model_of_that_name(name):
     from rwkvinside.planning.plan import meta_student, teacher_parameters
 
     config = load_config(teacher=name.lower())
-    assert config.teacher.path.endswith(name)
+    assert name in config.teacher.path
     assert config.data.train == [DEFAULT_DATA]
-    assert config.out == f"runs/{name}"
+    assert config.out == f"runs/{config.teacher.path.split('/')[1]}"
     # to the digits that the card gives
     assert teacher_parameters(meta_student(resolve(config).settings)) / 1e9 == pytest.approx(PARAMETERS[name], rel=2e-3)
     assert load_config(teacher=config.teacher.path) == config
 
 
-def test_recipes_are_found_as_package_data():
+def test_teachers_are_found_as_package_data():
     shipped = {
-        entry.name for entry in (files("rwkvinside.recipes") / "recipes").iterdir() if entry.name.endswith(".yaml")
+        entry.name for entry in (files("rwkvinside.recipes") / "teachers").iterdir() if entry.name.endswith(".yaml")
     }
     assert shipped == {f"{name}.yaml" for name in PARAMETERS}
 
@@ -82,7 +83,7 @@ def test_later_beats_earlier(tmp_path):
     first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
     first.write_text("teacher: {path: Qwen3-14B}\nseed: 1\nlog_every: 1\nout: a\nstudent: {attention_layers: [1, 2]}\n")
     second.write_text("seed: 2\ndata: {train: [from-file]}\nout: b\nstudent: {attention_layers: [3]}\n")
-    assert load_config([first]).stages["distill"].optim.lr_rest == 7e-6  # the recipe's
+    assert load_config([first]).stages["distill"].optim.lr_rest == 7e-6  # the preset's
     config = load_config([first, second], data=["x", "y"], out="c", overrides=["out=d", "student.preset=rad"])
     assert (config.seed, config.log_every, config.out, config.student.preset) == (2, 1, "d", "rad")
     assert config.student.attention_layers == (3,)  # lists replace, they are not joined
@@ -136,10 +137,10 @@ def test_rates_fall_with_width():
 def test_short_stages_have_short_warm_up(teacher):
     config = load_config(teacher=teacher, overrides=["stages.align.tokens=600k", "stages.sft.tokens=600k"])
     assert config.stages["align"].length.steps == 147
-    assert config.stages["align"].optim.warmup_steps == 14
+    assert config.stages["align"].optim.warmup_steps == 36
     assert config.stages["sft"].optim.warmup_steps == 4
     tiny = load_config(teacher=teacher, overrides=["stages.align.tokens=50k", "stages.distill.tokens=20k"])
-    assert tiny.stages["align"].optim.warmup_steps == 10
+    assert tiny.stages["align"].optim.warmup_steps == 20  # of 13 steps: it never reaches the full rate
     assert tiny.stages["distill"].optim.warmup_steps == tiny.stages["distill"].length.steps == 5
     given = load_config(teacher=teacher, overrides=["stages.align.optim.warmup_steps=0"])
     assert given.stages["align"].optim.warmup_steps == 0
@@ -195,6 +196,19 @@ def test_all_problems_at_once(teacher):
         ("student.attention_layers=[7,-1]", "has layer -1, 7, but the teacher has layers 0 to 4"),
         ("student.attention_layers=[0,1,2,3,4]", "keeps all 5 layers"),
         ("student.sinks=4", "student.sinks = 4: is 4 without a window; set student.window"),
+        ("student.sinks={1: 4}", "without a window; set student.window"),
+        ("student.window=-1", "student.window = -1: must be a number of tokens, 0 or more, or such numbers by layer"),
+        (
+            "student.window=[4,4,4,4,4]",
+            "must be a number of tokens, 0 or more, or such numbers by layer (0: 64, 1-11: 32",
+        ),
+        ("student.window={}", "must be a number of tokens, 0 or more, or such numbers by layer"),
+        ("student.window={0: 4.5}", "must be a number of tokens, 0 or more, or such numbers by layer"),
+        ("student.window={first: 4}", "has the key first; name a layer (3), a range of them (4-11), or default"),
+        ("student.window={3-1: 4}", "has the key 3-1; name a layer"),
+        ("student.window={0-2: 4, 2: 8}", "names layer 2 twice"),
+        ("student.window={3-5: 4}", "has layer 5, but the teacher has layers 0 to 4"),
+        ("student={window: {0-2: 4}, sinks: {2-4: 1}}", "has first tokens in layer 3, which has no window"),
         ("student.preset.x=1", "student.preset = {'x': 1}: allowed"),
         ("stages=5", "stages = 5: must be a mapping"),
         ("stages.align=5", "stages.align = 5: must be a mapping"),
@@ -287,6 +301,20 @@ def test_odd_values_of_a_teacher(tmp_path, capsys, field, value):
     assert len(lines) == 2 and lines[0].startswith("error: ")
 
 
+def test_windows_by_layer(teacher, tmp_path):
+    config = load_config(teacher=teacher, overrides=["student={window: {0: 64, 2-3: 32, default: 8}, sinks: 4}"])
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config))
+    for read in (config, load_config([file])):
+        fields = [read.student.mixer_overrides(i) for i in range(5)]
+        assert [(f["window"], f["sinks"]) for f in fields] == [(64, 4), (8, 4), (32, 4), (32, 4), (8, 4)]
+    spec = StudentConfig(window={"1-3": 16}, sinks={"2": 1})
+    fields = [spec.mixer_overrides(i) for i in range(5)]
+    assert [(f["window"], f["sinks"]) for f in fields] == [(0, 0), (16, 0), (16, 1), (16, 0), (0, 0)]
+    spec = StudentConfig(window={1: 16}, sinks=2)  # first tokens of layers without a window are nothing
+    assert [spec.mixer_overrides(i)["sinks"] for i in range(3)] == [0, 2, 0]
+
+
 def test_only_stages_that_run_need_rows_that_the_teacher_can_read(teacher, tmp_path):
     config = load_config(teacher=teacher, variant=["small-machine"])
     assert config.stages["long"].data.seq_len == 2048  # the variant's, of a teacher with 512 positions
@@ -371,12 +399,12 @@ def test_every_objective_is_a_stage_that_is_there_by_its_name():
     assert {find_stage_class(name, None).objective for name in STAGES} == set(OBJECTIVES)
 
 
-def test_recipes_hold_only_what_differs():
-    for name, recipe in recipes().items():
+def test_presets_hold_only_what_differs():
+    for name, preset in teachers().items():
         config = load_config(teacher=name)
         bare = yaml.safe_load(to_yaml(config))
-        for stage, settings in recipe.get("stages", {}).items():
-            path = {"teacher": {"path": "x/y", "config": recipe["teacher"]["config"]}}
+        for stage, settings in preset.get("stages", {}).items():
+            path = {"teacher": {"path": "x/y", "config": preset["teacher"]["config"]}}
             plain = load_config(overrides=[f"teacher={json.dumps(path['teacher'])}"]).stages[stage]
             assert bare["stages"][stage] != plain.model_dump(mode="json"), (
                 f"{name}: stages.{stage} = {settings} is the default"

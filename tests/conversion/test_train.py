@@ -125,6 +125,22 @@ def test_each_stage_starts_from_the_last(whole):
     assert {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"} <= distilled.keys()
 
 
+def test_a_windowed_run_measures_its_control_once(material, tmp_path):
+    out = tmp_path / "run"
+    more = ("student.window=4", "student.sinks=1", "run=[calibrate,align]")
+    assert train(material, out, *more) == 0
+    (control,) = rows(out, "control", "calibrate")
+    last = rows(out, "eval", "calibrate")[-1]
+    assert control["ce_teacher"] == last["ce_teacher"] and control["kl"] > 0 and 0 < control["agreement"] < 1
+    assert not rows(out, "control", "align")
+
+    alone = tmp_path / "alone"  # a run without calibration measures the same
+    assert train(material, alone, *more[:2], "run=[align]") == 0
+    (again,) = rows(alone, "control", "align")
+    for name in ("kl", "ce", "ce_teacher", "agreement"):
+        assert again[name] == pytest.approx(control[name], rel=1e-6)
+
+
 def test_stage_by_stage_is_the_same_as_in_one_go(material, whole, tmp_path, capsys):
     out = tmp_path / "run"
     assert train(material, out, "--stage", "align") == 2

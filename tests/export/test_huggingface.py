@@ -109,6 +109,7 @@ def test_card(exported):
     assert card.data.license == "apache-2.0"
     assert card.data.pipeline_tag == "text-generation" and {"rwkv7", "custom_code"} <= set(card.data.tags)
     assert "| distill | 200 | 0.2500 | 1.5000 | 0.8750 |" in card.text and "`RARR`" in card.text
+    assert "control" not in card.text, "only a windowed student has one"
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -128,7 +129,14 @@ def test_other_families(tmp_path, family, make_teacher, make_run):
 
 def test_windows(tmp_path, teacher, make_run):
     run = make_run(tmp_path / "run", teacher, student={"window": 6, "sinks": 2})
-    result = export_hf(run, tmp_path / "out")["verification"]
+    control = {"kl": 0.75, "ce": 1.75, "ce_teacher": 1.25, "agreement": 0.5}
+    with (run / "metrics.jsonl").open("a") as metrics:
+        metrics.write(json.dumps({"kind": "control", "stage": "calibrate", "step": 1, "tokens": 100} | control) + "\n")
+    report = export_hf(run, tmp_path / "out")
+    result = report["verification"]
+    assert report["control"] == control
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| (control) |  | 0.7500 | 1.7500 | 0.5000 |" in card and "cut to the windows" in " ".join(card.split())
     assert result["max_difference"] <= 1e-6 and 0 < result["cache_difference"] < 1e-4
     assert (tmp_path / "out" / "window_attention.py").is_file()
     model, prompt = load(tmp_path / "out"), torch.arange(5, 25)[None]
@@ -139,6 +147,17 @@ def test_windows(tmp_path, teacher, make_run):
     tokens = model.generate(prompt, **greedy)
     assert torch.equal(tokens, model.generate(prompt, use_cache=False, **greedy))
     assert verify(tmp_path / "out", against=run)["passed"]
+
+
+def test_windows_by_layer(tmp_path, teacher, make_run):
+    run = make_run(tmp_path / "run", teacher, student={"window": {"0": 6, "3": 3}, "sinks": 2})
+    export_hf(run, tmp_path / "out")
+    model, prompt = load(tmp_path / "out"), torch.arange(5, 25)[None]
+    mixers = {i: model.config.mixer_config(i) for i in (0, 2, 3)}
+    assert {i: (c.window, c.sinks) for i, c in mixers.items()} == {0: (6, 2), 2: (0, 0), 3: (3, 2)}
+    assert model.config.mixer_layers == {"2": {"window": 0, "sinks": 0}, "3": {"window": 3}}
+    logits = open_run(run).load_model()(batch_of(prompt), task=Logits())
+    torch.testing.assert_close(model(prompt).logits, logits, rtol=0, atol=1e-5)
 
 
 def test_bf16_teacher_gives_a_bf16_export_with_fp32_decay(tmp_path, make_teacher, make_run, monkeypatch):
