@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
-from ..data.settings import MAX_LINE_BYTES
+from ..data.defaults import MAX_LINE_BYTES
 from ..errors import UserError
 from ..support.text import rounded_bytes, short_count
 from .arguments import (

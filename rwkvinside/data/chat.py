@@ -11,15 +11,13 @@ import numpy as np
 
 from ..errors import UserError
 from ..support.time_limit import TimeExceeded, time_limit
+from .defaults import DATE
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _STAND_IN = "@@the-answer@@"
 # TypeError and LookupError: a field of another type than a template expects
 _REFUSALS = (ValueError, TypeError, ArithmeticError, LookupError, MemoryError, RecursionError)
 TEMPLATE_SECONDS = 30.0  # for all renderings of a conversation, which take milliseconds: a template may loop for ever
-
-# What templates with `strftime_now` take for today, unless told otherwise: the day that those of Llama 3 fall back to.
-DATE = "2024-07-26"
 
 DATE_CODES = (*(f"%{letter}" for letter in "aAbBcdDeFGgHhIjmMpRSTuUVwWxXyY"), *(f"%-{letter}" for letter in "dmHIjMS"))
 

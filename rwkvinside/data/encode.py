@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from ..errors import UserError
-from .chat import DATE, asks_for_date, encode_conversation
+from .chat import asks_for_date, encode_conversation
+from .defaults import DATE
 from .records import Document, Question, content_hash
 from .token_store import Encoded, TokenStore
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import UserError
+from .defaults import MAX_LINE_BYTES
 from .records import FIELDS, Document, document_of, json_problem, no_content, of_table
-from .settings import MAX_LINE_BYTES
 
 HUB = "hub:"
 COMPRESSED = (".gz", ".zst")

@@ -8,9 +8,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from ..support.settings import Count, Section, problem
-from .chat import DATE
-
-MAX_LINE_BYTES = 32_000_000  # of a .jsonl or .txt file, held and tokenized as a whole
+from .defaults import DATE, MAX_LINE_BYTES
 
 MixtureWeights = list[Annotated[float, Field(gt=0)]]
 

@@ -24,10 +24,10 @@ import numpy as np
 from ..errors import UserError
 from ..support.sealed import sealed_text, unsealed
 from .batch import Batch
+from .defaults import MAX_LINE_BYTES
 from .encode import Encoder, chunks
 from .readers import DocumentReader, name_skipped
 from .rows import PackedRows, Row, WholeDocuments, collate
-from .settings import MAX_LINE_BYTES
 from .token_store import StoreWriter, TokenStore, entry_key, is_whole, open_store, read_meta, writing
 from .tokenize import source_identity
 

@@ -18,10 +18,9 @@ import numpy as np
 from ..errors import UserError
 from ..support.scratch import scratch
 from .binidx import is_binidx, pair, read_binidx, scan
-from .chat import DATE
+from .defaults import DATE, MAX_LINE_BYTES
 from .encode import CHUNK_DOCUMENTS, Encoder, check_ids, chunks, tokenizer_hash
 from .readers import HUB, DocumentReader, name_skipped, source_files
-from .settings import MAX_LINE_BYTES
 from .token_pack import AGAIN, is_pack, open_pack, write_pack
 from .token_store import StoreWriter, TokenStore, check_vocab, entry_key, is_whole, join, open_store, stats_of, writing
 

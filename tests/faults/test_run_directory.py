@@ -15,10 +15,12 @@ from tiny import byte_tokenizer, save_qwen3, save_texts
 import train_distill
 from rwkvinside.cli.main import main
 from rwkvinside.errors import UserError
+from rwkvinside.export import manifest
 from rwkvinside.runs.directory import RunDirectory
 from rwkvinside.runs.trained import open_run
 from rwkvinside.support import digests
 from rwkvinside.support.lock import LOCK, locked
+from rwkvinside.support.sealed import sealed_text
 from rwkvinside.training.frozen_weights import NAME as FROZEN
 
 pytestmark = pytest.mark.integration
@@ -141,8 +143,8 @@ def test_another_teacher_is_refused_by_everything_that_uses_it(replaced, materia
     assert open_run(run).id
     exported = tmp_path / "exported"  # as far as verify reads it before the run
     exported.mkdir()
-    (exported / "conversion.json").write_text("{}")
     (exported / "config.json").write_text('{"dtype": "float32"}')
+    (exported / "conversion.json").write_text(sealed_text({"files": manifest.digests(exported)}))
     change(teacher)
     before = content(run)
     commands = [["export", run, "--out", tmp_path / "again"], ["eval", run, "--data", material / "val.jsonl"]]
@@ -442,11 +444,11 @@ def test_an_export_is_verified_against_its_own_run(run, other, tmp_path, capsys)
     exported = tmp_path / "exported"
     exported.mkdir()
     (exported / "config.json").write_text('{"dtype": "float32"}')
-    report = {"run": open_run(run).id}
-    (exported / "conversion.json").write_text(json.dumps(report))
+    report = {"run": open_run(run).id, "files": manifest.digests(exported)}
+    (exported / "conversion.json").write_text(sealed_text(report))
     assert main(["verify", str(exported), "--against", str(other)]) == 2
     refused(capsys, f"was exported from run {open_run(run).id}, {other} is run {open_run(other).id}")
     report["adapters"] = {"directories": ["../adapter"]}
-    (exported / "conversion.json").write_text(json.dumps(report))
+    (exported / "conversion.json").write_text(sealed_text(report))
     assert main(["verify", str(exported), "--against", str(run)]) == 2
     refused(capsys, "names the adapter directory '../adapter'")

@@ -45,7 +45,7 @@ def test_a_model_of_the_hub_is_downloaded_before_it_is_hashed(teacher, monkeypat
 
     monkeypatch.setattr(files, "snapshot_download", download)
     assert model_identity("owner/name", "v1", FileDigests()) == identity(teacher)
-    assert asked == [("owner/name", "v1", "*.safetensors", ["*/*", "consolidated*"])]
+    assert asked == [("owner/name", "v1", "*.safetensors", ["*/*.safetensors", "*/*.bin", "consolidated*"])]
     (teacher / "model.safetensors").rename(teacher / "pytorch_model.bin")
     del asked[:]
     model_identity("owner/name", None, FileDigests())
