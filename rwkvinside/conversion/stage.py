@@ -41,13 +41,12 @@ from ..training.callbacks import (
 )
 from ..training.checkpoint import Checkpoint, checkpoint_directories, read_score
 from ..training.deepspeed_engine import Engine
-from ..training.metrics import Console, MetricsWriter
+from ..training.metrics import Console, MetricsWriter, Score
 from ..training.precision import precision_context
 from ..training.process_group import Distributed
 from ..training.protocols import Step
 from ..training.schedule import Schedule
 from ..training.trainer import Trainer, TrainingPlan, check_resumable
-from ..training.validation_score import Score
 from .build import (
     check_adapters,
     evaluation_teacher,

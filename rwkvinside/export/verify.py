@@ -98,8 +98,10 @@ def verify(folder: str | Path, against: str | Path) -> dict:
     conversion = read_export(folder)
     check_files(folder, conversion["files"])
     directories = (conversion.get("adapters") or {}).get("directories", [])
-    run = _source_run(against, conversion)
+    run = open_run(against)
     _check_source(folder, conversion.get("run"), directories, run)
+    if conversion["stage"] == run.stage:
+        run = at_stage(run.directory, run.stage, conversion["checkpoint"])
     return compare(folder, run, directories)
 
 
@@ -151,12 +153,6 @@ def compare(folder: Path, run: TrainedRun, adapters: list[str]) -> dict:
     if problems:
         raise VerificationError(f"{folder} does not reproduce {run.path}: {'; '.join(problems)}")
     return result
-
-
-def _source_run(against: str | Path, conversion: dict) -> TrainedRun:
-    """Return the run with the checkpoint that was exported, where its last finished stage is the exported one still."""
-    run = open_run(against)
-    return at_stage(run.directory, run.stage, conversion["checkpoint"]) if conversion["stage"] == run.stage else run
 
 
 def _check_source(folder: Path, exported_from: str | None, adapters: list[str], run: TrainedRun) -> None:

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from .metrics import Console, MetricsWriter
-from .validation_score import Score
+from .metrics import Console, MetricsWriter, Score
 
 if TYPE_CHECKING:
     from .trainer import Trainer

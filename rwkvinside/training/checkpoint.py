@@ -38,7 +38,7 @@ from ..support.files import (
 from ..support.names import is_name
 from ..support.sealed import read_sealed, sealed
 from ..support.text import rounded_bytes
-from .validation_score import Score
+from .metrics import Score
 
 FORMAT = 1
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -269,7 +269,8 @@ def newest_checkpoint(stage_folder: Path) -> Path | None:
 def read_score(path: Path) -> Score | None:
     """Return the score that a checkpoint was saved with, None where it has none or cannot be read."""
     with suppress(UserError, TypeError):
-        return Score(**_read_state(path / STATE).get("score"))
+        if score := _read_state(path / STATE).get("score"):
+            return Score(**score)
     return None
 
 

@@ -9,6 +9,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -20,6 +21,37 @@ from .loggers import Logger
 
 FILE = "metrics.jsonl"
 HINT = "free space, then continue with --resume"  # where a row cannot be written
+MEASURES = ("kl", "ce")  # the first that an evaluation has: without a teacher there is no KL
+
+
+@dataclass(frozen=True)
+class Score:
+    """One evaluation as one number, by which the checkpoints of a stage are compared; lower is better.
+
+    Attributes:
+        step: optimizer steps that were done.
+        value: in nats.
+        measure: which of the `MEASURES`.
+        teacher: with which model the student was compared, "" is the original.
+    """
+
+    step: int
+    value: float
+    measure: str
+    teacher: str = ""
+
+    @classmethod
+    def of(cls, step: int, numbers: Mapping[str, float | str]) -> Score | None:
+        """Return the score of an evaluation, None where it has no finite number to compare."""
+        for name in MEASURES:
+            if name in numbers:
+                value = float(numbers[name])
+                return cls(step, value, name, str(numbers.get("teacher", ""))) if math.isfinite(value) else None
+        return None
+
+    def comparable(self, other: Score) -> bool:
+        """Return whether both measure the same."""
+        return (self.measure, self.teacher) == (other.measure, other.teacher)
 
 
 class MetricsWriter:

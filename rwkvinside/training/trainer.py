@@ -22,13 +22,13 @@ from ..errors import Interrupted, UserError
 from .callbacks import Callback
 from .checkpoint import Checkpoint, Checkpointer
 from .deepspeed_engine import Engine
+from .metrics import Score
 from .nan_probe import find_nonfinite
 from .protocols import AnyBatch, RowSource, Step, StepResult
 from .rng import rng_state, set_rng_state
 from .schedule import Schedule, StageLength
 from .stop_signal import StopSignal
 from .throughput import Throughput, memory_mb
-from .validation_score import Score
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,8 @@ from rwkvinside.errors import UserError
 from rwkvinside.training import checkpoint as checkpoint_module
 from rwkvinside.training.callbacks import Callback, Evaluate, MeasureMFU, ShowProgress, WatchValidation, WriteMetrics
 from rwkvinside.training.checkpoint import Checkpointer, checkpoint_directories, read_score
-from rwkvinside.training.metrics import Console
+from rwkvinside.training.metrics import Console, Score
 from rwkvinside.training.trainer import Trainer, TrainingPlan
-from rwkvinside.training.validation_score import Score
 
 
 class Diary(Callback):

@@ -9,7 +9,7 @@ import torch
 from rwkvinside.errors import UserError
 from rwkvinside.training import checkpoint as module
 from rwkvinside.training.checkpoint import Checkpointer, CorruptCheckpoint, best_checkpoint
-from rwkvinside.training.validation_score import Score
+from rwkvinside.training.metrics import Score
 
 TENSORS = {"a.w": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}
 OPTIMIZER = {"a.w/exp_avg": torch.zeros(2, 3), "step": torch.tensor(3)}
