@@ -12,7 +12,7 @@ class HybridGemma2Config(HybridFields, Gemma2Config):
     model_type = "hybrid_gemma2"
 
 
-class UnrotatedGemma2Attention(UnrotatedAttention, Gemma2Attention):
+class UnrotatedGemma2Attention(UnrotatedAttention, Gemma2Attention):  # type: ignore[misc]  # other names of arguments
     """Attention without positions."""
 
 

@@ -12,7 +12,7 @@ class HybridGemma3TextConfig(HybridFields, Gemma3TextConfig):
     model_type = "hybrid_gemma3_text"
 
 
-class UnrotatedGemma3TextAttention(UnrotatedAttention, Gemma3Attention):
+class UnrotatedGemma3TextAttention(UnrotatedAttention, Gemma3Attention):  # type: ignore[misc]  # other names of arguments
     """Attention without positions."""
 
 

@@ -12,7 +12,7 @@ class HybridGlm4Config(HybridFields, Glm4Config):
     model_type = "hybrid_glm4"
 
 
-class UnrotatedGlm4Attention(UnrotatedAttention, Glm4Attention):
+class UnrotatedGlm4Attention(UnrotatedAttention, Glm4Attention):  # type: ignore[misc]  # other names of arguments
     """Attention without positions."""
 
 

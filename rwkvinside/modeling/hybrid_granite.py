@@ -12,7 +12,7 @@ class HybridGraniteConfig(HybridFields, GraniteConfig):
     model_type = "hybrid_granite"
 
 
-class UnrotatedGraniteAttention(UnrotatedAttention, GraniteAttention):
+class UnrotatedGraniteAttention(UnrotatedAttention, GraniteAttention):  # type: ignore[misc]  # other names of arguments
     """Attention without positions."""
 
 

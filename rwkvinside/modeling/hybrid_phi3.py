@@ -12,7 +12,7 @@ class HybridPhi3Config(HybridFields, Phi3Config):
     model_type = "hybrid_phi3"
 
 
-class UnrotatedPhi3Attention(UnrotatedAttention, Phi3Attention):
+class UnrotatedPhi3Attention(UnrotatedAttention, Phi3Attention):  # type: ignore[misc]  # other names of arguments
     """Attention without positions."""
 
 
