@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "families": {"modeling"},
     "data": set(),
     "hybrid": {"modeling", "families", "data"},
-    "losses": {"data", "hybrid"},
+    "losses": {"kernels", "data", "hybrid"},
     "teacher": {"data", "families", "hybrid", "losses"},
     "training": set(),
     "stages": {"data", "families", "hybrid", "losses", "teacher", "training"},

@@ -1,6 +1,7 @@
 """Memory and time of the distillation loss: all logits at once compared with a chunk of tokens at a time.
 
-Every case runs in separate processes, in turns, so that a peak belongs to it alone. CPU, or the first GPU.
+On a GPU a chunk is compared twice: by PyTorch code, and by the Triton kernel. Every case runs in separate processes, in
+turns, so that a peak belongs to it alone. CPU, or the first GPU.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import multiprocessing
 import statistics
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from ..hybrid.lm_head import LMHeadLoss
 from ..losses.chunked import chunk_tokens
 from ..losses.distillation import DistillationLoss
+from ..losses.fused import Backend
 from ..support.process_memory import forget_peak, peak_bytes
 from ..teacher.signals import HeadSignal
 
@@ -44,7 +47,7 @@ def measure(kind: str, problem: Problem, threads: int) -> dict[str, float]:
     The process should be a new one.
 
     Args:
-        kind: "whole" or "chunks".
+        kind: "whole", or "chunks" (PyTorch) or "fused" (Triton) of the logits.
         problem: what to compute.
         threads: of the CPU.
 
@@ -54,7 +57,7 @@ def measure(kind: str, problem: Problem, threads: int) -> dict[str, float]:
     """
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loss_of = {"whole": _whole, "chunks": _chunks}[kind]
+    loss_of = {"whole": _whole, "chunks": partial(_chunks, "torch"), "fused": partial(_chunks, "triton")}[kind]
     # a small problem starts threads and libraries; a gradient of the whole head would count as memory in use before
     loss_of(*_case(Problem(8, 64, 16, problem.trained), device)).backward()
     hidden, student, *rest = _case(problem, device)
@@ -88,8 +91,11 @@ def _whole(hidden: Tensor, head: nn.Module, labels: Tensor, teacher_hidden: Tens
     return F.kl_div(F.log_softmax(head(hidden), -1), target, reduction="sum", log_target=True)
 
 
-def _chunks(hidden: Tensor, head: nn.Module, labels: Tensor, teacher_hidden: Tensor, teacher: nn.Module) -> Tensor:
-    return LMHeadLoss(head)(hidden, labels, DistillationLoss(HeadSignal(teacher_hidden[0], teacher)))[0]
+def _chunks(
+    backend: Backend, hidden: Tensor, head: nn.Module, labels: Tensor, teacher_hidden: Tensor, teacher: nn.Module
+) -> Tensor:
+    loss = DistillationLoss(HeadSignal(teacher_hidden[0], teacher), backend=backend)
+    return LMHeadLoss(head)(hidden, labels, loss)[0]
 
 
 def _peak_bytes(device: torch.device) -> int:
@@ -100,18 +106,18 @@ def _peak_bytes(device: torch.device) -> int:
 
 
 def head_cost(problem: Problem, repeats: int = 3) -> dict:
-    """Compare both ways of computing the loss, in new processes that take turns.
+    """Compare the ways of computing the loss, in new processes that take turns.
 
     Args:
         problem: what to compute.
         repeats: processes of each kind; medians are reported.
 
     Returns:
-        {"whole": {...}, "chunks": {...}} as `measure` gives them, "memory" and "time": chunks relative to the whole,
-        "chunk_tokens", "threads", "device", and the fields of the problem.
+        {"whole": {...}, "chunks": {...}} as `measure` gives them, on a GPU "fused" too; "memory" and "time": chunks
+        relative to the whole; "chunk_tokens", "threads", "device", and the fields of the problem.
     """
     threads = torch.get_num_threads()
-    runs: dict[str, list[dict]] = {"whole": [], "chunks": []}
+    runs: dict[str, list[dict]] = {"whole": [], "chunks": []} | ({"fused": []} if torch.cuda.is_available() else {})
     context = multiprocessing.get_context("spawn")
     for _ in range(repeats):
         for kind, measured in runs.items():

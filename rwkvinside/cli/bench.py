@@ -108,10 +108,13 @@ def head(parser: ArgumentParser, argv: Sequence[str]) -> int:
     )
     for column in ("", "seconds", "extra memory", "loss"):
         table.add_column(column, justify="left" if not column else "right")
-    for kind, name in (("whole", "all logits at once"), ("chunks", f"{result['chunk_tokens']} tokens at a time")):
-        medians = result[kind]
-        table.add_row(name, f"{medians['seconds']:.2f}", rounded_bytes(medians["bytes"]), f"{medians['loss']:.6g}")
-    table.add_row("relative", f"{result['time']:.2f}", f"{result['memory']:.3f}", "")
+    chunks = f"{result['chunk_tokens']} tokens at a time"
+    for kind, name in (("whole", "all logits at once"), ("chunks", chunks), ("fused", f"{chunks}, in Triton")):
+        if kind in result:  # the last one on a GPU only
+            medians = result[kind]
+            seconds, memory = f"{medians['seconds']:.3g}", rounded_bytes(medians["bytes"])
+            table.add_row(name, seconds, memory, f"{medians['loss']:.6g}")
+    table.add_row(f"{chunks}, relative", f"{result['time']:.2f}", f"{result['memory']:.3f}", "")
     Console().print(table)
     if args.json is not None:
         write_json(args.json, result)

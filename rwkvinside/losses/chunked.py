@@ -18,13 +18,20 @@ from torch.autograd.function import once_differentiable
 from ..data.batch import IGNORE
 from ..hybrid.lm_head import Head, OpenHead, open_head, wide
 from .divergence import TeacherDistribution
+from .fused import Backend, Comparison, fused_form
 
 CHUNK_ELEMENTS = 3 * 2**24  # logits of a chunk, 192 MiB in fp32: 331 tokens of a vocabulary of 152k
 BLOCK_ELEMENTS = {"cpu": 2**22, "cuda": 2**24}  # that are compared at a time, in buffers that the allocator keeps
 
 
 class TeacherChunk(Protocol):
-    """What a teacher says at the positions of one chunk."""
+    """What a teacher says at the positions of one chunk.
+
+    Attributes:
+        logits: (n, V) of all its positions, not to be overwritten; None: nobody has them all.
+    """
+
+    logits: Tensor | None
 
     def distribution(self, positions: slice, vocab: int, temperature: float) -> TeacherDistribution:
         """Return the distributions at some positions of the chunk.
@@ -76,9 +83,12 @@ class ChunkedLoss(ABC):
 
     Attributes:
         signal: the teacher's distributions at the positions with a label; None: there is no teacher.
+        backend: what compares logits: "torch", blocks of them by `block`, the reference; "triton", a whole chunk in one
+            launch; "auto": the latter on a GPU where `comparison` has a form for it.
     """
 
     signal: TeacherSignal | None
+    backend: Backend
 
     @property
     @abstractmethod
@@ -89,6 +99,10 @@ class ChunkedLoss(ABC):
     @abstractmethod
     def metrics(self) -> tuple[str, ...]:
         """Names of the sums that `block` gives after the loss."""
+
+    @abstractmethod
+    def comparison(self, chunk: TeacherChunk | None) -> Comparison | None:
+        """Return how the kernel computes this loss of a chunk; None: it does not."""
 
     @abstractmethod
     def block(
@@ -158,6 +172,9 @@ class ChunkedLoss(ABC):
 
         Its logits become their own gradient where it is needed.
         """
+        comparison = fused_form(self.backend, self.comparison(chunk), logits)
+        if comparison is not None:
+            return comparison.rows(logits, labels, need_grad).sum(0, dtype=torch.float64)
         size = max(1, BLOCK_ELEMENTS[logits.device.type] // logits.shape[1])
         sums = self._zeros(logits.device)
         for block in chunk_slices(len(logits), size):

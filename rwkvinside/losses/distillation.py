@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .chunked import ChunkedLoss, TeacherChunk, TeacherSignal
 from .divergence import divergence
+from .fused import Backend, Comparison
 from .next_token import cross_entropy, cross_entropy_grad
 from .settings import DistillLossConfig
 
@@ -23,12 +24,13 @@ class DistillationLoss(ChunkedLoss):
     "kl" ("reverse_kl", "js") and "agreement" (student and teacher have the same likeliest token).
 
     Attributes:
-        signal: see `ChunkedLoss`.
+        signal, backend: see `ChunkedLoss`. The kernel compares all logits of both models: no top_k, no stored teacher.
         config: what is compared, and how.
     """
 
     signal: TeacherSignal
     config: DistillLossConfig = DistillLossConfig()
+    backend: Backend = "auto"
 
     @property
     def chunk_tokens(self) -> int | None:
@@ -39,6 +41,14 @@ class DistillationLoss(ChunkedLoss):
     def metrics(self) -> tuple[str, ...]:
         """Names of the sums that `block` gives after the loss."""
         return "ce", METRIC[self.config.divergence], "agreement"
+
+    def comparison(self, chunk: TeacherChunk | None) -> Comparison | None:
+        """Return how the kernel computes this loss, see `ChunkedLoss`."""
+        assert chunk is not None, "this loss has a signal"
+        c = self.config
+        if c.top_k is not None or chunk.logits is None:
+            return None
+        return Comparison(chunk.logits, c.divergence, c.kl, c.ce, c.temperature)
 
     def block(
         self, logits: Tensor, labels: Tensor, chunk: TeacherChunk | None, positions: slice, need_grad: bool

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .chunked import ChunkedLoss, TeacherChunk
+from .fused import Backend, Comparison
 
 
 @dataclass(frozen=True)
@@ -15,12 +16,17 @@ class NextTokenLoss(ChunkedLoss):
     """Cross-entropy on the labels, no teacher; its metric is "ce".
 
     Attributes:
-        chunk_tokens: see `ChunkedLoss`.
+        chunk_tokens, backend: see `ChunkedLoss`.
     """
 
     chunk_tokens: int | None = None
+    backend: Backend = "auto"
     signal = None
     metrics = ("ce",)
+
+    def comparison(self, chunk: TeacherChunk | None) -> Comparison:
+        """Return how the kernel computes this loss, see `ChunkedLoss`."""
+        return Comparison()
 
     def block(
         self, logits: Tensor, labels: Tensor, chunk: TeacherChunk | None, positions: slice, need_grad: bool

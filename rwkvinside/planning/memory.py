@@ -12,7 +12,7 @@ With t trainable parameters (fp32 masters), f bytes of the student's other weigh
     activations  tokens of a micro-batch x what the layers keep (activations.py); recomputed: their inputs and one
                  layer; calibrate: hidden states and targets of all its tokens
     logits       a chunk of the student's and one of the teacher's, four blocks of them in fp32 (five with a
-                 cross-entropy), and the head's weights in bf16
+                 cross-entropy; none where a GPU compares them in place), and the head's weights in bf16
     teacher      the bytes of a second model; sharded: 1 / W and what is whole at a time
     file pages   on a CPU, of weights in the type of their file: those that were read to be quantized; the system takes
                  them back when it has to

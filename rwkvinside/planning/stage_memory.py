@@ -137,7 +137,7 @@ def _work(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, teacher
         inputs=inputs,
         edges=edges,
         transient=transient_bytes(model, align=align, low=low),
-        chunk=_logits(plan, tokens, vocab, low, models) if models else 0,
+        chunk=_logits(plan, tokens, vocab, low, models, kind) if models else 0,
         head_copy=vocab * c.hidden_size if models else 0,
         teacher=whole,
         teacher_whole=largest,
@@ -150,14 +150,16 @@ def _fused(plan: StagePlan) -> bool:
     return plan.run.device == "cuda" and plan.run.student.backend in ("auto", "triton")
 
 
-def _logits(plan: StagePlan, tokens: int, vocab: int, low: int, models: int) -> int:
+def _logits(plan: StagePlan, tokens: int, vocab: int, low: int, models: int, kind: TeacherKind | None) -> int:
     """Return the bytes of a chunk of logits.
 
-    Counted are those of every model that makes them, and blocks of them in fp32.
+    Counted are those of every model that makes them, and blocks of them in fp32 where PyTorch code compares them.
     """
     loss = plan.loss
     chunk = min(tokens, loss.chunk_tokens or chunk_tokens(vocab)) * vocab
-    return low * models * chunk + FP32 * min(chunk, BLOCK_ELEMENTS[plan.run.device]) * (4 + bool(loss.ce))
+    in_place = plan.run.device == "cuda" and loss.top_k is None and kind is not TeacherKind.OFFLINE
+    blocks = 0 if in_place else FP32 * min(chunk, BLOCK_ELEMENTS[plan.run.device]) * (4 + bool(loss.ce))
+    return low * models * chunk + blocks
 
 
 def _teacher_bytes(lm: PreTrainedModel, frozen: torch.dtype) -> tuple[int, int]:

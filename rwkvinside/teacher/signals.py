@@ -183,6 +183,7 @@ class _StoredChunk(TeacherChunk):
     ids: Tensor
     log_probs: Tensor
     vocab: int
+    logits = None
 
     def distribution(self, positions: slice, vocab: int, temperature: float) -> TeacherDistribution:
         # vocabulary and temperature were checked against the stage when the cache was opened; rounding to 16 bits left

@@ -60,6 +60,7 @@ def modules(tmp_path, monkeypatch):
     return write
 
 
+FORTH_AND_BACK = ("forward", "backward")
 GOOD = 'stage.attempt("one", lambda: {"number": 1})'
 
 
@@ -97,6 +98,8 @@ def test_models_run_dry_from_a_bare_tree(tmp_path):
     speeds = [line for line in found if "mfu" in line]
     assert len(speeds) == 9 and all(line["finite"] and line["tokens_per_s"] > 0 for line in speeds)
     assert all(line["predicted_gib"] > 0 for line in speeds if not line["what"].startswith("fine-tuning"))
+    (losses,) = (line for line in found if line["what"].startswith("distillation loss"))
+    assert all(value < 1e-5 for name, value in losses.items() if "differ" in name)
     profiles = [line for line in found if "kernels_ms" in line]
     assert len(profiles) == 2 and all(0 < len(line["top"]) <= 25 for line in profiles)
     (whole,) = (line for line in found if line["what"] == "conversion end to end")
@@ -118,6 +121,10 @@ def test_kernels_run_dry_in_the_interpreter(tmp_path):
         *("forward prepare", "forward scan_forward"),
         *("backward prepare", "backward scan_backward", "backward gradient"),
     }
+    (mixer,) = (line for line in found if "mixer_launches" in line)
+    assert set(mixer["mixer_launches"]) == {f"{part}_{way}" for part in ("inputs", "output") for way in FORTH_AND_BACK}
+    assert {name: len(rows) for name, rows in mixer["tried"].items()} == {"inputs_forward": 2, "inputs_backward": 2}
+    assert not mixer["failed"]
     tried = [line for line in found if line["what"].startswith("configurations")]
     assert [len(line["fastest"]) for line in tried] == [2, 2] and not any(line["failed"] for line in tried)
     assert len([line for line in found if line["what"].startswith("decode")]) == 1

@@ -41,10 +41,10 @@ def teacher_signal(labels, hidden, weight, bias=None):
     return HeadSignal(hidden[labels != -100], linear(weight, bias))
 
 
-def distill(hidden, head, labels, teacher, config=None):
+def distill(hidden, head, labels, teacher, config=None, backend="auto"):
     """Loss and metric sums; `teacher` is what `teacher_signal` takes after the labels, or a signal."""
     signal = teacher_signal(labels, *teacher) if isinstance(teacher, list | tuple) else teacher
-    return LMHeadLoss(head)(hidden, labels, DistillationLoss(signal, config or DistillLossConfig()))
+    return LMHeadLoss(head)(hidden, labels, DistillationLoss(signal, config or DistillLossConfig(), backend))
 
 
 def gradients(loss, hidden, head):

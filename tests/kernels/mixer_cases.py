@@ -140,7 +140,7 @@ def test_every_preset(preset, is_first, kv_heads):
 
 
 @pytest.mark.usefixtures("no_recurrence")
-@pytest.mark.parametrize("N, T", [(8, 3), (16, 65), (40, 11), (64, 33), (128, 9), (256, 3)])
+@pytest.mark.parametrize("N, T", [(8, 3), (16, 65), (40, 11), (64, 33), (128, 3), (128, 9), (128, 37), (256, 3)])
 @pytest.mark.parametrize("preset", ["cxa079", "cxa078"])
 def test_every_head_size_and_ragged_lengths(preset, N, T):
     mixer, reference = make(preset, N=N)
@@ -298,6 +298,37 @@ def test_strided_projections_are_not_copied():
     r, k, v = heads
     [launch], _ = ops.plan_inputs(dict(r=r, k=k, v=v, decay=r, iclr=r, w0=bias[0], a0=bias[1]), key_scale="decay")
     assert launch.args["k_"].data_ptr() == k.data_ptr()
+
+
+@pytest.mark.parametrize("key_scale", ["decay", "k_a"])
+def test_how_the_work_is_cut_changes_no_gradient(key_scale):
+    """Programs of one block and of several, and tokens that fill neither blocks nor programs."""
+    torch.manual_seed(0)
+    B, T, H, G, N = 1, 21, 6, 2, 64
+    heads = dict(r=H, k=G, v=G, decay=H, iclr=H, key_gate=G, k_first=G, value_gate=H, v_first=G)
+    given = {name: torch.randn(B, T, count, N, device=DEVICE) for name, count in heads.items()}
+    counts = dict(w0=H, a0=H, k0=G, v0=H, r_k=H) | (dict(k_k=H, k_a=H) if key_scale == "k_a" else {})
+    given |= {name: torch.randn(1, T, N, device=DEVICE) for name in ("cos", "sin")}
+    given |= {name: torch.randn(N, device=DEVICE) for name in ("r_norm", "k_norm")}
+    given |= {name: torch.randn(count * N, device=DEVICE) for name, count in counts.items()}
+    _, grads = ops.plan_inputs(given, key_scale=key_scale)
+    grads = {name: torch.randn_like(x) for name, x in grads.items()}
+
+    def gradients(work):
+        how = dict(key_scale=key_scale, wanted={"k_first", "v_first"}, work=work)
+        [launch], out, sums, _ = ops.plan_inputs_backward(given, grads, **how)
+        sums.fill_(float("nan"))
+        launch.run()
+        assert len(sums) == -(-T // (launch.constants["BLOCK"] * launch.constants["BLOCKS"]))
+        return launch.constants["BLOCK"], launch.constants["BLOCKS"], out, sums.sum(0)
+
+    *first, wanted, total = gradients(ops.Work(tokens=2, warps=1))
+    assert first == [2, 1]
+    for work, cut in {ops.Work(10, 1): [2, 5], ops.Work(16, 4): [8, 2], ops.Work(32, 8): [16, 2]}.items():
+        *found, out, sums = gradients(work)
+        assert found == cut and out.keys() == wanted.keys()
+        assert_close(out, wanted)
+        assert_close({"sums": sums}, {"sums": total})
 
 
 def test_one_token_without_gradient_is_another_kernel():

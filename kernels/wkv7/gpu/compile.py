@@ -31,6 +31,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -38,6 +39,7 @@ from triton.backends.compiler import GPUTarget
 
 from rwkvinside.kernels.gpu.decode import plan_step
 from rwkvinside.kernels.gpu.launch import Launch
+from rwkvinside.kernels.gpu.losses import plan_compare
 from rwkvinside.kernels.gpu.low_rank import plan_low_rank
 from rwkvinside.kernels.gpu.mixer import plan_inputs, plan_inputs_backward, plan_output, plan_output_backward
 from rwkvinside.kernels.gpu.mixer_step import plan_mixer_step
@@ -120,6 +122,8 @@ def shipped(architecture: int) -> Iterator[tuple[str, Launch]]:
     yield from _named(f"sm_{architecture}/64/maps", plan_maps())
     for variant in MIXER_VARIANTS:
         yield from _named(f"sm_{architecture}/64/mixer_{variant}", plan_mixer(64, variant))
+    for variant in LOSS_VARIANTS:
+        yield from _named(f"sm_{architecture}/loss_{variant}", plan_loss(variant))
 
 
 def _named(prefix: str, launches: list[Launch]) -> Iterator[tuple[str, Launch]]:
@@ -242,6 +246,27 @@ def plan_mixer(size: int, variant: str = "") -> list[Launch]:
     last = (full, full, made["bonus"], made["v"], size**-0.5)
     after, out = plan_output(*last)
     return forward + backward + after + plan_output_backward(*last, out)[0]
+
+
+# What a loss may ask for: distillation as it is by default, and what differs most from it in code
+LOSS_VARIANTS: dict[str, dict[str, Any]] = {
+    "forward": {"ce": 0.0},
+    "forward_warm": {"temperature": 2.0},
+    "reverse": {"kind": "reverse"},
+    "js": {"kind": "js"},
+    "js_fp32": {"kind": "js", "temperature": 2.0},
+    "evaluated": {"need_grad": False},
+    "labels": {"kl": 0.0},
+}
+
+
+def plan_loss(variant: str) -> list[Launch]:
+    """Plan a loss of a chunk of positions of a vocabulary of 152k; "labels" is without a teacher."""
+    dtype = torch.float32 if variant.endswith("fp32") else torch.bfloat16
+    logits = torch.empty(331, 151_936, dtype=dtype, device="meta")
+    labels = torch.empty(331, dtype=torch.int64, device="meta")
+    teacher = None if variant == "labels" else logits
+    return plan_compare(logits, labels, teacher, **LOSS_VARIANTS[variant])[0]
 
 
 def survey(only: str = "") -> dict[str, Usage]:

@@ -8,6 +8,8 @@ equations are those of `rwkvinside.modeling.time_mixer`, computed in fp32 on ten
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -20,9 +22,41 @@ from rwkvinside.kernels.gpu.launch import Launch, run
 from rwkvinside.kernels.gpu.table import Tuning
 
 KEY_SCALES = ("decay", "log", "k_a")
-TILE = 1024  # columns of all tokens of a program
-# 4 columns a thread: 128 registers in the backward; with 8 columns 216, and a processor holds half the warps
-TUNING = Tuning(num_warps=8, num_stages=1)
+
+
+@dataclass(frozen=True)
+class Work:
+    """How much of a kernel's work a program does at a time, and all in all.
+
+    Attributes:
+        tokens: of a program, at least; it goes over them in blocks.
+        warps: of a program. A block has `COLUMNS` columns for each of their threads.
+        max_registers: of a thread, so that more programs fit on a multiprocessor; None: as many as ptxas likes.
+    """
+
+    tokens: int
+    warps: int
+    max_registers: int | None = None
+
+    def blocks(self, size: int) -> tuple[int, int]:
+        """Return the tokens of a block, a power of two, and the blocks of a program, for heads of a size."""
+        block = max(1, 32 * self.warps * COLUMNS // (2 * _half(size)))
+        return block, triton.cdiv(self.tokens, block)
+
+    def programs(self, tokens: int, size: int) -> int:
+        """Return the programs for each group of heads."""
+        return triton.cdiv(tokens, math.prod(self.blocks(size)))
+
+
+COLUMNS = 4  # of a thread: 16 bytes of fp32 are the most that it loads at once, and one layout suits all tensors
+# By the name of the kernel, the fastest of some on an H200 (docs/measurements). A warp that is alone waits for none, and
+# 16 tokens share a row of sums for each parameter.
+DEFAULTS = {
+    "inputs_forward": Work(tokens=4, warps=4),
+    "inputs_backward": Work(tokens=16, warps=1),
+    "output_forward": Work(tokens=4, warps=4),
+    "output_backward": Work(tokens=4, warps=1),
+}
 
 # What the kernels of `inputs` read, per token and then parameters. Absent tensors are not in a call's list.
 TOKENS = ("r", "k", "v", "decay", "iclr", "key_gate", "k_first", "value_gate", "v_first", "cos", "sin")
@@ -140,7 +174,12 @@ def output(y: Tensor, gate: Factors, *, scale: float, bonus: Tensor | None = Non
 
 
 def plan_inputs(
-    given: dict[str, Tensor], *, key_scale: str, eps: float = 1e-6, hand_key: bool = False
+    given: dict[str, Tensor],
+    *,
+    key_scale: str,
+    eps: float = 1e-6,
+    hand_key: bool = False,
+    work: Work = DEFAULTS["inputs_forward"],
 ) -> tuple[list[Launch], dict[str, Tensor]]:
     """Return the launches of `inputs` and its outputs by their names in `OUTPUTS`; launch nothing.
 
@@ -149,6 +188,7 @@ def plan_inputs(
     Args:
         given: what `TOKENS` and `PARAMETERS` name, without absent ones. Products of low-rank maps are (B, T, heads, N).
         key_scale, eps, hand_key: as in `inputs`.
+        work: of a program.
     """
     layout = _Layout(given, key_scale)
     r = given["r"]
@@ -160,11 +200,17 @@ def plan_inputs(
     out = {name: out[name] for name in OUTPUTS if name in out}
     places = {f"{name}_out_": out.get(name) for name in OUTPUTS[:6]}
     places |= {f"{name}_": out.get(name) for name in OUTPUTS[6:]}
-    return [layout.launch(kernels.inputs_forward, places, eps)], out
+    return [layout.launch(kernels.inputs_forward, places, eps, work)], out
 
 
 def plan_inputs_backward(
-    given: dict[str, Tensor], grads: dict[str, Tensor], *, key_scale: str, eps: float = 1e-6, wanted: set[str]
+    given: dict[str, Tensor],
+    grads: dict[str, Tensor],
+    *,
+    key_scale: str,
+    eps: float = 1e-6,
+    wanted: set[str],
+    work: Work = DEFAULTS["inputs_backward"],
 ) -> tuple[list[Launch], dict[str, Tensor], Tensor, dict[str, slice]]:
     """Return the launches of the backward of `inputs` and where they write; launch nothing.
 
@@ -172,63 +218,76 @@ def plan_inputs_backward(
         given, key_scale, eps: as in `plan_inputs`.
         grads: of all outputs, by name.
         wanted: names of inputs that need a gradient. Only k_first and v_first go without if they do not.
+        work: of a program.
 
     Returns:
-        Launches, gradients of what is per token by name, sums over blocks of tokens (blocks, rows, N) fp32 of the
+        Launches, gradients of what is per token by name, sums over a program's tokens (programs, rows, N) fp32 of the
         gradients of parameters, and the rows of each parameter; those of the norms are still to be added.
     """
     layout = _Layout(given, key_scale)
     out = {name: given[name].new_empty(given[name].shape) for name in layout.differentiated(wanted)}
     rows = layout.parameter_rows()
-    sums = layout.empty_sums()
+    sums = layout.empty_sums(work)
     places: dict[str, Any] = {}
-    for name in OUTPUTS[:6]:
-        places |= _strided(f"d{name}_out", grads.get(name))
-    for name in OUTPUTS[6:]:
-        places |= _strided(f"d{name}", grads.get(name))
+    own = {name: grads[name].contiguous() if name in grads else None for name in OUTPUTS}
+    places |= {f"d{name}_out_": own[name] for name in OUTPUTS[:6]}
+    places |= {f"d{name}_": own[name] for name in OUTPUTS[6:]}
     places |= {f"d{name}_": out.get(name) for name in TOKENS[:9]}
     places |= {f"d{name}_": sums[:, rows[name]] if name in rows else None for name in PARAMETERS}
     places["sums_t"] = sums.stride(0)
-    return [layout.launch(kernels.inputs_backward, places, eps)], out, sums, rows
+    return [layout.launch(kernels.inputs_backward, places, eps, work)], out, sums, rows
 
 
 def plan_output(
-    y: Tensor, gate: Tensor, bonus: Tensor | None, v: Tensor | None, scale: float
+    y: Tensor,
+    gate: Tensor,
+    bonus: Tensor | None,
+    v: Tensor | None,
+    scale: float,
+    work: Work = DEFAULTS["output_forward"],
 ) -> tuple[list[Launch], Tensor]:
     """Return the launches of `output` and its result; launch nothing."""
     out = gate.new_empty(gate.shape)
-    return [_output_launch(kernels.output_forward, y, gate, bonus, v, scale, {"out_": out})], out
+    return [_output_launch(kernels.output_forward, y, gate, bonus, v, scale, {"out_": out}, work)], out
 
 
 def plan_output_backward(
-    y: Tensor, gate: Tensor, bonus: Tensor | None, v: Tensor | None, scale: float, dout: Tensor
+    y: Tensor,
+    gate: Tensor,
+    bonus: Tensor | None,
+    v: Tensor | None,
+    scale: float,
+    dout: Tensor,
+    work: Work = DEFAULTS["output_backward"],
 ) -> tuple[list[Launch], list[Tensor]]:
     """Return the launches of the backward of `output`, and the gradients of y, gate, and bonus and v if there are."""
     grads = [x.new_empty(x.shape) for x in (y, gate, bonus, v) if x is not None]
     places = {**_strided("dout", dout), "dbonus_": None, "dv_": None}
     places |= dict(zip(("dy_", "dgate_", "dbonus_", "dv_"), grads, strict=False))
-    return [_output_launch(kernels.output_backward, y, gate, bonus, v, scale, places)], grads
+    return [_output_launch(kernels.output_backward, y, gate, bonus, v, scale, places, work)], grads
 
 
-def _output_launch(kernel, y, gate, bonus, v, scale: float, places: dict[str, Any]) -> Launch:
+def _output_launch(kernel, y, gate, bonus, v, scale: float, places: dict[str, Any], work: Work) -> Launch:
     B, T, H, N = y.shape
     shared = H if v is None else v.shape[2]
     args = {**_strided("y", y), **_strided("gate", gate), **_strided("bonus", bonus), **_strided("v", v), **places}
-    return _launch(kernel, {**args, "scale": scale}, {"R": H // shared}, B * T, shared, N)
+    return _launch(kernel, {**args, "scale": scale}, {"R": H // shared}, B * T, shared, N, work)
 
 
-def _launch(kernel, args: dict[str, Any], constants: dict[str, Any], tokens: int, groups: int, size: int) -> Launch:
-    """Return a launch of one program for each block of tokens and group of heads."""
-    half = triton.next_power_of_2(size // 2)
-    block = _block(size)
-    constants = {**constants, "BLOCK": block, "D": size, "P": half}
+def _launch(
+    kernel, args: dict[str, Any], constants: dict[str, Any], tokens: int, groups: int, size: int, work: Work
+) -> Launch:
+    """Return a launch of one program for each of the tokens that `work` gives it and each group of heads."""
+    block, blocks = work.blocks(size)
+    constants = {**constants, "BLOCK": block, "BLOCKS": blocks, "D": size, "P": _half(size)}
     args = {**args, "G": groups, "TOKENS": tokens}
-    return Launch(kernel, (triton.cdiv(tokens, block) * groups,), args, constants, TUNING)
+    tuning = Tuning(work.warps, 1, work.max_registers)
+    return Launch(kernel, (work.programs(tokens, size) * groups,), args, constants, tuning)
 
 
-def _block(size: int) -> int:
-    """Return the tokens of a program, a power of two."""
-    return max(1, TILE // (2 * triton.next_power_of_2(size // 2)))
+def _half(size: int) -> int:
+    """Return half of a head, padded to a power of two."""
+    return triton.next_power_of_2(size // 2)
 
 
 def _strided(name: str, x: Tensor | None) -> dict[str, Any]:
@@ -283,18 +342,22 @@ class _Layout:
                 start += counts[name]
         return rows
 
-    def empty_sums(self) -> Tensor:
-        """Return the buffer of parameters' gradients for each block of tokens (blocks, rows, N)."""
-        rows = list(self.parameter_rows().values())[-1].stop
-        blocks = triton.cdiv(self.tokens, _block(self.size))
-        return self.given["r"].new_empty(blocks, rows, self.size, dtype=torch.float32)
+    def parameters(self) -> int:
+        """Return the rows of the buffer of parameters' gradients."""
+        return list(self.parameter_rows().values())[-1].stop
 
-    def launch(self, kernel, places: dict[str, Any], eps: float) -> Launch:
+    def empty_sums(self, work: Work) -> Tensor:
+        """Return the buffer of parameters' gradients, for each program of a group by itself (programs, rows, N)."""
+        programs = work.programs(self.tokens, self.size)
+        return self.given["r"].new_empty(programs, self.parameters(), self.size, dtype=torch.float32)
+
+    def launch(self, kernel, places: dict[str, Any], eps: float, work: Work) -> Launch:
         """Return a launch that reads all inputs, with products of low-rank maps."""
         given = self.given
         args: dict[str, Any] = {}
         for name in TOKENS[:9]:
-            args |= _strided(name, given.get(name))
+            x = given.get(name)
+            args |= {f"{name}_": None if x is None else x.contiguous()} if name in LOW_RANK else _strided(name, x)
         first = given.get("v_first")
         group = 1 if first is None else self.value_heads // first.shape[2]
         positions = 1
@@ -306,7 +369,8 @@ class _Layout:
         args |= {f"{name}_": given[name].contiguous() if name in given else None for name in PARAMETERS}
         args |= {**places, "eps": eps, "POSITIONS": positions}
         constants = {"R": self.heads // self.groups, "RV": self.value_heads // self.groups, "FIRST": group}
-        return _launch(kernel, args, {**constants, "KEY_SCALE": self.key_scale}, self.tokens, self.groups, self.size)
+        constants = {**constants, "KEY_SCALE": self.key_scale}
+        return _launch(kernel, args, constants, self.tokens, self.groups, self.size, work)
 
 
 def _multiplied(given: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -370,7 +434,7 @@ def _(tensors, names, grads, outputs, key_scale, eps, wanted):
     layout = _Layout(given, key_scale)
     made = layout.differentiated(set(wanted.split()))
     grads = [x.new_empty(x.shape) for name, x in given.items() if name in made]
-    return [*grads, layout.empty_sums().sum(0)]
+    return [*grads, given["r"].new_empty(layout.parameters(), layout.size, dtype=torch.float32)]
 
 
 def _setup_inputs(ctx, inputs, output) -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 SECONDS = {"gradient": 12.0, "prepare": 3.0}  # to compile a kernel, as measured beside an H200; the others:
 OTHERS = 0.6
+SECONDS |= {"inputs_backward": 3.0, "inputs_forward": 1.5}  # not measured there: a guess by what they take elsewhere
 MOST_THREADS = 16
 GAIN = 0.5  # of a thread beside others: of eight, 5.6 were runnable on average, imports and the last kernel included
 

@@ -18,6 +18,8 @@ from ...kernels.gpu.launch import Launch, capability
 from ...modeling.wkv7 import wkv7
 from .compiling import Compiler
 from .configurations import Batch, Fastest, of_part, rounds
+from .mixer_times import MixerCase, mixer_times, moved
+from .mixer_times import cases as mixer_cases
 from .timing import host_microseconds, launch_milliseconds, milliseconds
 from .wkv_cases import Capability, Case
 
@@ -28,7 +30,7 @@ WINNERS = "configurations.json"
 
 
 def run(stage: Stage) -> None:
-    """Time the shapes, decoding, then configurations, each as soon as it is compiled; write the winners."""
+    """Time the shapes, the mixer, decoding, then configurations, each as soon as it is compiled; write the winners."""
     device = stage.device
     cuda = device == "cuda"
     found = capability(torch.device(device))
@@ -48,8 +50,16 @@ def run(stage: Stage) -> None:
         passes = planned.plan(case.placeholders(), found).launches
         return [*passes, *(planned.inference(found) if as_called(case) else [])]
 
+    def time_mixer(case: MixerCase) -> None:
+        launches = list(case.launches("meta").values())
+        compiler.ahead(case.name, launches)
+        needs = 1 + 0.1 * len(launches) + compiler.seconds(launches)
+        stage.attempt(case.name, partial(mixer_times, case, device, bandwidth), needs)
+
     first, *others = timed_cases(stage.dry)
     time_all(first)
+    for case in mixer_cases(stage.dry):
+        time_mixer(case)
     for rows in (1,) if stage.dry else (1, 8, 64, 512):
         stage.attempt(f"decode {rows}", partial(decode_times, rows, device, bandwidth, stage.dry))
     fastest = Fastest()
@@ -96,12 +106,6 @@ def _parts(batch: Batch, found: Capability) -> Iterable[Launch]:
     """Yield the launches of a batch's part, without memory."""
     for _, case in batch.configured(found):
         yield from of_part(batch.part, case.plan(case.placeholders(), found).launches)
-
-
-def moved(launch: Launch) -> int:
-    """Return the bytes of all tensors of a launch, each read or written once."""
-    tensors = {x.data_ptr(): x for x in launch.args.values() if isinstance(x, torch.Tensor)}
-    return sum(x.nbytes for x in tensors.values())
 
 
 def times(case: Case, device: str, bandwidth: float, processors: int) -> dict:

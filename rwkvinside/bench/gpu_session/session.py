@@ -52,10 +52,10 @@ def _entry(name: str, seconds: float, minimum: float) -> StageEntry:
 
 STAGES = (  # what is least known first, so that a short session has it
     _entry("facts", 20, 10),
-    _entry("training", 150, 55),
+    _entry("training", 170, 55),
     _entry("generation", 80, 30),
-    _entry("correct", 90, 20),
-    _entry("kernels", 110, 20),
+    _entry("correct", 80, 20),
+    _entry("kernels", 100, 20),
     _entry("peers", 60, 15),
 )
 

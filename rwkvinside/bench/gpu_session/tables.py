@@ -49,6 +49,7 @@ def tables(lines: Sequence[Line]) -> str:
         *_correctness(by_stage.get("correct", [])),
         _times(measured),
         _passes(measured, by_stage.get("peers", [])),
+        *_mixers(measured),
         _decoding(measured),
         _configurations(measured),
         _profiles(by_stage.get("nsight", [])),
@@ -161,6 +162,33 @@ def _passes(kernels: Sequence[Line], peers: Sequence[Line]) -> str:
     for count in sorted(tried):
         text += f"; fla: its best setting, each kernel having tried {count} of its configurations only"
     return _table(f"{text}):", ("", "`wkv7`", "fla, `chunk_rwkv7`", "causal attention", "bytes"), rows)
+
+
+def _mixers(lines: Sequence[Line]) -> list[str]:
+    """Return a table of the mixer's kernels as they are launched, and one of the settings that were tried."""
+    measured = [line for line in lines if "mixer_launches" in line]
+    kernels = list(measured[0]["mixer_launches"]) if measured else []
+    rows = [
+        (
+            line["what"].removeprefix("mixer "),
+            *(f"{_number(part['ms'])} ({_number(part['floor_ms'])})" for part in line["mixer_launches"].values()),
+        )
+        for line in measured
+    ]
+    tried = [
+        (
+            *(line["what"].removeprefix("mixer "), kernel, f"{len(some)}"),
+            "; ".join(f"{_number(row['ms'])}: {row['with']}" for row in some[:FASTEST]),
+        )
+        for line in measured
+        for kernel, some in line["tried"].items()
+    ]
+    text = "The work around the recurrence in bf16, milliseconds of each launch, and in brackets of a copy of the "
+    text += "bytes that it reads and writes:"
+    return [
+        _table(text, ("", *(f"`{kernel}`" for kernel in kernels)), rows),
+        _table(f"Settings of them, the {FASTEST} fastest:", ("", "kernel", "tried", "fastest"), tried),
+    ]
 
 
 def _both(line: Line) -> str:

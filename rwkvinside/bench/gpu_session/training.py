@@ -30,6 +30,7 @@ from ...teacher.signals import OnlineTeacher, SelfTeacher, TeacherModel
 from ...training.local_engine import LocalEngine
 from ...training.process_group import Distributed
 from ...training.protocols import Step, StepResult
+from .distillation import compare_losses
 from .end_to_end import compare
 from .models import LARGE, SMALL, TINY, random_batch, random_teacher, stage_plan
 from .profiling import kernels_of
@@ -48,24 +49,27 @@ def run(stage: Stage) -> None:
     (rows, short), long, document = ((4, 16), 32, 12) if stage.dry else ((32, 512), 4096, 700)
     plan = partial(stage_plan, device=stage.device)
 
-    case = Case(plan(small, "align", rows, short))
+    losses = partial(compare_losses, long, small.vocab, small.hidden, stage.device)
+    stage.attempt(f"distillation loss {long} x {small.vocab}", losses, needs=6)
+    # 16384 tokens at a time keep a GPU busy; with 4096 it waits for Python
+    case = Case(plan(small, "align", rows, short, micro_rows=rows))
     stage.attempt(f"align {case.name}", case.speed, needs=10)
     stage.attempt("align: inputs of the recurrence", case.recurrence_inputs)
     stage.attempt("align: kernels of a micro-batch", case.profile, needs=5)
-    case = Case(plan(small, "distill", 4, long))
+    case = Case(plan(small, "distill", 8, long, micro_rows=4))
     stage.attempt(f"distill {case.name}", case.speed, needs=10)
     stage.attempt("distill: inputs of the recurrence", case.recurrence_inputs)
     stage.attempt("distill: kernels of a micro-batch", case.profile, needs=5)
-    tuning = FineTuning(plan(small, "distill", 4, long))
+    tuning = FineTuning(plan(small, "distill", 8, long, micro_rows=4))
     case = None  # its models
     stage.attempt(f"fine-tuning {tuning.name}", tuning.speed, needs=8)
     for objective, shape, *size, options in (
-        ("distill", small, 4, long, {"document": document}),
-        ("distill", small, 4, long, {"micro_rows": 4, "checkpointing": True}),
-        ("distill", small, 8, long, {"micro_rows": 8, "checkpointing": True}),
+        ("align", large, rows, short, {"micro_rows": rows}),
         ("distill", large, 4, long, {"micro_rows": 4, "checkpointing": True}),
-        ("distill", small, 8, long, {"micro_rows": 2}),
-        ("align", small, rows, short, {"micro_rows": rows}),
+        ("align", small, rows, short, {}),
+        ("distill", small, 4, long, {}),
+        ("distill", small, 8, long, {"micro_rows": 4, "document": document}),
+        ("distill", small, 8, long, {"micro_rows": 8, "checkpointing": True}),
     ):
         packed = options.pop("document", None)
         case = Case(plan(shape, objective, *size, **options), packed)
