@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from generation_cases import check_paths
-from hybrid_cases import VOCAB, attention_mask_4d, batch_of, doubled, logits, packed, teacher
+from hybrid_cases import SLIDING, VOCAB, attention_mask_4d, batch_of, doubled, logits, packed, teacher
 from plans import layer_spec
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.modeling_outputs import MoeModelOutputWithPast
@@ -50,9 +50,15 @@ MORE = {  # of some, where what matters is the same in all
     "mha": (StudentConfig(attention_layers=(1,)), {"num_key_value_heads": 4}),
     "untied": (StudentConfig(attention_layers=(2,)), {"tie_word_embeddings": False}),
     "biases": (StudentConfig(attention_layers=(1,)), {"attention_bias": True}),
+    "sliding": (StudentConfig(attention_layers=(1,)), SLIDING | {"use_sliding_window": True}),
 }
 CASES = [(family, layout) for family in FAMILIES for layout in LAYOUTS]
-CASES += [("llama", layout) for layout in MORE] + [("qwen3", "biases"), ("qwen3", "mha"), ("glm4", "unrotated")]
+CASES += [("llama", layout) for layout in MORE if layout != "sliding"] + [
+    ("qwen3", "biases"),
+    ("qwen2", "sliding"),
+    ("smollm3", "sliding"),
+    ("glm4", "unrotated"),
+]
 
 
 @pytest.fixture(scope="module", params=CASES, ids="-".join)
