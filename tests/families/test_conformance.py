@@ -403,7 +403,7 @@ def test_the_export_computes_what_was_trained(case, exported, prompt):
 
 
 def test_generation(exported, prompt):
-    check_paths(exported, prompt, new=7)
+    check_paths(exported, prompt, new=8)
 
 
 def test_cached_logits_equal_a_full_pass(case, exported, prompt):

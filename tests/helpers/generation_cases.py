@@ -56,7 +56,7 @@ def greedy(model, ids, new=NEW, **kwargs):
 def check_paths(model, prompt, new=NEW):
     """Greedy tokens with cache = without = in chunks = from left-padded rows = continued from a returned cache."""
     expected = greedy(model, prompt, new, use_cache=False)
-    assert expected.unique().numel() > 3, "a model that repeats one token would pass anything"
+    assert expected.unique().numel() > new // 4, "a model that repeats one token would pass anything"
     assert torch.equal(greedy(model, prompt, new), expected)
     for chunk in (1, 5, 16):
         assert torch.equal(greedy(model, prompt, new, prefill_chunk_size=chunk), expected), (

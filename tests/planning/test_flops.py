@@ -186,13 +186,12 @@ def test_a_second_model_is_counted_as_what_it_is(counted):
 
 
 @pytest.mark.parametrize("train", [["mixer"], [".*"]])
-def test_experts_that_a_token_is_sent_through(counted, train):
+def test_experts_count_as_often_as_a_token_is_sent_through_them(counted, train):
     model = hybrid_cases.teacher("qwen3_moe", tie_word_embeddings=False)  # one of its three layers has none
     model.set_experts_implementation("eager")
     student = HybridModel.from_teacher(model, StudentConfig(attention_layers=(1,)))
     student.set_trainable(train)
     assert formula(student, "distill", TeacherKind.SELF) == pytest.approx(counted(student, distill))
-    assert formula(student, "align", TeacherKind.SELF) == pytest.approx(counted(student, align)) or train == [".*"]
 
 
 def test_a_sliding_window_has_fewer_scores():
