@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hybrid_cases import VOCAB, attention_mask_4d, batch_of, packed, teacher
+from hybrid_cases import VOCAB, attention_mask_4d, batch_of, doubled, packed, teacher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -127,6 +127,8 @@ def test_a_window_needs_no_mask_of_a_whole_row():
 def test_packed_documents_equal_the_documents_alone(family, kv_heads, dtype, atol):
     """Outputs and every gradient of a student that keeps an attention layer, and the outputs of its teacher."""
     lm = teacher(family, num_key_value_heads=kv_heads)
+    atol = max(atol, 1e-7) if family.startswith("gemma") else atol  # gradients of its norms add up in fp32
+    lm = doubled(lm) if dtype == torch.float64 else lm
     model = HybridModel.from_teacher(lm, StudentConfig(attention_layers=(1,))).to(dtype)
     model.set_trainable([".*"])
     lengths = [7, 1, 12]
@@ -194,7 +196,10 @@ def test_no_tensor_has_the_size_of_a_mask(kept):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_called_in_another_way_a_model_attends_as_before(family):
-    plain, ours = teacher(family).double(), attend_within_documents(teacher(family).double())
+    plain, ours = doubled(teacher(family)), attend_within_documents(doubled(teacher(family)))
+    documents = attention_mask_4d(packed([4, 6], rows=2))
+    if plain.config._attn_implementation == "eager":  # which adds its masks
+        documents = torch.zeros(documents.shape).masked_fill(~documents, torch.finfo(torch.float32).min)
     ids = torch.randint(0, VOCAB, (2, 10), generator=torch.Generator().manual_seed(2))
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
@@ -203,9 +208,11 @@ def test_called_in_another_way_a_model_attends_as_before(family):
         dict(),
         dict(attention_mask=mask),
         dict(position_ids=positions, use_cache=False),
-        dict(attention_mask=attention_mask_4d(packed([4, 6], rows=2))),
+        dict(attention_mask=documents),
     ):
-        assert torch.equal(ours(ids, **call).logits, plain(ids, **call).logits), call
+        found, wanted = ours(ids, **call).logits, plain(ids, **call).logits
+        # "eager" in float64 gives padding that sees nothing NaN
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
     generated = [
         lm.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False, pad_token_id=0) for lm in (ours, plain)
     ]

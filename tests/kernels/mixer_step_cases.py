@@ -32,11 +32,11 @@ def launched(monkeypatch):
     return calls
 
 
-def make(preset, is_first=False, heads=4, kv_heads=2, N=16, qk_norm=True, dtype=torch.float32):
+def make(preset, is_first=False, heads=4, kv_heads=2, N=16, qk_norm=True, dtype=torch.float32, **fields):
     """A mixer that runs the kernel and the same numbers in one that runs in float64 on the CPU."""
     torch.manual_seed(0)
     sizes = dict(hidden_size=D, num_heads=heads, num_kv_heads=kv_heads, head_size=N)
-    config = TimeMixerConfig.from_preset(preset, qk_norm=qk_norm, qkv_bias=True, backend="triton", **sizes)
+    config = TimeMixerConfig.from_preset(preset, qk_norm=qk_norm, qkv_bias=True, backend="triton", **sizes, **fields)
     mixer = TimeMixer(config, is_first)
     init_mixer(mixer, 1, 3, "published")
     with torch.no_grad():  # every path active: nothing at its neutral start
@@ -123,6 +123,15 @@ def test_presets(preset, is_first, launched):
 def test_head_sizes(N, launched):
     fast, slow = make("cxa079", heads=2, kv_heads=1, N=N)
     compare(fast, slow, inputs(fast, batch=2))
+    assert len(launched) == T
+
+
+@pytest.mark.parametrize("norm_over, rotated", [("heads", 16), ("head", 12)])
+def test_norms_over_all_heads_and_rotations_of_a_part(norm_over, rotated, launched):
+    fast, slow = make("cxa079", norm_over=norm_over)
+    x, first, (cos, sin), state = inputs(fast)
+    angle = torch.arange(T * rotated // 2).view(1, T, -1).repeat(1, 1, 2).to(cos)
+    compare(fast, slow, (x, first, (angle.cos(), angle.sin()), state))
     assert len(launched) == T
 
 
