@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # on one worker, because its tests share what they trained; files begin in the order of tests/conftest.py.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: venv demo test unit lint types docs bench-gpu
+.PHONY: venv demo demo-llm test unit lint types docs bench-gpu
 .DEFAULT_GOAL := venv
 
 venv: $(STAMP)
@@ -19,6 +19,11 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	DS_ACCELERATOR=cpu $(VENV)/bin/rwkvinside demo $(ARGS)
+
+# A published model, from the hub or TEACHER=DIR, on DATA=FILE or on what it writes itself: about ten minutes of two
+# cores. ARGS takes the command's, such as ARGS='stages.distill.tokens=100k'.
+demo-llm: $(STAMP)
+	DS_ACCELERATOR=cpu $(VENV)/bin/rwkvinside demo --teacher $(or $(TEACHER),SmolLM2-135M) $(DATA:%=--data %) $(ARGS)
 
 # Everything. ARGS takes pytest's, such as ARGS='-m "not distributed"' or ARGS=tests/data.
 test: $(STAMP)

@@ -1,4 +1,4 @@
-"""The three ways a command ends early, each with its own exit code. Imports nothing of the package."""
+"""The ways a command ends early, each with its own exit code. Imports nothing of the package."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import functools
 import os
 import sys
 from collections.abc import Callable
+
+CTRL_C = 128 + 2  # what shells report of a process that SIGINT has ended
+CLOSED_PIPE = 128 + 13  # the same of SIGPIPE
 
 
 class UserError(Exception):
@@ -44,13 +47,23 @@ class Interrupted(UserError):
 def report_errors(main: Callable[..., int]) -> Callable[..., int]:
     """Make a main function print a `UserError` on stderr and return its exit code.
 
-    Under a launcher, which sets RANK, only rank 0 prints, because all ranks raise the same error.
+    Ctrl-C before there is something to save is one line and `CTRL_C`; a closed pipe, as of `| head`, is silent and
+    `CLOSED_PIPE`. Under a launcher, which sets RANK, only rank 0 prints, because all ranks raise the same error.
     """
 
     @functools.wraps(main)
     def reporting(argv: list[str] | None = None) -> int:
         try:
-            return main(argv)
+            code = main(argv)
+            sys.stdout.flush()  # what is still to be written may find the pipe closed
+            return code
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+            return CLOSED_PIPE
+        except KeyboardInterrupt:
+            if os.environ.get("RANK", "0") == "0":
+                print("interrupted", file=sys.stderr)
+            return CTRL_C
         except UserError as error:
             if os.environ.get("RANK", "0") == "0":
                 print(f"error: {error.cause}", file=sys.stderr)

@@ -2,7 +2,7 @@
 
 Commands are taken from indented and fenced blocks and run in this process, block by block, in a folder that has what
 they name: a tiny teacher as `DIR` and `TEACHER`, texts, a small configuration as `run.yaml`, a finished run as `RUN`,
-its export as `DIR`. They are made smaller by arguments at their end (`SMALLER`). What trains a recipe's teacher, whose
+its export as `DIR`. They are made smaller by arguments at their end (`SMALLER`). What trains a preset's teacher, whose
 weights are on the hub, or starts other machines is run with --dry-run; what takes minutes is only parsed
 (`ONLY_PARSED`).
 """
@@ -42,6 +42,7 @@ SMALLER = {
     "rwkvinside bench training": ["--rows", "1", "--seq-len", "16", "--repeats", "1"],
     "rwkvinside bench generation": ["--contexts", "8", "--new-tokens", "2"],
     "rwkvinside bench wkv7": ["--shapes", "1,16,1,8", "--repeats", "1", "--candidates", "reference"],
+    "rwkvinside data generate": ["--tokens", "3k", "--max-tokens", "16"],
     "rwkvinside data logits": ["stages.distill.tokens=512", "device=cpu"],
 }
 # how a command begins -> why its arguments are parsed and no more
@@ -50,7 +51,7 @@ ONLY_PARSED = {
     "rwkvinside bench head": "starts processes that measure for minutes; tests/bench runs it",
     "rwkvinside demo": "trains for minutes; tests/demo runs it",
 }
-RECIPE = r"(Qwen|Llama)[\w.-]+"
+PRESET = r"(Qwen|Llama|SmolLM)[\w.-]+"
 
 
 def blocks(page):
@@ -183,11 +184,11 @@ def check(words, capsys):
         assert capsys.readouterr().err.startswith("error: unknown flag --no-such-option\n")
         return
     trains = words[0] == "train_distill.py" or words[:2] == ["rwkvinside", "train"]
-    recipe = re.fullmatch(RECIPE, option(words, "--teacher") or "")
-    if trains and (recipe or "--hostfile" in words):
+    preset = re.fullmatch(PRESET, option(words, "--teacher") or "")
+    if trains and (preset or "--hostfile" in words):
         words = [*words, "--dry-run"]
     else:
-        if words[:2] == ["rwkvinside", "data"] and recipe:  # its tokenizer is on the hub
+        if words[:2] == ["rwkvinside", "data"] and preset:  # its tokenizer is on the hub
             words[words.index("--teacher") + 1] = "TEACHER"
         words = [*words, *(word for key in begins for word in SMALLER[key])]
         if "export" in words or trains:  # what the commands around this one have left

@@ -140,6 +140,18 @@ def mixer_step(**inputs: Tensor | float | bool | None) -> Tensor:
     return (mixer_step if torch.compiler.is_compiling() else launch_mixer_step)(**inputs)
 
 
+def window_step(*inputs: Tensor | int | None) -> Tensor:
+    """Take one token of a window beside a recurrence by its Triton kernel, without gradient.
+
+    Arguments, result and errors are those of `gpu.window_step.window_step`, the operator, which a compiler sees.
+    """
+    import torch
+
+    from .gpu.window_step import launch_window_step, window_step
+
+    return (window_step if torch.compiler.is_compiling() else launch_window_step)(*inputs)
+
+
 def low_rank(
     x: Tensor, downs: Sequence[Tensor], ups: Sequence[Tensor], activations: Sequence[str]
 ) -> list[Tensor] | None:

@@ -129,6 +129,7 @@ def head_cost(problem: Problem, repeats: int = 3) -> dict:
     }
     whole, chunks = medians["whole"], medians["chunks"]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    environment = {"chunk_tokens": chunk_tokens(problem.vocab), "threads": threads, "device": device}
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    environment = {"chunk_tokens": chunk_tokens(problem.vocab, kind), "threads": threads, "device": device}
     ratios = {"memory": chunks["bytes"] / whole["bytes"], "time": chunks["seconds"] / whole["seconds"]}
     return medians | ratios | environment | asdict(problem)

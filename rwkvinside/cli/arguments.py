@@ -137,6 +137,9 @@ def add_config_arguments(parser: ArgumentParser, out: str = "run directory") -> 
     """
     parser.add_argument("-c", "--config", action="append", default=[], metavar="FILE", help="YAML file; may repeat")
     parser.add_argument("--teacher", metavar="NAME", help="preset such as Qwen3-14B, hub id or local directory")
+    parser.add_argument(
+        "--recipe", metavar="NAME", help="how to convert: radlads, hxa079, halo, windowed (docs/recipes.md)"
+    )
     parser.add_argument("--variant", action="append", default=[], metavar="NAME", help="such as one-card; may repeat")
     parser.add_argument("--data", action="append", default=[], metavar="PATH", help="file or directory; may repeat")
     parser.add_argument("--val", action="append", default=[], metavar="PATH", help="the same, to validate on")
@@ -158,6 +161,7 @@ def config_from(args: argparse.Namespace, stage: str | None = None) -> Config:
     from ..config.load import load_config
 
     settings: dict[str, Any] = {
-        name: getattr(args, name) for name in ("teacher", "variant", "data", "val", "out", "deepspeed", "overrides")
+        name: getattr(args, name)
+        for name in ("teacher", "recipe", "variant", "data", "val", "out", "deepspeed", "overrides")
     }
     return load_config(args.config, stage=stage, **settings)

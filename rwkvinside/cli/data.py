@@ -1,4 +1,4 @@
-"""`rwkvinside data`: inspect data, tokenize it once, store a teacher's logits for it."""
+"""`rwkvinside data`: inspect data, tokenize it once, store a teacher's logits for it; `generate.py` writes it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
+from ..data.defaults import MAX_LINE_BYTES
 from ..errors import UserError
-from ..support.text import rounded_bytes
+from ..support.text import rounded_bytes, short_count
 from .arguments import (
     ArgumentParser,
     add_config_arguments,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "inspect": ("data:inspect", "what is in data: kinds, lengths, padding, masks, ids out of range, samples"),
+    "generate": ("generate:main", "texts or conversations that a teacher writes itself, to train on"),
     "pack": ("data:pack", "tokenize data once, into a directory that can be trained on"),
     "logits": ("data:logits", "store the teacher's likeliest tokens for the rows of a stage, for teacher: cache"),
 }
@@ -54,7 +56,13 @@ def inspect(parser: ArgumentParser, argv: Sequence[str]) -> int:
 
     tokenizer, vocab_size = _tokenizer(args)
     # trust_ids: what a run would refuse is shown
-    options = ReadOptions(args.text_column, rotate=not args.as_given, trust_ids=True, max_tokens=args.max_tokens)
+    options = ReadOptions(
+        args.text_column,
+        rotate=not args.as_given,
+        trust_ids=True,
+        max_tokens=args.max_tokens,
+        max_line_bytes=args.max_line_bytes,
+    )
     console = Console(highlight=False, soft_wrap=True)
     lengths = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -97,7 +105,11 @@ def pack(parser: ArgumentParser, argv: Sequence[str]) -> int:
 
     tokenizer, vocab_size = _tokenizer(args)
     options = tokenize.ReadOptions(
-        args.text_column, rotate=not args.as_given, vocab_size=vocab_size, max_tokens=args.max_tokens
+        args.text_column,
+        rotate=not args.as_given,
+        vocab_size=vocab_size,
+        max_tokens=args.max_tokens,
+        max_line_bytes=args.max_line_bytes,
     )
     with tokenizing_progress() as progress:
         store = tokenize.pack(args.sources, args.out, tokenizer, options, progress=progress)
@@ -134,6 +146,13 @@ def _add_source_arguments(parser: ArgumentParser) -> None:
     tokenizer.add_argument("--teacher", metavar="NAME", help="its tokenizer and vocabulary: preset, directory, hub id")
     tokenizer.add_argument("--tokenizer", metavar="DIR", help="directory or hub id of a tokenizer alone")
     parser.add_argument("--text-column", default="text", metavar="FIELD", help="field of the text (default: text)")
+    parser.add_argument(
+        "--max-line-bytes",
+        type=count,
+        default=MAX_LINE_BYTES,
+        metavar="N",
+        help=f"refuse longer lines of files (default: {short_count(MAX_LINE_BYTES)})",
+    )
     parser.add_argument("--as-given", action="store_true", help="leave the options of questions in their order")
 
 

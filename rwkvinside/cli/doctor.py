@@ -22,7 +22,9 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     """Print the findings; return 2 if a required package is missing or does not fit."""
     parser.parse(argv)
     packages, problems = _packages()
-    verdict = "all requirements are met" if not problems else f"{problems} requirements are not met: pip install -e ."
+    verdict = "all requirements are met"
+    if problems:
+        verdict = f"{len(problems)} requirements are not met: pip install {' '.join(problems)}"
     print(*_machine(), *_kernels(), *packages, verdict, sep="\n")
     return 2 if problems else 0
 
@@ -65,12 +67,13 @@ def _kernels() -> list[str]:
     return lines
 
 
-def _packages() -> tuple[list[str], int]:
-    """Return a line for each package, and how many required ones do not fit."""
-    lines, problems = [], 0
+def _packages() -> tuple[list[str], list[str]]:
+    """Return a line for each package, and what pip has to install of the required ones, quoted for a shell."""
+    lines, problems = [], []
     for requirement in _requirements():
         installed, fits = _installed(requirement)
-        problems += not fits
+        if not fits:
+            problems.append(f"'{requirement.name}{requirement.specifier}'")
         lines.append(f"{'ok ' if fits else 'BAD'} {requirement.name} {installed} (needs {requirement.specifier})")
     for extra in EXTRAS:
         for requirement in _requirements(extra):

@@ -13,6 +13,8 @@ from rich.table import Table
 from ..support.files import write_json
 from .arguments import ArgumentParser, add_output_arguments, at_least
 
+CONTROL = "the teacher, untrained, its attention cut to the windows of the student"
+
 if TYPE_CHECKING:
     from ..evaluate.quality import Evaluation, Scores
 
@@ -68,10 +70,14 @@ def _show(evaluation: Evaluation, console: Console) -> None:
     table.add_column("tokens\nread", justify="right", no_wrap=True)
     for name in ("\ntokens", "\nKL", "\nCE", "CE\nteacher", "\nppl", "ppl\nteacher", "\nagreement"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_row("all", *_cells(evaluation.scores), style="bold", end_section=True)
+    table.add_row("all", *_cells(evaluation.scores), style="bold", end_section=evaluation.control is None)
+    if evaluation.control is not None:
+        table.add_row("control", *_cells(evaluation.control), end_section=True)
     for first, last, scores in evaluation.by_position:
         table.add_row(str(first) if first == last else f"{first}-{last}", *_cells(scores))
     console.print(table)
+    if evaluation.control is not None:
+        console.print(f"control: {CONTROL}")
 
 
 def _cells(scores: Scores) -> tuple[str, ...]:

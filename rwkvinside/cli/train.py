@@ -39,7 +39,14 @@ def main(parser: ArgumentParser, argv: Sequence[str], script: str | None = None)
         launch(args.hostfile, [*([script] if script else ["--module", "rwkvinside", "train"]), *argv])
     from ..conversion.run import train
 
-    train(config, stage=args.stage, resume=args.resume, resume_from=args.resume_from, launched=launched)
+    train(
+        config,
+        stage=args.stage,
+        resume=args.resume,
+        resume_from=args.resume_from,
+        allow_changes=args.allow_changes,
+        launched=launched,
+    )
     return 0
 
 
@@ -49,6 +56,9 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="continue the run in the output directory")
     parser.add_argument(
         "--resume-from", metavar="STEP", help="continue from this checkpoint, for instance step-00000150"
+    )
+    parser.add_argument(
+        "--allow-changes", action="store_true", help="go on with other settings than the run has had so far"
     )
     parser.add_argument(
         "--hostfile", metavar="FILE", help="start on several machines with DeepSpeed's launcher, once all answer"

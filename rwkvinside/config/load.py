@@ -1,7 +1,7 @@
-"""From recipe, files, flags and `key=value` to one checked configuration.
+"""From presets, files, flags and `key=value` to one checked configuration.
 
-Later beats earlier: defaults by the teacher's width < the teacher's recipe < its variants < -c files in order < flags <
-key=value. All problems are reported at once.
+Later beats earlier: defaults by the teacher's width < the teacher's preset < the recipe < variants < -c files in order
+< flags < key=value. All problems are reported at once.
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ from ..errors import UserError
 from ..stages.registry import OBJECTIVES, RUN, STAGES, find_stage_class, stage_class
 from ..stages.settings import StageConfig
 from ..support.text import did_you_mean
+from .recipes import recipe_layers
 from .schema import Config
 from .show import inner_model
 from .teacher_lookup import TeacherInfo, find_teacher, variants
 
 DEFAULT_DATA = "hub:HuggingFaceFW/fineweb-edu:sample-10BT"  # for teachers from the hub when no data is named
 REFERENCE = "all fields: rwkvinside config fields"
+
+UNREADABLE = (ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException)
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -35,6 +38,7 @@ def load_config(
     files: Sequence[str | os.PathLike] = (),
     *,
     teacher: str | None = None,
+    recipe: str | None = None,
     variant: Sequence[str] = (),
     data: Sequence[str] = (),
     val: Sequence[str] = (),
@@ -50,7 +54,8 @@ def load_config(
 
     Args:
         files: YAML files, later ones beat earlier ones.
-        teacher: name of a recipe, local directory or hub id.
+        teacher: name of a preset, local directory or hub id.
+        recipe: name of a shipped recipe (radlads, hxa079, halo, windowed): student, stages, tokens and rates.
         variant: names of shipped variants (one-card, quantized, ...), later ones beat earlier ones.
         data, val, out: the fields data.train, data.val and out.
         deepspeed: JSON file with DeepSpeed's own configuration, the field deepspeed.config.
@@ -63,16 +68,20 @@ def load_config(
     flags: list[dict] = []
     flags += [{"teacher": {"path": teacher}}] if teacher else []
     flags += [{"data": {name: list(paths)}} for name, paths in (("train", data), ("val", val)) if paths]
+    flags += [{"recipe": recipe}] if recipe else []
     flags += [{"variant": list(variant)}] if variant else []
     flags += [{"out": out}] if out else []
     flags += [{"deepspeed": {"config": _read_json(deepspeed)}}] if deepspeed else []
-    user = _merge([*map(_read_yaml, files), *flags, *map(_override, overrides)])
+    layers = [*map(_read_yaml, files), *flags, *map(_override, overrides)]
+    _check_sections(layers)
+    user = _merge(layers)
     info = _find_teacher(user)
     if isinstance(user.get("variant"), str):
         user["variant"] = [user["variant"]]
-    of_recipe = user.pop("variants", info.recipe.get("variants"))
-    merged = _merge([info.recipe, *_variants(user.get("variant"), of_recipe), user])
-    merged.pop("variants", None)
+    of_teacher = {key: user.pop(key, info.preset.get(key)) for key in ("recipes", "variants")}
+    preset = {key: value for key, value in info.preset.items() if key not in of_teacher}
+    recipe_settings = recipe_layers(user.get("recipe"), of_teacher["recipes"], info)
+    merged = _merge([preset, *recipe_settings, *_variants(user.get("variant"), of_teacher["variants"]), user])
     merged["teacher"]["path"] = info.path
     if not info.local:
         merged = _merge([{"data": {"train": [DEFAULT_DATA]}}, merged])
@@ -95,14 +104,14 @@ def _find_teacher(user: dict) -> TeacherInfo:
     return find_teacher(path, revision=teacher.get("revision"), fields=fields if isinstance(fields, dict) else None)
 
 
-def _variants(names: object, of_recipe: object) -> list[dict]:
+def _variants(names: object, of_teacher: object) -> list[dict]:
     """Return the settings of the named variants, in order.
 
-    Each is followed by what the recipe says about it for its own model.
+    Each is followed by what the teacher's preset says about it for its own model.
 
     Args:
         names: list of names; anything else is left to the validation.
-        of_recipe: the recipe's key `variants`, {name: settings}.
+        of_teacher: the preset's key `variants`, {name: settings}.
 
     Raises:
         UserError: a variant is not known.
@@ -112,7 +121,7 @@ def _variants(names: object, of_recipe: object) -> list[dict]:
         if name not in shipped:
             cause = f"variant {_show(name)} is not known{did_you_mean(str(name), shipped)}"
             raise UserError(cause, f"variants: {', '.join(shipped)}")
-        layers += [shipped[name], _mapping(_mapping(of_recipe).get(name))]
+        layers += [shipped[name], _mapping(_mapping(of_teacher).get(name))]
     return layers
 
 
@@ -205,26 +214,25 @@ def _complete_stage(name: str, stage: StageConfig, width: int) -> StageConfig:
 
 def _read_yaml(file: str | os.PathLike) -> dict:
     try:
-        with open(file, encoding="utf-8") as stream:
+        with open(file, encoding="utf-8-sig") as stream:
             values = OmegaConf.load(stream)
         if not isinstance(values, DictConfig):
             raise UserError(f"{file} is not a mapping of settings", REFERENCE)
         return _plain(values)
     except OSError as error:
         raise UserError(f"configuration {file} cannot be read: {error.strerror}", "check the path") from error
-    except (UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"configuration {file} is not valid YAML: {reason}", "correct the file") from error
+    except UNREADABLE as error:
+        raise UserError(f"configuration {file} is not valid YAML: {_reason(error)}", "correct the file") from error
 
 
 def _read_json(file: str | os.PathLike) -> dict:
     try:
-        with open(file, encoding="utf-8") as stream:
+        with open(file, encoding="utf-8-sig") as stream:
             values = json.load(stream)
     except OSError as error:
         raise UserError(f"configuration {file} cannot be read: {error.strerror}", "check the path") from error
-    except ValueError as error:
-        raise UserError(f"configuration {file} is not valid JSON: {error}", "correct the file") from error
+    except UNREADABLE as error:
+        raise UserError(f"configuration {file} is not valid JSON: {_reason(error)}", "correct the file") from error
     if not isinstance(values, dict):
         raise UserError(f"{file} is not a mapping of settings", "see DeepSpeed's documentation of its configuration")
     return values
@@ -236,9 +244,36 @@ def _override(text: str) -> dict:
         raise UserError(f"{text!r} is not of the form key=value", "for instance stages.align.tokens=600k")
     try:
         return _plain(OmegaConf.from_dotlist([text]))
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{text!r}: the value is not valid YAML: {reason}", "quote it") from error
+    except UNREADABLE as error:
+        raise UserError(f"{_show(text)}: the value is not valid YAML: {_reason(error)}", "quote it") from error
+
+
+def _reason(error: Exception) -> str:
+    """Return what is wrong with a text in YAML or JSON, in one line."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    reason = " ".join(str(error).split())
+    return "a number of more than 4,300 digits" if "integer string conversion" in reason else reason
+
+
+def _check_sections(layers: Sequence[dict]) -> None:
+    """Refuse another value in place of a section of which several layers say something: one would hide the other.
+
+    Raises:
+        UserError: names the section and the value.
+    """
+    for name in sorted(set().union(*layers) & {"stages", *Config.model_fields}):
+        annotation = Config.model_fields[name].annotation
+        values = [layer[name] for layer in layers if layer.get(name) is not None]
+        section = name == "stages" or isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        wrong = [value for value in values if not isinstance(value, dict)]
+        if section and wrong and len(values) > 1:
+            raise UserError(f"{name} = {_show(wrong[0])}: must be a mapping of settings", _section_hint(name))
+
+
+def _section_hint(name: str) -> str:
+    examples = {"data": "as in data: {train: [a.jsonl]}", "teacher": "as in teacher: {path: Qwen/Qwen3-0.6B}"}
+    return f"{examples[name]}; {REFERENCE}" if name in examples else REFERENCE
 
 
 def _merge(layers: Iterable[dict]) -> dict:
@@ -246,7 +281,10 @@ def _merge(layers: Iterable[dict]) -> dict:
 
     Mappings are merged, everything else (lists too) is replaced by the later layer.
     """
-    merged = OmegaConf.merge({}, *map(OmegaConf.create, layers))
+    try:
+        merged = OmegaConf.merge({}, *map(OmegaConf.create, layers))
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        raise UserError(f"the settings do not fit together: {_reason(error)}", REFERENCE) from error
     return _plain(cast(DictConfig, merged), resolve=False)
 
 

@@ -83,5 +83,5 @@ def _signal_teacher(converted: TeacherConfig, settings: StageConfig) -> TeacherC
     if second.path is None:
         return converted
     info = find_teacher(second.path, revision=second.revision)
-    fields = info.recipe["teacher"]["config"] if info.recipe else None
+    fields = info.preset["teacher"]["config"] if info.preset else None
     return converted.model_copy(update={"path": info.path, "revision": second.revision, "config": fields})

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 from ..data.settings import DataConfig
 from ..hybrid.settings import AdapterConfig, QuantizeConfig, StudentConfig
 from ..stages.settings import StageConfig
+from ..support.names import ALLOWED, is_name
 from ..support.settings import Positive, Section, problem
 from ..teacher.settings import TeacherConfig
 from ..training.settings import CheckpointConfig, DeepSpeedConfig
@@ -18,7 +19,8 @@ class Config(Section):
     """All settings of a run."""
 
     teacher: TeacherConfig = Field(description="The model to convert.")
-    variant: list[str] = Field([], description="Shipped variants of the recipe, such as one-card; later beat earlier.")
+    recipe: str | None = Field(None, description="Shipped recipe: radlads, hxa079, halo, windowed; null: the defaults.")
+    variant: list[str] = Field([], description="Shipped variants for a machine, such as one-card; later beat earlier.")
     student: StudentConfig = Field(StudentConfig(), description="What it becomes.")
     quantize: QuantizeConfig = Field(QuantizeConfig(), description="Frozen weights in 4 or 8 bits.")
     adapters: list[AdapterConfig] = Field([], description="Adapters; they train in stages whose train has `adapters`.")
@@ -26,7 +28,7 @@ class Config(Section):
     run: list[str] = Field(description="Stages to run, in order; each starts from the last one's result.")
     stages: dict[str, StageConfig] = Field(description="Settings by stage name; own names need an objective.")
     out: str = Field(description="Run directory; must be new or empty unless resumed.")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of initialization and data order.")
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = Field(0, description="Seed of initialization and data order.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train; auto: cuda when there is one.")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="Arithmetic; bf16 keeps fp32 masters; auto: bf16 on cuda, fp32 on CPU."
@@ -37,6 +39,13 @@ class Config(Section):
         [], description="Where metrics go in addition to metrics.jsonl; each is an optional extra."
     )
     log_every: Positive = Field(10, description="Optimizer steps between lines on the console.")
+
+    @field_validator("stages")
+    @classmethod
+    def _directories(cls, stages: dict[str, StageConfig]) -> dict[str, StageConfig]:
+        if wrong := [name for name in stages if not is_name(name)]:
+            raise problem("stage {} cannot be the name of a directory; {}", repr(wrong[0]), ALLOWED)
+        return stages
 
     @field_validator("run")
     @classmethod

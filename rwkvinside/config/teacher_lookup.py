@@ -1,6 +1,6 @@
 """Finding a teacher and its architecture.
 
-A teacher is a preset of the shipped recipes, a local directory, or a hub id. Reads configuration files only, no
+A teacher is a preset (`configs/teachers/`), a local directory, or a hub id. Reads configuration files only, no
 weights, and imports neither torch nor transformers, so that mistakes show at once.
 """
 
@@ -25,13 +25,13 @@ class TeacherInfo:
 
     Attributes:
         path: local directory or hub id of the weights.
-        recipe: contents of the shipped recipe for it, {} when there is none.
+        preset: contents of the shipped file for it, {} when there is none.
         model_type, hidden_size, num_layers, max_positions, vocab_size: from its Hugging Face configuration.
         local: whether path is a directory of this machine.
     """
 
     path: str
-    recipe: dict
+    preset: dict
     model_type: str
     hidden_size: int
     num_layers: int
@@ -46,24 +46,22 @@ class TeacherInfo:
 
 
 @cache
-def recipes() -> dict[str, dict]:
-    """Return the shipped recipes by name, such as Qwen3-14B.
-
-    Under `variants` a recipe has what a variant needs for its model.
-    """
-    return _shipped("recipes")
+def variants() -> dict[str, dict]:
+    """Return the shipped variants by name: settings that fit a conversion to a machine."""
+    return shipped("variants")
 
 
 @cache
-def variants() -> dict[str, dict]:
-    """Return the shipped variants by name.
+def teachers() -> dict[str, dict]:
+    """Return the presets of teachers by name, such as Qwen3-14B.
 
-    A variant has settings for any teacher, which are laid over its recipe.
+    Under `recipes` and `variants` a preset has what one of these needs for its model.
     """
-    return _shipped("variants")
+    return shipped("teachers")
 
 
-def _shipped(folder: str) -> dict[str, dict]:
+def shipped(folder: str) -> dict[str, dict]:
+    """Return the shipped YAML files of a folder of `configs/` by name."""
     entries = sorted(files("rwkvinside.recipes").joinpath(folder).iterdir(), key=lambda entry: entry.name)
     return {
         entry.name.removesuffix(".yaml"): yaml.safe_load(entry.read_text(encoding="utf-8"))
@@ -76,7 +74,7 @@ def find_teacher(name: str, *, revision: str | None = None, fields: dict | None 
     """Return what is known of the teacher that the user named.
 
     Args:
-        name: directory with a config.json, name of a recipe in any case, or hub id, tried in this order.
+        name: directory with a config.json, name of a preset in any case, or hub id, tried in this order.
         revision: of the hub repository.
         fields: its Hugging Face configuration where known; saves the look-up on the hub.
 
@@ -88,15 +86,15 @@ def find_teacher(name: str, *, revision: str | None = None, fields: dict | None 
         return _teacher(name, {}, _read(directory / "config.json"), local=True)
     if directory.exists():
         raise UserError(f"teacher {name} has no config.json", "give a Hugging Face model directory")
-    for preset, recipe in recipes().items():
-        if name.lower() in (preset.lower(), recipe["teacher"]["path"].lower()):
-            return _teacher(recipe["teacher"]["path"], recipe, recipe["teacher"]["config"], local=False)
+    for known, preset in teachers().items():
+        if name.lower() in (known.lower(), preset["teacher"]["path"].lower()):
+            return _teacher(preset["teacher"]["path"], preset, preset["teacher"]["config"], local=False)
     if fields is not None:
         return _teacher(name, {}, fields, local=False)
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(
-            f"teacher {name!r} is neither a directory nor a preset nor a hub id{did_you_mean(name, recipes())}",
-            f"presets: {', '.join(recipes())}; hub ids look like owner/name",
+            f"teacher {name!r} is neither a directory nor a preset nor a hub id{did_you_mean(name, teachers())}",
+            f"presets: {', '.join(teachers())}; hub ids look like owner/name",
         )
     return _teacher(name, {}, _read(_download(name, revision)), local=False)
 
@@ -117,28 +115,56 @@ def _download(repository: str, revision: str | None) -> Path:
 def _read(file: Path) -> dict:
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read as JSON: {error}", "give a Hugging Face model directory") from error
     if not isinstance(fields, dict):
         raise UserError(f"{file} is not a JSON object", "give a Hugging Face model directory")
     return fields
 
 
-def _teacher(path: str, recipe: dict, fields: dict, local: bool) -> TeacherInfo:
+def _check_original(path: str, fields: dict) -> None:
+    """Refuse weights that are quantized already: they would be converted from a rounded model, if they load at all."""
+    if (quantized := fields.get("quantization_config")) is None:
+        return
+    method = quantized.get("quant_method") if isinstance(quantized, dict) else None
+    raise UserError(
+        f"teacher {path} is already quantized{f' ({method})' if method else ''}",
+        "give the original model; quantize.groups and teacher_model.quantize quantize it here",
+    )
+
+
+def _teacher(path: str, preset: dict, fields: dict, local: bool) -> TeacherInfo:
     model_type = fields.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise unsupported(model_type, f"teacher {path}")
+
+    _check_original(path, fields)
 
     def size(name: str) -> int:
         value = fields.get(name)
-        if not isinstance(value, int) or value < 1:
-            cause = f"teacher {path}: its configuration has {name} = {value!r}"
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
+            cause = f"teacher {path}: its configuration has {name} = {value!r:.60}"
             raise UserError(cause, "it must be a positive integer")
         return value
 
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "head_dim"):
+        if fields.get(name) is not None:
+            size(name)
+    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    for name in ("rope_theta", "factor") if isinstance(rope, dict) else ():
+        value = rope.get(name, fields.get(name))
+        if value is not None and not (isinstance(value, (int, float)) and 0 < value < float("inf")):
+            cause = f"teacher {path}: its configuration has {name} = {value!r:.60} among the rotary settings"
+            raise UserError(cause, "it must be a positive number")
+    heads, shared = fields.get("num_attention_heads"), fields.get("num_key_value_heads")
+    if heads and shared and heads % shared:
+        raise UserError(
+            f"teacher {path}: its configuration has num_attention_heads = {heads} and num_key_value_heads = {shared}",
+            "the first must be a multiple of the second",
+        )
     return TeacherInfo(
         path=path,
-        recipe=recipe,
+        preset=preset,
         model_type=model_type,
         hidden_size=size("hidden_size"),
         num_layers=size("num_hidden_layers"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -20,27 +21,32 @@ from ..hybrid.model import HybridModel
 from ..hybrid.settings import LayerSpec
 from ..modeling.hybrid_base import mixer_fields
 from ..planning.flops import training_flops
+from ..runs.directory import RunDirectory
 from ..stages.param_groups import rate_groups
 from ..stages.phases import Phase
 from ..stages.plan import StagePlan
+from ..stages.teacher import original_teacher
+from ..support.text import rounded_bytes
 from ..teacher.kinds import TeacherKind
-from ..teacher.load import load_teacher
+from ..teacher.load import load_teacher, meta_teacher
 from ..teacher.signals import OfflineTeacher, OnlineTeacher, Teacher
 from ..training.deepspeed_engine import DeepSpeedEngine
-from ..training.frozen_weights import frozen_weights_digest, read_frozen_weights, write_frozen_weights
+from ..training.frozen_weights import NAME, read_frozen_weights, write_frozen_weights
 from ..training.gradient_watch import GradientWatch
 from ..training.local_engine import LocalEngine
 from ..training.process_group import Distributed
 from ..training.protocols import Step
 
+SHARE = 0.8  # of the free memory that an additional teacher may take
+
 
 def make_student(
     plan: StagePlan,
     before: dict[str, Tensor] | None,
-    directory: Path,
+    frozen: dict[str, Tensor] | None,
     device: torch.device,
     text: Callable[[], Batch] | None = None,
-    earlier: Path | None = None,
+    earlier: dict[str, Tensor] | None = None,
 ) -> HybridModel:
     """Return the student at the start of a stage, on the CPU.
 
@@ -49,34 +55,52 @@ def make_student(
     Args:
         plan: of the stage.
         before: the student's tensors after the stage before; None at the start of a conversion.
-        directory: of the stage; what it quantized when it began is read from there.
+        frozen: what the stage quantized when it began, see `read_frozen`.
         device, text: with what to quantize otherwise, see `assemble`.
-        earlier: directory of the stage before; None at the start of a conversion.
+        earlier: what the stage before quantized; None at the start of a conversion.
     """
     run = plan.run
     torch.manual_seed(run.seed)
     lm = load_teacher(run.teacher.path, run.teacher.revision, run.teacher_dtype)
-    frozen, earlier_frozen = read_frozen_weights(directory), earlier and read_frozen_weights(earlier)
-    student = assemble(lm, run.student, plan.layers, before, frozen, device, text, earlier_frozen)
+    student = assemble(lm, run.student, plan.layers, before, frozen, device, text, earlier)
     return student.float() if run.precision == "fp32" else student
 
 
-def save_frozen_weights(student: HybridModel, directory: Path) -> None:
+def read_frozen(directory: RunDirectory, stage: str) -> dict[str, Tensor] | None:
+    """Return what a stage has quantized, None where it has not begun or quantizes nothing.
+
+    Raises:
+        UserError: it is not what the stage's record says.
+    """
+    return read_frozen_weights(directory.stage(stage), frozen_digest(directory, stage))
+
+
+def frozen_digest(directory: RunDirectory, stage: str) -> str | None:
+    """Return the digest of what a stage has quantized, from its record."""
+    record = directory.records.stage(stage)
+    return record.files.get(NAME) if record else None
+
+
+def save_frozen_weights(student: HybridModel, directory: RunDirectory, stage: str) -> dict[str, str]:
     """Write what a stage has quantized, if that was not done before.
 
     For one process, before anything trains.
+
+    Returns:
+        The digest by the name of the file, {} where the stage quantizes nothing.
     """
-    tensors = frozen_weights_of(student)
-    if tensors and frozen_weights_digest(directory) is None:
-        write_frozen_weights(directory, tensors)
+    digest = frozen_digest(directory, stage)
+    if digest is None and (tensors := frozen_weights_of(student)):
+        digest = write_frozen_weights(directory.stage(stage), tensors)
+    return {} if digest is None else {NAME: digest}
 
 
-def layer_settings(layers: LayerSpec, directory: Path) -> dict:
+def stage_settings(plan: StagePlan, directory: RunDirectory) -> dict:
     """Return what a resumed stage must share, as JSON values.
 
     With it adapters and quantized weights mean the same.
     """
-    return {"adapters": _adapter_settings(layers), "frozen": frozen_weights_digest(directory)}
+    return {"adapters": _adapter_settings(plan.layers), "frozen": frozen_digest(directory, plan.name)}
 
 
 def check_adapters(layers: LayerSpec, state: Mapping) -> None:
@@ -102,7 +126,9 @@ def _adapter_settings(layers: LayerSpec) -> list[dict]:
     return [adapter.model_dump(mode="json") for adapter in layers.adapters]
 
 
-def write_adapters(layers: LayerSpec, student: HybridModel, tensors: Mapping[str, Tensor], directory: Path) -> None:
+def write_adapters(
+    layers: LayerSpec, student: HybridModel, tensors: Mapping[str, Tensor], directory: Path
+) -> list[Path]:
     """Write the adapters of a finished stage as PEFT directories.
 
     They are `adapter`, `adapter-2`, ... in the stage's directory.
@@ -112,9 +138,15 @@ def write_adapters(layers: LayerSpec, student: HybridModel, tensors: Mapping[str
         student: has the adapters; its weights are not read.
         tensors: of the stage's last checkpoint.
         directory: of the stage.
+
+    Returns:
+        The files.
     """
+    folders = []
     for i, (spec, weights) in enumerate(adapters_of(student, layers, tensors)):
-        write_peft(directory / adapter_directory(i), spec, weights)
+        folders.append(directory / adapter_directory(i))
+        write_peft(folders[-1], spec, weights)
+    return [file for folder in folders for file in sorted(folder.iterdir())]
 
 
 def fingerprint(student: HybridModel) -> dict:
@@ -165,6 +197,34 @@ def work_of(plan: StagePlan, student: HybridModel, kind: TeacherKind | None, tea
     """
     second = teacher.module.lm if isinstance(teacher, OnlineTeacher) else None
     return training_flops(student, plan, kind, second).total
+
+
+def original_for(
+    plan: StagePlan, label: str | None, world: Distributed, say: Callable[[str], None]
+) -> OnlineTeacher | None:
+    """Return the original of a quantized teacher, for the last numbers of a stage.
+
+    None: the stage's own teacher is the original or another model, or no memory is left for the original on every rank,
+    which is said.
+
+    Args:
+        label: from `teacher_label`.
+        say: prints a line.
+    """
+    if label is None or "quantized" not in label:
+        return None
+    weights = meta_teacher(plan.signal_teacher).state_dict().values()
+    item = torch.float32.itemsize if plan.run.precision == "fp32" else plan.run.teacher_dtype.itemsize
+    needed = sum(weight.numel() for weight in weights) * item
+    cuda = world.device.type == "cuda"
+    free = torch.cuda.mem_get_info(world.device)[0] if cuda else psutil.virtual_memory().available
+    if world.all_reduce_sum([needed > SHARE * free])[0]:
+        say(
+            f"{plan.name}: no memory for the original teacher ({rounded_bytes(needed)}): the last numbers compare with "
+            f"the one that is {label}; `rwkvinside eval RUN` compares with the original"
+        )
+        return None
+    return original_teacher(plan, world)
 
 
 def numbers(scores: Scores, teacher: Teacher | None) -> dict[str, float]:

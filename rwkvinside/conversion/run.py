@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,23 +18,27 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..config.resolve import resolve
 from ..config.schema import Config
-from ..data.sources import missing_sources
-from ..errors import UserError
+from ..data.sources import close, tokens_of
+from ..errors import Interrupted, UserError
 from ..hybrid.model import HybridModel
 from ..modeling.wkv7 import why_unavailable
 from ..planning.devices import peak_flops
 from ..planning.fitting import resolve_fitted
 from ..planning.plan import meta_student, plan_text
-from ..runs.directory import RunDirectory
-from ..stages.plan import RunPlan, RunSettings
-from ..stages.teacher import check_teacher
+from ..runs.directory import DIGESTS, RunDirectory
+from ..stages.plan import RunPlan, RunSettings, StagePlan
+from ..stages.rows import check_targets
+from ..support.digests import FileDigests
+from ..support.lock import locked
 from ..support.process_memory import return_freed_memory
-from ..teacher.load import open_tokenizer
-from ..training.checkpoint import Checkpointer
+from ..teacher.load import check_files, open_tokenizer
+from ..training.checkpoint import Checkpoint, Checkpointer
 from ..training.deepspeed_engine import join_process_group
 from ..training.loggers import Loggers
 from ..training.metrics import Console
 from ..training.process_group import Distributed
+from ..training.stop_signal import sigterm_interrupts
+from .admission import Admission, admit
 from .build import fingerprint
 from .stage import run_stage
 
@@ -51,6 +56,8 @@ class Run:
         tokenizer: the teacher's.
         shapes: the student on the meta device.
         loggers: trackers in addition to metrics.jsonl.
+        digests: of the teacher's files; other ranks find what rank 0 has saved when the run began.
+        admission: what the checks before the run have found.
     """
 
     config: Config
@@ -61,6 +68,16 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     shapes: HybridModel
     loggers: Loggers
+    digests: FileDigests
+    admission: Admission
+
+    @property
+    def id(self) -> str:
+        """The run's own id, once it has begun."""
+        identity = self.directory.records.identity()
+        if identity is None:
+            raise RuntimeError(f"run {self.directory.path} has not begun")
+        return identity.run
 
     @cached_property
     def peak(self) -> tuple[float, str]:
@@ -75,17 +92,33 @@ class Run:
 
     def checkpointer(self, stage: str) -> Checkpointer:
         """Return what writes and reads the checkpoints of a stage."""
-        settings, student = self.config.checkpoint, fingerprint(self.shapes)
-        return Checkpointer(self.directory.stage(stage), student, settings.keep, settings.on_disk_full)
+        settings, student, identity = (
+            self.config.checkpoint,
+            fingerprint(self.shapes),
+            self.directory.records.identity(),
+        )
+        run = identity and identity.run
+        return Checkpointer(self.directory.stage(stage), student, settings.keep, settings.on_disk_full, run)
+
+    def last_checkpoint(self, stage: str) -> Checkpoint:
+        """Return the checkpoint that a finished stage ended with.
+
+        Raises:
+            UserError: it is not there as the stage has left it.
+        """
+        newest = self.directory.newest_checkpoint(stage)
+        return self.checkpointer(stage).load(newest and newest.name)
 
     def stage_before(self, name: str) -> str | None:
         """Return the stage whose result a stage starts from.
 
-        It is the one before it in `run`, or the last that was run.
+        It is the one it began with; else the one before it in `run`, or the last that was run.
 
         Raises:
             UserError: it is not finished.
         """
+        if (record := self.directory.records.stage(name)) is not None:
+            return record.before
         order, finished = [stage.name for stage in self.plan.stages], self.directory.finished()
         if order.index(name) == 0:
             return None
@@ -99,12 +132,14 @@ class Run:
         return before
 
 
+@sigterm_interrupts()
 def train(
     config: Config,
     *,
     stage: str | None = None,
     resume: bool = False,
     resume_from: str | None = None,
+    allow_changes: bool = False,
     launched: bool = False,
 ) -> None:
     """Run the unfinished stages of a conversion, or one of them, in `config.out`.
@@ -117,15 +152,17 @@ def train(
         stage: run this one alone, from what the stage before it left.
         resume: continue in a run directory that is not empty.
         resume_from: checkpoint of the first unfinished stage to continue from; None is the newest.
+        allow_changes: go on with other settings than those that the run has had so far.
         launched: this process is one of those that `deepspeed` or `torchrun` started.
 
     Raises:
         UserError: whatever is wrong with the input; `Interrupted` after SIGTERM or SIGINT, with the work saved.
     """
-    selected = None if stage is None else [stage]
+    selected, resume = None if stage is None else [stage], resume or resume_from is not None
     plan = resolve(config, selected)
+    check_files(config.teacher)
     directory = RunDirectory(config.out)
-    directory.claim(stage=stage, resume=resume or resume_from is not None)
+    directory.claim(stage=stage, resume=resume)
     _check_device(plan.settings.device)
     _quiet_libraries()
     plan_text(plan, config)  # what is wrong with the student shows before anything is loaded
@@ -134,22 +171,44 @@ def train(
     _check_backend(config.student.backend, plan.settings.device, shapes)
     world = join_process_group() if launched else Distributed(plan.settings.device)
     loggers = Loggers(config.loggers if world.is_main else (), directory.path, config.model_dump(mode="json"))
-    try:
+    with ExitStack() as stack:
+        stack.callback(world.close)
+        world.on_main(lambda: stack.enter_context(locked(directory.path)))
+        stack.callback(loggers.close)
         plan = resolve_fitted(config, selected, ranks=world.size)
-        text = plan_text(plan, config)
-        run = Run(config, plan, text, directory, world, open_tokenizer(config.teacher), shapes, loggers)
-        run.say(text)
-        run.say(f"kernels   {kernels_of(plan.settings, shapes)}")
-        _check_inputs(run)
-        for name in plan.selected:
-            if name in directory.finished():
-                run.say(f"{name} is finished already")
-            else:
-                run_stage(run, plan.stage(name), resume_from)
-                resume_from = None
-    finally:
-        loggers.close()
-        world.close()
+        text, tokenizer = plan_text(plan, config), open_tokenizer(config.teacher)
+        digests = FileDigests(directory.path / DIGESTS)
+        asked = {"stage": stage, "resume": resume, "allow_changes": allow_changes}
+        admission = world.on_main(lambda: admit(config, plan, directory, tokenizer, digests, **asked)) or Admission()
+        run = Run(config, plan, text, directory, world, tokenizer, shapes, loggers, digests, admission)
+        try:
+            _run(run, resume_from)
+        except KeyboardInterrupt as error:  # other than in a step, which is finished and saved
+            if any(Checkpointer(directory.stage(stage.name), {}).names() for stage in plan.stages):
+                cause = f"stopped; what was saved before is in {directory.path}"
+                raise Interrupted(cause, "continue with --resume") from error
+            raise
+
+
+def _run(run: Run, resume_from: str | None) -> None:
+    """Run the unfinished stages."""
+    run.say(run.plan_text)
+    run.say(f"kernels   {kernels_of(run.plan.settings, run.shapes)}")
+    for change in run.admission.changes:
+        run.say(f"changed   {change}")
+    finished = run.directory.finished()
+    for name in (name for name in run.plan.selected if name in finished):
+        run.say(f"{name} is finished already")
+    unfinished = [name for name in run.plan.selected if name not in finished]
+    if not unfinished and resume_from is not None:
+        raise UserError(f"all stages of {run.directory.path} are finished", "leave out --resume-from")
+    if not unfinished:
+        run.say(f"nothing is left to do in {run.directory.path}")
+    for name in unfinished:
+        _check_data(run, run.plan.stage(name))
+    for name in unfinished:
+        run_stage(run, run.plan.stage(name), resume_from)
+        resume_from = None
 
 
 def _check_device(device: str) -> None:
@@ -187,11 +246,16 @@ def kernels_of(settings: RunSettings, shapes: HybridModel) -> str:
     return f"triton, {precision}"
 
 
-def _check_inputs(run: Run) -> None:
-    """Refuse now, not after days, what a later stage cannot use."""
-    for name in run.plan.selected:
-        if name not in run.directory.finished():
-            stage = run.plan.stage(name)
-            if missing := missing_sources(run.plan.settings.data, stage.settings.data):
-                raise UserError(f"stage {name}: data {missing[0]!r} does not exist", "correct the path")
-            check_teacher(stage, run.tokenizer)
+def _check_data(run: Run, stage: StagePlan) -> None:
+    """Refuse now, not after days, data in which a stage finds nothing to learn.
+
+    It is tokenized for this; the stage finds it in the cache.
+    """
+    settings, vocab = run.plan.settings, run.shapes.lm.config.vocab_size
+    tokens, val = tokens_of(
+        settings.data, stage.settings.data, settings.endless_tokens, run.tokenizer, vocab, run.world
+    )
+    try:
+        check_targets(stage, tokens, val)
+    finally:
+        close(tokens)

@@ -5,23 +5,26 @@ from __future__ import annotations
 import gc
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from .. import __version__
 from ..data.batch import Batch
 from ..data.sources import tokens_of
 from ..errors import UserError
 from ..evaluate.in_training import evaluate_student, share
+from ..hybrid.document_attention import windows_of
 from ..hybrid.model import HybridModel
 from ..hybrid.quantized_linear import relative_error
+from ..runs.metrics_file import of_kind, read_metrics
 from ..stages.param_groups import joined, rate_groups
 from ..stages.phases import Phase
 from ..stages.plan import StagePlan
 from ..stages.rows import Rows, leading_text, report, rows_of, sample, validation_batches
 from ..stages.summary import training_table
-from ..stages.teacher import build_teacher
+from ..stages.teacher import build_teacher, teacher_label
 from ..support.progress import Progress
 from ..support.text import rounded_flop
 from ..teacher.kinds import TeacherKind
@@ -30,25 +33,26 @@ from ..training.batching import MICRO_TOKENS, rows_within
 from ..training.callbacks import Callback, Evaluate, MeasureMFU, SaveExtra, ShowProgress, WriteMetrics
 from ..training.checkpoint import Checkpoint
 from ..training.deepspeed_engine import Engine
-from ..training.frozen_weights import frozen_weights_digest
 from ..training.metrics import Console, MetricsWriter
 from ..training.precision import precision_context
+from ..training.process_group import Distributed
 from ..training.protocols import Step
 from ..training.schedule import Schedule
-from ..training.trainer import Trainer, TrainingPlan
+from ..training.trainer import Trainer, TrainingPlan, check_resumable
 from .build import (
     check_adapters,
     evaluation_teacher,
-    fingerprint,
-    layer_settings,
+    frozen_digest,
     make_engine,
     make_student,
     numbers,
-    save_frozen_weights,
+    original_for,
+    read_frozen,
+    stage_settings,
     watch_adapters,
     work_of,
-    write_adapters,
 )
+from .recording import begin_stage, finish_stage
 
 if TYPE_CHECKING:
     from .run import Run
@@ -65,12 +69,14 @@ class _Inputs:
         rows: to train on.
         validation: batches of validation documents.
         data: identity of the training data.
+        facts: about the data, for conversion.json.
     """
 
     before: str | None
     rows: Rows
     validation: list[Batch]
     data: str
+    facts: dict
 
 
 @dataclass(frozen=True)
@@ -99,22 +105,22 @@ def run_stage(run: Run, plan: StagePlan, resume_from: str | None) -> None:
     if resume_from and not checkpointer.names():
         raise UserError(f"stage {plan.name} has no checkpoint {resume_from}, nor any other", "use --resume alone")
     checkpoint = checkpointer.load(resume_from) if plan.stage.trains and checkpointer.names() else None
+    if run.directory.begun(plan.name):
+        at = f"after step {checkpoint.step} of {plan.length.steps}, from {checkpoint.path}" if checkpoint else ""
+        run.say(f"{plan.name} goes on {at or 'from its beginning: it has saved no step'}")
     inputs = _load_inputs(run, plan, before)
+    if checkpoint is not None:
+        check_resumable(checkpoint, plan.name, _settings(run, plan, inputs), plan.length)
     for phase in plan.phases:
         last = phase is plan.phases[-1]
         if checkpoint is None or checkpoint.step < phase.until or last:
             evaluation = _run_phase(run, plan, phase, inputs, checkpoint)
-            checkpoint = None if last else checkpointer.load()
-    if run.world.is_main:
-        if plan.layers.adapters:
-            tensors = checkpointer.load().tensors()
-            write_adapters(plan.layers, run.shapes, tensors, run.directory.stage(plan.name))
-        run.directory.note({}, finished=plan.name, evaluation=evaluation)
-    run.world.barrier()
+            checkpoint = None if last else run.checkpointer(plan.name).load()
+    run.world.on_main(lambda: finish_stage(run, plan, evaluation))
 
 
 def _load_inputs(run: Run, plan: StagePlan, before: str | None) -> _Inputs:
-    """Read the data of a stage, and describe the run in its directory."""
+    """Read the data of a stage."""
     settings, lm = plan.run, run.shapes.lm.config
     tokens, val = tokens_of(
         settings.data, plan.settings.data, settings.endless_tokens, run.tokenizer, lm.vocab_size, run.world
@@ -122,14 +128,13 @@ def _load_inputs(run: Run, plan: StagePlan, before: str | None) -> _Inputs:
     run.world.barrier()  # every process has looked at the directory before one writes into it
     rows = rows_of(plan, tokens)
     lines, facts = report(plan, tokens, rows, val)
-    if run.world.is_main:
-        run.directory.describe(run.config, run.plan_text)
-        data = run.directory.conversion().get("data", {}) | {plan.name: facts}
-        facts_of_run = {"rwkvinside": __version__, "teacher": settings.teacher.path, "student": fingerprint(run.shapes)}
-        run.directory.note(facts_of_run | {"data": data})
-        run.loggers.open()
     run.say("\n".join([f"{plan.name}: {lines[0]}", *lines[1:]]))
-    return _Inputs(before, rows, validation_batches(val, lm.max_position_embeddings), tokens.fingerprint)
+    return _Inputs(before, rows, validation_batches(val, lm.max_position_embeddings), tokens.fingerprint, facts)
+
+
+def _settings(run: Run, plan: StagePlan, inputs: _Inputs) -> dict:
+    """Return what a checkpoint of a stage must share with it, as JSON values."""
+    return {"seed": plan.run.seed, "data": inputs.data} | stage_settings(plan, run.directory)
 
 
 def _run_phase(run: Run, plan: StagePlan, phase: Phase, inputs: _Inputs, checkpoint: Checkpoint | None) -> dict:
@@ -145,7 +150,7 @@ def _run_phase(run: Run, plan: StagePlan, phase: Phase, inputs: _Inputs, checkpo
     kind = plan.stage.prepare(student, plan, phase.train)
     if kind is not TeacherKind.SELF:
         student.release_teacher()
-    teacher = build_teacher(plan, kind, run.tokenizer, inputs.rows, run.world)
+    teacher = build_teacher(plan, kind, run.tokenizer, inputs.rows, run.world, run.digests)
     models = _Models(student, kind, teacher)
     try:
         if plan.stage.trains:
@@ -159,22 +164,24 @@ def _run_phase(run: Run, plan: StagePlan, phase: Phase, inputs: _Inputs, checkpo
 def _build_student(run: Run, plan: StagePlan, inputs: _Inputs, checkpoint: Checkpoint | None) -> HybridModel:
     """Return the student of a phase.
 
-    Rank 0 writes what it quantizes, the others read it.
+    Rank 0 writes what it quantizes, the others read it. Nothing of a stage is written before its student is there.
     """
-    world, folder, before = run.world, run.directory.stage(plan.name), inputs.before
-    start = checkpoint or (before and run.checkpointer(before).load())
-    if start is not None:
+    world, directory, before = run.world, run.directory, inputs.before
+    start = checkpoint or (before and run.last_checkpoint(before))
+    if start:
         check_adapters(plan.layers, start.state)
-    waits = plan.layers.has_frozen_weights and not world.is_main and frozen_weights_digest(folder) is None
+    waits = plan.layers.has_frozen_weights and not world.is_main and frozen_digest(directory, plan.name) is None
+
+    def begin() -> None:
+        begin_stage(run, plan, before, inputs.facts, student)
+
     if waits:
-        world.barrier()
+        world.on_main(begin)
     text = partial(leading_text, inputs.rows, ROUNDING_TOKENS)
-    earlier = before and run.directory.stage(before)
-    student = make_student(plan, start and start.tensors(), folder, world.device, text, earlier)
-    if world.is_main:
-        save_frozen_weights(student, folder)
+    frozen, earlier = read_frozen(directory, plan.name), before and read_frozen(directory, before)
+    student = make_student(plan, start and start.tensors(), frozen, world.device, text, earlier)
     if not waits:
-        world.barrier()
+        world.on_main(begin)
     if quantized := student.quantized.values():
         error = relative_error(quantized)
         run.say(f"{plan.name}: quantized weights differ from the original ones by {100 * error:.2g} %")
@@ -186,7 +193,8 @@ def _fit(run: Run, plan: StagePlan, models: _Models, inputs: _Inputs) -> dict:
     if not run.world.is_main:
         run.world.barrier()
         return {}
-    device, student, teacher = run.world.device, models.student, models.teacher
+    device, student = run.world.device, models.student
+    judge = partial(_judge, run, plan, models, alone=True)
     metrics, console = MetricsWriter(run.directory.path, run.loggers), Console(plan.name, 1)
     metrics.begin(plan.name)
     student.to(device)
@@ -199,10 +207,11 @@ def _fit(run: Run, plan: StagePlan, models: _Models, inputs: _Inputs) -> dict:
         metrics.write(written)
         return written
 
-    def evaluate(step: int) -> dict:
-        with precision_context(plan.run.precision, device):
-            scores = numbers(evaluate_student(student, teacher, inputs.validation, device), teacher)
-        console.evaluation(row("eval", step, scores))
+    def evaluate(step: int, mode: str = "student") -> dict:
+        with precision_context(plan.run.precision, device), judge(final=step == 1) as (against, label):
+            scores = evaluate_student(student, against, inputs.validation, device, mode=mode)
+            scores = numbers(scores, against) | label
+        console.evaluation(row("eval" if mode == "student" else mode, step, scores))
         return scores
 
     evaluate(0)
@@ -211,7 +220,9 @@ def _fit(run: Run, plan: StagePlan, models: _Models, inputs: _Inputs) -> dict:
         fitted = plan.stage.fit(student, batches, lambda layer: progress.advance())
     row(plan.stage.objective, 1, fitted)
     evaluation = evaluate(1)
-    settings = layer_settings(plan.layers, run.directory.stage(plan.name))
+    if _needs_control(run, models):
+        evaluate(1, "control")
+    settings = stage_settings(plan, run.directory)
     state = {"stage": plan.name, "step": 1, "finished": True, "settings": settings}
     run.checkpointer(plan.name).save(1, student.student_state_dict(), None, state, required=True)
     run.world.barrier()
@@ -231,15 +242,15 @@ def _train(
     work = work_of(plan, student, models.kind, models.teacher)
     engine = make_engine(plan, phase, student, world)
     try:
-        evaluation = _Evaluation(engine, evaluation_teacher(models.teacher), inputs.validation)
+        judge = partial(_judge, run, plan, models)
+        evaluation = _Evaluation(engine, judge, inputs.validation, plan.length.steps)
         trainer = Trainer(
             engine,
             watch_adapters(_step(plan, models, engine, inputs.rows), student),
             inputs.rows,
             _training_plan(run, plan, plan.schedule(groups), student),
             checkpointer=run.checkpointer(plan.name),
-            settings={"seed": plan.run.seed, "data": inputs.data}
-            | layer_settings(plan.layers, run.directory.stage(plan.name)),
+            settings=_settings(run, plan, inputs),
             callbacks=[Evaluate(evaluation), SaveExtra(others), *_reports(run, plan, work)],
         )
         if checkpoint is not None:
@@ -247,31 +258,90 @@ def _train(
         trainer.fit(until=phase.until)
         if not evaluation.last and phase.until == plan.length.steps:
             evaluation(phase.until)  # killed between the last checkpoint and the end of the stage
+        if phase.until == plan.length.steps and _needs_control(run, models):
+            row = {"kind": "control", "stage": plan.name, "step": phase.until, "tokens": plan.length.total_tokens}
+            row |= evaluation.numbers("control", phase.until) | {"time": time.time()}
+            if world.is_main:
+                MetricsWriter(run.directory.path, run.loggers).write(row)
+                Console(plan.name, plan.length.steps).evaluation(row)
     finally:
         engine.close()
     return evaluation.last
 
 
+def _needs_control(run: Run, models: _Models) -> bool:
+    """Return whether this is a windowed student whose control no stage has measured yet, and this one can.
+
+    The control is the teacher cut to the student's windows, so a stage can that has the teacher's attention.
+    """
+    if models.kind is not TeacherKind.SELF or not windows_of(models.student.mixer_configs):
+        return False
+    metrics = run.directory.metrics
+    return not (metrics.exists() and of_kind(read_metrics(metrics), "control"))
+
+
 class _Evaluation:
     """Scores of the student on the validation documents, shared by all ranks.
+
+    Args:
+        judge: gives the teacher to compare with, see `_judge`.
+        steps: after which the numbers are the last ones.
 
     Attributes:
         last: the numbers of the last evaluation, {} before the first one.
     """
 
-    def __init__(self, engine: Engine, teacher: Teacher | None, batches: list[Batch]):
-        self._engine, self._teacher, self._world = engine, teacher, engine.world
+    def __init__(
+        self,
+        engine: Engine,
+        judge: Callable[..., AbstractContextManager[tuple[Teacher | None, dict]]],
+        batches: list[Batch],
+        steps: int,
+    ):
+        self._engine, self._judge, self._world, self._steps = engine, judge, engine.world, steps
         self._batches = share(batches, self._world.rank, self._world.size)
-        self.last: dict[str, float] = {}
+        self.last: dict = {}
 
-    def __call__(self, done: int) -> dict[str, float]:
-        world = self._world
-        with self._engine.autocast():
-            scores = evaluate_student(
-                self._engine.module, self._teacher, self._batches, world.device, world.all_reduce_sum
-            )
-        self.last = numbers(scores, self._teacher)
+    def __call__(self, done: int) -> dict:
+        self.last = self.numbers("student", done)
         return self.last
+
+    def numbers(self, mode: str, done: int) -> dict:
+        """Return the scores of a mode of the model after so many steps."""
+        world = self._world
+        with self._engine.autocast(), self._judge(final=done == self._steps) as (teacher, label):
+            scores = evaluate_student(
+                self._engine.module, teacher, self._batches, world.device, world.all_reduce_sum, mode
+            )
+        return numbers(scores, teacher) | label
+
+
+@contextmanager
+def _judge(
+    run: Run, plan: StagePlan, models: _Models, *, final: bool, alone: bool = False
+) -> Iterator[tuple[Teacher | None, dict]]:
+    """Yield the teacher that an evaluation compares with, and {"teacher": what it is} where it is not the original.
+
+    The last numbers of a stage are against the original, where a quantized teacher stood in for it before.
+
+    Args:
+        run, plan, models: of the stage.
+        final: these are the last numbers.
+        alone: the other ranks wait.
+    """
+    teacher, label = evaluation_teacher(models.teacher), teacher_label(plan, models.student, models.kind)
+    if teacher is None:
+        label = None
+    world = Distributed(run.world.device) if alone else run.world
+    original = original_for(plan, label, world, run.say) if final else None
+    if original is None:
+        yield teacher, {"teacher": label} if label else {}
+        return
+    try:
+        second = plan.settings.teacher_model.path
+        yield original, {"teacher": second} if second else {}
+    finally:
+        original.close()
 
 
 def _step(plan: StagePlan, models: _Models, engine: Engine, rows: Rows) -> Step[Batch]:
@@ -281,7 +351,7 @@ def _step(plan: StagePlan, models: _Models, engine: Engine, rows: Rows) -> Step[
         batches = partial(sample, rows, micro_rows=micro_rows, device=engine.world.device)
         step = plan.stage.step(engine.module, models.teacher, plan, batches)
     if plan.settings.activation_checkpointing and plan.stage.recomputes_layers:
-        models.student.lm.train().activation_checkpointing_enable()  # transformers recomputes in training mode only
+        models.student.recompute_layers()
     return step
 
 

@@ -19,11 +19,14 @@ from ..data.batch import IGNORE, Batch
 from ..data.sources import tokens_of
 from ..errors import Interrupted, UserError
 from ..losses.chunked import chunk_tokens
+from ..runs.directory import DIGESTS
 from ..stages.plan import StagePlan
 from ..stages.registry import objective_class
 from ..stages.rows import Rows, rows_of
-from ..stages.teacher import cache_identity, check_tokenizer, data_hash, online_teacher, shared_vocab
+from ..stages.teacher import cache_identity, check_model, data_hash, online_teacher, shared_vocab
+from ..support.digests import FileDigests
 from ..support.files import free_bytes
+from ..support.lock import locked
 from ..support.progress import Progress
 from ..support.text import rounded_bytes
 from ..teacher.load import open_tokenizer
@@ -31,6 +34,7 @@ from ..teacher.logits_store import SHARD_BYTES, LogitsWriter, position_bytes, ro
 from ..teacher.signals import OnlineTeacher
 from ..training.precision import precision_context
 from ..training.process_group import Distributed
+from ..training.stop_signal import sigterm_interrupts
 
 
 def distillation_plan(config: Config, name: str) -> StagePlan:
@@ -45,6 +49,7 @@ def distillation_plan(config: Config, name: str) -> StagePlan:
     return resolve(config, [name]).stage(name)
 
 
+@sigterm_interrupts()
 def write_logits(plan: StagePlan, out: Path, k: int, shard_bytes: int = SHARD_BYTES) -> None:
     """Write the logits of a stage, or what is missing of them.
 
@@ -55,15 +60,21 @@ def write_logits(plan: StagePlan, out: Path, k: int, shard_bytes: int = SHARD_BY
         shard_bytes: about what a file is to have.
 
     Raises:
-        UserError: there is no space, or other logits are in the directory; `Interrupted` by ctrl-C, with whole shards
-            kept.
+        UserError: there is no space, other logits are in the directory, or another process writes to it; `Interrupted`
+            by ctrl-C, with whole shards kept.
     """
+    with locked(out):
+        _write(plan, out, k, shard_bytes)
+
+
+def _write(plan: StagePlan, out: Path, k: int, shard_bytes: int) -> None:
+    """Write what is missing, into a directory that no other process writes to."""
     disable_progress_bar()
     device = plan.run.device
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device is cuda, but PyTorch finds no CUDA device", "use device=cpu, or see rwkvinside doctor")
     world, tokenizer = Distributed(device), open_tokenizer(plan.run.teacher)
-    check_tokenizer(plan, tokenizer)
+    check_model(plan, tokenizer)
     teacher = online_teacher(plan, world)
     vocab = shared_vocab(plan)
     if not 1 <= k < vocab:
@@ -72,14 +83,16 @@ def write_logits(plan: StagePlan, out: Path, k: int, shard_bytes: int = SHARD_BY
     rows = rows_of(plan, tokens)
     row_bytes = plan.length.seq_len * position_bytes(k)
     count = plan.row_count
+    digests = FileDigests(out / DIGESTS)
     writer = LogitsWriter(
         out,
-        cache_identity(plan, tokenizer) | {"data": data_hash(rows)},
+        cache_identity(plan, tokenizer, digests) | {"data": data_hash(rows)},
         k=k,
         vocab=vocab,
         rows=count,
         rows_per_shard=max(1, shard_bytes // row_bytes),
     )
+    digests.save()
     missing = writer.missing()
     left = sum(map(len, missing))
     written = count - left
@@ -100,6 +113,8 @@ def write_logits(plan: StagePlan, out: Path, k: int, shard_bytes: int = SHARD_BY
                     writer.write(shard, *_shard(teacher, rows, shard, micro_rows, vocab, k, temperature, advance))
                 written += len(shard)
     except KeyboardInterrupt as error:
+        if not written:
+            raise
         raise Interrupted(f"stopped with {written:,} of {count:,} rows", "the same command again goes on") from error
     progress.say(f"{plan.name}: {written:,} of {count:,} rows are in {out}")
 

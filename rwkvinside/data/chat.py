@@ -3,37 +3,56 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
 
 import numpy as np
 
 from ..errors import UserError
+from ..support.time_limit import TimeExceeded, time_limit
+from .defaults import DATE
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _STAND_IN = "@@the-answer@@"
+# TypeError and LookupError: a field of another type than a template expects
+_REFUSALS = (ValueError, TypeError, ArithmeticError, LookupError, MemoryError, RecursionError)
+TEMPLATE_SECONDS = 30.0  # for all renderings of a conversation, which take milliseconds: a template may loop for ever
+
+DATE_CODES = (*(f"%{letter}" for letter in "aAbBcdDeFGgHhIjmMpRSTuUVwWxXyY"), *(f"%-{letter}" for letter in "dmHIjMS"))
+
+
+def asks_for_date(tokenizer) -> bool:
+    """Return whether what a chat template writes depends on the day."""
+    return "strftime_now" in str(tokenizer.chat_template)
 
 
 def encode_conversation(
-    tokenizer, messages: list[dict], where: str, tools: list[dict] | None = None
+    tokenizer, messages: list[dict], where: str, tools: list[dict] | None = None, today: str = DATE
 ) -> tuple[list[int], np.ndarray]:
     """Render and tokenize a conversation.
 
     The completion is what follows the generation prompt up to and including the end-of-turn marker. Templates with
     {% generation %} tags mark it; for others it is found by rendering again: the conversation before the answer gives
     its start, the conversation with another text in place of the answer gives its end. Tool calls belong to the
-    completion, the tools' answers do not.
+    completion, the tools' answers do not, and neither do messages with "loss": False.
 
     Args:
         tokenizer: a fast Hugging Face tokenizer with a chat template.
         messages: [{"role": ..., "content": ...}, ...], those of the assistant with "tool_calls" where it calls tools.
         where: file and line, for error messages.
         tools: descriptions of functions, for the template.
+        today: the day that the template sees, as YYYY-MM-DD.
 
     Returns:
         (ids, completion): token ids, and bool (len(ids),) True = written by the assistant.
 
     Raises:
-        UserError: no template, a template that refuses the conversation or hides where answers are, no answer.
+        UserError: no template, a template that refuses the conversation, leaves out a part of it, hides where answers
+            are or does not end; no answer.
     """
+    answers = [(i, message.get("loss", True)) for i, message in enumerate(messages) if message["role"] == "assistant"]
+    messages = [{name: value for name, value in message.items() if name != "loss"} for message in messages]
     if not tokenizer.chat_template:
         raise UserError(
             f"{where}: a conversation, but the tokenizer {tokenizer.name_or_path!r} has no chat template",
@@ -41,42 +60,58 @@ def encode_conversation(
         )
     if not tokenizer.is_fast:
         raise UserError(f"{where}: conversations need a fast tokenizer, not {type(tokenizer).__name__}")
-    if _GENERATION.search(tokenizer.get_chat_template(tools=tools)):
-        encoded = _render(
-            tokenizer,
-            messages,
-            where,
-            tools=tools,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-        )
-        ids, completion = encoded["input_ids"], np.array(encoded["assistant_masks"], dtype=bool)
-    else:
-        text = _render(tokenizer, messages, where, tools=tools)
-        spans = [
-            _answer_span(tokenizer, messages, tools, i, text, where)
-            for i, message in enumerate(messages)
-            if message["role"] == "assistant"
-        ]
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids = encoded["input_ids"]
-        starts = np.array([start for start, _ in encoded["offset_mapping"]])
-        completion = np.zeros(len(ids), dtype=bool)
-        for start, end in spans:
-            completion |= (start <= starts) & (starts < end)
-    if not completion.any():
+    with bounded(where):
+        ids, completion = _encode(tokenizer, messages, answers, tools, where, today)
+    if not completion.any() and all(is_trained_on for _, is_trained_on in answers):
         raise UserError(
             f"{where}: a conversation without an answer from the assistant", "remove it, or give it as text"
         )
     return ids, completion
 
 
-def _answer_span(tokenizer, messages: list[dict], tools, i: int, text: str, where: str) -> tuple[int, int]:
+@contextmanager
+def bounded(where: str) -> Iterator[None]:
+    """Refuse a chat template that does not end, in what is rendered inside.
+
+    Raises:
+        UserError: after `TEMPLATE_SECONDS`.
+    """
+    try:
+        with time_limit(TEMPLATE_SECONDS):
+            yield
+    except TimeExceeded as error:
+        raise UserError(
+            f"{where}: the chat template does not end within {TEMPLATE_SECONDS:g} seconds",
+            "correct the template: one of its loops or macros is too long",
+        ) from error
+
+
+def _encode(
+    tokenizer, messages: list[dict], answers: list[tuple[int, bool]], tools: list[dict] | None, where: str, today: str
+) -> tuple[list[int], np.ndarray]:
+    render = _Renderer(tokenizer, tools, where, today)
+    text = render(messages)
+    _check_all_is_shown(render, messages)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids = encoded["input_ids"]
+    starts = np.array([start for start, _ in encoded["offset_mapping"]])
+    completion = np.zeros(len(ids), dtype=bool)
+    tagged = bool(_GENERATION.search(tokenizer.get_chat_template(tools=tools)))
+    if tagged:
+        marked = render(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        ids, completion = marked["input_ids"], np.array(marked["assistant_masks"], dtype=bool)
+    for i, is_trained_on in answers:
+        if is_trained_on != tagged:  # to be marked, or no longer
+            start, end = _answer_span(render, messages, i, text)
+            completion[(start <= starts) & (starts < end)] = is_trained_on
+    return ids, completion
+
+
+def _answer_span(render: _Renderer, messages: list[dict], i: int, text: str) -> tuple[int, int]:
     """Return the span of answer i in `text`, without its generation prompt."""
 
     def split(replaced: list[dict]) -> tuple[str, str, str]:
-        return _render(tokenizer, replaced, where, tools=tools).partition(_STAND_IN)
+        return render(replaced).partition(_STAND_IN)
 
     stand_in = {"role": "assistant", "content": _STAND_IN}
     if calls := messages[i].get("tool_calls"):  # where the template shows text in addition to calls, keep them
@@ -86,23 +121,104 @@ def _answer_span(tokenizer, messages: list[dict], tools, i: int, text: str, wher
     replaced = [*messages[:i], stand_in]
     before, alone, closing = split(replaced)
     if i:  # many templates refuse an empty conversation; there the answer begins with its content
-        before = _render(tokenizer, messages[:i], where, tools=tools, add_generation_prompt=True)
-    _, in_whole, rest = split(replaced + messages[i + 1 :])
+        before = render(messages[:i], add_generation_prompt=True)
+    in_front, in_whole, rest = split(replaced + messages[i + 1 :])
+    if i and not text.startswith(before):
+        # What came before is written differently once there is more (Qwen3 shows the last thoughts only). There the
+        # answer follows the last generation prompt in front of it.
+        prompt = before.removeprefix(render(messages[:i]))
+        if prompt and prompt != before and prompt in in_front:
+            before = in_front[: in_front.rfind(prompt) + len(prompt)]
     # `rest` is everything after the answer; a template may rewrite earlier turns (Qwen3 drops their thoughts), so
     # only what is the same in both renderings is relied on.
     end = len(text) - len(rest) + len(closing)
     if not (alone and in_whole and text.startswith(before) and text.endswith(rest) and rest.startswith(closing)):
         raise UserError(
-            f"{where}: the chat template renders message {i + 1} differently in and out of its conversation",
+            f"{render.where}: the chat template renders message {i + 1} differently in and out of its conversation",
             "use a template with {% generation %} tags, or single-turn conversations",
         )
     return len(before), end
 
 
-def _render(tokenizer, messages: list[dict], where: str, *, tokenize: bool = False, **options):
-    from jinja2 import TemplateError
+def _check_all_is_shown(render: _Renderer, messages: list[dict]) -> None:
+    """Refuse a template that leaves out messages, calls or tools.
 
+    Each gets a text of its own, which has to come out. What the assistant writes next to a call may be left out, as
+    templates of Llama 3 do.
+
+    Raises:
+        UserError: names what is missing.
+    """
+    parts: dict[str, str] = {}
+
+    def stand_in(what: str) -> str:
+        parts[text := f"@@{len(parts)}@@"] = what
+        return text
+
+    def marked_function(record: dict, what: str) -> dict:
+        function = record.get("function")
+        if not isinstance(function, dict) or "name" not in function:
+            return record
+        marked = function | {"name": stand_in(what)}
+        if "arguments" in function:
+            marked["arguments"] = {name: stand_in(what) for name in function["arguments"]}
+        return record | {"function": marked}
+
+    def marked_message(number: int, message: dict) -> dict:
+        if message["content"].strip() and message["role"] != "assistant":
+            message = message | {"content": stand_in(f"message {number} of {message['role']!r}")}
+        if calls := message.get("tool_calls"):
+            names = [f"the call of {call['function']['name']!r} in message {number}" for call in calls]
+            message = message | {"tool_calls": list(map(marked_function, calls, names))}
+        return message
+
+    marked = [marked_message(number, message) for number, message in enumerate(messages, 1)]
+    names = [f"the tool {tool.get('function', {}).get('name')!r}" for tool in render.tools or ()]
+    tools = list(map(marked_function, render.tools or (), names)) or None
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=tokenize, **options)
-    except (TemplateError, ValueError, TypeError) as error:  # TypeError: a field of another type than it expects
-        raise UserError(f"{where}: the chat template refuses the conversation: {error}") from error
+        text = render(marked, tools=tools)
+    except UserError:  # a template that looks into texts, such as for a certain question or tool
+        return
+    if missing := [what for part, what in parts.items() if part not in text]:
+        raise UserError(
+            f"{render.where}: the chat template leaves out {missing[0]}"
+            + (f" (and {len(missing) - 1} more)" if missing[1:] else ""),
+            "use a teacher whose template writes it, or take it out of the data",
+        )
+
+
+class _Renderer:
+    """A tokenizer's chat template for the conversations of one record.
+
+    Attributes:
+        tools, where: see `encode_conversation`.
+    """
+
+    def __init__(self, tokenizer, tools: list[dict] | None, where: str, today: str):
+        self.tools, self.where = tools, where
+        self._tokenizer = tokenizer
+        self._template = tokenizer.get_chat_template(tools=tools)
+        if asks_for_date(tokenizer):
+            self._template = _dated(self._template, today)
+
+    def __call__(self, messages: list[dict], *, tokenize: bool = False, **options):
+        """Return the text of a conversation, or what else the options of `apply_chat_template` ask for.
+
+        Raises:
+            UserError: the template refuses the conversation.
+        """
+        from jinja2 import TemplateError
+
+        options = {"tools": self.tools, "chat_template": self._template} | options
+        try:
+            return self._tokenizer.apply_chat_template(messages, tokenize=tokenize, **options)
+        except _REFUSALS + (TemplateError,) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{self.where}: the chat template refuses the conversation: {reason}") from error
+
+
+def _dated(template: str, today: str) -> str:
+    """Return a template with a `strftime_now` of its own, which hides that of transformers, and knows one day only."""
+    day = datetime.fromisoformat(today)
+    parts = "".join(f" | replace({code!r}, {day.strftime(code)!r})" for code in DATE_CODES)
+    return f"{{% macro strftime_now(format) %}}{{{{ format{parts} }}}}{{% endmacro %}}\n{template}"

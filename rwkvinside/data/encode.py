@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from ..errors import UserError
-from .chat import encode_conversation
+from .chat import asks_for_date, encode_conversation
+from .defaults import DATE
 from .records import Document, Question, content_hash
 from .token_store import Encoded, TokenStore
 
@@ -32,20 +33,21 @@ class Encoder:
         tokenizer: a Hugging Face tokenizer.
         rotate: encode every question once with each rotation of its options, so that each letter is right equally
             often.
+        today: the day that chat templates see, as YYYY-MM-DD.
 
     Attributes:
         identity: JSON values that change when the tokens of a document may change.
     """
 
-    def __init__(self, tokenizer, *, rotate: bool = True) -> None:
-        self.tokenizer, self.rotate = tokenizer, rotate
+    def __init__(self, tokenizer, *, rotate: bool = True, today: str = DATE) -> None:
+        self.tokenizer, self.rotate, self.today = tokenizer, rotate, today
         self.prefix, self.suffix = _special_ids(tokenizer)
         self.identity = {
             "tokenizer": tokenizer_hash(tokenizer),
             "prefix": self.prefix,
             "suffix": self.suffix,
             "rotate": rotate,
-        }
+        } | ({"today": today} if asks_for_date(tokenizer) else {})
 
     def __call__(self, documents: Sequence[Document]) -> Iterator[Encoded]:
         """Yield the tokens of these documents.
@@ -78,7 +80,7 @@ class Encoder:
         if document.kind == "tokens":
             yield document.ids, document.loss, ()
         elif document.kind == "conversation":
-            yield *encode_conversation(self.tokenizer, document.messages, document.where, document.tools), ()
+            yield *self._conversation(document.messages, document.where, document.tools), ()
         elif document.kind == "completion":
             yield *self._completion(document.prompt, document.text, document.where), ()
         else:
@@ -95,7 +97,12 @@ class Encoder:
             return self._completion(f"{question.prompt}\nAnswer:", f" {letter}", where)
         asked = f"{question.prompt}\nAnswer with the letter of the right option."
         messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": letter}]
-        return encode_conversation(self.tokenizer, messages, where)
+        return self._conversation(messages, where)
+
+    def _conversation(
+        self, messages: list[dict], where: str, tools: list[dict] | None = None
+    ) -> tuple[list[int], np.ndarray]:
+        return encode_conversation(self.tokenizer, messages, where, tools, self.today)
 
     def _completion(self, prompt: str, text: str, where: str) -> tuple[list[int], np.ndarray]:
         """Tokenize prompt and completion as one text.

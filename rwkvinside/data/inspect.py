@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ..support.text import rounded_bytes
 from .binidx import is_binidx, pair, read_binidx
 from .encode import agreement
-from .readers import HUB, source_files
+from .readers import HUB, kind_of, source_files
 from .statistics import Statistics
 from .token_pack import is_pack
 from .token_store import TokenStore
@@ -51,7 +51,7 @@ def source_format(source: str) -> str:
         files, kind = list(pair(source)), f"binidx, {read_binidx(source)[0].dtype}"
     else:
         files = source_files(source)
-        kind = ", ".join(sorted({file.suffix.lower() for file in files}))
+        kind = ", ".join(sorted({kind_of(file) or file.suffix.lower() for file in files}))
     count = f"{len(files)} files, " if len(files) > 1 else ""
     return f"{kind}, {count}{rounded_bytes(sum(file.stat().st_size for file in files))}"
 
@@ -96,8 +96,8 @@ def summary(
     if original:
         lines.append(f"answers     given {_shares(original)}; trained on {_shares(trained)}")
     lines.append(
-        f"padding     {packed:.2%} in packed rows of {seq_len}; {padded:.1%} with one document per row, "
-        f"which cuts {cut:,} documents and {lost / tokens:.1%} of the tokens"
+        f"padding     {packed:.2%} in packed rows of {seq_len}; {padded:.1%} in rows of whole ones (sft), "
+        f"which cut {cut:,} documents and {lost / tokens:.1%} of the tokens"
     )
     lines.append(f"lengths     median {median:,}, longest {longest:,} tokens")
     classes = statistics.histogram()

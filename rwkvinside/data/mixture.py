@@ -20,7 +20,7 @@ BLOCK = 1 << 16  # rows whose sources are computed together
 
 
 class Rows(Protocol):
-    """Rows that can be mixed: `PackedRows`, `PaddedDocuments` or `StreamedRows`."""
+    """Rows that can be mixed: `PackedRows`, `WholeDocuments` or `StreamedRows`."""
 
     seq_len: int
 

@@ -1,7 +1,8 @@
 """From one record of a file or dataset (a mapping of fields) to one document. Knows no files and no tokenizer.
 
-A record is a text, a prompt with its completion, a conversation (messages, or ShareGPT's conversations), token ids, or
-a multiple-choice question; the first of these that is present counts.
+A record is a text, a prompt with its completion, a conversation (messages, ShareGPT's conversations, or prompt and
+completion as messages), token ids, or a multiple-choice question; the first of these that is present counts, and what
+is empty is absent.
 """
 
 from __future__ import annotations
@@ -23,13 +24,19 @@ FIELDS = (
     *("input_ids", "labels", "attention_mask", *MASKS),
     *("question", "choices", "options", "answer", "answerKey"),
 )
-SHAREGPT_ROLES = {
-    "system": "system",
-    **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "bot"), "assistant"),
-    **dict.fromkeys(("tool", "function", "function_response", "observation"), "tool"),
-    "function_call": "assistant",
+# Whose message it is, in the words of OpenAI, ShareGPT, ms-swift and Llama -> in those of chat templates.
+ROLES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot"), "assistant"),
+    **dict.fromkeys(
+        ("tool", "function", "function_response", "tool_response", "observation", "ipython"),
+        "tool",
+    ),
+    **dict.fromkeys(("function_call", "tool_call"), "assistant"),
 }
+CALLS = ("function_call", "tool_call")  # whose content is a call, or a list of them, as JSON
+LOSS_FLAGS = ("weight", "loss", "train")  # of a message: 0 or false, it is not trained on
 MESSAGE_TEXTS = ("name", "tool_call_id", "reasoning_content")  # copied unchanged: templates may show them
 LARGEST_ID = 2**32 - 1
 
@@ -71,7 +78,8 @@ class Document:
         where: file and line, or source and row, for error messages.
         text: with `prompt`, what follows it.
         prompt: precedes the text and carries no loss.
-        messages, tools: a conversation, as Hugging Face chat templates take it.
+        messages, tools: a conversation, as Hugging Face chat templates take it; a message that is not to be trained on
+            has "loss": False.
         ids: uint32 token ids.
         loss: bool like ids, True = may be a target; None: all may.
         question: multiple choice.
@@ -138,20 +146,54 @@ def document_of(record: object, text_column: str, where: str) -> Document:
     """
     if not isinstance(record, dict):
         raise UserError(f"{where}: a {type(record).__name__}, not an object", 'expected an object: {"text": ...}')
-    text = record.get(text_column)
-    if isinstance(text, str):
+    text, completion = record.get(text_column), record.get("completion")
+    if isinstance(text, str) and text.strip():
         return Document(where, text=text)
-    if isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
-        return Document(where, text=record["completion"], prompt=record["prompt"])
+    if isinstance(record.get("prompt"), str) and isinstance(completion, str) and completion.strip():
+        return Document(where, text=completion, prompt=record["prompt"])
+    if isinstance(completion, list) and completion and _holds(record, "prompt"):
+        return _conversation(record, ("prompt", "completion"), where)
     for field in ("messages", "conversations"):
-        if record.get(field) is not None:
-            return _conversation(record, field, where)
-    if record.get("input_ids") is not None:
+        if _holds(record, field):
+            return _conversation(record, (field,), where)
+    if _holds(record, "input_ids"):
         return _tokens(record, where)
     if record.get("question") is not None and _options_field(record) is not None:
         return _question(record, where)
+    return _nothing(record, text_column, where)
+
+
+def _holds(record: dict, field: str) -> bool:
+    """Return whether a field has a content: unified tables fill in "" and [] where a record has none."""
+    value = record.get(field)
+    return bool(value.strip()) if isinstance(value, str) else value is not None and value != []
+
+
+def _nothing(record: dict, text_column: str, where: str) -> Document:
+    """Return a blank document for a record whose content is empty, and refuse one that has none.
+
+    Raises:
+        UserError: tells null from empty, of another type, and missing.
+    """
+    text = record.get(text_column)
+    if isinstance(text, str) or isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
+        return Document(where, text="")
     if text is not None:
         raise UserError(f"{where}: {text_column!r} is a {type(text).__name__}, not a text")
+    if record.get("input_ids") is not None:
+        return _tokens(record, where)
+    contents = (text_column, "messages", "conversations", "prompt", "completion", "input_ids", "question")
+    if _holds(record, "prompt") and _holds(record, "completion"):
+        kinds = f"{type(record['prompt']).__name__} and 'completion' a {type(record['completion']).__name__}"
+        raise UserError(f"{where}: 'prompt' is a {kinds}", "give two texts, or two lists of messages")
+    if nulls := [repr(name) for name in contents if name in record and record[name] is None]:
+        raise UserError(
+            f"{where}: {' and '.join(nulls)} {'are' if nulls[1:] else 'is'} null, and there is no other content",
+            "fill it in, or remove the record",
+        )
+    for name in ("messages", "conversations"):
+        if name in record:
+            raise UserError(f"{where}: {name!r} is not a list with at least one message")
     raise no_content(where, text_column, record)
 
 
@@ -164,8 +206,16 @@ def no_content(where: str, text_column: str, columns: Iterable[str]) -> UserErro
     )
 
 
+def of_table(record: dict) -> dict:
+    """Return a row of a table without null fields inside of its columns.
+
+    Tables add them where other records have a value.
+    """
+    return {name: without_nulls(value) for name, value in record.items()}
+
+
 def without_nulls(value):
-    """Remove null fields, which tables add where other records have a value."""
+    """Remove null fields from mappings, at any depth."""
     if isinstance(value, dict):
         return {key: without_nulls(field) for key, field in value.items() if field is not None}
     return [without_nulls(element) for element in value] if isinstance(value, list) else value
@@ -175,20 +225,50 @@ def _canonical(value) -> str:
     return json.dumps(value, sort_keys=True, ensure_ascii=False)
 
 
-def _conversation(record: dict, field: str, where: str) -> Document:
-    turns = record[field]
-    if not isinstance(turns, list) or not turns:
-        raise UserError(f"{where}: {field!r} is not a list with at least one message")
-    messages = [_message(turn, where) for turn in turns]
-    if isinstance(record.get("system"), str) and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": record["system"]})
-    tools = record.get("tools")
-    if isinstance(tools, str):
-        tools = _from_json(tools, "tools", where) if tools.strip() else None
+def _conversation(record: dict, fields: tuple[str, ...], where: str) -> Document:
+    """Return the conversation in some fields of a record, one after another; the last one is trained on."""
+    messages: list[dict] = []
+    for field in fields:
+        turns = _listed(record[field], field, where)
+        if not isinstance(turns, list) or not turns:
+            raise UserError(f"{where}: {field!r} is not a list with at least one message")
+        for turn in turns:
+            _add_message(messages, turn, where)
+        if field != fields[-1]:
+            messages = [m | {"loss": False} if m["role"] == "assistant" else m for m in messages]
+    system = record.get("system")
+    if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
+    tools = _listed(record.get("tools") or None, "tools", where)
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise UserError(f"{where}: 'tools' is {tools!r:.60}", "expected a list of function descriptions")
     wrapped = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools or ()]
     return Document(where, messages=messages, tools=wrapped or None)
+
+
+def _listed(value: object, what: str, where: str):
+    """Return a list whose elements, or which itself, may be given as JSON, as tables of mixed types have it."""
+    if isinstance(value, str):
+        value = _from_json(value, what, where) if value.strip() else None
+    if isinstance(value, list):
+        is_json = [isinstance(entry, str) and entry.lstrip().startswith("{") for entry in value]
+        value = [_from_json(x, what, where) if given else x for x, given in zip(value, is_json, strict=True)]
+    return value
+
+
+def _add_message(messages: list[dict], turn: object, where: str) -> None:
+    """Append a message; calls that follow one another, one in a message, belong to one answer."""
+    message = _message(turn, where)
+    role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
+    if (
+        role in CALLS
+        and messages
+        and messages[-1].get("tool_calls")
+        and messages[-1].get("loss") == message.get("loss")
+    ):
+        messages[-1]["tool_calls"] += message["tool_calls"]
+    else:
+        messages.append(message)
 
 
 def _message(turn: object, where: str) -> dict:
@@ -198,19 +278,22 @@ def _message(turn: object, where: str) -> dict:
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
     if isinstance(content, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in content):
         content = "".join(str(part.get("text", "")) for part in content)
-    calls = turn.get("tool_calls")
-    if "role" not in turn and isinstance(role, str):
-        if role not in SHAREGPT_ROLES:
-            raise UserError(f"{where}: a message is from {role!r}", f"known senders: {', '.join(SHAREGPT_ROLES)}")
-        if role == "function_call":
-            if not isinstance(content, str):
-                raise wrong
-            calls = _from_json(content, "function_call", where)
-            calls, content = calls if isinstance(calls, list) else [calls], None
-        role = SHAREGPT_ROLES[role]
-    if not isinstance(role, str) or not (isinstance(content, str) or (content is None and calls)):
+    calls = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else None)
+    if not isinstance(role, str):
+        raise wrong
+    if role not in ROLES:
+        raise UserError(f"{where}: a message is from {role!r}", f"known roles: {', '.join(ROLES)}")
+    if role in CALLS:
+        if not isinstance(content, str):
+            raise wrong
+        calls = _from_json(content, role, where)
+        calls, content = calls if isinstance(calls, list) else [calls], None
+    role = ROLES[role]
+    if not (isinstance(content, str) or (content is None and calls)):
         raise wrong
     message = {"role": role, "content": content or ""}
+    if not _is_trained_on(turn, role, where):
+        message["loss"] = False
     if calls:
         if role != "assistant" or not isinstance(calls, list):
             raise UserError(
@@ -218,6 +301,25 @@ def _message(turn: object, where: str) -> dict:
             )
         message["tool_calls"] = [_call(call, where) for call in calls]
     return message | {key: turn[key] for key in MESSAGE_TEXTS if isinstance(turn.get(key), str)}
+
+
+def _is_trained_on(turn: dict, role: str, where: str) -> bool:
+    """Return what the flags of a message say: 0 or false, it is not trained on."""
+    flags = {name: turn[name] for name in LOSS_FLAGS if turn.get(name) is not None}
+    for name, value in flags.items():
+        if not isinstance(value, (int, float)) or value not in (0, 1):
+            raise UserError(
+                f"{where}: a message of {role!r} has {name}: {value!r:.40}",
+                "allowed: 1 or true, it is trained on; 0 or false, it is not",
+            )
+    if len(set(map(bool, flags.values()))) > 1:
+        raise UserError(f"{where}: a message of {role!r} has {flags}, which contradict each other", "leave one of them")
+    if role != "assistant" and any(flags.values()):
+        raise UserError(
+            f"{where}: a message of {role!r} has {flags}, but only the assistant's are trained on",
+            "leave the flag out, or make it false",
+        )
+    return all(flags.values())
 
 
 def _call(record: object, where: str) -> dict:
@@ -237,11 +339,18 @@ def _call(record: object, where: str) -> dict:
     return call | ({"id": record["id"]} if isinstance(record.get("id"), str) else {})
 
 
+def json_problem(error: Exception) -> str:
+    """Return what a text that is not JSON suffers from, for an error of `json.loads`."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg.removesuffix(' at')} at column {error.colno}"
+    return "nested too deeply" if isinstance(error, RecursionError) else "a number of more than 4,300 digits"
+
+
 def _from_json(text: str, what: str, where: str):
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: {what} is not JSON ({error.msg}): {text[:60]!r}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: {what} is not JSON ({json_problem(error)}): {text[:60]!r}") from None
 
 
 def _tokens(record: dict, where: str) -> Document:
@@ -271,10 +380,10 @@ def _tokens(record: dict, where: str) -> Document:
 def _integers(values: object, field: str, where: str) -> np.ndarray:
     try:
         array = np.asarray(values if len(values) else np.empty(0, np.int64))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         array = np.empty((0, 0))
-    if array.ndim != 1 or array.dtype.kind not in "iub":
-        raise UserError(f"{where}: {field!r} is {values!r:.60}", "expected a list of integers")
+    if array.ndim != 1 or array.dtype.kind not in "iub" or array.dtype == np.uint64:
+        raise UserError(f"{where}: {field!r} is {values!r:.60}", "expected a list of integers below 2^63")
     return array.astype(np.int64)
 
 

@@ -6,6 +6,7 @@ integer, and ranks need not communicate.
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 
@@ -85,52 +86,109 @@ class PackedRows:
         return collate([self.row(i) for i in rows], rows)
 
 
+class WholeDocuments:
+    """Rows of several whole documents each, for sft, whose documents must not be cut where they can be kept whole.
+
+    Which documents share a row is decided once (`whole_rows`); the rows of an epoch come in an order drawn from (seed,
+    epoch). A document of more than `seq_len` tokens is cut, and alone in its row. Rows end with their last document.
+
+    Args:
+        tokens: the documents.
+        seq_len: tokens of the longest row.
+        seed: decides the order.
+    """
+
+    def __init__(self, tokens: TokenStore, seq_len: int, seed: int):
+        if seq_len < 2:
+            raise ValueError(f"seq_len {seq_len} leaves no token to predict")
+        self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
+        self._rows = whole_rows(tokens.lengths, seq_len)
+        self._tokens = np.array([np.minimum(tokens.lengths[row], seq_len).sum() for row in self._rows])
+        self.rows_per_epoch = len(self._rows)
+        self._order = lru_cache(maxsize=2)(lambda epoch: document_order(seed, epoch, self.rows_per_epoch))
+
+    def pieces(self, i: int) -> list[Piece]:
+        """Return the documents of row i (counted through all epochs from 0), in order."""
+        epoch, place = divmod(i, self.rows_per_epoch)
+        return [(document, 0, self.seq_len) for document in self._rows[self._order(epoch)[place]]]
+
+    @property
+    def tokens_per_row(self) -> float:
+        """Mean tokens of a row."""
+        return float(self._tokens.mean())
+
+    def tokens_in(self, rows: int) -> int:
+        """Return the tokens of the first `rows` rows, without padding."""
+        epochs, rest = divmod(rows, self.rows_per_epoch)
+        return int(epochs * self._tokens.sum() + self._tokens[self._order(epochs)[:rest]].sum())
+
+    def row(self, i: int) -> Row:
+        """Return arrays as long as the documents of row i, see `PackedRows.row`."""
+        return _lay_out(self.tokens, self.pieces(i))
+
+    def batch(self, rows: Iterable[int]) -> Batch:
+        """Return the rows with these numbers, padded to the longest of them."""
+        rows = tuple(rows)
+        return collate([self.row(i) for i in rows], rows)
+
+
+def whole_rows(lengths: np.ndarray, seq_len: int) -> list[list[int]]:
+    """Return which whole documents share a row: the longest first, each where the least space is left that it fits.
+
+    Args:
+        lengths: tokens of each document, (documents,); what is beyond `seq_len` does not count.
+        seq_len: tokens of a row.
+    """
+    rows: list[list[int]] = []
+    left: dict[int, list[int]] = {}  # rows by the tokens that they still take
+    sizes: list[int] = []  # the keys of `left`, ascending
+    for document in np.argsort(-lengths, kind="stable").tolist():
+        length = min(int(lengths[document]), seq_len)
+        at = bisect_left(sizes, length)
+        if at < len(sizes):
+            space = sizes[at]
+            row = left[space].pop()
+            if not left[space]:
+                del left[sizes.pop(at)]
+        else:
+            space, row = seq_len, len(rows)
+            rows.append([])
+        rows[row].append(document)
+        if space > length:
+            if space - length not in left:
+                insort(sizes, space - length)
+            left.setdefault(space - length, []).append(row)
+    return rows
+
+
 class PaddedDocuments:
-    """Rows of one document each, padded on the right, for evaluation and for sft.
+    """Rows of one document each in the documents' order, padded on the right, for evaluation.
 
     Args:
         tokens: the documents.
         max_len: tokens of the longest row; longer documents are cut.
-        seed: None gives the documents in their order, once; an int gives an endless order drawn from (seed, epoch).
 
     Attributes:
         num_truncated, num_truncated_tokens: how many documents are cut, and how many tokens are lost.
     """
 
-    def __init__(self, tokens: TokenStore, max_len: int, seed: int | None = None):
+    def __init__(self, tokens: TokenStore, max_len: int):
         if max_len < 2:
             raise ValueError(f"max_len {max_len} leaves no token to predict")
-        self.tokens, self.seq_len, self.seed = tokens, max_len, seed
+        self.tokens, self.seq_len = tokens, max_len
         self.rows_per_epoch = tokens.num_documents
         excess = np.maximum(tokens.lengths - max_len, 0)
         self.num_truncated = int((excess > 0).sum())
         self.num_truncated_tokens = int(excess.sum())
-        self._order = lru_cache(maxsize=2)(lambda epoch: document_order(seed, epoch, tokens.num_documents))
 
     def __len__(self) -> int:
         return self.rows_per_epoch
 
     def pieces(self, i: int) -> list[Piece]:
         """Return the one piece of row i."""
-        document = i
-        if self.seed is not None:
-            epoch, place = divmod(i, self.rows_per_epoch)
-            document = int(self._order(epoch)[place])
-        elif not 0 <= i < self.rows_per_epoch:
+        if not 0 <= i < self.rows_per_epoch:
             raise IndexError(f"row {i} of {self.rows_per_epoch} documents")
-        return [(document, 0, self.seq_len)]
-
-    @property
-    def tokens_per_row(self) -> float:
-        """Mean tokens of a row, without padding."""
-        return self.tokens_in(self.rows_per_epoch) / self.rows_per_epoch
-
-    def tokens_in(self, rows: int) -> int:
-        """Return the tokens of the first `rows` rows, without padding."""
-        lengths = np.minimum(self.tokens.lengths, self.seq_len)
-        epochs, rest = divmod(rows, self.rows_per_epoch)
-        order = slice(None) if self.seed is None else self._order(epochs)
-        return epochs * int(lengths.sum()) + int(lengths[order][:rest].sum())
+        return [(i, 0, self.seq_len)]
 
     def row(self, i: int) -> Row:
         """Return arrays as long as the document (at most max_len), see `PackedRows.row`."""
@@ -183,7 +241,7 @@ def document_batches(documents: PaddedDocuments, *, batch_tokens: int = 8192) ->
     That order makes running out of memory show at once.
 
     Args:
-        documents: one document per row, in their own order (`seed` None).
+        documents: one document per row, in their own order.
         batch_tokens: at most this many positions per batch, padding included; a longer document has its own batch.
     """
     lengths = np.minimum(documents.tokens.lengths, documents.seq_len)

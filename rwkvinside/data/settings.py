@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from datetime import date
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from ..support.settings import Count, Section, problem
+from .defaults import DATE, MAX_LINE_BYTES
 
 MixtureWeights = list[Annotated[float, Field(gt=0)]]
 
@@ -14,6 +16,15 @@ MixtureWeights = list[Annotated[float, Field(gt=0)]]
 def _check_weights(train: list[str], weights: MixtureWeights | None) -> None:
     if weights is not None and len(weights) != len(train):
         raise problem("has {} weights for {} sources in train; give one for each", len(weights), len(train))
+
+
+Sources = TypeVar("Sources", list[str], list[str] | None)
+
+
+def _check_names(sources: Sources) -> Sources:
+    if any(not source.strip() for source in sources or ()):
+        raise problem("names a source by an empty text; give files, directories or hub:NAME")
+    return sources
 
 
 class DataConfig(Section):
@@ -36,12 +47,29 @@ class DataConfig(Section):
     val_tokens: Count = Field(100_000, description="At most this many validation tokens are read.")
     cache_dir: str | None = Field(None, description="Where tokenized data is kept; null: the user's cache directory.")
     text_column: str = Field("text", description="Field or column that holds a document's text.")
+    max_line_bytes: Count = Field(
+        MAX_LINE_BYTES, description="A longer line of a .jsonl or .txt file is refused: it is held as a whole."
+    )
     rotate_options: bool = Field(
         True, description="Every multiple-choice question once with each rotation of its options; false: as given."
     )
+    today: str = Field(DATE, description="The day that chat templates with strftime_now see, YYYY-MM-DD.")
     check_ids: bool = Field(
         True, description="Refuse token ids in the data that the teacher's tokenizer would not give."
     )
+
+    @field_validator("train", "val")
+    @classmethod
+    def _named(cls, sources: list[str]) -> list[str]:
+        return _check_names(sources)
+
+    @field_validator("today")
+    @classmethod
+    def _is_date(cls, today: str) -> str:
+        try:
+            return date.fromisoformat(today).isoformat()
+        except ValueError as error:
+            raise problem("must be a day such as {}", DATE) from error
 
     @model_validator(mode="after")
     def _mixture(self) -> DataConfig:
@@ -60,6 +88,11 @@ class StageData(Section):
     loss_on: Literal["completions", "all"] = Field(
         "completions", description="Of conversations and prompts with completions; all: every token is a target."
     )
+
+    @field_validator("train")
+    @classmethod
+    def _named(cls, sources: list[str] | None) -> list[str] | None:
+        return _check_names(sources)
 
     @model_validator(mode="after")
     def _mixture(self) -> StageData:

@@ -119,6 +119,13 @@ def tokens_of(
     return tokens, val.first(data.val_tokens)
 
 
+def close(tokens: Tokens) -> None:
+    """Stop reading ahead what is streamed."""
+    for part in tokens.parts if isinstance(tokens, Mixture) else [tokens]:
+        if isinstance(part, TokenStream):
+            part.close()
+
+
 def mixture_of(data: DataConfig, stage: StageData) -> tuple[list[str], list[float] | None]:
     """Return the sources of a stage and their shares of its tokens.
 
@@ -161,9 +168,11 @@ class _Loader:
         options = ReadOptions(
             text_column=self.data.text_column,
             rotate=self.data.rotate_options,
+            today=self.data.today,
             vocab_size=self.vocab,
             trust_ids=not self.data.check_ids,
             max_tokens=max_tokens,
+            max_line_bytes=self.data.max_line_bytes,
         )
         with tokenizing_progress() as progress:
             store = load_tokens(sources, self.tokenizer, options, cache_dir=self.cache, progress=progress)
@@ -181,10 +190,11 @@ class _Loader:
 
         return TokenStream(
             source,
-            Encoder(self.tokenizer, rotate=self.data.rotate_options),
+            Encoder(self.tokenizer, rotate=self.data.rotate_options, today=self.data.today),
             cache_dir=self.cache,
             block_tokens=self.data.block_tokens,
             text_column=self.data.text_column,
+            max_line_bytes=self.data.max_line_bytes,
             val_fraction=fraction,
             masks=self.masks,
             check=check,

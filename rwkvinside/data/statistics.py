@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from .batch import IGNORE
+from .rows import whole_rows
 from .token_store import TokenStore
 
 
@@ -67,12 +68,12 @@ class Statistics:
         return [(2**k, 2 ** (k + 1) - 1, int(counts[k])) for k in range(first, len(counts))]
 
     def padding(self, seq_len: int) -> tuple[float, float]:
-        """Return the shares of padding with packed rows and with one document per row."""
+        """Return the shares of padding with packed rows and with rows of whole documents."""
         tokens, rows = self.store.num_tokens, -(-self.store.num_tokens // seq_len)
         uncut = int(np.minimum(self.store.lengths, seq_len).sum())
-        return 1 - tokens / (rows * seq_len), 1 - uncut / (self.store.num_documents * seq_len)
+        return 1 - tokens / (rows * seq_len), 1 - uncut / (len(whole_rows(self.store.lengths, seq_len)) * seq_len)
 
     def cut(self, seq_len: int) -> tuple[int, int]:
-        """Return how many documents and tokens rows of one document each cut off."""
+        """Return how many documents and tokens rows of whole documents cut off."""
         excess = np.maximum(self.store.lengths - seq_len, 0)
         return int((excess > 0).sum()), int(excess.sum())

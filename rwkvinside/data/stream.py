@@ -22,10 +22,12 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError
+from ..support.sealed import sealed_text, unsealed
 from .batch import Batch
+from .defaults import MAX_LINE_BYTES
 from .encode import Encoder, chunks
-from .readers import DocumentReader
-from .rows import PackedRows, PaddedDocuments, Row, collate
+from .readers import DocumentReader, name_skipped
+from .rows import PackedRows, Row, WholeDocuments, collate
 from .token_store import StoreWriter, TokenStore, entry_key, is_whole, open_store, read_meta, writing
 from .tokenize import source_identity
 
@@ -44,6 +46,7 @@ class TokenStream:
         cache_dir: the blocks are in a directory below it.
         block_tokens: a block ends with the chunk of documents in which this many tokens are reached.
         text_column: field that holds a text.
+        max_line_bytes: a longer line of a file is refused.
         val_fraction: share of the documents, chosen by their hash, that is not trained on.
         masks: respect the loss masks of the documents; False: every token may be a target.
         check: called with the first block when the stream is opened; raises what is wrong with it.
@@ -64,13 +67,16 @@ class TokenStream:
         cache_dir: Path,
         block_tokens: int,
         text_column: str = "text",
+        max_line_bytes: int = MAX_LINE_BYTES,
         val_fraction: float = 0.0,
         masks: bool = True,
         check: Callable[[TokenStore], None] | None = None,
     ):
         self.source, self.encoder, self.text_column = source, encoder, text_column
         self.block_tokens, self.val_fraction, self.masks = block_tokens, val_fraction, masks
+        self.max_line_bytes = max_line_bytes
         identity = {"source": source_identity(source), "text_column": text_column, "block_tokens": block_tokens}
+        name_skipped(source)
         self.directory = cache_dir / f"{entry_key(identity | encoder.identity)}.stream"
         self._made = 0  # complete blocks, from the first on
         self._requested = 0
@@ -146,8 +152,8 @@ class TokenStream:
     def _end(self) -> int | None:
         """Return the number of blocks, None while it is not known."""
         try:
-            return json.loads((self.directory / END).read_text(encoding="utf-8"))["blocks"]
-        except (OSError, ValueError, KeyError, TypeError):  # missing or damaged: the end is found again
+            return unsealed((self.directory / END).read_text(encoding="utf-8"))["blocks"]
+        except (OSError, ValueError, KeyError):  # missing or damaged: the end is found again
             return None
 
     def _next(self) -> int | None:
@@ -199,7 +205,7 @@ class _BlockWriter:
         stream = self.stream
         if self.position != number:
             cursor = read_meta(stream.entry(number - 1))["cursor"] if number else None
-            self._reader = DocumentReader(stream.source, stream.text_column, cursor)
+            self._reader = DocumentReader(stream.source, stream.text_column, cursor, stream.max_line_bytes)
             self._chunks = chunks(self._reader)
         self.position, ended = None, False  # no position until all went well
         with writing(stream.entry(number)) as unfinished, StoreWriter(unfinished) as writer:
@@ -214,7 +220,7 @@ class _BlockWriter:
                 writer.finish({"cursor": self._reader.cursor()})
         if ended:
             with writing(stream.directory / END) as unfinished:
-                unfinished.write_text(json.dumps({"blocks": number + bool(writer.documents)}), encoding="utf-8")
+                unfinished.write_text(sealed_text({"blocks": number + bool(writer.documents)}), encoding="utf-8")
         self.position = number + 1
 
 
@@ -257,7 +263,7 @@ class StreamedRows:
 
     rows_per_epoch = float("inf")
 
-    def __init__(self, stream: TokenStream, make: Callable[[TokenStore, int], PackedRows | PaddedDocuments], seed: int):
+    def __init__(self, stream: TokenStream, make: Callable[[TokenStore, int], PackedRows | WholeDocuments], seed: int):
         self.stream, self.seed = stream, seed
         self._make = make
         self._rows = lru_cache(maxsize=4)(self._rows_of)
@@ -270,13 +276,13 @@ class StreamedRows:
             )
         self.tokens_per_row, self.seq_len = first.tokens_per_row, first.seq_len
 
-    def _rows_of(self, block: int) -> PackedRows | PaddedDocuments | None:
+    def _rows_of(self, block: int) -> PackedRows | WholeDocuments | None:
         """Return the rows of a block, None if all its documents are held out."""
         store = self.stream.training(block)
         seed = zlib.crc32(f"{self.seed} {block}".encode())
         return self._make(store, seed) if store.num_documents else None
 
-    def _place(self, i: int) -> tuple[PackedRows | PaddedDocuments, int]:
+    def _place(self, i: int) -> tuple[PackedRows | WholeDocuments, int]:
         """Return the rows of the block that contains row i, and its number there."""
         while not self._whole and i >= self._starts[-1]:
             block = len(self._starts) - 1

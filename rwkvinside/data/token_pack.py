@@ -19,6 +19,8 @@ from .token_store import (
     writing,
 )
 
+AGAIN = "copy it again, or make it anew with `rwkvinside data pack`"
+
 
 def is_pack(source: str | Path) -> bool:
     """Return whether a source is a directory that `write_pack` made, damaged or not."""
@@ -29,6 +31,7 @@ def open_pack(source: str | Path, tokenizer, tokenizer_hash: str, cache: Path) -
     """Return the documents of a pack.
 
     Every byte is checked against the hashes written with the pack; a file in `cache` remembers that it was checked.
+    What is damaged later is noticed when it is used.
 
     Raises:
         UserError: the pack is damaged, or made with another tokenizer.
@@ -37,9 +40,7 @@ def open_pack(source: str | Path, tokenizer, tokenizer_hash: str, cache: Path) -
     stats = stats_of(sorted(file for file in path.iterdir() if file.is_file()))
     verified = cache / f"{entry_key({'pack': stats})}.verified"
     if problem := damage(path, every_byte=not verified.exists()):
-        raise UserError(
-            f"packed data {path} is damaged: {problem}", "copy it again, or make it anew with `rwkvinside data pack`"
-        )
+        raise UserError(f"packed data {path} is damaged: {problem}", AGAIN)
     meta = read_meta(path)
     if (pack_hash := str(meta.get("tokenizer"))) != tokenizer_hash:
         raise UserError(
@@ -50,7 +51,7 @@ def open_pack(source: str | Path, tokenizer, tokenizer_hash: str, cache: Path) -
     if not verified.exists():
         with writing(verified) as unfinished:
             unfinished.touch()
-    return open_store(path)
+    return open_store(path, AGAIN)
 
 
 def write_pack(store: TokenStore, out: Path, meta: Mapping) -> None:

@@ -2,7 +2,7 @@
 
 A store is a directory with tokens.bin (uint32, all documents one after another), offsets.npy (int64, documents + 1),
 hashes.npy (uint64 of each document's content), loss.bin (uint8 per token, only where some carry no loss) and meta.json,
-which is written last and holds the SHA-256 of the other files.
+which is written last and holds the SHA-256 of the other files, a checksum of each block of the large ones, and a seal.
 """
 
 from __future__ import annotations
@@ -18,15 +18,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from ..errors import UserError
-from ..support.files import file_digest, publish, temporary_sibling
+from ..support.files import file_digest, publish
+from ..support.scratch import scratch
+from ..support.sealed import sealed_text, unsealed
 from .batch import IGNORE
+from .checked_array import CheckedArray, Checksums
 
-FORMAT = 2
+FORMAT = 3
 META = "meta.json"
+LARGE = {"tokens.bin": np.uint32, "loss.bin": np.uint8}
 
 log = logging.getLogger(__name__)
 
@@ -48,10 +53,18 @@ class Encoded:
     facts: tuple[str, ...] = ()
 
 
+class Sliceable(Protocol):
+    """A one-dimensional array, or what gives one for a slice."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: slice, /) -> np.ndarray: ...
+
+
 class Joined:
     """Arrays that are sliced as if concatenated; only slices are copied."""
 
-    def __init__(self, parts: Sequence[np.ndarray]):
+    def __init__(self, parts: Sequence[Sliceable]):
         self.parts = parts
         self._ends = np.cumsum([len(part) for part in parts])
 
@@ -85,10 +98,10 @@ class TokenStore:
         facts: counts over the documents on disk, see `Encoded`.
     """
 
-    tokens: np.ndarray | Joined
+    tokens: Sliceable
     offsets: np.ndarray
     hashes: np.ndarray
-    loss: np.ndarray | Joined | None
+    loss: Sliceable | None
     selected: np.ndarray
     fingerprint: str
     max_id: int
@@ -124,6 +137,16 @@ class TokenStore:
         if self.loss is not None:
             labels[: len(following)][self.loss[a + 1 : min(b + 1, end)] == 0] = IGNORE
         return ids, labels
+
+    def has_targets(self, length: int | None = None) -> bool:
+        """Return whether there is a token to predict.
+
+        Args:
+            length: tokens of each document that count; None: all.
+        """
+        if self.loss is None:
+            return bool((self.lengths > 1).any())
+        return any((self.piece(i, 0, length)[1] != IGNORE).any() for i in range(self.num_documents))
 
     def masked(self, document: int) -> np.ndarray:
         """Return a bool for each of a document's tokens, True = carries no loss."""
@@ -226,8 +249,9 @@ class StoreWriter:
         self.directory = directory
         self.max_id = 0
         self._offsets, self._hashes = array("q", [0]), array("Q")
-        self._files = {name: (directory / name).open("wb") for name in ("tokens.bin", "loss.bin")}
-        self._digests = {name: hashlib.sha256() for name in self._files}
+        self._files = {name: (directory / name).open("wb") for name in LARGE}
+        self._digests = {name: hashlib.sha256() for name in LARGE}
+        self._checksums = {name: Checksums() for name in LARGE}
         self._masked = False
         self._facts: Counter[str] = Counter()
 
@@ -261,7 +285,7 @@ class StoreWriter:
         self._close()
         if not self._masked:
             (self.directory / "loss.bin").unlink()
-            del self._digests["loss.bin"]
+            del self._digests["loss.bin"], self._checksums["loss.bin"]
         np.save(self.directory / "offsets.npy", np.frombuffer(self._offsets, dtype=np.int64))
         np.save(self.directory / "hashes.npy", np.frombuffer(self._hashes, dtype=np.uint64))
         small = {name: file_digest(self.directory / name) for name in ("offsets.npy", "hashes.npy")}
@@ -271,9 +295,9 @@ class StoreWriter:
             "max_id": self.max_id,
             "facts": dict(sorted(self._facts.items())),
             "sha256": {name: digest.hexdigest() for name, digest in self._digests.items()} | small,
+            "blocks": {name: checksums.finish() for name, checksums in self._checksums.items()},
         }
-        text = json.dumps({"format": FORMAT} | counts | dict(meta), indent=1) + "\n"
-        (self.directory / META).write_text(text, encoding="utf-8")
+        (self.directory / META).write_text(sealed_text({"format": FORMAT} | counts | dict(meta)), encoding="utf-8")
 
     def __enter__(self) -> StoreWriter:
         return self
@@ -288,6 +312,7 @@ class StoreWriter:
     def _write(self, name: str, content: bytes) -> None:
         self._files[name].write(content)
         self._digests[name].update(content)
+        self._checksums[name].update(content)
 
 
 def entry_key(identity: Mapping) -> str:
@@ -305,13 +330,15 @@ def stats_of(files: Iterable[Path]) -> list:
 def writing(target: Path) -> Iterator[Path]:
     """Yield a temporary path next to `target`; move what is written there into place.
 
-    Several processes may write the same target. After an error, and when a store was not finished, nothing is moved.
+    Several processes may write the same target. After an error, and when a store was not finished, nothing is moved;
+    what a killed process left for the same target is removed.
 
     Raises:
         UserError: it cannot be written.
     """
     try:
-        with temporary_sibling(target, unique=True) as unfinished:
+        with scratch(target) as folder:
+            unfinished = folder / target.name
             yield unfinished
             if unfinished.is_file():
                 publish(unfinished, target)
@@ -353,6 +380,8 @@ def damage(entry: Path, *, every_byte: bool = False) -> str:
     """
     try:
         meta = read_meta(entry)
+        if meta["format"] != FORMAT:
+            return f"it has format {meta['format']}, this version reads {FORMAT}"
         sizes = {"tokens.bin": 4 * meta["tokens"], "loss.bin": meta["tokens"]}
         for name, digest in meta["sha256"].items():
             if name in sizes and (size := (entry / name).stat().st_size) != sizes[name]:
@@ -367,19 +396,34 @@ def damage(entry: Path, *, every_byte: bool = False) -> str:
 
 
 def read_meta(entry: Path) -> dict:
-    """Return the content of a store's meta.json."""
-    return json.loads((entry / META).read_text(encoding="utf-8"))
+    """Return the content of a store's meta.json.
+
+    Raises:
+        ValueError: it is not what was written.
+    """
+    return unsealed((entry / META).read_text(encoding="utf-8"))
 
 
-def open_store(entry: Path) -> TokenStore:
-    """Return all documents of a store that `is_whole`."""
+def open_store(entry: Path, advice: str = "") -> TokenStore:
+    """Return all documents of a store that `is_whole`; its large files are checked block by block, at first use.
+
+    Args:
+        entry: directory of the store.
+        advice: what to do when a block is damaged; default: remove the store, which is a cache.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    advice = advice or f"remove {entry}: it is made again when you start again"
+    if problem := damage(entry):
+        raise UserError(f"tokenized data {entry} is damaged: {problem}", advice)
     meta = read_meta(entry)
-    masked = "loss.bin" in meta["sha256"]
+    large = {name: CheckedArray(entry / name, LARGE[name], blocks, advice) for name, blocks in meta["blocks"].items()}
     return TokenStore(
-        tokens=np.memmap(entry / "tokens.bin", dtype=np.uint32, mode="r"),
+        tokens=large["tokens.bin"],
         offsets=np.load(entry / "offsets.npy"),
         hashes=np.load(entry / "hashes.npy"),
-        loss=np.memmap(entry / "loss.bin", dtype=np.uint8, mode="r") if masked else None,
+        loss=large.get("loss.bin"),
         selected=np.arange(meta["documents"]),
         fingerprint=meta.get("key", entry.name),
         max_id=meta["max_id"],

@@ -6,20 +6,25 @@ its chat template, and the options. Knows nothing of rows or order.
 
 from __future__ import annotations
 
-import tempfile
+import hashlib
+import logging
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 
 from ..errors import UserError
+from ..support.scratch import scratch
 from .binidx import is_binidx, pair, read_binidx, scan
+from .defaults import DATE, MAX_LINE_BYTES
 from .encode import CHUNK_DOCUMENTS, Encoder, check_ids, chunks, tokenizer_hash
-from .readers import HUB, DocumentReader, source_files
-from .token_pack import is_pack, open_pack, write_pack
+from .readers import HUB, DocumentReader, name_skipped, source_files
+from .token_pack import AGAIN, is_pack, open_pack, write_pack
 from .token_store import StoreWriter, TokenStore, check_vocab, entry_key, is_whole, join, open_store, stats_of, writing
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 """Called with (documents, tokens) of a source so far."""
@@ -31,17 +36,20 @@ class ReadOptions:
 
     Attributes:
         text_column: field that holds a text.
-        rotate: see `Encoder`.
+        rotate, today: see `Encoder`.
         vocab_size: rows of the teacher's embedding; larger token ids are refused. None accepts any.
         trust_ids: accept token ids that come with the data without checking that the tokenizer would give them.
         max_tokens: stop after the document with which this many tokens are reached (for endless sources).
+        max_line_bytes: a longer line of a file is refused.
     """
 
     text_column: str = "text"
     rotate: bool = True
+    today: str = DATE
     vocab_size: int | None = None
     trust_ids: bool = False
     max_tokens: int | None = None
+    max_line_bytes: int = MAX_LINE_BYTES
 
 
 def load_tokens(
@@ -67,7 +75,7 @@ def load_tokens(
             cache that cannot be written.
     """
     options, cache = options or ReadOptions(), Path(cache_dir)
-    encoder = Encoder(tokenizer, rotate=options.rotate)
+    encoder = Encoder(tokenizer, rotate=options.rotate, today=options.today)
     stores: list[TokenStore] = []
     left = options.max_tokens
     for source in sources:
@@ -112,14 +120,13 @@ def pack(
     """
     if out.exists():
         raise UserError(f"output {out} already exists", "name a new directory with --out")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        cache = tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent)
-    except OSError as error:
-        raise UserError(
-            f"output {out} cannot be written ({error.strerror or error})", "name another directory with --out"
-        ) from error
-    with cache as folder:
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(scratch(out))
+        except OSError as error:
+            raise UserError(
+                f"output {out} cannot be written ({error.strerror or error})", "name another directory with --out"
+            ) from error
         store = load_tokens(sources, tokenizer, options, cache_dir=folder, progress=progress)
         meta = {
             "sources": [Path(source).name if Path(source).exists() else str(source) for source in sources],
@@ -127,7 +134,7 @@ def pack(
             "tokenizer_name": Path(tokenizer.name_or_path).name,
         }
         write_pack(store, out, meta)
-    return open_store(out)
+    return open_store(out, AGAIN)
 
 
 def source_identity(source: str | Path) -> list:
@@ -146,10 +153,11 @@ def _tokenized(
         "max_tokens": options.max_tokens,
         **encoder.identity,
     }
+    name_skipped(source)
     entry = cache / entry_key(identity)
     if not is_whole(entry):
         with writing(entry) as unfinished, StoreWriter(unfinished) as writer:
-            reader = DocumentReader(source, options.text_column)
+            reader = DocumentReader(source, options.text_column, max_line_bytes=options.max_line_bytes)
             for document in (document for chunk in chunks(reader) for document in encoder(chunk)):
                 writer.add(document)
                 if options.vocab_size is not None:
@@ -171,14 +179,15 @@ def _tokenized(
 def _open_binidx(source: str | Path, cache: Path, progress: Progress | None) -> TokenStore:
     """Map the ids where they are; cache their hashes and the largest id."""
     tokens, offsets = read_binidx(source)
-    entry = cache / f"{entry_key({'binidx': source_identity(source)})}.npz"
-    try:
-        with np.load(entry) as cached:
-            hashes, max_id = cached["hashes"], int(cached["max_id"])
-    except (OSError, ValueError, KeyError, BadZipFile):  # not there, or damaged
+    entry = cache / f"{entry_key({'binidx': source_identity(source)})}.hashes"
+    cached = _read_hashes(entry, len(offsets) - 1)
+    if cached is None:
         hashes, max_id = scan(tokens, offsets, str(source), progress)
-        with writing(entry) as unfinished, unfinished.open("wb") as file:
-            np.savez(file, hashes=hashes, max_id=max_id)
+        content = hashes.tobytes() + max_id.to_bytes(8, "little")
+        with writing(entry) as unfinished:
+            unfinished.write_bytes(content + hashlib.sha256(content).digest())
+    else:
+        hashes, max_id = cached
     return TokenStore(
         tokens=tokens,
         offsets=offsets,
@@ -189,3 +198,19 @@ def _open_binidx(source: str | Path, cache: Path, progress: Progress | None) -> 
         max_id=max_id,
         facts={"kind tokens": len(hashes)},
     )
+
+
+def _read_hashes(entry: Path, documents: int) -> tuple[np.ndarray, int] | None:
+    """Return hashes and the largest id from a file of uint64 with the SHA-256 of them at its end.
+
+    None: it is not there, or damaged.
+    """
+    if not entry.is_file():
+        return None
+    content = entry.read_bytes()
+    values, digest = content[:-32], content[-32:]
+    if len(values) != 8 * (documents + 1) or hashlib.sha256(values).digest() != digest:
+        log.warning("%s is damaged and is made again", entry)
+        return None
+    numbers = np.frombuffer(values, dtype=np.uint64)
+    return numbers[:-1], int(numbers[-1])

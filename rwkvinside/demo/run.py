@@ -22,7 +22,7 @@ from ..errors import UserError
 from ..evaluate.compare import evaluate, read_documents
 from ..evaluate.decode_speed import decode_speed
 from ..evaluate.load import load_pretrained, load_run
-from ..evaluate.quality import Scores
+from ..evaluate.quality import Evaluation
 from ..export.huggingface import export_hf
 from ..report.write import write_report
 from ..support.files import write_json
@@ -113,7 +113,9 @@ class Demo:
         with self._step("evaluate"):
             limits = self.settings.max_length, self.settings.evaluated_documents
             documents = read_documents([str(val)], tokenizer, self.out / "cache", *limits)
-            stages = self._evaluate(student, teacher, documents)
+            evaluations = self._evaluate(student, teacher, documents)
+            stages = {stage: evaluation.scores for stage, evaluation in evaluations.items()}
+            control = evaluations[STAGES[-1]].control
         with self._step("generate"):
             samples = {name: self._sample(model, tokenizer) for name, model in models.items()}
         count = self.settings.new_tokens
@@ -121,10 +123,11 @@ class Demo:
         with self._step("decode speed"), bar as shown:
             speed = decode_speed(models, self.settings.contexts, new_tokens=count, progress=shown.advance)
         show_samples(self.console, samples, f"temperature {TEMPERATURE}, same seed")
-        show_scores(self.console, stages)
+        show_scores(self.console, stages, control)
         show_speed(self.console, speed)
         result = {
             "stages": {name: scores.to_dict() for name, scores in stages.items()},
+            **({} if control is None else {"control": control.to_dict()}),
             "decode_speed": [asdict(row) for row in speed],
             "seconds": self.seconds,
         }
@@ -189,12 +192,12 @@ class Demo:
 
     def _evaluate(
         self, student: PreTrainedModel, teacher: PreTrainedModel, documents: PaddedDocuments
-    ) -> dict[str, Scores]:
-        scores = {}
+    ) -> dict[str, Evaluation]:
+        evaluations = {}
         for stage in STAGES:
             model = student if stage == STAGES[-1] else load_run(self.run_folder, "cpu", stage)
-            scores[stage] = evaluate(model, teacher, documents, self.console).scores
-        return scores
+            evaluations[stage] = evaluate(model, teacher, documents, self.console)
+        return evaluations
 
     def _sample(self, model: PreTrainedModel, tokenizer) -> str:
         inputs = tokenizer(PROMPT, return_tensors="pt")

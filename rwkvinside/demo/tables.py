@@ -21,16 +21,49 @@ def show_samples(console: Console, samples: dict[str, str], how: str) -> None:
     console.print(table)
 
 
-def show_scores(console: Console, stages: dict[str, Scores]) -> None:
-    """Print the scores of the teacher and of the student after each stage, in order."""
+def show_scores(console: Console, stages: dict[str, Scores], control: Scores | None) -> None:
+    """Print the scores of the teacher, of a windowed student's control, and of the student after each stage."""
     table = _table("validation, each document alone", "model", "CE (nats)", "KL (nats)", "agreement")
     last = list(stages.values())[-1]
     table.add_row("teacher", f"{last.ce_teacher:.3f}", "0", "100.0%")
+    if control is not None:
+        table.add_row("control", f"{control.ce:.3f}", f"{control.kl:.3f}", f"{control.agreement:.1%}")
     for stage, scores in stages.items():
         table.add_row(f"after {stage}", f"{scores.ce:.3f}", f"{scores.kl:.3f}", f"{scores.agreement:.1%}")
     console.print(table)
     gap = last.ce - last.ce_teacher
     console.print(f"cross entropy above the teacher's: {gap:+.3f} nats (promised: at most {MAX_CE_GAP})")
+
+
+def show_turns(console: Console, turns: dict[str, dict[str, str]], question: str, beginning: str) -> None:
+    """Print what each model answers to a question and how it goes on from a beginning, the likeliest tokens.
+
+    Args:
+        turns: {model: {"answer": ..., "continuation": ...}}; a model without a chat template has no answer.
+    """
+    for kind, given in (("answer", question), ("continuation", beginning)):
+        rows = {name: each[kind] for name, each in turns.items() if kind in each}
+        if not rows:
+            continue
+        console.print(f"\n{given}", style="italic", markup=False, soft_wrap=True)
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        table.add_column("model", no_wrap=True)
+        table.add_column(kind, overflow="fold")
+        for name, text in rows.items():
+            table.add_row(name, escape(text))
+        console.print(table)
+
+
+def show_stages(console: Console, stages: dict[str, dict]) -> None:
+    """Print scores of models, with the tokens that each was trained on.
+
+    Args:
+        stages: {model: {"tokens", "kl", "ce", "agreement"}}.
+    """
+    table = _table("validation, each document alone", "model", "tokens trained", "KL (nats)", "CE (nats)", "agreement")
+    for name, row in stages.items():
+        table.add_row(name, f"{row['tokens']:,}", f"{row['kl']:.3f}", f"{row['ce']:.3f}", f"{row['agreement']:.1%}")
+    console.print(table)
 
 
 def show_speed(console: Console, speed: list[DecodeSpeed]) -> None:

@@ -7,16 +7,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
+from ..data.batch import Batch
 from ..data.rows import PaddedDocuments, document_batches
 from ..data.tokenize import load_tokens
 from ..errors import UserError
+from ..hybrid.document_attention import attend_within_documents, cut_to_windows, run_backbone, windows_in
 from ..runs.directory import RunDirectory
 from ..runs.trained import open_run
 from ..support.progress import Progress
 from .load import load_pretrained, load_run
-from .quality import Evaluation, evaluate_models
+from .quality import Evaluation, Logits, evaluate_models
 
 LOGITS = 2**28  # elements of a batch's logits (1 GiB in fp32), for each of the two models
 LONGEST = 4096  # tokens of a document that are evaluated unless more are asked for
@@ -135,9 +138,36 @@ def read_documents(
 def evaluate(
     student: PreTrainedModel, teacher: PreTrainedModel, documents: PaddedDocuments, notes: Console
 ) -> Evaluation:
-    """Run `evaluate_models` and show its progress on `notes`."""
+    """Run `evaluate_models`, with the control of a windowed student, and show its progress on `notes`."""
     batches = document_batches(documents, batch_tokens=min(8192, max(1, LOGITS // teacher.config.vocab_size)))
+    control = control_of(student, teacher)
     if notes.quiet:
-        return evaluate_models(student, teacher, batches)
+        return evaluate_models(student, teacher, batches, control=control)
     with Progress("evaluating", len(documents), unit="documents", stream=notes.file) as progress:
-        return evaluate_models(student, teacher, batches, progress=progress.advance)
+        return evaluate_models(student, teacher, batches, control=control, progress=progress.advance)
+
+
+def control_of(student: PreTrainedModel, teacher: PreTrainedModel) -> Logits | None:
+    """Return the logits of a windowed student's control: the teacher, cut to the windows.
+
+    Args:
+        student: exported model, or any other.
+        teacher: whose attention is cut for the time of a call.
+
+    Returns:
+        None where there is no control: a student without a window, or one that is no hybrid.
+    """
+    windows = windows_in(student.config)
+    if not windows:
+        return None
+
+    def logits(batch: Batch) -> Tensor:
+        implementation = teacher.config._attn_implementation
+        batch = batch.to(teacher.device)
+        try:
+            with cut_to_windows(attend_within_documents(teacher), windows):
+                return teacher.get_output_embeddings()(run_backbone(teacher, batch))
+        finally:
+            teacher.set_attn_implementation(implementation)
+
+    return logits

@@ -36,6 +36,7 @@ def evaluate_student(
     batches: Sequence[Batch],
     device: torch.device,
     total: Callable[[Sequence[float]], list[float]] = list,
+    mode: str = "student",
 ) -> Scores:
     """Compare a student with its teacher on whole documents.
 
@@ -45,6 +46,7 @@ def evaluate_student(
         batches: this process's `share`, one document per row.
         device: where the model is.
         total: sums over processes.
+        mode: of the model; "control" compares the student's control in its place.
 
     Raises:
         UserError: there is no token to predict.
@@ -54,17 +56,17 @@ def evaluate_student(
     model.eval()
     try:
         for batch in batches:
-            _add(totals, model, teacher, batch.to(device))
+            _add(totals, model, teacher, batch.to(device), mode)
     finally:
         for module in training:
             module.training = True
     return means(total(totals.sums.sum(1).tolist()))
 
 
-def _add(totals: Totals, model: nn.Module, teacher: Teacher | None, batch: Batch) -> None:
+def _add(totals: Totals, model: nn.Module, teacher: Teacher | None, batch: Batch, mode: str) -> None:
     context = (batch.labels != IGNORE).nonzero()[:, 1] + 1
     signal = None if teacher is None else teacher.signal(model, batch)
-    totals.add(model(batch, mode="student", task=TokenScores(signal)).cpu().numpy(), context.cpu().numpy())
+    totals.add(model(batch, mode=mode, task=TokenScores(signal)).cpu().numpy(), context.cpu().numpy())
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Loading the models of an evaluation: an exported directory, a run in training, the teacher of either."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,7 +7,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import UserError
 from ..export.huggingface import build_hybrid
-from ..runs.trained import TrainedRun, open_run
+from ..runs.trained import at_stage, open_run
+from ..support.weight_index import check_shards
 
 
 def evaluation_dtype(device: str) -> torch.dtype | str:
@@ -27,6 +27,7 @@ def load_pretrained(path: str | Path, device: str, *, trust_remote_code: bool = 
     Raises:
         UserError: it cannot be loaded, or its weights do not match its configuration exactly.
     """
+    check_shards(Path(path))
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             path, dtype=evaluation_dtype(device), trust_remote_code=trust_remote_code, output_loading_info=True
@@ -41,18 +42,6 @@ def load_pretrained(path: str | Path, device: str, *, trust_remote_code: bool = 
     return model.to(device).eval()
 
 
-def at_stage(run: TrainedRun, stage: str) -> TrainedRun:
-    """Return a run as it was at the end of a stage.
-
-    Raises:
-        UserError: the stage has no checkpoint.
-    """
-    checkpoint = run.directory.newest_checkpoint(stage)
-    if checkpoint is None:
-        raise UserError(f"stage {stage} of {run.path} has no checkpoint", "keep more of them: a larger checkpoint.keep")
-    return replace(run, stage=stage, checkpoint=checkpoint)
-
-
 def load_run(path: Path, device: str, stage: str | None = None) -> PreTrainedModel:
     """Build the student of a run in memory, as its export would be.
 
@@ -63,7 +52,7 @@ def load_run(path: Path, device: str, stage: str | None = None) -> PreTrainedMod
     """
     run = open_run(path)
     if stage is not None:
-        run = at_stage(run, stage)
+        run = at_stage(run.directory, stage)
     model = build_hybrid(run.load_model(), run, torch.float32, tie_embeddings=None)
     # A model built to be saved has no values in its table of rotary frequencies, which is not saved.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)

@@ -72,21 +72,24 @@ class Evaluation:
         shared_vocab: ids that both models have.
         scores: over all tokens.
         by_position: the buckets 1, 2-3, 4-7, 8-15, ... with at least one token.
+        control: scores of the student's control in its place, None without one; see `hybrid.document_attention`.
     """
 
     documents: int
     shared_vocab: int
     scores: Scores
     by_position: tuple[PositionBucket, ...]
+    control: Scores | None = None
 
     def to_dict(self) -> dict:
-        """Return plain JSON: scores at the top level, buckets under "by_position"."""
+        """Return plain JSON: scores at the top level, buckets under "by_position", and "control" if there is one."""
         buckets = [{"first": b.first, "last": b.last, **b.scores.to_dict()} for b in self.by_position]
         return {
             "documents": self.documents,
             "shared_vocab": self.shared_vocab,
             **self.scores.to_dict(),
             "by_position": buckets,
+            **({} if self.control is None else {"control": self.control.to_dict()}),
         }
 
 
@@ -165,6 +168,7 @@ def evaluate_models(
     teacher: PreTrainedModel,
     batches: Iterable[Batch],
     *,
+    control: Logits | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Compare a student with its teacher, each document alone.
@@ -174,6 +178,7 @@ def evaluate_models(
     Args:
         student, teacher: any two Hugging Face causal language models, each on its own device.
         batches: right-padded batches with one document per row, see `document_batches`.
+        control: logits of the student's control, which is compared with the teacher too.
         progress: called after every batch with its number of documents.
 
     Raises:
@@ -189,6 +194,7 @@ def evaluate_models(
             lambda batch: _model_logits(student, batch),
             lambda batch: _model_logits(teacher, batch),
             _checked(batches, *models),
+            control=control,
             progress=progress,
         )
     finally:
@@ -202,30 +208,39 @@ def compare(
     teacher: Logits,
     batches: Iterable[Batch],
     *,
+    control: Logits | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Compare two sources of logits as `evaluate_models` compares models.
 
     Only the ids that both have are compared: families pad their vocabularies differently, and padding carries no text.
     """
-    totals, documents, shared = Totals(), 0, 0
+    compared = [(student, Totals()), *([] if control is None else [(control, Totals())])]
+    documents, shared = 0, 0
     for batch in batches:
         if int(batch.segment_ids.max()) > 1:
             raise ValueError("a row holds more than one document; each document has to be evaluated alone")
         labeled = batch.labels != IGNORE
-        rows, columns = labeled.nonzero(as_tuple=True)
-        logits = [model(batch) for model in (student, teacher)]
-        shared = min(x.shape[-1] for x in logits)
-        device = logits[0].device
-        for at in zip(*(index.split(max(1, CHUNK_ELEMENTS // shared)) for index in (rows, columns)), strict=True):
-            chunk = [x[at[0].to(x.device), at[1].to(x.device), :shared].to(device) for x in logits]
-            scores = token_scores(*chunk, batch.labels[at].to(device))
-            totals.add(scores.cpu().numpy(), at[1].cpu().numpy() + 1)
+        wanted = teacher(batch)
+        for model, totals in compared:  # no more than two models' logits at a time
+            shared = _add(totals, model(batch), wanted, batch)
         count = int(labeled.any(1).sum())
         documents += count
         if progress is not None:
             progress(count)
-    return Evaluation(documents, shared, totals.scores(), totals.buckets())
+    (totals, *rest) = [totals for _, totals in compared]
+    return Evaluation(documents, shared, totals.scores(), totals.buckets(), rest[0].scores() if rest else None)
+
+
+def _add(totals: Totals, student: Tensor, teacher: Tensor, batch: Batch) -> int:
+    """Add the scores of a batch's (B, T, V) logits; return how many ids both have."""
+    shared, device = min(student.shape[-1], teacher.shape[-1]), student.device
+    rows, columns = (batch.labels != IGNORE).nonzero(as_tuple=True)
+    for at in zip(*(index.split(max(1, CHUNK_ELEMENTS // shared)) for index in (rows, columns)), strict=True):
+        chunk = [x[at[0].to(x.device), at[1].to(x.device), :shared].to(device) for x in (student, teacher)]
+        scores = token_scores(*chunk, batch.labels[at].to(device))
+        totals.add(scores.cpu().numpy(), at[1].cpu().numpy() + 1)
+    return shared
 
 
 def _model_logits(model: PreTrainedModel, batch: Batch) -> Tensor:

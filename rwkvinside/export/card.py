@@ -16,6 +16,9 @@ COLUMNS = {
     "agreement": "top-1 agreement",
 }
 
+CONTROL = """The control is the base model, untrained, with the attention of the converted layers merely cut to the
+windows that the recurrent layers have here: what the student has to beat."""
+
 BODY = """# {title}
 
 {count} of the {layers} attention layers of {base_link} are replaced by RWKV-7 time
@@ -49,14 +52,20 @@ the default cache; static caches and assisted generation do not.
 {table}
 
 Reloaded in a process without the training code, its fp32 logits differ from the trained model's by at most
-{difference:.2g}. `conversion.json` holds the configuration, the hashes of weights and code, and this verification.
+{difference:.2g}. `conversion.json` holds the configuration, the SHA-256 of every file, and this verification.
 """
 
 
 def measurements(metrics: Path) -> dict[str, dict]:
     """Return the last evaluation of each stage in a metrics.jsonl; {} without a file."""
     rows = of_kind(read_metrics(metrics), "eval") if metrics.exists() else []
-    return {row["stage"]: {name: row[name] for name in ("step", *COLUMNS) if name in row} for row in rows}
+    return {row["stage"]: {name: row[name] for name in ("step", *COLUMNS, "teacher") if name in row} for row in rows}
+
+
+def control(metrics: Path) -> dict | None:
+    """Return the scores of a windowed student's control in a metrics.jsonl; None where there are none."""
+    rows = of_kind(read_metrics(metrics), "control") if metrics.exists() else []
+    return {name: rows[-1][name] for name in COLUMNS if name != "tokens" and name in rows[-1]} if rows else None
 
 
 def model_card(conversion: dict, base_card: Path) -> ModelCard:
@@ -90,7 +99,7 @@ def model_card(conversion: dict, base_card: Path) -> ModelCard:
         else "none keeps softmax attention",
         layout="".join("R" if i in recurrent else "A" for i in range(layers)),
         embeddings="tied" if conversion["tie_word_embeddings"] else "untied",
-        table=_table(conversion["measurements"]),
+        table=table(conversion["measurements"], conversion.get("control")),
         difference=conversion["verification"]["max_difference"],
         **{field: conversion[field] for field in ("parameters", "dtype", "stage", "checkpoint")},
     )
@@ -121,13 +130,27 @@ def changes(conversion: dict) -> list[str]:
     return lines
 
 
-def _table(rows: dict[str, dict]) -> str:
+def table(rows: dict[str, dict], control: dict | None = None) -> str:
+    """Return measurements as Markdown, with those of a windowed student's control; which teacher is not the original.
+
+    Args:
+        rows: by stage, see `measurements`.
+        control: see the function of this name.
+    """
     if not rows:
         return "The run was not evaluated."
     names = [name for name in COLUMNS if any(name in row for row in rows.values())]
     lines = [["after stage", *(COLUMNS[name] for name in names)], ["---"] * (len(names) + 1)]
     lines += [[stage, *(_number(row.get(name)) for name in names)] for stage, row in rows.items()]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    if control is not None:
+        lines += [["(control)", *(_number(control.get(name)) for name in names)]]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    others = [
+        f"After stage {stage} the teacher is not the original: {row['teacher']}."
+        for stage, row in rows.items()
+        if row.get("teacher")
+    ]
+    return "\n\n".join([table, *([] if control is None else [CONTROL]), *others])
 
 
 def _number(value: float | int | None) -> str:

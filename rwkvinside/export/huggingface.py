@@ -4,27 +4,30 @@ Every tensor of the exported model must have exactly one source. The directory i
 verified in a fresh process against the trained model, and only then renamed. `card.py` writes the model card.
 """
 
-import json
 import shutil
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import __version__ as transformers_version
 
+from .. import __version__
 from ..errors import UserError
-from ..hybrid.adapters import adapter_directory, write_peft
-from ..hybrid.assemble import make_plain, take_adapters
+from ..hybrid.adapters import adapter_directory
+from ..hybrid.assemble import take_adapters
 from ..hybrid.model import HybridModel
 from ..hybrid.quantized_linear import relative_error
-from ..modeling.hybrid_base import mixer_fields
-from ..runs.trained import LEGAL_FILES, TOKENIZER_FILES, TrainedRun, open_run, public_name
-from ..support.files import file_digest, free_bytes, replacing, write_json
+from ..runs.trained import TrainedRun, open_run, public_name
+from ..support.files import free_bytes, replacing
+from ..support.sealed import sealed_text
 from ..support.text import rounded_bytes
-from .card import measurements, model_card
-from .verify import verify
-from .weights import DTYPES, stored_dtype
+from ..teacher.settings import TeacherConfig
+from ..teacher.tokenizer_files import check_tokenizer_code
+from .build import build_hybrid, write_files
+from .card import control, measurements, model_card
+from .manifest import CONVERSION, digests
+from .verify import compare
+from .weights import DTYPES
 
 
 def export_hf(
@@ -54,7 +57,8 @@ def export_hf(
         max_shard_size: as in `save_pretrained`.
 
     Returns:
-        conversion.json of the export: source, student, hashes, measurements, and the result of the verification.
+        conversion.json of the export: source, student, measurements, the result of the verification, and the SHA-256 of
+        every other file.
 
     Raises:
         UserError: `out` is not empty, `run` is not finished, weights do not fit, embeddings to be tied differ, there
@@ -75,15 +79,13 @@ def export_hf(
             tie_embeddings = False  # an adapter of the head must not reach the embedding when it is merged
         model = build_hybrid(trained, run, stored, tie_embeddings)
         _check_disk(model, out.parent)
-        _save(model, trained.lm.generation_config, run, partial, max_shard_size)
-        for i, (spec, tensors) in enumerate(separate):
-            write_peft(partial / adapter_directory(i), spec, tensors)
-        report = _conversion(model, trained, run, partial, base_model or run.teacher_id) | changes
-        write_json(partial / "conversion.json", report)
-        del trained, model  # verification loads both models itself
-        verify(partial, against=run.path)
-        report = json.loads((partial / "conversion.json").read_text())
-        (partial / "README.md").write_text(str(model_card(report, run.teacher_files() / "README.md")))
+        _save_weights(model, partial, max_shard_size)
+        write_files(model, trained.lm.generation_config, separate, run, partial)
+        report = _conversion(model, trained, run, base_model or run.teacher_id) | changes
+        directories = [adapter_directory(i) for i in range(len(separate))]
+        del trained, model, separate  # verification loads both models itself
+        report["verification"] = compare(partial, run, directories)
+        _describe(partial, run, report)
     return report
 
 
@@ -95,73 +97,9 @@ def _check_options(run: TrainedRun, out: Path, dtype: str | None, adapters: str)
         raise UserError(f"adapters is {adapters!r}", "allowed: merge, separate")
     if adapters == "separate" and not run.layers.adapters:
         raise UserError(f"{run.path} was trained without adapters", "leave out --adapters separate")
+    check_tokenizer_code(TeacherConfig.model_validate(run.config["teacher"]))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"output directory {out} exists and is not empty", "name a new directory, or remove it first")
-
-
-def build_hybrid(
-    trained: HybridModel, run: TrainedRun, dtype: torch.dtype, tie_embeddings: bool | None
-) -> PreTrainedModel:
-    """Build the exported model from the tensors of the trained one.
-
-    The trained model is made plain: quantized weights are unpacked, adapters merged.
-
-    Args:
-        trained: the student; its tensors must be exactly those of the exported model.
-        run: where it was trained.
-        dtype: of the stored weights.
-        tie_embeddings: see `export_hf`.
-
-    Raises:
-        UserError: a tensor without a source or a source without a target, embeddings to be tied that differ.
-    """
-    make_plain(trained)
-    if tie_embeddings is False:
-        trained.untie()  # one storage would be saved once
-    tensors: dict[str, Tensor] = {name: p.detach() for name, p in trained.canonical_parameters().items()}
-    embeddings, head = (tensors[name] for name in trained.embedding_names)
-    equal = embeddings.shape == head.shape and torch.equal(embeddings, head)
-    if tie_embeddings and not equal:
-        raise UserError(
-            f"the embeddings cannot be tied: input and output differ by up to {(embeddings - head).abs().max():.3g}",
-            "export without tying, or train with embed and head frozen",
-        )
-    config = _hybrid_config(trained, run, dtype, equal if tie_embeddings is None else tie_embeddings)
-    with torch.device("meta"):
-        model = trained.family.hybrid_class(config)
-    targets = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    sources = {name: tuple(t.shape) for name, t in tensors.items()}
-    if targets != sources:
-        unmatched = sorted(name for name in targets | sources if targets.get(name) != sources.get(name))
-        name = unmatched[0]
-        raise UserError(
-            f"{len(unmatched)} tensors do not fit the exported model, first {name}: "
-            f"target {targets.get(name, 'missing')}, source {sources.get(name, 'missing')}"
-        )
-    stored = {name: t.to(stored_dtype(name, dtype)) for name, t in tensors.items()}
-    model.load_state_dict(stored, strict=True, assign=True)
-    model.tie_weights()
-    return model.eval()
-
-
-def _hybrid_config(trained: HybridModel, run: TrainedRun, dtype: torch.dtype, tied: bool) -> PretrainedConfig:
-    model_class = trained.family.hybrid_class
-    mixers = {i: c.replace(backend="auto", precision="auto") for i, c in trained.mixer_configs.items()}
-    fields = run.teacher_config().to_dict()
-    for name in ("model_type", "architectures", "transformers_version", "dtype", "auto_map", "_name_or_path"):
-        fields.pop(name, None)
-    return model_class.config_class(
-        **fields
-        | mixer_fields(mixers)
-        | {
-            "tie_word_embeddings": tied,
-            "rwkv_layers": trained.rwkv_layers,
-            "attention_rope": trained.spec.attention_rope,
-            "rwkv_architecture": trained.spec.preset,
-            "teacher_model": run.teacher_id,
-            "dtype": dtype,
-        }
-    )
 
 
 def _check_disk(model: PreTrainedModel, folder: Path) -> None:
@@ -172,32 +110,31 @@ def _check_disk(model: PreTrainedModel, folder: Path) -> None:
         )
 
 
-def _save(
-    model: PreTrainedModel, generation: GenerationConfig, run: TrainedRun, folder: Path, max_shard_size: str
-) -> None:
-    type(model.config).register_for_auto_class()
-    type(model).register_for_auto_class("AutoModelForCausalLM")
+def _save_weights(model: PreTrainedModel, folder: Path, max_shard_size: str) -> None:
+    """Write the model; safetensors writes files that only their owner may read."""
     model.save_pretrained(folder, max_shard_size=max_shard_size)
-    generation.cache_implementation = None  # a static cache cannot hold a recurrent state
-    # not generation.save_pretrained: it refuses the sampling fields that some teachers ship with greedy defaults
-    generation.to_json_file(folder / "generation_config.json")
-    source = run.teacher_files()
-    for pattern in (*TOKENIZER_FILES, *LEGAL_FILES):
-        for file in source.glob(pattern):
-            shutil.copyfile(file, folder / file.name)
-    for file in folder.glob("*.safetensors"):  # safetensors writes files that only their owner may read
+    for file in folder.glob("*.safetensors"):
         file.chmod((folder / "config.json").stat().st_mode)
+
+
+def _describe(folder: Path, run: TrainedRun, report: dict) -> None:
+    """Write the card, the figures of the run, and conversion.json with the SHA-256 of every other file."""
+    (folder / "README.md").write_text(str(model_card(report, run.teacher_files() / "README.md")), encoding="utf-8")
     if (picture := run.path / "report.png").exists():
         shutil.copyfile(picture, folder / picture.name)
+    report["files"] = digests(folder)
+    (folder / CONVERSION).write_text(sealed_text(report, indent=2), encoding="utf-8")
 
 
-def _conversion(model: PreTrainedModel, trained: HybridModel, run: TrainedRun, folder: Path, base_model: str) -> dict:
+def _conversion(model: PreTrainedModel, trained: HybridModel, run: TrainedRun, base_model: str) -> dict:
     """Return conversion.json of the export, without paths of this machine."""
     config = model.config
     return {
         "base_model": base_model,
+        "run": run.id,
         "teacher": run.teacher_id,
-        "teacher_revision": run.config["teacher"].get("revision"),
+        "teacher_revision": run.teacher_revision,
+        "teacher_digests": run.teacher_digests,
         "student": trained.spec.model_dump(mode="json"),
         "mixer": config.mixer,
         "mixer_layers": config.mixer_layers,
@@ -211,8 +148,8 @@ def _conversion(model: PreTrainedModel, trained: HybridModel, run: TrainedRun, f
         "tie_word_embeddings": config.tie_word_embeddings,
         "parameters": model.num_parameters(),
         "measurements": measurements(run.directory.metrics),
-        "files": {str(f.relative_to(folder)): file_digest(f) for f in sorted(folder.rglob("*")) if f.is_file()},
-        "versions": {"torch": torch.__version__, "transformers": transformers_version},
+        **({} if (scores := control(run.directory.metrics)) is None else {"control": scores}),
+        "versions": {"rwkvinside": __version__, "torch": torch.__version__, "transformers": transformers_version},
     }
 
 

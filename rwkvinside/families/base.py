@@ -70,6 +70,13 @@ class Experts(NamedTuple):
     chosen: int
 
 
+# Caps and factors of logits and sums in some architectures, which others would leave out in silence.
+SCALES = (
+    *("attn_logit_softcapping", "final_logit_softcapping", "logit_scale", "logits_scaling"),
+    *("attention_multiplier", "embedding_multiplier", "residual_multiplier"),
+)
+
+
 class BlockLinears(NamedTuple):
     """The linear layers of an attention or an MLP.
 
@@ -91,6 +98,7 @@ class Family(ABC):
         weight_map: tensor of the attention -> tensor of the mixer; optional ones exist on both sides or on neither.
         interleaved: the rotation turns pairs of neighbors, not of the two halves of a head.
         norm_plus: what the norms of query and key add to their weights.
+        scales: those of `SCALES` that are computed.
         embedding_path, layers_path, final_norm_path, head_path: where modules are below the causal language model.
         attention_path, mlp_path: where they are below a decoder layer.
         attention_norm_path, mlp_norm_path: norms before them, below a decoder layer; None: they read the residual
@@ -104,6 +112,7 @@ class Family(ABC):
     weight_map: ClassVar[dict[str, str]] = WEIGHT_MAP
     interleaved: ClassVar[bool] = False
     norm_plus: ClassVar[float] = 0.0
+    scales: ClassVar[tuple[str, ...]] = ()
 
     embedding_path: ClassVar[str] = "model.embed_tokens"
     layers_path: ClassVar[str] = "model.layers"
@@ -128,11 +137,22 @@ class Family(ABC):
         Raises:
             UserError: names the property of the configuration, and the reason.
         """
+        kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
         if getattr(config, "use_bidirectional_attention", None):
             raise UserError(
                 "the teacher has use_bidirectional_attention: its tokens see those after them, as no recurrence can",
                 "use a causal teacher",
             )
+        if kinds:
+            raise UserError(
+                f"the teacher has layers of kind {min(kinds)}, which are not supported",
+                "use a teacher whose layers are all full_attention or sliding_attention",
+            )
+        for name in SCALES:
+            if name not in self.scales and (value := getattr(config, name, None)) not in (None, 1, 1.0):
+                raise UserError(
+                    f"the teacher has {name} = {value!r}, which is not computed here", "use a teacher without it"
+                )
 
     @abstractmethod
     def attention_fields(self, config: PretrainedConfig, layer: int) -> dict:

@@ -10,6 +10,7 @@ class Gemma2(Family):
 
     model_type = "gemma2"
     hybrid = "hybrid_gemma2"
+    scales = ("attn_logit_softcapping", "final_logit_softcapping")
     attention_post_norm_path = "post_attention_layernorm"
     mlp_norm_path = "pre_feedforward_layernorm"
     mlp_post_norm_path = "post_feedforward_layernorm"

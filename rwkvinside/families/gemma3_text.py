@@ -10,6 +10,7 @@ class Gemma3Text(Family):
 
     model_type = "gemma3_text"
     hybrid = "hybrid_gemma3_text"
+    scales = ("attn_logit_softcapping", "final_logit_softcapping")
     weight_map = WEIGHT_MAP | QK_NORMS
     norm_plus = 1.0
     attention_post_norm_path = "post_attention_layernorm"

@@ -10,6 +10,7 @@ class Granite(Family):
 
     model_type = "granite"
     hybrid = "hybrid_granite"
+    scales = ("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling")
 
     def attention_fields(self, config: PretrainedConfig, layer: int) -> dict:
         """Return the fields of `TimeMixerConfig` that the attention determines."""

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..modeling.first_layer import ForwardContext
 from ..modeling.rwkv_attention import RWKVAttention
+from .document_attention import Window
 
 
 class AttentionWrapper(nn.Module):
@@ -40,6 +41,9 @@ class AttentionWrapper(nn.Module):
             raise RuntimeError(f"mode {forward_context.mode!r} needs the teacher's attention, which was released")
         if forward_context.mode == "teacher":
             return self.teacher_attn(hidden_states, **kwargs)
+        if forward_context.mode == "control":
+            c = self.student_attn.mixer_config
+            return self.teacher_attn(hidden_states, window=Window(c.window, c.sinks), **kwargs)
         with torch.no_grad():
             target, weights = self.teacher_attn(hidden_states, **kwargs)
         if forward_context.checkpoint:

@@ -64,6 +64,36 @@ class LayerFit:
     bonus: list[float]
 
 
+@dataclass(frozen=True)
+class Calibrated:
+    """A fitted mixer with a window, and what a share of the fit is of.
+
+    Attributes:
+        mixer: the mixer.
+        projection: its output projection before the fit, the teacher's; on the CPU, where a GPU has no room for it.
+        fitted: mix_recurrence, mix_window and output projection after it; there, too.
+    """
+
+    mixer: TimeMixer
+    projection: Tensor
+    fitted: tuple[Tensor, Tensor, Tensor]
+
+    @classmethod
+    def of(cls, mixer: TimeMixer, projection: Tensor) -> Calibrated:
+        """Return a mixer as it is, fitted, with its output projection before the fit."""
+        tensors = mixer.mix_recurrence, mixer.mix_window, mixer.output.weight
+        recurrence, window, output = (x.detach().to("cpu", copy=True) for x in tensors)
+        return cls(mixer, projection, (recurrence, window, output))
+
+    @torch.no_grad()
+    def keep(self, share: float) -> None:
+        """Give the mixer this share of the fit: at 0 it is its window alone."""
+        recurrence, window, output = self.fitted
+        self.mixer.mix_recurrence.copy_(share * recurrence)
+        self.mixer.mix_window.copy_(1 + share * (window - 1))
+        self.mixer.output.weight.copy_(self.projection + share * (output - self.projection))
+
+
 @torch.no_grad()
 def calibrate(
     model: HybridModel, batches: list[Batch], progress: Callable[[int], None] | None = None

@@ -12,22 +12,85 @@ PyTorch knows, a block of queries meets the keys that it sees.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ..data.batch import Batch, Documents
+from ..families.registry import find
+from ..modeling.mixer_presets import TimeMixerConfig
+from ..modeling.window_attention import window_attention
 
 IMPLEMENTATION = "rwkvinside_documents"
 QUERIES = 512  # of a block that meets its keys under a mask of its own
 # PyTorch 2.12 has to be told that query heads share keys and values, earlier ones see it
 _SHARED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
+class Window(NamedTuple):
+    """The tokens that an attention is cut to.
+
+    Attributes:
+        tokens: the last so many, the own one included; 0: none at all, the output is zero.
+        sinks: the first so many of the document.
+    """
+
+    tokens: int
+    sinks: int
+
+
+def windows_of(mixers: Mapping[int, TimeMixerConfig]) -> dict[int, Window]:
+    """Return what the attention of converted layers is cut to in a student's control, by layer.
+
+    The control is the teacher with nothing but the windows of the student in its converted layers: what the student
+    would be if its recurrences gave nothing.
+
+    Args:
+        mixers: configurations by layer.
+
+    Returns:
+        One for every mixer; {} where none has a window, and so there is no control.
+    """
+    windows = {i: Window(c.window, c.sinks) for i, c in mixers.items()}
+    return windows if any(window.tokens for window in windows.values()) else {}
+
+
+def windows_in(config: PretrainedConfig) -> dict[int, Window]:
+    """Return the `windows_of` an exported student, from its configuration; {} for any other model."""
+    layers, mixer = getattr(config, "rwkv_layers", ()), getattr(config, "mixer", {})
+    differences = getattr(config, "mixer_layers", {})  # plain values: the class is the export's own
+    return windows_of({i: TimeMixerConfig.from_dict(mixer | differences.get(str(i), {})) for i in layers})
+
+
+@contextmanager
+def cut_to_windows(lm: PreTrainedModel, windows: Mapping[int, Window]) -> Iterator[None]:
+    """Within it, `run_backbone` of this model cuts the attention of some layers.
+
+    Args:
+        lm: from `attend_within_documents`.
+        windows: by layer.
+    """
+    family = find(lm.config.model_type)
+    layers = family.layers(lm)
+    hooks = [
+        family.attention(layers[i]).register_forward_pre_hook(
+            lambda module, args, kwargs, window=window: (args, kwargs | {"window": window}), with_kwargs=True
+        )
+        for i, window in windows.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def attend_within_documents(lm: PreTrainedModel) -> PreTrainedModel:
@@ -68,6 +131,7 @@ def document_attention(
     documents: Documents | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    window: Window | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend causally within documents, in transformers' convention for attention functions.
@@ -82,12 +146,18 @@ def document_attention(
         documents: of the batch; None: attend as "sdpa".
         sliding_window: tokens that a token sees, itself included; None: all before it. In masks already.
         softcap: c of scores c * tanh(score / c); None: they are not capped.
+        window: what each token is cut to; None: all tokens before it.
         kwargs: what "sdpa" takes.
 
     Returns:
         (output (B, T, H, N), None).
+
+    Raises:
+        ValueError: `window` without documents.
     """
     if documents is None:
+        if window is not None:
+            raise ValueError("attention is cut to a window within documents only: hand them over")
         if softcap is None:
             return sdpa_attention_forward(
                 module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -96,10 +166,12 @@ def document_attention(
             attention_mask = _visible(query.shape[2], 0, key.shape[2], None, query.device)
         form = _Form(scaling, None, softcap, dropout)
         return _capped(query, key, value, attention_mask, form).transpose(1, 2), None
-    window = None if sliding_window is None or sliding_window >= documents.longest else sliding_window
-    form, dtype = _Form(scaling, window, softcap, dropout), _flash_dtype(query)
+    if window is not None:
+        return _cut(query, key, value, documents, window, scaling), None
+    sliding = None if sliding_window is None or sliding_window >= documents.longest else sliding_window
+    form, dtype = _Form(scaling, sliding, softcap, dropout), _flash_dtype(query)
     flash = dtype is not None and softcap is None and not dropout
-    if documents.alone and not (flash and window):
+    if documents.alone and not (flash and sliding):
         return _causal(query, key, value, form), None
     tokens = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
     output = _flash(*(x.to(dtype) for x in tokens), documents, form) if flash else _one_by_one(*tokens, documents, form)
@@ -113,6 +185,19 @@ class _Form(NamedTuple):
     window: int | None
     softcap: float | None
     dropout: float
+
+
+def _cut(
+    query: Tensor, key: Tensor, value: Tensor, documents: Documents, window: Window, scaling: float | None
+) -> Tensor:
+    """Attend to a window and the first tokens of each document; (B, heads, T, N) in, (B, T, heads, N) out."""
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    if not window.tokens:
+        return torch.zeros_like(query)
+    if scaling is not None:
+        query = query * (scaling * query.shape[-1] ** 0.5)
+    bounds = documents.cu_seqlens.to(query.device)
+    return window_attention(query, key, value, window=window.tokens, sinks=window.sinks, cu_seqlens=bounds)[0]
 
 
 def _flash_dtype(query: Tensor) -> torch.dtype | None:

@@ -20,7 +20,6 @@ from ..errors import UserError
 from ..families.base import Family
 from ..families.registry import find
 from ..modeling.first_layer import ForwardContext
-from ..modeling.mixer_init import init_mixer
 from ..modeling.mixer_presets import TimeMixerConfig, check_first_layer
 from ..modeling.rwkv_attention import RWKVAttention, identity_rotation
 from .adapters import disabled, is_adapter, is_start, module_of
@@ -82,18 +81,16 @@ class HybridModel(nn.Module):
         if not rwkv_layers:
             raise UserError(f"student.attention_layers keeps all {count} layers", "leave at least one layer to convert")
 
-        overrides = spec.mixer_overrides()
         try:
-            mixers = {i: family.mixer_config(config, i, spec.preset, **overrides) for i in rwkv_layers}
+            mixers = {i: family.mixer_config(config, i, spec.preset, **spec.mixer_overrides(i)) for i in rwkv_layers}
             check_first_layer(mixers)
             for i, layer in enumerate(family.layers(teacher)):
                 attention = family.attention(layer)
                 if i in rwkv_layers:
                     device = next(attention.parameters()).device
                     with torch.device(device):
-                        student = RWKVAttention(mixers[i], layer_idx=i, is_first=i == rwkv_layers[0])
-                    if device.type != "meta":
-                        init_mixer(student, i, count, spec.init)
+                        first = i == rwkv_layers[0]
+                        student = RWKVAttention(mixers[i], i, first, num_layers=count, init=spec.init)
                     transfer(attention, student, family.sources(config, i))
                     family.set_attention(layer, AttentionWrapper(attention, student))
                 elif not spec.attention_rope:
@@ -116,8 +113,9 @@ class HybridModel(nn.Module):
 
         Args:
             batch: token ids, positions and documents of the rows.
-            mode: "student", "teacher" (the original model as long as only mixers and adapters were trained) or "align".
-                Adapters outside of the mixers are on in mode "student" only.
+            mode: "student", "teacher" (the original model as long as only mixers and adapters were trained), "control"
+                (the teacher, the attention of converted layers cut to the windows of their mixers) or "align". Adapters
+                outside of the mixers are on in mode "student" only.
             task: what the head computes (a loss, scores, logits); it runs inside the forward, so that an engine that
                 shards parameters gathers the head for it. None: nothing. Ignored in mode "align".
             checkpoint: align only: recompute each mixer in the backward.
@@ -128,13 +126,29 @@ class HybridModel(nn.Module):
         """
         call = self.context(batch, mode, checkpoint)
         adapters = nullcontext() if mode == "student" else disabled(self.lm, but=".student_attn.")
-        with torch.set_grad_enabled(torch.is_grad_enabled() and mode != "teacher"), adapters:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and mode not in ("teacher", "control")), adapters:
             hidden = run_backbone(self.lm, batch, forward_context=call)
             if mode == "align":
                 return call.errors
             if task is None:
                 return hidden
             return self.lm_head_loss(hidden, labels=batch.labels, task=task)  # DeepSpeed warns of positional objects
+
+    def train(self, mode: bool = True) -> HybridModel:
+        """Put the decoder layers themselves into training mode, and nothing in them.
+
+        transformers recomputes a layer's activations where the layer is in training mode. Its attention, whose dropout
+        the teacher was trained with, never is: mode "teacher" is the teacher, and what is recomputed is the same.
+        """
+        super().train(False)
+        for layer in self.family.layers(self.lm):
+            layer.training = mode
+        return self
+
+    def recompute_layers(self) -> None:
+        """Recompute decoder layers in the backward instead of keeping their activations."""
+        self.train()
+        self.lm.activation_checkpointing_enable()
 
     def context(self, batch: Batch, mode: str, checkpoint: bool = False) -> ForwardContext:
         """Return what the layers are to know of one forward over a batch; arguments as of `forward`."""

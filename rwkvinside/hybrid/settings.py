@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
+from ..modeling.mixer_presets import PRESETS
 from ..support.settings import NotNegative, Positive, Section, problem
 
 TITLES = {"miss": "MiSS", "bone": "Bone, which is MiSS in its bat form"}
@@ -23,6 +25,50 @@ class RanksConfig(Section):
     gate: Positive | None = Field(None, description="Rank of the output gate; null: by the model's width.")
 
 
+DEFAULT = "default"
+
+
+def parse_by_layer(value: Any) -> Any:
+    """Return a number for all layers as it is, a mapping by layer with texts as keys.
+
+    A key is a layer (3), a range that includes its end (4-11), or "default" for all other layers.
+
+    Raises:
+        PydanticCustomError: neither of these, or a layer that is named twice.
+    """
+    numbers = list(value.values()) if isinstance(value, Mapping) else [value]
+    if not numbers or any(type(number) is not int or number < 0 for number in numbers):
+        raise problem("must be a number of tokens, 0 or more, or such numbers by layer (0: 64, 1-11: 32, default: 0)")
+    if not isinstance(value, Mapping):
+        return value
+    named: set[int] = set()
+    for key in map(str, value):
+        layers = _layers(key)
+        if key != DEFAULT and not layers:
+            raise problem("has the key {}; name a layer (3), a range of them (4-11), or default", key)
+        if twice := sorted(named.intersection(layers)):
+            raise problem("names layer {} twice", twice[0])
+        named.update(layers)
+    return {str(key): number for key, number in value.items()}
+
+
+def _layers(key: str) -> range:
+    """Return the layers of a key of a mapping by layer, none for "default" and for what is not a key."""
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", key)
+    return range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
+
+
+def at_layer(values: int | Mapping[str, int], layer: int) -> int:
+    """Return what a number, or a mapping from `parse_by_layer`, says of a layer; 0 where it says nothing."""
+    if isinstance(values, int):
+        return values
+    named = (number for key, number in values.items() if layer in _layers(key))
+    return next(named, values.get(DEFAULT, 0))
+
+
+ByLayer = Annotated[NotNegative | dict[str, NotNegative], BeforeValidator(parse_by_layer)]
+
+
 class StudentConfig(Section):
     """What the student is."""
 
@@ -34,10 +80,12 @@ class StudentConfig(Section):
         "decay", description="Scale of the key; log is how older checkpoints were trained; null: the preset's."
     )
     key_residual: bool | None = Field(None, description="Mix keys with those of the first mixer; null: the preset's.")
-    window: NotNegative = Field(
-        0, description="Tokens that every mixer also attends to exactly, its own included; 0: the recurrence alone."
+    window: ByLayer = Field(
+        0,
+        description="Tokens that mixers also attend to exactly, their own included; 0: the recurrence alone; "
+        "{0: 64, 1-11: 32, default: 0}: by layer.",
     )
-    sinks: NotNegative = Field(0, description="First tokens of a document that stay in that window.")
+    sinks: ByLayer = Field(0, description="First tokens of a document that stay in that window; as window.")
     init: Literal["calibrated", "published"] = Field(
         "calibrated", description="Start of the mixers: ready for calibration, or the constants of the published code."
     )
@@ -65,16 +113,45 @@ class StudentConfig(Section):
                 raise problem("keeps all {} layers; leave at least one to convert", count)
         return tuple(sorted(layers))
 
+    @field_validator("window", "sinks")
+    @classmethod
+    def _known_layers(cls, values: int | dict[str, int], info: ValidationInfo) -> int | dict[str, int]:
+        count = (info.context or {}).get("num_layers")
+        if count is not None and not isinstance(values, int):
+            for key in values:
+                if (layers := _layers(key)) and layers[-1] >= count:
+                    raise problem("has layer {}, but the teacher has layers 0 to {}", layers[-1], count - 1)
+        return values
+
     @field_validator("sinks")
     @classmethod
-    def _sinks(cls, sinks: int, info: ValidationInfo) -> int:
-        if sinks and not info.data.get("window"):
+    def _sinks(cls, sinks: int | dict[str, int], info: ValidationInfo) -> int | dict[str, int]:
+        window = info.data.get("window", 0)
+        if isinstance(window, int) and not window and sinks and (isinstance(sinks, int) or any(sinks.values())):
             raise problem("is {} without a window; set student.window, or leave sinks at 0", sinks)
+        for key, number in {} if isinstance(sinks, int) else sinks.items():
+            if number and (bare := [i for i in _layers(key) if not at_layer(window, i)]):
+                raise problem("has first tokens in layer {}, which has no window", bare[0])
         return sinks
 
-    def mixer_overrides(self) -> dict:
-        """Return fields of `TimeMixerConfig` in which the mixers differ from the preset."""
-        values = {name: getattr(self, name) for name in ("window", "sinks", "detach_first", "backend", "precision")}
+    def missing_of_variant(self) -> list[str]:
+        """Return what the published variant of an `hxa` preset is besides its mixer, and this student is not."""
+        if not self.preset.startswith("hxa"):
+            return []
+        scale = PRESETS[self.preset]["key_scale"]
+        missing = {
+            "no layer keeps attention (student.attention_layers)": not self.attention_layers,
+            "attention that is kept rotates (student.attention_rope)": self.attention_rope,
+            f"the key scale is {self.key_scale}, not {scale} (student.key_scale)": self.key_scale not in (None, scale),
+        }
+        return [text for text, applies in missing.items() if applies]
+
+    def mixer_overrides(self, layer: int) -> dict:
+        """Return fields of `TimeMixerConfig` in which the mixer of a layer differs from the preset."""
+        window = at_layer(self.window, layer)
+        values = {name: getattr(self, name) for name in ("detach_first", "backend", "precision")}
+        # a number of first tokens is meant for the layers that have a window
+        values |= {"window": window, "sinks": at_layer(self.sinks, layer) if window else 0}
         # the stock mixer's k_a form is a matter of its equations, not a choice
         values |= {} if self.key_scale is None or self.preset == "x070" else {"key_scale": self.key_scale}
         values |= {} if self.key_residual is None else {"key_residual": self.key_residual}

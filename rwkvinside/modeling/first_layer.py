@@ -110,8 +110,9 @@ class ForwardContext:
     """One forward call of a hybrid model, seen by every layer.
 
     Attributes:
-        mode: "student" (RWKV layers run their mixer), "teacher" (their frozen attention), or "align" (both, the layer's
-            output is the teacher's). Exported models know "student" only.
+        mode: "student" (RWKV layers run their mixer), "teacher" (their frozen attention), "control" (that, cut to the
+            mixer's window), or "align" (mixer and attention, the layer's output is the latter's). Exported models know
+            "student" only.
         mask: (B, T) bool over the tokens of this call, True = real; None when there is no padding.
         cu_seqlens: (S + 1,) int32 document boundaries over the flattened B*T tokens, rows included; None when every
             row is one document.

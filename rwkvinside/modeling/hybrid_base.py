@@ -8,13 +8,16 @@ prefill nor continue from a cache. This file travels with exported models (torch
 nothing of training.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -85,8 +88,29 @@ def mixer_fields(configs: dict[int, TimeMixerConfig]) -> dict:
     return {"mixer": mixer, "mixer_layers": {str(i): values for i, values in differences.items() if values}}
 
 
-class MixerInitialization(PreTrainedModel):
-    """Mixin over a family's models: the initialization of mixers that were not loaded."""
+class MixerModel(PreTrainedModel):
+    """Mixin over a family's models.
+
+    The initialization of mixers that were not loaded, and what activation checkpointing must not be.
+    """
+
+    def _set_gradient_checkpointing(  # type: ignore[override]  # whose options differ between versions
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **kwargs: Any
+    ) -> None:
+        """Switch activation checkpointing, as all of transformers' own ways to it do in the end.
+
+        Raises:
+            ValueError: it is to be reentrant. Reentrant checkpoints differentiate what a layer takes as arguments and
+                returns; v_first and k_first pass from the first RWKV layer to the others by another way.
+        """
+        options = getattr(gradient_checkpointing_func, "keywords", {})
+        if enable and options.get("use_reentrant"):
+            raise ValueError(
+                "use_reentrant=True would cut the gradient between RWKV layers (through v_first): give "
+                'gradient_checkpointing_kwargs={"use_reentrant": False}'
+            )
+        function = partial(gradient_checkpointing_func, use_reentrant=False)
+        super()._set_gradient_checkpointing(enable, function, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -111,7 +135,7 @@ class UnrotatedAttention(nn.Module):
         return super().forward(hidden_states, identity_rotation(position_embeddings), *args, **kwargs)
 
 
-class HybridBackbone(MixerInitialization):
+class HybridBackbone(MixerModel):
     """Mixin over a family's `<Family>Model`.
 
     Replaces the attention of RWKV layers and makes the `ForwardContext`.
@@ -132,7 +156,7 @@ class HybridBackbone(MixerInitialization):
         for i, layer in enumerate(self.layers):
             if i in config.rwkv_layers:
                 is_first = i == config.rwkv_layers[0]
-                layer.self_attn = RWKVAttention(config.mixer_config(i), layer_idx=i, is_first=is_first)
+                layer.self_attn = RWKVAttention(config.mixer_config(i), i, is_first, num_layers=len(self.layers))
             elif not config.attention_rope:
                 layer.self_attn = self.unrotated_attention_class(config, i)
         self.post_init()
@@ -192,7 +216,7 @@ def attention_of_decoding(device: torch.device) -> AbstractContextManager:
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
-class HybridCausalLM(MixerInitialization):
+class HybridCausalLM(MixerModel):
     """Mixin over a family's `<Family>ForCausalLM`: the same head on a hybrid backbone.
 
     Attributes:

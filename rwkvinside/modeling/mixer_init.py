@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from .time_mixer import TimeMixer
+if TYPE_CHECKING:
+    from .time_mixer import TimeMixer
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """One token of a time mixer by the fused kernel of `rwkvinside.kernels`: products, one launch, the output's product.
 
+A window beside the recurrence is one launch more.
+
 `TimeMixer.forward` asks `is_fused` and calls `mixer_step`; everything else, and everything without that package, takes
 the path that is written out there, which this one is tested against. This file travels with exported models.
 """
@@ -13,18 +15,20 @@ from torch import Tensor
 
 from .first_layer import FirstLayerKV
 from .mixer_presets import TimeMixerConfig
+from .window_attention import WindowState, empty_state
 from .wkv7 import kernels, why_unavailable
 
 if TYPE_CHECKING:
-    from .time_mixer import TimeMixer
+    from .time_mixer import MixerState, TimeMixer
 
 
 def is_fused(config: TimeMixerConfig, x: Tensor, cu_seqlens: Tensor | None) -> bool:
     """Return whether one launch computes what lies between the projections of x (B, T, D) and the output's."""
     if x.shape[1] != 1 or cu_seqlens is not None or torch.is_grad_enabled():
         return False
-    unknown = config.token_shift or config.group_norm or config.key_scale == "k_a" or config.window
-    if unknown or not hasattr(kernels, "mixer_step"):
+    unknown = config.token_shift or config.group_norm or config.key_scale == "k_a"
+    needed = ("mixer_step", "low_rank", *(("window_step",) if config.window else ()))
+    if unknown or not all(hasattr(kernels, name) for name in needed):
         return False
     chosen = config.backend == "triton" or config.backend == "auto" and x.is_cuda
     return chosen and why_unavailable("triton", x.device.type, x.dtype, config.head_size) is None
@@ -35,15 +39,16 @@ def mixer_step(
     x: Tensor,
     *,
     first: FirstLayerKV | None,
-    wkv: Tensor | None,
+    state: MixerState | None,
     rope: tuple[Tensor, Tensor] | None,
     mask: Tensor | None,
     inplace: bool,
-) -> tuple[Tensor, FirstLayerKV, Tensor]:
+) -> tuple[Tensor, FirstLayerKV, Tensor, WindowState | None]:
     """Mix one token of each row; arguments as of `TimeMixer.forward`, x is (B, 1, D).
 
     Returns:
-        The gated output (B, 1, H * N) before its projection, the FirstLayerKV to hand on, and the state.
+        The input (B, 1, H * N) of the output projection, the FirstLayerKV to hand on, and the states of recurrence and
+        window.
     """
     c, B = mixer.mixer_config, x.shape[0]
     H, G, N = c.num_heads, c.num_kv_heads, c.head_size
@@ -52,15 +57,19 @@ def mixer_step(
     v = mixer.value(x).view(B, G, N)
     maps = _low_rank_maps(mixer, x)
     given = _of_this_layer(mixer, None if not c.rope else rope) | _of_the_first(mixer, first)
+    wkv, window = (None, None) if state is None else (state.wkv, state.window)
+    # a window reads query and key as they are after norm and rotation
+    k_out = torch.empty_like(k) if c.window or first is None and c.key_residual else None
+    r_out = torch.empty_like(r) if c.window else None
+    given |= {"k_out": k_out} | ({} if r_out is None else {"r_out": r_out})
     if first is None:
-        k_out = torch.empty_like(k) if c.key_residual else None
         shared = v.repeat_interleave(H // G, 1) if c.value_path == "residual_full" and G < H else v
-        first = FirstLayerKV(shared[:, None], None if k_out is None else k_out[:, None])
-        given["k_out"] = k_out
+        first = FirstLayerKV(shared[:, None], k_out[:, None] if c.key_residual and k_out is not None else None)
     if wkv is None:
         wkv = x.new_zeros(B, H, N, N, dtype=torch.float32)
     else:
         wkv = wkv.to(torch.float32, copy=not inplace).contiguous()
+    mask = None if mask is None else mask[:, 0].contiguous()
     y = kernels.mixer_step(
         r=r,
         k=k,
@@ -71,12 +80,39 @@ def mixer_step(
         v_mix=maps.get("v"),
         k_mix=maps.get("k"),
         state=wkv,
-        mask=None if mask is None else mask[:, 0].contiguous(),
+        mask=mask,
         norm_eps=c.norm_eps,
         log_scale=c.key_scale == "log",
         **given,
     )
-    return y[:, None], first, wkv
+    if r_out is not None and k_out is not None:
+        y, window = _attend(mixer, r_out, k_out, v, y, window, mask, inplace)
+    return y[:, None], first, wkv, window
+
+
+def _attend(
+    mixer: TimeMixer,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    state: WindowState | None,
+    mask: Tensor | None,
+    inplace: bool,
+) -> tuple[Tensor, WindowState]:
+    """Return the sum of recurrence y (B, H * N) and window, and the window's state after the token.
+
+    q is (B, H, N), k and v (B, G, N), mask (B,).
+    """
+    c = mixer.mixer_config
+    if state is None:
+        state = empty_state(v[:, None], c.window + c.sinks)
+    elif not inplace:
+        state = WindowState(*(x.clone() for x in state))
+    held_k, held_v, seen = state
+    y = kernels.window_step(q, k, v, y, held_k, held_v, seen, mixer.mix_recurrence, mixer.mix_window, c.sinks, mask)
+    seen.add_(1 if mask is None else mask)
+    return y, state
 
 
 def _of_this_layer(mixer: TimeMixer, rope: tuple[Tensor, Tensor] | None) -> dict[str, Tensor | None]:

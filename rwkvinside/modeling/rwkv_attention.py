@@ -24,10 +24,14 @@ class RWKVAttention(TimeMixer):
         config: the mixer's configuration.
         layer_idx: index of the decoder layer, its slot in the cache.
         is_first: whether this is the first RWKV layer of the model, which provides v_first and k_first.
+        num_layers: of the model.
+        init: see `init_mixer`.
     """
 
-    def __init__(self, config: TimeMixerConfig, layer_idx: int, is_first: bool) -> None:
-        super().__init__(config, is_first)
+    def __init__(
+        self, config: TimeMixerConfig, layer_idx: int, is_first: bool, num_layers: int, init: str = "calibrated"
+    ) -> None:
+        super().__init__(config, is_first, layer=layer_idx, num_layers=num_layers, init=init)
         self.layer_idx = layer_idx
 
     def forward(  # type: ignore[override]  # a mixer that is called as an attention

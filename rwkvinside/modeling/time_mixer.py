@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .first_layer import FirstLayerKV
 from .fused_mixer import is_fused_sequence, mix_fused
+from .mixer_init import init_mixer
 from .mixer_presets import TimeMixerConfig
 from .mixer_step import is_fused, mixer_step
 from .window_attention import WindowState, window_attention
@@ -87,6 +88,8 @@ class TimeMixer(nn.Module):
     Args:
         config: see `TimeMixerConfig`.
         is_first: this is the first RWKV layer of the model: it provides v_first and k_first and has no residual mixes.
+        layer, num_layers, init: where in which model it is, and how it begins, see `init_mixer`. On the meta device
+            nothing is initialized.
     """
 
     w0: nn.Parameter  # decay: bias, and the matrices of its low-rank map
@@ -104,7 +107,15 @@ class TimeMixer(nn.Module):
     k1: nn.Parameter
     k2: nn.Parameter
 
-    def __init__(self, config: TimeMixerConfig, is_first: bool):
+    def __init__(
+        self,
+        config: TimeMixerConfig,
+        is_first: bool,
+        *,
+        layer: int = 0,
+        num_layers: int = 1,
+        init: str = "calibrated",
+    ):
         super().__init__()
         self.mixer_config = config
         self.is_first = is_first
@@ -147,6 +158,8 @@ class TimeMixer(nn.Module):
         if config.window:
             self.mix_recurrence = nn.Parameter(torch.empty(H, N))  # weights of the gated recurrence and of the window
             self.mix_window = nn.Parameter(torch.empty(H, N))
+        if not self.w1.is_meta:
+            init_mixer(self, layer, num_layers, init)
 
     def forward(
         self,
@@ -174,12 +187,17 @@ class TimeMixer(nn.Module):
         Returns:
             y (B, T, D), the FirstLayerKV to hand to later layers, and the state after the last token, (S, ...) with
             cu_seqlens, and then without that of a window.
+
+        Raises:
+            ValueError: a mixer that rotates was given no `rope`.
         """
+        if self.mixer_config.rope and rope is None:
+            raise ValueError("the mixer rotates its receptance and key: give rope=(cos, sin), or configure rope=False")
         wkv = None if state is None else state.wkv
         rope = full_rotation(rope, self.mixer_config.head_size)
         if is_fused(self.mixer_config, x, cu_seqlens):
-            y, first, wkv = mixer_step(self, x, first=first, wkv=wkv, rope=rope, mask=mask, inplace=inplace)
-            return self.output(y.to(x.dtype)), first, MixerState(wkv)
+            y, first, wkv, window = mixer_step(self, x, first=first, state=state, rope=rope, mask=mask, inplace=inplace)
+            return self.output(y.to(x.dtype)), first, MixerState(wkv, None, window)
         if is_fused_sequence(self.mixer_config, x):
             y, first, parts = mix_fused(
                 self, x, first=first, state=state, rope=rope, mask=mask, cu_seqlens=cu_seqlens, inplace=inplace
@@ -457,10 +475,12 @@ def _to_heads(x: Tensor, heads: int) -> Tensor:
 
 
 def _shift(x: Tensor, last: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return each position's previous real token and each row's last real token.
+    """Return each position's previous real token (B, T, D) and each row's or document's last real token.
 
-    At the start of a document the previous token is 0.
+    Before the first of them comes `last`, (B, D), or (S, D) with cu_seqlens; None is 0.
     """
+    if cu_seqlens is not None:
+        return _shift_documents(x, last, mask, cu_seqlens)
     B, T, D = x.shape
     last = x.new_zeros(B, D) if last is None else last.to(x.dtype)
     history = torch.cat([last[:, None], x], 1)
@@ -472,9 +492,24 @@ def _shift(x: Tensor, last: Tensor | None, mask: Tensor | None, cu_seqlens: Tens
         before = F.pad(newest_at[:, :-1], (1, 0))
         previous = history.gather(1, before[..., None].expand(-1, -1, D))
         newest = history.gather(1, newest_at[:, -1:, None].expand(-1, -1, D))[:, 0]
-    if cu_seqlens is not None:
-        inside = torch.ones(B * T + 1, dtype=x.dtype, device=x.device)  # an empty document may start behind the last
-        inside = inside.index_fill(0, cu_seqlens[:-1].long(), 0)[:-1]
-        previous = previous * inside.view(B, T, 1)
-        newest = x.reshape(B * T, D)[cu_seqlens[1:].long() - 1]
     return previous, newest
+
+
+def _shift_documents(x: Tensor, last: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what `_shift` does for packed documents, some of which may be empty."""
+    B, T, D = x.shape
+    S = len(cu_seqlens) - 1
+    last = x.new_zeros(S, D) if last is None else last.to(x.dtype)
+    history = torch.cat([last, x.reshape(B * T, D)])  # what came before each document, then all tokens
+    starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+    at = torch.arange(B * T, device=x.device)
+    documents = torch.searchsorted(ends, at, right=True)  # of each token
+    # place in the history of the newest real token among the first n, for n from 0 on
+    real = at + S if mask is None else torch.where(mask.flatten(), at + S, 0)
+    newest = F.pad(real.cummax(0).values, (1, 0))
+
+    def within(place: Tensor, document: Tensor) -> Tensor:
+        return torch.where(place >= S + starts[document], place, document)
+
+    previous = history[within(newest[:-1], documents)].view(B, T, D)
+    return previous, history[within(newest[ends], torch.arange(S, device=x.device))]

@@ -70,10 +70,10 @@ def window_attention(
     if mask is not None:  # nothing behind the padding may come through, NaN times zero included
         q, k, v = (x.masked_fill(~mask[..., None, None], 0) for x in (q, k, v))
     if q.shape[1] == 1 and cu_seqlens is None:
-        return _step(q, k, v, state or _empty(k, window + sinks), mask, window, sinks, inplace)
+        return _step(q, k, v, state or empty_state(k, window + sinks), mask, window, sinks, inplace)
     if state is None:
         return _attend(q, k, v, mask, cu_seqlens, window, sinks), (
-            None if cu_seqlens is not None else _advance(_empty(k, window + sinks), k, v, mask, window, sinks)
+            None if cu_seqlens is not None else _advance(empty_state(k, window + sinks), k, v, mask, window, sinks)
         )
     past, (earlier_k, earlier_v, real) = window + sinks, _in_order(state, window, sinks)
     joined = torch.cat([real, torch.ones_like(q[..., 0, 0], dtype=torch.bool) if mask is None else mask], 1)
@@ -229,7 +229,8 @@ def _step(
     return out if mask is None else out.masked_fill(~mask[..., None, None], 0), state
 
 
-def _empty(k: Tensor, slots: int) -> WindowState:
+def empty_state(k: Tensor, slots: int) -> WindowState:
+    """Return the state before the first token, with slots for keys and values like k (B, T, G, N)."""
     B, _, G, N = k.shape
     held = k.new_zeros(2, B, G, slots, N)
     return WindowState(held[0], held[1], torch.zeros(B, dtype=torch.long, device=k.device))
@@ -261,6 +262,7 @@ def _advance(state: WindowState, k: Tensor, v: Tensor, mask: Tensor | None, wind
     rows = torch.arange(B, device=k.device)[:, None]
 
     def put(held: Tensor, x: Tensor) -> Tensor:
-        return torch.where(new[:, None, :, None], x[rows, index].transpose(1, 2).to(held.dtype), held)
+        values = torch.where(new[:, None, :, None], x[rows, index].transpose(1, 2).to(held.dtype), held)
+        return values.contiguous()  # kernels write into it
 
     return WindowState(put(state.k, k), put(state.v, v), seen)

@@ -6,6 +6,7 @@ No weights are loaded and nothing is written.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 
 import torch
 
@@ -16,7 +17,7 @@ from ..hybrid.model import HybridModel
 from ..modeling.mixer_presets import TimeMixerConfig
 from ..stages.plan import RunPlan, RunSettings, StagePlan
 from ..stages.teacher import meta_online_teacher
-from ..support.text import rounded_bytes, rounded_count, rounded_flop
+from ..support.text import rounded_bytes, rounded_count, rounded_flop, spans
 from ..teacher.kinds import TeacherKind
 from ..teacher.load import meta_teacher
 from ..training.deepspeed_config import deepspeed_config, settle
@@ -78,15 +79,19 @@ def _run_lines(plan: RunPlan, config: Config, model: HybridModel) -> list[str]:
     total = sum({id(p): p.numel() for p in model.canonical_parameters().values()}.values())
     new = {group: count for group, _, count in model.group_table()}.get(NEW, 0)
     layer_map = "".join("R" if i in model.rwkv_layers else "A" for i in range(c.num_hidden_layers))
+    missing = run.student.missing_of_variant()
     engine = f"DeepSpeed, ZeRO {settle(run.zero).zero_stage}" if run.ranks > 1 else "one process"
     return [
         f"teacher   {run.teacher.path}: {c.model_type}, {c.num_hidden_layers} layers, width {c.hidden_size}, "
         f"{mixer.num_heads} heads of {mixer.head_size} ({mixer.num_kv_heads} for keys), "
         f"{rounded_count(teacher)} parameters",
+        *([f"recipe    {config.recipe}"] if config.recipe else []),
         *([f"variant   {', '.join(config.variant)}"] if config.variant else []),
-        f"student   {run.student.preset}, key scale {mixer.key_scale}, {_window(mixer)}{run.student.init} start, "
+        f"student   {run.student.preset}, key scale {mixer.key_scale}, {_windows(model.mixer_configs)}"
+        f"{run.student.init} start, "
         f"{rounded_count(total)} parameters: {rounded_count(total - new)} copied from the teacher, "
         f"{rounded_count(new)} new",
+        *([f"warning   not the published {run.student.preset}: {'; '.join(missing)}"] if missing else []),
         f"layers    {layer_map}   ({len(model.rwkv_layers)} R = RWKV, {layer_map.count('A')} A = attention)",
         f"device    {run.device}, {run.precision}, {run.ranks} {'ranks' if run.ranks > 1 else 'rank'}, {engine}",
         f"loggers   {', '.join(['metrics.jsonl', *config.loggers])}",
@@ -94,10 +99,16 @@ def _run_lines(plan: RunPlan, config: Config, model: HybridModel) -> list[str]:
     ]
 
 
-def _window(mixer: TimeMixerConfig) -> str:
-    if not mixer.window:
-        return ""
-    return f"window of {mixer.window}{f' and {mixer.sinks} first tokens' * bool(mixer.sinks)}, "
+def _windows(mixers: Mapping[int, TimeMixerConfig]) -> str:
+    """Return which windows the mixers have, with their layers where they differ; "" for none."""
+    layers: dict[tuple[int, int], list[int]] = {}
+    for i, mixer in mixers.items():
+        layers.setdefault((mixer.window, mixer.sinks), []).append(i)
+    shown = []
+    for (window, sinks), of in layers.items():
+        text = f"window of {window}{f' and {sinks} first tokens' * bool(sinks)}" if window else "no window"
+        shown.append(text if len(layers) == 1 else f"{text} in layers {spans(of)}")
+    return "" if shown == ["no window"] else f"{', '.join(shown)}, "
 
 
 def teacher_parameters(model: HybridModel) -> int:

@@ -156,7 +156,7 @@ def _logits(plan: StagePlan, tokens: int, vocab: int, low: int, models: int, kin
     Counted are those of every model that makes them, and blocks of them in fp32 where PyTorch code compares them.
     """
     loss = plan.loss
-    chunk = min(tokens, loss.chunk_tokens or chunk_tokens(vocab)) * vocab
+    chunk = min(tokens, loss.chunk_tokens or chunk_tokens(vocab, plan.run.device)) * vocab
     in_place = plan.run.device == "cuda" and loss.top_k is None and kind is not TeacherKind.OFFLINE
     blocks = 0 if in_place else FP32 * min(chunk, BLOCK_ELEMENTS[plan.run.device]) * (4 + bool(loss.ce))
     return low * models * chunk + blocks

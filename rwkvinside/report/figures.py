@@ -145,6 +145,11 @@ def draw_validation(ax: "Axes", rows: Sequence[dict], name: str, unit: str, *, l
     ax.plot(tokens, values, color=BLUE, marker="o", markersize=4, linewidth=1.5, label="student")
     if name == "ce":
         ax.plot(tokens, column(measured, "ce_teacher"), color=ORANGE, linestyle="--", linewidth=1.5, label="teacher")
+    if controls := of_kind(rows, "control"):
+        label = "control: teacher cut to windows"
+        ax.axhline(controls[-1][name], color=GREY, linestyle="-.", linewidth=1.5, label=label)
+        values = np.append(values, controls[-1][name])  # within the axis, too
+    if name == "ce" or controls:
         ax.legend(frameon=False, fontsize=8)
     if log:
         _plain_log(ax, values)

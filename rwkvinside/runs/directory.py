@@ -1,16 +1,21 @@
 """The run directory: who may write into it, and what is in it.
 
+RUN/run.json          the run's id and its teacher's (records.py)
 RUN/config.yaml       the resolved configuration
+RUN/config.N.yaml     the ones it had before, the first is 1
 RUN/plan.txt          what each stage trains, freezes and needs
 RUN/conversion.json   teacher, student, finished stages and their measurements
 RUN/metrics.jsonl     one row for each step and evaluation (training/metrics.py)
-RUN/stages/<stage>/   checkpoints (training/checkpoint.py)
+RUN/digests.json      digests of large files, so that they are read once (support/digests.py)
+RUN/stages/<stage>/   the stage's record (records.py), checkpoints (training/checkpoint.py)
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -19,10 +24,32 @@ from ..config.schema import Config
 from ..config.show import to_yaml
 from ..errors import UserError
 from ..stages.settings import StageConfig
-from ..support.files import write_json, write_text
+from ..support.files import file_digest, write_json, write_text
+from ..support.lock import entries
+from ..support.names import ALLOWED, is_name
+from ..support.sealed import digest_of
 from ..training.metrics import FILE as METRICS
+from .records import IDENTITY, RESTORE, Records
 
-CONFIG, PLAN, CONVERSION = "config.yaml", "plan.txt", "conversion.json"
+CONFIG, PLAN, CONVERSION, DIGESTS = "config.yaml", "plan.txt", "conversion.json", "digests.json"
+MOVABLE = ("out", "teacher.path")  # where things are; what the teacher is, its identity says
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting that differs from the one that a run has.
+
+    Attributes:
+        key: its path in the configuration.
+        was, now: the values, as JSON; None also where one of the two does not have it.
+    """
+
+    key: str
+    was: object
+    now: object
+
+    def __str__(self) -> str:
+        return f"{self.key} was {json.dumps(self.was)}, is {json.dumps(self.now)}"
 
 
 class RunDirectory:
@@ -36,6 +63,7 @@ class RunDirectory:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self.records = Records(self.path)
 
     def claim(self, *, stage: str | None, resume: bool) -> None:
         """Refuse to touch what is not ours to overwrite; write nothing.
@@ -45,18 +73,23 @@ class RunDirectory:
             resume: continue what is there.
 
         Raises:
-            UserError: the directory is not empty, is not a run, or has nothing to resume.
+            UserError: the directory is not empty, is not a run, has nothing to resume, or an earlier version made it.
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"output {self.path} is a file", "name a directory with --out")
-        used = self.path.is_dir() and any(self.path.iterdir())
-        if used and not (self.path / CONFIG).is_file():
+        used = self.path.is_dir() and bool(entries(self.path))
+        if used and not (self.path / CONFIG).is_file() and not (self.path / IDENTITY).is_file():
             raise UserError(f"output directory {self.path} is neither empty nor a run", "name another one with --out")
         if resume and not used:
             raise UserError(f"there is no run to resume in {self.path}", "leave out --resume, or correct --out")
         if used and not resume and (stage is None or self.begun(stage)):
             what = "is not empty" if stage is None else f"has begun stage {stage} already"
             raise UserError(f"output directory {self.path} {what}", "go on with --resume, or name another with --out")
+        if used and self.records.identity() is None:
+            raise UserError(
+                f"run {self.path} has no identity ({IDENTITY}): it was made by an older version of this program",
+                "export and eval still read it; to train on, use that version, or begin a new run with --out",
+            )
 
     @property
     def is_run(self) -> bool:
@@ -77,17 +110,40 @@ class RunDirectory:
         return stage in self.finished() or (folder.is_dir() and any(folder.iterdir()))
 
     def stage(self, name: str) -> Path:
-        """Return where a stage keeps its checkpoints."""
+        """Return where a stage keeps its checkpoints.
+
+        Raises:
+            UserError: the name leads elsewhere.
+        """
+        if not is_name(name):
+            raise UserError(f"{self.path} has no stage {name!r}", ALLOWED)
         return self.path / "stages" / name
+
+    def stages(self) -> list[str]:
+        """Return the names of stages that have a folder."""
+        folder = self.path / "stages"
+        return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
     def newest_checkpoint(self, stage: str) -> Path | None:
         """Return the directory of the last checkpoint of a stage.
 
         None where there is none.
-        """
-        from ..training.checkpoint import newest_checkpoint  # brings torch, which a report does without
 
-        return newest_checkpoint(self.stage(stage))
+        Raises:
+            UserError: the stage is finished, and did not end with it.
+        """
+        from ..training.checkpoint import STATE, newest_checkpoint  # brings torch, which a report does without
+
+        newest = newest_checkpoint(self.stage(stage))
+        record = self.records.stage(stage) if self.records.identity() is not None else None
+        if record is not None and record.checkpoint is not None:
+            name, folder = record.checkpoint, self.stage(stage)
+            if newest is None or newest.name != name:
+                raise UserError(f"stage {stage} of {self.path} ended with {name}, but {newest} is there", RESTORE)
+            file = folder / name / STATE
+            if not file.is_file() or file_digest(file) != record.files.get(f"{name}/{STATE}"):
+                raise UserError(f"{file} is not the one that stage {stage} ended with", RESTORE)
+        return newest
 
     def config(self) -> dict:
         """Return the resolved configuration as plain values.
@@ -97,20 +153,64 @@ class RunDirectory:
         Raises:
             UserError: it is missing, or not what was written.
         """
-        file = self.path / CONFIG
+        return self._read_config(self.path / CONFIG)
+
+    def config_of(self, stage: str) -> dict:
+        """Return the configuration that a stage ran with last, as plain values.
+
+        Where the run has no records it is the last one of the run.
+
+        Raises:
+            UserError: it was changed.
+        """
+        newest = self.config()
+        if self.records.identity() is None or (record := self.records.stage(stage)) is None:
+            return newest
+        for config in (newest, *map(self._read_config, reversed(self._earlier_configs()))):
+            if settings_digest(config) == record.settings:
+                return config
+        raise UserError(f"{self.path / CONFIG} is not the configuration that stage {stage} was trained with", RESTORE)
+
+    def _read_config(self, file: Path) -> dict:
         try:
             config = yaml.safe_load(file.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
-            raise UserError(f"{self.path} is not a run directory: {CONFIG} is missing") from error
+            raise UserError(f"{self.path} is not a run directory: {file.name} is missing") from error
         except (ValueError, yaml.YAMLError) as error:
             raise UserError(f"{file} is damaged: {error}", "use another run directory") from error
         if not isinstance(config, dict):
             raise UserError(f"{file} is damaged: it is not a mapping of settings", "use another run directory")
         return config
 
+    def _earlier_configs(self) -> list[Path]:
+        """Return the files of the configurations that the run had before, oldest first."""
+        numbers = (re.fullmatch(r"config\.([0-9]+)\.yaml", path.name) for path in self.path.glob("config.*.yaml"))
+        return [self.path / f"config.{n}.yaml" for n in sorted(int(match[1]) for match in numbers if match)]
+
+    def changes(self, config: Config) -> list[Change]:
+        """Return in which settings a configuration differs from the one that the run has.
+
+        Where the run is does not count. None of a run that has not begun.
+        """
+        if not (self.path / CONFIG).is_file():
+            return []
+        was, now = (dict(_flat(values)) for values in (_with_defaults(self.config()), _plain(absolute(config))))
+        keys = [key for key in dict.fromkeys([*now, *was]) if key != "out"]
+        return [Change(key, was.get(key), now.get(key)) for key in keys if was.get(key) != now.get(key)]
+
     def finished(self) -> list[str]:
-        """Return the names of finished stages in the order in which they ended."""
-        return self.conversion().get("finished_stages", [])
+        """Return the names of finished stages in the order in which they ended.
+
+        Raises:
+            UserError: a stage's record does not say so too, see `Records.finished`.
+        """
+        names = self.conversion().get("finished_stages", [])
+        if not isinstance(names, list) or not all(map(is_name, names)):
+            raise UserError(f"{self.path / CONVERSION} is damaged: its finished_stages are {names!r}", RESTORE)
+        if self.records.identity() is not None:
+            for name in names:
+                self.records.finished(name)
+        return names
 
     def conversion(self) -> dict:
         """Return the contents of conversion.json, {} before the first stage.
@@ -122,22 +222,26 @@ class RunDirectory:
         if not file.exists():
             return {}
         try:
-            return json.loads(file.read_text(encoding="utf-8"))
+            conversion = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(f"{file} is damaged: {error}", "use another run directory") from error
+        if not isinstance(conversion, dict):
+            raise UserError(f"{file} is damaged: it is not a JSON object", "use another run directory")
+        return conversion
 
     def describe(self, config: Config, plan: str) -> None:
-        """Write config.yaml and plan.txt.
+        """Write config.yaml and plan.txt; a configuration that the run had before is kept as config.N.yaml.
 
         Paths are made absolute so that they mean the same from everywhere.
         """
-        data = config.data.model_copy(
-            update={"train": [_absolute(p) for p in config.data.train], "val": [_absolute(p) for p in config.data.val]}
-        )
-        teacher = config.teacher.model_copy(update={"path": _absolute(config.teacher.path)})
-        stages = {name: _absolute_stage(stage) for name, stage in config.stages.items()}
-        absolute = config.model_copy(update={"data": data, "teacher": teacher, "stages": stages})
-        write_text(self.path / CONFIG, to_yaml(absolute))
+        file, text = self.path / CONFIG, to_yaml(absolute(config))
+        old = file.read_text(encoding="utf-8") if file.exists() else text
+        earlier = self._earlier_configs()
+        kept = bool(earlier) and earlier[-1].read_text(encoding="utf-8") == old
+        if old != text and not kept:
+            number = int(earlier[-1].name.split(".")[1]) + 1 if earlier else 1
+            write_text(self.path / f"config.{number}.yaml", old)
+        write_text(file, text)
         write_text(self.path / PLAN, plan)
 
     def note(self, facts: Mapping, *, finished: str | None = None, evaluation: Mapping | None = None) -> None:
@@ -154,6 +258,49 @@ class RunDirectory:
         if finished and evaluation:
             conversion.setdefault("evaluations", {})[finished] = dict(evaluation)
         write_json(self.path / CONVERSION, conversion)
+
+
+def settings_digest(config: Mapping) -> str:
+    """Return a digest of a configuration, of plain values.
+
+    Where the run and the teacher are does not count.
+    """
+    return digest_of({key: value for key, value in _flat(config) if key not in MOVABLE})
+
+
+def absolute(config: Config) -> Config:
+    """Return a configuration whose paths mean the same from everywhere."""
+    data = config.data.model_copy(
+        update={"train": [_absolute(p) for p in config.data.train], "val": [_absolute(p) for p in config.data.val]}
+    )
+    teacher = config.teacher.model_copy(update={"path": _absolute(config.teacher.path)})
+    stages = {name: _absolute_stage(stage) for name, stage in config.stages.items()}
+    return config.model_copy(update={"data": data, "teacher": teacher, "stages": stages})
+
+
+def _plain(config: Config) -> dict:
+    """Return what `RunDirectory.config` finds after `describe`."""
+    return yaml.safe_load(to_yaml(config))
+
+
+def _with_defaults(written: dict) -> dict:
+    """Return a configuration with the defaults of fields that did not exist when it was written.
+
+    One that this version does not understand stays as it is.
+    """
+    try:
+        return _plain(Config.model_validate(written))
+    except ValueError:
+        return written
+
+
+def _flat(values: Mapping, at: str = "") -> Iterator[tuple[str, object]]:
+    """Yield the values of nested mappings by path, a.b.c."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{at}{key}.")
+        else:
+            yield f"{at}{key}", value
 
 
 def _absolute_stage(stage: StageConfig) -> StageConfig:

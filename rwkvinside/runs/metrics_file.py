@@ -22,18 +22,43 @@ def read_metrics(path: Path) -> list[dict]:
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist", "give the directory of a run that has started")
-    text = path.read_text(encoding="utf-8")
-    lines = text.split("\n")[:-1]
     rows = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: {error}", "remove the damaged line") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number} is not a JSON object", "remove the damaged line")
+            row = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            reason = "nested too deeply" if isinstance(error, RecursionError) else error
+            raise UserError(f"{path}, line {number}: {reason}", "remove the damaged line") from error
         rows.append(row)
+    for number, row in enumerate(rows, start=1):
+        if wrong := _wrong(row):
+            raise UserError(f"{path}, line {number} {wrong}", "remove the damaged line")
     return rows
+
+
+def _wrong(row: object) -> str:
+    """Return what makes a row none of a run's, "" if nothing."""
+    if not isinstance(row, dict):
+        return "is not a JSON object"
+    if row.get("kind") in ("train", "eval"):
+        if not isinstance(row.get("stage"), str):
+            return f"is of stage {row.get('stage')!r:.40}, not a name"
+        for name in ("step", "tokens"):
+            if not isinstance(row.get(name, 0 if name == "tokens" else None), int):
+                return f"has {name} = {row.get(name)!r:.40}, not a whole number"
+    layers = row.get("layers", {})
+    if not isinstance(layers, dict) or not all(layer.isdecimal() for layer in layers):
+        return f"has layers = {layers!r:.40}, not numbers by layer"
+    for name, value in row.items():
+        if name not in ("kind", "stage", "teacher") and not _is_numbers(value):
+            return f"has {name} = {value!r:.40}, not a number"
+    return ""
+
+
+def _is_numbers(value: object) -> bool:
+    if isinstance(value, (dict, list)):
+        return all(map(_is_numbers, value.values() if isinstance(value, dict) else value))
+    return value is None or isinstance(value, (int, float)) and abs(value) < 1e300
 
 
 def of_kind(rows: Sequence[dict], kind: str, stage: str | None = None) -> list[dict]:

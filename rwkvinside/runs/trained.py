@@ -3,7 +3,10 @@
 Exports and evaluations are made from it. The one place that decides which checkpoint of a run is the trained model.
 """
 
+import logging
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -14,24 +17,15 @@ from ..errors import UserError
 from ..hybrid.assemble import assemble
 from ..hybrid.model import HybridModel
 from ..hybrid.settings import AdapterConfig, LayerSpec, QuantizeConfig, StudentConfig
+from ..support.digests import FileDigests
+from ..teacher.files import LEGAL_FILES, check_unchanged, model_identity
 from ..teacher.load import load_teacher
+from ..teacher.tokenizer_files import TOKENIZER_FILES
 from ..training.checkpoint import open_checkpoint
-from ..training.frozen_weights import NAME, frozen_weights_digest, read_frozen_weights
-from .directory import RunDirectory
+from ..training.frozen_weights import read_frozen_weights
+from .directory import DIGESTS, RunDirectory
 
-# Everything of a teacher's repository that a release passes on unchanged, except for the weights.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-LEGAL_FILES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,6 +48,16 @@ class TrainedRun:
     def path(self) -> Path:
         """The run directory."""
         return self.directory.path
+
+    @property
+    def id(self) -> str | None:
+        """The run's own id; None: an earlier version made it."""
+        return (identity := self.directory.records.identity()) and identity.run
+
+    @property
+    def teacher_digests(self) -> dict[str, str]:
+        """What tells the teacher that the run began with from another one; {} where an earlier version made the run."""
+        return identity.teacher if (identity := self.directory.records.identity()) else {}
 
     @property
     def teacher(self) -> str:
@@ -79,7 +83,7 @@ class TrainedRun:
 
     def teacher_config(self) -> PretrainedConfig:
         """Return the teacher's transformers configuration."""
-        return AutoConfig.from_pretrained(self.teacher, revision=self._revision)
+        return AutoConfig.from_pretrained(self.teacher, revision=self.teacher_revision)
 
     def teacher_files(self) -> Path:
         """Return the directory with the teacher's tokenizer, card and legal files.
@@ -88,8 +92,8 @@ class TrainedRun:
         """
         if Path(self.teacher).is_dir():
             return Path(self.teacher)
-        patterns = [*TOKENIZER_FILES, *LEGAL_FILES, "README.md"]
-        return Path(snapshot_download(self.teacher, revision=self._revision, allow_patterns=patterns))
+        patterns = [*TOKENIZER_FILES, "*.py", *LEGAL_FILES, "README.md"]
+        return Path(snapshot_download(self.teacher, revision=self.teacher_revision, allow_patterns=patterns))
 
     def load_model(self) -> HybridModel:
         """Return the student as it was trained, on the CPU in evaluation mode.
@@ -100,17 +104,14 @@ class TrainedRun:
         Raises:
             UserError: the teacher is gone, incomplete, or not used up; the checkpoint is damaged or of another student.
         """
-        checkpoint, folder = open_checkpoint(self.checkpoint), self.checkpoint.parent
-        if checkpoint.state.get("settings", {}).get("frozen") != frozen_weights_digest(folder):
-            raise UserError(
-                f"{folder / NAME} is not the file that {self.checkpoint.name} was trained with",
-                "restore it from a copy of the run",
-            )
-        lm = load_teacher(self.teacher, self._revision, torch.float32)
-        return assemble(lm, self.spec, self.layers, checkpoint.tensors(), read_frozen_weights(folder))
+        checkpoint, folder = open_checkpoint(self.checkpoint, self.id), self.checkpoint.parent
+        frozen = read_frozen_weights(folder, checkpoint.state.get("settings", {}).get("frozen"))
+        lm = load_teacher(self.teacher, self.teacher_revision, torch.float32)
+        return assemble(lm, self.spec, self.layers, checkpoint.tensors(), frozen)
 
     @property
-    def _revision(self) -> str | None:
+    def teacher_revision(self) -> str | None:
+        """Branch, tag or commit of the teacher's repository."""
         return self.config["teacher"].get("revision")
 
 
@@ -123,16 +124,59 @@ def public_name(model: str) -> str:
 
 
 def open_run(path: str | Path) -> TrainedRun:
-    """Return a run directory's last finished stage with its newest checkpoint.
+    """Return a run directory's last finished stage with its last checkpoint.
 
     Raises:
-        UserError: not a run directory, or nothing in it is finished.
+        UserError: not a run directory, nothing in it is finished, or it is not as the run has left it: see
+            `Records.finished`, `check_teacher`.
     """
     directory = RunDirectory(path)
-    config = directory.config()
+    directory.config()  # a directory without one is not a run
     for stage in reversed(directory.finished()):
-        if checkpoint := directory.newest_checkpoint(stage):
-            return TrainedRun(directory, config, stage, checkpoint)
+        if directory.newest_checkpoint(stage):
+            run = at_stage(directory, stage)
+            check_teacher(run)
+            return run
     raise UserError(
         f"{path} has no finished stage with a checkpoint", "train first; --resume continues an interrupted run"
+    )
+
+
+def at_stage(directory: RunDirectory, stage: str) -> TrainedRun:
+    """Return a run as it was at the end of a stage, or where the stage is now.
+
+    Raises:
+        UserError: the stage has no checkpoint, or it is not the one that the stage ended with.
+    """
+    checkpoint = directory.newest_checkpoint(stage)
+    if checkpoint is None:
+        raise UserError(
+            f"stage {stage} of {directory.path} has no checkpoint", "keep more of them: a larger checkpoint.keep"
+        )
+    return TrainedRun(directory, directory.config_of(stage), stage, checkpoint)
+
+
+def check_teacher(run: TrainedRun) -> None:
+    """Refuse a run whose teacher has changed since it began.
+
+    A run of an earlier version has not noted its teacher, and a line says so.
+
+    Raises:
+        UserError: says which of the teacher's files differ.
+    """
+    if run.id is None:
+        _say_unidentified(run.path)
+        return
+    digests = FileDigests(run.path / DIGESTS)
+    current = model_identity(run.teacher, run.teacher_revision, digests)
+    check_unchanged(f"teacher {run.teacher}", run.teacher_digests, current)
+    with suppress(UserError):  # a run that may only be read: they are computed again the next time
+        digests.save()
+
+
+@cache  # an export opens the run twice
+def _say_unidentified(path: Path) -> None:
+    logger.warning(
+        "run %s has no identity: it was made by an older version, so neither its teacher nor its stages are checked",
+        path,
     )

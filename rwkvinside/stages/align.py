@@ -32,6 +32,7 @@ class Align(Stage):
     large = StageSize("320M", 512, 16384)
     backward = Backward.MIXERS
     needs_attention = True
+    reads_targets = False
 
     @classmethod
     def defaults(cls, width: int, max_positions: int) -> dict:
@@ -41,8 +42,16 @@ class Align(Stage):
     @classmethod
     def learning_rates(cls, width: int) -> dict[str, float]:
         """Return one rate for all, which ends at a hundredth."""
-        lr = narrow_rate(1e-3, 0.67, width)
+        lr = narrow_rate(1e-3, 0.83, width)
         return {"lr": lr, "lr_rest": lr, "lr_final": lr / 100}
+
+    @classmethod
+    def warmup_steps(cls, steps: int) -> int:
+        """Return 50 steps, in a short stage a quarter, at least 20.
+
+        The full rate undoes part of the calibration; a stage too short to mend that never reaches it.
+        """
+        return min(50, max(20, steps // 4))
 
     def step(
         self, model: nn.Module, teacher: Teacher | None, plan: StagePlan, sample: Callable[[int], list[Batch]]

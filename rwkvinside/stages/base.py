@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..data.batch import Batch
-    from ..data.rows import PackedRows, PaddedDocuments
+    from ..data.rows import PackedRows, WholeDocuments
     from ..data.token_store import TokenStore
     from ..hybrid.model import HybridModel
     from ..losses.settings import DistillLossConfig
@@ -68,6 +68,8 @@ class Stage(ABC):
         needs_attention: runs the teacher's attention next to the mixers, so on the teacher's own weights.
         follows_teacher: its loss compares distributions, so it has a choice of teacher.
         has_loss: `stages.<name>.loss` has a meaning.
+        reads_targets: trains on the tokens that the data wants predicted.
+        cuts_documents: does not go on with a long document in the next row.
     """
 
     objective: ClassVar[str]
@@ -77,6 +79,8 @@ class Stage(ABC):
     needs_attention: ClassVar[bool] = False
     follows_teacher: ClassVar[bool] = False
     has_loss: ClassVar[bool] = False
+    reads_targets: ClassVar[bool] = True
+    cuts_documents: ClassVar[bool] = False
 
     @property
     def trains(self) -> bool:
@@ -211,7 +215,7 @@ class Stage(ABC):
 
     # data and steps
 
-    def documents(self, store: TokenStore, seq_len: int, seed: int) -> PackedRows | PaddedDocuments:
+    def documents(self, store: TokenStore, seq_len: int, seed: int) -> PackedRows | WholeDocuments:
         """Lay documents out in rows: packed, one document after the other."""
         from ..data.rows import PackedRows
 
@@ -268,8 +272,8 @@ def language_model_defaults(width: int, *, kl: float, ce: float) -> dict:
 def narrow_rate(rate: float, exponent: float, width: int) -> float:
     """Return a learning rate for a width, given the one for widths around 4096.
 
-    Narrower models take larger ones. 1e-3 (4096 / D)^0.67 to align and 1e-4 (4096 / D)^0.72 to distill pass through the
-    published rates and through those found for D = 64, 1.6e-2 and 2e-3 (docs/benchmarks.md). Published: RADLADS (arXiv
+    Narrower models take larger ones. 1e-3 (4096 / D)^0.83 to align and 1e-4 (4096 / D)^0.72 to distill pass through the
+    published rates and through those found for D = 64, 3.2e-2 and 2e-3 (docs/benchmarks.md). Published: RADLADS (arXiv
     2505.03005), HALO (arXiv 2601.22156).
     """
     return rate * (4096 / width) ** exponent

@@ -1,6 +1,7 @@
 """Calibrate: fit each mixer to the teacher's attention, in closed form.
 
-Fitted are decay, rate, bonus, the window's weight and the output projection.
+Fitted are decay, rate, bonus, the window's weight and the output projection; with a window each layer then keeps the
+share of this that brings the student closest to its teacher (`shares`).
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class Calibrate(Stage):
     large = StageSize("16k", 2048, 16384)
     backward = Backward.NOTHING
     needs_attention = True
+    reads_targets = False
 
     @classmethod
     def learning_rates(cls, width: int) -> dict[str, float]:
@@ -78,10 +80,18 @@ class Calibrate(Stage):
         """
         from dataclasses import fields
 
-        from ..hybrid.calibration import LayerFit, calibrate
+        from ..hybrid.calibration import Calibrated, LayerFit, calibrate
+        from .shares import choose_shares, split_rows
 
-        fits = calibrate(student, batches, progress)
-        return {f.name: {str(i): getattr(fit, f.name) for i, fit in fits.items()} for f in fields(LayerFit)}
+        windowed = {i: mixer for i, mixer in student.mixers.items() if mixer.mixer_config.window}
+        projections = {i: mixer.output.weight.detach().to("cpu", copy=True) for i, mixer in windowed.items()}
+        to_fit, held = split_rows(batches) if windowed else (batches, [])
+        fits = calibrate(student, to_fit, progress)
+        row = {f.name: {str(i): getattr(fit, f.name) for i, fit in fits.items()} for f in fields(LayerFit)}
+        if windowed:
+            layers = {i: Calibrated.of(mixer, projections[i]) for i, mixer in windowed.items()}
+            row["share"] = {str(i): share for i, share in choose_shares(student, layers, held).items()}
+        return row
 
     def held_bytes(self, student: HybridModel, plan: StagePlan) -> int:
         """Return the bytes that calibration holds.
@@ -89,13 +99,15 @@ class Calibrate(Stage):
         They are those of all tokens (hidden states of teacher and student, the latter's normed form, the teacher's
         heads, what later mixers read, inputs and targets of the output projection, as they are and weighted, and what
         is left of these) and those of one batch (the inputs of a recurrence, and features and targets in two
-        precisions).
+        precisions). On a CPU, in addition, the output projections of mixers with a window, as they were and as fitted.
         """
         mixers, seq_len = student.mixer_configs.values(), plan.length.seq_len
         C = max(mixer.num_heads * mixer.head_size for mixer in mixers)
         K = max(mixer.num_kv_heads * mixer.head_size for mixer in mixers)
         token_bytes = FP32 * (7 * student.lm.config.hidden_size + 3 * C + 2 * K)
-        return plan.length.total_tokens * token_bytes + plan.shape.micro_rows * seq_len * FP32 * 25 * C
+        copies = 2 * FP32 * student.lm.config.hidden_size * C * sum(bool(mixer.window) for mixer in mixers)
+        held = plan.length.total_tokens * token_bytes + plan.shape.micro_rows * seq_len * FP32 * 25 * C
+        return held + (copies if plan.run.device == "cpu" else 0)
 
     def summary(self, student: HybridModel, plan: StagePlan, kind: TeacherKind | None) -> list[str]:
         """Return a table of what is fitted."""

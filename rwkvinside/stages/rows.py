@@ -9,10 +9,11 @@ from torch import Tensor
 
 from ..data.batch import Batch
 from ..data.mixture import MixedRows
-from ..data.rows import PackedRows, PaddedDocuments, document_batches
+from ..data.rows import PackedRows, PaddedDocuments, WholeDocuments, document_batches
 from ..data.sources import Mixture, Tokens
 from ..data.stream import StreamedRows, TokenStream
 from ..data.token_store import TokenStore
+from ..errors import UserError
 from .plan import StagePlan
 
 # The order of a stage's rows is drawn from its name. `distill` was spelled with one l when the numbers in
@@ -22,17 +23,17 @@ ORDER_NAMES = {"distill": "distil"}
 JUDGED_TOKENS = 4096  # of a validation document
 JUDGED_BATCH = 8192  # tokens that are evaluated at a time
 
-Rows = PackedRows | PaddedDocuments | StreamedRows | MixedRows
+Rows = PackedRows | WholeDocuments | StreamedRows | MixedRows
 
 
 def rows_of(plan: StagePlan, tokens: Tokens) -> Rows:
     """Return the rows that a stage trains on, in a random order."""
     seed = zlib.crc32(f"{plan.run.seed} {ORDER_NAMES.get(plan.name, plan.name)}".encode())
 
-    def of_documents(store: TokenStore, seed: int) -> PackedRows | PaddedDocuments:
+    def of_documents(store: TokenStore, seed: int) -> PackedRows | WholeDocuments:
         return plan.stage.documents(store, plan.length.seq_len, seed)
 
-    def of_source(source: TokenStore | TokenStream) -> PackedRows | PaddedDocuments | StreamedRows:
+    def of_source(source: TokenStore | TokenStream) -> PackedRows | WholeDocuments | StreamedRows:
         if isinstance(source, TokenStream):
             return StreamedRows(source, of_documents, seed)
         return of_documents(source, seed)
@@ -60,7 +61,9 @@ def report(plan: StagePlan, tokens: Tokens, rows: Rows, val: TokenStore) -> tupl
     if isinstance(tokens, Mixture) or isinstance(rows, MixedRows):
         raise TypeError("rows of a mixture come from a mixture")
     count = rows.tokens_in(plan.row_count)
-    return [f"{_amount(tokens, count)}, {validation}"], {"tokens": count, **_epochs(tokens, count)}
+    positions = plan.row_count * plan.length.seq_len
+    padding = f", {1 - count / positions:.1%} of the rows is padding" if count < 0.99 * positions else ""
+    return [f"{_amount(tokens, count)}{padding}, {validation}"], {"tokens": count, **_epochs(tokens, count)}
 
 
 def _epochs(source: TokenStore | TokenStream, read: int) -> dict[str, float]:
@@ -72,6 +75,28 @@ def _amount(source: TokenStore | TokenStream, read: int) -> str:
     if isinstance(source, TokenStream):
         return f"{read:,} tokens streamed"
     return f"{read:,} tokens, {read / source.num_tokens:.3g} epochs of {source.num_documents:,} documents"
+
+
+def check_targets(plan: StagePlan, tokens: Tokens, val: TokenStore) -> None:
+    """Refuse data without a token to predict, on which a stage would train without a gradient or judge nothing.
+
+    Of a stream its first block counts.
+
+    Raises:
+        UserError: names the stage and its data.
+    """
+    hint = (
+        "a document needs two tokens or more, of which labels, masks and loss flags leave one as a target within "
+        f"stages.{plan.name}.data.seq_len; stages.{plan.name}.data.loss_on=all ignores them"
+    )
+    if plan.stage.reads_targets:
+        length = plan.length.seq_len if plan.stage.cuts_documents else None
+        parts = tokens.parts if isinstance(tokens, Mixture) else (tokens,)
+        stores = [part.training(0) if isinstance(part, TokenStream) else part for part in parts]
+        if not any(store is not None and store.has_targets(length) for store in stores):
+            raise UserError(f"stage {plan.name}: its training data has no token to predict", hint)
+    if not val.has_targets(JUDGED_TOKENS):
+        raise UserError(f"stage {plan.name}: the validation data has no token to predict", hint)
 
 
 def sample(rows: Rows, tokens: int, micro_rows: int, device: torch.device) -> list[Batch]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..data.batch import Batch
-    from ..data.rows import PaddedDocuments
+    from ..data.rows import WholeDocuments
     from ..data.token_store import TokenStore
     from ..teacher.kinds import TeacherKind
     from ..teacher.signals import Teacher
@@ -25,12 +25,13 @@ if TYPE_CHECKING:
 
 
 class SupervisedFineTuning(Stage):
-    """Cross-entropy on completions; one document a row."""
+    """Cross-entropy on completions; whole documents share rows."""
 
     objective = "sft"
     small = StageSize("1M", 512, 4096)
     large = StageSize("20M", 4096, 131072)
     has_loss = True
+    cuts_documents = True
 
     @classmethod
     def defaults(cls, width: int, max_positions: int) -> dict:
@@ -56,11 +57,11 @@ class SupervisedFineTuning(Stage):
         if loss != DistillLossConfig(kl=0, ce=1, chunk_tokens=loss.chunk_tokens):
             raise problem("objective sft has no divergence: leave out loss.divergence, loss.top_k, loss.temperature")
 
-    def documents(self, store: TokenStore, seq_len: int, seed: int) -> PaddedDocuments:
-        """Lay documents out in rows: each alone in its row, padded."""
-        from ..data.rows import PaddedDocuments
+    def documents(self, store: TokenStore, seq_len: int, seed: int) -> WholeDocuments:
+        """Lay documents out in rows: several whole ones in a row, kept apart."""
+        from ..data.rows import WholeDocuments
 
-        return PaddedDocuments(store, seq_len, seed)
+        return WholeDocuments(store, seq_len, seed)
 
     def step(
         self, model: nn.Module, teacher: Teacher | None, plan: StagePlan, sample: Callable[[int], list[Batch]]

@@ -6,15 +6,19 @@ It is a second model, or its logits on disk.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.encode import tokenizer_hash
 from ..errors import UserError
 from ..families.registry import find
+from ..hybrid.model import HybridModel
 from ..hybrid.quantized_linear import linear_names, quantize
+from ..support.digests import FileDigests
+from ..teacher.files import local_hashes
 from ..teacher.kinds import TeacherKind
-from ..teacher.load import load_teacher, meta_teacher, open_tokenizer, teacher_config, weights_hash
+from ..teacher.load import check_files, load_teacher, meta_teacher, open_tokenizer, teacher_config
 from ..teacher.logits_store import LogitsReader, check_identity, row_digests
 from ..teacher.signals import OfflineTeacher, OnlineTeacher, SelfTeacher, Teacher, TeacherModel
 from ..training.deepspeed_engine import inference_engine
@@ -26,7 +30,12 @@ FIRST_ROWS = 16  # whose contents stand for the data in the identity of a cache;
 
 
 def build_teacher(
-    plan: StagePlan, kind: TeacherKind | None, tokenizer: PreTrainedTokenizerBase, rows: Rows, world: Distributed
+    plan: StagePlan,
+    kind: TeacherKind | None,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    world: Distributed,
+    digests: FileDigests,
 ) -> Teacher | None:
     """Return where the teacher's side of a stage comes from.
 
@@ -35,6 +44,7 @@ def build_teacher(
         kind: from `Stage.prepare`.
         tokenizer, rows: which logits on disk must be of.
         world: the processes that share a sharded model.
+        digests: of the teacher's files, as far as they are known.
 
     Raises:
         UserError: weights cannot be loaded; logits are of something else, incomplete or damaged.
@@ -42,7 +52,7 @@ def build_teacher(
     if kind is TeacherKind.SELF:
         return SelfTeacher()
     if kind is TeacherKind.OFFLINE:
-        return OfflineTeacher(check_cache(plan, tokenizer, rows))
+        return OfflineTeacher(check_cache(plan, tokenizer, digests, rows))
     return online_teacher(plan, world) if kind is TeacherKind.ONLINE else None
 
 
@@ -65,6 +75,30 @@ def online_teacher(plan: StagePlan, world: Distributed) -> OnlineTeacher:
     return OnlineTeacher(model.to(world.device))
 
 
+def original_teacher(plan: StagePlan, world: Distributed) -> OnlineTeacher:
+    """Return the `online_teacher` of a stage as it was before anything was quantized."""
+    second = plan.settings.teacher_model.model_copy(update={"quantize": None})
+    settings = plan.settings.model_copy(update={"teacher_model": second})
+    return online_teacher(replace(plan, settings=settings), world)
+
+
+def teacher_label(plan: StagePlan, student: HybridModel, kind: TeacherKind | None) -> str | None:
+    """Return what evaluations of a stage compare with, where that is not the original of the model converted.
+
+    Args:
+        plan: of the stage.
+        student: with its quantized layers, some of which the student as its own teacher runs on.
+        kind: where the teacher's side comes from.
+    """
+    second = plan.settings.teacher_model
+    if kind is TeacherKind.ONLINE:
+        parts = [second.path, f"quantized ({second.quantize})" if second.quantize else None]
+        return ", ".join(filter(None, parts)) or None
+    mixers = student.mixer_names()
+    formats = {layer.format for name, layer in student.quantized.items() if f"{name}.weight" not in mixers}
+    return f"quantized ({', '.join(sorted(formats))})" if kind is TeacherKind.SELF and formats else None
+
+
 def meta_online_teacher(plan: StagePlan) -> PreTrainedModel:
     """Return the shapes of `online_teacher`'s model, on the meta device."""
     lm = meta_teacher(plan.signal_teacher)
@@ -73,17 +107,29 @@ def meta_online_teacher(plan: StagePlan) -> PreTrainedModel:
     return lm
 
 
-def check_teacher(plan: StagePlan, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_teacher(plan: StagePlan, tokenizer: PreTrainedTokenizerBase, digests: FileDigests) -> None:
     """Refuse, before anything trains, a teacher that a stage cannot use.
+
+    Args: see `check_cache`.
 
     Raises:
         UserError: a second model of another tokenizer, whose distributions would be over other tokens; see also
             `check_cache`.
     """
     if plan.asked_teacher is TeacherKind.OFFLINE:
-        check_cache(plan, tokenizer)
+        check_cache(plan, tokenizer, digests)
     elif plan.settings.teacher_model.path is not None:
-        check_tokenizer(plan, tokenizer)
+        check_model(plan, tokenizer)
+
+
+def check_model(plan: StagePlan, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a second model that is not computed right or damaged, or for which a token of the run has another id.
+
+    Raises:
+        UserError: see `teacher.load.check_files` and `check_tokenizer`.
+    """
+    check_files(plan.signal_teacher)
+    check_tokenizer(plan, tokenizer)
 
 
 def check_tokenizer(plan: StagePlan, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -103,12 +149,15 @@ def check_tokenizer(plan: StagePlan, tokenizer: PreTrainedTokenizerBase) -> None
         )
 
 
-def check_cache(plan: StagePlan, tokenizer: PreTrainedTokenizerBase, rows: Rows | None = None) -> LogitsReader:
+def check_cache(
+    plan: StagePlan, tokenizer: PreTrainedTokenizerBase, digests: FileDigests, rows: Rows | None = None
+) -> LogitsReader:
     """Return logits on disk that are what a stage needs.
 
     Args:
         plan: of the stage.
         tokenizer: of the run.
+        digests: of the teacher's files, as far as they are known.
         rows: of the stage; None: they are not known yet, and only the rest is checked.
 
     Raises:
@@ -117,9 +166,12 @@ def check_cache(plan: StagePlan, tokenizer: PreTrainedTokenizerBase, rows: Rows 
     """
     if plan.settings.teacher_cache is None:
         raise RuntimeError(f"stage {plan.name} has no teacher_cache")
-    reader, identity = LogitsReader(plan.settings.teacher_cache), cache_identity(plan, tokenizer)
-    # the teacher by its weights, or by its name where the weights were left on another machine
-    identity.pop("teacher" if identity["teacher"] is None else "teacher's name")
+    reader, identity = LogitsReader(plan.settings.teacher_cache), cache_identity(plan, tokenizer, digests)
+    # the teacher by its files, or by its name where they were left on another machine
+    for name in ("teacher", "teacher's configuration") if identity["teacher"] is None else ("teacher's name",):
+        del identity[name]
+    if "teacher's configuration" not in reader.identity:  # written by an earlier version
+        identity.pop("teacher's configuration", None)
     if rows is not None:
         identity["data"] = data_hash(rows)
     check_identity(reader.path, reader.identity, reader.identity | identity)
@@ -134,18 +186,20 @@ def check_cache(plan: StagePlan, tokenizer: PreTrainedTokenizerBase, rows: Rows 
     return reader
 
 
-def cache_identity(plan: StagePlan, tokenizer: PreTrainedTokenizerBase) -> dict:
+def cache_identity(plan: StagePlan, tokenizer: PreTrainedTokenizerBase, digests: FileDigests) -> dict:
     """Return what logits on disk are of, except for the data.
 
-    Names that a message can use, and JSON values.
+    Names that a message can use, and JSON values. Arguments are those of `check_cache`.
     """
     teacher = plan.signal_teacher
+    weights, configuration = local_hashes(teacher.path, teacher.revision, digests)
     return {
         "row length": plan.length.seq_len,
         "stage": plan.name,
         "seed": plan.run.seed,
         "tokenizer": tokenizer_hash(tokenizer)[:16],
-        "teacher": weights_hash(teacher.path, teacher.revision),
+        "teacher": weights,
+        "teacher's configuration": configuration,
         "teacher's name": teacher.path if teacher.revision is None else f"{teacher.path}@{teacher.revision}",
         "teacher's quantization": plan.settings.teacher_model.quantize,
         "temperature": plan.loss.temperature,

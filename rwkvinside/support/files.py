@@ -51,7 +51,12 @@ def publish(temporary: Path, path: Path) -> None:
     A file replaces an existing one; a directory replaces an empty one only.
     """
     fsync_tree(temporary)
-    os.replace(temporary, path)
+    rename(temporary, path)
+
+
+def rename(source: Path, path: Path) -> None:
+    """Rename what is on the disk already, within a directory, so that a power cut leaves one of the two names."""
+    os.replace(source, path)
     fsync(path.parent)
 
 

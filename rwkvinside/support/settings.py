@@ -20,7 +20,7 @@ def parse_count(value: Any) -> Any:
     text = "" if isinstance(value, bool) else str(value).strip()
     match = re.fullmatch(r"([0-9][0-9_]*(?:\.[0-9]+)?)([kKmMbB]?)", text)
     number = float(match[1].replace("_", "")) * SUFFIXES[match[2].lower()] if match else 0.0
-    if number < 1 or number != int(number):
+    if not 1 <= number < 2**63 or number != int(number):
         raise PydanticCustomError("count", "must be a positive number such as 600k, 100M, 1B or 4096")
     return int(number)
 

@@ -59,6 +59,17 @@ def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
     return "" if guess is None else f"; did you mean {prefix}{guess}?"
 
 
+def spans(numbers: Sequence[int]) -> str:
+    """Return ascending whole numbers, runs of them as ranges: 0, 2-4, 7."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
 def _rounded(number: float, units: Sequence[tuple[int, str]], digits: int) -> str:
     """Return a number in the smallest unit in which it stays below the next one.
 

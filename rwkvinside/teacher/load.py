@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-from functools import cache
+import json
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -15,11 +16,18 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file
 
 from ..errors import UserError
-from ..support.files import file_digest
+from ..families.registry import find
+from ..support.weight_index import check_shards
 from .settings import TeacherConfig
+
+# What transformers raises over values of a configuration that it did not expect.
+BROKEN = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError),
+    StrictDataclassError,
+)
+POINTER = b"version https://git-lfs"
 
 
 def load_teacher(path: str, revision: str | None, dtype: torch.dtype) -> PreTrainedModel:
@@ -33,11 +41,12 @@ def load_teacher(path: str, revision: str | None, dtype: torch.dtype) -> PreTrai
     Raises:
         UserError: weights that are missing, damaged, incomplete or not all used.
     """
+    check_shards(Path(path))
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             path, revision=revision, dtype=dtype, output_loading_info=True
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"the weights of teacher {path} cannot be loaded: {_one_line(error)}",
             "check the directory or the hub id, the network and your access",
@@ -50,19 +59,22 @@ def load_teacher(path: str, revision: str | None, dtype: torch.dtype) -> PreTrai
 def teacher_config(teacher: TeacherConfig) -> PretrainedConfig:
     """Return a teacher's Hugging Face configuration.
 
-    Where the recipe has it, no network is needed.
+    Where the teacher's preset has it, no network is needed.
 
     Raises:
         UserError: the configuration contradicts itself.
     """
+    where = "teacher.config" if teacher.config else f"the configuration of teacher {teacher.path}"
+    try:
+        return _config(teacher)
+    except BROKEN as error:
+        raise UserError(f"{where} is not usable: {_problem(error)}", "correct it or leave it out") from error
+
+
+def _config(teacher: TeacherConfig) -> PretrainedConfig:
     fields = dict(teacher.config or {})
     if fields:
-        try:
-            return AutoConfig.for_model(fields.pop("model_type"), **fields)
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"teacher.config is not usable: {_one_line(error)}", "correct it or leave it out"
-            ) from error
+        return AutoConfig.for_model(fields.pop("model_type"), **fields)
     return AutoConfig.from_pretrained(teacher.path, revision=teacher.revision)
 
 
@@ -76,7 +88,7 @@ def open_tokenizer(teacher: TeacherConfig) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(
             teacher.path, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # tokenizers raises nothing narrower for a file that it cannot read
         raise UserError(
             f"the tokenizer of teacher {teacher.path} cannot be loaded: {_one_line(error)}",
             "the directory needs a tokenizer.json; teacher.trust_remote_code=true runs code that comes with it",
@@ -84,26 +96,101 @@ def open_tokenizer(teacher: TeacherConfig) -> PreTrainedTokenizerBase:
 
 
 def meta_teacher(teacher: TeacherConfig) -> PreTrainedModel:
-    """Return a teacher without its weights, on the meta device."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(teacher_config(teacher))
+    """Return a teacher without its weights, on the meta device.
 
-
-@cache
-def weights_hash(path: str, revision: str | None) -> str | None:
-    """Return a hash of a model's weights, whatever its files are called.
-
-    None: they are not on this machine.
+    Raises:
+        UserError: its configuration contradicts itself, or its family cannot compute it.
     """
-    folder = Path(path)
+    config = teacher_config(teacher)
+    try:
+        find(config.model_type).check(config)
+    except UserError as error:
+        raise UserError(error.cause.replace("the teacher", f"teacher {teacher.path}", 1), error.hint) from error
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except BROKEN as error:
+        raise UserError(
+            f"no model can be made from the configuration of teacher {teacher.path}: {_problem(error)}",
+            "correct its config.json, or use the original",
+        ) from error
+
+
+def check_files(teacher: TeacherConfig) -> None:
+    """Refuse a teacher on this machine whose files are damaged or of another model; read no weights.
+
+    Raises:
+        UserError: names the file and what it is: a git-lfs pointer, cut off, or with tensors of other shapes.
+    """
+    model, folder = meta_teacher(teacher), Path(teacher.path)
     if not folder.is_dir():
-        try:
-            folder = Path(cached_file(path, "config.json", revision=revision, local_files_only=True)).parent
-        except OSError:
-            return None
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    digests = sorted(map(file_digest, files))
-    return hashlib.sha256(" ".join(digests).encode()).hexdigest()[:16] if files else None
+        return
+    for file in sorted(folder.glob("*.json")) + sorted(folder.glob("*.bin")):
+        _check_pointer(file)
+    files = sorted(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if index.is_file() and not (folder / "model.safetensors").is_file():
+        files = [folder / name for name in sorted(set(_json_object(index).get("weight_map", {}).values()))]
+    shapes: dict[str, tuple[Path, list[int]]] = {}
+    for file in files:
+        shapes |= {name: (file, shape) for name, shape in _tensor_shapes(file).items()}
+    hint = "config.json and weights are not of one model: copy both again"
+    wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name, (file, shape) in shapes.items():
+        if name in wanted and shape != wanted[name]:
+            raise UserError(f"{file}: {name} has shape {shape}, the configuration wants {wanted[name]}", hint)
+    tied = set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
+    missing = wanted.keys() - shapes.keys() - tied
+    if missing and not shapes.keys().isdisjoint(wanted):
+        raise UserError(f"{folder}: the weights lack {min(missing)} (of {len(missing)} that are missing)", hint)
+
+
+def _check_pointer(file: Path) -> None:
+    if not file.is_file():
+        raise UserError(f"{file} does not exist", "copy the whole model directory")
+    with file.open("rb") as content:
+        if content.read(len(POINTER)) == POINTER:
+            raise UserError(f"{file} is a git-lfs pointer, not the file itself", "fetch it: git lfs pull")
+
+
+def _tensor_shapes(file: Path) -> dict[str, list[int]]:
+    """Return the shapes in the header of a .safetensors file.
+
+    Raises:
+        UserError: it is cut off, or something else.
+    """
+    _check_pointer(file)
+    size = file.stat().st_size
+    with file.open("rb") as content:
+        length = int.from_bytes(content.read(8), "little")
+        header = content.read(min(length, size))
+    try:
+        tensors = {name: facts for name, facts in json.loads(header).items() if name != "__metadata__"}
+        whole = 8 + length + max((facts["data_offsets"][1] for facts in tensors.values()), default=0)
+        shapes = {name: facts["shape"] for name, facts in tensors.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        what = f"cut off at {size:,} bytes" if 8 + length > size else "not a .safetensors file, or damaged"
+        raise UserError(f"{file} is {what}", "copy it again") from error
+    if size < whole:
+        raise UserError(f"{file} is cut off at {size:,} of {whole:,} bytes", "copy it again")
+    if size > whole:
+        raise UserError(f"{file} has {size:,} bytes, its header tells of {whole:,}", "copy it again")
+    return shapes
+
+
+def _json_object(file: Path) -> dict:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} cannot be read as JSON: {_problem(error)}", "copy it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} is not a JSON object", "copy it again")
+    return content
+
+
+def _problem(error: Exception) -> str:
+    """Return an error of a library in one line that also says what kind it is, such as a missing key."""
+    return f"{type(error).__name__}: {_one_line(error)}"[:400]
 
 
 def _one_line(error: Exception) -> str:

@@ -2,7 +2,7 @@
 
 They are written once in shards, and read in training:
 
-DIR/index.json                  identity of what was written, and every finished shard with its rows, size and SHA-256
+DIR/index.json                  identity of what was written, finished shards with their rows, size and SHA-256; sealed
 DIR/logits-00000.safetensors    positions with a label of the shard's rows, one after another:
     ids        (N, k) int32, the likeliest first
     log_probs  (N, k + 1) fp16, last the logarithm of the mass of all other tokens. fp16 keeps a probability to 0.4 %
@@ -16,7 +16,6 @@ Knows neither tokenizers nor models.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -29,9 +28,12 @@ from torch import Tensor
 
 from ..data.batch import IGNORE, Batch
 from ..errors import UserError
-from ..support.files import file_digest, replacing
+from ..support.files import file_digest, remove_unfinished, replacing
+from ..support.lock import entries
+from ..support.names import ALLOWED, is_name
+from ..support.sealed import sealed_text, unsealed
 
-FORMAT = 1
+FORMAT = 2
 INDEX = "index.json"
 SHARD_BYTES = 2**25
 AGAIN = "run the same `rwkvinside data logits` again: it goes on where it stopped"
@@ -73,15 +75,17 @@ class LogitsWriter:
         self.path = Path(directory)
         facts = {"format": FORMAT, "k": k, "vocab": vocab, "rows_per_shard": rows_per_shard}
         shards = {}
+        if self.path.is_dir():
+            remove_unfinished(self.path)  # of a process that was killed
         if (self.path / INDEX).exists():
             old = _read_index(self.path)
             check_identity(self.path, old["identity"], identity)
             check_identity(self.path, {name: old.get(name) for name in facts}, facts)
             shards = old["shards"]
-        elif self.path.exists() and not (self.path.is_dir() and not any(self.path.iterdir())):
+        elif self.path.exists() and not (self.path.is_dir() and not entries(self.path)):
             raise UserError(f"output {self.path} is not empty and holds no logits", "name another directory with --out")
         self._index = facts | {"identity": dict(identity), "rows": rows, "shards": shards}
-        self._write(INDEX, json.dumps(self._index, indent=1).encode())
+        self._write(INDEX, sealed_text(self._index).encode())
 
     @property
     def shard_rows(self) -> list[range]:
@@ -90,8 +94,12 @@ class LogitsWriter:
         return [range(first, min(first + size, rows)) for first in range(0, rows, size)]
 
     def missing(self) -> list[range]:
-        """Return the rows of the shards that are still to be written."""
-        done = {tuple(shard["rows"]) for name, shard in self._index["shards"].items() if _whole(self.path, name, shard)}
+        """Return the rows of the shards that are still to be written, or are not what was written."""
+        done = {
+            tuple(shard["rows"])
+            for name, shard in self._index["shards"].items()
+            if _whole(self.path, name, shard) and file_digest(self.path / name) == shard["sha256"]
+        }
         return [rows for rows in self.shard_rows if (rows.start, rows.stop) not in done]
 
     def write(self, rows: range, ids: Tensor, log_probs: Tensor, counts: Tensor, digests: Tensor) -> None:
@@ -116,7 +124,7 @@ class LogitsWriter:
         digest = hashlib.sha256(content).hexdigest()
         facts = {"rows": [rows.start, rows.stop], "positions": len(ids), "bytes": len(content), "sha256": digest}
         self._index["shards"][name] = facts
-        self._write(INDEX, json.dumps(self._index, indent=1).encode())
+        self._write(INDEX, sealed_text(self._index).encode())
 
     def _write(self, name: str, content: bytes) -> None:
         try:
@@ -204,9 +212,7 @@ class LogitsReader:
         path = self.path / name
         try:
             if file_digest(path) != facts["sha256"]:
-                raise UserError(
-                    f"{path} is corrupt: its SHA-256 is not the one written", "delete this file, then " + AGAIN
-                )
+                raise UserError(f"{path} is corrupt: its SHA-256 is not the one written", AGAIN)
             file = safe_open(path, "pt")
             slices = [file.get_slice(name) for name in ("ids", "log_probs")]
             return _Shard(first, file.get_tensor("offsets"), file.get_tensor("digests"), *slices)
@@ -239,12 +245,14 @@ def _read_index(path: Path) -> dict:
     if not file.is_file():
         raise UserError(f"there are no logits in {path}", "write them with `rwkvinside data logits`")
     try:
-        index = json.loads(file.read_text(encoding="utf-8"))
+        index = unsealed(file.read_text(encoding="utf-8"))
         form = index["format"]
         _ = {name: index[name] for name in ("identity", "k", "vocab", "rows_per_shard", "rows")}
         _ = [(shard["rows"][1], shard["bytes"], shard["sha256"]) for shard in index["shards"].values()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"{file} is damaged: {error!r}", "write the logits again into another directory") from error
+    if outside := [name for name in index["shards"] if not is_name(name)]:
+        raise UserError(f"{file} names the file {outside[0]!r}", f"names of files beside it are allowed: {ALLOWED}")
     if form != FORMAT:
         raise UserError(f"the logits in {path} have format {form!r}", f"this version reads format {FORMAT}")
     return index

@@ -41,11 +41,12 @@ class Callback:
             row: of metrics; later callbacks see what is added to it.
         """
 
-    def evaluate(self, trainer: Trainer) -> Mapping[str, float]:
+    def evaluate(self, trainer: Trainer) -> Mapping[str, float | str]:
         """Return what an evaluation that is due finds.
 
         Returns:
-            Numbers by name for its row of metrics.
+            Numbers by name for its row of metrics, and "teacher": what they compare with, where that is not the
+            original model.
         """
         return {}
 
@@ -140,10 +141,10 @@ class Evaluate(Callback):
         function: from the number of steps done to numbers by name.
     """
 
-    def __init__(self, function: Callable[[int], Mapping[str, float]]):
+    def __init__(self, function: Callable[[int], Mapping[str, float | str]]):
         self.function = function
 
-    def evaluate(self, trainer: Trainer) -> Mapping[str, float]:
+    def evaluate(self, trainer: Trainer) -> Mapping[str, float | str]:
         """Return the function's numbers."""
         return self.function(trainer.done)
 

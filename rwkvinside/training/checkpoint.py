@@ -4,7 +4,7 @@ They are checked by size and SHA-256 before they are used.
 
     step-00000150/model.safetensors        weights by name
                   optimizer.safetensors    moments by name (absent where a stage has no optimizer)
-                  state.json               everything else, and the digests of the files above
+                  state.json               everything else, the digests of the files above, and where all this belongs
 
 Nothing is pickled. What the tensors and the state mean is up to the caller.
 """
@@ -12,7 +12,6 @@ Nothing is pickled. What the tensors and the state mean is up to the caller.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
 import re
@@ -26,7 +25,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import UserError
-from ..support.files import file_digest, free_bytes, fsync_tree, publish, remove_unfinished, temporary_sibling
+from ..support.files import (
+    file_digest,
+    free_bytes,
+    fsync_tree,
+    publish,
+    remove_unfinished,
+    rename,
+    temporary_sibling,
+)
+from ..support.names import is_name
+from ..support.sealed import read_sealed, sealed
 from ..support.text import rounded_bytes
 
 FORMAT = 1
@@ -77,11 +86,19 @@ class Checkpointer:
     Args:
         directory: made when the first checkpoint is written.
         fingerprint: JSON values that say which student the weights belong to; another one is refused at load.
+        run: id of the run; a checkpoint of another one is refused at load. None: it is not known.
         keep: how many of the newest checkpoints stay, at least 1.
         on_disk_full: "stop" raises, "continue" logs a warning and lets training go on to the next one.
     """
 
-    def __init__(self, directory: Path | str, fingerprint: Mapping, keep: int = 2, on_disk_full: str = "stop"):
+    def __init__(
+        self,
+        directory: Path | str,
+        fingerprint: Mapping,
+        keep: int = 2,
+        on_disk_full: str = "stop",
+        run: str | None = None,
+    ):
         if keep < 1:
             raise UserError(f"checkpoint.keep={keep}", "keep at least 1 checkpoint")
         if on_disk_full not in ("stop", "continue"):
@@ -90,6 +107,7 @@ class Checkpointer:
         self.fingerprint = json.loads(json.dumps(fingerprint))
         self.keep = keep
         self.on_disk_full = on_disk_full
+        self.run = run
 
     def names(self) -> list[str]:
         """Return the names of finished checkpoints, oldest first.
@@ -137,7 +155,9 @@ class Checkpointer:
                 for name, content in files.items():
                     save_file({k: t.detach().cpu().contiguous() for k, t in content.items()}, temporary / name)
                 facts = {name: _facts(temporary / name) for name in files}
-                _write_state(temporary / STATE, {"fingerprint": self.fingerprint, "files": facts, "state": dict(state)})
+                place = {"run": self.run, "stage": self.directory.name, "step": step}
+                described = {"fingerprint": self.fingerprint, "place": place, "files": facts, "state": dict(state)}
+                _write_state(temporary / STATE, described)
                 fsync_tree(temporary)  # before another one makes room
                 self._set_aside(step)
                 publish(temporary, target)
@@ -156,7 +176,8 @@ class Checkpointer:
         Every byte of it is checked.
 
         Raises:
-            CorruptCheckpoint: names the checkpoint, what is wrong, and the newest intact one.
+            CorruptCheckpoint: names the checkpoint, what is wrong, and the newest intact one. It may also be that of
+                another run, stage or step.
             UserError: there is none, or it belongs to another student.
         """
         names = self.names()
@@ -166,7 +187,7 @@ class Checkpointer:
         if chosen not in names:
             raise UserError(f"no checkpoint {chosen} in {self.directory}", f"there are: {', '.join(names)}")
         try:
-            content = _read(self.directory / chosen)
+            content = _read(self.directory / chosen, self.run)
         except CorruptCheckpoint as error:
             raise CorruptCheckpoint(error.cause, self._other(chosen)) from error
         if differences := _differences(content["fingerprint"], self.fingerprint):
@@ -184,7 +205,7 @@ class Checkpointer:
         for name in reversed(self.names()):
             if name != corrupt:
                 try:
-                    _read(self.directory / name)
+                    _read(self.directory / name, self.run)
                 except CorruptCheckpoint:
                     continue
                 return f"the newest intact one is {name}: use --resume-from {name}"
@@ -196,7 +217,7 @@ class Checkpointer:
                 aside = self.directory / f"abandoned-{name}"
                 if aside.exists():
                     shutil.rmtree(aside)
-                (self.directory / name).rename(aside)
+                rename(self.directory / name, aside)
                 if _number(name) == step:  # the same step written again
                     shutil.rmtree(aside)
 
@@ -207,13 +228,17 @@ class Checkpointer:
         logger.warning("%s; training goes on to the next one", cause)
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, run: str | None = None) -> Checkpoint:
     """Return a checkpoint of any student, to be read only.
+
+    Args:
+        path: its directory.
+        run: id of the run that it must be of; None: any.
 
     Raises:
         UserError: it is not what was written (`CorruptCheckpoint`), or of another format.
     """
-    return Checkpoint(path, _read(path)["state"])
+    return Checkpoint(path, _read(path, run)["state"])
 
 
 def checkpoint_directories(stage_folder: Path) -> list[Path]:
@@ -239,14 +264,17 @@ def _number(name: str) -> int:
     return int(name.removeprefix("step-"))
 
 
-def _read(path: Path) -> dict:
-    """Return state.json of a checkpoint, after checking its files.
+def _read(path: Path, run: str | None) -> dict:
+    """Return state.json of a checkpoint, after checking its place and its files.
 
     They are compared with what state.json says of them.
     """
     content = _read_state(path / STATE)
+    _check_place(path, content.get("place"), run)
+    if more := [file for file in (MODEL, OPTIMIZER) if file not in content["files"] and (path / file).exists()]:
+        raise CorruptCheckpoint(f"checkpoint {path} is corrupt: {more[0]} was not written with it")
     for file, written in content["files"].items():
-        if not (path / file).is_file():
+        if not is_name(file) or not (path / file).is_file():
             raise CorruptCheckpoint(f"checkpoint {path} is corrupt: {file} is missing")
         if (size := (path / file).stat().st_size) != written["bytes"]:
             raise CorruptCheckpoint(
@@ -257,32 +285,41 @@ def _read(path: Path) -> dict:
     return content
 
 
+def _check_place(path: Path, place: Mapping | None, run: str | None) -> None:
+    """Refuse a checkpoint that was moved here from elsewhere.
+
+    Those of earlier versions do not know their place, nor do their runs have an id.
+    """
+    if place is None and run is None:
+        return
+    if place is None:
+        raise CorruptCheckpoint(f"checkpoint {path} does not say of which run it is, and the run knows its own")
+    here = {"stage": path.parent.name, "step": _number(path.name)} | ({} if run is None else {"run": run})
+    for name, value in here.items():
+        if (written := place.get(name)) != value:
+            raise CorruptCheckpoint(f"checkpoint {path} was moved: it is of {name} {written}, not {value}")
+
+
 def _facts(path: Path) -> dict:
     """Return size and SHA-256 of a file."""
     return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
 
 
 def _write_state(path: Path, content: dict) -> None:
-    content = {"format": FORMAT} | content
-    text = json.dumps({"sha256": _digest(content)} | content, allow_nan=False)
+    text = json.dumps(sealed({"format": FORMAT} | content), allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")
 
 
 def _read_state(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        digest, version = content.pop("sha256"), content["format"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptCheckpoint(f"checkpoint {path.parent} is corrupt: {path.name} cannot be read") from error
+        content, _ = read_sealed(path)
+        version = content["format"]
+    except (ValueError, KeyError) as error:
+        problem = error if isinstance(error, ValueError) else f"{path.name} cannot be read"
+        raise CorruptCheckpoint(f"checkpoint {path.parent} is corrupt: {problem}") from error
     if version != FORMAT:
         raise UserError(f"checkpoint {path.parent} has format {version!r}", f"this version reads format {FORMAT}")
-    if digest != _digest(content):
-        raise CorruptCheckpoint(f"checkpoint {path.parent} is corrupt: {path.name} was changed after it was written")
     return content
-
-
-def _digest(content: dict) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _differences(written: Mapping, current: Mapping) -> str:

@@ -1,7 +1,7 @@
 """DeepSpeed's configuration, as plain values.
 
-It joins what follows from the recipe and what the user's own file says. DeepSpeed itself is not imported, so that a
-plan can show the result.
+It joins what follows from the configuration and what the user's own file says. DeepSpeed itself is not imported, so
+that a plan can show the result.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ AUTO = "auto"
 SECTIONS = ("optimizer", "scheduler", "bf16", "fp16", "torch_autocast", "zero_optimization")
 OFFLOADS = ("offload_optimizer", "offload_param")
 OFFLOAD_FIELDS = ("offload_optimizer", "offload_parameters")  # of `DeepSpeedConfig`, in the same order
-HINT = "set it in the recipe (`stages`, `precision`, `deepspeed`), or write auto in DeepSpeed's file"
+HINT = "set it in the configuration (`stages`, `precision`, `deepspeed`), or write auto in DeepSpeed's file"
 
 
 def settle(zero: DeepSpeedConfig) -> DeepSpeedConfig:
@@ -43,36 +43,36 @@ def deepspeed_config(zero: DeepSpeedConfig, settings: OptimConfig, precision: st
     """Return what is handed to `deepspeed.initialize`.
 
     It has the user's sections over ours, with "auto" filled in. Batch sizes, clipping, precision, optimizer and
-    schedule follow from the recipe. A user's file may repeat them, as "auto" or with the same value; optimizer and
-    scheduler are then left out, because they are handed over as objects. `train_batch_size` is left out too: DeepSpeed
-    wants rows that divide by the ranks, the trainer does not.
+    schedule follow from the configuration. A user's file may repeat them, as "auto" or with the same value; optimizer
+    and scheduler are then left out, because they are handed over as objects. `train_batch_size` is left out too:
+    DeepSpeed wants rows that divide by the ranks, the trainer does not.
 
     Raises:
-        UserError: a value contradicts the recipe, the ZeRO stage does not exist, or offloading lacks sharding.
+        UserError: a value contradicts the configuration, the ZeRO stage does not exist, or offloading lacks sharding.
     """
     user = {key: value for key, value in (zero.config or {}).items() if value != AUTO}
     _check_sections(_settled(user))
     bf16 = precision == "bf16"
-    recipe = {
+    configured = {
         "train_micro_batch_size_per_gpu": shape.micro_rows,
         "gradient_accumulation_steps": shape.micro_batches,
         "gradient_clipping": settings.clip,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    for key, value in {"train_batch_size": shape.rows, **recipe}.items():
+    for key, value in {"train_batch_size": shape.rows, **configured}.items():
         _agree(user, key, value)
     _check_optimizer(user.pop("optimizer", {}), settings)
     if parameters := _settled(user.pop("scheduler", {})).get("params"):
         raise UserError(
-            f"DeepSpeed's scheduler sets {', '.join(parameters)}", "the recipe has the schedule: leave it out"
+            f"DeepSpeed's scheduler sets {', '.join(parameters)}", "the configuration has the schedule: leave it out"
         )
-    ours: dict[str, Any] = {**recipe, "steps_per_print": 1_000_000_000}
+    ours: dict[str, Any] = {**configured, "steps_per_print": 1_000_000_000}
     for section, allowed in (("fp16", False), ("bf16", bf16), ("torch_autocast", bf16)):
         if user.get(section, {}).get("enabled") is not True:
             user.pop(section, None)
         elif not allowed:
-            raise UserError(f"DeepSpeed's file enables {section}, the recipe's precision is {precision}", HINT)
+            raise UserError(f"DeepSpeed's file enables {section}, the configuration's precision is {precision}", HINT)
     bf16_weights = "bf16" in user or (bf16 and zero.bf16_weights)
     stage = zero.zero_stage
     if bf16_weights:
@@ -118,20 +118,20 @@ def _check_sections(config: Mapping) -> None:
 
 
 def _agree(user: dict, key: str, value: object) -> None:
-    """Take a key of the recipe out of the user's sections.
+    """Take a key of the configuration out of the user's sections.
 
-    It may only repeat what the recipe says.
+    It may only repeat what the configuration says.
     """
     if (users := user.pop(key, value)) != value:
-        raise UserError(f"DeepSpeed's file sets {key}={users!r}, the recipe gives {value!r}", HINT)
+        raise UserError(f"DeepSpeed's file sets {key}={users!r}, the configuration gives {value!r}", HINT)
 
 
 def _check_optimizer(section: Mapping, settings: OptimConfig) -> None:
     if str(section.get("type", AUTO)).lower() not in (AUTO, "adam", "adamw"):
-        raise UserError(f"DeepSpeed's file sets optimizer.type={section['type']!r}", "the recipe trains with AdamW")
-    recipe = {"betas": list(settings.betas), "eps": settings.eps, "weight_decay": settings.weight_decay}
+        raise UserError(f"DeepSpeed's file sets optimizer.type={section['type']!r}", "training is with AdamW")
+    configured = {"betas": list(settings.betas), "eps": settings.eps, "weight_decay": settings.weight_decay}
     for key, value in _settled(section.get("params", {})).items():
-        if key not in recipe or value != recipe[key]:
+        if key not in configured or value != configured[key]:
             raise UserError(f"DeepSpeed's file sets optimizer.params.{key}={value!r}", HINT)
 
 

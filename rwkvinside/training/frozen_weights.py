@@ -21,10 +21,13 @@ from .checkpoint import MARGIN
 NAME = "frozen.safetensors"
 
 
-def write_frozen_weights(directory: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_frozen_weights(directory: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write the tensors of a stage, complete or not at all.
 
     Only one process may.
+
+    Returns:
+        The SHA-256 of the file, by which it is read.
 
     Raises:
         UserError: there is no space, or the directory cannot be written.
@@ -37,31 +40,28 @@ def write_frozen_weights(directory: Path, tensors: Mapping[str, Tensor]) -> None
             raise OSError(f"{rounded_bytes(needed)} needed, {rounded_bytes(free)} free")
         with replacing(target) as temporary:
             save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary)
+        return file_digest(target)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {target}: {error}", "free space or move --out, then --resume") from error
 
 
-def read_frozen_weights(directory: Path) -> dict[str, Tensor] | None:
+def read_frozen_weights(directory: Path, digest: str | None) -> dict[str, Tensor] | None:
     """Return the tensors of a stage on the CPU.
 
-    None where it has written none.
+    Args:
+        directory: of the stage.
+        digest: what `write_frozen_weights` returned; None: it has written none, and the result is None.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: the file is missing, or not the one that was written.
     """
-    file = directory / NAME
-    if not file.exists():
+    if digest is None:
         return None
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise UserError(f"{file} is damaged: {error}", "start the stage again in a new run directory") from error
-
-
-def frozen_weights_digest(directory: Path) -> str | None:
-    """Return the SHA-256 of the file; None where there is none.
-
-    Checkpoints of the stage remember it.
-    """
     file = directory / NAME
-    return file_digest(file) if file.exists() else None
+    hint = "restore it from a copy of the run, or begin a new run with --out"
+    try:
+        if file_digest(file) != digest:
+            raise UserError(f"{file} is damaged: its SHA-256 is not the one written", hint)
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} cannot be read: {error}", hint) from error

@@ -5,6 +5,7 @@ Reads a hostfile, checks that every host answers, and hands over to DeepSpeed's 
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ from typing import NoReturn
 from ..errors import UserError
 
 PATIENCE = 10  # seconds to wait for a host
+NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")  # of a host; ssh takes what begins with - for an option
 
 
 def read_hostfile(path: str | Path) -> dict[str, int]:
@@ -26,7 +28,8 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
     Lines are such as `worker-1 slots=8`; # begins a comment.
 
     Raises:
-        UserError: it cannot be read, names no host, names one twice, or has a line of another form.
+        UserError: it cannot be read, names no host, names one twice, has a line of another form, or has something else
+            than the name or the address of a host.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -42,12 +45,26 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
             raise UserError(
                 f"hostfile {path}, line {number}: {text!r}", "write `host slots=N`, N processes on that host"
             )
+        if not is_host(match[1]):
+            raise UserError(
+                f"hostfile {path}, line {number}: {match[1]!r} is not the name or the address of a host",
+                "letters, digits, points, - and _ make a name; users and ports belong in ~/.ssh/config",
+            )
         if match[1] in hosts:
             raise UserError(f"hostfile {path}, line {number}: {match[1]} is listed twice", "name each host once")
         hosts[match[1]] = int(match[2])
     if not hosts:
         raise UserError(f"hostfile {path} names no host", "write `host slots=N`, one host a line")
     return hosts
+
+
+def is_host(text: str) -> bool:
+    """Return whether a text is the name of a host, or an IPv4 or IPv6 address, and so never an option of ssh."""
+    try:
+        ipaddress.ip_address(text.partition("%")[0] if NAME.fullmatch(text.partition("%")[2] or "0") else "")
+    except ValueError:
+        return NAME.fullmatch(text) is not None
+    return True
 
 
 def check_hosts(hosts: Mapping[str, int]) -> None:
@@ -84,7 +101,7 @@ def launch(hostfile: str | Path, argv: Sequence[str]) -> NoReturn:
 
 
 def _problem(host: str) -> str | None:
-    command = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={PATIENCE}", host, "true"]
+    command = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={PATIENCE}", "--", host, "true"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=2 * PATIENCE)
     except subprocess.TimeoutExpired:

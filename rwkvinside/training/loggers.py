@@ -59,7 +59,7 @@ def check_loggers(names: Sequence[str]) -> None:
         if spec is None or spec.origin is None:  # without an origin: a folder of that name, such as wandb's own
             raise UserError(
                 f"loggers: {name} is not installed",
-                f"pip install 'rwkvinside[{name}]', or leave {name} out of loggers",
+                f"pip install {name}, or leave {name} out of loggers",
             )
 
 

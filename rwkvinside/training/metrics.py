@@ -67,8 +67,11 @@ class MetricsWriter:
             self._logger.begin(stage, step or 0)
         if not self.path.exists():
             return
-        lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
-        remaining = [line for line in lines if not _repeated(json.loads(line), stage, step)]
+        lines = self.path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")[:-1]
+        try:
+            remaining = [line for line in lines if not _repeated(json.loads(line), stage, step)]
+        except (AttributeError, TypeError, ValueError, RecursionError) as error:
+            raise UserError(f"{self.path} has a damaged line ({error})", "`rwkvinside report` names it") from error
         write_text(self.path, "".join(f"{line}\n" for line in remaining), hint=HINT)
 
 
@@ -116,7 +119,8 @@ class Console:
         """Show an evaluation row: its numbers by name."""
         skipped = ("step", "tokens", "time")
         numbers = [f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, (int, float)) and k not in skipped]
-        self.say(f"{self.stage} {row['step']}/{self.steps}  {row['kind']}: {'  '.join(numbers)}")
+        against = f"  (teacher: {row['teacher']})" if "teacher" in row else ""
+        self.say(f"{self.stage} {row['step']}/{self.steps}  {row['kind']}: {'  '.join(numbers)}{against}")
 
     def say(self, line: str) -> None:
         """Show a line of text."""

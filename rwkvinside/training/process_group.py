@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+from ..errors import UserError
+
+Result = TypeVar("Result")
 
 
 class Distributed:
@@ -55,6 +60,28 @@ class Distributed:
     def barrier(self) -> None:
         """Wait until all ranks are here."""
         self.all_reduce_sum([0.0])
+
+    def on_main(self, work: Callable[[], Result]) -> Result | None:
+        """Do something on rank 0 while the others wait.
+
+        Every rank must call it.
+
+        Returns:
+            What rank 0 has found; None on the others.
+
+        Raises:
+            UserError: on all ranks, when rank 0 raises one.
+        """
+        result, problem = None, None
+        if self.is_main:
+            try:
+                result = work()
+            except UserError as error:
+                problem = error
+        (failed,) = self.all_reduce_sum([problem is not None])
+        if failed:
+            raise problem or UserError("rank 0 has stopped", "its own message says why")
+        return result
 
     def close(self) -> None:
         """Leave the process group, once all engines are closed.

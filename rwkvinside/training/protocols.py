@@ -45,6 +45,10 @@ class TrainingBatch(Protocol):
     def rows(self) -> tuple[int, ...]:
         """Global numbers of its rows, for reports."""
 
+    @property
+    def num_tokens(self) -> int:
+        """Number of its tokens, padding not counted."""
+
     def to(self, device: torch.device) -> Self:
         """Return the same batch on another device."""
 

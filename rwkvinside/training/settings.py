@@ -48,7 +48,8 @@ class OptimConfig(Section):
         None, description="Learning rate after the decay, of what was above it; null: from lr."
     )
     warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="Steps of linear warm-up; null: 50, in a short stage a tenth, at least 10; sft 3 %."
+        None,
+        description="Steps of linear warm-up; null: 50 (in a short align a quarter, in others a tenth), of sft 3 %.",
     )
     decay: DecayConfig = Field(DecayConfig(), description="Decay of the learning rate.")
     clip: Rate = Field(1.0, description="Largest norm of the gradient; 0: no limit.")

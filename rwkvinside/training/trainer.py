@@ -73,6 +73,7 @@ class Trainer(Generic[AnyBatch]):
 
     Attributes:
         done: optimizer steps done.
+        tokens: read in these steps by all ranks; padding does not count.
         seconds_left: estimate for the rest of the stage.
     """
 
@@ -91,9 +92,9 @@ class Trainer(Generic[AnyBatch]):
         self.world = engine.world
         self.checkpointer = checkpointer
         length = plan.length
-        self.settings = dict(settings or {}) | {"batch_tokens": length.batch_tokens, "seq_len": length.seq_len}
+        self.settings = _with_shape(settings or {}, length)
         self.callbacks = [callback for callback in callbacks if self.world.is_main or not callback.main_only]
-        self.done = 0
+        self.done = self.tokens = 0
         self.seconds_left = math.inf
         self._saved: int | None = None
         if length.rows_per_step < self.world.size:
@@ -115,28 +116,16 @@ class Trainer(Generic[AnyBatch]):
         Raises:
             UserError: made with another batch size, row length, seed or data, or without an optimizer.
         """
-        state = checkpoint.state
-        current = {"stage": self.plan.stage} | self.settings
-        written = {"stage": state.get("stage")} | state.get("settings", {})
-        for key in sorted(set(written) | set(current)):
-            if written.get(key) != current.get(key):
-                raise UserError(
-                    f"checkpoint {checkpoint.path} was made with {key}={written.get(key)!r}, not {current.get(key)!r}",
-                    "resume with the settings it was made with, or start the stage again without --resume",
-                )
+        check_resumable(checkpoint, self.plan.stage, self.settings, self.plan.length)
         optimizer = checkpoint.optimizer()
         if optimizer is None:
             raise UserError(f"checkpoint {checkpoint.path} has no optimizer state", "start the next stage from it")
-        if checkpoint.step > self.plan.length.steps:
-            raise UserError(
-                f"checkpoint {checkpoint.path} is at step {checkpoint.step}, the stage has {self.plan.length.steps}",
-                "raise the stage's tokens or start it again without --resume",
-            )
         trained = {n: t for n, t in checkpoint.tensors().items() if n in self.engine.trainable}
         self.engine.load_parameters(trained, absent=set(joined) - set(trained))
         self.engine.load_optimizer_state(optimizer, absent={n for n in joined if f"{n}/step" not in optimizer})
-        set_rng_state(state["rng"])
+        set_rng_state(checkpoint.state["rng"])
         self.done = self._saved = checkpoint.step
+        self.tokens = checkpoint.state["tokens"]
 
     def fit(self, until: int | None = None) -> None:
         """Train to the end of the stage, evaluate and save.
@@ -146,7 +135,8 @@ class Trainer(Generic[AnyBatch]):
 
         Raises:
             UserError: a loss or gradient that is not finite (the last good checkpoint stays), or no space to save.
-            Interrupted: SIGTERM or SIGINT came on any rank; the step was finished and saved.
+            Interrupted: SIGTERM or SIGINT came on any rank; the step was finished and saved. KeyboardInterrupt, if that
+                was before the first one.
         """
         plan, steps = self.plan, self.plan.length.steps
         end = steps if until is None else min(until, steps)
@@ -155,13 +145,13 @@ class Trainer(Generic[AnyBatch]):
             while self.done < end:
                 throughput.mark()
                 with self._heard():
-                    batches, step = self._micro_batches()
+                    batches, step, read = self._micro_batches()
                 here = sum(step.count(batch) for batch in batches)
-                count, stopped = self.world.all_reduce_sum([here, signal.received is not None])
+                count, tokens, stopped = self.world.all_reduce_sum([here, read, signal.received is not None])
                 if stopped:
                     self._interrupt()
                 # a step in which nothing counts has loss 0
-                self._update(batches, step, max(int(count), 1), throughput)
+                self._update(batches, step, max(int(count), 1), int(tokens), throughput)
                 if self.done == steps or _due(self.done, plan.evaluate_every):
                     self._evaluate()
                 if self.done == end or _due(self.done, plan.save_every):
@@ -170,8 +160,8 @@ class Trainer(Generic[AnyBatch]):
             if self.world.all_reduce_sum([signal.received is not None])[0]:
                 self._interrupt()
 
-    def _micro_batches(self) -> tuple[list[AnyBatch], Step[AnyBatch]]:
-        """Return this rank's micro-batches, and the step that trains on them.
+    def _micro_batches(self) -> tuple[list[AnyBatch], Step[AnyBatch], int]:
+        """Return this rank's micro-batches, the step that trains on them, and their tokens.
 
         They are as many as any other rank has.
         """
@@ -182,14 +172,22 @@ class Trainer(Generic[AnyBatch]):
         first = self.done * R
         rows = range(first, first + R)[world.rank :: world.size]
         batches = [self.rows.batch(rows[i : i + n]).to(world.device) for i in range(0, len(rows), n)]
+        tokens = sum(batch.num_tokens for batch in batches)
         if len(batches) == math.ceil(math.ceil(R / world.size) / n):
-            return batches, self.step
+            return batches, self.step, tokens
         # engines work in step with each other: one forward and backward that counts nothing
         idle = self.rows.batch(rows[-1:]).to(world.device)
-        return [*batches, idle], _Except(self.step, idle)
+        return [*batches, idle], _Except(self.step, idle), tokens
 
-    def _update(self, batches: Sequence[AnyBatch], step: Step[AnyBatch], count: int, throughput: Throughput) -> None:
-        """Make an optimizer step, and a row of metrics of it."""
+    def _update(
+        self, batches: Sequence[AnyBatch], step: Step[AnyBatch], count: int, tokens: int, throughput: Throughput
+    ) -> None:
+        """Make an optimizer step, and a row of metrics of it.
+
+        Args:
+            count: items that the loss is divided by.
+            tokens: of the step. Both are those of all ranks.
+        """
         length, number = self.plan.length, self.done + 1
         rates = self.plan.schedule.rates(number, length)
         self.engine.set_rates(rates)
@@ -197,8 +195,8 @@ class Trainer(Generic[AnyBatch]):
             result = self.engine.train_step(batches, step, count)
         if not result.finite:
             self._refuse(number, result, batches, step)
-        self.done = number
-        speed, self.seconds_left = throughput.step(length.tokens_per_step, length.steps - number)
+        self.done, self.tokens = number, self.tokens + tokens
+        speed, self.seconds_left = throughput.step(tokens, length.steps - number)
         first, *others = rates
         row = {
             **self._row("train"),
@@ -215,7 +213,7 @@ class Trainer(Generic[AnyBatch]):
             callback.step(self, row)
 
     def _evaluate(self) -> None:
-        numbers: dict[str, float] = {}
+        numbers: dict[str, float | str] = {}
         for callback in self.callbacks:
             numbers |= callback.evaluate(self)
         if numbers:
@@ -225,8 +223,7 @@ class Trainer(Generic[AnyBatch]):
 
     def _row(self, kind: str) -> dict:
         """Return the beginning of a row of metrics."""
-        tokens = self.done * self.plan.length.tokens_per_step
-        return {"kind": kind, "stage": self.plan.stage, "step": self.done, "tokens": tokens}
+        return {"kind": kind, "stage": self.plan.stage, "step": self.done, "tokens": self.tokens}
 
     def _labeled(self, name: str, value: float | list[float]) -> float | dict[str, float]:
         if not isinstance(value, list):
@@ -262,7 +259,7 @@ class Trainer(Generic[AnyBatch]):
         state = {
             "stage": self.plan.stage,
             "step": self.done,
-            "tokens": self.done * length.tokens_per_step,
+            "tokens": self.tokens,
             "rows": self.done * length.rows_per_step,
             "finished": self.done == length.steps,
             "world_size": self.world.size,
@@ -278,7 +275,7 @@ class Trainer(Generic[AnyBatch]):
     def _interrupt(self) -> NoReturn:
         where = f"stage {self.plan.stage} stopped at step {self.done} of {self.plan.length.steps}"
         if self.checkpointer is None or not self.done:
-            raise Interrupted(f"{where}, nothing to save", "start it again")
+            raise KeyboardInterrupt(where)  # nothing to save
         self._save(required=True)
         raise Interrupted(f"{where}, saved in {self.checkpointer.directory}", "continue with --resume")
 
@@ -328,6 +325,37 @@ class Trainer(Generic[AnyBatch]):
             if not self.world.is_main:
                 print(f"rank {self.world.rank}: {error}", file=sys.stderr, flush=True)
             raise
+
+
+def check_resumable(checkpoint: Checkpoint, stage: str, settings: Mapping, length: StageLength) -> None:
+    """Refuse a checkpoint from which a stage cannot go on as it began.
+
+    Args:
+        checkpoint: of the stage.
+        stage: its name.
+        settings: those of the trainer; batch size and row length are added here.
+        length: of the stage.
+
+    Raises:
+        UserError: made with another batch size, row length, seed or data, or for a longer stage.
+    """
+    current = {"stage": stage} | _with_shape(settings, length)
+    written = {"stage": checkpoint.state.get("stage")} | checkpoint.state.get("settings", {})
+    for key in sorted(set(written) | set(current)):
+        if written.get(key) != current.get(key):
+            raise UserError(
+                f"checkpoint {checkpoint.path} was made with {key}={written.get(key)!r}, not {current.get(key)!r}",
+                "resume with the settings it was made with, or start the stage again without --resume",
+            )
+    if checkpoint.step > length.steps:
+        raise UserError(
+            f"checkpoint {checkpoint.path} is at step {checkpoint.step}, the stage has {length.steps}",
+            "raise the stage's tokens or start it again without --resume",
+        )
+
+
+def _with_shape(settings: Mapping, length: StageLength) -> dict:
+    return dict(settings) | {"batch_tokens": length.batch_tokens, "seq_len": length.seq_len}
 
 
 class _Except(Generic[AnyBatch]):

@@ -98,10 +98,10 @@ def test_lengths_and_padding(teacher, tmp_path, capsys):
         ("64", "127", "1"),
     ]
     assert rows[2][4] == "█" * 40 and rows[0][4] == "█" * 13 and len(rows[1]) == 4
-    # 140 tokens in 5 rows of 32; 3 + 10 + 12 + 15 + 32 of 5 rows
+    # 140 tokens in 5 rows of 32; 32, 15 + 12 + 3 and 10 in 3 rows
     padding = next(line for line in lines if line.startswith("  padding"))
-    assert f"{20 / 160:.2%} in packed rows of 32; {88 / 160:.1%} with one document per row, " in padding
-    assert "which cuts 1 documents and 48.6% of the tokens" in padding
+    assert f"{20 / 160:.2%} in packed rows of 32; {24 / 96:.1%} in rows of whole ones (sft), " in padding
+    assert "which cut 1 documents and 48.6% of the tokens" in padding
     assert png.read_bytes()[:4] == b"\x89PNG"
 
 

@@ -1,6 +1,7 @@
 """`rwkvinside doctor`: packages and kernels of this machine."""
 
 from rwkvinside import kernels
+from rwkvinside.cli import doctor
 from rwkvinside.cli import main as cli
 
 
@@ -19,3 +20,11 @@ def test_doctor_says_which_kernel_runs(capsys, monkeypatch):
         monkeypatch.setattr(kernels, "instructions", lambda: "avx2")
         assert cli.main(["doctor"]) == 0
         assert f"WKV-7 on the CPU: {said}" in capsys.readouterr().out
+
+
+def test_what_is_missing_can_be_installed_as_printed(capsys, monkeypatch):
+    real = doctor.version
+    monkeypatch.setattr(doctor, "version", lambda name: "0.1" if name == "transformers" else real(name))
+    assert cli.main(["doctor"]) == 2
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "1 requirements are not met: pip install 'transformers" in last and last.endswith("'")

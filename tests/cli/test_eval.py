@@ -73,6 +73,30 @@ def test_a_run_is_evaluated_as_its_export_would_be(run, val, tmp_path, capsys):
     assert "5 documents" in capsys.readouterr().out
 
 
+def test_a_windowed_student_is_shown_with_its_control(run, teacher, val, tmp_path, capsys):
+    windowed = tmp_path / "run"
+    shutil.copytree(run, windowed)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["student"] |= {"window": 8, "sinks": 1}
+    (windowed / "config.yaml").write_text(yaml.safe_dump(config))
+    lm = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+    model = HybridModel.from_teacher(lm, StudentConfig(attention_layers=(0, 1, 2, 3), window=8, sinks=1))
+    for mixer in model.mixers.values():  # the control itself
+        mixer.mix_recurrence.data.zero_()
+        mixer.mix_window.data.fill_(1)
+    Checkpointer(windowed / "stages" / "distill", {}).save(2, model.student_state_dict(), None, {"stage": "distill"})
+    out = tmp_path / "result.json"
+    assert run_eval(windowed, "--data", val, "--max-documents", 5, "--max-length", 64, "--json", out) == 0
+    result, said = json.loads(out.read_text()), capsys.readouterr().out
+    assert "control: the teacher, untrained" in said
+    assert result["control"]["kl"] > 1e-3 and result["control"]["tokens"] == result["tokens"]
+    for name in ("kl", "ce", "ce_teacher", "agreement"):
+        assert result["control"][name] == pytest.approx(result[name], rel=1e-4)
+
+    assert run_eval(run, "--data", val, "--max-documents", 2, "--max-length", 16, "--json", out) == 0
+    assert "control" not in json.loads(out.read_text()) and "control" not in capsys.readouterr().out
+
+
 def test_an_earlier_stage_of_a_run_can_be_chosen(run):
     def output(model) -> torch.Tensor:
         return model.model.layers[4].self_attn.output.weight

@@ -108,6 +108,25 @@ def test_exit_codes(capsys, error, code):
     assert capsys.readouterr().err == "error: cause\nhint\n"
 
 
+def test_ctrl_c_is_a_line(capsys):
+    @cli.report_errors
+    def main(argv=None):
+        raise KeyboardInterrupt
+
+    assert main() == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.integration
+def test_a_closed_pipe_is_silent():
+    for arguments in (["config", "fields"], ["plan", "--teacher", "Qwen3-0.6B"]):
+        command = [sys.executable, "-m", "rwkvinside", *arguments]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+        process.stdout.close()
+        said = process.stderr.read().decode()
+        assert process.wait() == 141 and "Error" not in said and "Traceback" not in said, said
+
+
 @pytest.mark.integration
 def test_kernels_do_not_hide_the_package_of_that_name():
     code = "import kernels, rwkvinside.kernels as k, rwkvinside.recipes; print(kernels.__file__, k.__name__)"

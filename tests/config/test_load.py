@@ -8,10 +8,11 @@ import pytest
 import yaml
 from tiny import save_configuration
 
+from rwkvinside.cli.main import main
 from rwkvinside.config.load import DEFAULT_DATA, load_config
 from rwkvinside.config.resolve import resolve
 from rwkvinside.config.show import describe, to_yaml
-from rwkvinside.config.teacher_lookup import recipes
+from rwkvinside.config.teacher_lookup import teachers
 from rwkvinside.errors import UserError
 from rwkvinside.hybrid.settings import StudentConfig
 from rwkvinside.stages.registry import OBJECTIVES, STAGES, find_stage_class
@@ -27,6 +28,7 @@ PARAMETERS = {
     "Qwen3-8B": 8.19,
     "Qwen3-14B": 14.77,
     "Qwen3-32B": 32.76,
+    "SmolLM2-135M": 0.1345,
 }
 
 
@@ -57,22 +59,22 @@ def problems(*overrides, **arguments):
     return caught.value.cause.split("\n  ")
 
 
-@pytest.mark.parametrize("name", sorted(recipes()))
-def test_every_recipe_loads_and_describes_the_model_of_that_name(name):
+@pytest.mark.parametrize("name", sorted(teachers()))
+def test_every_preset_loads_and_describes_the_model_of_that_name(name):
     from rwkvinside.planning.plan import meta_student, teacher_parameters
 
     config = load_config(teacher=name.lower())
-    assert config.teacher.path.endswith(name)
+    assert name in config.teacher.path
     assert config.data.train == [DEFAULT_DATA]
-    assert config.out == f"runs/{name}"
+    assert config.out == f"runs/{config.teacher.path.split('/')[1]}"
     # to the digits that the card gives
     assert teacher_parameters(meta_student(resolve(config).settings)) / 1e9 == pytest.approx(PARAMETERS[name], rel=2e-3)
     assert load_config(teacher=config.teacher.path) == config
 
 
-def test_recipes_are_found_as_package_data():
+def test_teachers_are_found_as_package_data():
     shipped = {
-        entry.name for entry in (files("rwkvinside.recipes") / "recipes").iterdir() if entry.name.endswith(".yaml")
+        entry.name for entry in (files("rwkvinside.recipes") / "teachers").iterdir() if entry.name.endswith(".yaml")
     }
     assert shipped == {f"{name}.yaml" for name in PARAMETERS}
 
@@ -81,7 +83,7 @@ def test_later_beats_earlier(tmp_path):
     first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
     first.write_text("teacher: {path: Qwen3-14B}\nseed: 1\nlog_every: 1\nout: a\nstudent: {attention_layers: [1, 2]}\n")
     second.write_text("seed: 2\ndata: {train: [from-file]}\nout: b\nstudent: {attention_layers: [3]}\n")
-    assert load_config([first]).stages["distill"].optim.lr_rest == 7e-6  # the recipe's
+    assert load_config([first]).stages["distill"].optim.lr_rest == 7e-6  # the preset's
     config = load_config([first, second], data=["x", "y"], out="c", overrides=["out=d", "student.preset=rad"])
     assert (config.seed, config.log_every, config.out, config.student.preset) == (2, 1, "d", "rad")
     assert config.student.attention_layers == (3,)  # lists replace, they are not joined
@@ -135,10 +137,10 @@ def test_rates_fall_with_width():
 def test_short_stages_have_short_warm_up(teacher):
     config = load_config(teacher=teacher, overrides=["stages.align.tokens=600k", "stages.sft.tokens=600k"])
     assert config.stages["align"].length.steps == 147
-    assert config.stages["align"].optim.warmup_steps == 14
+    assert config.stages["align"].optim.warmup_steps == 36
     assert config.stages["sft"].optim.warmup_steps == 4
     tiny = load_config(teacher=teacher, overrides=["stages.align.tokens=50k", "stages.distill.tokens=20k"])
-    assert tiny.stages["align"].optim.warmup_steps == 10
+    assert tiny.stages["align"].optim.warmup_steps == 20  # of 13 steps: it never reaches the full rate
     assert tiny.stages["distill"].optim.warmup_steps == tiny.stages["distill"].length.steps == 5
     given = load_config(teacher=teacher, overrides=["stages.align.optim.warmup_steps=0"])
     assert given.stages["align"].optim.warmup_steps == 0
@@ -194,6 +196,19 @@ def test_all_problems_at_once(teacher):
         ("student.attention_layers=[7,-1]", "has layer -1, 7, but the teacher has layers 0 to 4"),
         ("student.attention_layers=[0,1,2,3,4]", "keeps all 5 layers"),
         ("student.sinks=4", "student.sinks = 4: is 4 without a window; set student.window"),
+        ("student.sinks={1: 4}", "without a window; set student.window"),
+        ("student.window=-1", "student.window = -1: must be a number of tokens, 0 or more, or such numbers by layer"),
+        (
+            "student.window=[4,4,4,4,4]",
+            "must be a number of tokens, 0 or more, or such numbers by layer (0: 64, 1-11: 32",
+        ),
+        ("student.window={}", "must be a number of tokens, 0 or more, or such numbers by layer"),
+        ("student.window={0: 4.5}", "must be a number of tokens, 0 or more, or such numbers by layer"),
+        ("student.window={first: 4}", "has the key first; name a layer (3), a range of them (4-11), or default"),
+        ("student.window={3-1: 4}", "has the key 3-1; name a layer"),
+        ("student.window={0-2: 4, 2: 8}", "names layer 2 twice"),
+        ("student.window={3-5: 4}", "has layer 5, but the teacher has layers 0 to 4"),
+        ("student={window: {0-2: 4}, sinks: {2-4: 1}}", "has first tokens in layer 3, which has no window"),
         ("student.preset.x=1", "student.preset = {'x': 1}: allowed"),
         ("stages=5", "stages = 5: must be a mapping"),
         ("stages.align=5", "stages.align = 5: must be a mapping"),
@@ -220,11 +235,84 @@ def test_all_problems_at_once(teacher):
         ("a..b=1", "'a..b=1' is not of the form key=value"),
         ("seed=[1", "'seed=[1': the value is not valid YAML"),
         ("seed=${nothing}", "'seed=${nothing}': the value is not valid YAML"),
+        (f"seed={2**64}", "seed = 18446744073709551616: must be less than 18446744073709551616"),
+        ("seed=" + "9" * 5000, "a number of more than 4,300 digits"),
+        ("stages.align.tokens=" + "9" * 400, "must be a positive number such as 600k"),
+        ("data.today=tomorrow", "data.today = 'tomorrow': must be a day such as 2024-07-26"),
+        ("data.val=['']", "names a source by an empty text"),
+        ("data.train=" + "[" * 5000, "not valid YAML"),
     ],
 )
 def test_single_problems(teacher, override, cause):
     found = problems(override, teacher=teacher)
     assert len(found) == 1 and cause in found[0]
+
+
+def test_a_list_in_place_of_a_section_beside_a_flag(teacher, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("data: [a.jsonl]\n")
+    for options in ({"val": ["b.jsonl"]}, {"data": ["b.jsonl"]}, {"overrides": ["data.stream=true"]}):
+        with pytest.raises(UserError, match=r"data = \['a.jsonl'\]: must be a mapping of settings") as caught:
+            load_config([file], teacher=teacher, **options)
+        assert "data: {train: [a.jsonl]}" in caught.value.hint
+    file.write_text("stages: {align: [1]}\n")
+    with pytest.raises(UserError, match="the settings do not fit together|stages.align = .1.: must be a mapping"):
+        load_config([file], teacher=teacher, overrides=["stages.align.tokens=5"])
+
+
+@pytest.mark.parametrize(
+    "content", ["seed: " + "9" * 5000, "a: " + "[" * 5000, "".join(" " * i + "a:\n" for i in range(2000))]
+)
+def test_files_that_cannot_be_read(teacher, tmp_path, content):
+    file = tmp_path / "config.yaml"
+    file.write_text(content)
+    with pytest.raises(UserError, match=r"config\.yaml is not valid YAML") as caught:
+        load_config([file], teacher=teacher)
+    assert "\n" not in caught.value.cause
+    settings = tmp_path / "deepspeed.json"
+    for text in ("[" * 100_000, '{"a": ' + "9" * 5000 + "}"):
+        settings.write_text(text)
+        with pytest.raises(UserError, match=r"deepspeed\.json is not valid JSON"):
+            load_config(teacher=teacher, deepspeed=str(settings))
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        *(("num_attention_heads", value) for value in (0, -1, "x", True, 10**30)),
+        *(("num_key_value_heads", value) for value in (0, 3)),
+        *(("rope_parameters", {"rope_theta": 1e4} | change) for change in ({"rope_theta": 0}, {"factor": "x"})),
+        *(("rope_parameters", {"rope_theta": 1e4, "rope_type": kind}) for kind in ("nonsense", "yarn", 3)),
+        *(("dtype", value) for value in ("float99", 3, [])),
+        *(("model_type", value) for value in ([], 3, None)),
+        ("quantization_config", {"quant_method": "gptq"}),
+        ("layer_types", ["sliding_attention"] * 5),
+        ("layer_types", ["chunked_attention"] * 5),
+        ("attn_logit_softcapping", 50.0),
+        ("final_logit_softcapping", 30.0),
+        ("hidden_act", "nonsense"),
+        ("rms_norm_eps", "small"),
+    ],
+)
+def test_odd_values_of_a_teacher(tmp_path, capsys, field, value):
+    path = make_teacher(tmp_path / "odd", **{field: value})
+    assert main(["plan", "--teacher", path]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("[transformers]")]
+    assert len(lines) == 2 and lines[0].startswith("error: ")
+
+
+def test_windows_by_layer(teacher, tmp_path):
+    config = load_config(teacher=teacher, overrides=["student={window: {0: 64, 2-3: 32, default: 8}, sinks: 4}"])
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config))
+    for read in (config, load_config([file])):
+        fields = [read.student.mixer_overrides(i) for i in range(5)]
+        assert [(f["window"], f["sinks"]) for f in fields] == [(64, 4), (8, 4), (32, 4), (32, 4), (8, 4)]
+    spec = StudentConfig(window={"1-3": 16}, sinks={"2": 1})
+    fields = [spec.mixer_overrides(i) for i in range(5)]
+    assert [(f["window"], f["sinks"]) for f in fields] == [(0, 0), (16, 0), (16, 1), (16, 0), (0, 0)]
+    spec = StudentConfig(window={1: 16}, sinks=2)  # first tokens of layers without a window are nothing
+    assert [spec.mixer_overrides(i)["sinks"] for i in range(3)] == [0, 2, 0]
 
 
 def test_only_stages_that_run_need_rows_that_the_teacher_can_read(teacher, tmp_path):
@@ -255,6 +343,15 @@ def test_problems_of_files(tmp_path, teacher):
         assert cause in found and str(file) in found and "\n" not in found
     file.write_bytes(b"")
     assert load_config([file], teacher=teacher) == load_config(teacher=teacher)
+
+
+def test_files_of_other_editors_are_read(tmp_path, teacher):
+    """With a byte-order mark, as Windows writes it."""
+    settings, own = tmp_path / "deepspeed.json", tmp_path / "own.yaml"
+    settings.write_text('{"zero_optimization": {"stage": 2}}', encoding="utf-8-sig")
+    own.write_text("seed: 7\n", encoding="utf-8-sig")
+    config = load_config([own], teacher=teacher, deepspeed=settings)
+    assert config.seed == 7 and config.deepspeed.config == {"zero_optimization": {"stage": 2}}
 
 
 @pytest.mark.parametrize(
@@ -302,12 +399,12 @@ def test_every_objective_is_a_stage_that_is_there_by_its_name():
     assert {find_stage_class(name, None).objective for name in STAGES} == set(OBJECTIVES)
 
 
-def test_recipes_hold_only_what_differs():
-    for name, recipe in recipes().items():
+def test_presets_hold_only_what_differs():
+    for name, preset in teachers().items():
         config = load_config(teacher=name)
         bare = yaml.safe_load(to_yaml(config))
-        for stage, settings in recipe.get("stages", {}).items():
-            path = {"teacher": {"path": "x/y", "config": recipe["teacher"]["config"]}}
+        for stage, settings in preset.get("stages", {}).items():
+            path = {"teacher": {"path": "x/y", "config": preset["teacher"]["config"]}}
             plain = load_config(overrides=[f"teacher={json.dumps(path['teacher'])}"]).stages[stage]
             assert bare["stages"][stage] != plain.model_dump(mode="json"), (
                 f"{name}: stages.{stage} = {settings} is the default"

@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import load_file
 from tiny import byte_tokenizer, save_qwen3
 
+from rwkvinside.support.lock import locked
+
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [
     "stages.calibrate.tokens=512",
@@ -134,7 +136,8 @@ def distill_only(straight, out):
         (out / "stages" / name).symlink_to(straight / "stages" / name)
     conversion = json.loads((straight / "conversion.json").read_text()) | {"finished_stages": ["calibrate", "align"]}
     (out / "conversion.json").write_text(json.dumps(conversion))
-    (out / "config.yaml").write_text((straight / "config.yaml").read_text())
+    for name in ("run.json", "config.yaml"):
+        (out / name).write_text((straight / name).read_text())
     return out
 
 
@@ -149,7 +152,7 @@ def two_ranks(launcher, world, out, *more):
         "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port],
         "torchrun on two nodes": ["-m", "torch.distributed.run", *nodes, "--master_port", port],
     }
-    command = [*start[launcher], *arguments(world, out, "--stage", "distill", "--resume", *more)]
+    command = [*start[launcher], *arguments(world, out, "--stage", "distill", "--resume", "--allow-changes", *more)]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return command, os.environ | {"PATH": path, "DS_ACCELERATOR": "cpu"}
 
@@ -224,6 +227,17 @@ def test_two_nodes_with_a_launcher_each(world, straight):
     assert "2 ranks, DeepSpeed" in plan and "sharded over the ranks" in plan
     assert "distill: " in said[0] and "distill: " not in said[1]  # the first node's rank prints for both
     assert_same(straight, out, 1e-5, 1e-4)
+
+
+@pytest.mark.distributed
+def test_ranks_of_one_run_respect_another_process(world, tmp_path):
+    """Rank 0 finds the directory in use; all ranks end, and one says why."""
+    out = tmp_path / "run"
+    command, environment = two_ranks("torchrun", world, out)
+    with locked(out):
+        refused = run(*(word for word in command if word != "--resume"), check=False, env=environment)
+    assert refused.returncode != 0 and not out.exists()
+    assert refused.stderr.count(f"error: {out} is in use by process {os.getpid()} on {socket.gethostname()}") == 1
 
 
 @pytest.mark.distributed

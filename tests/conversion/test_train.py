@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import random
 import shutil
+import signal
 from contextlib import redirect_stdout
 
 import pytest
@@ -13,8 +15,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny import byte_tokenizer, save_qwen3
 
 import train_distill
+from rwkvinside.api import evaluate
 from rwkvinside.config.load import load_config
 from rwkvinside.config.resolve import resolve
+from rwkvinside.conversion import run as conversion
+from rwkvinside.export.card import measurements, table
 from rwkvinside.training.callbacks import WriteMetrics
 
 
@@ -116,6 +121,22 @@ def test_each_stage_starts_from_the_last(whole):
     assert {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"} <= distilled.keys()
 
 
+def test_a_windowed_run_measures_its_control_once(material, tmp_path):
+    out = tmp_path / "run"
+    more = ("student.window=4", "student.sinks=1", "run=[calibrate,align]")
+    assert train(material, out, *more) == 0
+    (control,) = rows(out, "control", "calibrate")
+    last = rows(out, "eval", "calibrate")[-1]
+    assert control["ce_teacher"] == last["ce_teacher"] and control["kl"] > 0 and 0 < control["agreement"] < 1
+    assert not rows(out, "control", "align")
+
+    alone = tmp_path / "alone"  # a run without calibration measures the same
+    assert train(material, alone, *more[:2], "run=[align]") == 0
+    (again,) = rows(alone, "control", "align")
+    for name in ("kl", "ce", "ce_teacher", "agreement"):
+        assert again[name] == pytest.approx(control[name], rel=1e-6)
+
+
 def test_stage_by_stage_is_the_same_as_in_one_go(material, whole, tmp_path, capsys):
     out = tmp_path / "run"
     assert train(material, out, "--stage", "align") == 2
@@ -142,13 +163,15 @@ def test_a_crashed_run_resumes_bit_for_bit(material, whole, tmp_path, monkeypatc
     (out / "conversion.json").write_text(json.dumps(conversion | {"finished_stages": ["calibrate", "align"]}))
     straight = tmp_path / "straight"
     shutil.copytree(out, straight)
-    assert train(material, straight, "--resume", *more) == 0
+    assert train(material, straight, "--resume", "--allow-changes", *more) == 0
 
-    cut_off(monkeypatch, "distill", 13, material, out, "--resume", *more)
+    cut_off(monkeypatch, "distill", 13, material, out, "--resume", "--allow-changes", *more)
     assert train(material, out, *more) == 2
     assert "is not empty" in capsys.readouterr().err
     assert train(material, out, "--resume", *more) == 0
-    assert "align is finished already" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "align is finished already" in said
+    assert f"distill goes on after step 10 of 20, from {out}/stages/distill/step-00000010" in said
     assert same(tensors(out, "distill"), tensors(straight, "distill"))
     assert same(tensors(out, "distill", "optimizer"), tensors(straight, "distill", "optimizer"))
     assert [row["step"] for row in rows(out, "train", "distill")] == list(range(1, 21))
@@ -189,15 +212,18 @@ def test_a_streamed_mixture_resumes_bit_for_bit(material, whole, tmp_path, monke
     shares = json.loads((straight / "conversion.json").read_text())["data"]["align"]["sources"]
     assert [one["share"] for one in shares] == pytest.approx([0.75, 0.25], abs=0.03)
     cut_off(monkeypatch, "align", 13, material, out, *more)
-    assert train(material, out, "--resume", *more, f"data.cache_dir={tmp_path / 'other-cache'}") == 0
+    again = ["--resume", "--allow-changes", *more, f"data.cache_dir={tmp_path / 'other-cache'}"]
+    assert train(material, out, *again) == 0
     assert same(tensors(out, "align"), tensors(straight, "align"))
     losses = [[row["loss"] for row in rows(folder, "train", "align")] for folder in (out, straight)]
     assert len(losses[0]) == 20 and losses[0] == losses[1]
 
 
 def test_another_student_is_refused(material, whole, capsys):
-    more = ["--resume", "run=[calibrate,align,distill,long]", "student.preset=rad"]
+    before = (whole / "config.yaml").read_bytes()
+    more = ["--resume", "--allow-changes", "run=[calibrate,align,distill,long]", "student.preset=rad"]
     assert train(material, whole, *more) == 2
+    assert (whole / "config.yaml").read_bytes() == before and not list(whole.glob("config.*.yaml"))
     err = capsys.readouterr().err
     assert "belongs to another student" in err and "value_path is 'residual_kv' there and 'residual_full' here" in err
     assert json.loads((whole / "conversion.json").read_text())["finished_stages"][-1] == "distill"
@@ -251,7 +277,7 @@ def unfrozen(material, whole, tmp_path_factory):
     before_distill(whole, out)
     said = io.StringIO()
     with redirect_stdout(said):
-        assert train(material, out, "--resume", *UNFREEZING) == 0
+        assert train(material, out, "--resume", "--allow-changes", *UNFREEZING) == 0
     return out, said.getvalue()
 
 
@@ -292,7 +318,7 @@ def test_unfreezing_resumes_bit_for_bit(material, whole, unfrozen, tmp_path, mon
     out = tmp_path / "run"
     before_distill(whole, out)
     for step in crashes:
-        cut_off(monkeypatch, "distill", step, material, out, "--resume", *UNFREEZING)
+        cut_off(monkeypatch, "distill", step, material, out, "--resume", "--allow-changes", *UNFREEZING)
     assert train(material, out, "--resume", *UNFREEZING) == 0
     assert same(tensors(out, "distill"), tensors(straight, "distill"))
     assert same(tensors(out, "distill", "optimizer"), tensors(straight, "distill", "optimizer"))
@@ -328,6 +354,9 @@ def test_sft_trains_on_completions_and_measures_what_it_can(material, tmp_path):
     assert train_distill.main([*argv, "stages.sft.optim.lr=0.01", f"data.cache_dir={tmp_path / 'cache'}"]) == 0
     first, last = rows(out, "train", "sft")
     assert last["ce"] < first["ce"]
+    # rates and MFU are of the real tokens: those of the eight conversations, over and over
+    assert 0 < first["tokens"] < 256 and last["tokens"] == 2 * first["tokens"]
+    assert 0 < last["mfu"] < 1
     (evaluation,) = rows(out, "eval", "sft")
     assert "ce" in evaluation and "kl" not in evaluation  # everything trains: no exact teacher is in memory
 
@@ -423,9 +452,10 @@ def test_quantized_training_resumes_bit_for_bit(material, economical, tmp_path, 
     shutil.rmtree(out / "stages" / "distill" / "step-00000003")
     conversion = json.loads((out / "conversion.json").read_text())
     (out / "conversion.json").write_text(json.dumps(conversion | {"finished_stages": ["calibrate", "align"]}))
-    assert train(material, out, "--resume", *ECONOMY, "adapters=[{kind: lora, groups: [mlp], rank: 4, alpha: 3}]") == 2
-    assert "were trained with other adapters" in capsys.readouterr().err
-    assert train(material, out, "--resume", *ECONOMY, "quantize.groups=[mlp]") == 2
+    changed = ["--resume", "--allow-changes", *ECONOMY]
+    assert train(material, out, *changed, "adapters=[{kind: lora, groups: [mlp], rank: 4, alpha: 3}]") == 2
+    assert "made with adapters=" in capsys.readouterr().err
+    assert train(material, out, *changed, "quantize.groups=[mlp]") == 2
     assert "this stage began with other quantized layers" in capsys.readouterr().err
     assert train(material, out, "--resume", *ECONOMY) == 0
     for name in ("model", "optimizer"):
@@ -474,3 +504,57 @@ def test_missing_data_of_a_later_stage_shows_at_once(material, tmp_path, capsys)
     assert train(material, tmp_path / "run", "stages.distill.data.train=[nowhere.jsonl]") == 2
     assert "stage distill: data 'nowhere.jsonl' does not exist" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "more, label, last",
+    [
+        (["quantize.groups=[mlp,teacher]", "stages.distill.train=[mixer]"], "quantized (nf4)", None),
+        (["stages.distill.teacher=separate", "stages.distill.teacher_model.quantize=int8"], "quantized (int8)", None),
+        (["stages.distill.teacher_model.path={teacher}"], "{teacher}", "{teacher}"),
+    ],
+)
+def test_the_last_numbers_are_against_the_original(material, tmp_path, more, label, last):
+    """Those before say what they compare with, and the last ones where they must."""
+    teacher, out = str(material / "teacher"), tmp_path / "run"
+    more = [field.format(teacher=teacher) for field in more]
+    assert train(material, out, "run=[distill]", "stages.distill.evaluate_every_tokens=256", *more) == 0
+    before, final = rows(out, "eval", "distill")
+    assert before["teacher"] == label.format(teacher=teacher)
+    assert final.get("teacher") == (last and last.format(teacher=teacher))
+    found = evaluate(out, teacher, data=[material / "val.jsonl"], device="cpu")
+    assert found["kl"] == pytest.approx(final["kl"], rel=1e-3)
+    assert found["ce_teacher"] == pytest.approx(final["ce_teacher"], rel=1e-5)
+    assert (before["ce_teacher"] == pytest.approx(final["ce_teacher"], rel=1e-5)) == (last is not None)
+
+
+def test_no_memory_for_the_original_is_said(material, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("rwkvinside.conversion.build.SHARE", 0.0)
+    assert train(material, tmp_path / "run", "run=[calibrate]", "quantize.groups=[mlp]") == 0
+    assert "no memory for the original teacher" in capsys.readouterr().out
+    assert [row["teacher"] for row in rows(tmp_path / "run", "eval", "calibrate")] == ["quantized (nf4)"] * 2
+    said = table(measurements(tmp_path / "run" / "metrics.jsonl"))
+    assert said.endswith("After stage calibrate the teacher is not the original: quantized (nf4).")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_between_the_steps(material, tmp_path, monkeypatch, capsys, number):
+    """Before anything is saved one line and 130; after that 75, and --resume goes on."""
+    begun, run_stage = [], conversion.run_stage
+
+    def signalled(run, plan, resume_from):
+        begun.append(plan.name)
+        if len(begun) in (1, 3):
+            os.kill(os.getpid(), number)
+        run_stage(run, plan, resume_from)
+
+    monkeypatch.setattr(conversion, "run_stage", signalled)
+    before = signal.getsignal(signal.SIGTERM)
+    out, stages = tmp_path / "run", "run=[calibrate,align]"
+    assert train(material, out, stages) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
+    assert train(material, out, stages) == 75  # calibrate is done
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-2:] == [f"error: stopped; what was saved before is in {out}", "continue with --resume"]
+    assert train(material, out, stages, "--resume") == 0 and begun == ["calibrate", "calibrate", "align", "align"]
+    assert signal.getsignal(signal.SIGTERM) == before

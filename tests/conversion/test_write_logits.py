@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -21,6 +22,9 @@ from rwkvinside.data.sources import tokens_of
 from rwkvinside.errors import Interrupted, UserError
 from rwkvinside.stages.rows import rows_of
 from rwkvinside.stages.teacher import build_teacher, check_teacher, online_teacher
+from rwkvinside.support.digests import FileDigests
+from rwkvinside.support.lock import locked
+from rwkvinside.support.sealed import sealed_text, unsealed
 from rwkvinside.teacher.kinds import TeacherKind
 from rwkvinside.teacher.load import open_tokenizer
 from rwkvinside.teacher.logits_store import LogitsReader, LogitsWriter
@@ -91,11 +95,12 @@ def cached(material, out, *more, **kwargs):
     )
     rows, tokenizer = rows_and_tokenizer(config)
     plan, world = distillation_plan(config, "distill"), Distributed("cpu")
-    return build_teacher(plan, TeacherKind.OFFLINE, tokenizer, rows, world), rows
+    return build_teacher(plan, TeacherKind.OFFLINE, tokenizer, rows, world, FileDigests()), rows
 
 
 def test_every_position_has_the_likeliest_tokens_of_the_teacher(material, written):
     assert sorted(f.name for f in written.iterdir()) == [
+        "digests.json",
         "index.json",
         *(f"logits-0000{i}.safetensors" for i in range(3)),
     ]
@@ -223,6 +228,7 @@ def test_ctrl_c_and_a_full_disk_keep_what_is_done(material, tmp_path, monkeypatc
         (["stages.distill.teacher_model.path={wide}"], {}, "teacher '"),
         (["stages.distill.teacher_model.quantize=nf4"], {}, "teacher's quantization None there, 'nf4' here"),
         ([], {"teacher": "retrained"}, "teacher '"),
+        ([], {"teacher": "rescaled"}, "teacher's configuration '"),
         ([], {"teacher": "chatty"}, "tokenizer '"),
         ([], {"data": "other"}, "data '"),
     ],
@@ -233,6 +239,10 @@ def test_a_cache_of_something_else_is_refused_with_the_reason(material, written,
         weights = load_file(material / "retrained" / "model.safetensors")
         weights["model.norm.weight"][3] += 1e-3
         save_file(weights, material / "retrained" / "model.safetensors", {"format": "pt"})
+    if kwargs.get("teacher") == "rescaled" and not (material / "rescaled").exists():
+        shutil.copytree(material / "teacher", material / "rescaled")
+        file = material / "rescaled" / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"rms_norm_eps": 1e-2}))
     if kwargs.get("teacher") == "chatty" and not (material / "chatty").exists():
         shutil.copytree(material / "teacher", material / "chatty")
         tokenizer = PreTrainedTokenizerFast.from_pretrained(material / "chatty")
@@ -246,13 +256,34 @@ def test_a_cache_of_something_else_is_refused_with_the_reason(material, written,
 @pytest.mark.parametrize("more, kwargs, part", [(["seed=1"], {}, "seed 0 there"), ([], {"data": "other"}, "data '")])
 def test_of_something_else_comes_before_incomplete(material, copied, more, kwargs, part):
     (copied / "logits-00001.safetensors").unlink()
-    index = json.loads((copied / "index.json").read_text())
+    index = unsealed((copied / "index.json").read_text())
     del index["shards"]["logits-00002.safetensors"]
-    (copied / "index.json").write_text(json.dumps(index))
+    (copied / "index.json").write_text(sealed_text(index))
     with pytest.raises(UserError, match=f"are not those of this run: {part}"):
         cached(material, copied, *more, **kwargs)
     with pytest.raises(UserError, match="missing"):
         cached(material, copied)
+
+
+def test_one_process_at_a_time_writes(material, copied):
+    before = {path.name: path.read_bytes() for path in copied.iterdir()}
+    with locked(copied), pytest.raises(UserError, match=f"logits is in use by process {os.getpid()} on "):
+        write_logits(distillation_plan(configured(material), "distill"), copied, K, SHARD_BYTES)
+    assert {path.name: path.read_bytes() for path in copied.iterdir()} == before
+
+
+def test_an_index_that_names_a_file_elsewhere_is_refused(material, copied):
+    file = copied / "index.json"
+    file.write_text(file.read_text().replace("logits-00001.safetensors", "../logits-00001.safetensors"))
+    with pytest.raises(UserError, match="index.json names the file '../logits-00001.safetensors'"):
+        LogitsReader(copied)
+
+
+def test_a_cache_of_an_earlier_version_says_less_of_its_teacher(material, copied):
+    index = json.loads((copied / "index.json").read_text())
+    del index["identity"]["teacher's configuration"]
+    (copied / "index.json").write_text(json.dumps(index))
+    assert cached(material, copied)
 
 
 def test_more_tokens_a_position_than_there_are(material, written):
@@ -286,6 +317,25 @@ def test_damage_is_refused_in_one_line(material, copied):
     refused("index.json is damaged")
     (copied / "index.json").unlink()
     refused("there are no logits in")
+
+
+def test_a_damaged_shard_is_written_again(material, copied, written):
+    shard = copied / "logits-00001.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    (copied / ".logits-00002.safetensors.unfinished").write_bytes(b"of a killed process")
+    write_logits(distillation_plan(configured(material), "distill"), copied, K, SHARD_BYTES)
+    assert shard.read_bytes() == (written / shard.name).read_bytes()
+    assert {file.name for file in copied.iterdir()} == {file.name for file in written.iterdir()}
+
+
+def test_what_a_kill_left_in_an_empty_directory_is_no_obstacle(material, tmp_path):
+    out = tmp_path / "logits"
+    out.mkdir()
+    (out / ".index.json.unfinished").write_text("{")
+    writer = LogitsWriter(out, {}, k=1, vocab=8, rows=2, rows_per_shard=1)
+    assert len(writer.missing()) == 2 and [file.name for file in out.iterdir()] == ["index.json"]
 
 
 def test_a_row_that_has_changed_is_refused_when_it_is_used(material, written):
@@ -327,9 +377,34 @@ def test_a_second_teacher_of_another_tokenizer_is_refused(material, tmp_path):
     (tmp_path / "foreign" / "tokenizer.json").write_text(json.dumps(tokenizer))
     config = configured(material, f"stages.distill.teacher_model.path={tmp_path / 'foreign'}")
     with pytest.raises(UserError, match=f"has another tokenizer than .*: token 'a' is {vocab['a']} there"):
-        check_teacher(distillation_plan(config, "distill"), open_tokenizer(config.teacher))
+        check_teacher(distillation_plan(config, "distill"), open_tokenizer(config.teacher), FileDigests())
     fine = configured(material, f"stages.distill.teacher_model.path={material / 'wide'}")
-    check_teacher(distillation_plan(fine, "distill"), open_tokenizer(fine.teacher))
+    check_teacher(distillation_plan(fine, "distill"), open_tokenizer(fine.teacher), FileDigests())
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({"layer_types": ["sliding_attention"] * 2, "sliding_window": 8}, "has sliding-window attention layers"),
+        ({"final_logit_softcapping": 30.0}, "has final_logit_softcapping = 30.0, which is not computed here"),
+        ({"logit_scale": 0.5}, "has logit_scale = 0.5"),
+        ({"num_attention_heads": 0}, "its configuration has num_attention_heads = 0"),
+        ({"quantization_config": {"quant_method": "awq"}}, "is already quantized .awq."),
+        ({"hidden_size": 64}, "has shape .*, the configuration wants"),
+    ],
+)
+def test_a_second_teacher_that_is_not_computed_right_is_refused(material, tmp_path, capsys, fields, said):
+    """For training and for logits on disk, before anything is tokenized or written."""
+    second = tmp_path / "second"
+    shutil.copytree(material / "wide", second)
+    config = json.loads((second / "config.json").read_text())
+    (second / "config.json").write_text(json.dumps(config | fields))
+    more = arguments(material, f"stages.distill.teacher_model.path={second}", f"data.cache_dir={tmp_path / 'cache'}")
+    for verb in (["train"], ["data", "logits"]):
+        assert main([*verb, *more, "--out", str(tmp_path / "out"), "device=cpu"]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 2 and re.search(f"error: .*second.*{said}", lines[0]), lines
+    assert not (tmp_path / "cache").exists() and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,9 @@
 import pytest
+from templates import LLAMA3 as LLAMA3_0
+from templates import LLAMA32, QWEN3
 
 from rwkvinside.data.chat import encode_conversation
+from rwkvinside.data.encode import Encoder
 from rwkvinside.errors import UserError
 
 CONVERSATION = [
@@ -63,7 +66,7 @@ def test_a_template_that_rewrites_earlier_answers(make_tokenizer):
 
 
 def test_llama2(make_tokenizer):
-    _, runs = completions(make_tokenizer(LLAMA2))
+    _, runs = completions(make_tokenizer(LLAMA2), CONVERSATION[1:])
     assert runs == [" first ü\n\nanswer </s>", " second </s>"]
 
 
@@ -152,7 +155,112 @@ def test_tool_calls_are_the_assistants_and_their_answers_are_not(make_tokenizer,
 
 def test_a_template_that_shows_calls_in_place_of_the_content(make_tokenizer):
     errand = [ERRAND[0], {**ERRAND[1], "tool_calls": [CALL]}, *ERRAND[2:3], *ERRAND[4:]]
-    _, runs = answers(make_tokenizer(LLAMA3), errand)
+    _, runs = answers(make_tokenizer(LLAMA3), errand, None)
     assert runs == [f"{SHOWN}<|im_end|>", f"{SHOWN}<|im_end|>", "It changes.<|im_end|>", "welcome<|im_end|>"]
     with pytest.raises(UserError, match=r"x\.jsonl:1: the chat template refuses .*only single tool-calls"):
-        answers(make_tokenizer(LLAMA3), ERRAND)
+        answers(make_tokenizer(LLAMA3), ERRAND, None)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(9999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{{ f(n) }}{{ f(n) }}{% endmacro %}{{ f(1) }}",
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+        "{% for i in range(9999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    ],
+    ids=["loops", "recursion", "loops, marked"],
+)
+def test_a_template_without_an_end_is_refused(make_tokenizer, template, monkeypatch):
+    monkeypatch.setattr("rwkvinside.data.chat.TEMPLATE_SECONDS", 0.5)
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    with pytest.raises(UserError) as caught:
+        encode_conversation(make_tokenizer(template), messages, "a.jsonl:1")
+    said = str(caught.value).splitlines()
+    assert said[0].startswith("a.jsonl:1: the chat template ") and len(said) <= 2
+    assert "does not end within 0.5 seconds" in said[0] or "recursion" in said[0]
+
+
+def conversations(name):
+    """The messages and tools of a case of thoughts, tools and several turns, from `shared`."""
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Bonn"}}}
+    thinks, silent = "<think>\nT1\n</think>\n\n", ""
+    turns = [("user", "U1"), ("assistant", thinks), ("tool", "7"), ("assistant", "A1"), ("user", "U2")]
+    turns += [("assistant", "A2")]
+    cases = {
+        "thoughts": turns,
+        "no thoughts": [(role, silent if text == thinks else text) for role, text in turns],
+        "two answers": [("user", "U1"), ("assistant", "A1"), ("assistant", "A1b"), ("user", "U2"), ("assistant", "A2")],
+        "two last answers": [("user", "U1"), ("assistant", "A1"), ("assistant", "A1b")],
+        "last thoughts": turns[:4],
+    }
+    messages = [{"role": role, "content": text} for role, text in cases[name]]
+    return [m | {"tool_calls": [call]} if m["content"] in (thinks, silent) else m for m in messages]
+
+
+EMPTY = "<think>\n\n</think>\n\n"
+WEATHER_CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Bonn"}}\n</tool_call><|im_end|>\n'
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("thoughts", [WEATHER_CALL, "A1<|im_end|>\n", f"{EMPTY}A2<|im_end|>\n"]),
+        ("no thoughts", [WEATHER_CALL, "A1<|im_end|>\n", f"{EMPTY}A2<|im_end|>\n"]),
+        ("two answers", ["A1<|im_end|>\n", "A1b<|im_end|>\n", f"{EMPTY}A2<|im_end|>\n"]),
+        ("two last answers", ["A1<|im_end|>\n", f"{EMPTY}A1b<|im_end|>\n"]),
+        ("last thoughts", [f"<think>\nT1\n</think>\n\n{WEATHER_CALL}", f"{EMPTY}A1<|im_end|>\n"]),
+    ],
+)
+def test_qwen3_with_thoughts_tools_and_turns(make_tokenizer, name, expected):
+    tokenizer, messages = make_tokenizer(QWEN3), conversations(name)
+    text, runs = answers(tokenizer, messages, None)
+    assert text == tokenizer.apply_chat_template(messages, tokenize=False)
+    assert runs == expected
+    assert ("T1" in text) == (name == "last thoughts")
+
+
+@pytest.mark.parametrize("tagged", [False, True])
+def test_messages_that_are_not_trained_on(make_tokenizer, tagged):
+    messages = [dict(m) for m in CONVERSATION]
+    messages[2]["loss"] = False
+    tokenizer = make_tokenizer(TAGGED) if tagged else make_tokenizer()
+    whole, _ = completions(tokenizer)
+    text, runs = completions(tokenizer, messages)
+    assert text == whole and runs == ["second<|im_end|>" + ("" if tagged else "\n")]
+    messages[4]["loss"] = False
+    assert completions(tokenizer, messages) == (whole, [])
+
+
+@pytest.mark.parametrize(
+    "message, missing",
+    [
+        ({"role": "assistant", "content": "", "tool_calls": [CALL]}, "the call of 'weather' in message 2"),
+        ({"role": "tool", "content": "rain"}, "message 2 of 'tool'"),
+        ({"role": "system", "content": "rain"}, "message 2 of 'system'"),
+    ],
+)
+@pytest.mark.parametrize("tagged", [False, True])
+def test_a_template_that_leaves_something_out(make_tokenizer, message, missing, tagged):
+    """Also where the same word is somewhere else."""
+    shown = "{% for m in messages %}{% if m.role in ('user', 'assistant') %}{{ m.role }}@{% endif %}{% endfor %}"
+    content = "{% generation %}{{ m.content }}\n{% endgeneration %}" if tagged else "{{ m.content }}\n"
+    messages = [{"role": "user", "content": "weather, rain"}, message, {"role": "assistant", "content": "rain"}]
+    with pytest.raises(UserError, match=rf"x\.jsonl:1: the chat template leaves out {missing}"):
+        answers(make_tokenizer(shown.replace("@", content)), messages, None)
+
+
+def test_a_template_without_tools(make_tokenizer):
+    with pytest.raises(UserError, match="the chat template leaves out the tool 'weather'"):
+        answers(make_tokenizer(LLAMA3_0), CONVERSATION[1:3])
+
+
+def test_the_day_is_that_of_the_configuration(make_tokenizer):
+    tokenizer = make_tokenizer(LLAMA32)
+    texts = [
+        tokenizer.decode(encode_conversation(tokenizer, CONVERSATION, "x", **day)[0])
+        for day in ({}, {"today": "2031-12-09"})
+    ]
+    assert "Today Date: 26 Jul 2024" in texts[0] and "Today Date: 09 Dec 2031" in texts[1]
+    assert Encoder(tokenizer).identity["today"] == "2024-07-26"
+    assert "today" not in Encoder(make_tokenizer()).identity  # where it changes nothing

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rwkvinside.data.mixture import BLOCK, MixedRows
-from rwkvinside.data.rows import PackedRows, PaddedDocuments
+from rwkvinside.data.rows import PackedRows, WholeDocuments
 
 
 def store_of(make_store, source, lengths):
@@ -57,12 +57,13 @@ def test_where_rows_come_from_is_fixed_for_good(mixed):
     assert [mixed.place(i)[0] for i in range(16)] == [1, 1, 0, 1, 0, 1, 1, 0, 1, 1, 2, 1, 0, 1, 1, 0]
 
 
-def test_documents_of_a_row_each_are_mixed_by_tokens_too(make_store):
+def test_rows_of_whole_documents_are_mixed_by_tokens_too(make_store):
     short, long = store_of(make_store, 0, [10] * 50), store_of(make_store, 1, [90] * 50)
-    mixed = MixedRows([PaddedDocuments(short, 64, seed=0), PaddedDocuments(long, 64, seed=0)], [1, 1], seed=0)
+    mixed = MixedRows([WholeDocuments(short, 64, seed=0), WholeDocuments(long, 64, seed=0)], [1, 1], seed=0)
     tokens = mixed.tokens_of(500)
     assert tokens[0] / sum(tokens) == pytest.approx(0.5, abs=0.01)
-    assert mixed.counts(500)[0] == pytest.approx(500 * 64 / 74, abs=2)  # long ones are cut to 64
+    # six short ones fill a row, and the fifty of them nine; long ones are cut to 64
+    assert mixed.counts(500)[0] == pytest.approx(500 * 64 / (64 + 500 / 9), abs=8)
 
 
 def test_one_weight_for_each_source(mixed):

@@ -1,6 +1,18 @@
+import gzip
+import json
+import os
+
+import pyarrow
 import pytest
 
-from rwkvinside.data.readers import LARGE_TEXT, TEXT_DOCUMENT, read_documents
+from rwkvinside.data.readers import (
+    LARGE_TEXT,
+    TEXT_DOCUMENT,
+    DocumentReader,
+    name_skipped,
+    read_documents,
+    source_files,
+)
 from rwkvinside.errors import UserError
 
 
@@ -122,3 +134,74 @@ def test_surrogates(tmp_path):
     (document,) = read_documents(tmp_path / "a.jsonl")
     with pytest.raises(UserError, match=r"a\.jsonl:1: the text holds a lone surrogate"):
         document.as_bytes()
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_lines_have_a_longest_length(tmp_path, name):
+    file = tmp_path / name
+    file.write_text('{"text": "short"}\n' + '{"text": "' + "x" * 88 + '"}\n')  # 101 bytes with its end
+    assert list(DocumentReader(file, max_line_bytes=101))
+    with pytest.raises(UserError) as caught:
+        list(DocumentReader(file, max_line_bytes=100))
+    assert caught.value.cause == f"{file}:2: the line has more than 100 bytes"
+    assert "data.max_line_bytes" in caught.value.hint
+
+
+def test_compressed_files_are_read_as_what_they_hold(tmp_path):
+    content = "".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(50)).encode()
+    corpus = ("line\n" * 4000 + "\n").encode() * 3
+    (tmp_path / "plain.jsonl").write_bytes(content)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(content[:100]) + gzip.compress(content[100:]))
+    (tmp_path / "a.jsonl.zst").write_bytes(pyarrow.compress(content, codec="zstd", asbytes=True))
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(corpus))
+    expected = [document.text for document in read_documents(tmp_path / "plain.jsonl")]
+    for name in ("a.jsonl.gz", "a.jsonl.zst"):
+        reader = DocumentReader(tmp_path / name)
+        texts = [next(iterator).text for iterator in [iter(reader)] for _ in range(20)]
+        rest = [document.text for document in DocumentReader(tmp_path / name, cursor=reader.cursor())]
+        assert texts + rest == expected, name
+    assert len(list(read_documents(tmp_path / "c.txt.gz"))) == 3
+    assert [file.name for file in source_files(tmp_path)] == ["a.jsonl.gz", "a.jsonl.zst", "c.txt.gz", "plain.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
+def test_damaged_compressed_files(tmp_path, name):
+    content = json.dumps({"text": "x" * 1000}).encode() + b"\n"
+    packed = gzip.compress(content) if name.endswith("gz") else pyarrow.compress(content, codec="zstd", asbytes=True)
+    for broken in (packed[:-9], b"nothing packed"):
+        (tmp_path / name).write_bytes(broken)
+        with pytest.raises(UserError, match=name):
+            list(read_documents(tmp_path / name))
+
+
+def test_links_are_followed_and_what_is_skipped_is_named(tmp_path, caplog):
+    folder, other = tmp_path / "data", tmp_path / "other"
+    other.mkdir()
+    (other / "b.jsonl").write_text('{"text": "b"}\n')
+    (folder / "sub").mkdir(parents=True)
+    (folder / "a.jsonl").write_text('{"text": "a"}\n')
+    (folder / "notes.csv").write_text("x")
+    (folder / "linked").symlink_to(other)
+    (folder / "sub" / "round").symlink_to(folder)  # in circles
+    assert [document.text for document in read_documents(folder)] == ["a", "b"]
+    name_skipped(folder)
+    assert "notes.csv" in caplog.text
+    (folder / "gone.jsonl").symlink_to(tmp_path / "nothing.jsonl")
+    with pytest.raises(UserError, match=r"gone\.jsonl' is a link to .*nothing\.jsonl, which does not exist"):
+        list(read_documents(folder))
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for source in (tmp_path / "pipe.jsonl", tmp_path):
+        with pytest.raises(UserError, match=r"pipe\.jsonl' is a pipe or a device"):
+            list(read_documents(source))
+    for source in ("", "  "):
+        with pytest.raises(UserError, match="named by an empty text"):
+            source_files(source)
+
+
+def test_numbers_that_are_too_long(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "id": ' + "9" * 5000 + "}\n")
+    with pytest.raises(UserError, match=r"a\.jsonl:1: not JSON \(a number of more than 4,300 digits\)"):
+        list(read_documents(tmp_path / "a.jsonl"))

@@ -182,3 +182,82 @@ def test_prompt_and_completion():
     assert (document.kind, document.prompt, document.text) == ("completion", "1 + 1 =", " 2")
     assert of(prompt="x", completion=" ").blank
     assert not np.array_equal(document.as_bytes(), of(text="1 + 1 =").as_bytes())
+
+
+def test_what_is_empty_is_absent():
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    whole = of(messages=turns)
+    for field in ("text", "prompt", "completion", "system", "tools"):
+        assert of(messages=turns, **{field: ""}).as_bytes() == whole.as_bytes(), field
+    assert of(messages=turns, conversations=[], input_ids=[], tools=[]).as_bytes() == whole.as_bytes()
+    assert of(messages=[], conversations=turns).as_bytes() == whole.as_bytes()
+    assert of(text=" \n", prompt="1 + 1 =", completion=" 2").kind == "completion"
+    assert of(text="", input_ids=[3]).kind == "tokens"
+    assert of(text="").blank and of(text="", messages=[], messages_count=0).blank
+
+
+@pytest.mark.parametrize(
+    "record, match",
+    [
+        ({"text": None}, "'text' is null, and there is no other content"),
+        ({"text": None, "messages": None}, "'text' and 'messages' are null"),
+        ({"messages": []}, "'messages' is not a list with at least one message"),
+        (
+            {"prompt": [{"role": "user", "content": "q"}], "completion": "a"},
+            "'prompt' is a list and 'completion' a str",
+        ),
+        ({"messages": "[{"}, "messages is not JSON"),
+        ({"messages": [{"role": "critic", "content": "q"}]}, "a message is from 'critic'"),
+        ({"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}, "'assistant' has weight: 0.5"),
+        ({"messages": [{"role": "assistant", "content": "a", "loss": "no"}]}, "'assistant' has loss: 'no'"),
+        ({"messages": [{"role": "assistant", "content": "a", "loss": True, "weight": 0}]}, "contradict each other"),
+        ({"messages": [{"role": "user", "content": "q", "train": True}]}, "only the assistant's are trained on"),
+        ({"input_ids": [2**63]}, "'input_ids' is"),
+        ({"messages": [{"role": "tool_call", "content": "[" * 100000}]}, "tool_call is not JSON .nested too deeply"),
+    ],
+)
+def test_what_is_wrong_is_said_in_the_words_of_the_file(record, match):
+    refused(match, **record)
+
+
+def test_roles_of_all_dialects_are_one():
+    call = {"name": "weather", "arguments": {"city": "Bonn"}}
+    openai = of(
+        messages=[
+            {"role": "system", "content": "s"},
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": None, "tool_calls": [{"function": call}, {"function": call}]},
+            {"role": "tool", "content": "rain"},
+            {"role": "assistant", "content": "a"},
+        ]
+    )
+    swift = of(
+        messages=[
+            {"role": "developer", "content": "s"},
+            {"role": "human", "content": "q"},
+            {"role": "tool_call", "content": json.dumps(call)},
+            {"role": "tool_call", "content": json.dumps(call)},
+            {"role": "tool_response", "content": "rain"},
+            {"role": "gpt", "content": "a"},
+        ]
+    )
+    assert swift.messages == openai.messages
+    first = of(messages=[{"role": "assistant", "content": "let me see", "function_call": call}])
+    assert first.messages[0]["tool_calls"][0]["function"] == call
+    as_json = of(messages=[json.dumps(m) for m in swift.messages])
+    assert as_json.messages == of(messages=json.dumps(swift.messages)).messages == openai.messages
+
+
+def test_flags_of_messages():
+    turns = [{"role": "user", "content": "q", "weight": 0}, {"role": "assistant", "content": "a"}]
+    for flag in ({"weight": 0}, {"loss": False}, {"train": False}, {"weight": 0, "train": False}):
+        assert of(messages=[turns[0], turns[1] | flag]).messages[1]["loss"] is False
+    for flag in ({}, {"weight": 1}, {"loss": True}, {"train": None}):
+        assert "loss" not in of(messages=[turns[0], turns[1] | flag]).messages[1]
+
+
+def test_a_prompt_and_a_completion_of_messages():
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    document = of(prompt=turns + turns[:1], completion=turns[1:])
+    assert document.kind == "conversation" and len(document.messages) == 4
+    assert [m.get("loss", True) for m in document.messages if m["role"] == "assistant"] == [False, True]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from rwkvinside.data.rows import PackedRows, PaddedDocuments, document_order
+from rwkvinside.data.rows import PackedRows, PaddedDocuments, WholeDocuments, document_order, whole_rows
 
 ORDER_0_0 = [3, 2, 1, 6, 0, 7, 4, 5]
 
@@ -115,14 +115,51 @@ def test_padded_documents(make_store):
         padded.row(3)
 
 
-def test_padded_documents_with_a_seed_go_on_for_ever(make_store):
-    padded = PaddedDocuments(make_store([[i, 100] for i in range(10)]), max_len=4, seed=1)
-    epochs = [[int(padded.row(e * 10 + i)["input_ids"][0]) for i in range(10)] for e in range(3)]
-    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+def test_whole_documents_share_rows(make_store):
+    """Every document is whole and alone in its segment, and an epoch has each of them once."""
+    found = WholeDocuments(make_store([[1] * 5, [2] * 3, [3] * 2, [4] * 9, [5] * 4]), seq_len=8, seed=0)
+    assert found.rows_per_epoch == 3  # 9 cut to 8; 5 and 3; 4 and 2
+    batch = found.batch(range(3))
+    rows = {
+        tuple(ids[real].tolist()): segments[real].tolist()
+        for ids, segments, real in zip(batch.input_ids, batch.segment_ids, batch.mask, strict=True)
+    }
+    assert rows == {
+        (4,) * 8: [1] * 8,
+        (1,) * 5 + (2,) * 3: [1] * 5 + [2] * 3,
+        (5,) * 4 + (3,) * 2: [1] * 4 + [2] * 2,
+    }
+    assert batch.num_tokens == found.tokens_in(3) == 22 and found.tokens_per_row == 22 / 3
+    assert found.tokens_in(4) == 22 + found.batch([3]).num_tokens
+    assert batch.num_targets == 8 + 4 + 2 + 3 + 1  # the token after the cut is one
+    assert not batch.documents.alone
+
+
+def test_rows_of_whole_documents_go_on_for_ever_and_depend_on_nothing_else(make_store):
+    store = make_store(documents())
+    first, again = WholeDocuments(store, 64, seed=1), WholeDocuments(store, 64, seed=1)
+    count = first.rows_per_epoch
+    epochs = [[first.pieces(e * count + i) for i in range(count)] for e in range(3)]
+    for epoch in epochs:
+        assert sorted(piece[0] for row in epoch for piece in row) == list(range(store.num_documents))
     assert epochs[0] != epochs[1] != epochs[2]
+    assert [again.pieces(i) for i in reversed(range(3 * count))] == sum(epochs, [])[::-1]
+    assert epochs[0] != [WholeDocuments(store, 64, seed=2).pieces(i) for i in range(count)]
 
 
-@pytest.mark.parametrize("make", [lambda s: PackedRows(s, 1, 0), lambda s: PaddedDocuments(s, 1)])
+def test_whole_documents_fill_rows():
+    """No two rows could be one, and there is little padding."""
+    lengths = np.random.default_rng(0).integers(1, 150, 2000)
+    rows = whole_rows(lengths, 128)
+    sizes = sorted(int(np.minimum(lengths[row], 128).sum()) for row in rows)
+    assert sorted(sum(rows, [])) == list(range(2000))
+    assert sizes[-1] <= 128 and sizes[0] + sizes[1] > 128
+    assert sum(sizes) > 0.97 * 128 * len(rows)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda s: PackedRows(s, 1, 0), lambda s: WholeDocuments(s, 1, 0), lambda s: PaddedDocuments(s, 1)]
+)
 def test_rows_of_one_token_are_refused(make, make_store):
     with pytest.raises(ValueError, match="leaves no token to predict"):
         make(make_store([[1, 2]]))

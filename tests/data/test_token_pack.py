@@ -8,7 +8,7 @@ import pytest
 from rwkvinside.data.encode import tokenizer_hash
 from rwkvinside.data.rows import PackedRows
 from rwkvinside.data.token_pack import write_pack
-from rwkvinside.data.tokenize import load_tokens
+from rwkvinside.data.tokenize import load_tokens, pack
 from rwkvinside.errors import UserError
 
 
@@ -102,3 +102,10 @@ def test_meta_says_what_it_is(packed):
     meta = json.loads((packed[1] / "meta.json").read_text())
     assert meta["documents"] == 52 and meta["tokenizer_name"] == "bytes"
     assert set(meta["sha256"]) == {"tokens.bin", "loss.bin", "offsets.npy", "hashes.npy"}
+
+
+def test_packing_again_removes_what_a_killed_process_left(tmp_path, write_jsonl, tokenizer):
+    source = write_jsonl(tmp_path / "a.jsonl", [{"text": "x"}])
+    (tmp_path / ".out.0123abcd.unfinished" / "cache").mkdir(parents=True)
+    pack([source], tmp_path / "out", tokenizer)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "out"]

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import shutil
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
@@ -12,6 +13,7 @@ from rwkvinside.data.encode import tokenizer_hash
 from rwkvinside.data.rows import PackedRows, PaddedDocuments
 from rwkvinside.data.tokenize import ReadOptions, load_tokens
 from rwkvinside.errors import UserError
+from rwkvinside.support.scratch import scratch
 
 
 @pytest.fixture
@@ -109,6 +111,41 @@ def test_a_damaged_entry_is_made_again(load, corpus, tmp_path, caplog, name, dam
     load.calls.clear()
     assert np.array_equal(load(corpus).tokens, tokens) and load.calls
     assert "is damaged" in caplog.text
+
+
+def test_a_damaged_block_is_refused_where_it_is_used(load, tmp_path, write_jsonl, monkeypatch):
+    monkeypatch.setattr("rwkvinside.data.checked_array.BLOCK", 1000)
+    corpus = write_jsonl(
+        tmp_path / "a.jsonl", [{"text": "x" * 24}] * 100 + [{"prompt": "a" * 20, "completion": "b" * 5}]
+    )
+    load(corpus)
+    (entry,) = (tmp_path / "cache").iterdir()
+    for name, position in (("tokens.bin", 5500), ("loss.bin", 2410)):
+        content = (entry / name).read_bytes()
+        (entry / name).write_bytes(content[:position] + bytes([content[position] ^ 8]) + content[position + 1 :])
+        store = load(corpus)
+        assert len(store.piece(0)[0]) == 24, "blocks that are as written are used"
+        with pytest.raises(UserError) as caught:
+            [store.piece(i) for i in range(store.num_documents)]
+        begin = position // 1000 * 1000
+        assert caught.value.cause.startswith(f"{entry / name} is damaged between its bytes {begin:,} and")
+        assert caught.value.hint == f"remove {entry}: it is made again when you start again"
+        (entry / name).write_bytes(content)
+    store = load(corpus)
+    assert [len(store.piece(i)[0]) for i in range(101)] == [24] * 100 + [25]
+
+
+def test_what_a_killed_process_left_is_removed(load, corpus, tmp_path):
+    """By the next one that does the same; what a living process is writing stays."""
+    load(corpus)
+    (entry,) = (tmp_path / "cache").iterdir()
+    shutil.rmtree(entry)
+    dead = entry.with_name(f".{entry.name}.0123abcd.unfinished")
+    (dead / entry.name).mkdir(parents=True)
+    with scratch(entry) as living:
+        load(corpus)
+        assert living.exists() and not dead.exists()
+    assert list((tmp_path / "cache").iterdir()) == [entry]
 
 
 def test_a_failure_leaves_nothing_behind(load, corpus, tmp_path):

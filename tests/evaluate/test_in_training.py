@@ -40,6 +40,17 @@ def test_scores_are_those_of_whole_logits(source, size, monkeypatch):
     assert found.kl > 0.01
 
 
+def test_the_control_is_scored_in_the_students_place():
+    model = HybridModel.from_teacher(teacher(), StudentConfig(window=4, sinks=1)).eval()
+    batches = [packed([12], rows=2, seed=1), packed([9], seed=2)]
+    found = evaluate_student(model, SelfTeacher(), batches, CPU, mode="control")
+    expected = compare(lambda b: logits(model, b, "control"), lambda b: logits(model, b, "teacher"), batches).scores
+    for name, value in expected.to_dict().items():
+        assert getattr(found, name) == pytest.approx(value, rel=1e-5), name
+    assert found.kl > 0.01
+    assert found.kl != evaluate_student(model, SelfTeacher(), batches, CPU).kl
+
+
 def test_without_a_teacher_the_cross_entropy_is_the_students():
     model, batch = student(), packed([9], rows=2)
     with_one, without = (evaluate_student(model, its, [batch], CPU) for its in (SelfTeacher(), None))

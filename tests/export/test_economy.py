@@ -18,7 +18,7 @@ from rwkvinside.hybrid.assemble import assemble, frozen_weights_of, make_plain
 from rwkvinside.hybrid.settings import AdapterConfig, StudentConfig
 from rwkvinside.runs.trained import open_run
 from rwkvinside.training.checkpoint import Checkpointer, open_checkpoint
-from rwkvinside.training.frozen_weights import NAME, frozen_weights_digest, write_frozen_weights
+from rwkvinside.training.frozen_weights import NAME, write_frozen_weights
 
 ADAPTERS = [
     {"kind": "lora", "groups": ["mlp"], "rank": 4, "rank_stabilized": True},
@@ -42,8 +42,8 @@ def economical(tmp_path_factory, teacher, make_run):
         if is_adapter(name):
             parameter.data += 0.05 * torch.randn_like(parameter)
     folder = path / "stages" / "distill"
-    write_frozen_weights(folder, frozen_weights_of(student))
-    state = {"stage": "distill", "settings": {"frozen": frozen_weights_digest(folder)}}
+    digest = write_frozen_weights(folder, frozen_weights_of(student))
+    state = {"stage": "distill", "settings": {"frozen": digest}}
     Checkpointer(folder, {}).save(3, student.student_state_dict(), None, state)
     (path / "config.yaml").write_text(yaml.safe_dump(config))
     return path
@@ -124,7 +124,7 @@ def test_refusals(economical, run, tmp_path):
     content = frozen.read_bytes()
     try:
         frozen.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        with pytest.raises(UserError, match="is not the file that step-00000003 was trained with"):
+        with pytest.raises(UserError, match="frozen.safetensors is damaged"):
             open_run(economical).load_model()
     finally:
         frozen.write_bytes(content)

@@ -156,9 +156,8 @@ def test_the_mixer_starts_as_the_attention(case):
 
 def test_mixers_are_what_the_family_says(case):
     student, config = case.student, case.original.config
-    overrides = case.spec.mixer_overrides()
     for i, made in student.mixer_configs.items():
-        assert made == case.family.mixer_config(config, i, case.spec.preset, **overrides)
+        assert made == case.family.mixer_config(config, i, case.spec.preset, **case.spec.mixer_overrides(i))
         assert (made.num_heads, made.num_kv_heads) == (config.num_attention_heads, config.num_key_value_heads)
 
 

@@ -62,6 +62,6 @@ def kept_by_autograd(model, *, align, bf16, checkpointing=False):
             model(batch(), mode="align", checkpoint=checkpointing)
         else:
             if checkpointing:
-                model.lm.train().activation_checkpointing_enable()
+                model.recompute_layers()
             model(batch(), mode="student")
     return sum(n for n, t in found.values() if tuple(t.shape) not in weights) / (ROWS * TOKENS)

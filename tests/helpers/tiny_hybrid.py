@@ -106,7 +106,7 @@ def distill(checkpointing=False, shard=None):
     lm = teacher()
     model = student(["mixer", "mlp", "norms", "embed", "head"], lm)
     if checkpointing:
-        model.lm.train().activation_checkpointing_enable()
+        model.recompute_layers()
     model_of_teacher = TeacherModel(lm)
     head = list(lm.lm_head.parameters())
     second = OnlineTeacher(model_of_teacher) if shard is None else OnlineTeacher(*shard(model_of_teacher, head))

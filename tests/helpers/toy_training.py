@@ -31,6 +31,10 @@ class Rows:
     ids: torch.Tensor
     rows: tuple[int, ...]
 
+    @property
+    def num_tokens(self):
+        return int((self.ids > 0).sum())
+
     def to(self, device):
         return replace(self, ids=self.ids.to(device))
 

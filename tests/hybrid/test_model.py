@@ -115,12 +115,30 @@ def test_activation_checkpointing_changes_no_gradient(objective):
         else:
             step = DistillStep(separate, DistillLossConfig(chunk_tokens=7 if checkpointing else 1000))
             if checkpointing:
-                hybrid.lm.train().activation_checkpointing_enable()
+                hybrid.recompute_layers()
         step(hybrid, packed([8, 5], rows=2))[0].backward()
         gradients.append({n: p.grad for n, p in hybrid.canonical_parameters().items() if p.requires_grad})
     for name, gradient in gradients[0].items():
         assert gradient is not None, name
         assert torch.allclose(gradient, gradients[1][name], atol=1e-12), name
+
+
+def test_the_teacher_has_no_dropout():
+    """Not in any mode of a student that recomputes its layers, whatever the teacher was trained with."""
+    lm = teacher(attention_dropout=0.5)
+    batch = packed([8, 5], rows=2)
+    hybrid = HybridModel.from_teacher(lm, StudentConfig(attention_layers=(1,))).double().eval()
+    expected = {mode: logits(hybrid, batch, mode) for mode in ("teacher", "student")}
+    errors = hybrid(batch, mode="align")
+    hybrid.recompute_layers()
+    assert [m for m in hybrid.modules() if m.training] == list(hybrid.family.layers(hybrid.lm))
+    for mode, plain in expected.items():
+        assert torch.equal(logits(hybrid, batch, mode), plain), mode
+    assert hybrid(batch, mode="align") == errors
+    signal = SelfTeacher().signal(hybrid, batch)
+    (chunk,) = signal.chunks(1000)
+    found = chunk.distribution(slice(None), VOCAB, 1.0).log_probs
+    torch.testing.assert_close(found, expected["teacher"][batch.labels != -100].log_softmax(-1))
 
 
 @pytest.mark.parametrize("detach", [False, True])

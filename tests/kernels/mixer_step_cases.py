@@ -12,6 +12,7 @@ from recorded_graph import Capture, RecordedGraph
 from rwkvinside import kernels
 from rwkvinside.kernels.gpu.low_rank import MAX_ROWS, low_rank
 from rwkvinside.kernels.gpu.mixer_step import mixer_step
+from rwkvinside.kernels.gpu.window_step import window_step
 from rwkvinside.modeling import graphed_decoding
 from rwkvinside.modeling.first_layer import FirstLayerKV
 from rwkvinside.modeling.mixer_init import init_mixer
@@ -32,11 +33,11 @@ def launched(monkeypatch):
     return calls
 
 
-def make(preset, is_first=False, heads=4, kv_heads=2, N=16, qk_norm=True, dtype=torch.float32, **fields):
+def make(preset, is_first=False, heads=4, kv_heads=2, N=16, qk_norm=True, dtype=torch.float32, **window):
     """A mixer that runs the kernel and the same numbers in one that runs in float64 on the CPU."""
     torch.manual_seed(0)
-    sizes = dict(hidden_size=D, num_heads=heads, num_kv_heads=kv_heads, head_size=N)
-    config = TimeMixerConfig.from_preset(preset, qk_norm=qk_norm, qkv_bias=True, backend="triton", **sizes, **fields)
+    sizes = dict(hidden_size=D, num_heads=heads, num_kv_heads=kv_heads, head_size=N) | window
+    config = TimeMixerConfig.from_preset(preset, qk_norm=qk_norm, qkv_bias=True, backend="triton", **sizes)
     mixer = TimeMixer(config, is_first)
     init_mixer(mixer, 1, 3, "published")
     with torch.no_grad():  # every path active: nothing at its neutral start
@@ -94,7 +95,7 @@ def double(*values):
 
 
 def error(value, expected):
-    return float((value.double().cpu() - expected).norm() / expected.norm())
+    return float((value.double().cpu() - expected.double()).norm() / expected.double().norm())
 
 
 def compare(fast, slow, arguments, mask=None, tolerance=1e-6):
@@ -174,6 +175,127 @@ def test_a_masked_row_keeps_its_state_bit_for_bit_whatever_its_inputs():
     assert torch.equal(again, state) and torch.isfinite(y[mask]).all()
 
 
+@pytest.fixture
+def attended(monkeypatch):
+    """Calls of the window's kernel."""
+    calls = []
+    run = kernels.window_step
+    monkeypatch.setattr(kernels, "window_step", lambda *inputs: calls.append(inputs) or run(*inputs))
+    return calls
+
+
+def windowed(mixer, tokens, mask=None, state=None, inplace=True):
+    """Outputs of `tokens` steps, and the state, from the same random inputs for every mixer."""
+    c, like = mixer.mixer_config, mixer.w1
+    random = torch.Generator().manual_seed(4)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=random).to(like)
+
+    x, angle = normal(B, tokens, D), normal(1, tokens, c.head_size // 2).repeat(1, 1, 2)
+    heads = c.num_heads if c.value_path == "residual_full" else c.num_kv_heads
+    keys = normal(B, tokens, c.num_kv_heads, c.head_size)
+    first = FirstLayerKV(normal(B, tokens, heads, c.head_size), keys if c.key_residual else None)
+    outputs = []
+    with torch.no_grad():
+        for t in range(tokens):
+            now = slice(t, t + 1)
+            token = dict(first=None if mixer.is_first else at(first, t), state=state, inplace=inplace)
+            token |= dict(rope=(angle[:, now].cos(), angle[:, now].sin()), mask=None if mask is None else mask[:, now])
+            y, _, state = mixer(x[:, now], **token)
+            outputs.append(y)
+    return torch.cat(outputs, 1), state
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize("preset", ["cxa079", "hxa07b", "cxa078"])
+@pytest.mark.parametrize("window, sinks", [(5, 2), (3, 0), (1, 0), (70, 3)])
+def test_windows(window, sinks, preset, is_first, launched, attended):
+    """Longer than the window, which is shorter and longer than what a program holds at a time."""
+    fast, slow = make(preset, is_first, window=window, sinks=sinks)
+    found, state = windowed(fast, 11)
+    expected, wanted = windowed(slow, 11)
+    assert len(launched) == len(attended) == 11
+    assert error(found, expected) < 1e-6
+    for value, correct in zip(state.tensors(), wanted.tensors(), strict=True):
+        assert error(value, correct) < 1e-6
+    assert torch.equal(state.window.seen.cpu(), torch.full((B,), 11))
+
+
+@pytest.mark.parametrize("heads, kv_heads, N", [(3, 3, 40), (6, 1, 8), (2, 1, 128)])
+def test_windows_of_other_heads(heads, kv_heads, N):
+    fast, slow = make("cxa079", heads=heads, kv_heads=kv_heads, N=N, qk_norm=False, window=4, sinks=1)
+    assert error(windowed(fast, 7)[0], windowed(slow, 7)[0]) < 1e-6
+
+
+def test_a_masked_row_keeps_its_window_bit_for_bit():
+    fast, slow = make("cxa079", window=4, sinks=1)
+    mask = torch.rand(B, 14, generator=torch.Generator().manual_seed(5)).gt(0.4)
+    mask[0, :3] = False
+    found, state = windowed(fast, 14, mask.to(DEVICE))
+    expected, wanted = windowed(slow, 14, mask)
+    assert error(found.cpu()[mask], expected[mask]) < 1e-6 and not found.cpu()[~mask].abs().gt(1e4).any()
+    for value, correct in zip(state.tensors(), wanted.tensors(), strict=True):
+        assert error(value, correct) < 1e-6
+    assert torch.equal(state.window.seen.cpu(), mask.sum(1))
+    before = state.map(torch.clone)
+    none = torch.zeros(B, 2, dtype=torch.bool, device=DEVICE)
+    _, after = windowed(fast, 2, none, before)
+    for value, kept in zip(after.tensors(), state.tensors(), strict=True):
+        assert torch.equal(value, kept)
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_a_window_is_updated_in_place_only_when_asked(inplace):
+    fast, _ = make("hxa07a", window=4, sinks=1)
+    _, state = windowed(fast, 6)
+    before = [x.clone() for x in state.tensors()]
+    _, after = windowed(fast, 1, state=state, inplace=inplace)
+    for old, kept, new in zip(before, state.tensors(), after.tensors(), strict=True):
+        assert (kept.data_ptr() == new.data_ptr()) == inplace and torch.equal(old, kept) != inplace
+
+
+def test_a_window_in_bf16_loses_no_more_than_its_inputs():
+    fast, slow = make("cxa079", dtype=torch.bfloat16, window=5, sinks=2)
+    found, state = windowed(fast, 9)
+    assert error(found, windowed(slow, 9)[0]) < 2e-2 and state.window.k.dtype == torch.bfloat16
+
+
+def window_arguments(**changes):
+    random = torch.Generator().manual_seed(2)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=random).to(DEVICE)
+
+    values = dict(q=normal(2, 4, 16), k=normal(2, 2, 16), v=normal(2, 2, 16), y=normal(2, 64))
+    values |= dict(held_k=normal(2, 2, 6, 16), held_v=normal(2, 2, 6, 16), seen=torch.tensor([9, 0], device=DEVICE))
+    values |= dict(mix_recurrence=normal(4, 16), mix_window=normal(4, 16), sinks=2)
+    return values | dict(mask=torch.tensor([True, False], device=DEVICE)) | changes
+
+
+def test_the_windows_op_is_registered_as_torch_wants_it():
+    torch.library.opcheck(window_step, (), window_arguments(), test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"q": torch.empty(2, 4, 12)}, "multiple of 8"),
+        ({"k": torch.empty(2, 3, 16)}, "must divide the 4"),
+        ({"y": torch.empty(2, 64, dtype=torch.float64)}, "not float64"),
+        ({"held_k": torch.empty(2, 6, 2, 16).transpose(1, 2)}, "must be contiguous"),
+        ({"held_v": torch.empty(2, 2, 5, 16)}, "held_v has shape"),
+        ({"seen": torch.empty(2)}, "of int64"),
+        ({"mask": torch.empty(2)}, "of bool"),
+        ({"sinks": 6}, "leave none of the 6 slots"),
+    ],
+)
+def test_window_refusals(change, message):
+    change = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in change.items()}
+    with pytest.raises(ValueError, match=message):
+        window_step(**window_arguments(**change))
+
+
 @pytest.mark.parametrize("inplace", [True, False])
 def test_the_state_is_updated_in_place_only_when_asked(inplace):
     fast, _ = make("hxa07a")
@@ -238,7 +360,7 @@ def arguments(**changes):
     values |= dict(state=normal(2, 4, 16, 16), w0=normal(64), a0=normal(64), r_weight=normal(16), k_weight=normal(16))
     values |= dict(cos=normal(1, 16), sin=normal(1, 16), v_mix=normal(2, 32), v0=normal(32), v_first=normal(2, 2, 16))
     values |= dict(k_mix=normal(2, 32), k0=normal(32), k_first=normal(2, 2, 16), r_k=normal(4, 16))
-    values |= dict(mask=torch.tensor([True, False], device=DEVICE), k_out=normal(2, 2, 16))
+    values |= dict(mask=torch.tensor([True, False], device=DEVICE), k_out=normal(2, 2, 16), r_out=normal(2, 4, 16))
     return values | changes
 
 
@@ -266,6 +388,7 @@ def test_an_empty_batch():
         ({"w0": torch.empty(63)}, "w0 has shape"),
         ({"state": torch.empty(2, 4, 16, 16, dtype=torch.bfloat16)}, "float32, contiguous"),
         ({"k_out": torch.empty(2, 4, 16)}, "k_out has shape"),
+        ({"r_out": torch.empty(2, 2, 16)}, "r_out has shape"),
         ({"mask": torch.empty(2)}, "of bool"),
     ],
 )
@@ -275,16 +398,17 @@ def test_refusals(change, message):
         mixer_step(**arguments(**change))
 
 
+@pytest.mark.parametrize("window", [{}, {"window": 5, "sinks": 2}], ids=["recurrence", "window"])
 @pytest.mark.parametrize("layout", ["all-rwkv", "mixed"])
-def test_generation_by_a_graph_gives_the_tokens_of_the_slow_path(layout, launched, monkeypatch):
+def test_generation_by_a_graph_gives_the_tokens_of_the_slow_path(layout, window, launched, attended, monkeypatch):
     """A real graph on a GPU; on a CPU a recorded one. The prompt is left-padded."""
     if DEVICE == "cpu":
         monkeypatch.setattr(graphed_decoding, "can_capture", lambda device: True)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
         monkeypatch.setattr(torch.cuda, "graph", Capture)
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # the operator, which `Capture` sees
-    slow = build("qwen3", LAYOUTS[layout], mixer={"backend": "reference"})
-    fast = build("qwen3", LAYOUTS[layout], mixer={"backend": "triton"}).to(DEVICE, torch.float32)
+    slow = build("qwen3", LAYOUTS[layout], mixer={"backend": "reference"} | window)
+    fast = build("qwen3", LAYOUTS[layout], mixer={"backend": "triton"} | window).to(DEVICE, torch.float32)
     prompt = torch.randint(2, VOCAB, (2, 6), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(prompt)
     mask[0, :2] = 0
@@ -297,6 +421,7 @@ def test_generation_by_a_graph_gives_the_tokens_of_the_slow_path(layout, launche
     assert torch.equal(tokens.cpu(), expected)
     python_steps = graphed_decoding.WARM_STEPS + 1
     assert len(launched) - before == python_steps * len(LAYOUTS[layout])
+    assert len(attended) == (python_steps * len(LAYOUTS[layout]) if window else 0)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")

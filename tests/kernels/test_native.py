@@ -10,7 +10,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from rwkvinside import kernels
-from rwkvinside.kernels.native import build, load, op
+from rwkvinside.kernels.native import build, cache, load, op
 from rwkvinside.modeling import wkv7 as door
 from rwkvinside.modeling.wkv7 import wkv7
 
@@ -299,8 +299,8 @@ def test_an_export_without_the_package_does_without(monkeypatch):
 
 def test_no_compiler_and_a_broken_one(monkeypatch, tmp_path):
     monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(build.shutil, "which", lambda name: None)
-    with pytest.raises(build.CompileError, match="apt install g"):
+    with monkeypatch.context() as without, pytest.raises(build.CompileError, match="apt install g"):
+        without.setattr(build.shutil, "which", lambda name: None)
         build.compile_library(tmp_path / "kernel.so")
     monkeypatch.setenv("CXX", str(tmp_path / "fails"))
     (tmp_path / "fails").write_text("#!/bin/sh\necho 'x.cpp:1: error: no such luck' >&2\nexit 1\n")
@@ -310,16 +310,115 @@ def test_no_compiler_and_a_broken_one(monkeypatch, tmp_path):
     assert not list(tmp_path.glob("*.so"))
 
 
+def test_a_compiler_with_arguments(monkeypatch, tmp_path):
+    launcher = tmp_path / "launcher"
+    launcher.write_text('#!/bin/sh\nexec "$@"\n')
+    launcher.chmod(0o755)
+    monkeypatch.setenv("CXX", f"{launcher} g++")
+    assert build.find_compiler() == [str(launcher), "g++"]
+    monkeypatch.setattr(build, "X86", ())  # one set of instructions compiles fast
+    build.compile_library(tmp_path / "kernel.so")
+    assert (tmp_path / "kernel.so").stat().st_size > 10_000
+    for value, said in (("no-such-compiler -O2", "no such program is found"), ('g++ "', "No closing quotation")):
+        monkeypatch.setenv("CXX", value)
+        with pytest.raises(build.CompileError, match=said):
+            build.compile_library(tmp_path / "other.so")
+
+
+@pytest.fixture
+def home(monkeypatch, tmp_path):
+    """A user without a cache, and a compiler that writes a few bytes; the folder of the cache and what was compiled."""
+    compiled = []
+
+    def compile_library(target):
+        target.write_bytes(b"a library")
+        compiled.append(target)
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(cache, "compile_library", compile_library)
+    return tmp_path / ".cache" / "rwkvinside" / "native", compiled
+
+
+def test_the_cache_is_private_and_content_addressed(home, monkeypatch):
+    folder, compiled = home
+    first = cache.cached_library()
+    assert cache.cached_library() == first and compiled == [first]
+    assert folder.stat().st_mode & 0o777 == 0o700 and first.parent == folder
+    folder.chmod(0o755)  # as an earlier version made it
+    assert cache.cached_library() == first and folder.stat().st_mode & 0o777 == 0o700
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-g"))
+    assert cache.cached_library() != first, "other flags, another file"
+    monkeypatch.setenv("CXX", "g++ -O1")
+    assert len({*compiled, cache.cached_library()}) == 3, "another compiler, another file"
+
+
+@pytest.mark.parametrize("fault", ["foreign", "emptied", "writable for others", "a link", "note", "no note"])
+def test_a_library_that_was_not_compiled_here_is_not_loaded(home, fault, tmp_path, caplog):
+    folder, compiled = home
+    library = cache.cached_library()
+    if fault == "writable for others":
+        library.chmod(0o777)
+    elif fault == "a link":
+        library.rename(tmp_path / "elsewhere.so")
+        library.symlink_to(tmp_path / "elsewhere.so")
+    elif fault == "no note":
+        library.with_suffix(".sha256").unlink()
+    else:
+        (library.with_suffix(".sha256") if fault == "note" else library).write_bytes(
+            b"" if fault == "emptied" else b"x"
+        )
+    assert cache.cached_library() == library and len(compiled) == 2
+    assert library.read_bytes() == b"a library" and not library.is_symlink()
+    assert "is not what was compiled and is made again" in caplog.text
+
+
+@pytest.mark.parametrize("fault", ["writable for others", "of another user", "a link", "home is a file"])
+def test_a_cache_of_others_is_refused(home, fault, tmp_path, monkeypatch):
+    folder, compiled = home
+    if fault == "home is a file":
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    elif fault == "a link":
+        (tmp_path / "theirs").mkdir()
+        folder.parent.mkdir(parents=True)
+        folder.symlink_to(tmp_path / "theirs")
+    else:
+        folder.mkdir(parents=True, mode=0o700)
+        if fault == "of another user":
+            monkeypatch.setattr(os, "geteuid", lambda: 12345)
+        else:
+            folder.chmod(0o777)
+    with pytest.raises(
+        build.CompileError, match="alone can write to" if fault != "home is a file" else "cannot be kept"
+    ):
+        cache.cached_library()
+    assert not compiled
+
+
 @pytest.mark.integration
-def test_compiled_into_the_users_cache_once(tmp_path):
+@pytest.mark.parametrize("fault", ["none", "junk", "home"])
+def test_compiled_into_the_users_cache_once(tmp_path, fault):
+    """In processes of their own, with nothing built at installation; whatever is wrong, the recurrence runs."""
     code = (
-        "import sys; from pathlib import Path; from rwkvinside.kernels.native import build, library\n"
-        "Path.glob = lambda self, pattern: iter(())\n"  # nothing was built at installation
-        "library.load(); assert build.cached_library().exists(); print(library.load().wkv7_instructions().decode())"
+        "import warnings, torch; from pathlib import Path; from rwkvinside.kernels.native import library\n"
+        "Path.glob = lambda self, pattern: iter(())\n"
+        "from rwkvinside.modeling.wkv7 import wkv7\n"
+        "x = [torch.zeros(1, 2, 1, 8) for _ in range(6)]\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always'); wkv7(*x); wkv7(*x)\n"
+        "print(library.why_unavailable() is None, len(caught), *[w.message for w in caught])"
     )
-    for _ in range(2):
-        command = [sys.executable, "-c", code]
-        home = os.environ | {"HOME": str(tmp_path)}
-        done = subprocess.run(command, env=home, capture_output=True, text=True, check=True)
-        assert done.stdout.strip() == INSTRUCTIONS[0]
-    assert len(list((tmp_path / ".cache/rwkvinside/native").glob("*.so"))) == 1
+    if fault == "home":
+        (tmp_path / "file").touch()
+    home = os.environ | {"HOME": str(tmp_path / "file" if fault == "home" else tmp_path)}
+    for turn in range(2):
+        done = subprocess.run([sys.executable, "-c", code], env=home, capture_output=True, text=True, check=True)
+        if fault == "home":
+            assert done.stdout.startswith(
+                "False 1 WKV-7 runs on the slower chunked path: the compiled kernel cannot be"
+            )
+        else:
+            assert done.stdout == "True 0\n"
+            (library,) = (tmp_path / ".cache/rwkvinside/native").glob("*.so")
+            if fault == "junk" and turn == 0:
+                library.write_bytes(b"junk")

@@ -63,6 +63,7 @@ def test_gradients_of_a_bf16_head_add_up_in_fp32():
 
 def test_chunk_size_follows_the_vocabulary():
     assert [chunk_tokens(vocab) for vocab in (512, 151_936, 2**30)] == [98304, 331, 1]
+    assert chunk_tokens(151_936, "cuda") == 1325
 
 
 def test_a_chunk_is_cut_even_of_nothing():

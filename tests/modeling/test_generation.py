@@ -194,6 +194,21 @@ def test_gradients_with_checkpointing_equal_those_without(prompt):
         torch.testing.assert_close(grad, plain[name], rtol=0, atol=1e-12, msg=name)
 
 
+@pytest.mark.parametrize("enable", ["activation_checkpointing_enable", "gradient_checkpointing_enable"])
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+def test_reentrant_checkpointing_is_refused(enable):
+    """It would train, with a gradient that lacks what comes through v_first."""
+    model = build("qwen3", LAYOUTS["attention-first"])
+    for part in (model, model.model):
+        with pytest.raises(ValueError, match=r'v_first.*gradient_checkpointing_kwargs=\{"use_reentrant": False\}'):
+            getattr(part, enable)({"use_reentrant": True})
+        assert not part.is_activation_checkpointing
+    getattr(model, enable)({"preserve_rng_state": False})  # not reentrant unless it says so
+    assert model.is_activation_checkpointing
+    layer = model.model.layers[0]
+    assert layer._gradient_checkpointing_func.keywords["use_reentrant"] is False
+
+
 @pytest.mark.parametrize("preset", ["cxa079", "x070"])
 def test_decay_parameters_stay_fp32_in_bf16(tmp_path, prompt, preset):
     model = build("qwen3", LAYOUTS["mixed"], preset, dtype=torch.float32)

@@ -254,3 +254,69 @@ def test_bad_choices_are_named():
         TimeMixerConfig(**(base | dict(num_kv_heads=3)))
     with pytest.raises(ValueError, match="unknown mixer fields"):
         TimeMixerConfig.from_dict(base | dict(color="red"))
+
+
+def test_a_new_mixer_is_initialized():
+    """By its constructor alone it computes something finite, as it was told to begin."""
+    config = TimeMixerConfig.from_preset(
+        "x070", qk_norm=True, hidden_size=D, num_heads=4, num_kv_heads=4, head_size=N, qkv_bias=True
+    )
+    torch.manual_seed(0)
+    mixer = TimeMixer(config, False, layer=1, num_layers=3, init="published")
+    y, *_ = mixer(torch.randn(B, T, D), first=FirstLayerKV(torch.randn(B, T, 4, N), None))
+    assert y.isfinite().all() and mixer.r_k.eq(-0.04).all() and mixer.v0.eq(0.73).all()
+    again = TimeMixer(config, False)
+    init_mixer(again, 1, 3, "published")
+    assert torch.equal(again.w0, mixer.w0) and not torch.equal(TimeMixer(config, False).w0, mixer.w0)
+    with torch.device("meta"):
+        assert TimeMixer(config, False).w0.is_meta
+
+
+@pytest.mark.parametrize("length", [1, T])
+def test_a_mixer_that_rotates_asks_for_positions(length):
+    mixer = make("cxa079", is_first=True)
+    x = torch.randn(B, length, D, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"give rope=\(cos, sin\)"):
+        mixer(x, first=None)
+    make("cxa079", is_first=True, rope=False)(x, first=None)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_packed_documents_go_on_from_their_states(masked):
+    """Documents in two calls, empty ones in both, are what each is alone, with every gradient."""
+    mixer = make("x070", is_first=True)
+    lengths = ((0, 5, 0, 4, 0), (3, 0, 2, 6, 0))
+    parts = [[torch.randn(n, D, dtype=torch.float64, requires_grad=True) for n in call] for call in lengths]
+    masks = [[torch.ones(n, dtype=torch.bool) for n in call] for call in lengths]
+    if masked:
+        for call, document, places in ((0, 1, [0, 4]), (0, 3, [1]), (1, 0, [0, 1, 2]), (1, 3, [0, 5])):
+            masks[call][document][places] = False
+
+    def call(x, mask, state, cu=None):
+        y, _, state = mixer(x[None], first=None, state=state, mask=mask[None] if masked else None, cu_seqlens=cu)
+        return y[0], state
+
+    inputs = [x for xs in parts for x in xs if len(x)] + [mixer.x_r, mixer.x_v, mixer.receptance.weight]
+
+    def gradients(outputs):
+        return torch.autograd.grad(sum(y.square().sum() for y in outputs), inputs)
+
+    state, together = None, []
+    for xs, ms in zip(parts, masks, strict=True):
+        cu = torch.tensor([0, *(len(x) for x in xs)]).cumsum(0).int()
+        y, state = call(torch.cat(xs), torch.cat(ms), state, cu)
+        together.append(y[torch.cat(ms)])
+    alone = [[], []]
+    for document in range(5):
+        own = None
+        for i in range(2):
+            x, m = parts[i][document], masks[i][document]
+            if len(x):
+                y, own = call(x, m, own)
+                alone[i].append(y[m])
+        for found, expected in zip(state.tensors(), own.tensors() if own else [None] * 2, strict=True):
+            expected = torch.zeros_like(found[document]) if expected is None else expected[0]
+            torch.testing.assert_close(found[document], expected, rtol=0, atol=1e-12)
+    alone = [torch.cat(ys) for ys in alone]
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-12)
+    torch.testing.assert_close(gradients(together), gradients(alone), rtol=0, atol=1e-10)

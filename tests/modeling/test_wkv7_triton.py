@@ -11,8 +11,9 @@ import torch
 from triton_worker import run_cases
 
 from rwkvinside import kernels
+from rwkvinside.modeling import mixer_step, wkv7_triton
 from rwkvinside.modeling import wkv7 as door
-from rwkvinside.modeling import wkv7_triton
+from rwkvinside.modeling.mixer_presets import TimeMixerConfig
 
 CASES = str(Path(__file__).with_name("carried_cases.py"))
 
@@ -118,3 +119,15 @@ def test_kernels_with_another_interface_are_named_and_not_used(monkeypatch):
     monkeypatch.delattr(kernels, "INTERFACE")
     with pytest.warns(UserWarning, match="have interface of an early version and this model calls interface 1"):
         assert door._installed_kernels() is None
+
+
+def test_kernels_without_a_newer_function_are_used_for_the_rest(monkeypatch):
+    """New functions leave the number of the interface as it is: an older package may lack them."""
+    sizes = {"hidden_size": 16, "num_heads": 2, "num_kv_heads": 1, "head_size": 8}
+    config = TimeMixerConfig.from_preset("cxa079", qk_norm=True, **sizes).replace(backend="triton", key_scale="decay")
+    x = torch.zeros(1, 1, 16)
+    monkeypatch.setattr(mixer_step, "why_unavailable", lambda *_: None)
+    with torch.no_grad():
+        assert mixer_step.is_fused(config, x, None)
+        monkeypatch.delattr(kernels, "low_rank")
+        assert not mixer_step.is_fused(config, x, None)

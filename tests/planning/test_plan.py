@@ -1,4 +1,4 @@
-"""Plans: every shipped recipe with every variant, and what a plan says of quantization, adapters, ranks and memory."""
+"""Plans: every teacher with every variant and recipe, and what a plan says of quantization, adapters, ranks, memory."""
 
 import json
 from importlib.resources import files
@@ -7,8 +7,9 @@ import pytest
 from tiny import save_configuration
 
 from rwkvinside.config.load import load_config
+from rwkvinside.config.recipes import recipes
 from rwkvinside.config.resolve import resolve
-from rwkvinside.config.teacher_lookup import recipes, variants
+from rwkvinside.config.teacher_lookup import teachers, variants
 from rwkvinside.errors import UserError
 from rwkvinside.planning import plan
 from rwkvinside.planning.devices import CARDS
@@ -36,8 +37,8 @@ def test_variants_are_found_as_package_data():
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("name", sorted(recipes()))
-def test_every_recipe_plans_with_every_variant(name):
+@pytest.mark.parametrize("name", sorted(teachers()))
+def test_every_teacher_plans_with_every_variant(name):
     for variant in VARIANTS:
         text = planned(name, *GPU, variant=[variant], ranks=8 if variant == "multi-card" else 1)
         stages = ["calibrate", *(["align_lora"] if variant == "attention-freeze" else []), "align", "distill"]
@@ -53,17 +54,35 @@ def test_every_recipe_plans_with_every_variant(name):
             assert "linear layers in nf4" in text and "LoRA" in text and "adamw8bit" in text
 
 
+@pytest.mark.integration
+@pytest.mark.parametrize("name", sorted(teachers()))
+def test_every_teacher_plans_with_every_recipe(name):
+    for recipe in recipes():
+        config = load_config(teacher=name, recipe=recipe, overrides=GPU)
+        text = plan_text(resolve(config), config)
+        assert f"\nrecipe    {recipe}\n" in text and "warning" not in text
+        assert [line.split(":")[0].split(" ")[0] for line in text.split("\n\n")[1:]] == config.run
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("recipe", sorted(recipes()))
+def test_every_recipe_plans_with_every_variant(recipe):
+    for variant in VARIANTS:
+        config = load_config(teacher="Qwen3-8B", recipe=recipe, variant=[variant], overrides=GPU)
+        assert plan_text(resolve(config, ranks=8 if variant == "multi-card" else 1), config)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_recipe_as_a_file_is_the_recipe_by_name(variant):
-    for name in recipes():
-        with (files("rwkvinside.recipes") / "recipes" / f"{name}.yaml").open() as file:
+def test_a_preset_as_a_file_is_the_preset_by_name(variant):
+    for name in teachers():
+        with (files("rwkvinside.recipes") / "teachers" / f"{name}.yaml").open() as file:
             by_file = load_config([file.name], variant=[variant])
         assert by_file == load_config(teacher=name, variant=[variant])
 
 
-def test_variants_stand_between_the_recipe_and_what_is_given(tmp_path, teacher):
+def test_variants_stand_between_the_preset_and_what_is_given(tmp_path, teacher):
     one = load_config(teacher="Qwen3-8B", variant=["one-card"])
-    assert one.stages["distill"].train == ["mixer", "adapters"]  # what the recipe says of the variant
+    assert one.stages["distill"].train == ["mixer", "adapters"]  # what the preset says of the variant
     assert one.stages["distill"].optim.kind == "adamw8bit"  # the variant
     assert load_config(teacher="Qwen3-4B", variant=["one-card"]).stages["distill"].train == [".*"]
     file = tmp_path / "own.yaml"
@@ -84,6 +103,20 @@ def test_attention_freeze_trains_what_is_new_first(teacher):
     assert rows == {"mixer.proj": False, "mixer.lora": True}
 
 
+def test_a_published_preset_that_is_not_its_variant_is_warned_of(teacher):
+    lines = planned(teacher, "student.preset=hxa079").splitlines()
+    (warning,) = [line for line in lines if line.startswith("warning")]
+    assert warning == (
+        "warning   not the published hxa079: no layer keeps attention (student.attention_layers); attention that is "
+        "kept rotates (student.attention_rope); the key scale is decay, not log (student.key_scale)"
+    )
+    variant = ["student.attention_layers=[1]", "student.attention_rope=false"]
+    for scale in ("log", "null"):
+        assert "warning" not in planned(teacher, "student.preset=hxa079", *variant, f"student.key_scale={scale}")
+    assert "warning" not in planned(teacher, "student.preset=hxa07c", *variant)  # its scale is decay
+    assert "warning" not in planned(teacher)
+
+
 def test_ranks_show_what_deepspeed_is_given(teacher):
     text = planned(teacher, "deepspeed.zero_stage=2", ranks=2)
     (settings,) = [line.split("deepspeed ")[1] for line in text.splitlines() if line.startswith("  deepspeed")][:1]
@@ -100,6 +133,30 @@ def test_a_tied_head_counts_once(teacher):
     lines = planned(teacher).splitlines()
     copied = lines[1].split(": ")[1].split(" copied from the teacher")[0]
     assert lines[0].endswith(f", {copied} parameters")
+
+
+def test_windows_are_named_by_layer(teacher):
+    def student(*overrides):
+        return planned(teacher, *overrides).splitlines()[1]
+
+    assert "window" not in student()
+    assert "window of 8 and 2 first tokens, calibrated" in student("student.window=8", "student.sinks=2")
+    text = student("student={window: {1-2: 16, 3: 8}, sinks: {1: 4}}")
+    shown = ["no window in layers 0", "window of 16 and 4 first tokens in layers 1", "window of 16 in layers 2"]
+    assert ", ".join([*shown, "window of 8 in layers 3, calibrated start"]) in text
+
+
+def test_memory_follows_the_windows_of_all_layers(teacher):
+    def largest(window):
+        config = load_config(teacher=teacher, overrides=[f"student.window={window}"])
+        return resolve(config).stage("align"), plan.meta_student(resolve(config).settings)
+
+    sizes = []
+    for window in ("0", "{1: 256}", "256"):
+        stage, model = largest(window)
+        kind = stage.stage.prepare(model, stage, stage.phases[0].train)
+        sizes.append(plan.stage_memory(stage, model, kind, None).peak)
+    assert sizes == sorted(sizes) and len(set(sizes)) == 3
 
 
 def test_calibration_counts_what_is_quantized(teacher):

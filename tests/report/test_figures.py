@@ -64,6 +64,15 @@ def test_validation_runs_on_over_the_stages(rows):
     assert agreement.lines[0].get_ydata().tolist() == [0, 0.5, 0.9]
 
 
+def test_validation_shows_the_control_of_a_windowed_student(rows):
+    assert not any("control" in line.get_label() for ax in validation_figure(rows).axes for line in ax.lines)
+    scores = {"kl": 4, "ce": 7, "ce_teacher": 3, "agreement": 0.25}
+    axes = validation_figure([*rows, {"kind": "control", "stage": "calibrate", "step": 1, "tokens": 9, **scores}]).axes
+    lines = [line for ax in axes for line in ax.lines if "control" in line.get_label()]
+    assert [line.get_ydata()[0] for line in lines] == [4, 7, 0.25]
+    assert axes[0].get_ylim()[1] > 4, "it is within the logarithmic axis"
+
+
 def test_smoothing_never_looks_ahead():
     assert smooth(np.array([1.0, 3.0, 5.0, 7.0]), 2).tolist() == [1.0, 2.0, 4.0, 6.0]
 

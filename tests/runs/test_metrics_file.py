@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from rwkvinside.errors import UserError
+from rwkvinside.report.write import write_report
 from rwkvinside.runs.metrics_file import alignment, read_metrics, stages, tokens_before
 
 
@@ -29,6 +30,29 @@ def test_damage_names_the_line(tmp_path):
         read_metrics(file)
     with pytest.raises(UserError, match="does not exist"):
         read_metrics(tmp_path / "other.jsonl")
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        (b'{"kind": "train", "stage": 3, "step": 1, "tokens": 1}', "is of stage 3, not a name"),
+        (b'{"kind": "eval", "stage": "align", "tokens": 1}', "has step = None"),
+        (b'{"kind": "train", "stage": "align", "step": 1, "tokens": "x"}', "has tokens = 'x'"),
+        (b'{"kind": "train", "stage": "align", "step": 1, "tokens": 1, "loss": "low"}', "has loss = 'low'"),
+        (b'{"kind": "train", "stage": "align", "step": 1, "tokens": 1, "layers": [1]}', "has layers = "),
+        (b'{"kind": "train", "stage": "align", "step": 1, "tokens": 1, "layers": {"x": 1}}', "has layers = "),
+        (b'{"loss": ' + b"9" * 400 + b"}", "has loss = 999"),
+        (b'{"loss": ' + b"9" * 5000 + b"}", "4300 digits"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"\xff\xfe", "can't decode byte"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path, line, said):
+    """By `report`, which would fail over it, before anything is drawn."""
+    (tmp_path / "metrics.jsonl").write_bytes(json.dumps(train("align", 1)).encode() + b"\n" + line + b"\n")
+    with pytest.raises(UserError, match=rf"metrics.jsonl, line 2.*{said}") as caught:
+        write_report(tmp_path)
+    assert "\n" not in caught.value.cause
 
 
 def test_stages_stand_one_after_another_on_the_axis():

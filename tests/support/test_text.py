@@ -1,6 +1,14 @@
 import pytest
 
-from rwkvinside.support.text import did_you_mean, nearest, rounded_bytes, rounded_count, rounded_flop, short_count
+from rwkvinside.support.text import (
+    did_you_mean,
+    nearest,
+    rounded_bytes,
+    rounded_count,
+    rounded_flop,
+    short_count,
+    spans,
+)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +72,10 @@ def test_short_counts_are_exact():
         "10M",
         "1B",
     ]
+
+
+def test_spans_of_numbers():
+    assert [spans(numbers) for numbers in ([], [3], [0, 1, 4], [0, 2, 3, 4, 7])] == ["", "3", "0-1, 4", "0, 2-4, 7"]
 
 
 def test_the_nearest_word_in_any_case():

@@ -190,3 +190,42 @@ def test_no_pickle_anywhere(two):
             length = int.from_bytes(content[:8], "little")
             content = content[8 : 8 + length]
         json.loads(content)
+
+
+def test_a_checkpoint_knows_its_place(tmp_path):
+    checkpointer = Checkpointer(tmp_path / "align", {}, run="one")
+    checkpointer.save(10, TENSORS, OPTIMIZER, {})
+    assert checkpointer.load().step == 10
+    shutil.copytree(tmp_path / "align", tmp_path / "distill")
+    (tmp_path / "distill" / "step-00000010").rename(tmp_path / "distill" / "step-00000020")
+    shutil.copytree(tmp_path / "align" / "step-00000010", tmp_path / "align" / "step-00000030")
+    for folder, run, said in (
+        ("align", "two", "step-00000030 was moved: it is of step 10, not 30"),
+        ("distill", "one", "step-00000020 was moved: it is of stage align, not distill"),
+    ):
+        with pytest.raises(CorruptCheckpoint, match=said):
+            Checkpointer(tmp_path / folder, {}, run=run).load()
+    with pytest.raises(CorruptCheckpoint, match="step-00000010 was moved: it is of run one, not two"):
+        Checkpointer(tmp_path / "align", {}, run="two").load("step-00000010")
+    with pytest.raises(CorruptCheckpoint, match="step-00000030") as caught:
+        checkpointer.load()
+    assert "use --resume-from step-00000010" in caught.value.hint
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read_where_its_run_has_no_id(tmp_path):
+    checkpointer = Checkpointer(tmp_path / "align", {})
+    path = checkpointer.save(10, TENSORS, None, {})
+    content = json.loads((path / module.STATE).read_text())
+    del content["place"], content["seal"]
+    module._write_state(path / module.STATE, {name: content[name] for name in content if name != "format"})
+    assert checkpointer.load().step == 10
+    with pytest.raises(CorruptCheckpoint, match="does not say of which run it is"):
+        Checkpointer(tmp_path / "align", {}, run="one").load()
+
+
+def test_a_file_that_was_not_written_with_it_is_refused(two, tmp_path):
+    checkpointer = Checkpointer(tmp_path / "fitted", {})
+    path = checkpointer.save(1, TENSORS, None, {})
+    shutil.copyfile(two.directory / "step-00000020" / module.OPTIMIZER, path / module.OPTIMIZER)
+    with pytest.raises(CorruptCheckpoint, match="optimizer.safetensors was not written with it"):
+        checkpointer.load()

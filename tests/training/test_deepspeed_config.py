@@ -1,4 +1,4 @@
-"""What DeepSpeed is told: from the recipe alone, and with a configuration of the user's own."""
+"""What DeepSpeed is told: from the configuration alone, and with a configuration of the user's own."""
 
 import pytest
 
@@ -43,7 +43,7 @@ def test_every_rank_has_the_same_number_of_micro_batches(rows, micro_rows, ranks
     assert max(-(-share // micro_rows) for share in shares) == micro_batches
 
 
-def test_the_recipe_alone():
+def test_the_configuration_alone():
     found = config(zero_stage=3, offload_optimizer=True, offload_parameters=True, settings=OptimConfig(clip=0.5))
     assert found["zero_optimization"] == {
         "stage": 3,
@@ -91,7 +91,7 @@ def test_a_file_without_a_stage_is_added_to_ours():
     assert found["zero_optimization"] == {"stage": 2, "offload_optimizer": {"device": "cpu"}, "overlap_comm": True}
 
 
-def test_a_file_may_repeat_the_recipe():
+def test_a_file_may_repeat_the_configuration():
     same = {"train_batch_size": 12, "gradient_accumulation_steps": 3, "gradient_clipping": 1.0}
     adam = {"type": "Adam", "params": {"betas": [0.9, 0.95], "weight_decay": 0.0}}
     assert config(same | {"optimizer": adam}) == config()
@@ -100,10 +100,10 @@ def test_a_file_may_repeat_the_recipe():
 @pytest.mark.parametrize(
     "user, said",
     [
-        ({"train_batch_size": 8}, "train_batch_size=8, the recipe gives 12"),
-        ({"train_micro_batch_size_per_gpu": 4}, "the recipe gives 2"),
+        ({"train_batch_size": 8}, "train_batch_size=8, the configuration gives 12"),
+        ({"train_micro_batch_size_per_gpu": 4}, "the configuration gives 2"),
         ({"gradient_clipping": 0.1}, "gradient_clipping=0.1"),
-        ({"bf16": {"enabled": True}}, "enables bf16, the recipe's precision is fp32"),
+        ({"bf16": {"enabled": True}}, "enables bf16, the configuration's precision is fp32"),
         ({"fp16": {"enabled": True}}, "enables fp16"),
         ({"bf16": True}, "bf16=True"),
         ({"optimizer": {"type": "Lion"}}, "optimizer.type='Lion'"),

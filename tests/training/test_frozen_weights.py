@@ -5,20 +5,29 @@ import pytest
 import torch
 
 from rwkvinside.errors import UserError
-from rwkvinside.training.frozen_weights import NAME, frozen_weights_digest, read_frozen_weights, write_frozen_weights
+from rwkvinside.training.frozen_weights import NAME, read_frozen_weights, write_frozen_weights
 
 TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "b.codes": torch.arange(4, dtype=torch.uint8)}
 
 
 def test_what_was_written_is_read(tmp_path):
-    assert read_frozen_weights(tmp_path) is None and frozen_weights_digest(tmp_path) is None
-    write_frozen_weights(tmp_path / "stage", TENSORS)
-    found = read_frozen_weights(tmp_path / "stage")
+    folder = tmp_path / "stage"
+    digest = write_frozen_weights(folder, TENSORS)
+    assert len(digest) == 64 and read_frozen_weights(folder, None) is None  # a stage that wrote none reads none
+    found = read_frozen_weights(folder, digest)
     assert found.keys() == TENSORS.keys() and all(torch.equal(found[name], TENSORS[name]) for name in TENSORS)
-    assert len(frozen_weights_digest(tmp_path / "stage")) == 64
-    (tmp_path / "stage" / NAME).write_bytes(b"x" * 20)
-    with pytest.raises(UserError, match="frozen.safetensors is damaged"):
-        read_frozen_weights(tmp_path / "stage")
+
+
+def test_one_flipped_bit_is_refused(tmp_path):
+    digest = write_frozen_weights(tmp_path, TENSORS)
+    content = bytearray((tmp_path / NAME).read_bytes())
+    content[-1] ^= 1
+    (tmp_path / NAME).write_bytes(content)
+    with pytest.raises(UserError, match="frozen.safetensors is damaged: its SHA-256 is not the one written"):
+        read_frozen_weights(tmp_path, digest)
+    (tmp_path / NAME).unlink()
+    with pytest.raises(UserError, match="frozen.safetensors cannot be read"):
+        read_frozen_weights(tmp_path, digest)
 
 
 def test_it_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):

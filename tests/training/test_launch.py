@@ -17,7 +17,7 @@ def ssh(tmp_path, monkeypatch):
     script = tmp_path / "bin" / "ssh"
     script.parent.mkdir()
     script.write_text(
-        '#!/bin/sh\nshift 4\ncase "$1 $2" in "good"*" true") exit 0;; esac\n'
+        '#!/bin/sh\nshift 5\ncase "$1 $2" in "good"*" true") exit 0;; esac\n'
         'echo "ssh: connect to host $1 port 22: No route to host" >&2\nexit 255\n'
     )
     script.chmod(0o755)
@@ -37,6 +37,11 @@ def test_a_hostfile_is_read(tmp_path):
         ("worker-1 slots=0\n", "line 1: 'worker-1 slots=0'"),
         ("a slots=1\nb\n", "line 2: 'b'"),
         ("a slots=1\na slots=2\n", "line 2: a is listed twice"),
+        ("a slots=1\n-oProxyCommand=id slots=1\n", "line 2: '-oProxyCommand=id' is not the name or the address"),
+        ("a,-oProxyCommand=id slots=1\n", "is not the name or the address"),
+        ("root@a slots=1\n", "line 1: 'root@a' is not the name"),
+        ("$(id) slots=1\n", "is not the name"),
+        ("fe80::1%-o slots=1\n", "is not the name"),
     ],
 )
 def test_other_files_are_refused(tmp_path, text, said):
@@ -47,6 +52,23 @@ def test_other_files_are_refused(tmp_path, text, said):
     assert str(file) in caught.value.cause and said in caught.value.cause
     with pytest.raises(UserError, match="cannot be read"):
         read_hostfile(tmp_path / "nothing")
+
+
+def test_addresses_are_hosts(tmp_path):
+    file = tmp_path / "hosts"
+    file.write_text("10.0.0.7 slots=1\nfe80::1%eth0 slots=1\n2001:db8::1 slots=1\nnode_3.cluster-a slots=1\n")
+    assert list(read_hostfile(file)) == ["10.0.0.7", "fe80::1%eth0", "2001:db8::1", "node_3.cluster-a"]
+
+
+def test_a_host_is_never_an_option_of_ssh(tmp_path, monkeypatch):
+    script = tmp_path / "ssh"
+    script.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    check_hosts({"-oProxyCommand=id": 1, "b": 1})  # past the hostfile's own check
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert len(calls) == 2 and all(" -- " in call.split(" true")[0] for call in calls)
+    assert any(call.endswith("-- -oProxyCommand=id true") for call in calls)
 
 
 def test_hosts_that_do_not_answer_are_named(ssh):

@@ -155,4 +155,4 @@ def test_a_missing_package_is_refused(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     with pytest.raises(UserError) as caught:
         check_loggers(["wandb"])
-    assert "wandb is not installed" in caught.value.cause and "rwkvinside[wandb]" in caught.value.hint
+    assert "wandb is not installed" in caught.value.cause and caught.value.hint.startswith("pip install wandb,")

@@ -45,6 +45,7 @@ from rwkvinside.kernels.gpu.mixer import plan_inputs, plan_inputs_backward, plan
 from rwkvinside.kernels.gpu.mixer_step import plan_mixer_step
 from rwkvinside.kernels.gpu.op import NARROW, plan_backward, plan_forward
 from rwkvinside.kernels.gpu.table import PRECISIONS, Tuning
+from rwkvinside.kernels.gpu.window_step import plan_window_step
 from rwkvinside.modeling import wkv7_triton
 from rwkvinside.support.files import write_text
 
@@ -115,6 +116,7 @@ def shipped(architecture: int) -> Iterator[tuple[str, Launch]]:
         for tokens in (1, 4096):
             yield from _named(f"{prefix}/carried/{tokens}", plan_carried(size, tokens))
         yield from _named(prefix, plan_mixing(size, capability))
+        yield from _named(prefix, plan_window(size))
         yield from _named(f"{prefix}/mixer", plan_mixer(size))
     # These arguments change the code but hardly its resources: one mode and head size represent all.
     yield from _named(f"sm_{architecture}/64/packed", plan_packed(64, "balanced", capability))
@@ -196,7 +198,17 @@ def plan_first_mixing(size: int, capability: tuple[int, int]) -> list[Launch]:
     """Plan one token of a first layer, which hands on its key, with an additive value and the decay as it is."""
     given = {"v_mix": torch.empty(8, 32 * size, dtype=torch.bfloat16, device="meta")}
     given["k_out"] = torch.empty(8, 8, size, dtype=torch.bfloat16, device="meta")
+    given["r_out"] = torch.empty(8, 32, size, dtype=torch.bfloat16, device="meta")
     return plan_mixer_step(**_mixed_token(size), **given, capability=capability)[0]
+
+
+def plan_window(size: int) -> list[Launch]:
+    """Plan one token of a window of 64 and 4 first tokens, in a model of bf16."""
+    bf16 = functools.partial(torch.empty, dtype=torch.bfloat16, device="meta")
+    ring, mix = bf16(8, 8, 68, size), torch.empty(32, size, device="meta")
+    seen, mask = (torch.empty(8, dtype=dtype, device="meta") for dtype in (torch.int64, torch.bool))
+    token = bf16(8, 8, size)
+    return plan_window_step(bf16(8, 32, size), token, token, bf16(8, 32 * size), ring, ring, seen, mix, mix, 4, mask)[0]
 
 
 def plan_maps() -> list[Launch]:

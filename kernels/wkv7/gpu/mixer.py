@@ -49,8 +49,8 @@ class Work:
 
 
 COLUMNS = 4  # of a thread: 16 bytes of fp32 are the most that it loads at once, and one layout suits all tensors
-# By the name of the kernel, the fastest of some on an H200 (docs/measurements). A warp that is alone waits for none, and
-# 16 tokens share a row of sums for each parameter.
+# By the name of the kernel, the fastest of some on an H200 (docs/measurements). A warp that is alone waits for none,
+# and 16 tokens share a row of sums for each parameter.
 DEFAULTS = {
     "inputs_forward": Work(tokens=4, warps=4),
     "inputs_backward": Work(tokens=16, warps=1),

@@ -26,7 +26,7 @@ from rwkvinside.kernels.gpu.table import StepConfig, lookup_step
 DECAY_SCALE = tl.constexpr(math.exp(-0.5))
 
 
-@torch.library.custom_op("rwkvinside::wkv7_triton_mixer_step", mutates_args={"state", "k_out"})
+@torch.library.custom_op("rwkvinside::wkv7_triton_mixer_step", mutates_args={"state", "k_out", "r_out"})
 def mixer_step(
     r: Tensor,
     k: Tensor,
@@ -52,6 +52,7 @@ def mixer_step(
     k_out: Tensor | None = None,
     norm_eps: float = 1e-6,
     log_scale: bool = False,
+    r_out: Tensor | None = None,
 ) -> Tensor:
     """Take one step of a time mixer for every row of the batch.
 
@@ -72,9 +73,11 @@ def mixer_step(
         k_mix, k0, k_first: the same for the key, after its rotation: (B, G * N), G * N numbers, (B, G, N).
         r_k: (H, N), weights of the bonus; None without it.
         mask: (B,) bool, True for real tokens; elsewhere the state does not change and the output is 0.
-        k_out: (B, G, N), takes the key after its rotation (before the mix): k_first of the later layers.
+        k_out: (B, G, N), takes the key after its rotation (before the mix): k_first of the later layers, and the key of
+            a window.
         norm_eps: of the RMS norms.
         log_scale: the key's scale takes the decay in the log domain (key_scale "log"), else as it is ("decay").
+        r_out: (B, H, N), takes the receptance after its rotation: the query of a window.
 
     Returns:
         (B, H * N) in v's dtype, gated, before the output projection.
@@ -84,7 +87,7 @@ def mixer_step(
     """
     return launch_mixer_step(
         r, k, v, decay, iclr, gate, state, w0, a0, r_weight, k_weight, cos, sin, v_mix, v0, v_first, k_mix, k0, k_first,
-        r_k, mask, k_out, norm_eps, log_scale,
+        r_k, mask, k_out, norm_eps, log_scale, r_out,
     )  # fmt: skip
 
 
@@ -125,6 +128,7 @@ def plan_mixer_step(
     k_out: Tensor | None = None,
     norm_eps: float = 1e-6,
     log_scale: bool = False,
+    r_out: Tensor | None = None,
     *,
     capability: tuple[int, int] | None,
     config: StepConfig | None = None,
@@ -134,7 +138,7 @@ def plan_mixer_step(
     Meta tensors are enough.
 
     Args:
-        r ... log_scale: as in `mixer_step`.
+        r ... r_out: as in `mixer_step`.
         capability: compute capability to plan for; None is Triton's interpreter.
         config: replaces the table's.
     """
@@ -162,8 +166,8 @@ def plan_mixer_step(
     args = {name: _contiguous(name, x, shape) for name, (x, shape) in shapes.items()}
     for name, x, count in (("w0", w0, width), ("a0", a0, width), ("v0", v0, J * N), ("k0", k0, G * N)):
         args[name] = None if x is None else _contiguous(name, x.flatten(), (count,))
-    args |= _rotation(cos, sin, B, N) | {"k_out": k_out, "mask": mask, "state": state}
-    _check_outputs(state, k_out, mask, (B, H, G, N))
+    args |= _rotation(cos, sin, B, N) | {"k_out": k_out, "r_out": r_out, "mask": mask, "state": state}
+    _check_outputs(state, k_out, r_out, mask, (B, H, G, N))
 
     y = torch.empty(B, width, dtype=v.dtype, device=v.device)
     args |= {"y": y, "heads": H, "group": H // G, "v_mix_group": H // J, "v_first_group": H // F}
@@ -197,15 +201,22 @@ def _rotation(cos: Tensor | None, sin: Tensor | None, B: int, N: int) -> dict:
     return {"cos": cos.contiguous(), "sin": sin.contiguous(), "rotation_batch": N if cos.shape[0] > 1 else 0}
 
 
-def _check_outputs(state: Tensor, k_out: Tensor | None, mask: Tensor | None, sizes: tuple[int, int, int, int]) -> None:
+def _check_outputs(
+    state: Tensor,
+    k_out: Tensor | None,
+    r_out: Tensor | None,
+    mask: Tensor | None,
+    sizes: tuple[int, int, int, int],
+) -> None:
     B, H, G, N = sizes
     if state.shape != (B, H, N, N) or state.dtype != torch.float32 or not state.is_contiguous():
         raise ValueError(
             f"state has shape {tuple(state.shape)}, {state.dtype} and strides {state.stride()}, expected "
             f"{(B, H, N, N)} in float32, contiguous"
         )
-    if k_out is not None and (k_out.shape != (B, G, N) or not k_out.is_contiguous()):
-        raise ValueError(f"k_out has shape {tuple(k_out.shape)}, expected {(B, G, N)}, contiguous")
+    for name, x, heads in (("k_out", k_out, G), ("r_out", r_out, H)):
+        if x is not None and (x.shape != (B, heads, N) or not x.is_contiguous()):
+            raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {(B, heads, N)}, contiguous")
     if mask is not None and (mask.shape != (B,) or mask.dtype != torch.bool or not mask.is_contiguous()):
         raise ValueError(f"mask has shape {tuple(mask.shape)} and {mask.dtype}, expected {(B,)} of bool, contiguous")
 
@@ -257,6 +268,7 @@ def _mixer_step(
     r_k,
     mask,
     k_out,
+    r_out,
     y,
     heads,
     group,
@@ -293,6 +305,8 @@ def _mixer_step(
     if k_out is not None:
         writes = in_columns & (program % BLOCKS == 0) & (head % group == 0)
         _store(k_out + shared + columns, kt, writes)
+    if r_out is not None:
+        _store(r_out + own + columns, rt, in_columns & (program % BLOCKS == 0))
     if k_first is not None:
         bias = _load(k0 + head // group * N + columns, in_columns)
         share = tl.sigmoid(bias + _load(k_mix + shared + columns, in_columns))

@@ -1,4 +1,4 @@
-"""Compilation of the CPU kernels into a shared library: at installation, or once into the user's cache.
+"""Compilation of the CPU kernels into a shared library: at installation, or once into the user's cache (`cache.py`).
 
 Imports only the standard library and `rwkvinside.support`, because the installation runs it before all else exists.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -44,6 +45,29 @@ def source_hash() -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
+def find_compiler() -> list[str]:
+    """Return the command of the compiler: CXX, which may have arguments or begin with ccache, or the first found.
+
+    Raises:
+        CompileError: there is none, or CXX names none.
+    """
+    given = os.environ.get("CXX", "").strip()
+    if not given:
+        found = next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+        if found is None:
+            raise CompileError(
+                "no C++ compiler (c++, g++ or clang++) is installed; on Debian or Ubuntu: apt install g++"
+            )
+        return [found]
+    try:
+        command = shlex.split(given)
+    except ValueError as error:
+        raise CompileError(f"CXX is {given!r}: {error}") from error
+    if not command or shutil.which(command[0]) is None:
+        raise CompileError(f"CXX is {given!r}, and no such program is found")
+    return command
+
+
 def compile_library(target: Path) -> None:
     """Build the library from the sources next to this file.
 
@@ -53,11 +77,17 @@ def compile_library(target: Path) -> None:
         target: file to write, under a temporary name first.
 
     Raises:
-        CompileError: no compiler, or its first error.
+        CompileError: no compiler, its first error, or no place to write.
     """
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
-    if compiler is None:
-        raise CompileError("no C++ compiler (c++, g++ or clang++) is installed; on Debian or Ubuntu: apt install g++")
+    compiler = find_compiler()
+    try:
+        _compile(compiler, target)
+    except OSError as error:
+        raise CompileError(f"the library cannot be built: {error}") from error
+
+
+def _compile(compiler: list[str], target: Path) -> None:
+    name = " ".join(compiler)
     variants = (PORTABLE, *X86) if platform.machine() in ("x86_64", "AMD64") else (PORTABLE,)
     with tempfile.TemporaryDirectory() as scratch:
         openmp = ("-fopenmp",) if _accepts_openmp(compiler, scratch) else ()
@@ -67,46 +97,26 @@ def compile_library(target: Path) -> None:
         objects = [f"{scratch}/{i}.o" for i in range(len(jobs))]
         running = [
             subprocess.Popen(
-                [compiler, *flags, *extra, "-c", source, "-o", out], stderr=subprocess.PIPE, text=True, cwd=scratch
+                [*compiler, *flags, *extra, "-c", source, "-o", out], stderr=subprocess.PIPE, text=True, cwd=scratch
             )
             for (source, extra), out in zip(jobs, objects, strict=True)
         ]
         errors = [process.communicate()[1] for process in running]
         for process, error in zip(running, errors, strict=True):
             if process.returncode:
-                raise CompileError(f"{compiler} failed: {_first_error(error)}")
+                raise CompileError(f"{name} failed: {_first_error(error)}")
         with replacing(target, unique=True) as temporary:
             link = subprocess.run(
-                [compiler, "-shared", *openmp, *objects, "-o", str(temporary)], stderr=subprocess.PIPE, text=True
+                [*compiler, "-shared", *openmp, *objects, "-o", str(temporary)], stderr=subprocess.PIPE, text=True
             )
             if link.returncode:
-                raise CompileError(f"{compiler} failed to link: {_first_error(link.stderr)}")
+                raise CompileError(f"{name} failed to link: {_first_error(link.stderr)}")
 
 
-def cached_library() -> Path:
-    """Return the library in ~/.cache/rwkvinside/native, compiling it if it is missing.
-
-    Processes wait for each other.
-
-    Raises:
-        CompileError: it cannot be compiled.
-    """
-    import fcntl  # not on Windows, where this module still has to be importable
-
-    target = Path.home() / ".cache" / "rwkvinside" / "native" / f"wkv7-{platform.machine()}-{source_hash()}.so"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(target.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not target.exists():
-                compile_library(target)
-    return target
-
-
-def _accepts_openmp(compiler: str, scratch: str) -> bool:
+def _accepts_openmp(compiler: list[str], scratch: str) -> bool:
     program = Path(scratch) / "openmp.cpp"
     program.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
-    probe = [compiler, "-fopenmp", str(program), "-o", f"{scratch}/openmp"]
+    probe = [*compiler, "-fopenmp", str(program), "-o", f"{scratch}/openmp"]
     return subprocess.run(probe, stderr=subprocess.DEVNULL).returncode == 0
 
 

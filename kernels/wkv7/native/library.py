@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .build import CompileError, cached_library, source_hash
+from .build import CompileError, source_hash
+from .cache import cached_library
 
 SEGMENT = 16  # tokens between checkpoints, kSegment in wkv7.h
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -79,11 +80,14 @@ def load() -> ctypes.CDLL:
     It is the one built at installation if its sources are these, else the one in the user's cache.
 
     Raises:
-        CompileError: there is none and it cannot be compiled.
+        CompileError: there is none, and it cannot be compiled or loaded.
     """
     current = source_hash()
     for path in sorted(Path(__file__).parent.glob("_wkv7*.so")):
-        library = _open(path)
+        try:
+            library = _open(path)
+        except CompileError:  # of another machine, or damaged: the one in the cache is compiled here
+            continue
         if library.wkv7_source() == current.encode():
             return library
     return _open(cached_library())
@@ -103,7 +107,13 @@ def why_unavailable() -> str | None:
 
 
 def _open(path: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(path))
+    try:
+        return _declare(ctypes.CDLL(str(path)))
+    except (OSError, AttributeError) as error:  # AttributeError: a library without our functions
+        raise CompileError(f"{path} cannot be loaded: {error}") from error
+
+
+def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     library.wkv7_source.restype = library.wkv7_instructions.restype = ctypes.c_char_p
     library.wkv7_choose.argtypes = [ctypes.c_char_p]
     library.wkv7_forward.argtypes = [ctypes.POINTER(Problem), ctypes.POINTER(Forward)]

@@ -42,7 +42,7 @@ def compare_losses(tokens: int, vocab: int, width: int, device: str) -> dict:
         numbers[f"{name}loss_differs"] = _apart(loss, fused_loss)
         numbers[f"{name}metrics_differ"] = max(_apart(sums[key], fused_sums[key]) for key in sums)
         numbers[f"{name}gradient_differs"] = _apart(grad, fused_grad)
-    return numbers | _launch(min(tokens, chunk_tokens(vocab)), vocab, device)
+    return numbers | _launch(min(tokens, chunk_tokens(vocab, device)), vocab, device)
 
 
 def _launch(rows: int, vocab: int, device: str) -> dict[str, float]:

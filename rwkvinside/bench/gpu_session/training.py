@@ -134,7 +134,7 @@ class Case:
         with engine.autocast():
             step = plan.stage.step(engine.module, teacher, plan, lambda tokens: batches)
         if plan.settings.activation_checkpointing and plan.stage.recomputes_layers:
-            student.lm.train().activation_checkpointing_enable()
+            student.recompute_layers()
         engine.set_rates(plan.schedule(groups).rates(plan.rates.warmup_steps, plan.length))
         return Training(plan, engine, step, batches, work)
 

@@ -1,0 +1,54 @@
+"""Recipes: how others (and we) have converted models, under a name, for any teacher.
+
+A recipe (`configs/recipes/`) has settings of a run and, as `attention_every: N`, how many layers keep attention where
+neither the teacher's preset nor the user names them. What a recipe needs for one model is in that model's preset.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from functools import cache
+
+from ..errors import UserError
+from ..support.text import did_you_mean
+from .teacher_lookup import TeacherInfo, shipped
+
+EVERY = "attention_every"
+
+
+@cache
+def recipes() -> dict[str, dict]:
+    """Return the shipped recipes by name, such as radlads."""
+    return shipped("recipes")
+
+
+def recipe_layers(name: object, of_teacher: object, teacher: TeacherInfo) -> list[dict]:
+    """Return the settings of a recipe: for any teacher, then what the teacher's preset says of it.
+
+    Args:
+        name: of the recipe; None: none. Anything but a text is left to the validation.
+        of_teacher: the preset's key `recipes`, {name: settings}.
+        teacher: gives the number of layers, and the longest rows: longer ones are cut to its context.
+
+    Raises:
+        UserError: there is no recipe of that name.
+    """
+    if not isinstance(name, str):
+        return []
+    known = recipes()
+    if name not in known:
+        cause = f"recipe {name!r} is not known{did_you_mean(name, known)}"
+        raise UserError(cause, f"recipes: {', '.join(known)}; a model such as Qwen3-14B is --teacher")
+    settings = deepcopy(known[name])
+    every = settings.pop(EVERY, None)
+    for stage in settings.get("stages", {}).values():
+        stage["data"]["seq_len"] = min(stage["data"]["seq_len"], teacher.max_positions)
+    layers = [{"student": {"attention_layers": spread_layers(teacher.num_layers, every)}}] if every else []
+    own = of_teacher.get(name) if isinstance(of_teacher, dict) else None
+    return [*layers, settings, *([own] if isinstance(own, dict) else [])]
+
+
+def spread_layers(count: int, every: int) -> list[int]:
+    """Return about one layer of `every`, at least one: the last of each of equal groups of `count` layers."""
+    kept = max(1, round(count / every))
+    return [(i + 1) * count // kept - 1 for i in range(kept)]

@@ -1,0 +1,74 @@
+"""What a stage leaves in the run directory besides its checkpoints: before its first step, and after its last."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from .. import __version__
+from ..hybrid.model import HybridModel
+from ..runs.directory import settings_digest
+from ..runs.records import StageRecord
+from ..stages.plan import StagePlan
+from ..support.files import file_digest
+from ..training.checkpoint import STATE
+from .build import fingerprint, save_frozen_weights, write_adapters
+
+if TYPE_CHECKING:
+    from .run import Run
+
+
+def begin_stage(run: Run, plan: StagePlan, before: str | None, data: Mapping, student: HybridModel) -> None:
+    """Write what describes a run and a stage, once all checks have passed; on rank 0.
+
+    Where a stage goes on, nothing changes but settings that the user has changed.
+
+    Args:
+        run: of the stage.
+        plan: of the stage.
+        before: the stage that it starts from.
+        data: facts about its data.
+        student: at the start of the stage, with what it has quantized.
+    """
+    directory, records = run.directory, run.directory.records
+    if records.identity() is None:
+        records.make_identity(run.admission.teacher)
+    run.digests.save()
+    directory.describe(run.config, run.plan_text)
+    records.write(
+        StageRecord(
+            run=run.id,
+            stage=plan.name,
+            before=before,
+            after=records.digest_before(before),
+            settings=settings_digest(directory.config()),
+            files=save_frozen_weights(student, directory, plan.name),
+            second_teacher=run.admission.second_teachers.get(plan.name, {}),
+        )
+    )
+    data = directory.conversion().get("data", {}) | {plan.name: data}
+    facts = {"rwkvinside": __version__, "run": run.id, "teacher": plan.run.teacher.path}
+    directory.note(facts | {"student": fingerprint(run.shapes), "data": data})
+    run.loggers.open()
+
+
+def finish_stage(run: Run, plan: StagePlan, evaluation: Mapping) -> None:
+    """Write what says that a stage is finished; on rank 0.
+
+    Args:
+        run: of the stage.
+        plan: of the stage.
+        evaluation: its last one, {} if there was none.
+    """
+    directory, records = run.directory, run.directory.records
+    folder, record, checkpointer = directory.stage(plan.name), records.stage(plan.name), run.checkpointer(plan.name)
+    if record is None:
+        raise RuntimeError(f"stage {plan.name} ends without having begun")
+    last = checkpointer.names()[-1]
+    written = [folder / last / STATE]
+    if plan.layers.adapters:
+        written += write_adapters(plan.layers, run.shapes, checkpointer.load(last).tensors(), folder)
+    files = {str(path.relative_to(folder)): file_digest(path) for path in written}
+    records.write(replace(record, checkpoint=last, files=record.files | files))
+    directory.note({}, finished=plan.name, evaluation=evaluation)

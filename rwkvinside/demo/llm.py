@@ -1,0 +1,227 @@
+"""`make demo-llm`: a published language model becomes a student with a window, in about ten minutes of two CPU cores.
+
+Everything is done by the functions that `rwkvinside train`, `data generate` and `eval` use. So short a training shows
+that all of it works on a real model, and which way the numbers go; it does not make a good student.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..config.load import load_config
+from ..config.schema import Config
+from ..conversion import run as build
+from ..conversion.generate import generate_text
+from ..errors import UserError
+from ..evaluate.load import load_pretrained, load_run
+from ..runs.directory import RunDirectory
+from ..runs.metrics_file import of_kind, read_metrics
+from ..support.files import write_json, write_text
+from ..teacher.load import open_tokenizer
+from ..teacher.sampling import Sampling, encode, end_tokens, render_chat, sample
+from .run import STAGES
+from .tables import show_stages, show_turns
+
+QUESTION = "What is the capital of France, and what is it known for?"
+BEGINNING = "The water cycle begins when the sun heats the ocean, and"
+
+
+@dataclass(frozen=True)
+class LlmSettings:
+    """Size of the demo.
+
+    Attributes:
+        text_tokens: that the teacher writes where no data is given.
+        text: how it writes.
+        val_share: part of that text that is kept to validate on.
+        overrides: of the configuration, before the user's.
+        sample_tokens: of each answer and continuation.
+    """
+
+    text_tokens: int = 24_000
+    text: Sampling = Sampling(temperature=0.8, top_p=0.95, max_tokens=256, rows=48)
+    val_share: float = 0.1
+    overrides: tuple[str, ...] = (
+        "run=[calibrate,distill]",  # before it begins, align runs the teacher on 16K tokens: too long for minutes
+        "stages.calibrate.tokens=4k",
+        "stages.distill.tokens=8k",
+        "stages.distill.data.seq_len=512",
+        "stages.distill.batch.tokens=1024",
+        "data.val_tokens=4k",
+        "checkpoint.keep=1",
+        "checkpoint.every_steps=1000",
+        "log_every=2",
+    )
+    sample_tokens: int = 48
+
+
+FULL = LlmSettings()
+
+# Little enough for a teacher of any width to finish in seconds or minutes.
+QUICK = LlmSettings(
+    text_tokens=500,
+    text=Sampling(max_tokens=24, rows=16),
+    overrides=(
+        *(f"stages.{stage}.tokens=256" for stage in STAGES),
+        *(f"stages.{stage}.data.seq_len=64" for stage in STAGES),
+        *(f"stages.{stage}.batch.tokens=128" for stage in STAGES),
+        "data.val_tokens=256",
+    ),
+    sample_tokens=8,
+)
+
+
+class LlmDemo:
+    """One run in one folder; `run` does everything.
+
+    Args:
+        out: folder for everything.
+        teacher: preset, directory or hub id.
+        data: texts to train and validate on; none: the teacher writes some.
+        overrides: `key=value` of the configuration, over the demo's own.
+        settings: size of the demo.
+        console: where it is shown.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        teacher: str,
+        data: Sequence[str],
+        overrides: Sequence[str],
+        settings: LlmSettings,
+        console: Console,
+    ):
+        self.out, self.teacher, self.data, self.settings, self.console = out, teacher, data, settings, console
+        self.overrides = overrides
+        self.run_folder = out / "run"
+        self.started = time.monotonic()
+        self.seconds: dict[str, float] = {}
+
+    def run(self) -> dict:
+        """Run all steps in order; return what was measured, also written to demo.json."""
+        config = self._config(self.data or [str(self.out / "train.jsonl")])  # what is wrong with it shows at once
+        self._claim_folder()
+        train, val = ([*self.data], []) if self.data else self._write_text()
+        config = self._config(train, val)
+        with self._step(" -> ".join(config.run)):
+            self.console.print(
+                f"{config.teacher.path}: attention becomes RWKV-7 with a window of {config.student.window} tokens "
+                f"and the first {config.student.sinks}"
+            )
+            build.train(config)
+        with self._step("an answer and a continuation"):
+            turns = self._turns(config)
+        stages = self._scores()
+        show_turns(self.console, turns, QUESTION, BEGINNING)
+        show_stages(self.console, stages)
+        result = {"teacher": config.teacher.path, "scores": stages, "samples": turns, "seconds": self.seconds}
+        write_json(self.out / "demo.json", result)
+        self.console.print(f"\nexport it: rwkvinside export {self.run_folder} --to hf --out DIR", soft_wrap=True)
+        self.console.print(
+            f"numbers: {self.out}/demo.json; {(time.monotonic() - self.started) / 60:.1f} minutes in all"
+        )
+        return result
+
+    def _config(self, train: Sequence[str], val: Sequence[str] = ()) -> Config:
+        return load_config(
+            teacher=self.teacher,
+            recipe="windowed",
+            data=train,
+            val=val,
+            out=str(self.run_folder),
+            overrides=[
+                *self.settings.overrides,
+                "device=cpu",
+                f"data.cache_dir={self.out / 'cache'}",
+                *self.overrides,
+            ],
+        )
+
+    def _claim_folder(self) -> None:
+        """Make the folder, or make room in the one of an earlier demo; the text that its teacher wrote stays."""
+        mark = self.out / ".rwkvinside-demo"
+        if self.out.exists() and not mark.is_file() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise UserError(f"{self.out} is not empty and not the folder of a demo", "choose another folder with --out")
+        self.out.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+        if self.run_folder.exists():
+            shutil.rmtree(self.run_folder)
+
+    def _write_text(self) -> tuple[list[str], list[str]]:
+        """Let the teacher write, unless it has; return the files to train and to validate on."""
+        name = Path(self.teacher).resolve().name if Path(self.teacher).exists() else self.teacher.replace("/", "--")
+        text = self.out / f"text-of-{name}.jsonl"
+        with self._step("the teacher writes"):
+            if text.exists():
+                self.console.print(f"using what it wrote for the last demo: {text}")
+            else:
+                generate_text(self.teacher, text, self.settings.text_tokens, self.settings.text, device="cpu")
+            lines = text.read_text(encoding="utf-8").splitlines(keepends=True)
+            random.Random(0).shuffle(lines)
+            count = max(1, round(self.settings.val_share * len(lines)))
+            parts = {"val": lines[:count], "train": lines[count:]}
+            for part, content in parts.items():
+                write_text(self.out / f"{part}.jsonl", "".join(content))
+            self.console.print(f"{len(parts['train'])} documents to train, {count} to validate; one of them:")
+            self.console.print(lines[0][:400].rstrip(), markup=False, style="dim")
+        return [str(self.out / "train.jsonl")], [str(self.out / "val.jsonl")]
+
+    def _turns(self, config: Config) -> dict[str, dict[str, str]]:
+        """Return {model: {"answer": ..., "continuation": ...}} of the teacher, the first and the last stage."""
+        tokenizer = open_tokenizer(config.teacher)
+        turns = {"teacher": self._write(load_pretrained(config.teacher.path, "cpu"), tokenizer)}
+        for stage in dict.fromkeys((config.run[0], config.run[-1])):
+            turns[f"after {stage}"] = self._write(load_run(self.run_folder, "cpu", stage), tokenizer)
+        return turns
+
+    def _write(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+        prompts = {"continuation": tokenizer(BEGINNING)["input_ids"]}
+        if tokenizer.chat_template:
+            chat = render_chat(tokenizer, [{"role": "user", "content": QUESTION}], add_generation_prompt=True)
+            prompts = {"answer": encode(tokenizer, chat), **prompts}
+        end, likeliest = end_tokens(tokenizer, model), Sampling(temperature=0)
+        return {
+            kind: tokenizer.decode(
+                sample(model, [ids], end, self.settings.sample_tokens, likeliest)[0], skip_special_tokens=True
+            ).strip()
+            for kind, ids in prompts.items()
+        }
+
+    def _scores(self) -> dict[str, dict]:
+        """Return {name: {"tokens", "kl", "ce", "agreement"}}: the teacher, its control, the student stage by stage."""
+        directory = RunDirectory(self.run_folder)
+        rows = read_metrics(directory.metrics)
+        stages: dict[str, dict] = {}
+        trained = 0
+        evaluations = of_kind(rows, "eval")
+        for stage in directory.finished():
+            last = [row for row in evaluations if row["stage"] == stage][-1]
+            stages.setdefault("teacher", {"tokens": 0, "kl": 0.0, "ce": last["ce_teacher"], "agreement": 1.0})
+            if control := of_kind(rows, "control"):
+                stages.setdefault("teacher cut to the window", {"tokens": 0} | _numbers(control[-1]))
+            trained += last["tokens"] if of_kind(rows, "train", stage) else 0
+            stages[f"after {stage}"] = {"tokens": trained} | _numbers(last)
+        return stages
+
+    @contextmanager
+    def _step(self, name: str) -> Iterator[None]:
+        self.console.rule(f"[bold]{name}[/bold]", align="left", style="dim")
+        started = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - started, 1)
+        total = time.monotonic() - self.started
+        self.console.print(f"[dim]{name}: {self.seconds[name]:.0f} s, {total / 60:.1f} min since the start[/dim]")
+
+
+def _numbers(row: dict) -> dict:
+    return {name: row[name] for name in ("kl", "ce", "agreement")}
