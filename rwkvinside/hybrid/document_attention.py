@@ -130,7 +130,6 @@ def document_attention(
     scaling: float | None = None,
     documents: Documents | None = None,
     sliding_window: int | None = None,
-    softcap: float | None = None,
     window: Window | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -145,9 +144,8 @@ def document_attention(
         scaling: of the scores; None is 1 / sqrt(N).
         documents: of the batch; None: attend as "sdpa".
         sliding_window: tokens that a token sees, itself included; None: all before it. In masks already.
-        softcap: c of scores c * tanh(score / c); None: they are not capped.
         window: what each token is cut to; None: all tokens before it.
-        kwargs: what "sdpa" takes.
+        kwargs: what "sdpa" takes, and `softcap`, the c of scores c * tanh(score / c).
 
     Returns:
         (output (B, T, H, N), None).
@@ -155,6 +153,7 @@ def document_attention(
     Raises:
         ValueError: `window` without documents.
     """
+    softcap = kwargs.pop("softcap", None)
     if documents is None:
         if window is not None:
             raise ValueError("attention is cut to a window within documents only: hand them over")
