@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from ..export.registry import FORMATS, export
 from .arguments import ArgumentParser
 
-OPTIONS = ("dtype", "tie_embeddings", "adapters")  # passed to the format when given, which else uses its defaults
+# passed to the format when given, which else uses its defaults
+OPTIONS = ("dtype", "tie_embeddings", "adapters", "checkpoint")
 
 
 def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
@@ -18,7 +19,8 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     report = export(args.run, args.out, args.to, **options)
     from ..export.card import changes
 
-    print(f"wrote {args.out}: stage {report['stage']}, {report['parameters']} parameters, {report['dtype']}")
+    source = f"stage {report['stage']}, {report['checkpoint']}"
+    print(f"wrote {args.out}: {source}, {report['parameters']} parameters, {report['dtype']}")
     for line in changes(report):
         print(line)
     return 0
@@ -35,6 +37,9 @@ def _add_arguments(parser: ArgumentParser) -> None:
     tie = parser.add_mutually_exclusive_group()
     tie.add_argument("--tie-embeddings", action="store_true", default=None, help="one matrix for embedding and head")
     tie.add_argument("--untie-embeddings", action="store_false", dest="tie_embeddings", help="two matrices")
+    parser.add_argument(
+        "--checkpoint", metavar="best|last|step-N", help="of the last stage (default: the best on validation data)"
+    )
     parser.add_argument(
         "--adapters",
         choices=["merge", "separate"],

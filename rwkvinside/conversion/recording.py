@@ -12,7 +12,7 @@ from ..runs.directory import settings_digest
 from ..runs.records import StageRecord
 from ..stages.plan import StagePlan
 from ..support.files import file_digest
-from ..training.checkpoint import STATE
+from ..training.checkpoint import STATE, best_checkpoint, read_score
 from .build import fingerprint, save_frozen_weights, write_adapters
 
 if TYPE_CHECKING:
@@ -65,10 +65,18 @@ def finish_stage(run: Run, plan: StagePlan, evaluation: Mapping) -> None:
     folder, record, checkpointer = directory.stage(plan.name), records.stage(plan.name), run.checkpointer(plan.name)
     if record is None:
         raise RuntimeError(f"stage {plan.name} ends without having begun")
-    last = checkpointer.names()[-1]
-    written = [folder / last / STATE]
+    last, best = checkpointer.names()[-1], best_checkpoint(folder)
+    if best is not None and best.name == last:
+        best = None
+    written = [path / STATE for path in (folder / last, best) if path is not None]
     if plan.layers.adapters:
         written += write_adapters(plan.layers, run.shapes, checkpointer.load(last).tensors(), folder)
     files = {str(path.relative_to(folder)): file_digest(path) for path in written}
-    records.write(replace(record, checkpoint=last, files=record.files | files))
+    records.write(replace(record, checkpoint=last, best=best and best.name, files=record.files | files))
     directory.note({}, finished=plan.name, evaluation=evaluation)
+    if best is not None and (score := read_score(best)) is not None:
+        run.say(
+            f"{plan.name}: not the last checkpoint is best on validation data but {best.name} ({score.measure} "
+            f"{score.value:.4g}): export and eval take it (export --checkpoint last: the other); "
+            f"the next stage starts from the {run.config.checkpoint.continue_from} one (checkpoint.continue_from)"
+        )

@@ -11,6 +11,7 @@ import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -100,14 +101,18 @@ class Run:
         run = identity and identity.run
         return Checkpointer(self.directory.stage(stage), student, settings.keep, settings.on_disk_full, run)
 
-    def last_checkpoint(self, stage: str) -> Checkpoint:
-        """Return the checkpoint that a finished stage ended with.
+    def result(self, stage: str) -> Path | None:
+        """Return the checkpoint of a finished stage that the next one starts from.
 
         Raises:
             UserError: it is not there as the stage has left it.
         """
-        newest = self.directory.newest_checkpoint(stage)
-        return self.checkpointer(stage).load(newest and newest.name)
+        return self.directory.checkpoint(stage, self.config.checkpoint.continue_from)
+
+    def load_result(self, stage: str) -> Checkpoint:
+        """Return the content of `result`; raises what that does."""
+        found = self.result(stage)
+        return self.checkpointer(stage).load(found and found.name)
 
     def stage_before(self, name: str) -> str | None:
         """Return the stage whose result a stage starts from.

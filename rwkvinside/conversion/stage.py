@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -30,8 +30,16 @@ from ..support.text import rounded_flop
 from ..teacher.kinds import TeacherKind
 from ..teacher.signals import Teacher
 from ..training.batching import MICRO_TOKENS, rows_within
-from ..training.callbacks import Callback, Evaluate, MeasureMFU, SaveExtra, ShowProgress, WriteMetrics
-from ..training.checkpoint import Checkpoint
+from ..training.callbacks import (
+    Callback,
+    Evaluate,
+    MeasureMFU,
+    SaveExtra,
+    ShowProgress,
+    WatchValidation,
+    WriteMetrics,
+)
+from ..training.checkpoint import Checkpoint, checkpoint_directories, read_score
 from ..training.deepspeed_engine import Engine
 from ..training.metrics import Console, MetricsWriter
 from ..training.precision import precision_context
@@ -39,6 +47,7 @@ from ..training.process_group import Distributed
 from ..training.protocols import Step
 from ..training.schedule import Schedule
 from ..training.trainer import Trainer, TrainingPlan, check_resumable
+from ..training.validation_score import Score
 from .build import (
     check_adapters,
     evaluation_teacher,
@@ -167,7 +176,7 @@ def _build_student(run: Run, plan: StagePlan, inputs: _Inputs, checkpoint: Check
     Rank 0 writes what it quantizes, the others read it. Nothing of a stage is written before its student is there.
     """
     world, directory, before = run.world, run.directory, inputs.before
-    start = checkpoint or (before and run.last_checkpoint(before))
+    start = checkpoint or (before and run.load_result(before))
     if start:
         check_adapters(plan.layers, start.state)
     waits = plan.layers.has_frozen_weights and not world.is_main and frozen_digest(directory, plan.name) is None
@@ -224,7 +233,8 @@ def _fit(run: Run, plan: StagePlan, models: _Models, inputs: _Inputs) -> dict:
         evaluate(1, "control")
     settings = stage_settings(plan, run.directory)
     state = {"stage": plan.name, "step": 1, "finished": True, "settings": settings}
-    run.checkpointer(plan.name).save(1, student.student_state_dict(), None, state, required=True)
+    score = Score.of(1, evaluation)
+    run.checkpointer(plan.name).save(1, student.student_state_dict(), None, state, required=True, score=score)
     run.world.barrier()
     return evaluation
 
@@ -251,7 +261,7 @@ def _train(
             _training_plan(run, plan, plan.schedule(groups), student),
             checkpointer=run.checkpointer(plan.name),
             settings=_settings(run, plan, inputs),
-            callbacks=[Evaluate(evaluation), SaveExtra(others), *_reports(run, plan, work)],
+            callbacks=[Evaluate(evaluation), SaveExtra(others), *_reports(run, plan, inputs.before, work)],
         )
         if checkpoint is not None:
             trainer.restore(checkpoint, joined=new_names if checkpoint.step == phase.first else ())
@@ -368,10 +378,11 @@ def _training_plan(run: Run, plan: StagePlan, schedule: Schedule, student: Hybri
     )
 
 
-def _reports(run: Run, plan: StagePlan, work: float) -> list[Callback]:
+def _reports(run: Run, plan: StagePlan, before: str | None, work: float) -> list[Callback]:
     """Return what reports the steps of a stage, on rank 0 alone.
 
     Args:
+        before: the stage that it starts from.
         work: operations for a token.
     """
     if not run.world.is_main:
@@ -382,4 +393,14 @@ def _reports(run: Run, plan: StagePlan, work: float) -> list[Callback]:
         MeasureMFU(work, peak),
         WriteMetrics(MetricsWriter(run.directory.path, run.loggers)),
         ShowProgress(Console(plan.name, plan.length.steps, run.config.log_every)),
+        WatchValidation(_scores(run, plan.name, before)),
     ]
+
+
+def _scores(run: Run, stage: str, before: str | None) -> list[Score]:
+    """Return the scores of the checkpoints of a stage; that of its start is of step 0."""
+    found = [read_score(path) for path in checkpoint_directories(run.directory.stage(stage))]
+    start = before and run.result(before)
+    if start and (score := read_score(start)) is not None:
+        found.append(replace(score, step=0))
+    return [score for score in found if score is not None]

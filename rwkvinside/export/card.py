@@ -56,9 +56,15 @@ Reloaded in a process without the training code, its fp32 logits differ from the
 """
 
 
-def measurements(metrics: Path) -> dict[str, dict]:
-    """Return the last evaluation of each stage in a metrics.jsonl; {} without a file."""
+def measurements(metrics: Path, stage: str | None = None, step: int | None = None) -> dict[str, dict]:
+    """Return the last evaluation of each stage in a metrics.jsonl; {} without a file.
+
+    Args:
+        metrics: the file.
+        stage, step: the exported checkpoint, where there is one: of this stage only the evaluation of this step counts.
+    """
     rows = of_kind(read_metrics(metrics), "eval") if metrics.exists() else []
+    rows = [row for row in rows if row["stage"] != stage or row["step"] == step]
     return {row["stage"]: {name: row[name] for name in ("step", *COLUMNS, "teacher") if name in row} for row in rows}
 
 

@@ -36,6 +36,7 @@ def export_hf(
     dtype: str | None = None,
     tie_embeddings: bool | None = None,
     *,
+    checkpoint: str = "best",
     adapters: str = "merge",
     base_model: str | None = None,
     max_shard_size: str = "5GB",
@@ -51,6 +52,7 @@ def export_hf(
             in-context rate and residual mixes stay fp32 in any case.
         tie_embeddings: whether input and output embeddings are one matrix in the result. Training always keeps them
             separate; None ties them if they are still equal bit for bit, True insists on it, False keeps two.
+        checkpoint: of the stage: "best" on validation data, "last", or the name of one, "step-00000500".
         adapters: "merge" them into the weights, or keep them "separate": ordinary PEFT adapters in `adapter`,
             `adapter-2`, ... of the directory, to be loaded onto the model that is exported without them.
         base_model: id of the base model for the card; default is the teacher's hub id or its directory's name.
@@ -65,7 +67,7 @@ def export_hf(
             are no adapters to keep separate, or not enough disk.
         VerificationError: the reloaded model does not reproduce the trained one. Nothing is left at `out`.
     """
-    run, out = open_run(run), Path(out)
+    run, out = open_run(run, checkpoint), Path(out)
     _check_options(run, out, dtype, adapters)
     with replacing(out) as partial:
         partial.mkdir()
@@ -147,7 +149,7 @@ def _conversion(model: PreTrainedModel, trained: HybridModel, run: TrainedRun, b
         "dtype": str(config.dtype).removeprefix("torch."),
         "tie_word_embeddings": config.tie_word_embeddings,
         "parameters": model.num_parameters(),
-        "measurements": measurements(run.directory.metrics),
+        "measurements": measurements(run.directory.metrics, run.stage, run.step),
         **({} if (scores := control(run.directory.metrics)) is None else {"control": scores}),
         "versions": {"rwkvinside": __version__, "torch": torch.__version__, "transformers": transformers_version},
     }

@@ -32,7 +32,7 @@ from ..hybrid.adapters import is_adapter
 from ..hybrid.assemble import adapter_names, make_plain, take_adapters
 from ..hybrid.lm_head import Logits
 from ..hybrid.model import HybridModel
-from ..runs.trained import TrainedRun, open_run
+from ..runs.trained import TrainedRun, at_stage, open_run
 from ..support.names import ALLOWED, is_name
 from ..support.weight_index import check_shards
 from .build import build_hybrid, write_files
@@ -98,7 +98,7 @@ def verify(folder: str | Path, against: str | Path) -> dict:
     conversion = read_export(folder)
     check_files(folder, conversion["files"])
     directories = (conversion.get("adapters") or {}).get("directories", [])
-    run = open_run(against)
+    run = _source_run(against, conversion)
     _check_source(folder, conversion.get("run"), directories, run)
     return compare(folder, run, directories)
 
@@ -151,6 +151,12 @@ def compare(folder: Path, run: TrainedRun, adapters: list[str]) -> dict:
     if problems:
         raise VerificationError(f"{folder} does not reproduce {run.path}: {'; '.join(problems)}")
     return result
+
+
+def _source_run(against: str | Path, conversion: dict) -> TrainedRun:
+    """Return the run with the checkpoint that was exported, where its last finished stage is the exported one still."""
+    run = open_run(against)
+    return at_stage(run.directory, run.stage, conversion["checkpoint"]) if conversion["stage"] == run.stage else run
 
 
 def _check_source(folder: Path, exported_from: str | None, adapters: list[str], run: TrainedRun) -> None:

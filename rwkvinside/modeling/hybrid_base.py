@@ -148,7 +148,7 @@ class HybridBackbone(MixerModel):
     layers: nn.ModuleList
     _keep_in_fp32_modules_strict = FP32_PARAMETERS
     unrotated_attention_class: type[nn.Module]
-    _is_stateful = True  # a recurrent state cannot be rolled back: assisted generation is refused by transformers
+    _is_stateful = True  # a recurrent state cannot be rolled back: prompt lookup is refused by transformers
     _can_compile_fullgraph = False  # the cache slots of RWKV layers are replaced at run time
 
     def __init__(self, config: Any) -> None:  # the family's configuration with `HybridFields`, which no type can say
@@ -234,6 +234,21 @@ class HybridCausalLM(MixerModel):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate as every model of transformers does, but not speculatively, nor as the assistant of another model.
+
+        Raises:
+            ValueError: an assistant is given, or another model asks as its target, before it has read a token.
+        """
+        assists = getattr(kwargs.get("generation_config"), "is_assistant", None) or kwargs.get("is_assistant")
+        if assists or kwargs.get("assistant_model") is not None:
+            role = "be the assistant_model of another model" if assists else "generate with an assistant_model"
+            raise ValueError(
+                f"{type(self).__name__} cannot {role}: rejected tokens have to be taken back, and a recurrent state "
+                "cannot be rolled back. Generate without assistant_model"
+            )
+        return super().generate(*args, **kwargs)  # type: ignore[operator]  # of GenerationMixin
+
     def generate_graphed(self, *args: Any, **kwargs: Any) -> Tensor:
         """Generate with each token as one CUDA graph; arguments, result and errors as `generate()`.
 
@@ -241,8 +256,7 @@ class HybridCausalLM(MixerModel):
         """
         if kwargs.get("streamer") is not None:
             raise ValueError("graphed generation does not stream: use generate()")
-        generate: Any = self.generate  # of GenerationMixin, which the family's model has
-        return generate(*args, custom_generate=generate_graphed, **kwargs)
+        return self.generate(*args, custom_generate=generate_graphed, **kwargs)
 
 
 def _current_tokens(attention_mask: Tensor, tokens: int) -> Tensor:

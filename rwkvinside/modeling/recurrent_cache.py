@@ -24,7 +24,7 @@ class RecurrentLayer(CacheLayerMixin):
 
     is_sliding = False
     is_compileable = False
-    is_croppable = False  # a recurrence cannot forget its last tokens; assisted generation is refused by the model
+    is_croppable = False  # a recurrence cannot forget its last tokens; the model refuses assisted generation
     supports_early_init = False
 
     def __init__(self) -> None:

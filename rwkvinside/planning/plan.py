@@ -121,7 +121,7 @@ def _stage_lines(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, 
     """Return what the plan says of a stage.
 
     Args:
-        keep: checkpoints that stay on disk.
+        keep: newest checkpoints that stay on disk.
     """
     lines = [f"{plan.title}: {rounded_count(plan.length.total_tokens)} tokens in rows of {plan.length.seq_len}"]
     lines.append(f"  data      {describe(plan.run.data, plan.settings.data)}")
@@ -137,9 +137,10 @@ def _stage_lines(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, 
     size = checkpoint_bytes(saved, trainable)
     frozen = sum(layer.nbytes for layer in model.quantized.values())
     more = f", and {rounded_bytes(frozen)} of quantized weights once" if frozen else ""
+    best = plan.stage.trains and plan.settings.evaluate_every_tokens is not None  # else only the last one has a score
     lines.append(
-        f"  disk      {rounded_bytes(size)} a checkpoint, {keep} kept{more}: "
-        f"{rounded_bytes((keep + 1) * size + frozen)} at most"
+        f"  disk      {rounded_bytes(size)} a checkpoint, {keep}{' and the best' * best} kept{more}: "
+        f"{rounded_bytes((keep + best + 1) * size + frozen)} at most"
     )
     return lines
 

@@ -29,7 +29,7 @@ from ..support.lock import entries
 from ..support.names import ALLOWED, is_name
 from ..support.sealed import digest_of
 from ..training.metrics import FILE as METRICS
-from .records import IDENTITY, RESTORE, Records
+from .records import IDENTITY, RESTORE, Records, StageRecord
 
 CONFIG, PLAN, CONVERSION, DIGESTS = "config.yaml", "plan.txt", "conversion.json", "digests.json"
 MOVABLE = ("out", "teacher.path")  # where things are; what the teacher is, its identity says
@@ -135,15 +135,46 @@ class RunDirectory:
         from ..training.checkpoint import STATE, newest_checkpoint  # brings torch, which a report does without
 
         newest = newest_checkpoint(self.stage(stage))
-        record = self.records.stage(stage) if self.records.identity() is not None else None
+        record = self._record(stage)
         if record is not None and record.checkpoint is not None:
             name, folder = record.checkpoint, self.stage(stage)
             if newest is None or newest.name != name:
                 raise UserError(f"stage {stage} of {self.path} ended with {name}, but {newest} is there", RESTORE)
-            file = folder / name / STATE
-            if not file.is_file() or file_digest(file) != record.files.get(f"{name}/{STATE}"):
-                raise UserError(f"{file} is not the one that stage {stage} ended with", RESTORE)
+            for one in filter(None, (name, record.best)):
+                file = folder / one / STATE
+                if not file.is_file() or file_digest(file) != record.files.get(f"{one}/{STATE}"):
+                    raise UserError(f"{file} is not the one that stage {stage} ended with", RESTORE)
         return newest
+
+    def checkpoint(self, stage: str, which: str = "last") -> Path | None:
+        """Return the directory of a checkpoint of a stage.
+
+        None where the stage has none.
+
+        Args:
+            stage: its name.
+            which: "last", "best" of a finished stage on validation data, or the name of a checkpoint.
+
+        Raises:
+            UserError: there is no such checkpoint; see also `newest_checkpoint`.
+        """
+        from ..training.checkpoint import checkpoint_directories
+
+        last = self.newest_checkpoint(stage)
+        if last is None or which == "last":
+            return last
+        if which == "best":
+            record = self._record(stage)
+            return last if record is None or record.best is None else self.stage(stage) / record.best
+        found = {path.name: path for path in checkpoint_directories(self.stage(stage))}
+        if which not in found:
+            raise UserError(
+                f"stage {stage} of {self.path} has no checkpoint {which}", f"there are: best, last, {', '.join(found)}"
+            )
+        return found[which]
+
+    def _record(self, stage: str) -> StageRecord | None:
+        return self.records.stage(stage) if self.records.identity() is not None else None
 
     def config(self) -> dict:
         """Return the resolved configuration as plain values.
@@ -164,7 +195,7 @@ class RunDirectory:
             UserError: it was changed.
         """
         newest = self.config()
-        if self.records.identity() is None or (record := self.records.stage(stage)) is None:
+        if (record := self._record(stage)) is None:
             return newest
         for config in (newest, *map(self._read_config, reversed(self._earlier_configs()))):
             if settings_digest(config) == record.settings:

@@ -53,6 +53,7 @@ class StageRecord:
         files: digests of what it wrote once, by path in its folder.
         second_teacher: `model_identity` of its own teacher, {} where it has none.
         checkpoint: name of its last checkpoint, once it is finished.
+        best: name of the one with the best score on validation data, where that is another one.
         digest: of the file.
     """
 
@@ -64,6 +65,7 @@ class StageRecord:
     files: dict[str, str] = field(default_factory=dict)
     second_teacher: dict[str, str] = field(default_factory=dict)
     checkpoint: str | None = None
+    best: str | None = None
     digest: str = ""
 
 

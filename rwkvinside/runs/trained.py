@@ -21,7 +21,7 @@ from ..support.digests import FileDigests
 from ..teacher.files import LEGAL_FILES, check_unchanged, model_identity
 from ..teacher.load import load_teacher
 from ..teacher.tokenizer_files import TOKENIZER_FILES
-from ..training.checkpoint import open_checkpoint
+from ..training.checkpoint import open_checkpoint, step_of
 from ..training.frozen_weights import read_frozen_weights
 from .directory import DIGESTS, RunDirectory
 
@@ -36,7 +36,7 @@ class TrainedRun:
         directory: of the run.
         config: its resolved configuration, as plain values.
         stage: the last finished stage.
-        checkpoint: directory of that stage's newest checkpoint.
+        checkpoint: directory of the checkpoint of that stage which is the trained model.
     """
 
     directory: RunDirectory
@@ -48,6 +48,11 @@ class TrainedRun:
     def path(self) -> Path:
         """The run directory."""
         return self.directory.path
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps of the stage that were done."""
+        return step_of(self.checkpoint)
 
     @property
     def id(self) -> str | None:
@@ -123,8 +128,12 @@ def public_name(model: str) -> str:
     return Path(model).name if Path(model).is_absolute() or Path(model).exists() else model
 
 
-def open_run(path: str | Path) -> TrainedRun:
-    """Return a run directory's last finished stage with its last checkpoint.
+def open_run(path: str | Path, checkpoint: str = "best") -> TrainedRun:
+    """Return a run directory's last finished stage with one of its checkpoints.
+
+    Args:
+        path: of the run directory.
+        checkpoint: see `RunDirectory.checkpoint`.
 
     Raises:
         UserError: not a run directory, nothing in it is finished, or it is not as the run has left it: see
@@ -134,7 +143,7 @@ def open_run(path: str | Path) -> TrainedRun:
     directory.config()  # a directory without one is not a run
     for stage in reversed(directory.finished()):
         if directory.newest_checkpoint(stage):
-            run = at_stage(directory, stage)
+            run = at_stage(directory, stage, checkpoint)
             check_teacher(run)
             return run
     raise UserError(
@@ -142,13 +151,18 @@ def open_run(path: str | Path) -> TrainedRun:
     )
 
 
-def at_stage(directory: RunDirectory, stage: str) -> TrainedRun:
+def at_stage(directory: RunDirectory, stage: str, which: str = "last") -> TrainedRun:
     """Return a run as it was at the end of a stage, or where the stage is now.
+
+    Args:
+        directory: of the run.
+        stage: its name.
+        which: see `RunDirectory.checkpoint`.
 
     Raises:
         UserError: the stage has no checkpoint, or it is not the one that the stage ended with.
     """
-    checkpoint = directory.newest_checkpoint(stage)
+    checkpoint = directory.checkpoint(stage, which)
     if checkpoint is None:
         raise UserError(
             f"stage {stage} of {directory.path} has no checkpoint", "keep more of them: a larger checkpoint.keep"

@@ -5,15 +5,18 @@ Rows of metrics, lines on the console, evaluations, extra tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
 from .metrics import Console, MetricsWriter
+from .validation_score import Score
 
 if TYPE_CHECKING:
     from .trainer import Trainer
+
+WORSE = 0.05  # part by which a validation score may rise above the best one before this is said
 
 
 class Callback:
@@ -147,6 +150,43 @@ class Evaluate(Callback):
     def evaluate(self, trainer: Trainer) -> Mapping[str, float | str]:
         """Return the function's numbers."""
         return self.function(trainer.done)
+
+
+class WatchValidation(Callback):
+    """Says at an evaluation that the student is getting worse on validation data.
+
+    Comes after the callback that shows the evaluation.
+
+    Args:
+        scores: of earlier steps of the stage; step 0 is where it starts.
+    """
+
+    main_only = True
+
+    def __init__(self, scores: Iterable[Score] = ()):
+        self.scores = list(scores)
+
+    def evaluation(self, trainer: Trainer, row: Mapping) -> None:
+        """Compare with the best so far, and give notice where this is clearly worse."""
+        score = trainer.score
+        if score is None:
+            return
+        earlier = [one for one in self.scores if one.comparable(score) and one.step < score.step]
+        self.scores.append(score)
+        best = min(earlier, key=lambda one: one.value, default=score)
+        if score.value <= (1 + WORSE) * best.value:
+            return
+        plan = trainer.plan
+        where, kept = f"step {best.step}", "the best checkpoint is kept, and export takes it"
+        if best.step == 0:
+            where, kept = "its start", "or leave the stage out of `run`"
+        line = (
+            f"{plan.stage} {score.step}/{plan.length.steps}  WORSE ON VALIDATION: {score.measure} {score.value:.4g}, "
+            f"best of the stage {best.value:.4g} at {where}; train on more text, lower stages.{plan.stage}.tokens or "
+            f"optim.lr; {kept}"
+        )
+        for callback in trainer.callbacks:
+            callback.notice(trainer, line)
 
 
 class MeasureMFU(Callback):

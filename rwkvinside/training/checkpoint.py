@@ -17,7 +17,8 @@ import logging
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -37,6 +38,7 @@ from ..support.files import (
 from ..support.names import is_name
 from ..support.sealed import read_sealed, sealed
 from ..support.text import rounded_bytes
+from .validation_score import Score
 
 FORMAT = 1
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -64,7 +66,7 @@ class Checkpoint:
     @property
     def step(self) -> int:
         """Optimizer steps that were done."""
-        return _number(self.path.name)
+        return step_of(self.path)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the weights by name, on the CPU."""
@@ -87,7 +89,7 @@ class Checkpointer:
         directory: made when the first checkpoint is written.
         fingerprint: JSON values that say which student the weights belong to; another one is refused at load.
         run: id of the run; a checkpoint of another one is refused at load. None: it is not known.
-        keep: how many of the newest checkpoints stay, at least 1.
+        keep: how many of the newest checkpoints stay, at least 1; the one with the best score stays besides.
         on_disk_full: "stop" raises, "continue" logs a warning and lets training go on to the next one.
     """
 
@@ -123,8 +125,9 @@ class Checkpointer:
         optimizer: Mapping[str, Tensor] | None,
         state: Mapping,
         required: bool = False,
+        score: Score | None = None,
     ) -> Path | None:
-        """Write a checkpoint, then remove older ones beyond `keep`.
+        """Write a checkpoint, then remove older ones beyond `keep`, but never the best one.
 
         It is written under a temporary name and then renamed. Checkpoints of later steps, which a run leaves that is
         resumed from an earlier one, become `abandoned-...`.
@@ -135,6 +138,7 @@ class Checkpointer:
             optimizer: its state by name; None: the stage has none.
             state: JSON values.
             required: raise when the disk is full even if `on_disk_full` is "continue".
+            score: of these weights on validation data; None: they were not evaluated.
 
         Returns:
             Its directory, or None when there was no space and training may go on.
@@ -157,12 +161,14 @@ class Checkpointer:
                 facts = {name: _facts(temporary / name) for name in files}
                 place = {"run": self.run, "stage": self.directory.name, "step": step}
                 described = {"fingerprint": self.fingerprint, "place": place, "files": facts, "state": dict(state)}
-                _write_state(temporary / STATE, described)
+                _write_state(temporary / STATE, described | {"score": score and asdict(score)})
                 fsync_tree(temporary)  # before another one makes room
                 self._set_aside(step)
                 publish(temporary, target)
+            best = best_checkpoint(self.directory)
             for path in checkpoint_directories(self.directory)[: -self.keep]:
-                shutil.rmtree(path)
+                if path != best:
+                    shutil.rmtree(path)
         except (OSError, SafetensorError) as error:  # safetensors reports a failed write as its own error
             if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise UserError(f"cannot write checkpoint {target}: {error}", "make the directory writable") from error
@@ -258,6 +264,29 @@ def newest_checkpoint(stage_folder: Path) -> Path | None:
     None where its folder has none.
     """
     return next(reversed(checkpoint_directories(stage_folder)), None)
+
+
+def read_score(path: Path) -> Score | None:
+    """Return the score that a checkpoint was saved with, None where it has none or cannot be read."""
+    with suppress(UserError, TypeError):
+        return Score(**_read_state(path / STATE).get("score"))
+    return None
+
+
+def best_checkpoint(stage_folder: Path) -> Path | None:
+    """Return the finished checkpoint of a stage with the lowest score, of equal ones the latest.
+
+    Only scores that measure what the latest one does are compared. None where no checkpoint has one.
+    """
+    scores = {path: score for path in reversed(checkpoint_directories(stage_folder)) if (score := read_score(path))}
+    newest = next(iter(scores.values()), None)
+    compared = {path: score.value for path, score in scores.items() if newest and score.comparable(newest)}
+    return min(compared, key=compared.__getitem__, default=None)
+
+
+def step_of(path: Path) -> int:
+    """Return the optimizer steps that were done when a checkpoint was written."""
+    return _number(path.name)
 
 
 def _number(name: str) -> int:

@@ -64,7 +64,10 @@ class CheckpointConfig(Section):
     """When to save, and how much stays on disk."""
 
     every_steps: Positive = Field(500, description="Optimizer steps between checkpoints.")
-    keep: Positive = Field(2, description="Checkpoints of a stage that stay on disk.")
+    keep: Positive = Field(2, description="Newest checkpoints of a stage that stay on disk, and the best one.")
+    continue_from: Literal["last", "best"] = Field(
+        "last", description="Checkpoint of the stage before that a stage starts from; best: on validation data."
+    )
     on_disk_full: Literal["stop", "continue"] = Field(
         "stop", description="When a checkpoint does not fit on the disk: stop the run, or go on to the next try."
     )

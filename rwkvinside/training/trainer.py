@@ -28,6 +28,7 @@ from .rng import rng_state, set_rng_state
 from .schedule import Schedule, StageLength
 from .stop_signal import StopSignal
 from .throughput import Throughput, memory_mb
+from .validation_score import Score
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class TrainingPlan:
         stage: name, for metrics and messages.
         length, schedule: steps and learning rates.
         micro_rows: rows of one forward pass.
-        evaluate_every: steps between evaluations, 0: only after the last step.
+        evaluate_every: steps between evaluations, to which those of checkpoints are added; 0: only after the last
+            step.
         save_every: steps between checkpoints, 0: only after the last step.
         labels: names of the entries of 1-d metrics, {"layers": [0, 1, 3]}; default 0, 1, 2, ...
     """
@@ -75,6 +77,7 @@ class Trainer(Generic[AnyBatch]):
         done: optimizer steps done.
         tokens: read in these steps by all ranks; padding does not count.
         seconds_left: estimate for the rest of the stage.
+        score: of the last evaluation; None: there was none since training began or went on.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class Trainer(Generic[AnyBatch]):
         self.callbacks = [callback for callback in callbacks if self.world.is_main or not callback.main_only]
         self.done = self.tokens = 0
         self.seconds_left = math.inf
+        self.score: Score | None = None
         self._saved: int | None = None
         if length.rows_per_step < self.world.size:
             raise UserError(
@@ -152,9 +156,10 @@ class Trainer(Generic[AnyBatch]):
                     self._interrupt()
                 # a step in which nothing counts has loss 0
                 self._update(batches, step, max(int(count), 1), int(tokens), throughput)
-                if self.done == steps or _due(self.done, plan.evaluate_every):
+                saves = self.done == end or _due(self.done, plan.save_every)
+                if self.done == steps or _due(self.done, plan.evaluate_every) or (saves and plan.evaluate_every):
                     self._evaluate()
-                if self.done == end or _due(self.done, plan.save_every):
+                if saves:
                     self._save(required=self.done == end)
             # a signal during the last step must not be lost: more stages may follow
             if self.world.all_reduce_sum([signal.received is not None])[0]:
@@ -216,6 +221,7 @@ class Trainer(Generic[AnyBatch]):
         numbers: dict[str, float | str] = {}
         for callback in self.callbacks:
             numbers |= callback.evaluate(self)
+        self.score = Score.of(self.done, numbers)
         if numbers:
             row = {**self._row("eval"), **numbers, "time": time.time()}
             for callback in self.callbacks:
@@ -266,7 +272,8 @@ class Trainer(Generic[AnyBatch]):
             "settings": self.settings,
             "rng": rng_state(),
         }
-        if checkpointer.save(self.done, tensors | dict(trained), optimizer, state, required) is not None:
+        score = self.score if self.score is not None and self.score.step == self.done else None
+        if checkpointer.save(self.done, tensors | dict(trained), optimizer, state, required, score) is not None:
             self._saved = self.done
             return
         for callback in self.callbacks:

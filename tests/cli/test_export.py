@@ -17,7 +17,7 @@ def given(monkeypatch):
 
     def write(*arguments, **options):
         calls.append((arguments, options))
-        return {"stage": "distill", "parameters": 7, "dtype": "float32"}
+        return {"stage": "distill", "checkpoint": "step-2", "parameters": 7, "dtype": "float32"}
 
     monkeypatch.setitem(sys.modules, "rwkvinside.export.notes", SimpleNamespace(write=write))
     monkeypatch.setitem(FORMATS, "notes", ("notes:write", "writes nothing"))
@@ -33,7 +33,7 @@ def test_export_of_something_else_is_refused(tmp_path, capsys):
 
 def test_only_the_options_that_are_given_reach_the_format(given, capsys):
     assert cli.main(["export", "--to", "notes", "RUN", "--out", "DIR"]) == 0
-    assert capsys.readouterr().out == "wrote DIR: stage distill, 7 parameters, float32\n"
+    assert capsys.readouterr().out == "wrote DIR: stage distill, step-2, 7 parameters, float32\n"
     assert (
         cli.main(["export", "RUN", "--to=notes", "--out=DIR", "--untie-embeddings", "--merge", "--dtype=float16"]) == 0
     )

@@ -19,7 +19,11 @@ from rwkvinside.api import evaluate
 from rwkvinside.config.load import load_config
 from rwkvinside.config.resolve import resolve
 from rwkvinside.conversion import run as conversion
+from rwkvinside.errors import UserError
 from rwkvinside.export.card import measurements, table
+from rwkvinside.export.huggingface import export_hf
+from rwkvinside.export.verify import verify
+from rwkvinside.runs.directory import RunDirectory
 from rwkvinside.training.callbacks import WriteMetrics
 
 
@@ -526,6 +530,50 @@ def test_the_last_numbers_are_against_the_original(material, tmp_path, more, lab
     assert found["kl"] == pytest.approx(final["kl"], rel=1e-3)
     assert found["ce_teacher"] == pytest.approx(final["ce_teacher"], rel=1e-5)
     assert (before["ce_teacher"] == pytest.approx(final["ce_teacher"], rel=1e-5)) == (last is not None)
+
+
+def test_a_stage_that_gets_worse_keeps_its_best_checkpoint(material, whole, tmp_path, capsys):
+    """It is said while it happens; export takes the best, and the next stage where that is asked for."""
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    spoiled = ["stages.long.optim.lr=0.003", "stages.long.optim.lr_rest=3", "stages.long.optim.warmup_steps=3"]
+    often = ["stages.long.evaluate_every_tokens=128", "checkpoint={every_steps: 1, keep: 1, continue_from: best}"]
+    assert train(material, out, "--stage", "long", "--allow-changes", *spoiled, *often) == 0
+    said = capsys.readouterr().out
+    kl = {row["step"]: row["kl"] for row in rows(out, "eval", "long")}
+    number = min(kl, key=kl.get)
+    assert len(kl) == 3 and number < 3, kl
+    best, last, gone = (f"step-0000000{step}" for step in (number, 3, 3 - number))
+    scores = {0: json.loads((out / "conversion.json").read_text())["evaluations"]["distill"]["kl"]} | kl
+    worse = {step for step in kl if scores[step] > 1.05 * min(scores[earlier] for earlier in range(step))}
+    assert worse and worse == {step for step in kl if f"long {step}/3  WORSE ON VALIDATION: kl {kl[step]:.4g}" in said}
+    assert f"not the last checkpoint is best on validation data but {best} (kl {kl[number]:.4g})" in said
+    folder = out / "stages" / "long"
+    assert sorted(path.name for path in folder.glob("step-*")) == [best, last]
+    record = json.loads((folder / "stage.json").read_text())
+    assert (record["checkpoint"], record["best"]) == (last, best)
+
+    for options, name in (({}, best), ({"checkpoint": "last"}, last), ({"checkpoint": last}, last)):
+        export = tmp_path / f"export-{len(options)}-{options.get('checkpoint')}"
+        report = export_hf(out, export, **options)
+        assert report["checkpoint"] == name
+        assert report["measurements"]["long"]["kl"] == kl[int(name[-1])]
+        exported, trained = load_file(export / "model.safetensors"), load_file(folder / name / "model.safetensors")
+        assert torch.equal(exported["model.layers.1.mlp.up_proj.weight"], trained["model.layers.1.mlp.up_proj.weight"])
+        assert verify(export, out)["passed"]
+    with pytest.raises(UserError, match=f"has no checkpoint {gone}"):
+        export_hf(out, tmp_path / "none", checkpoint=gone)
+
+    still = (
+        "stages.still={objective: sft, tokens: 128, data: {seq_len: 32}, batch: {tokens: 128}, "
+        "optim: {lr: 0, lr_rest: 0}}"
+    )
+    assert train(material, out, "--stage", "still", "--allow-changes", *spoiled, *often, still) == 0
+    assert same(tensors(out, "still"), load_file(folder / best / "model.safetensors"))
+    state = folder / best / "state.json"
+    state.write_text(state.read_text().replace(f'"step": {number}', '"step": 7'))
+    with pytest.raises(UserError, match="is not the one that stage long ended with"):
+        RunDirectory(out).checkpoint("long", "best")
 
 
 def test_no_memory_for_the_original_is_said(material, tmp_path, monkeypatch, capsys):

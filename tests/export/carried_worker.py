@@ -2,7 +2,7 @@
 
 Executed by path (`python -I carried_worker.py DIR PACKAGE`), under TRITON_INTERPRET=1. PACKAGE is "none" or "other".
 Prints JSON: warnings, and for each backend the greedy continuation, the largest difference of its logits from those of
-"auto", and how often the carried kernel was called.
+"auto", how often the carried kernel was called, and why it is no assistant of another model.
 """
 
 import json
@@ -50,9 +50,23 @@ def main(folder, package):
             "tokens": tokens[:, ids.shape[1] :].tolist(),
             "difference": float((logits - expected).abs().max()),
             "calls": [calls_of_forward, calls[0]],
+            "assisting": why_not_assisting(model, ids),
             "loaded": any(name.endswith(".wkv7_triton") for name in sys.modules),
         }
     return results
+
+
+def why_not_assisting(model, ids):
+    """Return what a plain decoder hears that generates with this model as its assistant, None if it hears nothing."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    target = LlamaForCausalLM(LlamaConfig(vocab_size=model.config.vocab_size, **sizes)).eval()
+    try:
+        target.generate(ids[:1], max_new_tokens=4, assistant_model=model)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def count_launches():

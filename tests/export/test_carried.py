@@ -56,6 +56,11 @@ def test_on_a_cpu_nothing_is_said_and_the_kernel_is_not_loaded(alone):
     assert not alone["auto"]["loaded"] and alone["triton"]["loaded"]
 
 
+def test_it_refuses_to_assist(alone):
+    for found in (alone["auto"], alone["triton"]):
+        assert "cannot be the assistant_model of another model" in found["assisting"]
+
+
 def test_a_package_with_another_interface_is_named_once_and_not_used(exported, alone):
     found = load(exported, "other")
     [said] = found.pop("warnings")

@@ -9,7 +9,14 @@ import threading
 import pytest
 import torch
 from generation_cases import HEAD_SIZE, HEADS, KV_HEADS, LAYERS, LAYOUTS, NEW, VOCAB, build, check_paths, greedy
-from transformers import DynamicCache, GenerationConfig, StaticCache, TextIteratorStreamer
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StaticCache,
+    TextIteratorStreamer,
+)
 
 from rwkvinside.modeling.hybrid_base import FP32_PARAMETERS
 
@@ -172,11 +179,28 @@ def test_refusals(prompt):
     with pytest.raises((TypeError, ValueError), match="StaticCache cannot|static caches"):
         model.generate(prompt, max_new_tokens=2, cache_implementation="static")
     with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
-        model.generate(prompt[:1], max_new_tokens=2, assistant_model=model)
+        model.generate(prompt[:1], max_new_tokens=2, prompt_lookup_num_tokens=2)
     cache = DynamicCache(config=model.config)
     model(prompt, past_key_values=cache)
     with pytest.raises(NotImplementedError, match="cannot be cropped"):
         cache.crop(-1)
+
+
+def test_speculation_is_refused_before_a_token_is_read(prompt):
+    """Neither as target nor as assistant: in the middle, the cache of the assistant could not be cropped."""
+    hybrid, calls = build("llama", LAYOUTS["mixed"]), []
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    teacher = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, **sizes, eos_token_id=None)).double().eval()
+    for model in (hybrid, teacher):
+        model.register_forward_pre_hook(lambda module, args: calls.append(module))
+    for target, assistant, role in ((hybrid, teacher, "generate with an"), (teacher, hybrid, "be the")):
+        with pytest.raises(ValueError, match=f"HybridLlamaForCausalLM cannot {role} assistant_model.*rolled back"):
+            target.generate(prompt[:1], max_new_tokens=4, assistant_model=assistant)
+    with pytest.raises(ValueError, match="cannot generate with an assistant_model"):
+        hybrid.generate_graphed(prompt[:1], max_new_tokens=4, assistant_model=teacher)
+    assert calls == []
+    assert teacher.generate(prompt[:1], max_new_tokens=4, assistant_model=teacher).shape == (1, prompt.shape[1] + 4)
+    assert calls, "the test would see a token that was read"
 
 
 def test_gradients_with_checkpointing_equal_those_without(prompt):

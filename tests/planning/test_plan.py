@@ -183,3 +183,18 @@ def test_a_missing_logger_is_refused(teacher, monkeypatch):
     monkeypatch.setattr("rwkvinside.training.loggers.find_spec", lambda name: None)
     with pytest.raises(UserError, match="wandb is not installed"):
         planned(teacher, "loggers=[wandb]")
+
+
+def test_disk_counts_the_best_checkpoint_where_there_can_be_another_one(teacher):
+    def disk(*overrides):
+        [line] = [line for line in planned(teacher, *overrides, stages=["distill"]).splitlines() if "  disk " in line]
+        return line
+
+    def copies(line):
+        size, most = (line.split(mark)[1].split()[:2] for mark in ("disk", ": "))
+        units = {"KiB": 2**10, "MiB": 2**20}
+        return float(most[0]) * units[most[1]] / (float(size[0]) * units[size[1]])
+
+    plain, evaluated = disk(), disk("stages.distill.evaluate_every_tokens=1M")
+    assert ", 2 kept: " in plain and copies(plain) == pytest.approx(3, rel=0.02)
+    assert ", 2 and the best kept: " in evaluated and copies(evaluated) == pytest.approx(4, rel=0.02)

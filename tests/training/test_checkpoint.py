@@ -8,7 +8,8 @@ import torch
 
 from rwkvinside.errors import UserError
 from rwkvinside.training import checkpoint as module
-from rwkvinside.training.checkpoint import Checkpointer, CorruptCheckpoint
+from rwkvinside.training.checkpoint import Checkpointer, CorruptCheckpoint, best_checkpoint
+from rwkvinside.training.validation_score import Score
 
 TENSORS = {"a.w": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}
 OPTIMIZER = {"a.w/exp_avg": torch.zeros(2, 3), "step": torch.tensor(3)}
@@ -44,6 +45,29 @@ def test_only_the_newest_are_kept(tmp_path):
     for step in (1, 2, 3, 12):
         checkpointer.save(step, TENSORS, None, {})
     assert checkpointer.names() == ["step-00000003", "step-00000012"]
+
+
+def test_the_best_stays_besides_the_newest(tmp_path):
+    checkpointer = Checkpointer(tmp_path, {}, keep=1)
+    for step, value in ((1, 0.5), (2, 0.3), (3, 0.4), (4, None), (5, 0.35)):
+        score = value and Score(step, value, "kl")
+        checkpointer.save(step, TENSORS, None, {}, score=score)
+    assert checkpointer.names() == ["step-00000002", "step-00000005"]
+    assert best_checkpoint(tmp_path).name == "step-00000002"
+    checkpointer.save(6, TENSORS, None, {}, score=Score(6, 0.3, "kl"))
+    assert checkpointer.names() == ["step-00000006"], "of equal ones the latest"
+    checkpointer.save(7, TENSORS, None, {}, score=Score(7, 9.0, "kl", "another teacher"))
+    assert checkpointer.names() == ["step-00000007"], "what measures something else is not compared"
+    (tmp_path / "step-00000007" / "state.json").write_text("{}")
+    assert best_checkpoint(tmp_path) is None
+    checkpointer.save(8, TENSORS, None, {})
+    assert checkpointer.names() == ["step-00000008"], "one that cannot be read does not stop training"
+
+
+def test_a_score_is_the_kl_or_else_the_cross_entropy():
+    assert Score.of(3, {"ce": 2.0, "kl": 0.5, "teacher": "other"}) == Score(3, 0.5, "kl", "other")
+    assert Score.of(3, {"ce": 2.0}) == Score(3, 2.0, "ce")
+    assert Score.of(3, {}) is None and Score.of(3, {"kl": float("nan"), "ce": 2.0}) is None
 
 
 def truncate(path):

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -176,7 +176,7 @@ def _machine(device: str) -> dict:
     else:
         threads = torch.get_num_threads()
         processor = {"device": f"{_processor()}, threads: {threads}", "threads": threads}
-    return {**processor, "versions": versions, "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    return {**processor, "versions": versions, "date": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
 def _processor() -> str:
