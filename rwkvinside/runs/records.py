@@ -18,7 +18,7 @@ from .. import __version__
 from ..errors import UserError
 from ..support.files import write_json
 from ..support.names import ALLOWED, is_name
-from ..support.sealed import read_sealed, sealed
+from ..support.sealed import SEAL, read_sealed, sealed
 
 IDENTITY, RECORD = "run.json", "stage.json"
 FORMAT = 1
@@ -175,7 +175,7 @@ class Records:
         """Write the record of a stage, if it says something new."""
         content = {name: value for name, value in asdict(record).items() if name != "digest"}
         content = sealed(content)
-        if not self._file(record.stage).exists() or _read(self._file(record.stage))[1] != content["sha256"]:
+        if not self._file(record.stage).exists() or _read(self._file(record.stage))[1] != content[SEAL]:
             write_json(self._file(record.stage), content)
 
     def _file(self, name: str) -> Path:

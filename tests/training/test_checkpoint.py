@@ -216,7 +216,7 @@ def test_a_checkpoint_of_an_earlier_version_is_read_where_its_run_has_no_id(tmp_
     checkpointer = Checkpointer(tmp_path / "align", {})
     path = checkpointer.save(10, TENSORS, None, {})
     content = json.loads((path / module.STATE).read_text())
-    del content["place"], content["sha256"]
+    del content["place"], content["seal"]
     module._write_state(path / module.STATE, {name: content[name] for name in content if name != "format"})
     assert checkpointer.load().step == 10
     with pytest.raises(CorruptCheckpoint, match="does not say of which run it is"):
