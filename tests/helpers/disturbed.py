@@ -1,10 +1,7 @@
 """The commands that write something, what they write, and how to run each undisturbed or not."""
 
 import json
-import shutil
 import time
-from dataclasses import dataclass
-from pathlib import Path
 
 from command_process import finish, start
 from safetensors.torch import load_file
@@ -18,42 +15,35 @@ SMALL = [
     "checkpoint={every_steps: 1, keep: 9}",
     "device=cpu",
 ]
-UNEQUAL = ("run", "seal", "after", "files", "time", "second", "date", "inode")  # in JSON: other runs, other clocks
 
 
-@dataclass
 class World:
-    """A teacher, texts, and what each command makes of them undisturbed.
+    """A teacher, texts, and what each command makes of them undisturbed, which is run when it is first asked for.
+
+    Args:
+        root: their folder.
 
     Attributes:
-        root: their folder.
-        seconds: how long each command takes.
-        results: what each command wrote, see `result`.
+        root: the same.
     """
 
-    root: Path
-    seconds: dict
-    results: dict
+    def __init__(self, root):
+        self.root = root
+        self._done = {}
+        save_qwen3(root / "teacher", byte_tokenizer("<eos>", eos_token="<eos>"), eos_token_id=256)
+        for name, count in (("train", 400), ("val", 20)):
+            save_texts(root / f"{name}.jsonl", count)
 
-    @property
-    def finished(self):
-        return self.root / "train"
-
-
-def make_world(root):
-    """Run every command once."""
-    save_qwen3(root / "teacher", byte_tokenizer("<eos>", eos_token="<eos>"), eos_token_id=256)
-    for name in ("train", "val"):
-        save_texts(root / f"{name}.jsonl")
-    world = World(root, {}, {})
-    for name in COMMANDS:
-        before = time.monotonic()
-        log = root / f"{name}.log"
-        code = finish(start(arguments(world, name, root / name), log))
-        assert code == 0, log.read_text()
-        world.seconds[name] = time.monotonic() - before
-        world.results[name] = result(name, root / name)
-    return world
+    def undisturbed(self, name):
+        """The seconds that a command takes, and its `result`."""
+        if name not in self._done:
+            for needed in NEEDS.get(name, ()):
+                self.undisturbed(needed)
+            before, out, log = time.monotonic(), self.root / name, self.root / f"{name}.log"
+            code = finish(start(arguments(self, name, out), log))
+            assert code == 0, log.read_text()
+            self._done[name] = time.monotonic() - before, result(name, out)
+        return self._done[name]
 
 
 def arguments(world, name, out, *more):
@@ -64,13 +54,13 @@ def arguments(world, name, out, *more):
         "train": ["train", "--teacher", root / "teacher", *data, "--out", out, *SMALL],
         "pack": ["data", "pack", root / "train.jsonl", "--teacher", root / "teacher", "--out", out],
         "logits": ["data", "logits", "--teacher", root / "teacher", *data, "--out", out, "--k", "4", *SMALL],
-        "export": ["export", world.finished, "--out", out],
-        "verify": ["verify", root / "export", "--against", world.finished],
-        "eval": ["eval", world.finished, "--data", root / "val.jsonl", "--json", out, "--device", "cpu"],
+        "export": ["export", root / "train", "--out", out],
+        "verify": ["verify", root / "export", "--against", root / "train"],
+        "eval": ["eval", root / "train", "--data", root / "val.jsonl", "--json", out, "--device", "cpu"],
     }[name] + list(more)
 
 
-COMMANDS = ("train", "pack", "logits", "export", "verify", "eval")
+NEEDS = {"export": ["train"], "verify": ["train", "export"], "eval": ["train"]}
 
 
 def result(name, out):
@@ -98,10 +88,3 @@ def last(stage):
 
 def rows(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def remove(out):
-    if out.is_dir():
-        shutil.rmtree(out)
-    else:
-        out.unlink(missing_ok=True)
