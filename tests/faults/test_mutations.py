@@ -35,7 +35,9 @@ CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_e
 @pytest.fixture(scope="module")
 def material(tmp_path_factory):
     root = tmp_path_factory.mktemp("material")
-    save_qwen3(root / "teacher", byte_tokenizer("<|im_start|>", "<|im_end|>", eos_token="<|im_end|>", chat_template=CHATML))
+    save_qwen3(
+        root / "teacher", byte_tokenizer("<|im_start|>", "<|im_end|>", eos_token="<|im_end|>", chat_template=CHATML)
+    )
     save_texts(root / "train.jsonl")
     return root
 
@@ -101,7 +103,9 @@ def write_data(rng, folder):
             pq.write_table(pa.table({"text": ["a", None, "b"], "messages": [None, [], None]}), file)
         content = file.read_bytes()
     else:
-        content = {"gz": lambda: gzip.compress(lines), "json": lambda: json.dumps(records).encode()}.get(kind, lambda: lines)()
+        content = {"gz": lambda: gzip.compress(lines), "json": lambda: json.dumps(records).encode()}.get(
+            kind, lambda: lines
+        )()
     file.write_bytes(content if values and rng.random() < 0.7 else mutated_bytes(rng, content, rng.choice((1, 2, 3))))
     return file
 
@@ -145,8 +149,31 @@ def test_a_teacher(material, tmp_path, capsys, rng, number):
 
 def hostfile(rng):
     """Lines as one might write them."""
-    hosts = ["worker-1", "10.0.0.7", "fe80::1%eth0", "-oProxyCommand=x", "a b", "häst", "a;b", "$(x)", "w1", "w1", "user@w1"]
-    slots = ["slots=8", "slots=0", "slots=-1", "slots=1e3", "slots=", "slots=" + "9" * 5000, "slots=٣", "slot=2", "", "slots=2 #"]
+    hosts = [
+        "worker-1",
+        "10.0.0.7",
+        "fe80::1%eth0",
+        "-oProxyCommand=x",
+        "a b",
+        "häst",
+        "a;b",
+        "$(x)",
+        "w1",
+        "w1",
+        "user@w1",
+    ]
+    slots = [
+        "slots=8",
+        "slots=0",
+        "slots=-1",
+        "slots=1e3",
+        "slots=",
+        "slots=" + "9" * 5000,
+        "slots=٣",
+        "slot=2",
+        "",
+        "slots=2 #",
+    ]
     ends = ["\n", "\n", "\r\n", "\r", "\x0b", "\0\n", "\u2028", ""]
     lines = [
         f"{rng.choice(hosts)}{rng.choice((' ', '  ', chr(9), '', chr(160)))}{rng.choice(slots)}{rng.choice(ends)}"

@@ -86,7 +86,9 @@ def mutated_tree(rng, tree, times):
         parent = tree
         for step in above:
             parent = parent[step]
-        change = rng.choice(("replace", "replace", "replace", "remove", "unknown", "misspell", "wrap", "double", "swap"))
+        change = rng.choice(
+            ("replace", "replace", "replace", "remove", "unknown", "misspell", "wrap", "double", "swap")
+        )
         value = parent[key]
         if change == "replace":
             parent[key] = any_value(rng)
@@ -134,7 +136,9 @@ def mutated_bytes(rng, content, times):
         elif change == "repeat":
             content[first:first] = content[first : first + 60]
         elif change == "insert":
-            piece = rng.choice((b"\0", b"\n", b"\r", b'"', b"{", b"[" * 3000, b"\xff\xfe", b"\xef\xbb\xbf", rng.randbytes(9)))
+            piece = rng.choice(
+                (b"\0", b"\n", b"\r", b'"', b"{", b"[" * 3000, b"\xff\xfe", b"\xef\xbb\xbf", rng.randbytes(9))
+            )
             content[first:first] = piece
         elif change == "zero":
             content[first : first + 16] = bytes(len(content[first : first + 16]))
