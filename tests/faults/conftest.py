@@ -1,10 +1,17 @@
-"""Faults by kind: each case has numbers of its own from the seed, and a table at the end says how many were survived."""
+"""Faults by kind: each case has numbers of its own from the seed; a table at the end says how many were survived."""
 
 import random
 from collections import Counter
 
 import pytest
+from disturbed import World
 from faults import SEED
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """Undisturbed commands, to compare with."""
+    return World(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture

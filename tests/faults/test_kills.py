@@ -1,4 +1,4 @@
-"""Commands killed, stopped or interrupted at any moment: what is left is whole, and the next try ends as an undisturbed.
+"""Commands killed, stopped or interrupted at any moment: what is left is whole, the next try ends as if undisturbed.
 
 The moments are seeded, and relative to the time that the command takes undisturbed.
 """
@@ -6,20 +6,14 @@ The moments are seeded, and relative to the time that the command takes undistur
 import os
 import signal
 
-import pytest
 from command_process import finish, start
-from disturbed import World, arguments, result
+from disturbed import arguments, result
 from faults import faults
 
 # Training is what takes days; the first three are those of the small part.
 COMMANDS = ("train", "pack", "logits", "train", "export", "train", "verify", "train", "eval")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 ENDS = {signal.SIGKILL: {-9}, signal.SIGTERM: {-15, 75, 130}, signal.SIGINT: {75, 130}}
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return World(tmp_path_factory.mktemp("world"))
 
 
 @faults("kills and signals", small=3, full=50)
@@ -46,4 +40,4 @@ def test_a_command(world, tmp_path, rng, number):
     code = finish(begin())
     assert code == 0, log.read_text()
     assert result(name, out) == expected
-    assert not [path for path in out.rglob("*.unfinished")]
+    assert not list(out.rglob("*.unfinished"))

@@ -2,15 +2,10 @@
 
 import pytest
 from command_process import finish, start
-from disturbed import World, arguments, result
+from disturbed import arguments, result
 from faults import assert_survived, faults
 
 WRITING = ("pack", "logits", "train", "export", "eval")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return World(tmp_path_factory.mktemp("world"))
 
 
 def largest(folder):
