@@ -247,7 +247,7 @@ class HybridCausalLM(MixerModel):
                 f"{type(self).__name__} cannot {role}: rejected tokens have to be taken back, and a recurrent state "
                 "cannot be rolled back. Generate without assistant_model"
             )
-        return super().generate(*args, **kwargs)  # type: ignore[operator]  # of GenerationMixin
+        return super().generate(*args, **kwargs)  # type: ignore[misc]  # of GenerationMixin
 
     def generate_graphed(self, *args: Any, **kwargs: Any) -> Tensor:
         """Generate with each token as one CUDA graph; arguments, result and errors as `generate()`.

@@ -268,8 +268,8 @@ def newest_checkpoint(stage_folder: Path) -> Path | None:
 
 def read_score(path: Path) -> Score | None:
     """Return the score that a checkpoint was saved with, None where it has none or cannot be read."""
-    with suppress(UserError, TypeError):
-        return Score(**_read_state(path / STATE).get("score"))
+    with suppress(UserError, TypeError, KeyError):
+        return Score(**(_read_state(path / STATE)["score"] or {}))
     return None
 
 
