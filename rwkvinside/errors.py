@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 CTRL_C = 128 + 2  # what shells report of a process that SIGINT has ended
 CLOSED_PIPE = 128 + 13  # the same of SIGPIPE
@@ -19,14 +19,17 @@ class UserError(Exception):
     Args:
         cause: what was given and what is wrong with it, with the value.
         hint: what is allowed or what to do; may be empty if the cause already says it.
+        problems: a line each below the cause, where several things are wrong at once.
+
+    What is quoted in them, such as a key with a line break or an escape code of a terminal, stays within its line.
     """
 
     exit_code = 2
 
-    def __init__(self, cause: str, hint: str = ""):
-        super().__init__(cause if not hint else f"{cause}\n{hint}")
-        self.cause = cause
-        self.hint = hint
+    def __init__(self, cause: str, hint: str = "", problems: Sequence[str] = ()):
+        self.cause = "\n  ".join(map(_one_line, (cause, *problems)))
+        self.hint = _one_line(hint)
+        super().__init__("\n".join(filter(None, (self.cause, self.hint))))
 
 
 class VerificationError(UserError):
@@ -72,3 +75,9 @@ def report_errors(main: Callable[..., int]) -> Callable[..., int]:
             return error.exit_code
 
     return reporting
+
+
+def _one_line(text: str) -> str:
+    """Return a text without line breaks, and with what cannot be printed as Python would write it."""
+    joined = " ".join(line.strip() for line in text.split("\n")) if "\n" in text else text
+    return joined if joined.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in joined)

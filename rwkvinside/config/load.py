@@ -185,7 +185,7 @@ def _validate(merged: dict, teacher: TeacherInfo, refused: dict[tuple[str, ...],
     if len(problems) == 1:
         raise UserError(problems[0], REFERENCE)
     if problems or config is None:
-        raise UserError("\n  ".join([f"{len(problems)} problems in the configuration:", *problems]), REFERENCE)
+        raise UserError(f"{len(problems)} problems in the configuration:", REFERENCE, problems)
     return config
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batch import IGNORE, Batch
-from ..hybrid.lm_head import logits_function
+from ..hybrid.lm_head import Head, logits_function
 from ..losses.chunked import TeacherChunk, TeacherSignal, chunk_slices, chunk_tokens, open_chunks
 from ..teacher.signals import Teacher
 from .quality import Scores, Totals, means, token_scores
@@ -79,7 +79,7 @@ class TokenScores:
 
     signal: TeacherSignal | None
 
-    def run(self, head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
+    def run(self, head: Head, hidden: Tensor, labels: Tensor) -> Tensor:
         """Return the scores of the N labeled positions, (4, N), chunk by chunk."""
         labeled = labels != IGNORE
         hidden, labels, logits_of = hidden[labeled], labels[labeled], logits_function(head)

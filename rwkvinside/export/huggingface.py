@@ -5,9 +5,12 @@ verified in a fresh process against the trained model, and only then renamed. `c
 """
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers import __version__ as transformers_version
 
@@ -64,12 +67,12 @@ def export_hf(
 
     Raises:
         UserError: `out` is not empty, `run` is not finished, weights do not fit, embeddings to be tied differ, there
-            are no adapters to keep separate, or not enough disk.
+            are no adapters to keep separate, not enough disk, or a file cannot be written.
         VerificationError: the reloaded model does not reproduce the trained one. Nothing is left at `out`.
     """
     run, out = open_run(run, checkpoint), Path(out)
     _check_options(run, out, dtype, adapters)
-    with replacing(out) as partial:
+    with _failures_told(out), replacing(out) as partial:
         partial.mkdir()
         trained = run.load_model()
         # a teacher's configuration that names no dtype means fp32
@@ -89,6 +92,16 @@ def export_hf(
         report["verification"] = compare(partial, run, directories)
         _describe(partial, run, report)
     return report
+
+
+@contextmanager
+def _failures_told(out: Path) -> Iterator[None]:
+    """Turn what the disk refuses into a `UserError`; safetensors reports a failed write as its own error."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        hint = "free space, or name a directory that can be written"
+        raise UserError(f"the export to {out} failed: {error}", hint) from error
 
 
 def _check_options(run: TrainedRun, out: Path, dtype: str | None, adapters: str) -> None:

@@ -2,7 +2,7 @@
 
 from transformers import PretrainedConfig
 
-from .base import WEIGHT_MAP, Family
+from .base import QK_NORMS, WEIGHT_MAP, Family
 
 
 class Qwen3(Family):
@@ -10,7 +10,7 @@ class Qwen3(Family):
 
     model_type = "qwen3"
     hybrid = "hybrid_qwen3"
-    weight_map = WEIGHT_MAP | {"q_norm.weight": "r_norm.weight", "k_norm.weight": "k_norm.weight"}
+    weight_map = WEIGHT_MAP | QK_NORMS
 
     def attention_fields(self, config: PretrainedConfig, layer: int) -> dict:
         """Return the fields of `TimeMixerConfig` that the attention determines."""

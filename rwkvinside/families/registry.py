@@ -18,6 +18,16 @@ FAMILIES = {
     "llama": "llama:Llama",
     "qwen2": "qwen2:Qwen2",
     "qwen3": "qwen3:Qwen3",
+    "mistral": "mistral:Mistral",
+    "ministral": "ministral:Ministral",
+    "smollm3": "smollm3:SmolLM3",
+    "granite": "granite:Granite",
+    "phi3": "phi3:Phi3",
+    "olmo2": "olmo2:Olmo2",
+    "qwen3_moe": "qwen3_moe:Qwen3Moe",
+    "gemma3_text": "gemma3_text:Gemma3Text",
+    "gemma2": "gemma2:Gemma2",
+    "glm4": "glm4:Glm4",
 }
 
 

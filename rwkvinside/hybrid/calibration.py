@@ -11,10 +11,10 @@ What copying the projections leaves open, and this fits, in this order:
   for every candidate of that search, because an unnormalized sum replaces a weighted mean, and because the search then
   fits what the window leaves over;
 - the output projection, by ridge regression over all heads, to what takes the student's residual stream to the
-  teacher's.
+  teacher's; where a norm comes between the attention and the stream, to the attention's output.
 
-Each token's error counts relative to the size of the residual stream there: what follows reads it through a norm, and a
-few tokens of real models are a thousand times larger than the others.
+Each token's error counts relative to the size of the residual stream there, or of the attention's output: what follows
+reads it through a norm, and a few tokens of real models are a thousand times larger than the others.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class LayerFit:
     Attributes:
         error: squared error to the teacher heads' outputs relative to their squared norm, after the fit.
         error_before: the same with the initial decay and rate and the best output scale, over the searched tokens.
-        output_error: squared error to what the mixer should add to the student's stream, relative to its squared norm.
+        output_error: squared error of the output to what it was fitted to, relative to that's squared norm.
         half_life: tokens after which a head's state has lost half.
         rate: in-context learning rate.
         scale: factor of the head's output.
@@ -111,13 +111,14 @@ def calibrate(
     fits: dict[int, LayerFit] = {}
     teacher = LayerwiseTeacher(model, batches)
     student = LayerwiseStudent(model, teacher, batches)
+    scale = model.family.residual_scale(model.lm.config) if model.family.attention_post_norm_path is None else None
     for i in range(model.lm.config.num_hidden_layers):
         activations = teacher.run(i)
         if i in model.rwkv_layers:
             mixer = model.mixers[i]
             given = zip(batches, activations, student.inputs(i), strict=True)
             with torch.autocast(mixer.output.weight.device.type, enabled=False):
-                inputs = [_Input.of(mixer, *fields) for fields in given]
+                inputs = [_Input.of(mixer, scale, *fields) for fields in given]
                 fits[i] = _fit(mixer, inputs)
             del inputs
         del activations  # before the next layer's are made
@@ -153,7 +154,8 @@ class _Input(NamedTuple):
         own: what the student's mixer reads.
         rope: cos and sin of the rotation.
         heads: (B, T, H, N), the outputs of the teacher's heads.
-        target: (B, T, D), what takes the student's stream to the teacher's behind the attention, without a bias.
+        target: (B, T, D), what the output projection without its bias should give: what takes the student's stream to
+            the teacher's behind the attention, or the attention's output.
         weight: (B, T), of a token's squared error; 0 for padding.
     """
 
@@ -165,14 +167,27 @@ class _Input(NamedTuple):
     weight: Tensor
 
     @classmethod
-    def of(cls, mixer: TimeMixer, batch: Batch, activations: AttentionActivations, own: MixerInputs) -> _Input:
-        """Return the input of a mixer whose output projection is still the teacher's."""
-        heads, output = activations.heads.float(), mixer.output
-        before, after = own.stream.float(), activations.stream.float() + output(heads)
-        # relative to both streams: a token that is huge in one of them alone is lost, and must not hide the others
-        size = before.square().mean(-1) + after.square().mean(-1)
+    def of(
+        cls, mixer: TimeMixer, scale: float | None, batch: Batch, activations: AttentionActivations, own: MixerInputs
+    ) -> _Input:
+        """Return the input of a mixer whose output projection is still the teacher's.
+
+        Args:
+            mixer: of the layer.
+            scale: what its output is multiplied with before it joins the stream; None: a norm comes between.
+            batch, activations, own: of one batch.
+        """
+        heads = activations.heads.float()
+        target = mixer.output(heads)
+        if scale is None:
+            size = target.square().mean(-1)
+        else:
+            before, after = own.stream.float(), activations.stream.float() + scale * target
+            # relative to both streams: a token that is huge in one of them alone is lost, and must not hide the others
+            size = before.square().mean(-1) + after.square().mean(-1)
+            target = (after - before) / scale
         weight = batch.mask / size.clamp_min(torch.finfo(torch.float32).tiny)
-        target = after - before if output.bias is None else after - before - output.bias
+        target = target if mixer.output.bias is None else target - mixer.output.bias
         return cls(
             batch, own, activations.rope, heads.unflatten(-1, (-1, mixer.mixer_config.head_size)), target, weight
         )

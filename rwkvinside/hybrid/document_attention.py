@@ -4,6 +4,9 @@ They are a teacher's own, and those that a student keeps. transformers keeps pac
 B * T * T elements; here their bounds travel with the call, and no mask is made: `run_backbone` hands them to the
 model's forward, and the attention function that is registered below finds them among its keyword arguments. A model
 from `attend_within_documents` that is called in another way attends as transformers' "sdpa" does, masks included.
+
+A sliding window is flash attention's own on a GPU; elsewhere, and where scores have a soft cap, which no kernel of
+PyTorch knows, a block of queries meets the keys that it sees.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from ..modeling.mixer_presets import TimeMixerConfig
 from ..modeling.window_attention import window_attention
 
 IMPLEMENTATION = "rwkvinside_documents"
+QUERIES = 512  # of a block that meets its keys under a mask of its own
 # PyTorch 2.12 has to be told that query heads share keys and values, earlier ones see it
 _SHARED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
@@ -125,6 +129,7 @@ def document_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     documents: Documents | None = None,
+    sliding_window: int | None = None,
     window: Window | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -138,35 +143,47 @@ def document_attention(
         dropout: share of the weights that is dropped.
         scaling: of the scores; None is 1 / sqrt(N).
         documents: of the batch; None: attend as "sdpa".
+        sliding_window: tokens that a token sees, itself included; None: all before it. In masks already.
         window: what each token is cut to; None: all tokens before it.
-        kwargs: what "sdpa" takes.
+        kwargs: what "sdpa" takes, and `softcap`, the c of scores c * tanh(score / c).
 
     Returns:
         (output (B, T, H, N), None).
 
     Raises:
-        ValueError: a sliding window or a soft cap, which nothing here knows, or `window` without documents.
+        ValueError: `window` without documents.
     """
+    softcap = kwargs.pop("softcap", None)
     if documents is None:
         if window is not None:
             raise ValueError("attention is cut to a window within documents only: hand them over")
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-    for name in ("sliding_window", "softcap"):
-        if kwargs.get(name) is not None:
-            raise ValueError(f"attention within documents has no {name}, the layer asks for {kwargs[name]}")
+        if softcap is None:
+            return sdpa_attention_forward(
+                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            )
+        if attention_mask is None and query.shape[2] > 1:
+            attention_mask = _visible(query.shape[2], 0, key.shape[2], None, query.device)
+        form = _Form(scaling, None, softcap, dropout)
+        return _capped(query, key, value, attention_mask, form).transpose(1, 2), None
     if window is not None:
         return _cut(query, key, value, documents, window, scaling), None
-    if documents.alone:
-        return _causal(query, key, value, scaling, dropout), None
+    sliding = None if sliding_window is None or sliding_window >= documents.longest else sliding_window
+    form, dtype = _Form(scaling, sliding, softcap, dropout), _flash_dtype(query)
+    flash = dtype is not None and softcap is None and not dropout
+    if documents.alone and not (flash and sliding):
+        return _causal(query, key, value, form), None
     tokens = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
-    dtype = _flash_dtype(query)
-    if dtype is None or dropout:
-        output = _one_by_one(*tokens, documents, scaling, dropout)
-    else:
-        output = _flash(*(x.to(dtype) for x in tokens), documents, scaling)
+    output = _flash(*(x.to(dtype) for x in tokens), documents, form) if flash else _one_by_one(*tokens, documents, form)
     return output.unflatten(0, (query.shape[0], query.shape[2])), None
+
+
+class _Form(NamedTuple):
+    """How to attend; see `document_attention`."""
+
+    scaling: float | None
+    window: int | None
+    softcap: float | None
+    dropout: float
 
 
 def _cut(
@@ -192,36 +209,74 @@ def _flash_dtype(query: Tensor) -> torch.dtype | None:
     return dtype if taken else None
 
 
-def _flash(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scaling: float | None) -> Tensor:
+def _flash(query: Tensor, key: Tensor, value: Tensor, documents: Documents, form: _Form) -> Tensor:
     """Attend by PyTorch's flash attention over sequences of any lengths; (B * T, heads, N) in and out."""
     bounds = documents.cu_seqlens.to(query.device)  # layers may be spread over devices
     shared = _SHARED if key.shape[1] != query.shape[1] else {}
     longest = documents.longest
+    before = -1 if form.window is None else form.window - 1
     return varlen_attn(
-        *(query, key, value, bounds, bounds, longest, longest), scale=scaling, window_size=(-1, 0), **shared
+        *(query, key, value, bounds, bounds, longest, longest), scale=form.scaling, window_size=(before, 0), **shared
     )
 
 
-def _one_by_one(
-    query: Tensor, key: Tensor, value: Tensor, documents: Documents, scaling: float | None, dropout: float
-) -> Tensor:
+def _one_by_one(query: Tensor, key: Tensor, value: Tensor, documents: Documents, form: _Form) -> Tensor:
     """Attend in one document after the other; (B * T, heads, N) in and out."""
     # split, not slices: the backward of each slice is a full-size zero tensor
     parts = zip(*(x.split(documents.lengths) for x in (query, key, value)), strict=True)
-    outputs = [_causal(*(x.transpose(0, 1).unsqueeze(0) for x in part), scaling, dropout) for part in parts]
+    outputs = [_causal(*(x.transpose(0, 1).unsqueeze(0) for x in part), form) for part in parts]
     return torch.cat(outputs, 1).squeeze(0)
 
 
-def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float) -> Tensor:
+def _causal(query: Tensor, key: Tensor, value: Tensor, form: _Form) -> Tensor:
     """Attend causally; (B, heads, n, N) in, (B, n, heads, N) out."""
     groups = query.shape[1] // key.shape[1]
     if groups > 1 and query.device.type == "cuda" and _flash_dtype(query) is None:
         # of the kernels for GPUs only flash attention shares keys; the way around them all holds n * n scores
         key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    length, window = query.shape[2], form.window
+    if form.softcap is None and (window is None or window >= length):
+        return _attend(query, key, value, None, form).transpose(1, 2)
+    outputs = []
+    for start in range(0, length, QUERIES):
+        stop = min(start + QUERIES, length)
+        first = 0 if window is None else max(0, start - window + 1)
+        seen = _visible(stop - start, start - first, stop - first, window, query.device)
+        part = query[:, :, start:stop], key[:, :, first:stop], value[:, :, first:stop]
+        outputs.append((_attend if form.softcap is None else _capped)(*part, seen, form))
+    return torch.cat(outputs, 2).transpose(1, 2)
+
+
+def _visible(queries: int, before: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """Return which keys each query sees, (queries, keys) bool; the first query is at key `before`."""
+    at = torch.arange(before, before + queries, device=device)[:, None]
+    key = torch.arange(keys, device=device)
+    return key <= at if window is None else (key <= at) & (key > at - window)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, form: _Form) -> Tensor:
+    """Attend to the keys that are seen, causally where that is None; (B, heads, n, N) in and out."""
     shared = key.shape[1] != query.shape[1]
+    options: dict[str, Any] = {"is_causal": True} if seen is None else {"attn_mask": seen}
     return F.scaled_dot_product_attention(
-        query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=shared
-    ).transpose(1, 2)
+        query, key, value, dropout_p=form.dropout, scale=form.scaling, enable_gqa=shared, **options
+    )
+
+
+def _capped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, form: _Form) -> Tensor:
+    """Attend with capped scores as transformers' "eager" does; (B, heads, n, N) in and out.
+
+    `mask` is True where a key is seen, or a number that is added to the score.
+    """
+    assert form.softcap is not None
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    scaling = query.shape[-1] ** -0.5 if form.scaling is None else form.scaling
+    scores = torch.tanh(query @ key.transpose(2, 3) * scaling / form.softcap) * form.softcap
+    if mask is not None:
+        hidden = torch.finfo(scores.dtype).min
+        scores = scores.masked_fill(~mask, hidden) if mask.dtype == torch.bool else scores + mask
+    weights = F.dropout(F.softmax(scores, -1, dtype=torch.float32).to(query.dtype), form.dropout)
+    return weights @ value
 
 
 AttentionInterface.register(IMPLEMENTATION, document_attention)

@@ -93,7 +93,7 @@ class _Walk:
             target = original @ weight.t()
             # the last layer of a block can correct what is wrong in the stream before it
             if path.replace(".teacher_attn", "").endswith(self.family.block_ends):
-                target += torch.sub(*_copies(self.stream, device))
+                target += torch.sub(*_copies(self.stream, device)) / self.family.residual_scale(self.lm.config)
             fitted = refit(weight, quantized, target)
             tensors = gptq_pack(fitted, quantized.t() @ quantized, config.format, config.double, config.block)
         return insert_quantized(

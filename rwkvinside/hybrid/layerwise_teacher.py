@@ -7,9 +7,11 @@ one layer's activations are in memory however deep the model is.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.batch import Batch
@@ -17,6 +19,7 @@ from ..modeling.first_layer import FirstLayerKV
 from .adapters import disabled
 from .model import HybridModel
 from .quantized_linear import QuantizedLinear
+from .weight_transfer import teacher_tensor
 
 
 class AttentionActivations(NamedTuple):
@@ -140,11 +143,11 @@ class _Watch:
 
     def __init__(self, model: HybridModel, index: int):
         family, wrapper = model.family, model.attention(index)
-        self._attention = wrapper.teacher_attn
+        self._attention, self._mixer = wrapper.teacher_attn, wrapper.student_attn
+        self._sources = family.sources(model.lm.config, index)
         inputs, output = family.attention_linears(self._attention)
-        names = [family.weight_map[f"{name}.weight"].removesuffix(".weight") for name in family.attention_inputs]
-        copies = [wrapper.student_attn.get_submodule(name) for name in names]
-        self._quantized = [pair for pair in zip(inputs, copies, strict=True) if isinstance(pair[0], QuantizedLinear)]
+        named = zip(family.attention_inputs, inputs, strict=True)
+        self._quantized = {name: linear for name, linear in named if isinstance(linear, QuantizedLinear)}
         self._hooks = [
             self._attention.register_forward_pre_hook(self._note_call, with_kwargs=True),
             output.register_forward_pre_hook(self._note_heads),
@@ -154,10 +157,7 @@ class _Watch:
         """Return the rotation and the outputs of the heads that were noted since the last time."""
         args, kwargs = self._call
         if self._quantized:  # the mixer still has their originals, and is to be fitted to these
-            hooks = [
-                linear.register_forward_hook(lambda m, args, y, copy=copy: copy(args[0]))
-                for linear, copy in self._quantized
-            ]
+            hooks = [linear.register_forward_hook(self._original(name)) for name, linear in self._quantized.items()]
             self._attention(*args, **kwargs)
             for hook in hooks:
                 hook.remove()
@@ -169,6 +169,12 @@ class _Watch:
         """Take the hooks off."""
         for hook in self._hooks:
             hook.remove()
+
+    def _original(self, name: str) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
+        """Return the hook that replaces the output of a quantized projection by that of the original one."""
+        weight, bias = (teacher_tensor(f"{name}.{part}", self._mixer, self._sources) for part in ("weight", "bias"))
+        assert weight is not None, "the mixer has a copy of every projection"
+        return lambda linear, args, output: F.linear(args[0], weight, bias)
 
     def _note_call(self, attention: nn.Module, args: tuple, kwargs: dict) -> None:
         self._call = args, kwargs

@@ -14,6 +14,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..families.base import LogitShape
+
+PLAIN = LogitShape()  # logits are the head's output
+
+
+class ShapedHead:
+    """A head together with what its model makes of its output; used as the head itself.
+
+    Args:
+        head: (..., D) -> (..., V), with `out_features` = V.
+        shape: the family's.
+    """
+
+    def __init__(self, head: nn.Module, shape: LogitShape):
+        self.head, self.shape = head, shape
+        self.out_features: int = head.out_features
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return the model's logits (..., V)."""
+        return shape_logits(self.head.forward(hidden), self.shape)
+
+
+Head = nn.Module | ShapedHead
+
+
+def shaped(head: nn.Module, shape: LogitShape) -> Head:
+    """Return a head whose logits are the model's: itself where these are its output."""
+    return head if shape == PLAIN else ShapedHead(head, shape)
+
+
+def shape_logits(x: Tensor, shape: LogitShape) -> Tensor:
+    """Return the logits of a head's output, as the models of transformers compute them."""
+    if shape.divisor != 1:
+        x = x / shape.divisor
+    return x if shape.cap is None else torch.tanh(x / shape.cap) * shape.cap
+
 
 class HeadTask(Protocol):
     """What is computed by the head: a loss, scores, logits.
@@ -21,11 +57,12 @@ class HeadTask(Protocol):
     Its fields are plain data.
     """
 
-    def run(self, head: nn.Module, hidden: Tensor, labels: Tensor):
+    def run(self, head: Head, hidden: Tensor, labels: Tensor):
         """Return the task's result.
 
         Args:
-            head: (..., D) -> (..., V), with `out_features` = V; to be called by `head.forward`, see `LMHeadLoss`.
+            head: (..., D) -> logits (..., V), with `out_features` = V; to be called by `head.forward`, see
+                `LMHeadLoss`.
             hidden: (B, T, D) final hidden states.
             labels: (B, T), already shifted; positions with -100 count nowhere.
         """
@@ -36,7 +73,7 @@ class HeadTask(Protocol):
 class Logits:
     """All logits of a small batch at once, (B, T, V)."""
 
-    def run(self, head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
+    def run(self, head: Head, hidden: Tensor, labels: Tensor) -> Tensor:
         """Return the logits."""
         return head.forward(hidden)
 
@@ -47,34 +84,59 @@ class LMHeadLoss(nn.Module):
     It owns no weights; its child is the model's head, whose parameters keep their names. To ZeRO 3 it is a leaf: the
     head's weights stay gathered for the whole task, however many chunks that has on this rank. So tasks call
     `head.forward`: hooks of the head itself would gather and release for every chunk.
+
+    Args:
+        head: of the model.
+        shape: what the model makes of its output.
     """
 
     _z3_leaf = True  # read by DeepSpeed
 
-    def __init__(self, head: nn.Module):
+    def __init__(self, head: nn.Module, shape: LogitShape = PLAIN):
         super().__init__()
-        self.head = head
+        self.head, self.shape = head, shape
 
     def forward(self, hidden: Tensor, labels: Tensor, task: HeadTask):
         """Return the result of the task; arguments as of `HeadTask.run`."""
-        return task.run(self.head, hidden, labels)
+        return task.run(shaped(self.head, self.shape), hidden, labels)
 
 
-def logits_function(head: nn.Module) -> Callable[[Tensor], Tensor]:
+def logits_function(head: Head) -> Callable[[Tensor], Tensor]:
     """Return the function (tokens, D) -> logits (tokens, V) for many chunks.
 
     It gives no gradients of the head's weights, which must be gathered as long as it is used.
     """
+    if isinstance(head, ShapedHead):
+        inner, shape = logits_function(head.head), head.shape
+        return lambda x: shape_logits(inner(x), shape)
     return LinearHead(head).forward if type(head) is nn.Linear else head.forward
 
 
-def open_head(head: nn.Module) -> LinearHead | AnyHead:
+def open_head(head: Head) -> OpenHead:
     """Return a head ready for a loop over chunks with gradients.
 
     Args:
         head: (tokens, D) -> (tokens, V), with `out_features` = V.
     """
+    if isinstance(head, ShapedHead):
+        return OpenShapedHead(open_head(head.head), head.shape)
     return LinearHead(head) if type(head) is nn.Linear else AnyHead(head)
+
+
+class OpenHead(Protocol):
+    """A head in a loop over chunks, see `LinearHead`."""
+
+    out_features: int
+    parameters: list[nn.Parameter]
+    gradients: list[Tensor]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits (tokens, V) of x (tokens, D), which `backward` refers to; they may be overwritten."""
+        ...
+
+    def backward(self, grad: Tensor, inputs: bool) -> Tensor | None:
+        """Add to `gradients`, and return the gradient of `x` where it is needed."""
+        ...
 
 
 class LinearHead:
@@ -154,6 +216,37 @@ class AnyHead:
         grads = [new.to(wide(new.dtype)) for new in grads]
         self.gradients = [a + b for a, b in zip(self.gradients, grads, strict=True)] if self.gradients else grads
         return of_inputs
+
+
+class OpenShapedHead:
+    """The open head of a `ShapedHead`; used as `LinearHead`.
+
+    Args:
+        head: what gives the output.
+        shape: what makes logits of it.
+    """
+
+    def __init__(self, head: OpenHead, shape: LogitShape):
+        self._head, self._shape = head, shape
+        self.out_features, self.parameters = head.out_features, head.parameters
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        """Of `parameters`, what `backward` has added up."""
+        return self._head.gradients
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits, see `LinearHead.forward`."""
+        output = self._head.forward(x)
+        self._output = None if self._shape.cap is None else output
+        return shape_logits(output, self._shape)
+
+    def backward(self, grad: Tensor, inputs: bool) -> Tensor | None:
+        """Add to `gradients`, see `LinearHead.backward`; overwrites `grad`."""
+        divisor, cap = self._shape
+        if self._output is not None and cap is not None:  # the slope of tanh; logits have become their gradient
+            grad.mul_(1 - torch.tanh(self._output / (divisor * cap)).square())
+        return self._head.backward(grad if divisor == 1 else grad.div_(divisor), inputs)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -26,7 +26,7 @@ from .adapters import disabled, is_adapter, is_start, module_of
 from .attention_wrapper import AttentionWrapper
 from .document_attention import attend_within_documents, run_backbone
 from .freezing import GROUPS, canonical_name, group_of, weight_names
-from .lm_head import HeadTask, LMHeadLoss
+from .lm_head import Head, HeadTask, LMHeadLoss, shaped
 from .quantized_linear import QuantizedLinear
 from .settings import StudentConfig
 from .weight_transfer import transfer
@@ -50,7 +50,7 @@ class HybridModel(nn.Module):
     def __init__(self, lm: PreTrainedModel, family: Family, spec: StudentConfig, rwkv_layers: list[int], tied: bool):
         super().__init__()
         self.lm = attend_within_documents(lm)
-        self.lm_head_loss = LMHeadLoss(family.head(lm))
+        self.lm_head_loss = LMHeadLoss(family.head(lm), family.logit_shape(lm.config))
         self.family = family
         self.spec = spec
         self.rwkv_layers = rwkv_layers
@@ -91,7 +91,7 @@ class HybridModel(nn.Module):
                     with torch.device(device):
                         first = i == rwkv_layers[0]
                         student = RWKVAttention(mixers[i], i, first, num_layers=count, init=spec.init)
-                    transfer(attention, student, family.weight_map)
+                    transfer(attention, student, family.sources(config, i))
                     family.set_attention(layer, AttentionWrapper(attention, student))
                 elif not spec.attention_rope:
                     attention.register_forward_pre_hook(_without_rotation, with_kwargs=True)
@@ -161,12 +161,12 @@ class HybridModel(nn.Module):
         )
 
     @property
-    def teacher_head(self) -> nn.Module:
+    def teacher_head(self) -> Head:
         """The head without adapters, for the hidden states of mode "teacher".
 
         Under ZeRO 3 its weights are gathered only while a task runs.
         """
-        return getattr(self.lm_head_loss.head, "base_layer", self.lm_head_loss.head)
+        return shaped(self._head, self.lm_head_loss.shape)
 
     def refresh_head(self) -> None:
         """Give `lm_head_loss` the model's head, after that has been replaced."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..data.batch import IGNORE
-from ..hybrid.lm_head import AnyHead, LinearHead, open_head, wide
+from ..hybrid.lm_head import Head, OpenHead, open_head, wide
 from .divergence import TeacherDistribution
 from .fused import Backend, Comparison, fused_form
 
@@ -123,7 +123,7 @@ class ChunkedLoss(ABC):
             The loss and then the metrics, 0-d; the gradient (n, at most V) of the first ids, that of the others is 0.
         """
 
-    def run(self, head: nn.Module, hidden: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def run(self, head: Head, hidden: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss sum (0-d) and detached metric sums over the same positions.
 
         Arguments as of `HeadTask.run`.
@@ -137,7 +137,7 @@ class ChunkedLoss(ABC):
         return loss, dict(zip(self.metrics, sums.unbind(), strict=True))
 
     def over_chunks(
-        self, hidden: Tensor, labels: Tensor, head: LinearHead | AnyHead, inputs: bool, parameters: bool
+        self, hidden: Tensor, labels: Tensor, head: OpenHead, inputs: bool, parameters: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return sums and gradient of one pass over the positions.
 
@@ -197,7 +197,7 @@ class _Prepared(torch.autograd.Function):
         hidden: Tensor,
         labels: Tensor,
         loss: ChunkedLoss,
-        head: LinearHead | AnyHead,
+        head: OpenHead,
         *parameters: nn.Parameter,
     ) -> tuple[Tensor, Tensor]:
         inputs, _, _, _, *of_head = ctx.needs_input_grad

@@ -87,16 +87,14 @@ def _recurrence_tensors(
 ) -> tuple[Any, Tensor, FirstLayerKV]:
     """Return the `RecurrenceTensors` of `kernels.mixer_ops`, the projected value, and the FirstLayerKV to hand on."""
     c = mixer.mixer_config
-    r, k, v = (
-        linear(inputs[name]).unflatten(-1, (-1, c.head_size))
-        for name, linear in (("r", mixer.receptance), ("k", mixer.key), ("v", mixer.value))
-    )
+    r, k = mixer.projected_rk(inputs["r"], inputs["k"])
+    v = mixer.value(inputs["v"]).unflatten(-1, (-1, c.head_size))
     options: dict[str, Any] = {"value_gate": low_rank.get("v")}
     options |= {name: getattr(mixer, name, None) for name in ("r_k", "k_k", "k_a")}
     if c.rope:
         assert rope is not None, "a mixer that rotates needs cos and sin"
         options |= {"cos": rope[0], "sin": rope[1]}
-    if c.qk_norm:
+    if c.qk_norm and c.norm_over == "head":
         options |= {"r_norm": mixer.r_norm.weight, "k_norm": mixer.k_norm.weight, "eps": c.norm_eps}
     if not mixer.is_first:
         assert first is not None, "only the first RWKV layer runs without v_first"

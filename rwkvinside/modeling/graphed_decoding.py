@@ -96,6 +96,7 @@ class GraphedDecoding:
         self._is_hybrid = hasattr(model.config, "rwkv_layers")
         self._additive = mask_is_added(model, self.cache)
         rings = [layer for layer in self.cache.layers if isinstance(layer, RingLayer)]
+        self._by_type = getattr(model.config, "layer_types", None) is not None  # masks; else one for all layers
         self._slots = torch.arange(rings[0].max_cache_len, device=device) if rings else None
         self._real = torch.zeros(batch, capacity, dtype=torch.bool, device=device)
         self._real[:, :length] = mask
@@ -129,10 +130,8 @@ class GraphedDecoding:
         mask: Any = self._mask(self._real)
         if self._slots is not None:
             held = self._length - (self._length - self._slots) % len(self._slots)  # position in each slot of a ring
-            mask = {
-                "full_attention": mask,
-                "sliding_attention": self._mask(self._real[:, held.clamp(min=0)] & (held >= 0)),
-            }
+            sliding = self._mask(self._real[:, held.clamp(min=0)] & (held >= 0))
+            mask = {"full_attention": mask, "sliding_attention": sliding} if self._by_type else sliding
         self._length.add_(1)
         context = {"forward_context": ForwardContext()} if self._is_hybrid else {}  # no padding after the prompts
         out = self.model(

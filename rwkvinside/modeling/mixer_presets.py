@@ -48,7 +48,8 @@ class TimeMixerConfig:
         num_heads, num_kv_heads, head_size: H, G, N; G divides H; C = H * N may differ from D.
         rank_decay, rank_iclr, rank_value, rank_key, rank_gate: low-rank sizes; 0: as `default_ranks` says.
         rope: rotate r and k exactly as the teacher rotates q and k.
-        qk_norm: RMS norm of r and k per head before the rotation, with epsilon norm_eps.
+        qk_norm: RMS norm of r and k before the rotation, with epsilon norm_eps.
+        norm_over: "head" (each by itself) or "heads" (all together).
         value_path: "plain", "residual_kv" (mix with v_first at G heads), "residual_full" (at H heads),
             "additive" (+ 0.2 x v1 v2 at H heads).
         key_residual: mix the key with k_first, at G heads.
@@ -75,6 +76,7 @@ class TimeMixerConfig:
     rope: bool = True
     qk_norm: bool = False
     norm_eps: float = 1e-6
+    norm_over: str = "head"
     value_path: str = "residual_kv"
     key_residual: bool = True
     bonus: bool = True
@@ -93,6 +95,7 @@ class TimeMixerConfig:
         for name, value, allowed in (
             ("value_path", self.value_path, ("plain", "residual_kv", "residual_full", "additive")),
             ("key_scale", self.key_scale, ("decay", "log", "k_a")),
+            ("norm_over", self.norm_over, ("head", "heads")),
         ):
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}, allowed: {', '.join(allowed)}")

@@ -53,8 +53,7 @@ def mixer_step(
     c, B = mixer.mixer_config, x.shape[0]
     H, G, N = c.num_heads, c.num_kv_heads, c.head_size
     x = x[:, 0]
-    r = mixer.receptance(x).view(B, H, N)
-    k = mixer.key(x).view(B, G, N)
+    r, k = mixer.projected_rk(x, x)
     v = mixer.value(x).view(B, G, N)
     maps = _low_rank_maps(mixer, x)
     given = _of_this_layer(mixer, None if not c.rope else rope) | _of_the_first(mixer, first)
@@ -119,7 +118,7 @@ def _attend(
 def _of_this_layer(mixer: TimeMixer, rope: tuple[Tensor, Tensor] | None) -> dict[str, Tensor | None]:
     """Return the kernel's arguments that are parameters, and the rotation."""
     given: dict[str, Tensor | None] = {"w0": mixer.w0, "a0": mixer.a0}
-    if mixer.mixer_config.qk_norm:
+    if mixer.mixer_config.qk_norm and mixer.mixer_config.norm_over == "head":
         given |= {"r_weight": mixer.r_norm.weight, "k_weight": mixer.k_norm.weight}
     if mixer.mixer_config.bonus:
         given["r_k"] = mixer.r_k

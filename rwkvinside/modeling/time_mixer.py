@@ -127,8 +127,8 @@ class TimeMixer(nn.Module):
         self.value = nn.Linear(D, KV, bias=config.qkv_bias)
         self.output = nn.Linear(C, D, bias=config.output_bias)
         if config.qk_norm:
-            self.r_norm = nn.RMSNorm(N, eps=config.norm_eps)
-            self.k_norm = nn.RMSNorm(N, eps=config.norm_eps)
+            widths = (N, N) if config.norm_over == "head" else (C, KV)
+            self.r_norm, self.k_norm = (nn.RMSNorm(width, eps=config.norm_eps) for width in widths)
 
         def low_rank(name: str, rank: int, width: int, bias: bool = True) -> None:
             if bias:
@@ -178,7 +178,8 @@ class TimeMixer(nn.Module):
             x: (B, T, D), the output of the layer's input norm.
             first: v_first and k_first of the first RWKV layer; None exactly when this is that layer.
             state: what the previous tokens left, None at the start of a document.
-            rope: cos and sin, (B or 1, T, N), of the teacher's rotation; None when the mixer does not rotate.
+            rope: cos and sin, (B or 1, T, R), of the teacher's rotation, see `full_rotation`; None when the mixer does
+                not rotate.
             mask: (B, T) bool, True = real token; padding leaves the state as it is.
             cu_seqlens: (S + 1,) document boundaries over the flattened B*T tokens (row ends included).
             inplace: the new state may take the memory of `state`.
@@ -193,6 +194,7 @@ class TimeMixer(nn.Module):
         if self.mixer_config.rope and rope is None:
             raise ValueError("the mixer rotates its receptance and key: give rope=(cos, sin), or configure rope=False")
         wkv = None if state is None else state.wkv
+        rope = full_rotation(rope, self.mixer_config.head_size)
         if is_fused(self.mixer_config, x, cu_seqlens):
             y, first, wkv, window = mixer_step(self, x, first=first, state=state, rope=rope, mask=mask, inplace=inplace)
             return self.output(y.to(x.dtype)), first, MixerState(wkv, None, window)
@@ -234,7 +236,7 @@ class TimeMixer(nn.Module):
         inputs, shift = self.shifted(x, None if state is None else state.shift, mask, cu_seqlens)
         xr, xw, xk, xv, xa, xg = inputs.values()
 
-        r, k, v = self.project(xr, xk, xv, rope if c.rope else None)
+        r, k, v = self.project(xr, xk, xv, full_rotation(rope, N) if c.rope else None)
         key, value = k, v
         if c.value_path == "residual_full":
             v = _to_heads(v, H)
@@ -297,17 +299,25 @@ class TimeMixer(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return receptance (B, T, H, N), key and value (B, T, G, N), normed and rotated.
 
-        With weights as they were copied these are the teacher's query, key and value.
+        With weights as they were copied these are the teacher's query, key and value; the dimensions of a head in the
+        order of `full_rotation`, and the query times what takes r . k / sqrt(N) to the teacher's score.
         """
         c = self.mixer_config
-        r = self.receptance(xr).unflatten(-1, (c.num_heads, c.head_size))
-        k = self.key(xk).unflatten(-1, (c.num_kv_heads, c.head_size))
+        r, k = self.projected_rk(xr, xk)
         v = self.value(xv).unflatten(-1, (c.num_kv_heads, c.head_size))
-        if c.qk_norm:
+        if c.qk_norm and c.norm_over == "head":
             r, k = self.r_norm(r), self.k_norm(k)
         if rope is not None:
             r, k = rotate(r, *rope), rotate(k, *rope)
         return r, k, v
+
+    def projected_rk(self, xr: Tensor, xk: Tensor) -> tuple[Tensor, Tensor]:
+        """Return receptance (..., H, N) and key (..., G, N) of inputs (..., D), with norms over all heads applied."""
+        c = self.mixer_config
+        r, k = self.receptance(xr), self.key(xk)
+        if c.qk_norm and c.norm_over == "heads":
+            r, k = self.r_norm(r), self.k_norm(k)
+        return r.unflatten(-1, (c.num_heads, c.head_size)), k.unflatten(-1, (c.num_kv_heads, c.head_size))
 
     def run_recurrence(
         self,
@@ -420,6 +430,23 @@ class TimeMixer(nn.Module):
 def _fp32(x: Tensor) -> Tensor:
     """Return `x` in fp32, or in fp64 if it is fp64."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()  # the test costs less than an operation
+
+
+def full_rotation(rope: tuple[Tensor, Tensor] | None, head_size: int) -> tuple[Tensor, Tensor] | None:
+    """Return the rotation of whole heads that turns as many dimensions as the given one.
+
+    Args:
+        rope: cos and sin, (B or 1, T, R), in the half-split layout of transformers; None stays None.
+        head_size: N >= R.
+
+    Returns:
+        cos and sin (B or 1, T, N): the first R / 2 dimensions of either half of a head turn, the others stay.
+    """
+    if rope is None or rope[0].shape[-1] == head_size:
+        return rope
+    still = (head_size - rope[0].shape[-1]) // 2
+    cos, sin = (x.unflatten(-1, (2, -1)) for x in rope)
+    return F.pad(cos, (0, still), value=1.0).flatten(-2), F.pad(sin, (0, still)).flatten(-2)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

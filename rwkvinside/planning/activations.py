@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from .. import kernels
+from ..families.base import Family
 from ..hybrid.model import HybridModel
 from ..modeling.mixer_presets import TimeMixerConfig
 from ..modeling.time_mixer import TimeMixer
@@ -79,10 +80,9 @@ def _first_trained(model: HybridModel) -> int:
 def _layer(model: HybridModel, index: int, low: int, stream: int, mixer: int | None) -> int:
     family = model.family
     layer = family.layers(model.lm)[index]
-    mlp = family.mlp_linears(layer)
-    total = sum(_norm(norm, stream) for norm in (family.attention_input(layer), family.mlp_input(layer)))
-    total += _inputs(mlp.inputs, low, stream) + _inputs([mlp.output], low, low)
-    total += 3 * low * mlp.output.in_features  # gate, silu of it, up
+    places = (family.attention_input, family.attention_post_norm, family.mlp_input, family.mlp_post_norm)
+    total = sum(_norm(norm, stream) for norm in (place(layer) for place in places) if not isinstance(norm, nn.Identity))
+    total += _mlp(family, layer, low, stream)
     if mixer is not None:
         return total + mixer
     # attention: query, key and value for every head, the output, and norms of query and key over fp32
@@ -92,6 +92,17 @@ def _layer(model: HybridModel, index: int, low: int, stream: int, mixer: int | N
     total += _inputs(attention.inputs, low, stream)
     total += _inputs([attention.output], low, low) + 4 * low * q
     return total + (2 * FP32 * (q + k) if heads["qk_norm"] else 0)
+
+
+def _mlp(family: Family, layer: nn.Module, low: int, stream: int) -> int:
+    experts = family.experts(family.mlp(layer))
+    if experts is not None:
+        # for each chosen expert its input and output, gate, silu of it, up, and their product; weights of the choice
+        count, width, inner = experts.output.shape
+        return experts.chosen * low * (2 * width + 4 * inner) + FP32 * (2 * count + 4 * experts.chosen)
+    mlp = family.mlp_linears(layer)
+    # gate, silu of it, up
+    return _inputs(mlp.inputs, low, stream) + _inputs([mlp.output], low, low) + 3 * low * mlp.output.in_features
 
 
 def _norm(norm: nn.Module, stream: int) -> int:

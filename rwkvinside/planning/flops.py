@@ -8,9 +8,11 @@ matrix of n weights, a token costs
     2 n   for the gradient of its input, where something before it trains
     2 n   for the gradient of its weights, where it trains
 
+where n counts those experts of a sparse MLP that a token is sent through,
 and without matrices of weights, with C = heads x head size, N = head size, T = tokens of a row:
 
-    scores      4 C (T + 1) / 2 in the forward: queries with keys, weights with values, half of the square
+    scores      4 C (T + 1) / 2 in the forward: queries with keys, weights with values, half of the square; in a
+                layer with a sliding window as of a window
     recurrence  8 C N in the forward: S a, (S a) b^T, v k^T and S r for every head
     window      4 C times the keys that a token sees on average: t + 1 at first, window + sinks later
                 all: twice that in the backward, where something before it trains
@@ -74,37 +76,38 @@ def training_flops(
         kind: where the teacher's side comes from, as `Stage.prepare` said.
         teacher: the second model of an online teacher.
     """
-    context = (plan.length.seq_len + 1) / 2
+    tokens = plan.length.seq_len
     flops = Flops()
     align, self_teacher = plan.stage.backward is Backward.MIXERS, kind is TeacherKind.SELF
     lm, family = student.lm, student.family
     upstream = not align and _trains(family.embedding(lm))
     for i, layer in enumerate(family.layers(lm)):
         converted, attention = i in student.rwkv_layers, family.attention(layer)
-        scores = _scores(family, lm.config, i, context)
+        scores = _scores(family, lm.config, i, tokens)
         upstream |= not align and _trains(family.attention_input(layer))
         # adapters outside of the mixers are off in align
         if converted:
-            trained = _add_mixer(flops, family, attention.student_attn, plan.length.seq_len, upstream)
+            trained = _add_mixer(flops, family, attention.student_attn, tokens, upstream)
         else:
             trained = _add_attention(flops, family, attention, scores, upstream, adapters=not align)
         upstream |= trained and not align
-        upstream |= not align and _trains(family.mlp_input(layer))
+        upstream |= not align and (_trains(family.attention_post_norm(layer)) or _trains(family.mlp_input(layer)))
         mlp = family.mlp(layer)
         upstream |= _add_block(flops, family, mlp, upstream, "mlp", adapters=not align) and not align
+        upstream |= not align and _trains(family.mlp_post_norm(layer))
         if converted and (align or self_teacher):
-            _add_teacher(flops, attention.teacher_attn, scores)
+            _add_teacher(flops, family, attention.teacher_attn, scores)
         if not align and self_teacher:
-            _add_teacher(flops, mlp)
+            _add_teacher(flops, family, mlp)
             if not converted:
-                _add_teacher(flops, attention, scores)
+                _add_teacher(flops, family, attention, scores)
     if not align:
         head = family.head(lm)
         _add_block(flops, family, head, upstream or _trains(family.final_norm(lm)), "head")
         if self_teacher:
-            _add_teacher(flops, head)
+            _add_teacher(flops, family, head)
     if teacher is not None:
-        _add_second(flops, teacher, context)
+        _add_second(flops, teacher, tokens)
     return flops
 
 
@@ -118,8 +121,7 @@ def _add_mixer(flops: Flops, family: Family, mixer: TimeMixer, tokens: int, upst
     core = 8 * c.num_heads * c.head_size**2
     flops.add("recurrence", core, core * backward)
     if c.window:
-        most = min(c.window + c.sinks, tokens)
-        near = 4 * c.num_heads * c.head_size * (most - most * (most - 1) / (2 * tokens))
+        near = 4 * c.num_heads * c.head_size * _keys(c.window + c.sinks, tokens)
         flops.add("window", near, near * backward)
     return _add_block(flops, family, mixer, upstream, "mixer")
 
@@ -141,7 +143,7 @@ def _add_block(
         Whether something in it trains.
     """
     trained, last = _trained(block, adapters), _last(family)
-    for name, size, trains in _matrices(block, adapters):
+    for name, size, trains in _matrices(family, block, adapters):
         group = kind
         if _in_adapter(name):
             group = "adapters"
@@ -169,23 +171,30 @@ def _last(family: Family) -> tuple[str, ...]:
     return "output", family.attention_output, family.mlp_output
 
 
-def _add_teacher(flops: Flops, block: nn.Module, scores: float = 0.0) -> None:
+def _add_teacher(flops: Flops, family: Family, block: nn.Module, scores: float = 0.0) -> None:
     """Add the forward of a part of the teacher, without adapters."""
-    flops.add("teacher", 2 * sum(size for _, size, _ in _matrices(block, adapters=False)) + scores)
+    flops.add("teacher", 2 * sum(size for _, size, _ in _matrices(family, block, adapters=False)) + scores)
 
 
-def _add_second(flops: Flops, teacher: PreTrainedModel, context: float) -> None:
+def _add_second(flops: Flops, teacher: PreTrainedModel, tokens: int) -> None:
     """Add the forward of a second model."""
     family, config = find(teacher.config.model_type), teacher.config
-    _add_teacher(flops, teacher, sum(_scores(family, config, i, context) for i in range(config.num_hidden_layers)))
+    scores = sum(_scores(family, config, i, tokens) for i in range(config.num_hidden_layers))
+    _add_teacher(flops, family, teacher, scores)
 
 
-def _scores(family: Family, config: PretrainedConfig, layer: int, context: float) -> float:
+def _scores(family: Family, config: PretrainedConfig, layer: int, tokens: int) -> float:
     fields = family.attention_fields(config, layer)
-    return 4 * fields["num_heads"] * fields["head_size"] * context
+    return 4 * fields["num_heads"] * fields["head_size"] * _keys(family.window(config, layer) or tokens, tokens)
 
 
-def _matrices(block: nn.Module, adapters: bool) -> Iterator[tuple[str, int, bool]]:
+def _keys(window: int, tokens: int) -> float:
+    """Return how many keys a token of a row of so many tokens sees on average."""
+    most = min(window, tokens)
+    return most - most * (most - 1) / (2 * tokens)
+
+
+def _matrices(family: Family, block: nn.Module, adapters: bool) -> Iterator[tuple[str, int, bool]]:
     """Yield every matrix that the block's tokens are multiplied with.
 
     Yields:
@@ -199,6 +208,11 @@ def _matrices(block: nn.Module, adapters: bool) -> Iterator[tuple[str, int, bool
             weight = module._parameters.get("weight")  # a quantized layer has none
             trains = (weight is not None and weight.requires_grad) or name.removesuffix("base_layer") in bat
             yield name, module.in_features * module.out_features, trains
+        elif (experts := family.experts(module)) is not None:
+            count = len(experts.router)
+            yield "gate", experts.router.numel(), experts.router.requires_grad
+            for matrix, weight in ((family.mlp_inputs[0], experts.inputs), (family.mlp_output, experts.output)):
+                yield matrix, weight.numel() * experts.chosen // count, weight.requires_grad
     for name, parameter in parameters.items():
         if re.fullmatch(r"[wavkg][12]", name) or ("miss_block." in name and parameter.ndim == 2):
             yield name, parameter.numel(), parameter.requires_grad
@@ -213,7 +227,7 @@ def _feeds(parameter: str, matrix: str, last: tuple[str, ...]) -> bool:
 
     `last` is of the block's family.
     """
-    source, target = parameter.split(".")[0], matrix.split(".")[0]
+    source, target = parameter.removeprefix("experts.").split(".")[0], matrix.split(".")[0]
     if source.startswith("x_") and source[2] == target[0]:  # token shift: x_r before receptance, x_w before w1, ...
         return True
     if target in last and source != target:

@@ -82,12 +82,14 @@ def open_tokenizer(teacher: TeacherConfig) -> PreTrainedTokenizerBase:
     """Return a teacher's tokenizer.
 
     Raises:
-        UserError: there is none, or it comes with code that was not allowed.
+        UserError: there is none, it fails at a letter, or it comes with code that was not allowed.
     """
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             teacher.path, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code
         )
+        tokenizer("a")  # settings of a wrong type are loaded, and fail at the first use
+        return tokenizer
     except Exception as error:  # tokenizers raises nothing narrower for a file that it cannot read
         raise UserError(
             f"the tokenizer of teacher {teacher.path} cannot be loaded: {_one_line(error)}",

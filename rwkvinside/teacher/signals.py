@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ..data.batch import IGNORE, Batch
 from ..families.registry import find
 from ..hybrid.document_attention import attend_within_documents, run_backbone
-from ..hybrid.lm_head import logits_function, wide
+from ..hybrid.lm_head import Head, logits_function, shaped, wide
 from ..losses.chunked import TeacherChunk, TeacherSignal, chunk_slices
 from ..losses.divergence import TeacherDistribution
 from .logits_store import LogitsReader
@@ -107,9 +107,9 @@ class TeacherModel(nn.Module):
         self._family = find(lm.config.model_type)
 
     @property
-    def head(self) -> nn.Module:
-        """The output head."""
-        return self._family.head(self.lm)
+    def head(self) -> Head:
+        """The output head, which gives the model's logits."""
+        return shaped(self._family.head(self.lm), self._family.logit_shape(self.lm.config))
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the final hidden states (B, T, D)."""
@@ -129,7 +129,7 @@ class HeadSignal(TeacherSignal):
     """
 
     hidden: Tensor
-    head: nn.Module
+    head: Head
     gathered: Callable[[], AbstractContextManager] = nullcontext
 
     def chunks(self, size: int) -> Generator[TeacherChunk, None, None]:

@@ -40,7 +40,7 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
         text = line.partition("#")[0].strip()
         if not text:
             continue
-        match = re.fullmatch(r"(\S+)\s+slots=([1-9][0-9]*)", text)
+        match = re.fullmatch(r"(\S+)\s+slots=([1-9][0-9]{0,5})", text)
         if match is None:
             raise UserError(
                 f"hostfile {path}, line {number}: {text!r}", "write `host slots=N`, N processes on that host"

@@ -108,6 +108,20 @@ def test_exit_codes(capsys, error, code):
     assert capsys.readouterr().err == "error: cause\nhint\n"
 
 
+def test_what_an_error_quotes_stays_within_its_line(capsys):
+    @cli.report_errors
+    def command(argv):
+        raise UserError("2 problems:", "correct\n  them", ["a\nb: unknown", "\x1b[31m\u202e: unknown, naïve ✓"])
+
+    assert command([]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "error: 2 problems:",
+        "  a b: unknown",
+        r"  \x1b[31m\u202e: unknown, naïve ✓",
+        "correct them",
+    ]
+
+
 def test_ctrl_c_is_a_line(capsys):
     @cli.report_errors
     def main(argv=None):

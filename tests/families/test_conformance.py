@@ -1,8 +1,8 @@
 """What every teacher family has to pass, in every layout: the same list of checks, and nothing about any one of them.
 
-A line in the registry brings a family in; `hybrid_cases.teacher` has to make a tiny teacher of it, and `BIASED` to list
-it where biases are a choice of its configuration. Weights are random fp32 values, computed with in float64, so that an
-argmax cannot flip by rounding and files lose nothing.
+A line in the registry brings a family in; `hybrid_cases.QUIRKS` has what its published configurations have beside the
+usual fields. Weights are random fp32 values, computed with in float64, so that an argmax cannot flip by rounding and
+files lose nothing.
 """
 
 import copy
@@ -11,10 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from generation_cases import check_paths
-from hybrid_cases import VOCAB, batch_of, logits, packed, teacher
+from hybrid_cases import SLIDING, VOCAB, attention_mask_4d, batch_of, doubled, logits, packed, teacher
 from plans import layer_spec
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from rwkvinside.data.batch import IGNORE, Batch
 from rwkvinside.errors import UserError
@@ -22,33 +24,44 @@ from rwkvinside.export.huggingface import build_hybrid
 from rwkvinside.families import registry
 from rwkvinside.families.registry import FAMILIES, find
 from rwkvinside.hybrid.assemble import assemble
+from rwkvinside.hybrid.calibration import calibrate, teacher_norms
 from rwkvinside.hybrid.freezing import GROUPS
 from rwkvinside.hybrid.layerwise_teacher import LayerwiseTeacher
 from rwkvinside.hybrid.model import HybridModel
 from rwkvinside.hybrid.settings import StudentConfig
+from rwkvinside.hybrid.weight_transfer import teacher_tensor
+from rwkvinside.losses.next_token import NextTokenLoss
+from rwkvinside.losses.settings import DistillLossConfig
 from rwkvinside.modeling.recurrent_cache import RecurrentLayer
 from rwkvinside.modeling.registry import HYBRIDS
+from rwkvinside.modeling.time_mixer import full_rotation
+from rwkvinside.stages.steps import AlignStep, DistillStep, SftStep
+from rwkvinside.teacher.signals import OnlineTeacher, SelfTeacher, TeacherModel
 
 LAYERS = 3
-LAYOUTS = {
+LAYOUTS = {  # of every family
     "all": (StudentConfig(), {}),
     "hybrid": (StudentConfig(attention_layers=(1,)), {}),
     "attention-first": (StudentConfig(attention_layers=(0,)), {}),
+    "window": (StudentConfig(attention_layers=(1,), window=5, sinks=2), {}),
+}
+MORE = {  # of some, where what matters is the same in all
     "unrotated": (StudentConfig(attention_layers=(0, 2), attention_rope=False), {}),
     "mha": (StudentConfig(attention_layers=(1,)), {"num_key_value_heads": 4}),
     "untied": (StudentConfig(attention_layers=(2,)), {"tie_word_embeddings": False}),
     "biases": (StudentConfig(attention_layers=(1,)), {"attention_bias": True}),
-    "window": (StudentConfig(attention_layers=(1,), window=5, sinks=2), {}),
+    "sliding": (StudentConfig(attention_layers=(1,)), SLIDING | {"use_sliding_window": True}),
 }
-BIASED = ("llama", "qwen3")  # whose configuration chooses; others always or never have biases
-CASES = [(family, layout) for family in FAMILIES for layout in LAYOUTS if layout != "biases" or family in BIASED]
+CASES = [(family, layout) for family in FAMILIES for layout in LAYOUTS]
+CASES += [("llama", layout) for layout in MORE if layout != "sliding"]
+CASES += [("qwen3", "biases"), ("qwen2", "sliding"), ("smollm3", "sliding"), ("glm4", "unrotated")]
 
 
 @pytest.fixture(scope="module", params=CASES, ids="-".join)
 def case(request):
     """The teacher, and a student every parameter of whose mixers matters."""
     family, layout = request.param
-    spec, changes = LAYOUTS[layout]
+    spec, changes = (LAYOUTS | MORE)[layout]
     return _make(find(family), teacher(family, LAYERS, **changes), spec)
 
 
@@ -64,7 +77,10 @@ def _make(family, original, spec):
         for mixer in student.mixers.values():
             for parameter in mixer.parameters():
                 parameter += 0.1 * torch.randn_like(parameter)
-    return SimpleNamespace(original=original.double(), student=student.double(), family=family, spec=spec)
+    doubled(student.lm)
+    # float64 throughout, only the order of sums differs; but "eager" has its softmax in fp32, where that shows
+    atol = 1e-10 if original.config._attn_implementation == "sdpa" else 2e-6
+    return SimpleNamespace(original=doubled(original), student=student.double(), family=family, spec=spec, atol=atol)
 
 
 def _export(case, folder):
@@ -74,7 +90,7 @@ def _export(case, folder):
     model, info = case.family.hybrid_class.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values())
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
-    return model.double().eval()
+    return doubled(model).eval()
 
 
 def test_registries_name_what_is_there():
@@ -89,11 +105,11 @@ def test_registries_name_what_is_there():
         find("mamba")
 
 
-def test_sliding_windows_are_refused():
-    for name in FAMILIES:
-        windows = SimpleNamespace(layer_types=["full_attention", "sliding_attention"])
-        with pytest.raises(UserError, match="sliding-window attention layers"):
-            find(name).check(windows)
+def test_teachers_that_see_what_follows_are_refused():
+    for name in ("gemma2", "gemma3_text"):
+        config = teacher(name, 1, use_bidirectional_attention=True).config
+        with pytest.raises(UserError, match="the teacher has use_bidirectional_attention"):
+            find(name).check(config)
 
 
 def test_teacher_mode_is_the_original_bit_for_bit(case):
@@ -104,15 +120,34 @@ def test_teacher_mode_is_the_original_bit_for_bit(case):
         assert not torch.allclose(logits(case.student, batch, "student"), expected, atol=1e-3)
 
 
-def test_the_weight_map_covers_every_tensor_of_the_attention(case):
-    fresh = HybridModel.from_teacher(copy.deepcopy(case.original), case.spec)
+def test_the_mixer_starts_as_the_attention(case):
+    """Softmax attention over what it projects is the teacher's, windows and caps included; nothing is left over."""
+    fresh = HybridModel.from_teacher(copy.deepcopy(case.original), case.spec).double()
+    config, batch, called = case.original.config, packed([14], rows=2), {}
+    for i in fresh.rwkv_layers:
+        hook = lambda m, args, kwargs, out, i=i: called.update({i: (kwargs, out[0])})  # noqa: E731
+        fresh.attention(i).register_forward_hook(hook, with_kwargs=True)
+    with torch.no_grad():
+        fresh(batch, mode="teacher")
     for i, mixer in fresh.mixers.items():
+        kwargs, output = called[i]
+        x, rope = kwargs["hidden_states"], kwargs["position_embeddings"]
+        rope = full_rotation(rope, mixer.mixer_config.head_size) if mixer.mixer_config.rope else None
+        with torch.no_grad():
+            q, k, v = (z.transpose(1, 2) for z in mixer.project(x, x, x, rope))
+            k, v = (z.repeat_interleave(q.shape[1] // z.shape[1], 1) for z in (k, v))
+            scores, cap = q @ k.mT * q.shape[-1] ** -0.5, getattr(config, "attn_logit_softcapping", None)
+            scores = scores if cap is None else cap * torch.tanh(scores / cap)
+            seen = attention_mask_4d(batch).tril().triu(1 - (case.family.window(config, i) or 14))
+            heads = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
+            got = mixer.output(heads.transpose(1, 2).flatten(2))
+        torch.testing.assert_close(got, output, rtol=0, atol=1e-6)  # norms of the teacher's are in fp32
+
         attention = dict(fresh.attention(i).teacher_attn.named_parameters())
-        copies = dict(mixer.named_parameters())
-        assert attention.keys() <= case.family.weight_map.keys()
+        copies, sources = dict(mixer.named_parameters()), case.family.sources(config, i)
         for name, tensor in attention.items():
-            assert torch.equal(copies[case.family.weight_map[name]].double(), tensor), name
-        copied = {case.family.weight_map[name] for name in attention}
+            torch.testing.assert_close(teacher_tensor(name, mixer, sources), tensor, rtol=1e-6, atol=1e-7)
+        copied = {target for target, source in sources.items() if source.name in attention}
         groups = {
             n: fresh.group_of(f"{fresh.family.layers_path}.{i}.{fresh.family.attention_path}.{n}") for n in copies
         }
@@ -144,7 +179,7 @@ def test_groups_share_out_every_parameter(case):
 
 
 def test_blocks_add_up_to_the_residual_stream(case):
-    """The embedding and the outputs of all `block_ends` are what the last norm reads; inputs are what they are said to
+    """The first layer's input and what all blocks give are what the last norm reads; inputs are what they are said to
     be."""
     student, family, seen = case.student, case.family, {}
 
@@ -154,27 +189,36 @@ def test_blocks_add_up_to_the_residual_stream(case):
 
         return hook
 
-    hooks = [family.embedding(student.lm).register_forward_hook(note("embedding", "output"))]
+    layers = family.layers(student.lm)
+    hooks = [layers[0].register_forward_hook(note("stream", "input"))]
     hooks.append(family.final_norm(student.lm).register_forward_hook(note("final", "input")))
-    for i, layer in enumerate(family.layers(student.lm)):
-        attention = getattr(student.attention(i), "teacher_attn", student.attention(i))
-        linears = {"attention": family.attention_linears(attention), "mlp": family.mlp_linears(layer)}
-        for block, (inputs, output) in linears.items():
-            reader = family.attention_input(layer) if block == "attention" else family.mlp_input(layer)
-            hooks.append(reader.register_forward_hook(note((i, block, "reader"), "output")))
-            hooks.append(output.register_forward_hook(note((i, block, "end"), "output")))
+    for i, layer in enumerate(layers):
+        attention, mlp = getattr(student.attention(i), "teacher_attn", student.attention(i)), family.mlp(layer)
+        blocks = {
+            "attention": (family.attention_input, family.attention_post_norm, family.attention_linears(attention)),
+            "mlp": (family.mlp_input, family.mlp_post_norm, None if family.experts(mlp) else family.mlp_linears(layer)),
+        }
+        for block, (before, after, linears) in blocks.items():
+            inputs, output = linears or ((mlp.gate,), mlp)
+            end = output if isinstance(after(layer), torch.nn.Identity) else after(layer)
+            reader = before(layer)
+            if not isinstance(reader, torch.nn.Identity):
+                hooks.append(reader.register_forward_hook(note((i, block, "reader"), "output")))
+            hooks.append(end.register_forward_hook(note((i, block, "end"), "output")))
             hooks += [x.register_forward_hook(note((i, block, j), "input")) for j, x in enumerate(inputs)]
             path = next(name for name, module in student.lm.named_modules() if module is output)
-            assert path.replace(".teacher_attn", "").endswith(family.block_ends)
+            joins = path.replace(".teacher_attn", "").endswith(family.block_ends)
+            assert joins == (end is output and linears is not None)
     with torch.no_grad():
         logits(student, packed([9, 4]), "teacher")
     for hook in hooks:
         hook.remove()
-    total = seen["embedding"] + sum(x for key, x in seen.items() if key[-1] == "end")
+    scale = family.residual_scale(student.lm.config)
+    total = seen["stream"] + sum(scale * x for key, x in seen.items() if key[-1] == "end")
     torch.testing.assert_close(total, seen["final"], rtol=0, atol=1e-12)
     for key, x in seen.items():
-        if isinstance(key, tuple) and isinstance(key[-1], int):
-            assert torch.equal(x, seen[(*key[:2], "reader")])
+        if isinstance(key, tuple) and isinstance(key[-1], int) and (*key[:2], "reader") in seen:
+            assert torch.equal(x.view(-1), seen[(*key[:2], "reader")].view(-1))
 
 
 @pytest.mark.parametrize("mode", ["teacher", "student"])
@@ -224,10 +268,111 @@ def test_calibration_sees_the_heads_of_the_original_projections(family):
     """Where those of the teacher are quantized, the heads are what their originals give from the same input."""
     batch = packed([9, 5], rows=2)
     student = assemble(teacher(family, 1), StudentConfig(), layer_spec(("teacher",)))
+    assert any(".teacher_attn." in name for name in student.quantized)
     ((quantized, *_),) = [LayerwiseTeacher(student, [batch]).run(0)]
     ((plain, *_),) = [LayerwiseTeacher(HybridModel.from_teacher(teacher(family, 1), StudentConfig()), [batch]).run(0)]
     assert student.quantized and torch.equal(quantized.stream, plain.stream)
-    torch.testing.assert_close(quantized.heads, plain.heads)
+    torch.testing.assert_close(quantized.heads, plain.heads, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_calibration_brings_the_student_to_the_teacher(family):
+    model = HybridModel.from_teacher(teacher(family), StudentConfig(attention_layers=(1,))).eval()
+    batches = [packed([40, 23], rows=4)]
+    with torch.no_grad():
+        _, before = teacher_norms(model, batches)
+        fits = calibrate(model, batches)
+        _, after = teacher_norms(model, batches)
+    assert all(0 < fit.output_error < 1 for fit in fits.values()), fits
+    assert after[0] < min(0.97, before[0])  # the first mixer reads what the teacher's attention reads
+
+
+@pytest.mark.parametrize("objective", ["align", "distill", "sft"])
+def test_everything_that_trains_gets_a_gradient(case, objective):
+    student, batch = case.student, packed([9, 11], rows=2)
+    student.set_trainable(["mixer"] if objective == "align" else [".*"])
+    if objective == "align":
+        step = AlignStep(norms=dict.fromkeys(student.rwkv_layers, 1.0))
+    elif objective == "distill":
+        step = DistillStep(SelfTeacher(), DistillLossConfig(temperature=2.0, ce=0.5, chunk_tokens=7))
+    else:
+        step = SftStep()
+    loss, _ = step(student, batch)
+    loss.backward()
+    try:
+        for name, parameter in student.canonical_parameters().items():
+            if parameter.requires_grad:
+                assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+                assert parameter.grad.any(), name
+            else:
+                assert parameter.grad is None, name
+    finally:
+        student.zero_grad()
+        student.requires_grad_(False)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_losses_are_of_the_models_own_logits(family):
+    """Value and gradients of the loss by chunks are those of transformers' logits under autograd."""
+    lm = doubled(teacher(family, 1, tie_word_embeddings=False))
+    student, batch = HybridModel.from_teacher(copy.deepcopy(lm), StudentConfig()), packed([20], rows=2)
+    student.double().set_trainable(["head", "norms"])
+    hidden = lm.model(batch.input_ids, use_cache=False).last_hidden_state.detach().requires_grad_()
+    expected = F.cross_entropy(
+        _own_logits(lm, hidden).flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+    found = hidden.detach().requires_grad_()
+    loss, _ = student.lm_head_loss(found, labels=batch.labels, task=NextTokenLoss(chunk_tokens=7))
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(found.grad, hidden.grad, rtol=0, atol=1e-12)
+    torch.testing.assert_close(student.lm.lm_head.weight.grad, lm.lm_head.weight.grad, rtol=0, atol=1e-12)
+    signal = OnlineTeacher(TeacherModel(lm)).signal(None, batch)
+    distribution = next(signal.chunks(1000)).distribution(slice(None), VOCAB, 1.0)
+    wanted = F.log_softmax(lm(batch.input_ids).logits, -1)[batch.labels != IGNORE]
+    torch.testing.assert_close(distribution.log_probs, wanted, rtol=0, atol=1e-12)
+
+
+def _own_logits(lm, hidden):
+    """What the model's forward makes of final hidden states."""
+    backbone, lm.model = lm.model, Given(hidden)
+    try:
+        return lm(input_ids=torch.zeros(hidden.shape[:2], dtype=torch.long)).logits
+    finally:
+        lm.model = backbone
+
+
+class Given(torch.nn.Module):
+    def __init__(self, hidden):
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, *args, **kwargs):
+        return MoeModelOutputWithPast(last_hidden_state=self.hidden)
+
+
+def test_the_plan_counts_the_model(case):
+    """The student that a plan is made of, on the meta device, has the parameters of the real one."""
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(copy.deepcopy(case.original.config))
+    planned = HybridModel.from_teacher(lm, case.spec)
+    for model in (planned, case.student):
+        model.set_trainable(["mixer", "norms"])
+    table, sizes = planned.group_table(), {n: p.shape for n, p in planned.canonical_parameters().items()}
+    assert table == case.student.group_table()
+    assert sizes == {n: p.shape for n, p in case.student.canonical_parameters().items()}
+    case.student.requires_grad_(False)
+    mlps = [case.family.mlp(layer) for layer in case.family.layers(case.student.lm)]
+    for i, mlp in enumerate(mlps):
+        experts = case.family.experts(mlp)
+        assert (experts is None) == (not hasattr(mlp, "experts"))
+        if experts is None:
+            inputs, output = case.family.mlp_linears(case.family.layers(case.student.lm)[i])
+            counted = sum(x.weight.numel() for x in (*inputs, output))
+        else:
+            counted = sum(x.numel() for x in (experts.inputs, experts.output, experts.router))
+        assert counted == sum(p.numel() for p in mlp.parameters() if p.ndim > 1)
 
 
 def _padded(batch, count):
@@ -250,41 +395,42 @@ def test_the_export_computes_what_was_trained(case, exported, prompt):
     batch = batch_of(prompt)
     with torch.no_grad():
         expected = logits(case.student, batch, "student")
-        torch.testing.assert_close(exported(prompt).logits, expected, rtol=0, atol=1e-10)
+        torch.testing.assert_close(exported(prompt).logits, expected, rtol=0, atol=case.atol)
         packed_rows = packed([8, 13], rows=2)
         got = exported(packed_rows.input_ids, position_ids=packed_rows.position_ids, use_cache=False).logits
-        torch.testing.assert_close(got, logits(case.student, packed_rows, "student"), rtol=0, atol=1e-10)
+        torch.testing.assert_close(got, logits(case.student, packed_rows, "student"), rtol=0, atol=case.atol)
 
 
 def test_generation(exported, prompt):
-    check_paths(exported, prompt)
+    check_paths(exported, prompt, new=8)
 
 
-def test_cached_logits_equal_a_full_pass(exported, prompt):
+def test_cached_logits_equal_a_full_pass(case, exported, prompt):
     full = exported(prompt, use_cache=False).logits
     cache = DynamicCache(config=exported.config)
     parts = [exported(part, past_key_values=cache).logits for part in prompt.split([7, 1, 1, 12], dim=1)]
-    # float64 throughout: only the order of sums differs between the chunked and the stepwise path
-    torch.testing.assert_close(torch.cat(parts, 1), full, rtol=0, atol=1e-10)
+    torch.testing.assert_close(torch.cat(parts, 1), full, rtol=0, atol=case.atol)
     assert cache.get_seq_length() == prompt.shape[1]
     recurrent = [i for i, slot in enumerate(cache.layers) if isinstance(slot, RecurrentLayer)]
     assert recurrent == exported.config.rwkv_layers
 
 
-def test_left_padding_changes_no_logit(exported, prompt):
+def test_left_padding_changes_no_logit(case, exported, prompt):
     expected = exported(prompt[:, 5:]).logits
     mask = torch.ones_like(prompt)
     mask[:, :5] = 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     got = exported(prompt, attention_mask=mask, position_ids=positions).logits[:, 5:]
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(got, expected, rtol=0, atol=case.atol)
     assert not torch.allclose(exported(prompt, position_ids=positions).logits[:, 5:], expected, atol=1e-3)
 
 
 def test_the_configuration_survives_its_file(case, exported, tmp_path):
     exported.config.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
-    assert written["model_type"] == case.family.hybrid and written["mixer_layers"] == {}
+    assert written["model_type"] == case.family.hybrid
+    differs = {i: c.rope for i, c in case.student.mixer_configs.items()}
+    assert bool(written["mixer_layers"]) == (len(set(differs.values())) > 1)
     again = type(exported.config).from_pretrained(tmp_path)
     assert again.to_dict() == exported.config.to_dict() | {"_name_or_path": ""}
     made = {i: c.replace(backend="auto", precision="auto") for i, c in case.student.mixer_configs.items()}
@@ -294,7 +440,7 @@ def test_the_configuration_survives_its_file(case, exported, tmp_path):
     assert teachers.items() <= again.to_dict().items()
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=["llama", "qwen3"])
 def uneven(request, monkeypatch):
     """A case whose family gives its layers different mixers."""
     family = type(find(request.param))

@@ -24,6 +24,8 @@ from rwkvinside.export import verify as export_verify
 from rwkvinside.export.huggingface import export_hf
 from rwkvinside.teacher.logits_store import LogitsReader, LogitsWriter, row_digests
 
+pytestmark = pytest.mark.faults("damaged files")
+
 TEXT = b"The quick brown fox jumps over the lazy dog.\n"
 
 
@@ -257,11 +259,12 @@ def exported(tmp_path_factory):
 
 
 @damages()
-def test_an_export(exported, tmp_path, damage, monkeypatch):
+def test_an_export(exported, tmp_path, damage, monkeypatch, record_property):
     """Each of its files; nothing of it is loaded."""
     out, run = exported
     monkeypatch.setattr(export_verify, "compare", lambda *_: pytest.fail("damage was not seen"))
     names = sorted(file.relative_to(out) for file in out.rglob("*") if file.is_file())
+    record_property("tried", len(names))
     assert len(names) > 20 and len({name.suffix for name in names}) >= 6
     for name in names:
         copy = tmp_path / "copy"

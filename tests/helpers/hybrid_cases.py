@@ -1,12 +1,37 @@
 """Small teachers of every family with packed batches, for tests of students."""
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from rwkvinside.data.batch import Batch
 from rwkvinside.hybrid.lm_head import Logits
 
 VOCAB = 50
+
+# What the published configurations of a family have beside the common fields of `teacher`: the quirks of its attention,
+# its norms and its head. Windows are short and layers alternate early, so that three layers have all kinds.
+SLIDING = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+QUIRKS = {
+    "mistral": {"sliding_window": 6},
+    "ministral": SLIDING,
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.125,
+        "residual_multiplier": 0.6,
+        "logits_scaling": 8.0,
+    },
+    "phi3": {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.75}},
+    "qwen3_moe": {
+        "mlp_only_layers": [1],
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+    },
+    "gemma3_text": SLIDING | {"query_pre_attn_scalar": 24},
+    "gemma2": SLIDING | {"query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+}
 
 
 def teacher(family="qwen3", layers=3, **changes):
@@ -22,22 +47,28 @@ def teacher(family="qwen3", layers=3, **changes):
             vocab_size=VOCAB,
             max_position_embeddings=128,
             tie_word_embeddings=True,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
         )
+        | QUIRKS.get(family, {})
         | changes
     )
-    kinds = {
-        "llama": (LlamaConfig, LlamaForCausalLM),
-        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-    }
-    if family == "qwen2":
+    config |= {name: config[name][:layers] for name in ("layer_types", "no_rope_layers") if name in config}
+    if family in ("qwen2", "phi3"):  # which do not choose
         config.pop("head_dim")
-    make_config, make_model = kinds[family]
-    model = make_model(make_config(**config)).eval()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **config)).eval()
     with torch.no_grad():
         for p in model.parameters():  # biases and norms away from their neutral start
             p.add_(0.3 * torch.randn_like(p) if p.ndim == 1 else 0.1 * torch.randn_like(p))
     return model
+
+
+def doubled(model):
+    """The model in float64, which the fast implementations of experts do not take."""
+    if hasattr(model.config, "num_experts"):
+        model.set_experts_implementation("eager")
+    return model.double()
 
 
 def packed(documents, rows=1, seed=3):

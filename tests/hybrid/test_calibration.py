@@ -27,7 +27,7 @@ def first_layer(batches, family="qwen3", preset="cxa079"):
     walk = LayerwiseTeacher(hybrid, batches)
     own = LayerwiseStudent(hybrid, walk, batches).inputs(0)
     mixer = hybrid.mixers[0]
-    return mixer, [_Input.of(mixer, *fields) for fields in zip(batches, walk.run(0), own, strict=True)]
+    return mixer, [_Input.of(mixer, 1.0, *fields) for fields in zip(batches, walk.run(0), own, strict=True)]
 
 
 @pytest.mark.parametrize("kept", [(), (0,), (1,)])
@@ -54,7 +54,8 @@ def test_every_mixer_is_fitted_on_what_the_student_gives_it(kept, monkeypatch):
                 assert torch.equal(given.own.first.v, context.first.read().v)
 
 
-def test_the_target_takes_the_stream_to_the_teachers():
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_the_target_takes_the_stream_to_the_teachers(scale):
     """Error of earlier layers included, and a token counts relative to its size in both streams."""
     batch = padded(packed([9], rows=2), 3)
     mixer, _ = first_layer([batch], family="llama")
@@ -63,12 +64,25 @@ def test_the_target_takes_the_stream_to_the_teachers():
     theirs, ours = torch.randn(*shape, D), torch.randn(*shape, D)
     theirs[0, 2], ours[1, 3] = 1e4 * theirs[0, 2], 1e4 * ours[1, 3]
     heads = torch.randn(*shape, mixer.output.in_features)
-    given = _Input.of(mixer, batch, AttentionActivations(theirs, None, heads), MixerInputs(ours, ours, None))
-    behind = theirs + mixer.output(heads)
-    torch.testing.assert_close(ours + given.target, behind, rtol=1e-5, atol=1e-3)
+    given = _Input.of(mixer, scale, batch, AttentionActivations(theirs, None, heads), MixerInputs(ours, ours, None))
+    behind = theirs + scale * mixer.output(heads)
+    torch.testing.assert_close(ours + scale * given.target, behind, rtol=1e-5, atol=1e-3)
     size = ours.square().mean(-1) + behind.square().mean(-1)
     torch.testing.assert_close(given.weight * size, batch.mask.float())
     assert given.weight[0, 2] < 1e-6 < given.weight[0, 1] and given.weight[1, 3] < 1e-6  # neither hides the others
+
+
+@torch.no_grad()
+def test_before_a_norm_the_target_is_the_attentions_output():
+    batch = padded(packed([9], rows=2), 3)
+    mixer, _ = first_layer([batch], family="olmo2")
+    D, heads = mixer.mixer_config.hidden_size, torch.randn(*batch.input_ids.shape, mixer.output.in_features)
+    heads[0, 2] *= 1e4
+    streams = torch.randn(2, *batch.input_ids.shape, D)
+    own = MixerInputs(streams[1], streams[1], None)
+    given = _Input.of(mixer, None, batch, AttentionActivations(streams[0], None, heads), own)
+    assert torch.equal(given.target, mixer.output(heads))
+    torch.testing.assert_close(given.weight * given.target.square().mean(-1), batch.mask.float())
 
 
 @torch.no_grad()

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from head_problem import Adapted, distill, gradients, problem, teacher_signal
 from torch import nn
 
-from rwkvinside.hybrid.lm_head import LMHeadLoss
+from rwkvinside.families.base import LogitShape
+from rwkvinside.hybrid.lm_head import LMHeadLoss, shape_logits
 from rwkvinside.kernels.gpu import kernels, losses
 from rwkvinside.losses.distillation import METRIC, DistillationLoss
 from rwkvinside.losses.next_token import NextTokenLoss
@@ -157,6 +158,22 @@ def test_the_loss_of_hidden_states(config, head):
         assert sums[name].item() == pytest.approx(value.item(), rel=1e-6)
     for got, want in zip(torch.autograd.grad(loss, trained), torch.autograd.grad(wanted, trained), strict=True):
         assert (got - want).norm() <= 1e-6 * want.norm()
+
+
+@pytest.mark.parametrize("shape", [LogitShape(divisor=8.0), LogitShape(cap=0.5), LogitShape(2.0, 3.0)], ids=str)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_logits_that_are_divided_or_capped(shape, backend):
+    """What the kernel compares, and whose gradient it gives, are the model's logits, not the head's output."""
+    hidden, head, labels, *_ = (x.to(DEVICE) for x in problem())
+    hidden, head = hidden.requires_grad_(), head.requires_grad_()
+    wanted = F.cross_entropy(
+        shape_logits(head(hidden), shape).flatten(0, -2), labels.flatten(), ignore_index=-100, reduction="sum"
+    )
+    loss, _ = LMHeadLoss(head, shape)(hidden, labels=labels, task=NextTokenLoss(chunk_tokens=8, backend=backend))
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-6)
+    trained = [hidden, head.weight]
+    for got, want in zip(torch.autograd.grad(loss, trained), torch.autograd.grad(wanted, trained), strict=True):
+        assert (got - want).norm() <= 2e-6 * want.norm()
 
 
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])

@@ -157,6 +157,13 @@ def test_what_may_be_absent(rope, qk_norm, key_scale):
 
 
 @pytest.mark.usefixtures("no_recurrence")
+@pytest.mark.parametrize("norm_over, rotated", [("heads", 16), ("heads", 8), ("head", 12)])
+def test_norms_over_all_heads_and_rotations_of_a_part(norm_over, rotated):
+    mixer, reference = make("cxa079", norm_over=norm_over)
+    compare(mixer, reference, tokens(2, 17), first_for(mixer, 2, 17), rope_of(rotated, 17))
+
+
+@pytest.mark.usefixtures("no_recurrence")
 @pytest.mark.parametrize("heads, kv_heads", [(7, 1), (6, 2), (1, 1)])
 def test_groups_of_any_size(heads, kv_heads):
     mixer, reference = make("cxa079", heads=heads, kv_heads=kv_heads)

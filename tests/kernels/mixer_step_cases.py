@@ -127,6 +127,15 @@ def test_head_sizes(N, launched):
     assert len(launched) == T
 
 
+@pytest.mark.parametrize("norm_over, rotated", [("heads", 16), ("head", 12)])
+def test_norms_over_all_heads_and_rotations_of_a_part(norm_over, rotated, launched):
+    fast, slow = make("cxa079", norm_over=norm_over)
+    x, first, (cos, sin), state = inputs(fast)
+    angle = torch.arange(T * rotated // 2).view(1, T, -1).repeat(1, 1, 2).to(cos)
+    compare(fast, slow, (x, first, (angle.cos(), angle.sin()), state))
+    assert len(launched) == T
+
+
 @pytest.mark.parametrize("heads, kv_heads", [(3, 3), (6, 1), (6, 3)])
 @pytest.mark.parametrize("preset", ["cxa079", "cxa078", "hxa07b"])
 def test_shared_heads(preset, heads, kv_heads):

@@ -114,6 +114,12 @@ def test_a_prompt_that_is_shorter_than_the_window(graphs):
     assert torch.equal(tokens, expected)
 
 
+def test_layers_that_all_slide_take_one_mask(prompt, padding, graphs):
+    model = build("mistral", [0, 2], sliding_window=6)
+    expected, tokens = both(model, prompt, attention_mask=padding, **GREEDY)
+    assert torch.equal(tokens, expected)
+
+
 def test_a_model_without_recurrent_layers(prompt, padding, graphs):
     torch.manual_seed(0)
     sizes = dict(vocab_size=VOCAB, hidden_size=48, intermediate_size=64, num_hidden_layers=3, head_dim=16)

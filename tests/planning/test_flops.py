@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import hybrid_cases
 import pytest
 import torch
 from plans import layer_spec, stage_plan
@@ -182,6 +183,27 @@ def test_a_second_model_is_counted_as_what_it_is(counted):
     step = partial(distill, second=second)
     assert formula(student, "distill", TeacherKind.ONLINE, second) == pytest.approx(counted(student, step))
     assert formula(student, "sft", None) == pytest.approx(counted(student, sft))
+
+
+@pytest.mark.parametrize("train", [["mixer"], [".*"]])
+def test_experts_count_as_often_as_a_token_is_sent_through_them(counted, train):
+    model = hybrid_cases.teacher("qwen3_moe", tie_word_embeddings=False)  # one of its three layers has none
+    model.set_experts_implementation("eager")
+    student = HybridModel.from_teacher(model, StudentConfig(attention_layers=(1,)))
+    student.set_trainable(train)
+    assert formula(student, "distill", TeacherKind.SELF) == pytest.approx(counted(student, distill))
+
+
+def test_a_sliding_window_has_fewer_scores():
+    found = {}
+    for family in ("mistral", "llama"):
+        lm = hybrid_cases.teacher(family, tie_word_embeddings=False)
+        student = HybridModel.from_teacher(lm, StudentConfig(attention_layers=(1,)))
+        student.set_trainable(["mixer"])
+        found[family] = training_flops(student, stage("sft"), None).forward["scores"]
+    window, pairs = 6, sum(min(t + 1, 6) for t in range(LENGTH))
+    assert window < LENGTH and found["mistral"] == pytest.approx(4 * 4 * 16 * pairs / LENGTH)
+    assert found["llama"] == pytest.approx(4 * 4 * 16 * (LENGTH + 1) / 2)
 
 
 @pytest.mark.parametrize("shift", "wk")

@@ -36,6 +36,7 @@ def test_a_hostfile_is_read(tmp_path):
         ("", "names no host"),
         ("worker-1 slots=0\n", "line 1: 'worker-1 slots=0'"),
         ("a slots=1\nb\n", "line 2: 'b'"),
+        (f"a slots={'9' * 5000}\n", "line 1: 'a slots=9999"),
         ("a slots=1\na slots=2\n", "line 2: a is listed twice"),
         ("a slots=1\n-oProxyCommand=id slots=1\n", "line 2: '-oProxyCommand=id' is not the name or the address"),
         ("a,-oProxyCommand=id slots=1\n", "is not the name or the address"),
