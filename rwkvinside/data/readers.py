@@ -327,7 +327,7 @@ def _read_parquet(path: Path, text_column: str, row: int) -> Iterator[tuple[Docu
                     row += 1
                     yield document_of(of_table(record), text_column, f"{path}: row {row}"), row
                 skip = max(0, skip - len(batch))
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # the last two: texts and dates that are none
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: not a parquet file, or damaged ({reason})", "write it again") from error
 

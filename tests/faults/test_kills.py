@@ -4,6 +4,7 @@ The moments are seeded, and relative to the time that the command takes undistur
 """
 
 import os
+import re
 import signal
 
 from command_process import finish, start
@@ -12,6 +13,8 @@ from faults import faults
 
 # Training is what takes days; the first three are those of the small part.
 COMMANDS = ("train", "pack", "logits", "train", "export", "train", "verify", "train", "eval")
+# Python drops a Ctrl-C that comes within the __del__ of a library, and says so; the command goes on to its end.
+LOST = re.compile(r"Exception ignored in:.*?^KeyboardInterrupt: *$", re.DOTALL | re.MULTILINE)
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 ENDS = {signal.SIGKILL: {-9}, signal.SIGTERM: {-15, 75, 130}, signal.SIGINT: {75, 130}}
 
@@ -33,7 +36,7 @@ def test_a_command(world, tmp_path, rng, number):
             os.kill(process.pid, signum)
         code = finish(process)
         assert code in ENDS[signum] | {0}, (signum, code, log.read_text())
-        assert "Traceback" not in log.read_text(), log.read_text()
+        assert "Traceback" not in LOST.sub("", log.read_text()), log.read_text()
         if name in ("pack", "export", "eval") and out.exists():  # complete or absent
             assert result(name, out) == expected
             return
