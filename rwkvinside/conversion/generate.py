@@ -19,9 +19,11 @@ from transformers.utils.logging import disable_progress_bar
 from ..config.precision import resolve_device, resolve_precision, teacher_dtype
 from ..config.teacher_lookup import find_teacher
 from ..errors import Interrupted, UserError
+from ..support.digests import FileDigests
 from ..support.files import fsync, replacing
 from ..support.progress import Progress
-from ..teacher.load import load_teacher, open_tokenizer, weights_hash
+from ..teacher.files import local_hashes
+from ..teacher.load import load_teacher, open_tokenizer
 from ..teacher.sampling import Sampling, UserTurn, encode, end_tokens, render_chat, sample, text_start
 from ..teacher.settings import TeacherConfig
 
@@ -76,7 +78,7 @@ def generate_text(
     write = _conversations(model, tokenizer, sampling) if chat else _texts(model, tokenizer, sampling)
     identity = {
         "format": FORMAT,
-        "teacher": weights_hash(info.path, None),
+        "teacher": local_hashes(info.path, None, FileDigests())[0],
         "tokens": tokens,
         **asdict(sampling),
         "kind": "messages" if chat else "text",

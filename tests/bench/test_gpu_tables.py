@@ -19,7 +19,7 @@ def test_the_page_has_what_the_newest_results_say():
 
 
 def test_committed_results_name_their_origin_and_no_path():
-    for file in MEASUREMENTS.glob("*.jsonl"):
+    for file in MEASUREMENTS.rglob("*.jsonl"):
         about, *found = read(file)
         assert about["stage"] == "session" and {"card", "date", "commit", "torch", "triton"} <= about.keys()
         assert found and about["date"] == file.stem[-10:]

@@ -286,7 +286,6 @@ def test_files_that_cannot_be_read(teacher, tmp_path, content):
         *(("dtype", value) for value in ("float99", 3, [])),
         *(("model_type", value) for value in ([], 3, None)),
         ("quantization_config", {"quant_method": "gptq"}),
-        ("layer_types", ["sliding_attention"] * 5),
         ("layer_types", ["chunked_attention"] * 5),
         ("attn_logit_softcapping", 50.0),
         ("final_logit_softcapping", 30.0),
@@ -357,7 +356,7 @@ def test_files_of_other_editors_are_read(tmp_path, teacher):
 @pytest.mark.parametrize(
     "changes, cause",
     [
-        ({"model_type": "mistral"}, "architecture 'mistral', which is not supported"),
+        ({"model_type": "gpt_neox"}, "architecture 'gpt_neox', which is not supported"),
         ({"model_type": None}, "architecture None"),
         ({"num_hidden_layers": "five"}, "num_hidden_layers = 'five'"),
     ],

@@ -37,7 +37,7 @@ def test_no_share_is_the_control_and_all_of_it_the_fit():
     torch.testing.assert_close(logits(model, batch, "student"), logits(model, batch, "control"), rtol=0, atol=2e-5)
     for layer in layers.values():
         layer.keep(1.0)
-    torch.testing.assert_close(logits(model, batch, "student"), fitted, rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits(model, batch, "student"), fitted, rtol=0, atol=1e-5)
 
 
 def test_the_best_of_what_was_tried_is_kept():
