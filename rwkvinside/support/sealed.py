@@ -10,6 +10,10 @@ from pathlib import Path
 SEAL = "seal"  # the key of the digest
 
 
+class ChangedError(ValueError):
+    """Sealed values are not those that were written."""
+
+
 def digest_of(values: object) -> str:
     """Return the SHA-256 of JSON values, in hexadecimal.
 
@@ -32,7 +36,7 @@ def unsealed(text: str) -> dict:
     """Return the values of `sealed`.
 
     Raises:
-        ValueError: it is not JSON, or not the values that were written.
+        ValueError: it is not sealed JSON; `ChangedError`, it is not what was written.
     """
     try:
         values = json.loads(text)
@@ -41,7 +45,7 @@ def unsealed(text: str) -> dict:
     if not isinstance(values, dict) or SEAL not in values:
         raise ValueError("it has no seal")
     if values.pop(SEAL) != digest_of(values):
-        raise ValueError("it was changed after it was written")
+        raise ChangedError("it was changed after it was written")
     return values
 
 
@@ -52,9 +56,9 @@ def read_sealed(path: Path) -> tuple[dict, str]:
         ValueError: says what is wrong with the file, which may be missing.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        values = unsealed(text)
+        values = unsealed(path.read_text(encoding="utf-8"))
+    except ChangedError as error:
+        raise ChangedError(f"{path.name} was changed after it was written") from error
     except (OSError, ValueError) as error:
-        what = "was changed after it was written" if "changed" in str(error) else "cannot be read"
-        raise ValueError(f"{path.name} {what}") from error
+        raise ValueError(f"{path.name} cannot be read") from error
     return values, digest_of(values)

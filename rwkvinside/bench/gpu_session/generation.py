@@ -78,10 +78,8 @@ def speed(model: PreTrainedModel, rows: int, context: int, device: str) -> dict:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (rows, context), generator=generator).to(device)
     cache = None
-    for chunk in (
-        *ids[:, : 2 * CHUNK].split(CHUNK, 1),
-        ids[:, :1],
-    ):  # loads kernels: of a start, a continuation, a step
+    # loads the kernels of a start, a continuation, and a step
+    for chunk in (*ids[:, : 2 * CHUNK].split(CHUNK, 1), ids[:, :1]):
         _, cache = _forward(model, chunk, cache)
     cache = None
     before = 0
