@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import random
 import shutil
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +27,7 @@ from ..support.files import write_json, write_text
 from ..teacher.load import open_tokenizer
 from ..teacher.sampling import Sampling, encode, end_tokens, render_chat, sample
 from .run import STAGES
+from .steps import Steps
 from .tables import show_stages, show_turns
 
 QUESTION = "What is the capital of France, and what is it known for?"
@@ -104,8 +103,7 @@ class LlmDemo:
         self.out, self.teacher, self.data, self.settings, self.console = out, teacher, data, settings, console
         self.overrides = overrides
         self.run_folder = out / "run"
-        self.started = time.monotonic()
-        self.seconds: dict[str, float] = {}
+        self.steps = Steps(console)
 
     def run(self) -> dict:
         """Run all steps in order; return what was measured, also written to demo.json."""
@@ -113,23 +111,21 @@ class LlmDemo:
         self._claim_folder()
         train, val = ([*self.data], []) if self.data else self._write_text()
         config = self._config(train, val)
-        with self._step(" -> ".join(config.run)):
+        with self.steps.step(" -> ".join(config.run)):
             self.console.print(
                 f"{config.teacher.path}: attention becomes RWKV-7 with a window of {config.student.window} tokens "
                 f"and the first {config.student.sinks}"
             )
             build.train(config)
-        with self._step("an answer and a continuation"):
+        with self.steps.step("an answer and a continuation"):
             turns = self._turns(config)
         stages = self._scores()
         show_turns(self.console, turns, QUESTION, BEGINNING)
         show_stages(self.console, stages)
-        result = {"teacher": config.teacher.path, "scores": stages, "samples": turns, "seconds": self.seconds}
+        result = {"teacher": config.teacher.path, "scores": stages, "samples": turns, "seconds": self.steps.seconds}
         write_json(self.out / "demo.json", result)
         self.console.print(f"\nexport it: rwkvinside export {self.run_folder} --to hf --out DIR", soft_wrap=True)
-        self.console.print(
-            f"numbers: {self.out}/demo.json; {(time.monotonic() - self.started) / 60:.1f} minutes in all"
-        )
+        self.console.print(f"numbers: {self.out}/demo.json; {self.steps.minutes:.1f} minutes in all")
         return result
 
     def _config(self, train: Sequence[str], val: Sequence[str] = ()) -> Config:
@@ -161,7 +157,7 @@ class LlmDemo:
         """Let the teacher write, unless it has; return the files to train and to validate on."""
         name = Path(self.teacher).resolve().name if Path(self.teacher).exists() else self.teacher.replace("/", "--")
         text = self.out / f"text-of-{name}.jsonl"
-        with self._step("the teacher writes"):
+        with self.steps.step("the teacher writes"):
             if text.exists():
                 self.console.print(f"using what it wrote for the last demo: {text}")
             else:
@@ -212,15 +208,6 @@ class LlmDemo:
             trained += last["tokens"] if of_kind(rows, "train", stage) else 0
             stages[f"after {stage}"] = {"tokens": trained} | _numbers(last)
         return stages
-
-    @contextmanager
-    def _step(self, name: str) -> Iterator[None]:
-        self.console.rule(f"[bold]{name}[/bold]", align="left", style="dim")
-        started = time.monotonic()
-        yield
-        self.seconds[name] = round(time.monotonic() - started, 1)
-        total = time.monotonic() - self.started
-        self.console.print(f"[dim]{name}: {self.seconds[name]:.0f} s, {total / 60:.1f} min since the start[/dim]")
 
 
 def _numbers(row: dict) -> dict:

@@ -5,9 +5,6 @@ Needs no network and no GPU. Everything is done by the functions that `train_dis
 """
 
 import shutil
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,6 +26,7 @@ from ..support.files import write_json
 from ..support.progress import Progress
 from ..support.text import rounded_count
 from .corpus import collect
+from .steps import Steps
 from .tables import show_samples, show_scores, show_speed
 from .teacher import TeacherSettings, obtain_teacher
 
@@ -96,31 +94,30 @@ class Demo:
     def __init__(self, out: Path, settings: DemoSettings, console: Console):
         self.out, self.settings, self.console = out, settings, console
         self.teacher_folder, self.run_folder, self.student_folder = out / "teacher", out / "run", out / "student"
-        self.started = time.monotonic()
-        self.seconds: dict[str, float] = {}
+        self.steps = Steps(console)
 
     def run(self) -> dict:
         """Run all steps in order; return what was measured, also written to demo.json."""
         self._claim_folder()
         train, val = self._prepare()
         self._convert(train, val)
-        with self._step("export and verify"):
+        with self.steps.step("export and verify"):
             self._export()
         tokenizer = AutoTokenizer.from_pretrained(self.teacher_folder)
         teacher = load_pretrained(self.teacher_folder, "cpu")
         student = load_pretrained(self.student_folder, "cpu", trust_remote_code=True)
         models = {"teacher": teacher, "student": student}
-        with self._step("evaluate"):
+        with self.steps.step("evaluate"):
             limits = self.settings.max_length, self.settings.evaluated_documents
             documents = read_documents([str(val)], tokenizer, self.out / "cache", *limits)
             evaluations = self._evaluate(student, teacher, documents)
             stages = {stage: evaluation.scores for stage, evaluation in evaluations.items()}
             control = evaluations[STAGES[-1]].control
-        with self._step("generate"):
+        with self.steps.step("generate"):
             samples = {name: self._sample(model, tokenizer) for name, model in models.items()}
         count = self.settings.new_tokens
         bar = Progress("decode speed", count, unit="tokens", stream=self.console.file)
-        with self._step("decode speed"), bar as shown:
+        with self.steps.step("decode speed"), bar as shown:
             speed = decode_speed(models, self.settings.contexts, new_tokens=count, progress=shown.advance)
         show_samples(self.console, samples, f"temperature {TEMPERATURE}, same seed")
         show_scores(self.console, stages, control)
@@ -129,7 +126,7 @@ class Demo:
             "stages": {name: scores.to_dict() for name, scores in stages.items()},
             **({} if control is None else {"control": control.to_dict()}),
             "decode_speed": [asdict(row) for row in speed],
-            "seconds": self.seconds,
+            "seconds": self.steps.seconds,
         }
         write_json(self.out / "demo.json", result)
         self._show_files()
@@ -146,23 +143,14 @@ class Demo:
             if folder.exists():
                 shutil.rmtree(folder)
 
-    @contextmanager
-    def _step(self, name: str) -> Iterator[None]:
-        self.console.rule(f"[bold]{name}[/bold]", align="left", style="dim")
-        started = time.monotonic()
-        yield
-        self.seconds[name] = round(time.monotonic() - started, 1)
-        total = time.monotonic() - self.started
-        self.console.print(f"[dim]{name}: {self.seconds[name]:.0f} s, {total / 60:.1f} min since the start[/dim]")
-
     def _prepare(self) -> tuple[Path, Path]:
-        with self._step("text"):
+        with self.steps.step("text"):
             corpus = collect()
             files = corpus.write(self.out / "text")
             counts = f"{len(corpus.train):,} documents to train, {len(corpus.val):,} to validate"
             size = rounded_count(sum(map(len, corpus.train + corpus.val)))
             self.console.print(f"the Python standard library of this machine: {size} characters, {counts}")
-        with self._step("teacher"):
+        with self.steps.step("teacher"):
             settings = self.settings.teacher
             with Progress("teacher", settings.steps, unit="steps", stream=self.console.file) as progress:
                 trained = obtain_teacher(
@@ -175,7 +163,7 @@ class Demo:
         return files
 
     def _convert(self, train: Path, val: Path) -> None:
-        with self._step("calibrate, align, distill"):
+        with self.steps.step("calibrate, align, distill"):
             config = load_config(
                 teacher=str(self.teacher_folder),
                 data=[str(train)],
@@ -216,4 +204,4 @@ class Demo:
         self.console.print(f"\nplots: {self.run_folder}/report.png, loss.png, alignment.png, validation.png")
         self.console.print(f"student: {self.student_folder} (transformers, trust_remote_code=True)")
         self.console.print(f"numbers: {self.out}/demo.json")
-        self.console.print(f"{(time.monotonic() - self.started) / 60:.1f} minutes in all")
+        self.console.print(f"{self.steps.minutes:.1f} minutes in all")
