@@ -44,10 +44,11 @@ MAY_IMPORT = {
         *("modeling", "data", "hybrid", "losses", "teacher", "training", "stages"),
         *("config", "runs", "planning", "evaluate"),
     },
+    "vectors": {"modeling", "training", "config", "demo"},  # demo: the text of the standard library
     "demo": {"data", "teacher", "config", "runs", "conversion", "evaluate", "export", "report"},
     "cli": {
         *("kernels", "data", "teacher", "training", "config", "planning"),
-        *("evaluate", "export", "report", "bench", "conversion", "demo"),
+        *("evaluate", "export", "report", "bench", "conversion", "demo", "vectors"),
     },
 }
 
