@@ -72,19 +72,19 @@ def load_config(
     flags += [{"variant": list(variant)}] if variant else []
     flags += [{"out": out}] if out else []
     flags += [{"deepspeed": {"config": _read_json(deepspeed)}}] if deepspeed else []
-    layers = [*map(_read_yaml, files), *flags, *map(_override, overrides)]
+    layers = [*map(read_yaml, files), *flags, *map(read_override, overrides)]
     _check_sections(layers)
-    user = _merge(layers)
+    user = merge_layers(layers)
     info = _find_teacher(user)
     if isinstance(user.get("variant"), str):
         user["variant"] = [user["variant"]]
     of_teacher = {key: user.pop(key, info.preset.get(key)) for key in ("recipes", "variants")}
     preset = {key: value for key, value in info.preset.items() if key not in of_teacher}
     recipe_settings = recipe_layers(user.get("recipe"), of_teacher["recipes"], info)
-    merged = _merge([preset, *recipe_settings, *_variants(user.get("variant"), of_teacher["variants"]), user])
+    merged = merge_layers([preset, *recipe_settings, *_variants(user.get("variant"), of_teacher["variants"]), user])
     merged["teacher"]["path"] = info.path
     if not info.local:
-        merged = _merge([{"data": {"train": [DEFAULT_DATA]}}, merged])
+        merged = merge_layers([{"data": {"train": [DEFAULT_DATA]}}, merged])
     merged.setdefault("out", f"runs/{info.name}")
     if "run" not in merged:
         published = _mapping(merged.get("student")).get("init") == "published"
@@ -148,7 +148,7 @@ def _with_stage_defaults(configured: object, teacher: TeacherInfo) -> tuple[dict
         if not isinstance(section, dict):
             problems[path] = f"stages.{name} = {_show(section)}: must be a mapping of settings"
         elif stage is not None:
-            section = _merge([stage.defaults(teacher.hidden_size, teacher.max_positions), section])
+            section = merge_layers([stage.defaults(teacher.hidden_size, teacher.max_positions), section])
         elif objective is None:
             problems[path] = f"stages.{name}: a stage of your own needs an objective{did_you_mean(name, STAGES)}"
         else:
@@ -166,7 +166,7 @@ def _validate(merged: dict, teacher: TeacherInfo, refused: dict[tuple[str, ...],
         try:
             return model.model_validate(values, context=context)
         except ValidationError as error:
-            problems.extend(_problem(e, at) for e in error.errors(include_url=False))
+            problems.extend(problem_line(e, at) for e in error.errors(include_url=False))
             return None
 
     run = merged["run"] if isinstance(merged["run"], list) else []
@@ -212,7 +212,8 @@ def _complete_stage(name: str, stage: StageConfig, width: int) -> StageConfig:
     return stage.model_copy(update={"optim": stage.optim.model_copy(update=values)})
 
 
-def _read_yaml(file: str | os.PathLike) -> dict:
+def read_yaml(file: str | os.PathLike) -> dict:
+    """Return the settings of a YAML file (`UserError`: it cannot be read, or is something else)."""
     try:
         with open(file, encoding="utf-8-sig") as stream:
             values = OmegaConf.load(stream)
@@ -238,7 +239,8 @@ def _read_json(file: str | os.PathLike) -> dict:
     return values
 
 
-def _override(text: str) -> dict:
+def read_override(text: str) -> dict:
+    """Return the settings that `key=value` makes (`UserError`: it has another form)."""
     path, equals, value = text.partition("=")
     if not equals or not all(path.split(".")):
         raise UserError(f"{text!r} is not of the form key=value", "for instance stages.align.tokens=600k")
@@ -276,7 +278,7 @@ def _section_hint(name: str) -> str:
     return f"{examples[name]}; {REFERENCE}" if name in examples else REFERENCE
 
 
-def _merge(layers: Iterable[dict]) -> dict:
+def merge_layers(layers: Iterable[dict]) -> dict:
     """Return the layers merged.
 
     Mappings are merged, everything else (lists too) is replaced by the later layer.
@@ -296,8 +298,8 @@ def _mapping(value: object) -> dict:
     return value if isinstance(value, dict) else {}
 
 
-def _problem(error: ErrorDetails, at: Sequence[str]) -> str:
-    """Return a problem as one line.
+def problem_line(error: ErrorDetails, at: Sequence[str], root: type[BaseModel] = Config) -> str:
+    """Return a problem of a configuration `root` as one line.
 
     It has the path (below `at`), the value, what is allowed, and the nearest known key.
     """
@@ -305,7 +307,7 @@ def _problem(error: ErrorDetails, at: Sequence[str]) -> str:
     path = ".".join(location)
     if error["type"] == "extra_forbidden":
         inside = "".join(f"{key}." for key in location[:-1])
-        return f"{path}: unknown key{did_you_mean(location[-1], _keys(location[:-1]), inside)}"
+        return f"{path}: unknown key{did_you_mean(location[-1], _keys(location[:-1], root), inside)}"
     if error["type"] == "missing":
         return f"{path}: missing"
     if error["type"] == "literal_error":
@@ -324,16 +326,15 @@ def _show(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _keys(location: list[str]) -> list[str]:
-    """Return the known keys of the mapping at a path of the configuration."""
-    model: type[BaseModel] = Config
+def _keys(location: list[str], model: type[BaseModel]) -> list[str]:
+    """Return the known keys of the mapping at a path of a configuration."""
     keys = iter(location)
     for key in keys:
         annotation = model.model_fields[key].annotation
         inner = inner_model(annotation)
         if inner is None:
             raise RuntimeError(f"{'.'.join(location)} is not a mapping of settings")
-        if get_origin(annotation) in (dict, list):
+        if get_origin(annotation) in (dict, list, tuple):
             next(keys)  # a stage's name, or a place in the list
         model = inner
     return list(model.model_fields)

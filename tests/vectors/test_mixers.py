@@ -218,6 +218,11 @@ def test_tmd_moves_what_listens_to_it():
         assert (mixer(x, shared=Shared(tmd=tmd))[0] - mixer(x)[0]).abs().max() > 1e-4
 
 
+def test_rwkv7_has_as_many_heads_as_fit():
+    config = build_mixer("rwkv7", D, head_size=8).time_mixer.mixer_config
+    assert (config.num_heads, config.head_size) == (4, 8)
+
+
 def test_names_and_options_are_checked():
     with pytest.raises(UserError, match="did you mean mamba2"):
         build_mixer("mamba", D)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ...modeling.mixer_presets import TimeMixerConfig
 from ...modeling.time_mixer import MixerState, TimeMixer
-from .base import Mixer, Place, Shared, State, check_heads, fp32, real
+from .base import Mixer, Place, Shared, State, fp32, real
 
 
 class RWKV7(Mixer):
@@ -36,7 +36,7 @@ class RWKV7(Mixer):
         super().__init__()
         if d_model % head_size:
             raise ValueError(f"head_size={head_size} does not divide d_model={d_model}")
-        heads = check_heads(d_model, d_model // head_size)
+        heads = d_model // head_size
         config = TimeMixerConfig.from_preset(
             preset,
             qk_norm=False,
