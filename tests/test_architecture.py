@@ -44,7 +44,7 @@ MAY_IMPORT = {
         *("modeling", "data", "hybrid", "losses", "teacher", "training", "stages"),
         *("config", "runs", "planning", "evaluate"),
     },
-    "vectors": {"modeling", "training", "config", "runs", "demo"},  # demo: the text of the standard library
+    "vectors": {"modeling", "training", "config", "data", "runs", "demo"},  # demo: the text of the standard library
     "demo": {"data", "teacher", "config", "runs", "conversion", "evaluate", "export", "report"},
     "cli": {
         *("kernels", "data", "teacher", "training", "config", "planning"),

@@ -171,7 +171,7 @@ def load_data(settings: DataConfig) -> VectorData:
 
 
 def split(data: VectorData, settings: DataConfig) -> Split:
-    """Return training and validation windows; a hash of its number says to which of them a document belongs.
+    """Return training and validation windows, of different documents: those with the lowest hashes validate.
 
     Raises:
         UserError: no document is long enough, or one of both has no window.
@@ -180,7 +180,9 @@ def split(data: VectorData, settings: DataConfig) -> Split:
     starts = torch.arange(len(documents) - context) if len(documents) > context else torch.empty(0, dtype=torch.long)
     starts = starts[documents[starts] == documents[starts + context]]
     count = int(documents[-1]) + 1 if len(documents) else 0
-    validates = torch.tensor([_share(number) < settings.val for number in range(count)], dtype=torch.bool)
+    order = sorted(range(count), key=_hash)
+    validates = torch.zeros(count, dtype=torch.bool)
+    validates[order[: max(1, round(settings.val * count))]] = True
     val = validates[documents[starts]]
     both = Split(Windows(data, starts[~val], context), Windows(data, starts[val], context))
     if not len(both.train) or not len(both.val):
@@ -192,5 +194,19 @@ def split(data: VectorData, settings: DataConfig) -> Split:
     return replace(both, train=both.train.first(settings.limit))
 
 
-def _share(number: int) -> float:
-    return int(hashlib.sha256(str(number).encode()).hexdigest()[:8], 16) / 2**32
+def shuffled_codes(data: VectorData) -> VectorData:
+    """Return the data with the codes of other documents, to see whether a model listens to them.
+
+    Raises:
+        UserError: it has no codes.
+    """
+    if data.codes is None:
+        raise UserError(f"vectors of {data.card.get('space')} have no TMD codes to shuffle", "use data with codes")
+    count = int(data.documents[-1]) + 1
+    of_document = torch.zeros(count, dtype=data.codes.dtype).scatter_(0, data.documents, data.codes)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    return replace(data, codes=of_document[order][data.documents])
+
+
+def _hash(number: int) -> str:
+    return hashlib.sha256(str(number).encode()).hexdigest()

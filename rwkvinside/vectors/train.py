@@ -93,9 +93,8 @@ def train(config: RunConfig, say: Callable[[str], None] = print) -> dict:
             model.normalizer.fit(data.vectors[both.train.targets])
         write_config(config, out / CONFIG)
         params = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        say(
-            f"{config.model.arch}: {params:,} parameters; {len(both.train):,} windows to train, {len(both.val):,} to check"
-        )
+        counts = f"{len(both.train):,} windows to train, {len(both.val):,} to validate"
+        say(f"{config.model.arch}: {params:,} parameters; {counts}")
         loggers = Loggers(config.loggers, out, config.model_dump(mode="json"))
         loggers.open()
         try:
@@ -143,7 +142,7 @@ def phase_windows(phase: PhaseConfig, windows: Windows) -> Windows:
 
 
 def groups_of(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
-    """Return the trainable parameters by learning-rate group: `dynamics` of mixers that want a smaller rate, and all."""
+    """Return the trainable parameters by learning-rate group: `dynamics` of mixers, at a tenth of the rate, and all."""
     slow = {
         f"{prefix}.{name}"
         for prefix, module in model.named_modules()
