@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -193,7 +195,7 @@ def bench(parser: ArgumentParser, argv: Sequence[str]) -> int:
         times = (f"{speed.train_ms:.0f}", f"{speed.p50_ms:.1f}{once}", f"{speed.p95_ms:.1f}")
         causal = "yes" if speed.causal else "no"
         table.add_row(speed.arch, speed.pattern, rounded_count(speed.params), causal, *times, state)
-    Console().print(table)
+    _console().print(table)
     return _write(args, {"rows": rows})
 
 
@@ -267,8 +269,6 @@ def demo(parser: ArgumentParser, argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("demo-vectors"), metavar="DIR", help="folder for everything")
     parser.add_argument("--quick", action="store_true", help="a few steps only, to see that all parts work")
     args = parser.parse(argv)
-    import time
-
     import torch
 
     from ..vectors.demo import demo as run
@@ -304,13 +304,25 @@ def _show(title: str, rows: Mapping[str, Mapping]) -> None:
     """Print numbers by name and column."""
     columns = [name for name in SHOWN if any(row.get(name) is not None for row in rows.values())]
     columns += ["p95_ms"] if any("p95_ms" in row for row in rows.values()) else []
+    if len(rows) == 1:
+        (row,) = rows.values()
+        print(f"{title}:")
+        for name, cell in zip(columns, _cells(row, columns), strict=True):
+            low, high = (row.get(f"{name}_{end}") for end in ("low", "high"))
+            print(f"  {name:<8} {cell:>8}" + ("" if low is None else f"  ({low:.4f} to {high:.4f})"))
+        return
     table = Table(title=title)
     table.add_column("")
     for column in columns:
         table.add_column(column, justify="right")
     for name, row in rows.items():
         table.add_row(name, *_cells(row, columns))
-    Console().print(table)
+    _console().print(table)
+
+
+def _console() -> Console:
+    """Return the console, wide enough for tables where there is no terminal that says how wide it is."""
+    return Console() if sys.stdout.isatty() else Console(width=130)
 
 
 def _cells(row: Mapping, columns: Iterable[str]) -> list[str]:

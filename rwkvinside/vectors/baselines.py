@@ -14,7 +14,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ from .metrics import Predictor, cosines, predict, score
 NAMES = ("random", "train_mean", "copy_last", "context_mean", "nn", "linear", "mlp", "oracle_nn")
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 MOST_ROWS = 20_000  # that are fitted on
-HIDDEN, MLP_STEPS, MLP_ROWS = 512, 300, 128
+HIDDEN, MLP_STEPS, MLP_ROWS = 256, 300, 64
 
 
 def context_mean(batch: VectorBatch) -> Tensor:
@@ -78,27 +78,32 @@ def _nearest(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 def _linear(x: Tensor, y: Tensor) -> Predictor:
     cut = max(1, len(x) - len(x) // 10)
+    held = _Ridge(x[:cut], y[:cut])
 
-    def fit(x: Tensor, y: Tensor, strength: float) -> tuple[Tensor, Tensor, Tensor]:
-        center, mean = x.mean(0), y.mean(0)
-        u = (x - center).double()
-        strength = strength * float(u.pow(2).sum(1).mean())
-        if len(u) < u.shape[1]:  # the dual form is smaller
-            inner = u @ u.T + strength * torch.eye(len(u), dtype=u.dtype)
-            weight = u.T @ torch.linalg.solve(inner, (y - mean).double())
-        else:
-            inner = u.T @ u + strength * torch.eye(u.shape[1], dtype=u.dtype)
-            weight = torch.linalg.solve(inner, u.T @ (y - mean).double())
-        return center, mean, weight.float()
+    def error(strength: float) -> float:
+        return float(cosine(held.fit(strength)(x[cut:]), y[cut:]).mean())
 
-    def apply(x: Tensor, center: Tensor, mean: Tensor, weight: Tensor) -> Tensor:
-        return (x - center) @ weight + mean
+    apply = _Ridge(x, y).fit(min(STRENGTHS, key=error) if cut < len(x) else 1.0)
+    return lambda batch: apply(batch.x.flatten(1))
 
-    def held_out(strength: float) -> float:
-        return float(cosine(apply(x[cut:], *fit(x[:cut], y[:cut], strength)), y[cut:]).mean())
 
-    fitted = fit(x, y, min(STRENGTHS, key=held_out) if cut < len(x) else 1.0)
-    return lambda batch: apply(batch.x.flatten(1), *fitted)
+class _Ridge:
+    """Ridge regression of y (M, d) on x (M, n) for several strengths, relative to the mean squared length of x."""
+
+    def __init__(self, x: Tensor, y: Tensor):
+        self.center, self.mean = x.mean(0), y.mean(0)
+        self.u, self.v = x - self.center, y - self.mean
+        self.dual = len(x) < x.shape[1]  # the form with the smaller matrix
+        self.inner = (self.u @ self.u.T if self.dual else self.u.T @ self.u).double()
+        self.scale = float(self.u.pow(2).sum(1).mean())
+
+    def fit(self, strength: float) -> Callable[[Tensor], Tensor]:
+        """Return the fitted map."""
+        inner = self.inner + strength * self.scale * torch.eye(len(self.inner), dtype=torch.float64)
+        right = self.v if self.dual else self.u.T @ self.v
+        solved = torch.linalg.solve(inner, right.double()).float()
+        weight = self.u.T @ solved if self.dual else solved
+        return lambda x: (x - self.center) @ weight + self.mean
 
 
 def _mlp(x: Tensor, y: Tensor) -> Predictor:

@@ -20,7 +20,8 @@ from .run import load_predictor, read_result
 from .settings import checked
 from .store import embed, read_store
 
-PLAN, QUICK = ("vectors", "demo.yaml"), {"steps": 4, "evaluate_every": 0}
+PLAN, QUICK = ("vectors", "demo.yaml"), {"steps": 2, "evaluate_every": 0}
+QUICK_SENTENCES = 512
 SAMPLES, BEST = 4, 2  # decoded examples, and runs that decode them
 
 
@@ -40,7 +41,11 @@ def demo(out: Path, source: str, spec: str, quick: bool, say: Callable[[str], No
         UserError: of the parts; or no run has succeeded.
     """
     store = out / "vectors"
-    data = read_store(store) if (store / "card.json").is_file() else embed(source, spec, store)
+    data = (
+        read_store(store)
+        if (store / "card.json").is_file()
+        else embed(source, spec, store, QUICK_SENTENCES if quick else None)
+    )
     say(f"{store}: {len(data.vectors):,} sentences of {data.card['source']}, {data.card['space']}")
     settings = {"data": {"source": str(store)}, "model": {"d_in": data.vectors.shape[1]}}
     with as_file(files("rwkvinside.recipes").joinpath(*PLAN)) as plan:

@@ -4,7 +4,7 @@
 |---|---|---|
 | rotor-lin | one of 4 hidden rotations of 16 dimensions, embedded in 768; which one, the context tells | learning |
 | rotor-tanh | the same with a tanh between | better than linear |
-| rotor-tmd | 16 rotations, and the TMD code's domain says which | conditioning |
+| rotor-tmd | two rotations, and the TMD code says which | conditioning |
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def synthetic(name: str) -> VectorData:
         cause = f"synthetic data {name!r} is not known{did_you_mean(name, NAMES)}"
         raise UserError(cause, f"there are: {', '.join(f'synthetic:{each}' for each in NAMES)}")
     draw = torch.Generator().manual_seed(SEED)
-    rules = 16 if name == "rotor-tmd" else 4
+    rules = 2 if name == "rotor-tmd" else 4
     rotations = torch.linalg.qr(torch.randn(rules, HIDDEN, HIDDEN, generator=draw))[0]
     embed = torch.linalg.qr(torch.randn(WIDTH, HIDDEN, generator=draw))[0]
     rule = torch.randint(rules, (DOCUMENTS,), generator=draw)
@@ -45,7 +45,7 @@ def synthetic(name: str) -> VectorData:
         state = _advance(name, torch.einsum("bij,bj->bi", rotations[rule], state))
     vectors = (torch.stack(states, 1) @ embed.T).flatten(0, 1)
     documents = torch.arange(DOCUMENTS).repeat_interleave(LENGTH)
-    codes = pack(rule, rule, rule).repeat_interleave(LENGTH) if name == "rotor-tmd" else None
+    codes = pack(15 * rule, 31 * rule, 63 * rule).repeat_interleave(LENGTH) if name == "rotor-tmd" else None
     return VectorData(vectors, documents, None, codes, {"space": f"synthetic:{name}", "dim": WIDTH})
 
 
