@@ -42,6 +42,11 @@ SMALLER = {
     "rwkvinside bench training": ["--rows", "1", "--seq-len", "16", "--repeats", "1"],
     "rwkvinside bench generation": ["--contexts", "8", "--new-tokens", "2"],
     "rwkvinside bench wkv7": ["--shapes", "1,16,1,8", "--repeats", "1", "--candidates", "reference"],
+    "rwkvinside vectors embed": ["--limit", "200"],
+    "rwkvinside vectors train": [
+        *("model.d_model=32", "model.layers=1", "steps=2", "batch=4", "evaluate_every=0"),
+    ],
+    "rwkvinside vectors bench": ["--d-model", "64", "--layers", "1", "--repeats", "2"],
     "rwkvinside data generate": ["--tokens", "3k", "--max-tokens", "16"],
     "rwkvinside data logits": ["stages.distill.tokens=512", "device=cpu"],
 }
@@ -50,6 +55,8 @@ ONLY_PARSED = {
     "rwkvinside bench gpu": "needs a GPU; tests/bench runs it dry",
     "rwkvinside bench head": "starts processes that measure for minutes; tests/bench runs it",
     "rwkvinside demo": "trains for minutes; tests/demo runs it",
+    "rwkvinside vectors demo": "trains for minutes; tests/vectors runs it",
+    "rwkvinside vectors grid": "trains for minutes; tests/vectors runs it",
 }
 PRESET = r"(Qwen|Llama|SmolLM)[\w.-]+"
 

@@ -174,21 +174,28 @@ def bench(parser: ArgumentParser, argv: Sequence[str]) -> int:
     ):
         parser.add_argument(flag, type=at_least(1), default=default, metavar="N", help=f"{text} (default: {default})")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (default: cpu)")
+    parser.add_argument("--processor-time", action="store_true", help="of one thread, on a machine that is not idle")
     add_output_arguments(parser)
     args = parser.parse(argv)
     import torch
 
+    if args.processor_time:
+        torch.set_num_threads(1)
     from ..vectors.bench import choose, measure
     from ..vectors.settings import ModelConfig
 
     config = ModelConfig(d_in=args.d_in, d_model=args.d_model, layers=args.layers)
     names = choose(args.archs)
     title = f"d_model {args.d_model}, {args.layers} layers, context {args.context}, {args.device}, fp32"
-    table = Table(title=f"{title}, {torch.get_num_threads()} threads")
+    table = Table(
+        title=f"{title}, {torch.get_num_threads()} threads{', processor time' if args.processor_time else ''}"
+    )
     for column in ("architecture", "layers", "parameters", "causal", "train ms", "p50 ms", "p95 ms", "state"):
         table.add_column(column, justify="left" if column in ("architecture", "layers") else "right")
     rows = []
-    for speed in measure(names, config, args.context, torch.device(args.device), max(2, args.repeats)):
+    clock = time.process_time if args.processor_time else time.perf_counter
+    device, repeats = torch.device(args.device), max(2, args.repeats)
+    for speed in measure(names, config, args.context, device, repeats, clock):
         rows.append(speed.to_dict())
         once = f" ({speed.steps} steps)" if speed.steps else ""
         state = "" if speed.state_bytes is None else rounded_bytes(speed.state_bytes)

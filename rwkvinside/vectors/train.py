@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..errors import UserError
+from ..errors import Interrupted, UserError
 from ..runs.metrics_file import of_kind, read_metrics
 from ..support.lock import entries, locked
 from ..support.sealed import digest_of
@@ -101,6 +101,8 @@ def train(config: RunConfig, say: Callable[[str], None] = print) -> dict:
             writer = MetricsWriter(out, loggers)
             for phase in config.all_phases():
                 _run_phase(config, phase, model, both, writer, say)
+        except Interrupted as stopped:
+            raise Interrupted(stopped.cause, "the same command goes on from there") from stopped
         finally:
             loggers.close()
         result = _result(config, model, both, params, out)
