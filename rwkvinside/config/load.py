@@ -18,6 +18,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from ..errors import UserError
+from ..hybrid.layouts import MEASURED, LayerChoice
+from ..stages.base import Stage
 from ..stages.registry import OBJECTIVES, RUN, STAGES, find_stage_class, stage_class
 from ..stages.settings import StageConfig
 from ..support.text import did_you_mean
@@ -90,8 +92,45 @@ def load_config(
     if "run" not in merged:
         published = _mapping(merged.get("student")).get("init") == "published"
         merged["run"] = [name for name in RUN if not (published and name == "calibrate")]
+    if _chooses(_mapping(merged.get("student")).get(LAYOUT)):
+        merged = _with_choosing_stage(merged)
     merged["stages"], refused = _with_stage_defaults(merged.get("stages"), info)
     return _complete(_validate(merged, info, refused, stage), info)
+
+
+def _chooses(layout: object) -> bool:
+    return isinstance(layout, dict) and layout.get("choose") in MEASURED
+
+
+def _with_choosing_stage(settings: dict) -> dict:
+    """Return settings whose run has a stage that chooses layers.
+
+    Where it names none, that is `choose`, after the last stage that needs the attention of all layers.
+    """
+    run, sections = settings["run"], _mapping(settings.get("stages"))
+    if not isinstance(run, list) or not all(isinstance(name, str) for name in run):
+        return settings
+
+    def kind(name: str) -> type[Stage] | None:
+        objective = _mapping(sections.get(name)).get("objective")
+        return find_stage_class(name, objective) if isinstance(objective, str | None) else None
+
+    kinds = [kind(name) for name in run]
+    if "choose" not in run and not any(kind is not None and kind.chooses_layers for kind in kinds):
+        at = 1 + max((i for i, kind in enumerate(kinds) if kind is not None and kind.needs_attention), default=-1)
+        run = [*run[:at], "choose", *run[at:]]
+    if "choose" in run and isinstance(sections.get("choose", {}), dict | None):
+        sections = sections | {"choose": {"objective": "choose"} | (sections.get("choose") or {})}
+    return settings | {"run": run, "stages": sections}
+
+
+def _wrong_choices(config: Config) -> list[str]:
+    """Return the problems of stages that choose layers."""
+    choosing = [name for name in config.run if name in config.stages and config.stages[name].objective == "choose"]
+    layers = config.student.attention_layers
+    if choosing and not isinstance(layers, LayerChoice):
+        return [f"stages.{choosing[0]} chooses layers, but student.attention_layers names {list(layers)}"]
+    return [f"run chooses layers twice: {', '.join(choosing)}"] if len(choosing) > 1 else []
 
 
 def _find_teacher(user: dict) -> TeacherInfo:
@@ -183,6 +222,7 @@ def _validate(merged: dict, teacher: TeacherInfo, refused: dict[tuple[str, ...],
         for name in run
         if isinstance(name, str) and name not in merged["stages"]
     )
+    problems.extend(_wrong_choices(config) if config is not None else [])
     if len(problems) == 1:
         raise UserError(problems[0], REFERENCE)
     if problems or config is None:

@@ -48,6 +48,8 @@ def plan_text(plan: RunPlan, config: Config) -> str:
     shown: list[dict] = []
     layers = None
     for stage in plan.stages:
+        if stage.run.student != model.spec:  # its layers are chosen; what was trained before are mixers alone
+            model, layers = meta_student(stage.run), None
         if stage.layers != layers:  # otherwise they are as in the stage before
             apply(model, stage.layers)
             layers = stage.layers
@@ -95,9 +97,25 @@ def _run_lines(plan: RunPlan, config: Config, model: HybridModel) -> list[str]:
         *([f"warning   not the published {run.student.preset}: {'; '.join(missing)}"] if missing else []),
         f"layers    {layer_map}   ({len(model.rwkv_layers)} R = RWKV, {len(kept)} A = attention"
         f"{': ' * bool(kept)}{spans(kept)})",
+        *_choice_lines(plan, model),
         f"device    {run.device}, {run.precision}, {run.ranks} {'ranks' if run.ranks > 1 else 'rank'}, {engine}",
         f"loggers   {', '.join(['metrics.jsonl', *config.loggers])}",
         f"run       {' -> '.join(config.run)}, into {config.out}",
+    ]
+
+
+def _choice_lines(plan: RunPlan, model: HybridModel) -> list[str]:
+    """Return that the layers are chosen in the run, where they are."""
+    choice = plan.settings.choice
+    if choice is None:
+        return []
+    stage = next((stage.name for stage in plan.stages if stage.stage.chooses_layers), None)
+    if plan.settings.student.attention_layers:
+        return [f"          chosen in stage {stage} by {choice.choose}; stages before it had RWKV in all layers"]
+    later = next((p.run.student.attention_layers for p in plan.stages if p.run.student.attention_layers), ())
+    return [
+        f"          until stage {stage}: then {choice.keep} keep attention, chosen by {choice.choose}",
+        *([f"          memory and work of later stages are shown for layers {spans(later)}"] if later else []),
     ]
 
 

@@ -1,0 +1,56 @@
+"""`rwkvinside layers`: which layers should keep attention, measured on a run or on a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import UserError
+from .arguments import ArgumentParser, at_least, count
+
+
+def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
+    """Print the scores of all layers and the best choice; write RUN/layers.json and RUN/layers.png."""
+    parser.add_argument("run", type=Path, nargs="?", metavar="RUN", help="run directory, calibrated or aligned")
+    parser.add_argument("--keep", type=at_least(1), required=True, metavar="N", help="layers that keep attention")
+    parser.add_argument(
+        "--choose", default="restore", metavar="METHOD", help="error, restore, swap or greedy (default: restore)"
+    )
+    parser.add_argument("--max-gap", type=at_least(1), metavar="N", help="most RWKV layers in a row")
+    parser.add_argument("--max-run", type=at_least(1), metavar="N", help="most attention layers in a row")
+    parser.add_argument(
+        "--tokens", type=count, default=64_000, metavar="N", help="of the validation data, at most (default: 64k)"
+    )
+    parser.add_argument("--teacher", metavar="NAME", help="calibrate a student of this one, in a new run in --out")
+    parser.add_argument("--data", action="append", default=[], metavar="PATH", help="with --teacher; may repeat")
+    parser.add_argument("--val", action="append", default=[], metavar="PATH", help="with --teacher: to measure on")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="with --teacher: the new run")
+    args = parser.parse(argv)
+    if (args.run is None) == (args.teacher is None):
+        raise UserError(
+            "give a run, or a teacher", "rwkvinside layers RUN --keep 9, or --teacher NAME --data ... --out DIR"
+        )
+    if args.teacher is None and (args.data or args.val or args.out):
+        raise UserError("--data, --val and --out are for --teacher", "a run has its own data")
+    if args.teacher is not None and args.out is None:
+        raise UserError("--teacher needs --out", "name a directory for the run that is calibrated")
+    from ..conversion.choose import layers_of_run
+
+    wanted = {"choose": args.choose, "keep": args.keep, "max_gap": args.max_gap, "max_run": args.max_run}
+    if args.teacher is not None:
+        from ..config.load import load_config
+        from ..conversion.run import train
+
+        out = str(args.out)
+        train(load_config(teacher=args.teacher, data=args.data, val=args.val, out=out, overrides=["run=[calibrate]"]))
+    run = args.out if args.run is None else args.run
+    kept, scores = layers_of_run(run, wanted, args.tokens)
+    columns = {"score": scores.layers, **scores.details}
+    print(f"{'layer':>5}" + "".join(f"{name:>12}" for name in columns))
+    for i in range(len(scores.layers)):
+        numbers = "".join(f"{values[i]:>12.4g}" for values in columns.values())
+        print(f"{i:>5}{numbers}{'  keeps attention' if i in kept else ''}")
+    base = "" if scores.base is None else f"KL {scores.base:.4g} with RWKV in all layers, "
+    print(f"{base}on {scores.tokens:,} tokens; {run / 'layers.json'}, {run / 'layers.png'}")
+    print(f"student.attention_layers=[{','.join(map(str, kept))}]")
+    return 0
