@@ -36,7 +36,8 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
         raise UserError("--teacher needs --out", "name a directory for the run that is calibrated")
     from ..conversion.choose import layers_of_run
 
-    wanted = {"choose": args.choose, "keep": args.keep, "max_gap": args.max_gap, "max_run": args.max_run}
+    wanted = {name: getattr(args, name) for name in ("choose", "keep", "max_gap", "max_run")}
+    wanted = {name: value for name, value in wanted.items() if value is not None}
     if args.teacher is not None:
         from ..config.load import load_config
         from ..conversion.run import train
