@@ -58,7 +58,7 @@ def load_config(
     Args:
         files: YAML files, later ones beat earlier ones.
         teacher: name of a preset, local directory or hub id.
-        recipe: name of a shipped recipe (radlads, hxa079, halo, windowed): student, stages, tokens and rates.
+        recipe: name of a shipped recipe (radlads, hxa079, halo, simultaneous, windowed): student, stages, rates.
         variant: names of shipped variants (one-card, quantized, ...), later ones beat earlier ones.
         data, val, out: the fields data.train, data.val and out.
         deepspeed: JSON file with DeepSpeed's own configuration, the field deepspeed.config.
