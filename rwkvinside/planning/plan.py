@@ -143,8 +143,11 @@ def _stage_lines(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, 
     Args:
         keep: newest checkpoints that stay on disk.
     """
-    lines = [f"{plan.title}: {rounded_count(plan.length.total_tokens)} tokens in rows of {plan.length.seq_len}"]
-    lines.append(f"  data      {describe(plan.run.data, plan.settings.data)}")
+    if plan.stage.chooses_layers:
+        lines = [f"{plan.title}: {rounded_count(plan.length.total_tokens)} tokens of the validation data at most"]
+    else:
+        lines = [f"{plan.title}: {rounded_count(plan.length.total_tokens)} tokens in rows of {plan.length.seq_len}"]
+        lines.append(f"  data      {describe(plan.run.data, plan.settings.data)}")
     details = layer_lines(model, plan.layers) + plan.stage.summary(model, plan, kind)
     teacher = meta_online_teacher(plan) if kind is TeacherKind.ONLINE else None
     if plan.stage.trains:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, NoReturn
 
 from ..errors import UserError
 from ..support.settings import problem
-from ..support.text import rounded_count
 from .base import Backward, Stage, StageSize
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ class ChooseLayers(Stage):
     """
 
     objective = "choose"
-    small = StageSize("16k", 512, 4096)
+    small = StageSize("50k", 512, 4096)
     large = StageSize("64k", 2048, 16384)
     backward = Backward.NOTHING
     needs_attention = True
@@ -84,5 +83,5 @@ class ChooseLayers(Stage):
         rules = [f", at most {n} {of} layers in a row" for name, of in limits.items() if (n := getattr(choice, name))]
         return [
             f"chooses   {choice.keep} of {len(student.rwkv_layers)} layers that keep attention, by {choice.choose}"
-            f"{''.join(rules)}, on {rounded_count(plan.length.total_tokens)} tokens of the validation data at most"
+            f"{''.join(rules)}"
         ]
