@@ -6,15 +6,18 @@ import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ..config.resolve import resolve
 from ..config.schema import Config
-from ..data.batch import Batch
+from ..data.batch import IGNORE, Batch
 from ..data.sources import close, tokens_of
 from ..errors import UserError
+from ..evaluate.recall import RecallPlan, recall_texts
 from ..hybrid.layouts import LayerChoice, resolve_layout
 from ..hybrid.model import HybridModel
 from ..layer_choice.scores import Scores, forwards, measure
@@ -29,6 +32,7 @@ from ..teacher.load import open_tokenizer
 from ..training.precision import precision_context
 from ..training.process_group import Distributed
 
+RECALL_LENGTH, RECALL_TEXTS = 256, 16  # tokens of a text, and how many
 LAYERS = "attention_layers"  # in the state of the checkpoint of a stage that has chosen
 
 
@@ -38,7 +42,7 @@ def choose_layers(
     student: HybridModel,
     batches: Sequence[Batch],
     choice: LayerChoice,
-    special: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
     say: Callable[[str], None],
 ) -> tuple[tuple[int, ...], Scores]:
     """Return the layers that keep attention, and the scores that say so.
@@ -51,7 +55,7 @@ def choose_layers(
         student: all layers RWKV, with the teacher's attention.
         batches: of held-out text, where the student is.
         choice: how many, by which method, and what they must fulfill.
-        special: tokens that are no text.
+        tokenizer: of the teacher.
         say: prints a line.
     """
     record = directory.records.finished(before)
@@ -63,13 +67,25 @@ def choose_layers(
     else:
         total = forwards(choice, len(student.rwkv_layers), len(batches))
         with Progress(choice.choose, total, unit="forwards", stream=sys.stdout) as progress:
-            scores = measure(student, batches, choice, special, progress.advance)
+            scores = measure(student, batches, choice, partial(recall_rows, tokenizer), progress.advance)
         known[choice.choose] = scores
         write_scores(directory.path, of, {method: asdict(found) for method, found in known.items()})
     kept = scores.select(choice)
     figure = layers_figure({method: found.layers for method, found in known.items()}, choice.choose, kept)
     save_figure(figure, directory.path / PICTURE)
     return kept, scores
+
+
+def recall_rows(tokenizer: PreTrainedTokenizerBase) -> Batch:
+    """Return texts of the task "pairs" as rows whose labels are the answers, on the CPU."""
+    texts = recall_texts(tokenizer, RecallPlan((RECALL_LENGTH,), samples=RECALL_TEXTS), None, ["pairs"])["pairs"]
+    ids = torch.tensor([text.ids for text in texts])
+    labels = torch.full_like(ids, IGNORE)
+    for row, text in enumerate(texts):
+        for answer in text.answers:
+            labels[row, answer.start - 1] = ids[row, answer.start]
+    positions = torch.arange(RECALL_LENGTH).expand_as(ids).clone()
+    return Batch(ids, labels, positions, torch.ones_like(ids, dtype=torch.int32), tuple(range(len(texts))))
 
 
 def held_out(batches: Sequence[Batch], tokens: int, device: torch.device) -> list[Batch]:
@@ -120,8 +136,7 @@ def layers_of_run(run: Path, wanted: dict, tokens: int) -> tuple[tuple[int, ...]
         close(data)
         batches = held_out(validation_batches(val, student.lm.config.max_position_embeddings), tokens, device)
         with precision_context(plan.settings.precision, device):
-            special = tokenizer.all_special_ids
-            return choose_layers(directory, trained.stage, student.to(device), batches, choice, special, print)
+            return choose_layers(directory, trained.stage, student.to(device), batches, choice, tokenizer, print)
 
 
 def _aligned(directory: RunDirectory) -> tuple[TrainedRun, Config]:

@@ -253,8 +253,7 @@ def _choose(run: Run, plan: StagePlan, student: HybridModel, batches: list[Batch
     before, choice = run.stage_before(plan.name), plan.run.choice
     if before is None or choice is None:
         raise RuntimeError(f"stage {plan.name} has no student, or nothing, to choose from")
-    special = run.tokenizer.all_special_ids
-    kept, scores = choose_layers(run.directory, before, student, batches, choice, special, run.say)
+    kept, scores = choose_layers(run.directory, before, student, batches, choice, run.tokenizer, run.say)
     run.say(f"{plan.name}: layers {spans(kept)} keep their attention, by {choice.choose}")
     student.keep_attention(kept)
     return {"kept": list(kept), "scores": {str(i): score for i, score in enumerate(scores.layers)}}

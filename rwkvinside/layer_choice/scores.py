@@ -23,7 +23,6 @@ from ..hybrid.model import HybridModel
 from ..losses.distillation import DistillationLoss
 from ..losses.next_token import NextTokenLoss
 from ..teacher.signals import SelfTeacher
-from .recall import recall_batch
 from .select import best_layers, greedy_layers
 
 Advance = Callable[[], object]  # called after every forward over a batch
@@ -69,7 +68,7 @@ class Scores:
 
 @torch.no_grad()
 def measure(
-    model: HybridModel, batches: Sequence[Batch], choice: LayerChoice, special: Sequence[int], advance: Advance
+    model: HybridModel, batches: Sequence[Batch], choice: LayerChoice, recall: Callable[[], Batch], advance: Advance
 ) -> Scores:
     """Return the scores that a choice needs.
 
@@ -77,14 +76,13 @@ def measure(
         model: all layers RWKV, with the teacher's attention; nothing but mixers was trained.
         batches: of held-out text, on the model's device.
         choice: names the method; restore stops once more text does not change what it chooses.
-        special: tokens of the tokenizer that are no text; rows of the recall begin with the first one that opens a
-            document.
+        recall: makes rows whose labels are what has to be recalled, for swap.
         advance: called `forwards` times at most.
     """
     measures: dict[str, Callable[[], Scores]] = {
         "error": lambda: _error(model, batches, advance),
         "restore": lambda: _restore(model, batches, choice, advance),
-        "swap": lambda: _swap(model, batches, special, advance),
+        "swap": lambda: _swap(model, batches, recall(), advance),
         "greedy": lambda: _greedy(model, batches, choice, advance),
     }
     return measures[choice.choose]()
@@ -127,10 +125,7 @@ def _restore(model: HybridModel, batches: Sequence[Batch], choice: LayerChoice, 
     return Scores("restore", [base / tokens - value for value in kl], tokens, base / tokens, {"kl": kl})
 
 
-def _swap(model: HybridModel, batches: Sequence[Batch], special: Sequence[int], advance: Advance) -> Scores:
-    ids = torch.cat([batch.input_ids[batch.mask] for batch in batches]).unique().tolist()
-    opening = int(batches[0].input_ids[0, 0])
-    recall = recall_batch([i for i in ids if i not in special], opening if opening in special else None)
+def _swap(model: HybridModel, batches: Sequence[Batch], recall: Batch, advance: Advance) -> Scores:
     recall = recall.to(batches[0].input_ids.device)
 
     def likelihood(batches: Sequence[Batch], modes: Mapping[int, str]) -> float:

@@ -7,10 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import byte_tokenizer, save_qwen3
+from transformers import AutoTokenizer
 
 import train_distill
 from rwkvinside.cli.main import main as rwkvinside
 from rwkvinside.conversion import choose
+from rwkvinside.data.batch import IGNORE
 from rwkvinside.errors import UserError
 from rwkvinside.export.huggingface import export_hf
 from rwkvinside.runs.directory import RunDirectory
@@ -124,6 +126,16 @@ def test_layers_of_a_run_are_measured_once(material, whole, tmp_path, capsys):
     assert rwkvinside(["layers", str(whole), "--keep", "1"]) == 2
     assert "was changed after it was written" in capsys.readouterr().err
     (whole / "layers.json").write_text(text)
+
+
+def test_rows_of_the_recall_ask_for_values_that_were_said(material):
+    batch = choose.recall_rows(AutoTokenizer.from_pretrained(material / "teacher"))
+    assert batch.num_targets >= 16 * 8
+    for ids, labels in zip(batch.input_ids.tolist(), batch.labels.tolist(), strict=True):
+        for at in (at for at, label in enumerate(labels) if label != IGNORE):
+            assert ids[at + 1] == labels[at]
+            asked = tuple(ids[at - 1 : at + 2])  # key, ":", value
+            assert any(tuple(ids[i : i + 3]) == asked for i in range(at - 3)), "said before"
 
 
 def test_layers_of_a_teacher(material, tmp_path, monkeypatch, capsys):
