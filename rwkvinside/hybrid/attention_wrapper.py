@@ -5,12 +5,14 @@ The mode of each call says which of them runs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..modeling.first_layer import FirstLayerKV, ForwardContext
-from ..modeling.rwkv_attention import RWKVAttention, identity_rotation
+from ..modeling.rwkv_attention import RWKVAttention
 from .document_attention import Window
 
 
@@ -20,14 +22,14 @@ class AttentionWrapper(nn.Module):
     Args:
         teacher_attn: the layer's original attention, frozen; None once a separate teacher model has taken over.
         student_attn: the mixer that learns to replace it.
-        rotates: whether the attention would rotate if the layer kept it.
+        kept: forward pre-hook, with keyword arguments, that the attention would have if the layer kept it; None: none.
     """
 
-    def __init__(self, teacher_attn: nn.Module | None, student_attn: RWKVAttention, rotates: bool = True):
+    def __init__(self, teacher_attn: nn.Module | None, student_attn: RWKVAttention, kept: Callable | None = None):
         super().__init__()
         self.teacher_attn = teacher_attn
         self.student_attn = student_attn
-        self.rotates = rotates
+        self.kept = kept
 
     def forward(
         self, hidden_states: Tensor, *, forward_context: ForwardContext, **kwargs
@@ -44,8 +46,8 @@ class AttentionWrapper(nn.Module):
             return self.student_attn(hidden_states, forward_context=forward_context, **kwargs)
         if self.teacher_attn is None:
             raise RuntimeError(f"mode {mode!r} needs the teacher's attention, which was released")
-        if mode == "kept" and not self.rotates:
-            kwargs["position_embeddings"] = identity_rotation(kwargs["position_embeddings"])
+        if mode == "kept" and self.kept is not None:
+            _, kwargs = self.kept(self.teacher_attn, (), kwargs | {"forward_context": forward_context})
         if mode in ("teacher", "kept"):
             return self.teacher_attn(hidden_states, **kwargs)
         if mode == "control":

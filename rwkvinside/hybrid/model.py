@@ -92,16 +92,16 @@ class HybridModel(nn.Module):
             mixers = {i: family.mixer_config(config, i, spec.preset, **spec.mixer_overrides(i)) for i in rwkv_layers}
             check_first_layer(mixers)
             for i, layer in enumerate(family.layers(teacher)):
-                attention = family.attention(layer)
+                attention, change = family.attention(layer), None if spec.attention_rope else _without_rotation
                 if i in rwkv_layers:
                     device = next(attention.parameters()).device
                     with torch.device(device):
                         first = i == rwkv_layers[0]
                         student = RWKVAttention(mixers[i], i, first, num_layers=count, init=spec.init)
                     transfer(attention, student, family.sources(config, i))
-                    family.set_attention(layer, AttentionWrapper(attention, student, spec.attention_rope))
-                elif not spec.attention_rope:
-                    attention.register_forward_pre_hook(_without_rotation, with_kwargs=True)
+                    family.set_attention(layer, AttentionWrapper(attention, student, change))
+                elif change is not None:
+                    attention.register_forward_pre_hook(change, with_kwargs=True)
         except ValueError as error:
             raise UserError(f"student.preset={spec.preset!r}: {error}") from error
 
@@ -205,10 +205,10 @@ class HybridModel(nn.Module):
             raise RuntimeError("a student with quantized layers or adapters keeps its layers as they are")
         trained = self.trained - self.mixer_names()
         for i in layers:
-            attention = self.attention(i).teacher_attn
-            self.family.set_attention(self.family.layers(self.lm)[i], attention)
-            if not self.spec.attention_rope:
-                attention.register_forward_pre_hook(_without_rotation, with_kwargs=True)
+            wrapper = self.attention(i)
+            self.family.set_attention(self.family.layers(self.lm)[i], wrapper.teacher_attn)
+            if wrapper.kept is not None:
+                wrapper.teacher_attn.register_forward_pre_hook(wrapper.kept, with_kwargs=True)
         self.rwkv_layers = [i for i in self.rwkv_layers if i not in layers]
         kept = tuple(i for i in range(self.lm.config.num_hidden_layers) if i not in self.rwkv_layers)
         self.spec = self.spec.model_copy(update={"attention_layers": kept})
