@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from .arguments import ArgumentParser, at_least, count
 
 def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     """Print the scores of all layers and the best choice; write RUN/layers.json and RUN/layers.png."""
-    parser.add_argument("run", type=Path, nargs="?", metavar="RUN", help="run directory, calibrated or aligned")
+    parser.add_argument("words", nargs="*", metavar="RUN", help="run directory, or settings key=value of --teacher")
     parser.add_argument("--keep", type=at_least(1), required=True, metavar="N", help="layers that keep attention")
     parser.add_argument(
         "--choose", default="restore", metavar="METHOD", help="error, restore, swap or greedy (default: restore)"
@@ -26,14 +27,7 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     parser.add_argument("--val", action="append", default=[], metavar="PATH", help="with --teacher: to measure on")
     parser.add_argument("--out", type=Path, metavar="DIR", help="with --teacher: the new run")
     args = parser.parse(argv)
-    if (args.run is None) == (args.teacher is None):
-        raise UserError(
-            "give a run, or a teacher", "rwkvinside layers RUN --keep 9, or --teacher NAME --data ... --out DIR"
-        )
-    if args.teacher is None and (args.data or args.val or args.out):
-        raise UserError("--data, --val and --out are for --teacher", "a run has its own data")
-    if args.teacher is not None and args.out is None:
-        raise UserError("--teacher needs --out", "name a directory for the run that is calibrated")
+    run = _run(args)
     from ..conversion.choose import layers_of_run
 
     wanted = {name: getattr(args, name) for name in ("choose", "keep", "max_gap", "max_run")}
@@ -42,9 +36,8 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
         from ..config.load import load_config
         from ..conversion.run import train
 
-        out = str(args.out)
-        train(load_config(teacher=args.teacher, data=args.data, val=args.val, out=out, overrides=["run=[calibrate]"]))
-    run = args.out if args.run is None else args.run
+        overrides = [*args.words, "run=[calibrate]"]
+        train(load_config(teacher=args.teacher, data=args.data, val=args.val, out=str(run), overrides=overrides))
     kept, scores = layers_of_run(run, wanted, args.tokens)
     columns = {"score": scores.layers, **scores.details}
     print(f"{'layer':>5}" + "".join(f"{name:>12}" for name in columns))
@@ -55,3 +48,17 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     print(f"{base}on {scores.tokens:,} tokens; {run / 'layers.json'}, {run / 'layers.png'}")
     print(f"student.attention_layers=[{','.join(map(str, kept))}]")
     return 0
+
+
+def _run(args: argparse.Namespace) -> Path:
+    """Return the run that is measured, which is still to be made where a teacher is given."""
+    runs = [word for word in args.words if "=" not in word]
+    if len(runs) != (args.teacher is None):
+        raise UserError(
+            "give one run, or a teacher", "rwkvinside layers RUN --keep 9, or --teacher NAME --data ... --out DIR"
+        )
+    if args.teacher is None and (args.data or args.val or args.out or len(args.words) > 1):
+        raise UserError("--data, --val, --out and settings are for --teacher", "a run has its own")
+    if args.teacher is not None and args.out is None:
+        raise UserError("--teacher needs --out", "name a directory for the run that is calibrated")
+    return args.out or Path(runs[0])

@@ -138,16 +138,18 @@ def test_rows_of_the_recall_ask_for_values_that_were_said(material):
             assert any(tuple(ids[i : i + 3]) == asked for i in range(at - 3)), "said before"
 
 
-def test_layers_of_a_teacher(material, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("HOME", str(tmp_path))  # for the cache of tokens
+def test_layers_of_a_teacher(material, tmp_path, capsys):
     out = tmp_path / "run"
     files = ("--teacher", "teacher"), ("--data", "train.jsonl"), ("--val", "val.jsonl")
     teacher = [word for flag, name in files for word in (flag, str(material / name))]
-    assert rwkvinside(["layers", *teacher, "--keep", "1", "--out", str(out), "--tokens", "1k"]) == 0
+    own = ["student.window=4", f"data.cache_dir={material / 'cache'}"]
+    assert rwkvinside(["layers", *teacher, "--keep", "1", "--out", str(out), "--tokens", "1k", *own]) == 0
     assert "student.attention_layers=[" in capsys.readouterr().out
     assert RunDirectory(out).finished() == ["calibrate"]
     for arguments, cause in (
-        (["--keep", "1"], "give a run, or a teacher"),
+        (["--keep", "1"], "give one run, or a teacher"),
+        ([str(out), "student.window=4", "--keep", "1"], "settings are for --teacher"),
+        ([str(out), *teacher, "--keep", "1"], "give one run, or a teacher"),
         ([*teacher, "--keep", "1"], "--teacher needs --out"),
         ([str(out), "--keep", "1", "--choose", "restor"], "did you mean restore?"),
         ([str(out), "--keep", "1", "--choose", "uniform"], "uniform measures nothing"),
