@@ -144,7 +144,9 @@ def add_config_arguments(parser: ArgumentParser, out: str = "run directory") -> 
     parser.add_argument("-c", "--config", action="append", default=[], metavar="FILE", help="YAML file; may repeat")
     parser.add_argument("--teacher", metavar="NAME", help="preset such as Qwen3-14B, hub id or local directory")
     parser.add_argument(
-        "--recipe", metavar="NAME", help="how to convert: radlads, hxa079, halo, windowed (docs/recipes.md)"
+        "--recipe",
+        metavar="NAME",
+        help="how to convert: radlads, hxa079, halo, simultaneous, windowed (docs/recipes.md)",
     )
     parser.add_argument("--variant", action="append", default=[], metavar="NAME", help="such as one-card; may repeat")
     parser.add_argument("--data", action="append", default=[], metavar="PATH", help="file or directory; may repeat")
