@@ -288,10 +288,12 @@ def demo(parser: ArgumentParser, argv: Sequence[str]) -> int:
 
 
 def _add_text_arguments(parser: ArgumentParser) -> None:
-    from ..vectors.embedders import SPECS
+    from ..vectors.settings import EMBEDDERS
 
     parser.add_argument("--source", default="stories", metavar="TEXT", help="stories, stdlib, or files as for --data")
-    parser.add_argument("--embedder", default="hash768", metavar="NAME", help=f"{', '.join(SPECS)} (default: hash768)")
+    parser.add_argument(
+        "--embedder", default="hash768", metavar="NAME", help=f"{', '.join(EMBEDDERS)} (default: hash768)"
+    )
 
 
 def _same_space(path: str, space: str, settings):

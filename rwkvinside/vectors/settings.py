@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..support.settings import Fraction, NotNegative, Positive, Rate, Section, problem
 from ..training.settings import OptimConfig
 
+EMBEDDERS = ("hash768", "minilm", "mean:DIR", "st:DIR")  # see `embedders`
 REFERENCE = "all fields: rwkvinside vectors fields"
 
 # name -> settings of the model that a configuration may override; the first twelve are the study's
