@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -78,6 +79,11 @@ def write_leaderboard(out: Path) -> list[Path]:
     return paths
 
 
+def short_name(run: str) -> str:
+    """Return the name of a run in its plan, without the hash of its settings."""
+    return re.sub(r"-[0-9a-f]{8}$", "", run)
+
+
 def criteria(rows: Sequence[dict]) -> dict[str, list[tuple[str, str, str]]]:
     """Return for each data set: criterion, PASS, FAIL or "no texts", and by which run.
 
@@ -95,7 +101,7 @@ def criteria(rows: Sequence[dict]) -> dict[str, list[tuple[str, str, str]]]:
                 continue
             value, run = max(values) if at_least else min(values)
             met = value > limit if at_least else value < limit
-            lines.append((name, "PASS" if met else "FAIL", f"{value:.3g} ({run})"))
+            lines.append((name, "PASS" if met else "FAIL", f"{value:.3g} ({short_name(run)})"))
         found[source] = lines
     return found
 
@@ -117,8 +123,8 @@ def _table(rows: Sequence[dict], baselines: Sequence[dict]) -> str:
     entries = [*rows, *({"arch": "(baseline)"} | row for row in baselines)]
     for row in sorted(entries, key=lambda row: (-row["cosine"], row["run"])):
         params = f"{row['params'] / 1e6:.2f} M" if row.get("params") else ""
-        times = [f"{row['p50_ms']:.0f} / {row['p95_ms']:.0f}", f"{row['train_minutes']:.1f}"] if params else ["", ""]
-        lines.append([row["run"], row["arch"], params, *(_number(row, name) for name, _ in SHOWN), *times])
+        times = [f"{row['p50_ms']:.1f} / {row['p95_ms']:.1f}", f"{row['train_minutes']:.1f}"] if params else ["", ""]
+        lines.append([short_name(row["run"]), row["arch"], params, *(_number(row, name) for name, _ in SHOWN), *times])
     return "\n".join(_line(line) for line in lines)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from .leaderboard import SHOWN, criteria
+from .leaderboard import SHOWN, criteria, short_name
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --bar: #4a78c8; --base: #999; }
@@ -46,7 +46,7 @@ def _runs(rows: Sequence[dict], baselines: Sequence[dict]) -> str:
     body = []
     for row in sorted([*rows, *baselines], key=lambda row: (-row["cosine"], row["run"])):
         model = row.get("params") is not None
-        cells = [f"<td>{escape(row['run'])}</td>", *(_cell(name, row.get(name)) for name, _ in SHOWN)]
+        cells = [f"<td>{escape(short_name(row['run']))}</td>", *(_cell(name, row.get(name)) for name, _ in SHOWN)]
         cells += [f"<td>{row['params']:,}</td><td>{row['p95_ms']:.1f}</td>" if model else "<td></td><td></td>"]
         body.append(f'<tr class="{"model" if model else "baseline"}">{"".join(cells)}</tr>')
     return f'<div class="scroll"><table><tr>{head}</tr>{"".join(body)}</table></div>'
