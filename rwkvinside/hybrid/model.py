@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from ..modeling.mixer_presets import TimeMixerConfig, check_first_layer
 from ..modeling.rwkv_attention import RWKVAttention, identity_rotation
 from .adapters import disabled, is_adapter, is_start, module_of
 from .attention_wrapper import AttentionWrapper
-from .document_attention import attend_within_documents, run_backbone
+from .document_attention import Window, attend_within_documents, kept_windows, run_backbone
 from .freezing import GROUPS, canonical_name, group_of, weight_names
 from .lm_head import Head, HeadTask, LMHeadLoss, shaped
 from .quantized_linear import QuantizedLinear
@@ -81,6 +82,12 @@ class HybridModel(nn.Module):
         if not rwkv_layers:
             raise UserError(f"student.attention_layers keeps all {count} layers", "leave at least one layer to convert")
 
+        if spec.attention_window and len(rwkv_layers) == count:
+            raise UserError(
+                f"student.attention_window is {spec.attention_window}, but no layer keeps attention",
+                "name layers under student.attention_layers, or leave it at 0; student.window is beside a recurrence",
+            )
+        cut = kept_windows(config, rwkv_layers, Window(spec.attention_window, spec.attention_sinks))
         try:
             mixers = {i: family.mixer_config(config, i, spec.preset, **spec.mixer_overrides(i)) for i in rwkv_layers}
             check_first_layer(mixers)
@@ -93,8 +100,9 @@ class HybridModel(nn.Module):
                         student = RWKVAttention(mixers[i], i, first, num_layers=count, init=spec.init)
                     transfer(attention, student, family.sources(config, i))
                     family.set_attention(layer, AttentionWrapper(attention, student))
-                elif not spec.attention_rope:
-                    attention.register_forward_pre_hook(_without_rotation, with_kwargs=True)
+                elif not spec.attention_rope or i in cut:
+                    changed = partial(_changed_attention, rotates=spec.attention_rope, window=cut.get(i))
+                    attention.register_forward_pre_hook(changed, with_kwargs=True)
         except ValueError as error:
             raise UserError(f"student.preset={spec.preset!r}: {error}") from error
 
@@ -114,8 +122,9 @@ class HybridModel(nn.Module):
         Args:
             batch: token ids, positions and documents of the rows.
             mode: "student", "teacher" (the original model as long as only mixers and adapters were trained), "control"
-                (the teacher, the attention of converted layers cut to the windows of their mixers) or "align". Adapters
-                outside of the mixers are on in mode "student" only.
+                (the teacher, cut to the student's windows: those of the mixers in converted layers, and
+                `attention_window` in the others) or "align". Adapters outside of the mixers are on in mode "student"
+                only.
             task: what the head computes (a loss, scores, logits); it runs inside the forward, so that an engine that
                 shards parameters gathers the head for it. None: nothing. Ignored in mode "align".
             checkpoint: align only: recompute each mixer in the backward.
@@ -185,6 +194,12 @@ class HybridModel(nn.Module):
     def mixers(self) -> dict[int, RWKVAttention]:
         """The mixers by layer index."""
         return {i: self.attention(i).student_attn for i in self.rwkv_layers}
+
+    @property
+    def kept_windows(self) -> dict[int, Window]:
+        """What layers that keep attention are cut to, by layer index."""
+        window = Window(self.spec.attention_window, self.spec.attention_sinks)
+        return kept_windows(self.lm.config, self.rwkv_layers, window)
 
     @property
     def mixer_configs(self) -> dict[int, TimeMixerConfig]:
@@ -376,8 +391,16 @@ class HybridModel(nn.Module):
         self.trained = set(tensors) | mixers
 
 
-def _without_rotation(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Remove the rotation of a NoPE hybrid's attention layer in mode "student"."""
-    if kwargs["forward_context"].mode != "student":
-        return args, kwargs
-    return args, kwargs | {"position_embeddings": identity_rotation(kwargs["position_embeddings"])}
+def _changed_attention(
+    module: nn.Module, args: tuple, kwargs: dict, *, rotates: bool, window: Window | None
+) -> tuple[tuple, dict]:
+    """Change what kept attention is called with as `modeling.kept_attention` changes it in an export.
+
+    Mode "teacher" stays the teacher; the control is cut and rotates.
+    """
+    mode = kwargs["forward_context"].mode
+    if mode == "student" and not rotates:
+        kwargs = kwargs | {"position_embeddings": identity_rotation(kwargs["position_embeddings"])}
+    if mode in ("student", "control") and window is not None:
+        kwargs = kwargs | {"window": window}
+    return args, kwargs

@@ -97,6 +97,12 @@ class StudentConfig(Section):
         "auto", description="Products of the triton backend; auto: fp32 for fp32 inputs, else balanced."
     )
     attention_rope: bool = Field(True, description="Layers that keep attention go on rotating queries and keys.")
+    attention_window: NotNegative = Field(
+        0, description="Tokens that layers with attention see, their own included; 0: as many as the teacher's see."
+    )
+    attention_sinks: NotNegative = Field(
+        0, description="First tokens of a document that they see too; with attention_window."
+    )
     ranks: RanksConfig = Field(RanksConfig(), description="Ranks of the low-rank parts.")
 
     @field_validator("attention_layers")
@@ -112,6 +118,13 @@ class StudentConfig(Section):
             if len(layers) == count:
                 raise problem("keeps all {} layers; leave at least one to convert", count)
         return tuple(sorted(layers))
+
+    @field_validator("attention_sinks")
+    @classmethod
+    def _attention_sinks(cls, sinks: int, info: ValidationInfo) -> int:
+        if sinks and not info.data.get("attention_window", 0):
+            raise problem("is {} without a window; set student.attention_window, or leave it at 0", sinks)
+        return sinks
 
     @field_validator("window", "sinks")
     @classmethod

@@ -47,6 +47,8 @@ LAYOUTS = {  # of every family
 }
 MORE = {  # of some, where what matters is the same in all
     "unrotated": (StudentConfig(attention_layers=(0, 2), attention_rope=False), {}),
+    "cut": (StudentConfig(attention_layers=(0, 1), attention_window=4, attention_sinks=2), {}),
+    "cut-unrotated": (StudentConfig(attention_layers=(1, 2), attention_window=7, attention_rope=False), {}),
     "mha": (StudentConfig(attention_layers=(1,)), {"num_key_value_heads": 4}),
     "untied": (StudentConfig(attention_layers=(2,)), {"tie_word_embeddings": False}),
     "biases": (StudentConfig(attention_layers=(1,)), {"attention_bias": True}),
@@ -55,6 +57,7 @@ MORE = {  # of some, where what matters is the same in all
 CASES = [(family, layout) for family in FAMILIES for layout in LAYOUTS]
 CASES += [("llama", layout) for layout in MORE if layout != "sliding"]
 CASES += [("qwen3", "biases"), ("qwen2", "sliding"), ("smollm3", "sliding"), ("glm4", "unrotated")]
+CASES += [("gemma2", "cut"), ("phi3", "cut"), ("ministral", "cut-unrotated")]  # layers that slide within 6 tokens
 
 
 @pytest.fixture(scope="module", params=CASES, ids="-".join)
@@ -411,8 +414,8 @@ def test_cached_logits_equal_a_full_pass(case, exported, prompt):
     parts = [exported(part, past_key_values=cache).logits for part in prompt.split([7, 1, 1, 12], dim=1)]
     torch.testing.assert_close(torch.cat(parts, 1), full, rtol=0, atol=case.atol)
     assert cache.get_seq_length() == prompt.shape[1]
-    recurrent = [i for i, slot in enumerate(cache.layers) if isinstance(slot, RecurrentLayer)]
-    assert recurrent == exported.config.rwkv_layers
+    bounded = {i for i, slot in enumerate(cache.layers) if isinstance(slot, RecurrentLayer)}
+    assert bounded == {*exported.config.rwkv_layers, *case.student.kept_windows}
 
 
 def test_left_padding_changes_no_logit(case, exported, prompt):
@@ -435,7 +438,8 @@ def test_the_configuration_survives_its_file(case, exported, tmp_path):
     assert again.to_dict() == exported.config.to_dict() | {"_name_or_path": ""}
     made = {i: c.replace(backend="auto", precision="auto") for i, c in case.student.mixer_configs.items()}
     assert {i: again.mixer_config(i) for i in again.rwkv_layers} == made
-    assert again.attention_rope == case.spec.attention_rope
+    for name in ("attention_rope", "attention_window", "attention_sinks"):
+        assert getattr(again, name) == getattr(case.spec, name)
     teachers = {n: v for n, v in case.original.config.to_dict().items() if n in ("vocab_size", "rope_parameters")}
     assert teachers.items() <= again.to_dict().items()
 

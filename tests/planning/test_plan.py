@@ -117,6 +117,15 @@ def test_a_published_preset_that_is_not_its_variant_is_warned_of(teacher):
     assert "warning" not in planned(teacher)
 
 
+def test_kept_layers_that_are_cut_are_named(teacher):
+    kept = "student.attention_layers=[1]"
+    text = planned(teacher, kept, "student.attention_window=64", "student.attention_sinks=4")
+    assert "\n          attention of layers 1 sees the last 64 tokens and the first 4\n" in text
+    assert "sees the last" not in planned(teacher, kept)
+    with pytest.raises(UserError, match="student.attention_window is 64, but no layer keeps attention"):
+        planned(teacher, "student.attention_window=64")
+
+
 def test_ranks_show_what_deepspeed_is_given(teacher):
     text = planned(teacher, "deepspeed.zero_stage=2", ranks=2)
     (settings,) = [line.split("deepspeed ")[1] for line in text.splitlines() if line.startswith("  deepspeed")][:1]
