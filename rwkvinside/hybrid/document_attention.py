@@ -23,6 +23,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.utils import ModelOutput
 
 from ..data.batch import Batch, Documents
 from ..families.registry import find
@@ -115,7 +116,12 @@ def attend_within_documents(lm: PreTrainedModel) -> PreTrainedModel:
 
 
 def run_backbone(lm: PreTrainedModel, batch: Batch, **kwargs: Any) -> Tensor:
-    """Return the final hidden states (B, T, D) of a packed batch.
+    """Return the final hidden states (B, T, D) of a packed batch; arguments as of `backbone_outputs`."""
+    return backbone_outputs(lm, batch, **kwargs).last_hidden_state
+
+
+def backbone_outputs(lm: PreTrainedModel, batch: Batch, **kwargs: Any) -> ModelOutput:
+    """Return what the backbone gives for a packed batch, its `last_hidden_state` (B, T, D) above all.
 
     Args:
         lm: from `attend_within_documents`.
@@ -132,7 +138,7 @@ def run_backbone(lm: PreTrainedModel, batch: Batch, **kwargs: Any) -> Tensor:
         use_cache=False,
         documents=batch.documents,
         **kwargs,
-    ).last_hidden_state
+    )
 
 
 def document_attention(

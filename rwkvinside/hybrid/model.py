@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +26,24 @@ from ..modeling.mixer_presets import TimeMixerConfig, check_first_layer
 from ..modeling.rwkv_attention import RWKVAttention, identity_rotation
 from .adapters import disabled, is_adapter, is_start, module_of
 from .attention_wrapper import AttentionWrapper
-from .document_attention import Window, attend_within_documents, kept_windows, run_backbone
+from .document_attention import Window, attend_within_documents, backbone_outputs, kept_windows
 from .freezing import GROUPS, canonical_name, group_of, weight_names
 from .lm_head import Head, HeadTask, LMHeadLoss, shaped
 from .quantized_linear import QuantizedLinear
 from .settings import StudentConfig
 from .weight_transfer import transfer
+
+
+class Routing(NamedTuple):
+    """What the routers of sparse layers say.
+
+    Attributes:
+        logits: of each sparse layer, (B * T, experts).
+        chosen: experts that a token is sent through.
+    """
+
+    logits: tuple[Tensor, ...]
+    chosen: int
 
 
 class HybridModel(nn.Module):
@@ -116,6 +129,7 @@ class HybridModel(nn.Module):
         mode: str = "student",
         task: HeadTask | None = None,
         checkpoint: bool = False,
+        routers: bool = False,
     ):
         """Run a packed batch.
 
@@ -128,20 +142,24 @@ class HybridModel(nn.Module):
             task: what the head computes (a loss, scores, logits); it runs inside the forward, so that an engine that
                 shards parameters gathers the head for it. None: nothing. Ignored in mode "align".
             checkpoint: align only: recompute each mixer in the backward.
+            routers: return what the routers say, too, of a model with experts.
 
         Returns:
             "align": {layer: (squared error, squared norm of the teacher)}, 0-d fp32 sums over real tokens;
-            otherwise the task's result, or without a task the final hidden states (B, T, D).
+            otherwise the task's result, or without a task the final hidden states (B, T, D); with `routers` a pair of
+            this and a `Routing`.
         """
         call = self.context(batch, mode, checkpoint)
         adapters = nullcontext() if mode == "student" else disabled(self.lm, but=".student_attn.")
         with torch.set_grad_enabled(torch.is_grad_enabled() and mode not in ("teacher", "control")), adapters:
-            hidden = run_backbone(self.lm, batch, forward_context=call)
+            asked = {"output_router_logits": True} if routers else {}
+            outputs = backbone_outputs(self.lm, batch, forward_context=call, **asked)
             if mode == "align":
                 return call.errors
-            if task is None:
-                return hidden
-            return self.lm_head_loss(hidden, labels=batch.labels, task=task)  # DeepSpeed warns of positional objects
+            result = outputs.last_hidden_state
+            if task is not None:  # DeepSpeed warns of positional objects
+                result = self.lm_head_loss(result, labels=batch.labels, task=task)
+            return (result, Routing(outputs.router_logits, self.experts_of_a_token)) if routers else result
 
     def train(self, mode: bool = True) -> HybridModel:
         """Put the decoder layers themselves into training mode, and nothing in them.
@@ -168,6 +186,13 @@ class HybridModel(nn.Module):
             cu_seqlens=None if documents.alone else documents.cu_seqlens,
             checkpoint=checkpoint,
         )
+
+    @property
+    def experts_of_a_token(self) -> int:
+        """How many experts a token is sent through in each sparse layer; 0: there are none."""
+        family = self.family
+        found = (family.experts(family.mlp(layer)) for layer in family.layers(self.lm))
+        return next((experts.chosen for experts in found if experts is not None), 0)
 
     @property
     def teacher_head(self) -> Head:

@@ -129,6 +129,9 @@ def _work(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, teacher
     checkpointing = plan.settings.activation_checkpointing
     inputs, edges = edge_bytes(model, align=align, checkpointing=checkpointing, stream=stream)
     models = stage.logit_models(kind)
+    if plan.settings.loss is not None and plan.settings.loss.router:  # logits of all routers, and their softmax
+        mlps = (model.family.experts(model.family.mlp(layer)) for layer in model.family.layers(model.lm))
+        edges += sum((low + FP32) * experts.router.shape[0] for experts in mlps if experts is not None)
     whole, largest = (0, 0) if teacher is None else _teacher_bytes(teacher, frozen)
     return StepMemory(
         tokens=tokens,
