@@ -27,6 +27,7 @@ from ..modeling.rwkv_attention import RWKVAttention, identity_rotation
 from .adapters import disabled, is_adapter, is_start, module_of
 from .attention_wrapper import AttentionWrapper
 from .document_attention import Window, attend_within_documents, backbone_outputs, kept_windows
+from .experts import expert_weights
 from .freezing import GROUPS, canonical_name, group_of, weight_names
 from .lm_head import Head, HeadTask, LMHeadLoss, shaped
 from .quantized_linear import QuantizedLinear
@@ -247,16 +248,18 @@ class HybridModel(nn.Module):
         """Return the layers that can be quantized or adapted.
 
         Returns:
-            {canonical name: name below `lm`}; the canonical names of the teacher's attention have `.teacher_attn`.
+            {canonical name: name below `lm`}; the canonical names of the teacher's attention have `.teacher_attn`. The
+            weights of a layer's experts are named as layers.
         """
         names = (name for name, module in self.lm.named_modules() if isinstance(module, nn.Linear))
-        return {canonical_name(name): name for name in names if not is_adapter(f"{name}.weight")}
+        linear = {canonical_name(name): name for name in names if not is_adapter(f"{name}.weight")}
+        return linear | {name: name for name in expert_weights(self.lm)}
 
     @property
     def quantized(self) -> dict[str, QuantizedLinear]:
         """Quantized layers by canonical name."""
-        layers = {name: self.lm.get_submodule(path) for name, path in self.linear_layers().items()}
-        return {name: layer for name, layer in layers.items() if isinstance(layer, QuantizedLinear)}
+        layers = self.lm.named_modules()
+        return {canonical_name(name): layer for name, layer in layers if isinstance(layer, QuantizedLinear)}
 
     @property
     def tied(self) -> bool:

@@ -208,6 +208,8 @@ def _matrices(family: Family, block: nn.Module, adapters: bool) -> Iterator[tupl
     # MiSS in its bat form trains a function of the whole weight, which therefore needs a gradient
     bat = {n.partition("miss_block.")[0] for n, p in parameters.items() if "miss_block." in n and p.ndim == 3}
     for name, module in block.named_modules():
+        if name.startswith("experts."):  # their matrices are not all multiplied with
+            continue
         if isinstance(module, nn.Linear) and (adapters or not _in_adapter(name)):
             weight = module._parameters.get("weight")  # a quantized layer has none
             trains = (weight is not None and weight.requires_grad) or name.removesuffix("base_layer") in bat
@@ -217,6 +219,10 @@ def _matrices(family: Family, block: nn.Module, adapters: bool) -> Iterator[tupl
             yield "gate", experts.router.numel(), experts.router.requires_grad
             for matrix, weight in ((family.mlp_inputs[0], experts.inputs), (family.mlp_output, experts.output)):
                 yield matrix, weight.numel() * experts.chosen // count, weight.requires_grad
+            if adapters:
+                for name, p in parameters.items():
+                    if name.startswith("experts.") and _in_adapter(name):
+                        yield name.removesuffix(".weight"), p.numel() * experts.chosen // count, p.requires_grad
     for name, parameter in parameters.items():
         if re.fullmatch(r"[wavkg][12]", name) or ("miss_block." in name and parameter.ndim == 2):
             yield name, parameter.numel(), parameter.requires_grad
@@ -231,7 +237,7 @@ def _feeds(parameter: str, matrix: str, last: tuple[str, ...]) -> bool:
 
     `last` is of the block's family.
     """
-    source, target = parameter.removeprefix("experts.").split(".")[0], matrix.split(".")[0]
+    source, target = (name.removeprefix("experts.").split(".")[0] for name in (parameter, matrix))
     if source.startswith("x_") and source[2] == target[0]:  # token shift: x_r before receptance, x_w before w1, ...
         return True
     if target in last and source != target:

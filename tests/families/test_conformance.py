@@ -28,7 +28,7 @@ from rwkvinside.hybrid.calibration import calibrate, teacher_norms
 from rwkvinside.hybrid.freezing import GROUPS
 from rwkvinside.hybrid.layerwise_teacher import LayerwiseTeacher
 from rwkvinside.hybrid.model import HybridModel
-from rwkvinside.hybrid.settings import StudentConfig
+from rwkvinside.hybrid.settings import AdapterConfig, StudentConfig
 from rwkvinside.hybrid.weight_transfer import teacher_tensor
 from rwkvinside.losses.next_token import NextTokenLoss
 from rwkvinside.losses.settings import DistillLossConfig
@@ -312,6 +312,39 @@ def test_everything_that_trains_gets_a_gradient(case, objective):
     finally:
         student.zero_grad()
         student.requires_grad_(False)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_quantized_and_adapted_layers_train_are_planned_and_exported(family, tmp_path, prompt):
+    """Every linear layer but the mixers' and the head's is packed, those of MLPs have adapters; experts included."""
+    spec = StudentConfig(attention_layers=(1,))
+    layers = layer_spec(("mlp", "attention", "teacher"), adapters=(AdapterConfig(groups=["mlp"], rank=4),))
+    student, batch = assemble(teacher(family, 2), spec, layers), packed([9, 11], rows=2)
+    assert {student.group_of(f"{name}.weight")[0] for name in student.quantized} == {"mlp", "attention", "teacher"}
+    student.set_trainable(["mixer", "norms", "adapters"])
+    trained = {name: p for name, p in student.canonical_parameters().items() if p.requires_grad}
+    with torch.no_grad():
+        for p in trained.values():  # no tensor is without effect
+            p.add_(0.1 * torch.randn_like(p))
+    for step in (AlignStep(norms={0: 1.0}), DistillStep(SelfTeacher(), DistillLossConfig(chunk_tokens=7))):
+        loss, _ = step(student, batch)
+        loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in trained.values())
+    assert sum(".lora_B." in name for name in trained) >= 4
+
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(copy.deepcopy(teacher(family, 2).config))
+    planned = assemble(lm, spec, layers)
+    for found in (planned, student):
+        found.set_trainable(["mixer", "norms", "adapters"])
+    assert planned.group_table() == student.group_table()
+    sizes = [{name: layer.nbytes for name, layer in m.quantized.items()} for m in (planned, student)]
+    assert sizes[0] == sizes[1]
+
+    expected = logits(student, batch_of(prompt), "student")
+    case = SimpleNamespace(student=student, family=find(family), original=teacher(family, 2))
+    exported = _export(case, tmp_path)
+    torch.testing.assert_close(exported(prompt).logits.float(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
