@@ -264,3 +264,18 @@ def test_kept_attention_that_is_cut(counted, train):
     teacher = training_flops(student, stage("distill"), TeacherKind.SELF).forward["teacher"]
     full = hybrid(train, (0, 2))
     assert teacher == training_flops(full, stage("distill"), TeacherKind.SELF).forward["teacher"]
+
+
+def test_adapters_of_experts_are_those_of_the_chosen_ones():
+    model = hybrid_cases.teacher("qwen3_moe", 1, tie_word_embeddings=False)
+    student = HybridModel.from_teacher(model, StudentConfig())
+    plain = training_flops(student, stage("distill"), TeacherKind.SELF)
+    apply(student, layer_spec(("mlp",), adapters=(AdapterConfig(groups=["mlp"], rank=3),)))
+    student.set_trainable(["adapters"])
+    found = training_flops(student, stage("distill"), TeacherKind.SELF)
+    D, inner, chosen = 32, 24, 2
+    weights = chosen * 3 * (D + 2 * inner + inner + D)  # A and B of gate and up in one, and of down
+    assert found.forward["adapters"] == 2 * weights
+    # for their weights, and for the inputs of all but the first A, whose input is the layer's
+    assert found.backward["adapters"] == 2 * weights + 2 * (weights - chosen * 3 * D)
+    assert found.forward["mlp"] == plain.forward["mlp"] and found.forward["teacher"] == plain.forward["teacher"]
