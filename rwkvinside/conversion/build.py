@@ -162,8 +162,8 @@ def fingerprint(student: HybridModel) -> dict:
     values |= {"mixer_layers": mixers["mixer_layers"]} if mixers["mixer_layers"] else {}
     spec = student.spec
     values |= {"rwkv_layers": student.rwkv_layers, "attention_rope": spec.attention_rope}
-    cut = {name: getattr(spec, name) for name in ("attention_window", "attention_sinks")}
-    return values | cut if spec.attention_window else values
+    changes = {name: getattr(spec, name) for name in ("attention_log_base", "attention_window", "attention_sinks")}
+    return values | {name: value for name, value in changes.items() if value}
 
 
 def evaluation_teacher(teacher: Teacher | None) -> Teacher | None:

@@ -85,6 +85,7 @@ def _hybrid_config(trained: HybridModel, run: TrainedRun, dtype: torch.dtype, ti
             "tie_word_embeddings": tied,
             "rwkv_layers": trained.rwkv_layers,
             "attention_rope": trained.spec.attention_rope,
+            "attention_log_base": trained.spec.attention_log_base,
             "attention_window": trained.spec.attention_window,
             "attention_sinks": trained.spec.attention_sinks,
             "rwkv_architecture": trained.spec.preset,

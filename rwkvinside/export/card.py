@@ -94,6 +94,8 @@ def model_card(conversion: dict, base_card: Path) -> ModelCard:
     layers = len(recurrent) + len(attention)
     student = conversion["student"]
     kept = f"softmax attention, {'with' if student['attention_rope'] else 'without'} rotary positions"
+    if base := student.get("attention_log_base"):
+        kept += f", scores times the logarithm (base {base:g}) of the position plus {base:g}"
     if window := student.get("attention_window"):
         kept += f", to the last {window} tokens and the first {student['attention_sinks']}"
     name = conversion["base_model"]

@@ -27,7 +27,7 @@ from transformers.utils import ModelOutput
 
 from ..data.batch import Batch, Documents
 from ..families.registry import find
-from ..modeling.kept_attention import is_cut
+from ..modeling.kept_attention import grown, is_cut
 from ..modeling.mixer_presets import TimeMixerConfig
 from ..modeling.window_attention import window_attention
 
@@ -152,6 +152,8 @@ def document_attention(
     documents: Documents | None = None,
     sliding_window: int | None = None,
     window: Window | None = None,
+    log_base: float | None = None,
+    position_ids: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend causally within documents, in transformers' convention for attention functions.
@@ -166,6 +168,7 @@ def document_attention(
         documents: of the batch; None: attend as "sdpa".
         sliding_window: tokens that a token sees, itself included; None: all before it. In masks already.
         window: what each token is cut to; None: all tokens before it.
+        log_base, position_ids: scores grow with the position, see `modeling.kept_attention.grown`; None: they do not.
         kwargs: what "sdpa" takes, and `softcap`, the c of scores c * tanh(score / c).
 
     Returns:
@@ -175,6 +178,9 @@ def document_attention(
         ValueError: `window` without documents.
     """
     softcap = kwargs.pop("softcap", None)
+    if log_base is not None:
+        assert position_ids is not None, "decoder layers hand positions to their attention"
+        query = grown(query, position_ids.to(query.device), log_base)
     if documents is None:
         if window is not None:
             raise ValueError("attention is cut to a window within documents only: hand them over")

@@ -114,8 +114,8 @@ class HybridModel(nn.Module):
                         student = RWKVAttention(mixers[i], i, first, num_layers=count, init=spec.init)
                     transfer(attention, student, family.sources(config, i))
                     family.set_attention(layer, AttentionWrapper(attention, student))
-                elif not spec.attention_rope or i in cut:
-                    changed = partial(_changed_attention, rotates=spec.attention_rope, window=cut.get(i))
+                elif not spec.attention_rope or spec.attention_log_base or i in cut:
+                    changed = partial(_changed_attention, spec=spec, window=cut.get(i))
                     attention.register_forward_pre_hook(changed, with_kwargs=True)
         except ValueError as error:
             raise UserError(f"student.preset={spec.preset!r}: {error}") from error
@@ -420,15 +420,17 @@ class HybridModel(nn.Module):
 
 
 def _changed_attention(
-    module: nn.Module, args: tuple, kwargs: dict, *, rotates: bool, window: Window | None
+    module: nn.Module, args: tuple, kwargs: dict, *, spec: StudentConfig, window: Window | None
 ) -> tuple[tuple, dict]:
     """Change what kept attention is called with as `modeling.kept_attention` changes it in an export.
 
-    Mode "teacher" stays the teacher; the control is cut and rotates.
+    Mode "teacher" stays the teacher; the control is the teacher cut, and nothing else.
     """
     mode = kwargs["forward_context"].mode
-    if mode == "student" and not rotates:
+    if mode == "student" and not spec.attention_rope:
         kwargs = kwargs | {"position_embeddings": identity_rotation(kwargs["position_embeddings"])}
+    if mode == "student" and spec.attention_log_base:
+        kwargs = kwargs | {"log_base": spec.attention_log_base}
     if mode in ("student", "control") and window is not None:
         kwargs = kwargs | {"window": window}
     return args, kwargs

@@ -97,6 +97,9 @@ class StudentConfig(Section):
         "auto", description="Products of the triton backend; auto: fp32 for fp32 inputs, else balanced."
     )
     attention_rope: bool = Field(True, description="Layers that keep attention go on rotating queries and keys.")
+    attention_log_base: Annotated[float, Field(gt=1)] | None = Field(
+        None, description="The a of scores times log_a(position + a) in layers with attention; null: as they are."
+    )
     attention_window: NotNegative = Field(
         0, description="Tokens that layers with attention see, their own included; 0: as many as the teacher's see."
     )

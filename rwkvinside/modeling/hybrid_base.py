@@ -48,6 +48,7 @@ class HybridFields:
         mixer_layers: fields in which the mixer of a layer differs from `mixer`, by its index as text; {} where all are
             equal.
         attention_rope: whether the layers that keep attention rotate their queries and keys (False: NoPE).
+        attention_log_base: the a of their scores times log_a(position + a); None: scores are as they are.
         attention_window, attention_sinks: tokens that these layers see: the last so many, their own included, and the
             first so many of a document; 0 and 0: what the family's attention sees.
         rwkv_architecture: the preset the mixer was made from, for instance "cxa079".
@@ -58,6 +59,7 @@ class HybridFields:
     mixer: dict | None = None
     mixer_layers: dict = field(default_factory=dict)
     attention_rope: bool = True
+    attention_log_base: float | None = None
     attention_window: int = 0
     attention_sinks: int = 0
     rwkv_architecture: str | None = None
@@ -74,6 +76,8 @@ class HybridFields:
             raise ValueError(f"rwkv_layers={self.rwkv_layers} needs the field mixer")
         if unknown := sorted(set(self.mixer_layers) - {str(i) for i in self.rwkv_layers}):
             raise ValueError(f"mixer_layers has {unknown}, rwkv_layers is {self.rwkv_layers}")
+        if self.attention_log_base is not None and self.attention_log_base <= 1:
+            raise ValueError(f"attention_log_base is {self.attention_log_base}: a logarithm needs more than 1")
         window, sinks = self.attention_window, self.attention_sinks
         if window < 0 or sinks < 0 or sinks and not window:
             raise ValueError(
@@ -157,7 +161,7 @@ class HybridBackbone(MixerModel):
             if i in config.rwkv_layers:
                 is_first = i == config.rwkv_layers[0]
                 layer.self_attn = RWKVAttention(config.mixer_config(i), i, is_first, num_layers=len(self.layers))
-            elif not config.attention_rope or is_cut(config, i, config.attention_window):
+            elif not config.attention_rope or config.attention_log_base or is_cut(config, i, config.attention_window):
                 layer.self_attn = self.kept_attention_class(config, i)
         self.post_init()
 

@@ -1,17 +1,23 @@
 """The attention of layers that keep it, where a hybrid changes what it sees.
 
-Without positions (`attention_rope` False), or cut to the last W tokens of a document and its first S
-(`attention_window`, `attention_sinks`), which bounds what it keeps of a sequence as a recurrence does. Projections,
-norms, scales and soft caps stay the family's own: its forward runs, with another attention function at its end. A
-layer that slides within W tokens anyway stays as it is. This file travels with exported models.
+Without positions (`attention_rope` False), with scores that grow with the position (`attention_log_base`), or cut to
+the last W tokens of a document and its first S (`attention_window`, `attention_sinks`), which bounds what it keeps of a
+sequence as a recurrence does. Projections, norms, scales and soft caps stay the family's own: its forward runs, with
+another attention function at its end. A layer that slides within W tokens anyway is not cut. This file travels with
+exported models.
 """
 
+import math
+from collections.abc import Callable
 from copy import copy
+from importlib import import_module
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig
 from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .first_layer import ForwardContext
 from .recurrent_cache import can_overwrite, read_state, write_state
@@ -34,11 +40,25 @@ def is_cut(config: PretrainedConfig, layer: int, window: int) -> bool:
     return bool(window) and (own is None or own > window)
 
 
+def grown(query: Tensor, positions: Tensor, base: float) -> Tensor:
+    """Return queries whose scores grow with the position t in the document, as log_a(t + a); HALO (arXiv 2601.22156).
+
+    Args:
+        query: (B, H, T, N).
+        positions: (B or 1, T), from 0 on, where the factor is 1.
+        base: a > 1.
+    """
+    wide = torch.promote_types(query.dtype, torch.float32)
+    factor = torch.log(positions.to(wide) + base) / math.log(base)
+    return query * factor.to(query.dtype)[:, None, :, None]
+
+
 class KeptAttention(nn.Module):
     """Mixin over a family's attention, for a configuration with `HybridFields`.
 
     Attributes:
         window, sinks: tokens that it is cut to; 0 and 0: it is not.
+        log_base: see `grown`; None: scores are as they are.
     """
 
     layer_idx: Any  # of the family's attention, which says that it is a number or None
@@ -48,8 +68,9 @@ class KeptAttention(nn.Module):
         cut = is_cut(config, layer_idx, config.attention_window)
         self.window: int = config.attention_window if cut else 0
         self.sinks: int = config.attention_sinks if cut else 0
-        self.rotates = config.attention_rope
-        if cut:  # the family's forward looks its attention function up in its configuration
+        self.rotates, self.log_base = config.attention_rope, config.attention_log_base
+        self.model_config = config
+        if cut or self.log_base:  # the family's forward looks its attention function up in its configuration
             self.config: Any = copy(config)
             self.config._attn_implementation = IMPLEMENTATION
 
@@ -64,7 +85,7 @@ class KeptAttention(nn.Module):
         return super().forward(hidden_states, position_embeddings, *args, **kwargs)
 
 
-def attend_to_window(
+def attend(
     module: KeptAttention,
     query: Tensor,
     key: Tensor,
@@ -73,30 +94,39 @@ def attend_to_window(
     dropout: float = 0.0,
     scaling: float | None = None,
     softcap: float | None = None,
+    position_ids: Tensor | None = None,
     ring: Cache | None = None,
     forward_context: ForwardContext | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attend to a window and the first tokens, in transformers' convention for attention functions.
+) -> tuple[Tensor, Tensor | None]:
+    """Attend with scores that may grow, to a window or to all; in transformers' convention for attention functions.
 
     Args:
         module: the attention.
         query: (B, H, T, N).
-        key, value: (B, G, T, N), of the tokens of this call.
-        attention_mask: not read: padding and documents are in `forward_context`.
-        dropout: must be 0.
+        key, value: (B, G, T, N), in a window of the tokens of this call, else of all.
+        attention_mask: not read in a window: padding and documents are in `forward_context`.
+        dropout: must be 0 in a window.
         scaling: of the scores; None is 1 / sqrt(N).
         softcap: see `window_attention`.
-        ring: cache with the state of the tokens before, which takes the new one.
+        position_ids: (B or 1, T), read where scores grow.
+        ring: of a window: cache with the state of the tokens before, which takes the new one.
         forward_context: of the model's forward.
         kwargs: for other attention functions.
 
     Returns:
-        (output (B, T, H, N), None).
+        (output (B, T, H, N), attention weights or None).
 
     Raises:
-        ValueError: a dropout, or no `forward_context`.
+        ValueError: a dropout in a window, or no `forward_context`.
     """
+    if module.log_base:
+        assert position_ids is not None, "decoder layers hand positions to their attention"
+        query = grown(query, position_ids.to(query.device), module.log_base)
+    if not module.window:
+        options = {"dropout": dropout, "scaling": scaling, "position_ids": position_ids, **kwargs}
+        options |= {} if softcap is None else {"softcap": softcap}
+        return _of_the_family(module)(module, query, key, value, attention_mask, **options)
     if dropout:
         raise ValueError(f"attention_dropout {dropout} is not computed in a window: set it to 0")
     if forward_context is None:
@@ -121,4 +151,11 @@ def attend_to_window(
     return output, None
 
 
-AttentionInterface.register(IMPLEMENTATION, attend_to_window)
+def _of_the_family(module: KeptAttention) -> Callable:
+    """Return the attention function that the family's attention would call in this model."""
+    families = (cls.__module__ for cls in type(module).__mro__ if cls.__module__.startswith("transformers.models."))
+    eager = import_module(next(families)).eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS.get_interface(module.model_config._attn_implementation, eager)
+
+
+AttentionInterface.register(IMPLEMENTATION, attend)

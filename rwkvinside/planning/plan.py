@@ -93,20 +93,23 @@ def _run_lines(plan: RunPlan, config: Config, model: HybridModel) -> list[str]:
         f"{rounded_count(new)} new",
         *([f"warning   not the published {run.student.preset}: {'; '.join(missing)}"] if missing else []),
         f"layers    {layer_map}   ({len(model.rwkv_layers)} R = RWKV, {layer_map.count('A')} A = attention)",
-        *_cut_lines(model),
+        *_kept_lines(model),
         f"device    {run.device}, {run.precision}, {run.ranks} {'ranks' if run.ranks > 1 else 'rank'}, {engine}",
         f"loggers   {', '.join(['metrics.jsonl', *config.loggers])}",
         f"run       {' -> '.join(config.run)}, into {config.out}",
     ]
 
 
-def _cut_lines(model: HybridModel) -> list[str]:
-    """Return which layers that keep attention are cut to a window."""
-    if not (cut := model.kept_windows):
-        return []
-    (tokens, sinks), *_ = cut.values()
-    first = f" and the first {sinks}" * bool(sinks)
-    return [f"          attention of layers {spans(list(cut))} sees the last {tokens} tokens{first}"]
+def _kept_lines(model: HybridModel) -> list[str]:
+    """Return what the student's attention has that the teacher's has not."""
+    lines, spec = [], model.spec
+    if cut := model.kept_windows:
+        (tokens, sinks), *_ = cut.values()
+        first = f" and the first {sinks}" * bool(sinks)
+        lines.append(f"          attention of layers {spans(list(cut))} sees the last {tokens} tokens{first}")
+    if (base := spec.attention_log_base) and len(model.rwkv_layers) < model.lm.config.num_hidden_layers:
+        lines.append(f"          scores of attention grow with the position, by its logarithm to the base {base:g}")
+    return lines
 
 
 def _windows(mixers: Mapping[int, TimeMixerConfig]) -> str:

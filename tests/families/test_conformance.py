@@ -47,8 +47,12 @@ LAYOUTS = {  # of every family
 }
 MORE = {  # of some, where what matters is the same in all
     "unrotated": (StudentConfig(attention_layers=(0, 2), attention_rope=False), {}),
+    "growing": (StudentConfig(attention_layers=(1,), attention_rope=False, attention_log_base=3.0), {}),
     "cut": (StudentConfig(attention_layers=(0, 1), attention_window=4, attention_sinks=2), {}),
-    "cut-unrotated": (StudentConfig(attention_layers=(1, 2), attention_window=7, attention_rope=False), {}),
+    "cut-growing": (
+        StudentConfig(attention_layers=(1, 2), attention_window=7, attention_rope=False, attention_log_base=9.0),
+        {},
+    ),
     "mha": (StudentConfig(attention_layers=(1,)), {"num_key_value_heads": 4}),
     "untied": (StudentConfig(attention_layers=(2,)), {"tie_word_embeddings": False}),
     "biases": (StudentConfig(attention_layers=(1,)), {"attention_bias": True}),
@@ -57,7 +61,12 @@ MORE = {  # of some, where what matters is the same in all
 CASES = [(family, layout) for family in FAMILIES for layout in LAYOUTS]
 CASES += [("llama", layout) for layout in MORE if layout != "sliding"]
 CASES += [("qwen3", "biases"), ("qwen2", "sliding"), ("smollm3", "sliding"), ("glm4", "unrotated")]
-CASES += [("gemma2", "cut"), ("phi3", "cut"), ("ministral", "cut-unrotated")]  # layers that slide within 6 tokens
+CASES += [
+    ("gemma2", "growing"),
+    ("gemma2", "cut"),
+    ("phi3", "cut"),
+    ("ministral", "cut-growing"),
+]
 
 
 @pytest.fixture(scope="module", params=CASES, ids="-".join)
@@ -471,7 +480,7 @@ def test_the_configuration_survives_its_file(case, exported, tmp_path):
     assert again.to_dict() == exported.config.to_dict() | {"_name_or_path": ""}
     made = {i: c.replace(backend="auto", precision="auto") for i, c in case.student.mixer_configs.items()}
     assert {i: again.mixer_config(i) for i in again.rwkv_layers} == made
-    for name in ("attention_rope", "attention_window", "attention_sinks"):
+    for name in ("attention_rope", "attention_log_base", "attention_window", "attention_sinks"):
         assert getattr(again, name) == getattr(case.spec, name)
     teachers = {n: v for n, v in case.original.config.to_dict().items() if n in ("vocab_size", "rope_parameters")}
     assert teachers.items() <= again.to_dict().items()

@@ -121,6 +121,22 @@ def test_the_soft_cap_of_scores_stays_where_attention_is_cut():
     torch.testing.assert_close(found, wanted, rtol=0, atol=2e-6)  # "eager" has its softmax in fp32
 
 
+def test_scores_that_grow_are_the_students_alone():
+    """Queries of kept layers times log_a(position + a), by hand in every document; teacher and control as they were."""
+    batch, base = packed([9, 14]), 4.0
+    spec = StudentConfig(attention_layers=(0,), attention_log_base=base, window=3)
+    hybrid = HybridModel.from_teacher(teacher("llama"), spec).double()
+    plain = HybridModel.from_teacher(teacher("llama"), spec.model_copy(update={"attention_log_base": None})).double()
+    for mode in ("teacher", "control"):
+        assert torch.equal(logits(hybrid, batch, mode), logits(plain, batch, mode))
+    assert not torch.allclose(logits(hybrid, batch, "student"), logits(plain, batch, "student"), atol=1e-3)
+    factor = ((batch.position_ids.double() + base).log() / torch.tensor(base).double().log())[..., None]
+    assert factor[0, [0, 9]].flatten().tolist() == [1, 1]  # first tokens of both documents
+    scaled = plain.lm.model.layers[0].self_attn.q_proj
+    scaled.register_forward_hook(lambda module, args, output: output * factor)  # before a rotation, which turns only
+    torch.testing.assert_close(logits(hybrid, batch, "student"), logits(plain, batch, "student"), rtol=0, atol=1e-12)
+
+
 def test_a_control_has_no_gradient():
     hybrid = HybridModel.from_teacher(teacher(), StudentConfig(window=6))
     hybrid.set_trainable(["mixer", "embed"])

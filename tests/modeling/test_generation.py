@@ -147,6 +147,8 @@ def test_a_model_made_from_scratch_keeps_its_size():
 def test_what_cannot_be_cut_is_refused(prompt):
     with pytest.raises(ValueError, match="attention_window 0 and attention_sinks 2: neither is negative, sinks need"):
         build("llama", [0, 2], attention_sinks=2)
+    with pytest.raises(ValueError, match="attention_log_base is 1: a logarithm needs more than 1"):
+        build("llama", [0, 2], attention_log_base=1)
     model = build("llama", [0, 2], attention_window=4, attention_dropout=0.1).train()
     with pytest.raises(ValueError, match=r"attention_dropout 0.1 is not computed in a window"):
         model(prompt)

@@ -123,6 +123,8 @@ def test_kept_layers_that_are_cut_are_named(teacher):
     text = planned(teacher, kept, "student.attention_window=64", "student.attention_sinks=4")
     assert "\n          attention of layers 1 sees the last 64 tokens and the first 4\n" in text
     assert "sees the last" not in planned(teacher, kept)
+    text = planned(teacher, kept, "student.attention_log_base=500")
+    assert "\n          scores of attention grow with the position, by its logarithm to the base 500\n" in text
     with pytest.raises(UserError, match="student.attention_window is 64, but no layer keeps attention"):
         planned(teacher, "student.attention_window=64")
 
