@@ -152,8 +152,6 @@ def document_attention(
     documents: Documents | None = None,
     sliding_window: int | None = None,
     window: Window | None = None,
-    log_base: float | None = None,
-    position_ids: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend causally within documents, in transformers' convention for attention functions.
@@ -168,8 +166,8 @@ def document_attention(
         documents: of the batch; None: attend as "sdpa".
         sliding_window: tokens that a token sees, itself included; None: all before it. In masks already.
         window: what each token is cut to; None: all tokens before it.
-        log_base, position_ids: scores grow with the position, see `modeling.kept_attention.grown`; None: they do not.
-        kwargs: what "sdpa" takes, and `softcap`, the c of scores c * tanh(score / c).
+        kwargs: what "sdpa" takes, and `softcap`, the c of scores c * tanh(score / c); `log_base` lets scores grow with
+            `position_ids`, see `modeling.kept_attention.grown`.
 
     Returns:
         (output (B, T, H, N), None).
@@ -178,16 +176,14 @@ def document_attention(
         ValueError: `window` without documents.
     """
     softcap = kwargs.pop("softcap", None)
-    if log_base is not None:
-        assert position_ids is not None, "decoder layers hand positions to their attention"
-        query = grown(query, position_ids.to(query.device), log_base)
+    if (log_base := kwargs.pop("log_base", None)) is not None:
+        query = grown(query, kwargs["position_ids"], log_base)
     if documents is None:
         if window is not None:
             raise ValueError("attention is cut to a window within documents only: hand them over")
         if softcap is None:
-            return sdpa_attention_forward(
-                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-            )
+            options = {"dropout": dropout, "scaling": scaling, **kwargs}
+            return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         if attention_mask is None and query.shape[2] > 1:
             attention_mask = _visible(query.shape[2], 0, key.shape[2], None, query.device)
         form = _Form(scaling, None, softcap, dropout)

@@ -49,7 +49,7 @@ def grown(query: Tensor, positions: Tensor, base: float) -> Tensor:
         base: a > 1.
     """
     wide = torch.promote_types(query.dtype, torch.float32)
-    factor = torch.log(positions.to(wide) + base) / math.log(base)
+    factor = torch.log(positions.to(query.device, wide) + base) / math.log(base)
     return query * factor.to(query.dtype)[:, None, :, None]
 
 
@@ -86,18 +86,7 @@ class KeptAttention(nn.Module):
 
 
 def attend(
-    module: KeptAttention,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    position_ids: Tensor | None = None,
-    ring: Cache | None = None,
-    forward_context: ForwardContext | None = None,
-    **kwargs: Any,
+    module: KeptAttention, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """Attend with scores that may grow, to a window or to all; in transformers' convention for attention functions.
 
@@ -106,27 +95,48 @@ def attend(
         query: (B, H, T, N).
         key, value: (B, G, T, N), in a window of the tokens of this call, else of all.
         attention_mask: not read in a window: padding and documents are in `forward_context`.
-        dropout: must be 0 in a window.
-        scaling: of the scores; None is 1 / sqrt(N).
-        softcap: see `window_attention`.
-        position_ids: (B or 1, T), read where scores grow.
-        ring: of a window: cache with the state of the tokens before, which takes the new one.
-        forward_context: of the model's forward.
-        kwargs: for other attention functions.
+        kwargs: of the family's own attention function; `position_ids` (B or 1, T) is read where scores grow.
 
     Returns:
         (output (B, T, H, N), attention weights or None).
 
     Raises:
-        ValueError: a dropout in a window, or no `forward_context`.
+        ValueError: see `_attend_to_window`.
     """
     if module.log_base:
-        assert position_ids is not None, "decoder layers hand positions to their attention"
-        query = grown(query, position_ids.to(query.device), module.log_base)
-    if not module.window:
-        options = {"dropout": dropout, "scaling": scaling, "position_ids": position_ids, **kwargs}
-        options |= {} if softcap is None else {"softcap": softcap}
-        return _of_the_family(module)(module, query, key, value, attention_mask, **options)
+        query = grown(query, kwargs["position_ids"], module.log_base)
+    if module.window:
+        return _attend_to_window(module, query, key, value, **kwargs), None
+    return _of_the_family(module)(module, query, key, value, attention_mask, **kwargs)
+
+
+def _attend_to_window(
+    module: KeptAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    ring: Cache | None = None,
+    forward_context: ForwardContext | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Return (B, T, H, N).
+
+    Args:
+        module, query, key, value: as of `attend`.
+        dropout: must be 0.
+        scaling: of the scores; None is 1 / sqrt(N).
+        softcap: see `window_attention`.
+        ring: cache with the state of the tokens before, which takes the new one.
+        forward_context: of the model's forward.
+        kwargs: for other attention functions.
+
+    Raises:
+        ValueError: a dropout, or no `forward_context`.
+    """
     if dropout:
         raise ValueError(f"attention_dropout {dropout} is not computed in a window: set it to 0")
     if forward_context is None:
@@ -148,7 +158,7 @@ def attend(
     )
     if ring is not None and state is not None:
         write_state(ring, module.layer_idx, state, tokens=query.shape[2])
-    return output, None
+    return output
 
 
 def _of_the_family(module: KeptAttention) -> Callable:
