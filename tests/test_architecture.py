@@ -35,7 +35,7 @@ MAY_IMPORT = {
     },
     "export": {"data", "modeling", "families", "hybrid", "teacher", "runs"},
     "evaluate": {"data", "hybrid", "losses", "teacher", "runs", "export"},
-    "lm": {"data", "modeling", "evaluate"},
+    "lm": {"teacher", "config", "runs", "evaluate"},
     "report": {"runs"},
     "bench": {
         *("kernels", "data", "modeling", "hybrid", "losses", "teacher", "training", "stages"),
