@@ -36,4 +36,4 @@ def test_the_state_is_of_use(model):
 
 def test_a_compressed_state_is_of_as_much_use(model):
     fp16, int8 = compression_cost(model, list(repeated(8, 1000)), chunk_size=CHUNK)
-    assert 0 < fp16.kl < int8.kl < 1e-3 and int8.agreement == 1
+    assert 0 < fp16.kl < int8.kl < 1e-3 and int8.agreement > 0.95
