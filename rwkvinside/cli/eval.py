@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..support.files import write_json
-from .arguments import ArgumentParser, add_output_arguments, at_least
+from .arguments import ArgumentParser, add_output_arguments, add_reading_arguments, at_least, reading_options
 
 CONTROL = "the teacher, untrained, its attention cut to the windows of the student"
 
@@ -31,6 +31,7 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     parser.add_argument(
         "--data", action="append", required=True, metavar="FILE", help="texts to compare on; may repeat"
     )
+    add_reading_arguments(parser, of_run=True)
     add_output_arguments(parser, png="perplexity and KL by position")
     parser.add_argument("--max-documents", type=at_least(1), metavar="N", help="evaluate the first N documents only")
     parser.add_argument(
@@ -47,6 +48,7 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
         max_documents=args.max_documents,
         max_length=args.max_length,
         device=args.device,
+        reading=reading_options(args),
         notes=Console(stderr=True),
     )
     _show(comparison.evaluation, Console())

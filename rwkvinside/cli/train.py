@@ -6,6 +6,8 @@ import argparse
 import os
 from collections.abc import Sequence
 
+from ..errors import CONTINUE, Interrupted
+from ..training.stop_signal import sigterm_interrupts
 from .arguments import ArgumentParser, add_config_arguments, config_from
 
 
@@ -19,6 +21,16 @@ def main(parser: ArgumentParser, argv: Sequence[str], script: str | None = None)
     """
     _add_arguments(parser)
     args = parser.parse(argv)
+    with sigterm_interrupts():
+        try:
+            return _train(args, argv, script)
+        except KeyboardInterrupt as error:
+            if not (args.resume or args.resume_from):
+                raise
+            raise Interrupted("stopped before the run went on: nothing of it was changed", CONTINUE) from error
+
+
+def _train(args: argparse.Namespace, argv: Sequence[str], script: str | None) -> int:
     config = config_from(args, args.stage)
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     ranks, hosts = int(os.environ.get("WORLD_SIZE", "1")), {}

@@ -1,8 +1,10 @@
 """Compare a saved student with its teacher on documents: load both, read the texts, measure."""
 
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +14,9 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from ..data.batch import Batch
 from ..data.rows import PaddedDocuments, document_batches
-from ..data.tokenize import load_tokens
+from ..data.settings import DataConfig
+from ..data.sources import read_options
+from ..data.tokenize import ReadOptions, load_tokens
 from ..errors import UserError
 from ..hybrid.document_attention import attend_within_documents, cut_to_windows, run_backbone, windows_in
 from ..runs.directory import RunDirectory
@@ -64,6 +68,7 @@ def evaluate_saved(
     max_documents: int | None = None,
     max_length: int | None = None,
     device: str = "auto",
+    reading: Mapping[str, Any] | None = None,
     notes: Console | None = None,
 ) -> Comparison:
     """Compare an exported model, or a run as its export would be, with its teacher.
@@ -76,6 +81,7 @@ def evaluate_saved(
         max_length: evaluate at most so many tokens of a document; None is 4096, or the teacher's longest context where
             that is shorter.
         device: "auto" (the first GPU if there is one), "cpu" or "cuda".
+        reading: fields of `ReadOptions` that are to be others than those of the run, or for an export the usual ones.
         notes: console for what is being loaded, and for progress; None is silent.
 
     Raises:
@@ -91,7 +97,8 @@ def evaluate_saved(
     max_length = max_length or min(LONGEST, teacher_model.config.max_position_embeddings)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = AutoTokenizer.from_pretrained(teacher)
-        documents = read_documents(data, tokenizer, Path(folder), max_length, max_documents)
+        options = replace(_options_of(student), **(reading or {}))
+        documents = read_documents(data, tokenizer, Path(folder), max_length, max_documents, options)
         evaluation = evaluate(student_model, teacher_model, documents, notes)
     return Comparison(
         student=student.name,
@@ -112,6 +119,13 @@ def _named_teacher(path: Path) -> str:
     )
 
 
+def _options_of(student: Path) -> ReadOptions:
+    """Return how the data of a run is read."""
+    if not RunDirectory(student).is_run:
+        return ReadOptions()
+    return read_options(DataConfig.model_validate(open_run(student).config.get("data") or {}))
+
+
 def _load_student(path: Path, device: str, notes: Console) -> PreTrainedModel:
     if RunDirectory(path).is_run:
         notes.print(f"building the student of run {path} in memory", highlight=False)
@@ -126,10 +140,15 @@ def _load_student(path: Path, device: str, notes: Console) -> PreTrainedModel:
 
 
 def read_documents(
-    sources: list[str], tokenizer, cache_dir: Path, max_length: int, max_documents: int | None = None
+    sources: list[str],
+    tokenizer,
+    cache_dir: Path,
+    max_length: int,
+    max_documents: int | None = None,
+    options: ReadOptions | None = None,
 ) -> PaddedDocuments:
     """Return documents, one per row; `cache_dir` must exist as long as they are used."""
-    store = load_tokens(sources, tokenizer, cache_dir=cache_dir)
+    store = load_tokens(sources, tokenizer, options, cache_dir=cache_dir)
     if max_documents is not None:
         store = store.select(np.arange(min(max_documents, store.num_documents)))
     return PaddedDocuments(store, max_length)
