@@ -108,7 +108,8 @@ def _open_streams() -> None:
 
 def _say(*lines: str) -> None:
     """Print lines on stderr, if it can be written, those that are not empty."""
-    if os.environ.get("RANK", "0") == "0":
+    rank = os.environ.get("RANK", "")
+    if not rank.isdecimal() or not rank.strip("0"):
         try:
             print(*filter(None, lines), sep="\n", file=sys.stderr, flush=True)
         except OSError:

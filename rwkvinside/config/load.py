@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Sequence
+from io import StringIO
 from typing import TypeVar, cast, get_origin
 
 import yaml
@@ -20,6 +21,7 @@ from pydantic_core import ErrorDetails
 from ..errors import UserError
 from ..stages.registry import OBJECTIVES, RUN, STAGES, find_stage_class, stage_class
 from ..stages.settings import StageConfig
+from ..support.files import read_text
 from ..support.text import did_you_mean
 from .recipes import recipe_layers
 from .schema import Config
@@ -214,8 +216,7 @@ def _complete_stage(name: str, stage: StageConfig, width: int) -> StageConfig:
 
 def _read_yaml(file: str | os.PathLike) -> dict:
     try:
-        with open(file, encoding="utf-8-sig") as stream:
-            values = OmegaConf.load(stream)
+        values = OmegaConf.load(StringIO(read_text(file)))
         if not isinstance(values, DictConfig):
             raise UserError(f"{file} is not a mapping of settings", REFERENCE)
         return _plain(values)
@@ -227,8 +228,7 @@ def _read_yaml(file: str | os.PathLike) -> dict:
 
 def _read_json(file: str | os.PathLike) -> dict:
     try:
-        with open(file, encoding="utf-8-sig") as stream:
-            values = json.load(stream)
+        values = json.loads(read_text(file))
     except OSError as error:
         raise UserError(f"configuration {file} cannot be read: {error.strerror}", "check the path") from error
     except UNREADABLE as error:
