@@ -420,16 +420,15 @@ def _reload(
         # a separate module cache: code left by an earlier export must not replace the directory's
         environment = os.environ | {"HF_MODULES_CACHE": name, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
         script = Path(__file__).with_name("reload.py")
-        process = subprocess.run(
-            [sys.executable, "-I", *map(str, (script, folder, *files))],
-            cwd=scratch,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-        )
+        command = [sys.executable, "-I", *map(str, (script, folder, *files))]
+        with (scratch / "stderr").open("w+", encoding="utf-8", errors="replace") as stderr:
+            streams = dict(stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=stderr)
+            with subprocess.Popen(command, cwd=scratch, env=environment, **streams) as process:
+                process.wait()  # with its input open: it ends with this process
+            stderr.seek(0)
+            said = stderr.read().strip().splitlines()
         if process.returncode:
-            last = process.stderr.strip().splitlines()[-1:] or [f"exit status {process.returncode}"]
+            last = said[-1:] or [f"exit status {process.returncode}"]
             raise VerificationError(f"{folder} does not load in a separate process: {last[0]}")
         facts = json.loads(files[2].read_text(encoding="utf-8")) if texts else {}
         return load_file(files[1]), facts
