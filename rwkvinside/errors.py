@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -53,8 +54,9 @@ def report_errors(main: Callable[..., int]) -> Callable[..., int]:
     """Make a main function print a `UserError` on stderr and return its exit code.
 
     Ctrl-C before there is something to save is one line and `CTRL_C`; a closed pipe, as of `| head`, is silent and
-    `CLOSED_PIPE`; any other reason why nothing can be printed, as a full disk, is a line and 2. Under a launcher, which
-    sets RANK, only rank 0 prints, because all ranks raise the same error.
+    `CLOSED_PIPE`; any other reason why nothing can be printed, as a full disk, is a line and 2, and so is what the
+    system refuses about a file. Under a launcher, which sets RANK, only rank 0 prints, because all ranks raise the same
+    error.
     """
 
     @functools.wraps(main)
@@ -62,6 +64,7 @@ def report_errors(main: Callable[..., int]) -> Callable[..., int]:
         _open_streams()
         try:
             try:
+                _check_current_directory()
                 code = main(argv)
             finally:
                 sys.stdout.flush()  # what is still to be written, as by --help, may find the pipe closed
@@ -75,19 +78,42 @@ def report_errors(main: Callable[..., int]) -> Callable[..., int]:
             _say(f"error: {error.cause}", error.hint)
             return error.exit_code
         except OSError as error:
-            lost = next((stream for stream in (sys.stdout, sys.stderr) if _is_lost(stream)), None)
-            if lost is None:
+            if (code := _end_of(error)) is None:
                 raise
-            _drop(lost)
-            if isinstance(error, BrokenPipeError):
-                return CLOSED_PIPE
-            _say(
-                f"error: nothing more can be printed: {error.strerror}",
-                "give the output another place; a run goes on with --resume",
-            )
-            return UserError.exit_code
+            return code
 
     return reporting
+
+
+def _end_of(error: OSError) -> int | None:
+    """Say in a line what the system refuses, and return the exit code.
+
+    None: neither about a file nor about what is printed, so it is no more than a fault of this program.
+    """
+    lost = next((stream for stream in (sys.stdout, sys.stderr) if _is_lost(stream)), None)
+    if lost is not None:
+        _drop(lost)
+        if isinstance(error, BrokenPipeError):
+            return CLOSED_PIPE
+        what, hint = "nothing more can be printed", "give the output another place; a run goes on with --resume"
+    elif error.filename is not None:
+        what, hint = str(error.filename), "check the path and its file system; a run goes on with --resume"
+    else:
+        return None
+    _say(_one_line(f"error: {what}: {error.strerror}"), hint)
+    return UserError.exit_code
+
+
+def _check_current_directory() -> None:
+    """Refuse to begin in a directory that was removed: libraries ask for it wherever a path is relative.
+
+    Raises:
+        UserError: it was.
+    """
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise UserError("the current directory does not exist any more", "change into another one") from error
 
 
 def _forget_interrupt() -> None:
@@ -100,10 +126,15 @@ def _forget_interrupt() -> None:
 
 
 def _open_streams() -> None:
-    """Open the standard streams that were closed, as of `>&-`: else the next file that is opened would be one."""
+    """Open the standard streams that were closed, as of `>&-`: else the next file that is opened would be one.
+
+    What their encoding does not have becomes a question mark.
+    """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")
 
 
 def _say(*lines: str) -> None:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from ..config.schema import Config
 
 
+MOST, LONGEST = 2**31, 20  # whole numbers of arguments are below, and looked at for so many digits
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """An argparse parser that raises `UserError` and lets flags and positionals mix.
 
@@ -92,7 +95,7 @@ def at_least(lowest: int) -> Callable[[str], int]:
     """Return an argument type: whole numbers from `lowest` on."""
 
     def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < lowest:
+        if not text.isdecimal() or not lowest <= int(text[:LONGEST]) < MOST:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {lowest}")
         return int(text)
 

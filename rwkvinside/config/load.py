@@ -68,12 +68,12 @@ def load_config(
         UserError: lists all problems.
     """
     flags: list[dict] = []
-    flags += [{"teacher": {"path": teacher}}] if teacher else []
+    flags += [{"teacher": {"path": teacher}}] if teacher is not None else []
     flags += [{"data": {name: list(paths)}} for name, paths in (("train", data), ("val", val)) if paths]
-    flags += [{"recipe": recipe}] if recipe else []
+    flags += [{"recipe": recipe}] if recipe is not None else []
     flags += [{"variant": list(variant)}] if variant else []
-    flags += [{"out": out}] if out else []
-    flags += [{"deepspeed": {"config": _read_json(deepspeed)}}] if deepspeed else []
+    flags += [{"out": out}] if out is not None else []
+    flags += [{"deepspeed": {"config": _read_json(deepspeed)}}] if deepspeed is not None else []
     layers = [*map(_read_yaml, files), *flags, *map(_override, overrides)]
     _check_sections(layers)
     user = _merge(layers)

@@ -1,5 +1,6 @@
 """The command as users meet it: help at once, a line of cause and one of hint for what is wrong, exit codes."""
 
+import errno
 import json
 import os
 import subprocess
@@ -123,6 +124,33 @@ def test_what_an_error_quotes_stays_within_its_line(capsys):
     ]
 
 
+def test_what_the_system_refuses_is_a_line(capsys):
+    def failing(error):
+        @cli.report_errors
+        def main(argv=None):
+            raise error
+
+        return main
+
+    assert failing(OSError(errno.ESTALE, "Stale file handle", "/shared/run\n/x"))() == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[0] == "error: /shared/run /x: Stale file handle" and len(lines) == 2
+    with pytest.raises(OSError, match="a fault of the program"):
+        failing(OSError(errno.EINVAL, "a fault of the program"))()
+    assert cli.main(["config", "show", "--teacher", "x" * 5000]) == 2
+    assert cli.main(["plan", "--ranks", "9" * 5000]) == 2
+    assert "is not a whole number of at least 1" in capsys.readouterr().err
+
+
+def test_a_directory_that_was_removed(tmp_path, monkeypatch, capsys):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert cli.main(["config", "fields"]) == 2
+    assert capsys.readouterr().err.splitlines()[0] == "error: the current directory does not exist any more"
+
+
 def test_ctrl_c_is_a_line(capsys):
     @cli.report_errors
     def main(argv=None):
@@ -150,6 +178,9 @@ def test_output_that_cannot_be_written_is_a_line():
         done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT)
         said = ["error: nothing more can be printed: No space left on device"] if stream == ">" else []
         assert done.returncode == 2 and done.stderr.splitlines()[:1] == said, done.stderr
+    latin = os.environ | {"PYTHONIOENCODING": "latin1"}
+    command = [sys.executable, "-c", "from rwkvinside.errors import report_errors as r; r(lambda _: print('ü█'))()"]
+    assert subprocess.run(command, capture_output=True, cwd=ROOT, env=latin).stdout == b"\xfc?\n"
     closed = subprocess.run(f"{sys.executable} -m rwkvinside config fields >&- 2>&-", shell=True, cwd=ROOT)
     assert closed.returncode == 0
 
