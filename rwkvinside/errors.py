@@ -97,7 +97,7 @@ def _end_of(error: OSError) -> int | None:
             return CLOSED_PIPE
         what, hint = "nothing more can be printed", "give the output another place; a run goes on with --resume"
     elif error.filename is not None:
-        what, hint = str(error.filename), "check the path and its file system; a run goes on with --resume"
+        what, hint = f"{error.filename!s:.300}", "check the path and its file system; a run goes on with --resume"
     else:
         return None
     _say(_one_line(f"error: {what}: {error.strerror}"), hint)
