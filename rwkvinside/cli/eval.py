@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from ..support.files import write_json
-from .arguments import ArgumentParser, add_output_arguments, at_least, count
+from .arguments import ArgumentParser, add_output_arguments, add_reading_arguments, at_least, count, reading_options
 from .evaluation_tables import new_table, show_recall, show_tasks, show_writing
 
 CONTROL = "the teacher, untrained, its attention cut to the windows of the student"
@@ -32,6 +32,7 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     parser.add_argument(
         "--data", action="append", default=[], metavar="FILE", help="texts to compare on, token by token; may repeat"
     )
+    add_reading_arguments(parser, of_run=True)
     parser.add_argument("--max-documents", type=at_least(1), metavar="N", help="compare the first N documents only")
     parser.add_argument(
         "--max-length", type=at_least(1), metavar="N", help="tokens of a document to compare (default: at most 4096)"
@@ -107,6 +108,7 @@ def _measures(args: argparse.Namespace) -> Measures:
         data=tuple(args.data),
         max_documents=args.max_documents,
         max_length=args.max_length,
+        reading=reading_options(args),
         recall=RecallPlan(args.lengths, args.depths, args.samples) if args.recall else None,
         writing=None if args.write is None else Writing(args.write, args.write_tokens),
         tasks=Tasks(args.tasks, args.task_dir, args.limit, args.cache) if args.tasks else None,

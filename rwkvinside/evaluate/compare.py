@@ -1,10 +1,11 @@
 """Compare a saved student with its teacher on documents: load both, read the texts, measure."""
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,9 @@ from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.rows import PaddedDocuments, document_batches
-from ..data.tokenize import load_tokens
+from ..data.settings import DataConfig
+from ..data.sources import read_options
+from ..data.tokenize import ReadOptions, load_tokens
 from ..errors import UserError
 from ..runs.directory import RunDirectory
 from ..runs.trained import open_run
@@ -64,6 +67,7 @@ class Measures:
         max_documents: the first so many of `data` are compared; None: all.
         max_length: tokens of a document that are compared, at most; None is 4096, or the teacher's longest context
             where that is shorter.
+        reading: fields of `ReadOptions` for `data`; those of the run hold for others, for an export the usual ones.
         recall: lengths and depths of recall, None: not measured.
         writing: None: not measured.
         tasks: None: not measured.
@@ -72,6 +76,7 @@ class Measures:
     data: tuple[str, ...] = ()
     max_documents: int | None = None
     max_length: int | None = None
+    reading: Mapping[str, Any] = field(default_factory=dict)
     recall: RecallPlan | None = None
     writing: Writing | None = None
     tasks: Tasks | None = None
@@ -153,7 +158,8 @@ def evaluate_saved(
     found = Comparison(student.name, None if teacher is None else Path(teacher).name, names)
     haystack: list[int] = []
     if teacher_model is not None and measures.data:
-        found, haystack = _on_documents(found, measures, (student_model, teacher_model), tokenizer, notes)
+        options, models = replace(_options_of(student), **measures.reading), (student_model, teacher_model)
+        found, haystack = _on_documents(found, measures, models, tokenizer, options, notes)
     if measures.recall is not None:
         texts = recall_texts(tokenizer, measures.recall, haystack)
         total = sum(map(len, texts.values())) * len(recall_models(student_model, teacher_model))
@@ -169,6 +175,7 @@ def _on_documents(
     measures: Measures,
     models: tuple[PreTrainedModel, PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
+    options: ReadOptions,
     notes: Console,
 ) -> tuple[Comparison, list[int]]:
     """Return the comparison with what documents are needed for, and tokens to hide a needle in.
@@ -178,13 +185,16 @@ def _on_documents(
         measures: with data.
         models: student and teacher.
         tokenizer: the teacher's.
+        options: how the data is read.
         notes: for progress.
     """
     student, teacher = models
     max_length = measures.max_length or min(LONGEST, teacher.config.max_position_embeddings)
     haystack: list[int] = []
     with tempfile.TemporaryDirectory() as folder:
-        documents = read_documents(list(measures.data), tokenizer, Path(folder), max_length, measures.max_documents)
+        documents = read_documents(
+            list(measures.data), tokenizer, Path(folder), max_length, measures.max_documents, options
+        )
         found = replace(
             found,
             max_length=documents.seq_len,
@@ -248,11 +258,23 @@ def _named_teacher(path: Path, *, needed: bool) -> str | None:
     )
 
 
+def _options_of(student: Path) -> ReadOptions:
+    """Return how the data of a run is read."""
+    if not RunDirectory(student).is_run:
+        return ReadOptions()
+    return read_options(DataConfig.model_validate(open_run(student).config.get("data") or {}))
+
+
 def read_documents(
-    sources: list[str], tokenizer, cache_dir: Path, max_length: int, max_documents: int | None = None
+    sources: list[str],
+    tokenizer,
+    cache_dir: Path,
+    max_length: int,
+    max_documents: int | None = None,
+    options: ReadOptions | None = None,
 ) -> PaddedDocuments:
     """Return documents, one per row; `cache_dir` must exist as long as they are used."""
-    store = load_tokens(sources, tokenizer, cache_dir=cache_dir)
+    store = load_tokens(sources, tokenizer, options, cache_dir=cache_dir)
     if max_documents is not None:
         store = store.select(np.arange(min(max_documents, store.num_documents)))
     return PaddedDocuments(store, max_length)

@@ -188,6 +188,12 @@ def _memory_lines(memory: Memory, device: str) -> list[str]:
     more = "" if largest == "training" else f", while {largest}; {rounded_bytes(training)} while training"
     shown = " + ".join(f"{name} {rounded_bytes(size)}" for name, size in memory.device.items() if size)
     lines = [f"  memory    about {rounded_bytes(memory.peak)} a rank{more}", f"            {shown}"]
+    if memory.original:
+        last, original = rounded_bytes(memory.evaluating + memory.original), rounded_bytes(memory.original)
+        lines.append(
+            f"            last evaluation: {last} with the original teacher ({original}), "
+            "which is left out where that does not fit"
+        )
     if memory.host:
         lines.append(f"  host      about {rounded_bytes(memory.host)} of the host's memory a rank")
     return lines + _fit_lines(memory.peak, device)

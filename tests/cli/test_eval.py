@@ -73,6 +73,23 @@ def test_a_run_is_evaluated_as_its_export_would_be(run, val, tmp_path, capsys):
     assert "5 documents" in capsys.readouterr().out
 
 
+def test_data_is_read_as_the_run_reads_it_unless_told_otherwise(run, tmp_path, capsys):
+    trained = shutil.copytree(run, tmp_path / "run")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"] = {"text_column": "story", "max_line_bytes": 100}
+    (trained / "config.yaml").write_text(yaml.safe_dump(config))
+    lines = tmp_path / "val.jsonl"
+    lines.write_text("".join(json.dumps({"story": "Once upon a time" * n}) + "\n" for n in (1, 20)))
+    short = ("--data", lines, "--max-length", 16)
+    assert run_eval(trained, *short) == 2
+    assert "val.jsonl:2: the line has more than 100 bytes" in capsys.readouterr().err
+    assert run_eval(trained, *short, "--max-line-bytes", "1k") == 0
+    assert "2 documents" in capsys.readouterr().out
+    assert run_eval(trained, *short, "--max-line-bytes", "1k", "--text-column", "text") == 2
+    assert "has no" in capsys.readouterr().err and run_eval(trained, *short, "--today", "tomorrow") == 2
+    assert "'tomorrow' is not a day such as 2024-07-26" in capsys.readouterr().err
+
+
 def test_a_windowed_student_is_shown_with_its_control(run, teacher, val, tmp_path, capsys):
     windowed = tmp_path / "run"
     shutil.copytree(run, windowed)
