@@ -37,9 +37,14 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
         "--max-length", type=at_least(1), metavar="N", help="tokens of a document to evaluate (default: at most 4096)"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the models run")
+    parser.add_argument("--ask", metavar="TEXT", help="show what both models answer, in the teacher's chat template")
+    parser.add_argument("--begin", metavar="TEXT", help="show how both models go on from a beginning")
+    parser.add_argument("--max-tokens", type=at_least(1), default=64, metavar="N", help="of each text (default: 64)")
     args = parser.parse(argv)
     from ..evaluate.compare import evaluate_saved
+    from ..evaluate.samples import Prompts, show_samples
 
+    prompts = Prompts(args.ask, args.begin, args.max_tokens)
     comparison = evaluate_saved(
         args.student,
         args.teacher,
@@ -47,9 +52,11 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
         max_documents=args.max_documents,
         max_length=args.max_length,
         device=args.device,
+        prompts=prompts,
         notes=Console(stderr=True),
     )
     _show(comparison.evaluation, Console())
+    show_samples(Console(highlight=False), comparison.samples, prompts)
     result = comparison.to_dict()
     if args.json is not None:
         write_json(args.json, result)

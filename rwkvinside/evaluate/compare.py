@@ -20,6 +20,7 @@ from ..runs.trained import open_run
 from ..support.progress import Progress
 from .load import load_pretrained, load_run
 from .quality import Evaluation, Logits, evaluate_models
+from .samples import Prompts, say
 
 LOGITS = 2**28  # elements of a batch's logits (1 GiB in fp32), for each of the two models
 LONGEST = 4096  # tokens of a document that are evaluated unless more are asked for
@@ -35,6 +36,7 @@ class Comparison:
         max_length: tokens of a document that are evaluated, at most.
         truncated_documents: how many documents are longer.
         evaluation: the scores.
+        samples: what teacher and student say, by "answer" and "continuation"; {} where nothing was asked.
     """
 
     student: str
@@ -43,9 +45,10 @@ class Comparison:
     max_length: int
     truncated_documents: int
     evaluation: Evaluation
+    samples: dict[str, dict[str, str]]
 
     def to_dict(self) -> dict:
-        """Return plain JSON: what was compared, and `Evaluation.to_dict`."""
+        """Return plain JSON: what was compared, `Evaluation.to_dict`, and samples where there are any."""
         return {
             "student": self.student,
             "teacher": self.teacher,
@@ -53,6 +56,7 @@ class Comparison:
             "max_length": self.max_length,
             "truncated_documents": self.truncated_documents,
             **self.evaluation.to_dict(),
+            **({"samples": self.samples} if self.samples else {}),
         }
 
 
@@ -64,6 +68,7 @@ def evaluate_saved(
     max_documents: int | None = None,
     max_length: int | None = None,
     device: str = "auto",
+    prompts: Prompts | None = None,
     notes: Console | None = None,
 ) -> Comparison:
     """Compare an exported model, or a run as its export would be, with its teacher.
@@ -76,10 +81,12 @@ def evaluate_saved(
         max_length: evaluate at most so many tokens of a document; None is 4096, or the teacher's longest context where
             that is shorter.
         device: "auto" (the first GPU if there is one), "cpu" or "cuda".
+        prompts: what both models are to say something about; None: nothing.
         notes: console for what is being loaded, and for progress; None is silent.
 
     Raises:
-        UserError: a directory that is neither a model nor a run, no teacher, data that cannot be read.
+        UserError: a directory that is neither a model nor a run, no teacher, data that cannot be read, a question to a
+            model without a chat template.
     """
     student, notes = Path(student), notes or Console(quiet=True)
     if teacher is None:
@@ -88,11 +95,14 @@ def evaluate_saved(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     student_model = _load_student(student, device, notes)
     teacher_model = load_pretrained(teacher, device)
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    if prompts and prompts.question is not None and not tokenizer.chat_template:
+        raise UserError(f"the tokenizer of {teacher} has no chat template to ask in", "use --begin, or leave out --ask")
     max_length = max_length or min(LONGEST, teacher_model.config.max_position_embeddings)
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = AutoTokenizer.from_pretrained(teacher)
         documents = read_documents(data, tokenizer, Path(folder), max_length, max_documents)
         evaluation = evaluate(student_model, teacher_model, documents, notes)
+    models = {"teacher": teacher_model, "student": student_model}
     return Comparison(
         student=student.name,
         teacher=Path(teacher).name,
@@ -100,6 +110,7 @@ def evaluate_saved(
         max_length=documents.seq_len,
         truncated_documents=documents.num_truncated,
         evaluation=evaluation,
+        samples={name: say(model, tokenizer, prompts) for name, model in models.items()} if prompts else {},
     )
 
 
