@@ -55,6 +55,8 @@ class LlmSettings:
     overrides: tuple[str, ...] = (
         "run=[calibrate,distill]",  # before it begins, align runs the teacher on 16K tokens: too long for minutes
         "stages.calibrate.tokens=4k",
+        "stages.calibrate.data.seq_len=512",  # conversations are short
+        "stages.calibrate.batch.tokens=4096",
         "stages.distill.tokens=8k",
         "stages.distill.data.seq_len=512",
         "stages.distill.batch.tokens=1024",
