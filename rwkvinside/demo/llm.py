@@ -23,7 +23,7 @@ from ..conversion import run as build
 from ..conversion.generate import generate_text
 from ..errors import UserError
 from ..evaluate.load import load_pretrained, load_run
-from ..evaluate.samples import Prompts, say, show_samples
+from ..evaluate.samples import Prompts, Samples, say, show_samples
 from ..runs.directory import RunDirectory
 from ..runs.metrics_file import of_kind, read_metrics
 from ..support.files import write_json, write_text
@@ -126,7 +126,7 @@ class LlmDemo:
         with self.steps.step("an answer and a continuation"):
             turns = self._turns(config)
         stages = self._scores()
-        show_samples(self.console, turns, self.prompts)
+        show_samples(Samples(self.prompts, turns), self.console)
         show_stages(self.console, stages)
         result = {"teacher": config.teacher.path, "scores": stages, "samples": turns, "seconds": self.steps.seconds}
         write_json(self.out / "demo.json", result)

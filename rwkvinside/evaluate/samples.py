@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
@@ -28,8 +27,22 @@ class Prompts:
     beginning: str | None
     tokens: int
 
-    def __bool__(self) -> bool:
-        return self.question is not None or self.beginning is not None
+
+@dataclass(frozen=True)
+class Samples:
+    """What models say.
+
+    Attributes:
+        prompts: about what.
+        said: by model, what `say` returned.
+    """
+
+    prompts: Prompts
+    said: dict[str, dict[str, str]]
+
+    def to_dict(self) -> dict:
+        """Return plain JSON: texts by model."""
+        return self.said
 
 
 def say(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Prompts) -> dict[str, str]:
@@ -51,16 +64,10 @@ def say(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Pro
     return {kind: tokenizer.decode(out, skip_special_tokens=True).strip() for kind, out in written.items()}
 
 
-def show_samples(console: Console, samples: Mapping[str, dict[str, str]], prompts: Prompts) -> None:
-    """Print under each prompt what each model says.
-
-    Args:
-        console: where.
-        samples: what `say` returned, by model.
-        prompts: of all of them.
-    """
-    for kind, given in (("answer", prompts.question), ("continuation", prompts.beginning)):
-        rows = {name: each[kind] for name, each in samples.items() if kind in each}
+def show_samples(samples: Samples, console: Console) -> None:
+    """Print under each prompt what each model says."""
+    for kind, given in (("answer", samples.prompts.question), ("continuation", samples.prompts.beginning)):
+        rows = {name: each[kind] for name, each in samples.said.items() if kind in each}
         if not rows:
             continue
         console.print(f"\n{given}", style="italic", markup=False, soft_wrap=True)
