@@ -43,6 +43,7 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the models run")
     args = parser.parse(argv)
     from ..evaluate.compare import evaluate_saved
+    from ..evaluate.samples import show_samples
 
     console = Console()
     comparison = evaluate_saved(
@@ -53,6 +54,7 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
         (comparison.writing, show_writing),
         (comparison.recall, show_recall),
         (comparison.tasks, show_tasks),
+        (comparison.samples, show_samples),
     ):
         if result is not None:
             show(result, console)
@@ -80,7 +82,9 @@ def _add_recall_arguments(parser: ArgumentParser) -> None:
     group.add_argument(
         "--write", type=at_least(1), metavar="N", help="compare what both models write after N beginnings of --data"
     )
-    group.add_argument("--write-tokens", type=at_least(1), default=128, metavar="N", help="of such a text (128)")
+    group.add_argument("--ask", metavar="TEXT", help="show what both models answer, in the teacher's chat template")
+    group.add_argument("--begin", metavar="TEXT", help="show how both models go on from a beginning")
+    group.add_argument("--write-tokens", type=at_least(1), default=128, metavar="N", help="of these texts (128)")
 
 
 def _add_task_arguments(parser: ArgumentParser) -> None:
@@ -103,7 +107,9 @@ def _measures(args: argparse.Namespace) -> Measures:
     """Return what the arguments ask for."""
     from ..evaluate.compare import Measures, Tasks, Writing
     from ..evaluate.recall import RecallPlan
+    from ..evaluate.samples import Prompts
 
+    said = args.ask is not None or args.begin is not None
     return Measures(
         data=tuple(args.data),
         max_documents=args.max_documents,
@@ -112,6 +118,7 @@ def _measures(args: argparse.Namespace) -> Measures:
         recall=RecallPlan(args.lengths, args.depths, args.samples) if args.recall else None,
         writing=None if args.write is None else Writing(args.write, args.write_tokens),
         tasks=Tasks(args.tasks, args.task_dir, args.limit, args.cache) if args.tasks else None,
+        prompts=Prompts(args.ask, args.begin, args.write_tokens) if said else None,
     )
 
 

@@ -27,6 +27,7 @@ from .harness import Harness, HarnessResult, run_on_both
 from .load import load_pretrained, load_student
 from .quality import Evaluation, evaluate_models
 from .recall import RecallPlan, RecallReport, recall_models, recall_of_models, recall_texts
+from .samples import Prompts, Samples, say
 
 LOGITS = 2**28  # elements of a batch's logits (1 GiB in fp32), for each of the two models
 LONGEST = 4096  # tokens of a document that are evaluated unless more are asked for
@@ -71,6 +72,7 @@ class Measures:
         recall: lengths and depths of recall, None: not measured.
         writing: None: not measured.
         tasks: None: not measured.
+        prompts: what both models are to say something about; None: nothing.
     """
 
     data: tuple[str, ...] = ()
@@ -80,6 +82,7 @@ class Measures:
     recall: RecallPlan | None = None
     writing: Writing | None = None
     tasks: Tasks | None = None
+    prompts: Prompts | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class Comparison:
         data: names of the files.
         max_length: tokens of a document that are evaluated, at most.
         truncated_documents: how many documents are longer.
-        evaluation, recall, writing, tasks: the results; None: not measured.
+        evaluation, recall, writing, tasks, samples: the results; None: not measured.
     """
 
     student: str
@@ -104,6 +107,7 @@ class Comparison:
     recall: RecallReport | None = None
     writing: GenerationComparison | None = None
     tasks: HarnessResult | None = None
+    samples: Samples | None = None
 
     def to_dict(self) -> dict:
         """Return plain JSON: what was compared, `Evaluation.to_dict`, and the other results under their names."""
@@ -111,7 +115,7 @@ class Comparison:
         if self.evaluation is not None:
             found |= {"max_length": self.max_length, "truncated_documents": self.truncated_documents}
             found |= self.evaluation.to_dict()
-        for name in ("recall", "writing", "tasks"):
+        for name in ("recall", "writing", "tasks", "samples"):
             if (result := getattr(self, name)) is not None:
                 found[name] = result.to_dict()
         return found
@@ -137,13 +141,13 @@ def evaluate_saved(
 
     Raises:
         UserError: nothing to measure, a directory that is neither a model nor a run, no teacher, data that cannot be
-            read, tasks that cannot be run.
+            read, tasks that cannot be run, a question to a model without a chat template.
     """
     student, notes = Path(student), notes or Console(quiet=True)
     if measures.writing is not None and not measures.data:
         raise UserError("texts are written from the beginnings of documents", "give them with --data FILE")
-    if not (measures.data or measures.recall or measures.tasks):
-        raise UserError("there is nothing to measure", "give --data FILE, --recall or --tasks NAME")
+    if not (measures.data or measures.recall or measures.tasks or measures.prompts):
+        raise UserError("there is nothing to measure", "give --data FILE, --recall, --tasks NAME or --begin TEXT")
     harness = None
     if (tasks := measures.tasks) is not None:
         harness = Harness(tasks.names, folder=tasks.folder, limit=tasks.limit, cache=tasks.cache)
@@ -154,6 +158,8 @@ def evaluate_saved(
     student_model = load_student(student, device, notes)
     teacher_model = None if teacher is None else load_pretrained(teacher, device)
     tokenizer = AutoTokenizer.from_pretrained(student if teacher is None else teacher)
+    if measures.prompts is not None and measures.prompts.question is not None and not tokenizer.chat_template:
+        raise UserError("the tokenizer has no chat template to ask in", "use --begin, or leave out --ask")
     names = [Path(source).name for source in measures.data]
     found = Comparison(student.name, None if teacher is None else Path(teacher).name, names)
     haystack: list[int] = []
@@ -167,6 +173,10 @@ def evaluate_saved(
             found = replace(found, recall=recall_of_models(student_model, teacher_model, texts, advance))
     if harness is not None:
         found = replace(found, tasks=run_on_both(harness, student_model, teacher_model, tokenizer))
+    if (prompts := measures.prompts) is not None:
+        models = {"teacher": teacher_model, "student": student_model}
+        said = {name: say(model, tokenizer, prompts) for name, model in models.items() if model is not None}
+        found = replace(found, samples=Samples(prompts, said))
     return found
 
 

@@ -23,7 +23,8 @@ from ..teacher.load import meta_teacher
 from ..training.deepspeed_config import deepspeed_config, settle
 from ..training.loggers import check_loggers
 from ..training.optimizer_8bit import check_optimizer
-from .devices import card_for, device_memory
+from .devices import card_for, device_memory, expected_time
+from .fit_flops import calibration_flops
 from .flops import training_flops
 from .memory import Memory, checkpoint_bytes
 from .stage_memory import stage_memory, trained_bytes
@@ -167,6 +168,9 @@ def _stage_lines(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, 
         flops = training_flops(model, plan, kind, teacher).total
         total = flops * plan.length.total_tokens
         details.append(f"work      {rounded_flop(flops)} a token, {rounded_flop(total)} in all")
+    else:
+        flops = sum(calibration_flops(model, plan).values())
+        details.append(f"work      {rounded_flop(flops)} in all: {expected_time(flops, plan.run.device)}")
     lines += [f"  {line}" for line in details]
     lines += _memory_lines(stage_memory(plan, model, kind, teacher), plan.run.device)
     saved, trainable = trained_bytes(model)

@@ -90,6 +90,20 @@ def test_data_is_read_as_the_run_reads_it_unless_told_otherwise(run, tmp_path, c
     assert "'tomorrow' is not a day such as 2024-07-26" in capsys.readouterr().err
 
 
+def test_both_models_go_on_from_a_beginning(run, val, tmp_path, capsys):
+    out = tmp_path / "result.json"
+    few = ("--data", val, "--max-documents", 1, "--max-length", 16, "--json", out)
+    assert run_eval(run, *few, "--begin", "Once upon a time, there was", "--write-tokens", 8) == 0
+    samples, said = json.loads(out.read_text())["samples"], capsys.readouterr().out
+    assert list(samples) == ["teacher", "student"] and "Once upon a time, there was" in said
+    assert samples["teacher"]["continuation"].startswith("a little girl")
+    assert all(list(each) == ["continuation"] and each["continuation"] in said for each in samples.values())
+    out.unlink()
+    assert run_eval(run, *few, "--ask", "Who was there?") == 2
+    assert "has no chat template" in capsys.readouterr().err and not out.exists()
+    assert run_eval(run, *few) == 0 and "samples" not in json.loads(out.read_text())
+
+
 def test_a_windowed_student_is_shown_with_its_control(run, teacher, val, tmp_path, capsys):
     windowed = tmp_path / "run"
     shutil.copytree(run, windowed)
