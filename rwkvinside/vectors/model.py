@@ -120,6 +120,9 @@ class VectorModel(nn.Module):
         self.head = nn.Linear(config.d_model, config.d_in)
         self.lower = nn.ModuleList(nn.Linear(config.d_model, width) for width in config.resolutions)
         self.dropout = nn.Dropout(config.dropout)
+        if config.residual == "context_mean":  # starts as the mean itself
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
         if self.film is not None:  # starts as the identity
             nn.init.zeros_(self.film.weight)
             nn.init.zeros_(self.film.bias)
