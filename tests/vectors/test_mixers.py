@@ -208,7 +208,7 @@ def _distance_to_softmax(mixer, x, y):
     q, k, v = (f(x).unflatten(-1, (2, 16)).transpose(1, 2) for f in (mixer.query, mixer.key, mixer.value))
     q, k = (torch.nn.functional.rms_norm(part, (16,)) for part in (q, k))
     exact = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
-    return float((y - exact).norm() / exact.norm())
+    return ((y - exact).norm() / exact.norm()).item()
 
 
 def test_tmd_moves_what_listens_to_it():
