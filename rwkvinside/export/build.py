@@ -85,7 +85,8 @@ def _hybrid_config(trained: HybridModel, run: TrainedRun, dtype: torch.dtype, ti
             "tie_word_embeddings": tied,
             "rwkv_layers": trained.rwkv_layers,
             "attention_rope": trained.spec.attention_rope,
-            "rwkv_architecture": trained.spec.preset,
+            "rwkv_architecture": trained.spec.preset if trained.rwkv_layers else None,
+            "rwkv_chunk_size": trained.spec.chunk_size,
             "teacher_model": run.teacher_id,
             "dtype": dtype,
         }

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from ..modeling.mixer_presets import PRESETS
-from ..support.settings import NotNegative, Positive, Section, problem
+from ..support.settings import Fraction, NotNegative, Positive, Section, problem
 
 TITLES = {"miss": "MiSS", "bone": "Bone, which is MiSS in its bat form"}
 
@@ -86,9 +86,19 @@ class StudentConfig(Section):
         "{0: 64, 1-11: 32, default: 0}: by layer.",
     )
     sinks: ByLayer = Field(0, description="First tokens of a document that stay in that window; as window.")
-    init: Literal["calibrated", "published"] = Field(
-        "calibrated", description="Start of the mixers: ready for calibration, or the constants of the published code."
+    init: Literal["calibrated", "published", "scratch"] = Field(
+        "calibrated",
+        description="Start of the mixers: ready for calibration, the constants of the published code, or, for a model "
+        "trained from nothing, RWKV-7's own.",
     )
+    shift_ratio: Fraction = Field(
+        1.0, description="Of init scratch: share of the token shift at the start; 0: each token sees itself alone."
+    )
+    chunk_size: Positive | None = Field(
+        None, description="Tokens at a time when the model is processed by its state; null: as lm/session.py says."
+    )
+    linear_attention: bool = Field(False, description="Ablation of x070: no decay and no in-context learning rate.")
+    output_scale: Annotated[float, Field(gt=0)] = Field(1.0, description="Factor of what the output projections read.")
     detach_first: bool = Field(False, description="No gradient from later layers into v_first and k_first.")
     backend: Literal["auto", "reference", "chunked", "native", "triton"] = Field(
         "auto", description="Implementation of the recurrence; auto: native on a CPU, triton on a GPU, if they can run."
@@ -109,9 +119,24 @@ class StudentConfig(Section):
             if unknown := sorted(i for i in layers if not 0 <= i < count):
                 listed = ", ".join(map(str, unknown))
                 raise problem("has layer {}, but the teacher has layers 0 to {}", listed, count - 1)
-            if len(layers) == count:
-                raise problem("keeps all {} layers; leave at least one to convert", count)
         return tuple(sorted(layers))
+
+    @model_validator(mode="after")
+    def _leaves_layers(self, info: ValidationInfo) -> StudentConfig:
+        count = (info.context or {}).get("num_layers")
+        if len(self.attention_layers) == count and not self.from_nothing:
+            raise problem("attention_layers keeps all {} layers; leave at least one to convert", count)
+        shifts = PRESETS[self.preset].get("token_shift", False)
+        if self.shift_ratio != 1 and not (shifts and self.from_nothing):
+            raise problem("shift_ratio {} needs init scratch and a preset with token shift: x070", self.shift_ratio)
+        if self.linear_attention and not PRESETS[self.preset].get("group_norm", False):
+            raise problem("linear_attention needs a preset with group norm, x070: what it sums up grows with the text")
+        return self
+
+    @property
+    def from_nothing(self) -> bool:
+        """Whether no part of the model is a teacher's."""
+        return self.init == "scratch"
 
     @field_validator("window", "sinks")
     @classmethod
@@ -155,6 +180,7 @@ class StudentConfig(Section):
         # the stock mixer's k_a form is a matter of its equations, not a choice
         values |= {} if self.key_scale is None or self.preset == "x070" else {"key_scale": self.key_scale}
         values |= {} if self.key_residual is None else {"key_residual": self.key_residual}
+        values |= {"linear_attention": self.linear_attention, "output_scale": self.output_scale}
         return values | {f"rank_{name}": rank for name, rank in self.ranks.model_dump(exclude_none=True).items()}
 
 

@@ -24,6 +24,7 @@ LOSS_UNITS = {
     "align": "alignment loss (relative squared error)",
     "distill": "KL to the teacher (nats per token)",
     "long": "loss (nats per token)",
+    "pretrain": "cross entropy (nats per token)",
     "sft": "cross entropy (nats per token)",
 }
 

@@ -41,28 +41,42 @@ def rate_groups(student: HybridModel, plan: StagePlan, phase: Phase) -> dict[str
 
     Returns:
         By label, "mixer" first: "mixer" and "adapters" with optim.lr, "rest" with optim.lr_rest, each pattern of
-        optim.rates under its own name; the label of what joined later ends in "@" and the tokens after which it did.
+        optim.rates under its own name; what a pattern of optim.factors names is a group of its own, "mixer x2"; the label
+        of what joined later ends in "@" and the tokens after which it did.
 
     Raises:
-        UserError: a pattern of optim.rates that sets the rate of nothing.
+        UserError: a pattern of optim.rates or optim.factors that sets the rate of nothing.
     """
     optim, peaks, parameters = plan.optim, plan.rates, student.canonical_parameters()
     claimed = {pattern: student.matching(pattern) for pattern in optim.rates}
+    scaled = {pattern: student.matching(pattern) for pattern in optim.factors}
+
+    def factor_of(name: str) -> float:
+        return next((optim.factors[pattern] for pattern, names in scaled.items() if name in names), 1.0)
 
     def label_of(name: str) -> str:
         kind = student.group_of(name)[0]
         default = kind if kind in ("mixer", "adapters") else "rest"
-        return next((pattern for pattern, names in claimed.items() if name in names), default)
+        label = next((pattern for pattern, names in claimed.items() if name in names), default)
+        factor = factor_of(name)
+        return label if factor == 1 else f"{label} x{factor:g}"
 
     begin = joining(student, plan)
     labels = {name: label_of(name) for names in begin for name in names}
-    if idle := [pattern for pattern in optim.rates if pattern not in labels.values()]:
+    used = {label.split(" x")[0] for label in labels.values()}
+    idle = [pattern for pattern in optim.rates if pattern not in used]
+    idle += [pattern for pattern, names in scaled.items() if names.isdisjoint(labels)]
+    if idle:
         raise UserError(
-            f"optim.rates: {idle[0]!r} sets the rate of nothing that the stage trains",
+            f"optim.{'rates' if idle[0] in claimed else 'factors'}: {idle[0]!r} sets the rate of nothing that the stage "
+            "trains",
             "leave it out, train what it names, or put it before the pattern that takes its parameters",
         )
     rates = {"mixer": peaks.lr, "adapters": peaks.lr, "rest": peaks.lr_rest} | optim.rates
-    order = dict.fromkeys(["mixer", "adapters", *optim.rates, "rest"])
+    names_of = ["mixer", "adapters", *optim.rates, "rest"]
+    for factor in sorted(set(optim.factors.values()) - {1.0}):
+        rates |= {f"{label} x{factor:g}": factor * rates[label] for label in names_of}
+    order = dict.fromkeys([*names_of, *rates])
     groups: dict[str, RateGroup] = {}
     for earlier, names in list(zip(plan.phases, begin, strict=True))[: phase.index + 1]:
         for label in order:

@@ -15,6 +15,7 @@ OBJECTIVES = {
     "align": "rwkvinside.stages.align:Align",
     "distill": "rwkvinside.stages.distill:Distill",
     "sft": "rwkvinside.stages.sft:SupervisedFineTuning",
+    "pretrain": "rwkvinside.stages.pretrain:Pretrain",
 }
 
 # name of a stage that needs no configuration -> its class, which brings its defaults

@@ -41,6 +41,9 @@ class OptimConfig(Section):
     rates: dict[str, Rate] = Field(
         {}, description="Learning rates of groups, or regular expressions over names; the first that matches counts."
     )
+    factors: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {}, description="Factors of the rates that groups, or regular expressions over names, would have without."
+    )
     kind: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = Field(
         "adamw", description="AdamW with fp32 states, or bitsandbytes' with 8-bit ones, paged: on CUDA only."
     )
@@ -57,7 +60,7 @@ class OptimConfig(Section):
         (0.9, 0.95), description="Adam's two decay rates."
     )
     eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="Adam's epsilon.")
-    weight_decay: Rate = Field(0.0, description="Weight decay of matrices; vectors have none.")
+    weight_decay: Rate = Field(0.0, description="Weight decay of linear layers and embeddings; all else has none.")
 
 
 class CheckpointConfig(Section):
