@@ -1,4 +1,4 @@
-"""Train a language model of RWKV and attention layers from nothing. Runs alone or under a launcher (deepspeed, torchrun).
+"""Train a language model of RWKV and attention layers from nothing. Runs alone or under a launcher.
 
 python train_rwkv.py --config configs/lm/tiny.yaml --output_dir DIR --train_file train.txt --val_file val.txt
 python train_rwkv.py --config configs/lm/model_3b_rwkv.yaml --dry_run

@@ -72,13 +72,21 @@ def add_run_arguments(parser: ArgumentParser) -> None:
     """Add the arguments that say how a run begins or goes on, see `run`."""
     parser.add_argument("--resume", action="store_true", help="continue the run in the output directory")
     parser.add_argument(
-        "--resume-from", "--resume_from", metavar="STEP", help="continue from this checkpoint, for instance step-00000150"
+        "--resume-from",
+        "--resume_from",
+        metavar="STEP",
+        help="continue from this checkpoint, for instance step-00000150",
     )
     parser.add_argument(
-        "--allow-changes", "--allow_changes", action="store_true", help="go on with other settings than the run has had so far"
+        "--allow-changes",
+        "--allow_changes",
+        action="store_true",
+        help="go on with other settings than the run has had so far",
     )
     parser.add_argument(
         "--hostfile", metavar="FILE", help="start on several machines with DeepSpeed's launcher, once all answer"
     )
-    parser.add_argument("--dry-run", "--dry_run", action="store_true", help="print the plan; load no weights and write nothing")
+    parser.add_argument(
+        "--dry-run", "--dry_run", action="store_true", help="print the plan; load no weights and write nothing"
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # set by the launcher

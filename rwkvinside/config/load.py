@@ -29,6 +29,7 @@ from .teacher_lookup import TeacherInfo, find_teacher, variants
 DEFAULT_DATA = "hub:HuggingFaceFW/fineweb-edu:sample-10BT"  # for teachers from the hub when no data is named
 REFERENCE = "all fields: rwkvinside config fields"
 
+LAYOUT = "attention_layers"  # of a student
 UNREADABLE = (ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException)
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -305,13 +306,25 @@ def _section_hint(name: str) -> str:
 def merge_settings(layers: Iterable[dict]) -> dict:
     """Return the layers merged.
 
-    Mappings are merged, everything else (lists too) is replaced by the later layer.
+    Mappings are merged, everything else (lists too) is replaced by the later layer, and so is which layers keep
+    attention: `{every: 4}` and `{last: 2}` of two files would be a third layout that nobody wrote.
     """
+    layers = list(layers)
+    layouts = [student[LAYOUT] for layer in layers if LAYOUT in (student := _mapping(layer.get("student")))]
+    layers = [_without_layout(layer) for layer in layers]
     try:
-        merged = OmegaConf.merge({}, *map(OmegaConf.create, layers))
+        merged = _plain(cast(DictConfig, OmegaConf.merge({}, *map(OmegaConf.create, layers))), resolve=False)
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         raise UserError(f"the settings do not fit together: {_reason(error)}", REFERENCE) from error
-    return _plain(cast(DictConfig, merged), resolve=False)
+    if layouts:
+        merged["student"][LAYOUT] = layouts[-1]
+    return merged
+
+
+def _without_layout(settings: dict) -> dict:
+    if not isinstance(student := settings.get("student"), dict):
+        return settings
+    return settings | {"student": {name: value for name, value in student.items() if name != LAYOUT}}
 
 
 def _plain(values: DictConfig, resolve: bool = True) -> dict:

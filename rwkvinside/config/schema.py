@@ -43,7 +43,9 @@ class Config(Section):
     @model_validator(mode="after")
     def _one_start(self) -> Config:
         if self.teacher.fresh != self.student.from_nothing:
-            raise problem("teacher.fresh and student.init scratch go together: a model is made from nothing, or it is not")
+            raise problem(
+                "teacher.fresh and student.init scratch go together: a model is made from nothing, or it is not"
+            )
         return self
 
     @field_validator("stages")

@@ -26,6 +26,7 @@ from .adapters import disabled, is_adapter, is_start, module_of
 from .attention_wrapper import AttentionWrapper
 from .document_attention import attend_within_documents, run_backbone
 from .freezing import GROUPS, canonical_name, group_of, weight_names
+from .layouts import LayerChoice, resolve_layout
 from .lm_head import Head, HeadTask, LMHeadLoss, shaped
 from .quantized_linear import QuantizedLinear
 from .settings import StudentConfig
@@ -65,21 +66,26 @@ class HybridModel(nn.Module):
 
         Its layers are changed in place. Embeddings that the teacher ties to its head stay one matrix until one of them
         trains, which gives the head a copy. On the meta device only shapes are made, nothing is initialized. Mixers are
-        fp32 whatever the teacher is.
+        fp32 whatever the teacher is. With all layers kept it is the teacher in every mode, a control for tests.
 
         Raises:
-            UserError: an unsupported architecture, layer indices out of range, no layer left to convert, or a preset
-                whose mixer has no tensor for one of the teacher's.
+            UserError: an unsupported architecture, layer indices out of range or still to be chosen, or a preset whose
+                mixer has no tensor for one of the teacher's.
         """
         config = teacher.config
         family = find(config.model_type)
         family.check(config)
         count = config.num_hidden_layers
-        if bad := sorted(i for i in spec.attention_layers if not 0 <= i < count):
-            raise UserError(f"student.attention_layers has {bad}", f"the teacher has layers 0 to {count - 1}")
-        rwkv_layers = [i for i in range(count) if i not in spec.attention_layers]
-        if not rwkv_layers and not spec.from_nothing:
-            raise UserError(f"student.attention_layers keeps all {count} layers", "leave at least one layer to convert")
+        try:
+            kept = resolve_layout(spec.attention_layers, count, allow_all=True)
+        except ValueError as error:
+            raise UserError(f"student.attention_layers {error}") from error
+        if isinstance(kept, LayerChoice):
+            raise UserError(
+                f"which layers keep attention is still to be chosen (student.attention_layers: choose {kept.choose})",
+                "name the layers, or let a run choose them",
+            )
+        rwkv_layers = [i for i in range(count) if i not in kept]
 
         try:
             mixers = {i: family.mixer_config(config, i, spec.preset, **spec.mixer_overrides(i)) for i in rwkv_layers}

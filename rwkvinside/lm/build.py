@@ -14,7 +14,6 @@ from ..config.schema import Config
 from ..config.teacher_lookup import shipped
 from ..errors import UserError
 from ..families.registry import FAMILIES
-from ..hybrid.layouts import LayerChoice, resolve_layout
 from ..stages.pretrain import Pretrain
 from ..support.text import did_you_mean
 from ..teacher.settings import TeacherConfig
@@ -58,7 +57,13 @@ def load_lm_config(
     user = merge_settings([_read(config), flags, *read_settings((), overrides)])
     own = {name: user.pop(name) for name in LanguageModelConfig.model_fields if name in user}
     lm = check_section(LanguageModelConfig, own)
-    return load_config([run_settings(lm, user), user])
+    layers = [run_settings(lm, user), user]
+    if not lm.use_rwkv:
+        layers.append({"student": {"attention_layers": list(range(lm.model.num_hidden_layers))}})
+    loaded = load_config(layers)
+    if lm.use_rwkv and len(loaded.student.attention_layers) == lm.model.num_hidden_layers:
+        raise UserError("student.attention_layers leaves no layer to RWKV", "say so with use_rwkv=false")
+    return loaded
 
 
 def run_settings(lm: LanguageModelConfig, user: dict) -> dict:
@@ -74,11 +79,7 @@ def run_settings(lm: LanguageModelConfig, user: dict) -> dict:
     student = user.get("student") if isinstance(user.get("student"), dict) else {}
     longest = _longest_row(lm.model, user)
     fields = model_fields(lm, longest)
-    layers = _attention_layers(lm, student.get("attention_layers", "alternating"))
-    count = lm.model.num_hidden_layers
     preset = student.get("preset", "x070")
-    if lm.use_rwkv and len(layers) == count:
-        raise UserError(f"student.attention_layers leaves none of {count} layers to RWKV", "set use_rwkv=false for that")
     defaults = Pretrain.defaults(fields["hidden_size"], fields["max_position_embeddings"])
     # RWKV-7's own training code gives the decay's bias twice the rate
     decaying = lm.use_rwkv and not lm.rwkv_use_linear_att
@@ -88,11 +89,9 @@ def run_settings(lm: LanguageModelConfig, user: dict) -> dict:
         "batch": {"tokens": max(longest, defaults["batch"]["tokens"])},
         "optim": {"factors": {r".*\.w0": 2.0}} if decaying else {},
     }
-    knobs = _knobs(lm, preset)
-    student.pop("attention_layers", None)
     return {
         "teacher": {"path": lm.tokenizer, "fresh": True, "config": fields},
-        "student": {"init": "scratch", "preset": preset, "attention_layers": list(layers)} | knobs,
+        "student": {"init": "scratch", "preset": preset, "attention_layers": "alternating"} | _knobs(lm, preset),
         "run": [STAGE],
         "stages": {STAGE: stage},
     }
@@ -172,22 +171,6 @@ def _longest_row(shape: ModelShape, user: dict) -> int:
     if isinstance(at, int) and not isinstance(at, bool):
         return at  # what it may be, the stage's own check says
     return Pretrain.defaults(shape.hidden_size, shape.max_position_embeddings or 2**31)["data"]["seq_len"]
-
-
-def _attention_layers(lm: LanguageModelConfig, layout: object) -> tuple[int, ...]:
-    count = lm.model.num_hidden_layers
-    if not lm.use_rwkv:
-        return tuple(range(count))
-    try:
-        layers = resolve_layout(layout, count, allow_all=True)
-    except ValueError as error:
-        raise UserError(f"student.attention_layers {error}") from error
-    if isinstance(layers, LayerChoice):
-        raise UserError(
-            f"student.attention_layers: choose {layers.choose} measures a converted model, and this one begins as nothing",
-            "name the layers, or a pattern such as alternating",
-        )
-    return layers
 
 
 def _knobs(lm: LanguageModelConfig, preset: object) -> dict:

@@ -37,7 +37,8 @@ class LanguageModelConfig(Section):
     tokenizer: str = Field(description="bytes, the directory of a Hugging Face tokenizer, or a hub id.")
     use_rwkv: bool = Field(True, description="false: every layer is attention, the plain transformer.")
     rwkv_time_mix_ratio: Fraction = Field(
-        1.0, description="Share of RWKV-7's token shift that x070 begins with; 0: a token begins by seeing itself alone."
+        1.0,
+        description="Share of RWKV-7's token shift that x070 begins with; 0: a token begins by seeing itself alone.",
     )
     rwkv_use_linear_att: bool = Field(
         False, description="Ablation of x070: linear attention, without decay and in-context learning rate."

@@ -93,7 +93,7 @@ def init_mixer(
                 fresh += (2 - fresh.sum(0)) / rows
             parameter.copy_(fresh)
         elif scratch and name in GAINS:
-            parameter.copy_(orthogonal(*parameter.shape, GAINS[name]))
+            parameter.copy_(orthogonal(parameter.shape[0], parameter.shape[1], GAINS[name]))
         elif scratch and name.endswith(".bias"):
             parameter.zero_()
 

@@ -58,7 +58,7 @@ class TimeMixerConfig:
             were trained); "k_a" is the stock RWKV-7 form with learned k_k and k_a.
         token_shift, group_norm: stock RWKV-7 only; without the norm the output is scaled by N^-0.5.
         linear_attention: neither decay nor in-context learning rate, S_t = S_{t-1} + v_t k_t^T (Katharopoulos et al.,
-            arXiv 2006.16236, without its feature map): an ablation. The state grows with the text, so it needs the norm.
+            arXiv 2006.16236, without its feature map): an ablation. Its state grows with the text and needs the norm.
         output_scale: factor of what the output projection reads.
         qkv_bias, output_bias: biases copied from the teacher.
         window, sinks: attend exactly to the last `window` tokens and the first `sinks` of the document, beside the

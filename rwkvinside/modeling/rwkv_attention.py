@@ -37,9 +37,7 @@ class RWKVAttention(TimeMixer):
         init: str = "calibrated",
         shift_ratio: float = 1.0,
     ) -> None:
-        super().__init__(
-            config, is_first, layer=layer_idx, num_layers=num_layers, init=init, shift_ratio=shift_ratio
-        )
+        super().__init__(config, is_first, layer=layer_idx, num_layers=num_layers, init=init, shift_ratio=shift_ratio)
         self.layer_idx = layer_idx
 
     def forward(  # type: ignore[override]  # a mixer that is called as an attention

@@ -68,8 +68,8 @@ class ProjectedInputs(NamedTuple):
     """Projections of a layer's input.
 
     r and gate are (B, T, H, N), k and v (B, T, H or G, N), decay and iclr (B, T, H * N); the latter are added to w0
-    and a0, and None with linear attention. key and value are k and v before their residual mixes, (B, T, G, N), which a window attends to with r as its
-    query.
+    and a0, and None with linear attention. key and value are k and v before their residual mixes, (B, T, G, N), which a
+    window attends to with r as its query.
     """
 
     r: Tensor

@@ -76,10 +76,12 @@ def _run_lines(plan: RunPlan, config: Config, model: HybridModel) -> list[str]:
     """Return what the plan says of the run as a whole."""
     run, c = plan.settings, model.lm.config
     layer_map = "".join("R" if i in model.rwkv_layers else "A" for i in range(c.num_hidden_layers))
+    kept = [i for i, kind in enumerate(layer_map) if kind == "A"]
     engine = f"DeepSpeed, ZeRO {settle(run.zero).zero_stage}" if run.ranks > 1 else "one process"
     return [
         *_model_lines(run, config, model),
-        f"layers    {layer_map}   ({len(model.rwkv_layers)} R = RWKV, {layer_map.count('A')} A = attention)",
+        f"layers    {layer_map}   ({len(model.rwkv_layers)} R = RWKV, {len(kept)} A = attention"
+        f"{': ' * bool(kept)}{spans(kept)})",
         f"device    {run.device}, {run.precision}, {run.ranks} {'ranks' if run.ranks > 1 else 'rank'}, {engine}",
         f"loggers   {', '.join(['metrics.jsonl', *config.loggers])}",
         f"run       {' -> '.join(config.run)}, into {config.out}",

@@ -41,8 +41,8 @@ def rate_groups(student: HybridModel, plan: StagePlan, phase: Phase) -> dict[str
 
     Returns:
         By label, "mixer" first: "mixer" and "adapters" with optim.lr, "rest" with optim.lr_rest, each pattern of
-        optim.rates under its own name; what a pattern of optim.factors names is a group of its own, "mixer x2"; the label
-        of what joined later ends in "@" and the tokens after which it did.
+        optim.rates under its own name; what a pattern of optim.factors names is a group of its own, "mixer x2"; the
+        label of what joined later ends in "@" and the tokens after which it did.
 
     Raises:
         UserError: a pattern of optim.rates or optim.factors that sets the rate of nothing.
@@ -68,8 +68,8 @@ def rate_groups(student: HybridModel, plan: StagePlan, phase: Phase) -> dict[str
     idle += [pattern for pattern, names in scaled.items() if names.isdisjoint(labels)]
     if idle:
         raise UserError(
-            f"optim.{'rates' if idle[0] in claimed else 'factors'}: {idle[0]!r} sets the rate of nothing that the stage "
-            "trains",
+            f"optim.{'rates' if idle[0] in claimed else 'factors'}: {idle[0]!r} sets the rate of nothing that the "
+            "stage trains",
             "leave it out, train what it names, or put it before the pattern that takes its parameters",
         )
     rates = {"mixer": peaks.lr, "adapters": peaks.lr, "rest": peaks.lr_rest} | optim.rates

@@ -9,7 +9,7 @@ from .base import WHOLE_STAGE, Stage, StageSize
 from .sft import SupervisedFineTuning
 
 if TYPE_CHECKING:
-    from ..data.rows import PackedRows
+    from ..data.rows import PackedRows, WholeDocuments
     from ..data.token_store import TokenStore
     from ..hybrid.model import HybridModel
     from ..teacher.kinds import TeacherKind
@@ -44,9 +44,9 @@ class Pretrain(SupervisedFineTuning):
         """Return 2 % of the steps, 10 to 2000."""
         return min(2000, max(10, round(0.02 * steps)), steps)
 
-    def documents(self, store: TokenStore, seq_len: int, seed: int) -> PackedRows:
+    def documents(self, store: TokenStore, seq_len: int, seed: int) -> PackedRows | WholeDocuments:
         """Lay documents out in rows: packed, one document after the other."""
-        return Stage.documents(self, store, seq_len, seed)  # type: ignore[return-value]
+        return Stage.documents(self, store, seq_len, seed)
 
     def check(self, student: HybridModel, plan: StagePlan) -> None:
         """Refuse a student that was made from a teacher."""

@@ -108,8 +108,9 @@ def open_tokenizer(teacher: TeacherConfig) -> PreTrainedTokenizerBase:
         tokenizer("a")  # settings of a wrong type are loaded, and fail at the first use
         return tokenizer
     except Exception as error:  # tokenizers raises nothing narrower for a file that it cannot read
+        whose = "" if teacher.fresh else "of teacher "
         raise UserError(
-            f"the tokenizer {'' if teacher.fresh else 'of teacher '}{teacher.path} cannot be loaded: {_one_line(error)}",
+            f"the tokenizer {whose}{teacher.path} cannot be loaded: {_one_line(error)}",
             "the directory needs a tokenizer.json; teacher.trust_remote_code=true runs code that comes with it",
         ) from error
 

@@ -37,9 +37,9 @@ def trainable(groups: Groups) -> dict[str, nn.Parameter]:
 def build_optimizer(groups: Groups, settings: OptimConfig) -> torch.optim.Optimizer:
     """Return AdamW with one or two parameter groups per learning-rate group.
 
-    One has weight decay (`decays`), the other has none. Each parameter group carries the name of its learning-rate group under
-    "group"; learning rates start at 0 and are set before every step. Without 8-bit states it is fused: on CPU a fifth
-    of the plain loop's time.
+    One has weight decay (`decays`), the other has none. Each parameter group carries the name of its learning-rate
+    group under "group"; learning rates start at 0 and are set before every step. Without 8-bit states it is fused: on
+    CPU a fifth of the plain loop's time.
     """
     param_groups = []
     for name, parameters in groups.items():
