@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..data.batch import Batch
-    from ..data.rows import WholeDocuments
+    from ..data.rows import PackedRows, WholeDocuments
     from ..data.token_store import TokenStore
     from ..teacher.kinds import TeacherKind
     from ..teacher.signals import Teacher
@@ -59,7 +59,7 @@ class SupervisedFineTuning(Stage):
                 "objective {} has no divergence: leave out loss.divergence, loss.top_k, loss.temperature", cls.objective
             )
 
-    def documents(self, store: TokenStore, seq_len: int, seed: int) -> WholeDocuments:
+    def documents(self, store: TokenStore, seq_len: int, seed: int) -> PackedRows | WholeDocuments:
         """Lay documents out in rows: several whole ones in a row, kept apart."""
         from ..data.rows import WholeDocuments
 
