@@ -169,6 +169,7 @@ class _Loader:
             text_column=self.data.text_column,
             rotate=self.data.rotate_options,
             today=self.data.today,
+            end=self.data.end_of_text,
             vocab_size=self.vocab,
             trust_ids=not self.data.check_ids,
             max_tokens=max_tokens,
@@ -190,7 +191,12 @@ class _Loader:
 
         return TokenStream(
             source,
-            Encoder(self.tokenizer, rotate=self.data.rotate_options, today=self.data.today),
+            Encoder(
+                self.tokenizer,
+                rotate=self.data.rotate_options,
+                today=self.data.today,
+                end=self.data.end_of_text,
+            ),
             cache_dir=self.cache,
             block_tokens=self.data.block_tokens,
             text_column=self.data.text_column,

@@ -14,6 +14,7 @@ from ..data.batch import Batch
 from ..data.rows import PaddedDocuments, document_batches
 from ..data.tokenize import load_tokens
 from ..errors import UserError
+from ..export.manifest import CONVERSION, read_export
 from ..hybrid.document_attention import attend_within_documents, cut_to_windows, run_backbone, windows_in
 from ..runs.directory import RunDirectory
 from ..runs.trained import open_run
@@ -22,6 +23,7 @@ from .load import load_pretrained, load_run
 from .quality import Evaluation, Logits, evaluate_models
 
 LOGITS = 2**28  # elements of a batch's logits (1 GiB in fp32), for each of the two models
+OF_TEACHER = ("kl", "ce_teacher", "agreement", "perplexity_teacher")  # scores that a model alone does not have
 LONGEST = 4096  # tokens of a document that are evaluated unless more are asked for
 
 
@@ -30,7 +32,8 @@ class Comparison:
     """An evaluation with its models and data.
 
     Attributes:
-        student, teacher: names of the directories, or the teacher's hub id.
+        student, teacher: names of the directories, or the teacher's hub id; no teacher: a model that was trained from
+            nothing is measured alone.
         data: names of the files.
         max_length: tokens of a document that are evaluated, at most.
         truncated_documents: how many documents are longer.
@@ -38,21 +41,26 @@ class Comparison:
     """
 
     student: str
-    teacher: str
+    teacher: str | None
     data: list[str]
     max_length: int
     truncated_documents: int
     evaluation: Evaluation
 
     def to_dict(self) -> dict:
-        """Return plain JSON: what was compared, and `Evaluation.to_dict`."""
+        """Return what was compared, and `Evaluation.to_dict`; without a teacher the student's own scores."""
+        scores = self.evaluation.to_dict()
+        if self.teacher is None:
+            for row in (scores, *scores["by_position"]):
+                for name in OF_TEACHER:
+                    del row[name]
         return {
             "student": self.student,
             "teacher": self.teacher,
             "data": self.data,
             "max_length": self.max_length,
             "truncated_documents": self.truncated_documents,
-            **self.evaluation.to_dict(),
+            **scores,
         }
 
 
@@ -70,7 +78,7 @@ def evaluate_saved(
 
     Args:
         student: exported directory, whose model code is run, or run directory.
-        teacher: directory or hub id; None is the one that the run names.
+        teacher: directory or hub id; None is the one that the run names, and none of a model trained from nothing.
         data: files or directories, see `DocumentReader`.
         max_documents: evaluate at most the first so many.
         max_length: evaluate at most so many tokens of a document; None is 4096, or the teacher's longest context where
@@ -83,19 +91,21 @@ def evaluate_saved(
     """
     student, notes = Path(student), notes or Console(quiet=True)
     if teacher is None:
-        teacher = _named_teacher(student)
+        teacher, source = _named_teacher(student)
+    else:
+        source = teacher
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     student_model = _load_student(student, device, notes)
-    teacher_model = load_pretrained(teacher, device)
+    teacher_model = student_model if teacher is None else load_pretrained(teacher, device)
     max_length = max_length or min(LONGEST, teacher_model.config.max_position_embeddings)
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = AutoTokenizer.from_pretrained(teacher)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=source == student)
         documents = read_documents(data, tokenizer, Path(folder), max_length, max_documents)
         evaluation = evaluate(student_model, teacher_model, documents, notes)
     return Comparison(
         student=student.name,
-        teacher=Path(teacher).name,
+        teacher=None if teacher is None else Path(teacher).name,
         data=[Path(source).name for source in data],
         max_length=documents.seq_len,
         truncated_documents=documents.num_truncated,
@@ -103,10 +113,13 @@ def evaluate_saved(
     )
 
 
-def _named_teacher(path: Path) -> str:
-    """Return the teacher of a run."""
+def _named_teacher(path: Path) -> tuple[str | None, str | Path]:
+    """Return the teacher of a run, None of a model trained from nothing, and where the tokenizer is."""
     if RunDirectory(path).is_run:
-        return open_run(path).teacher
+        run = open_run(path)
+        return (None, run.teacher_files()) if run.teacher is None else (run.teacher, run.teacher)
+    if (path / CONVERSION).is_file() and read_export(path)["teacher"] is None:
+        return None, path
     raise UserError(
         "no teacher is given", "name the original model's directory or hub id: --teacher DIR, or teacher=DIR in Python"
     )

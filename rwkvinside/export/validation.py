@@ -44,6 +44,7 @@ def validation_rows(run: TrainedRun, tokenizer: PreTrainedTokenizerBase) -> tupl
     options = ReadOptions(
         text_column=data.text_column,
         rotate=data.rotate_options,
+        end=data.end_of_text,
         trust_ids=True,
         max_line_bytes=data.max_line_bytes,
         max_tokens=data.val_tokens if data.val else min(READ_TOKENS, int(data.val_tokens / data.val_fraction) + 1),

@@ -92,6 +92,7 @@ def run_settings(lm: LanguageModelConfig, user: dict) -> dict:
     return {
         "teacher": {"path": lm.tokenizer, "fresh": True, "config": fields},
         "student": {"init": "scratch", "preset": preset, "attention_layers": "alternating"} | _knobs(lm, preset),
+        "data": {"end_of_text": True},  # nobody else teaches the model to end
         "run": [STAGE],
         "stages": {STAGE: stage},
     }

@@ -226,14 +226,16 @@ def overview_figure(rows: Sequence[dict]) -> "Figure | None":
 
 
 def position_figure(evaluation: dict) -> "Figure":
-    """Draw perplexity of both models and KL by position.
+    """Draw perplexity of both models and KL by position; of a model without a teacher its perplexity.
 
     Args:
         evaluation: the JSON that `rwkvinside eval` writes.
     """
+    buckets = evaluation["by_position"]
+    if "kl" not in evaluation:
+        return _perplexity_figure(buckets)
     figure = new_figure(10.5, 3.8)
     left, right = figure.subplots(1, 2)
-    buckets = evaluation["by_position"]
     context = np.array([np.sqrt(bucket["first"] * bucket["last"]) for bucket in buckets])
     for name, label, color, style in (
         ("perplexity", "student", BLUE, "o-"),
@@ -252,6 +254,19 @@ def position_figure(evaluation: dict) -> "Figure":
         ax.set_xscale("log", base=2)
         _count_axis(ax.xaxis)
         _finish(ax, title, "tokens of the document already read", unit)
+    return figure
+
+
+def _perplexity_figure(buckets: "list[dict]") -> "Figure":
+    figure = new_figure(5.5, 3.8)
+    ax = figure.subplots()
+    context = np.array([np.sqrt(bucket["first"] * bucket["last"]) for bucket in buckets])
+    perplexity = np.array([bucket["perplexity"] for bucket in buckets])
+    ax.plot(context, perplexity, "o-", color=BLUE, markersize=4)
+    _plain_log(ax, perplexity)
+    ax.set_xscale("log", base=2)
+    _count_axis(ax.xaxis)
+    _finish(ax, "perplexity by position", "tokens of the document already read", "perplexity")
     return figure
 
 
