@@ -23,6 +23,7 @@ class Pretrain(SupervisedFineTuning):
     small = StageSize("3M", 256, 4096)
     large = StageSize("20B", 4096, 524288)
     cuts_documents = False
+    packs_validation = True
 
     @classmethod
     def defaults(cls, width: int, max_positions: int) -> dict:

@@ -1,4 +1,4 @@
-"""Layouts of RWKV and attention layers chosen in Python: the seed's own lines, patterns, and what is wrong with indices."""
+"""Layouts of RWKV and attention layers chosen in Python: by index, by pattern, and what is wrong with them."""
 
 import json
 
