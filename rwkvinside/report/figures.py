@@ -16,7 +16,7 @@ from ..support.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
 AMBER, PINK, BLACK = "#E69F00", "#CC79A7", "#222222"
@@ -226,48 +226,43 @@ def overview_figure(rows: Sequence[dict]) -> "Figure | None":
 
 
 def position_figure(evaluation: dict) -> "Figure":
-    """Draw perplexity of both models and KL by position; of a model without a teacher its perplexity.
+    """Draw perplexity of both models and KL by position.
 
     Args:
         evaluation: the JSON that `rwkvinside eval` writes.
     """
-    buckets = evaluation["by_position"]
-    if "kl" not in evaluation:
-        return _perplexity_figure(buckets)
     figure = new_figure(10.5, 3.8)
-    left, right = figure.subplots(1, 2)
+    draw_positions(position_axes(figure, evaluation), evaluation)
+    return figure
+
+
+def position_axes(figure: "Figure | SubFigure", evaluation: dict) -> "Sequence[Axes]":
+    """Return what `draw_positions` draws on: one of two axes stays empty for a model without a teacher."""
+    axes = figure.subplots(1, 2)
+    if "kl" not in evaluation:
+        axes[1].remove()
+    return axes
+
+
+def draw_positions(axes: "Sequence[Axes]", evaluation: dict) -> None:
+    """Draw perplexity of both models and KL by position, on two axes; of a model without a teacher its perplexity."""
+    buckets = evaluation["by_position"]
     context = np.array([np.sqrt(bucket["first"] * bucket["last"]) for bucket in buckets])
-    for name, label, color, style in (
-        ("perplexity", "student", BLUE, "o-"),
-        ("perplexity_teacher", "teacher", ORANGE, "s--"),
-    ):
-        left.plot(context, [bucket[name] for bucket in buckets], style, color=color, markersize=4, label=label)
-    values = np.array([[bucket["perplexity"], bucket["perplexity_teacher"]] for bucket in buckets])
-    _plain_log(left, values)
-    left.legend(frameon=False)
-    right.plot(context, [bucket["kl"] for bucket in buckets], "o-", color=BLUE, markersize=4)
-    right.set_ylim(bottom=0)
-    for ax, title, unit in (
-        (left, "perplexity by position", "perplexity"),
-        (right, "divergence by position", "KL to the teacher (nats per token)"),
-    ):
+    lines = [("perplexity", "student", BLUE, "o-")]
+    drawn = [(axes[0], "perplexity by position", "perplexity")]
+    if "kl" in evaluation:
+        lines.append(("perplexity_teacher", "teacher", ORANGE, "s--"))
+        drawn.append((axes[1], "divergence by position", "KL to the teacher (nats per token)"))
+        axes[1].plot(context, [bucket["kl"] for bucket in buckets], "o-", color=BLUE, markersize=4)
+        axes[1].set_ylim(bottom=0)
+    for name, label, color, style in lines:
+        axes[0].plot(context, [bucket[name] for bucket in buckets], style, color=color, markersize=4, label=label)
+    _plain_log(axes[0], np.array([[bucket[name] for name, *_ in lines] for bucket in buckets]))
+    axes[0].legend(frameon=False)
+    for ax, title, unit in drawn:
         ax.set_xscale("log", base=2)
         _count_axis(ax.xaxis)
         _finish(ax, title, "tokens of the document already read", unit)
-    return figure
-
-
-def _perplexity_figure(buckets: "list[dict]") -> "Figure":
-    figure = new_figure(5.5, 3.8)
-    ax = figure.subplots()
-    context = np.array([np.sqrt(bucket["first"] * bucket["last"]) for bucket in buckets])
-    perplexity = np.array([bucket["perplexity"] for bucket in buckets])
-    ax.plot(context, perplexity, "o-", color=BLUE, markersize=4)
-    _plain_log(ax, perplexity)
-    ax.set_xscale("log", base=2)
-    _count_axis(ax.xaxis)
-    _finish(ax, "perplexity by position", "tokens of the document already read", "perplexity")
-    return figure
 
 
 # color by family, line style by member: a candidate looks the same in every figure
@@ -370,4 +365,36 @@ def kernel_figure(stages: Sequence[dict], device: str) -> "Figure | None":
         for ax in row[1:]:
             ax.set_ylabel("")  # shared
     figure.legend(lines.values(), lines, loc="outside right upper", frameon=False, fontsize=9)
+    return figure
+
+
+CONTEXT_STYLES = {"attention": (ORANGE, "s--"), "hybrid": (GREEN, "^-."), "RWKV": (BLUE, "o-")}
+CONTEXT_PANELS = (
+    ("prefill_seconds", 1, "reading the prompt", "seconds"),
+    ("token_ms", 1, "one further token", "milliseconds"),
+    ("state_bytes", 2**20, "state after the prompt", "MiB"),
+    ("prefill_peak_bytes", 2**20, "most memory while reading", "MiB beyond the weights"),
+)
+
+
+def context_figure(result: dict) -> "Figure":
+    """Draw time and memory by the length of the context.
+
+    Args:
+        result: the JSON that `rwkvinside bench context` writes.
+    """
+    panels = [panel for panel in CONTEXT_PANELS if all(row[panel[0]] is not None for row in result["found"])]
+    figure = new_figure(3.6 * len(panels), 3.4)
+    for ax, (field, unit, title, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        values = []
+        for name in dict.fromkeys(row["model"] for row in result["found"]):
+            rows = [row for row in result["found"] if row["model"] == name]
+            color, style = CONTEXT_STYLES.get(name, (BLACK, "x:"))
+            values.append([row[field] / unit for row in rows])
+            ax.plot([row["context"] for row in rows], values[-1], style, color=color, markersize=4, label=name)
+        _plain_log(ax, np.concatenate(values))
+        ax.set_xscale("log", base=2)
+        _count_axis(ax.xaxis)
+        _finish(ax, title, "tokens of the prompt", label)
+    figure.axes[0].legend(frameon=False, fontsize=8)
     return figure
