@@ -7,7 +7,7 @@ deepspeed train_rwkv.py --output_dir DIR --train_file train.jsonl --val_file val
 
 import sys
 
-from rwkvinside.cli import lm
+from rwkvinside.cli import pretrain
 from rwkvinside.cli.arguments import ArgumentParser
 from rwkvinside.errors import report_errors
 
@@ -15,7 +15,7 @@ from rwkvinside.errors import report_errors
 @report_errors
 def main(argv: list[str] | None = None) -> int:
     """Run `rwkvinside pretrain`; launchers start this script again."""
-    return lm.main(ArgumentParser("train_rwkv.py", __doc__), sys.argv[1:] if argv is None else argv, __file__)
+    return pretrain.main(ArgumentParser("train_rwkv.py", __doc__), sys.argv[1:] if argv is None else argv, __file__)
 
 
 if __name__ == "__main__":

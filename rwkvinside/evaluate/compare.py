@@ -157,9 +157,7 @@ def evaluate_saved(
     else:
         source = teacher
     if teacher is None and measures.writing is not None:
-        raise UserError(
-            "what a model writes is compared with its teacher, and none is given", "give one with --teacher"
-        )
+        raise UserError("what a model writes is compared with a teacher's, and none is given", "give one: --teacher")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     student_model = load_student(student, device, notes)

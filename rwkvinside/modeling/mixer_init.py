@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from .mixer_presets import TimeMixerConfig
     from .time_mixer import TimeMixer
 
 # Token shift: a channel at the fraction c of the width takes 1 - c ** (exponent * (1 - layer / layers)) of the token
@@ -55,26 +56,8 @@ def init_mixer(
     if init not in ("published", "calibrated", "scratch"):
         raise ValueError(f"init is {init!r}, allowed: published, calibrated, scratch")
     scratch = init == "scratch"
-    c = mixer.mixer_config
-    C, N = c.num_heads * c.head_size, c.head_size
-    n = torch.arange(C, dtype=torch.float32)
-    z = (n % N - (N - 1) / 2) / max((N - 1) / 2, 0.5)
-    zz = z * z.abs()
-    depth = layer / max(num_layers - 1, 1)
-    share = {"published": 0.73, "calibrated": -4.0, "scratch": 0.73}[init]
-    values = {
-        "w0": -6 + 6 * (n / max(C - 1, 1)) ** (1 + depth**0.3) + 0.5 + 2.5 * zz,
-        "a0": -0.19 + 0.3 * zz + 0.4 * _ramp(C),
-        "r_k": 0.0 if init == "calibrated" else -0.04,
-        "k_k": 0.71 - 0.1 * _ramp(C) if scratch else 0.85,
-        "k_a": 1.02 if scratch else 1.0,
-        "mix_recurrence": 1.0,
-        "mix_window": 1.0 if scratch else 0.0,
-        "ln_x.weight": ((layer + 1) / num_layers) ** 0.7 if scratch else 1.0,
-        "ln_x.bias": 0.0,
-        "r_norm.weight": 1.0,
-        "k_norm.weight": 1.0,
-    }
+    values = _constants(mixer.mixer_config, layer, num_layers, init)
+    share = -4.0 if init == "calibrated" else 0.73
     for name, parameter in mixer.named_parameters():
         if name in values:
             parameter.copy_(torch.as_tensor(values[name]).expand(parameter.numel()).view_as(parameter))
@@ -96,6 +79,29 @@ def init_mixer(
             parameter.copy_(orthogonal(parameter.shape[0], parameter.shape[1], GAINS[name]))
         elif scratch and name.endswith(".bias"):
             parameter.zero_()
+
+
+def _constants(config: TimeMixerConfig, layer: int, num_layers: int, init: str) -> dict[str, Tensor | float]:
+    """Return what is not drawn, by parameter: a number, or one for each channel of the heads; see `init_mixer`."""
+    scratch = init == "scratch"
+    C, N = config.num_heads * config.head_size, config.head_size
+    n = torch.arange(C, dtype=torch.float32)
+    z = (n % N - (N - 1) / 2) / max((N - 1) / 2, 0.5)
+    zz = z * z.abs()
+    depth = layer / max(num_layers - 1, 1)
+    return {
+        "w0": -6 + 6 * (n / max(C - 1, 1)) ** (1 + depth**0.3) + 0.5 + 2.5 * zz,
+        "a0": -0.19 + 0.3 * zz + 0.4 * _ramp(C),
+        "r_k": 0.0 if init == "calibrated" else -0.04,
+        "k_k": 0.71 - 0.1 * _ramp(C) if scratch else 0.85,
+        "k_a": 1.02 if scratch else 1.0,
+        "mix_recurrence": 1.0,
+        "mix_window": 1.0 if scratch else 0.0,
+        "ln_x.weight": ((layer + 1) / num_layers) ** 0.7 if scratch else 1.0,
+        "ln_x.bias": 0.0,
+        "r_norm.weight": 1.0,
+        "k_norm.weight": 1.0,
+    }
 
 
 def orthogonal(rows: int, cols: int, gain: float) -> Tensor:

@@ -35,9 +35,10 @@ class Pretrain(SupervisedFineTuning):
     def learning_rates(cls, width: int) -> dict[str, float]:
         """Return one rate for all, which falls to a tenth.
 
-        4e-4 (2560 / D)^0.34 passes through the rates of RWKV-7's models of 0.2 to 2.9 B parameters (arXiv 2503.14456).
+        6e-4 at a width of 768 and 4e-4 at 2560, as RWKV-7's models of 0.2 to 2.9 B parameters (arXiv 2503.14456); at
+        smaller widths more, 6e-4 (768 / D)^0.8, which is between what suits RWKV and what suits attention (docs/lm.md).
         """
-        lr = 4e-4 * (2560 / width) ** 0.34
+        lr = 6e-4 * (768 / width) ** (0.8 if width < 768 else 0.34)
         return {"lr": lr, "lr_rest": lr, "lr_final": lr / 10}
 
     @classmethod
