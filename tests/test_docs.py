@@ -41,7 +41,12 @@ SCRIPTS = {
     "train_rwkv.py": train_rwkv.main,
     "convert_checkpoint.py": convert_checkpoint.main,
 }
-PRETRAIN = ["model={hidden_size: 32, num_hidden_layers: 2}", "stages.pretrain.tokens=512", "--max_seq_length", "64"]
+PRETRAIN = [
+    "model={hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2}",
+    "stages.pretrain.tokens=512",
+    "--max_seq_length",
+    "64",
+]
 # how a command begins -> arguments that make it small enough for a test
 SMALLER = {
     "train_distill.py": TRAIN,

@@ -224,7 +224,7 @@ def test_all_problems_at_once(teacher):
         ("stages.align.optim.lr=.nan", "must be a finite number"),
         (
             "stages.mine.objective=distil",
-            "stages.mine.objective = 'distil': allowed: calibrate, align, distill, sft; did you mean distill?",
+            "stages.mine.objective = 'distil': allowed: calibrate, align, distill, sft, pretrain; did you mean distill?",
         ),
         ("stages.align.batch.token=1", "unknown key; did you mean stages.align.batch.tokens?"),
         ("adapters=[{rnk: 4}]", "adapters.0.rnk: unknown key; did you mean adapters.0.rank?"),
