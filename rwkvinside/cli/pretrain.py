@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .arguments import ArgumentParser, at_least
 from .train import add_run_arguments, run
+
+if TYPE_CHECKING:
+    from ..config.schema import Config
 
 
 def main(parser: ArgumentParser, argv: Sequence[str], script: str | None = None) -> int:
@@ -19,18 +23,21 @@ def main(parser: ArgumentParser, argv: Sequence[str], script: str | None = None)
     """
     _add_arguments(parser)
     args = parser.parse(argv)
-    from ..lm.build import load_lm_config
 
-    config = load_lm_config(
-        args.config,
-        train=args.train_file,
-        val=args.val_file,
-        out=str(Path(args.output_dir) / (args.experiment_name or Path(args.config).stem)),
-        max_seq_length=args.max_seq_length,
-        seed=args.seed,
-        overrides=args.overrides,
-    )
-    return run(config, args, [*([script] if script else ["--module", "rwkvinside", "pretrain"]), *argv])
+    def configure() -> Config:
+        from ..lm.build import load_lm_config
+
+        return load_lm_config(
+            args.config,
+            train=args.train_file,
+            val=args.val_file,
+            out=str(Path(args.output_dir) / (args.experiment_name or Path(args.config).stem)),
+            max_seq_length=args.max_seq_length,
+            seed=args.seed,
+            overrides=args.overrides,
+        )
+
+    return run(args, configure, [*([script] if script else ["--module", "rwkvinside", "pretrain"]), *argv])
 
 
 def _add_arguments(parser: ArgumentParser) -> None:

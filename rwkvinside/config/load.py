@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from io import StringIO
 from typing import TypeVar, cast, get_origin
 
 import yaml
@@ -18,8 +19,11 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from ..errors import UserError
+from ..hybrid.layouts import MEASURED, LayerChoice
+from ..stages.base import Stage
 from ..stages.registry import OBJECTIVES, RUN, STAGES, find_stage_class, stage_class
 from ..stages.settings import StageConfig
+from ..support.files import read_text
 from ..support.text import did_you_mean
 from .recipes import recipe_layers
 from .schema import Config
@@ -56,7 +60,7 @@ def load_config(
     Args:
         files: YAML files, or settings as plain values; later ones beat earlier ones.
         teacher: name of a preset, local directory or hub id.
-        recipe: name of a shipped recipe (radlads, hxa079, halo, windowed): student, stages, tokens and rates.
+        recipe: name of a shipped recipe (radlads, hxa079, halo, simultaneous, windowed): student, stages, rates.
         variant: names of shipped variants (one-card, quantized, ...), later ones beat earlier ones.
         data, val, out: the fields data.train, data.val and out.
         deepspeed: JSON file with DeepSpeed's own configuration, the field deepspeed.config.
@@ -67,12 +71,12 @@ def load_config(
         UserError: lists all problems.
     """
     flags: list[dict] = []
-    flags += [{"teacher": {"path": teacher}}] if teacher else []
+    flags += [{"teacher": {"path": teacher}}] if teacher is not None else []
     flags += [{"data": {name: list(paths)}} for name, paths in (("train", data), ("val", val)) if paths]
-    flags += [{"recipe": recipe}] if recipe else []
+    flags += [{"recipe": recipe}] if recipe is not None else []
     flags += [{"variant": list(variant)}] if variant else []
-    flags += [{"out": out}] if out else []
-    flags += [{"deepspeed": {"config": _read_json(deepspeed)}}] if deepspeed else []
+    flags += [{"out": out}] if out is not None else []
+    flags += [{"deepspeed": {"config": _read_json(deepspeed)}}] if deepspeed is not None else []
     layers = [*read_settings(files), *flags, *read_settings((), overrides)]
     _check_sections(layers)
     user = merge_settings(layers)
@@ -90,6 +94,8 @@ def load_config(
     if "run" not in merged:
         published = _mapping(merged.get("student")).get("init") == "published"
         merged["run"] = [name for name in RUN if not (published and name == "calibrate")]
+    if _chooses(_mapping(merged.get("student")).get(LAYOUT)):
+        merged = _with_choosing_stage(merged)
     merged["stages"], refused = _with_stage_defaults(merged.get("stages"), info)
     return _complete(_validate(merged, info, refused, stage), info)
 
@@ -113,6 +119,41 @@ def check_section(model: type[Model], values: dict) -> Model:
     if len(problems) == 1:
         raise UserError(problems[0])
     raise UserError(f"{len(problems)} problems in the configuration:", problems=problems)
+
+
+def _chooses(layout: object) -> bool:
+    return isinstance(layout, dict) and layout.get("choose") in MEASURED
+
+
+def _with_choosing_stage(settings: dict) -> dict:
+    """Return settings whose run has a stage that chooses layers.
+
+    Where it names none, that is `choose`, after the last stage that needs the attention of all layers.
+    """
+    run, sections = settings["run"], _mapping(settings.get("stages"))
+    if not isinstance(run, list) or not all(isinstance(name, str) for name in run):
+        return settings
+
+    def kind(name: str) -> type[Stage] | None:
+        objective = _mapping(sections.get(name)).get("objective")
+        return find_stage_class(name, objective) if isinstance(objective, str | None) else None
+
+    kinds = [kind(name) for name in run]
+    if "choose" not in run and not any(kind is not None and kind.chooses_layers for kind in kinds):
+        at = 1 + max((i for i, kind in enumerate(kinds) if kind is not None and kind.needs_attention), default=-1)
+        run = [*run[:at], "choose", *run[at:]]
+    if "choose" in run and isinstance(sections.get("choose", {}), dict | None):
+        sections = sections | {"choose": {"objective": "choose"} | (sections.get("choose") or {})}
+    return settings | {"run": run, "stages": sections}
+
+
+def _wrong_choices(config: Config) -> list[str]:
+    """Return the problems of stages that choose layers."""
+    choosing = [name for name in config.run if name in config.stages and config.stages[name].objective == "choose"]
+    layers = config.student.attention_layers
+    if choosing and not isinstance(layers, LayerChoice):
+        return [f"stages.{choosing[0]} chooses layers, but student.attention_layers names {list(layers)}"]
+    return [f"run chooses layers twice: {', '.join(choosing)}"] if len(choosing) > 1 else []
 
 
 def _find_teacher(user: dict) -> TeacherInfo:
@@ -209,6 +250,7 @@ def _validate(merged: dict, teacher: TeacherInfo, refused: dict[tuple[str, ...],
         for name in run
         if isinstance(name, str) and name not in merged["stages"]
     )
+    problems.extend(_wrong_choices(config) if config is not None else [])
     if len(problems) == 1:
         raise UserError(problems[0], REFERENCE)
     if problems or config is None:
@@ -241,8 +283,7 @@ def _complete_stage(name: str, stage: StageConfig, width: int) -> StageConfig:
 
 def _read_yaml(file: str | os.PathLike) -> dict:
     try:
-        with open(file, encoding="utf-8-sig") as stream:
-            values = OmegaConf.load(stream)
+        values = OmegaConf.load(StringIO(read_text(file)))
         if not isinstance(values, DictConfig):
             raise UserError(f"{file} is not a mapping of settings", REFERENCE)
         return _plain(values)
@@ -254,8 +295,7 @@ def _read_yaml(file: str | os.PathLike) -> dict:
 
 def _read_json(file: str | os.PathLike) -> dict:
     try:
-        with open(file, encoding="utf-8-sig") as stream:
-            values = json.load(stream)
+        values = json.loads(read_text(file))
     except OSError as error:
         raise UserError(f"configuration {file} cannot be read: {error.strerror}", "check the path") from error
     except UNREADABLE as error:

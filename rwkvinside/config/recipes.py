@@ -43,7 +43,8 @@ def recipe_layers(name: object, of_teacher: object, teacher: TeacherInfo) -> lis
     settings = deepcopy(known[name])
     every = settings.pop(EVERY, None)
     for stage in settings.get("stages", {}).values():
-        stage["data"]["seq_len"] = min(stage["data"]["seq_len"], teacher.max_positions)
+        if data := stage.get("data"):
+            data["seq_len"] = min(data["seq_len"], teacher.max_positions)
     keep = max(1, round(teacher.num_layers / every)) if every else 0
     layers = [{"student": {"attention_layers": {"choose": "uniform", "keep": keep}}}] if keep else []
     own = of_teacher.get(name) if isinstance(of_teacher, dict) else None

@@ -84,6 +84,8 @@ def find_teacher(
     Raises:
         UserError: an unknown name, an unreadable or incomplete configuration, an unsupported architecture.
     """
+    if not name.strip():
+        raise UserError("teacher is an empty text", f"give a directory, a hub id or a preset: {', '.join(teachers())}")
     directory = Path(name)
     if fresh:
         if fields is None:

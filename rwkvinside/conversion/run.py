@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import warnings
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 from ..config.resolve import resolve
 from ..config.schema import Config
 from ..data.sources import close, tokens_of
-from ..errors import Interrupted, UserError
+from ..errors import CONTINUE, Interrupted, UserError
 from ..hybrid.model import HybridModel
 from ..modeling.wkv7 import why_unavailable
 from ..planning.devices import peak_flops
@@ -33,7 +33,7 @@ from ..support.digests import FileDigests
 from ..support.lock import locked
 from ..support.process_memory import return_freed_memory
 from ..teacher.load import check_files, open_tokenizer
-from ..training.checkpoint import Checkpoint, Checkpointer
+from ..training.checkpoint import Checkpoint, Checkpointer, checkpoint_directories
 from ..training.deepspeed_engine import join_process_group
 from ..training.loggers import Loggers
 from ..training.metrics import Console
@@ -91,15 +91,34 @@ class Run:
         if self.world.is_main:
             Console("run", 1).say(line)
 
-    def checkpointer(self, stage: str) -> Checkpointer:
-        """Return what writes and reads the checkpoints of a stage."""
-        settings, student, identity = (
-            self.config.checkpoint,
-            fingerprint(self.shapes),
-            self.directory.records.identity(),
-        )
+    def shapes_after(self, stage: str) -> HybridModel:
+        """Return the student that a stage leaves, on the meta device; of one that is to choose layers, without them."""
+        if self.plan.settings.choice is None:
+            return self.shapes
+        kept = self.directory.records.kept_layers(stage)
+        if kept == self.shapes.spec.attention_layers:
+            return self.shapes
+        run = next((plan.run for plan in self.plan.stages if plan.name == stage), self.plan.settings)
+        student = run.student if kept is None else run.student.model_copy(update={"attention_layers": kept})
+        return meta_student(replace(run, student=student))
+
+    def checkpointer(self, stage: str, student: HybridModel | None = None) -> Checkpointer:
+        """Return what writes and reads the checkpoints of a stage.
+
+        Args:
+            stage: its name.
+            student: to be written; None: what the stage leaves according to the plan and the run's records.
+        """
+        settings, identity = self.config.checkpoint, self.directory.records.identity()
+        found = fingerprint(student or self.shapes_after(stage))
         run = identity and identity.run
-        return Checkpointer(self.directory.stage(stage), student, settings.keep, settings.on_disk_full, run)
+        return Checkpointer(self.directory.stage(stage), found, settings.keep, settings.on_disk_full, run)
+
+    def with_choice(self) -> Run:
+        """Return the run that goes on with the layers that it has chosen."""
+        kept = self.directory.records.chosen_layers()
+        plan = resolve_fitted(self.config, self.plan.selected, ranks=self.world.size, kept=kept)
+        return replace(self, plan=plan, plan_text=plan_text(plan, self.config), shapes=meta_student(plan.settings))
 
     def result(self, stage: str) -> Path | None:
         """Return the checkpoint of a finished stage that the next one starts from.
@@ -163,11 +182,30 @@ def train(
     Raises:
         UserError: whatever is wrong with the input; `Interrupted` after SIGTERM or SIGINT, with the work saved.
     """
-    selected, resume = None if stage is None else [stage], resume or resume_from is not None
-    plan = resolve(config, selected)
-    check_files(config.teacher)
     directory = RunDirectory(config.out)
+    try:
+        _train(config, directory, stage, resume or resume_from is not None, resume_from, allow_changes, launched)
+    except KeyboardInterrupt as error:  # other than in a step, which is finished and saved
+        if any(map(checkpoint_directories, directory.path.glob("stages/*"))):
+            raise Interrupted(f"stopped; what was saved before is in {directory.path}", CONTINUE) from error
+        raise
+
+
+def _train(
+    config: Config,
+    directory: RunDirectory,
+    stage: str | None,
+    resume: bool,
+    resume_from: str | None,
+    allow_changes: bool,
+    launched: bool,
+) -> None:
+    """Check everything, then run the stages; arguments are those of `train`."""
+    selected = None if stage is None else [stage]
     directory.claim(stage=stage, resume=resume)
+    kept = directory.records.chosen_layers() if config.student.layer_choice else None
+    plan = resolve(config, selected, kept=kept)
+    check_files(config.teacher)
     _check_device(plan.settings.device)
     _quiet_libraries()
     plan_text(plan, config)  # what is wrong with the student shows before anything is loaded
@@ -180,19 +218,13 @@ def train(
         stack.callback(world.close)
         world.on_main(lambda: stack.enter_context(locked(directory.path)))
         stack.callback(loggers.close)
-        plan = resolve_fitted(config, selected, ranks=world.size)
+        plan = resolve_fitted(config, selected, ranks=world.size, kept=kept)
         text, tokenizer = plan_text(plan, config), open_tokenizer(config.teacher)
         digests = FileDigests(directory.path / DIGESTS)
         asked = {"stage": stage, "resume": resume, "allow_changes": allow_changes}
         admission = world.on_main(lambda: admit(config, plan, directory, tokenizer, digests, **asked)) or Admission()
         run = Run(config, plan, text, directory, world, tokenizer, shapes, loggers, digests, admission)
-        try:
-            _run(run, resume_from)
-        except KeyboardInterrupt as error:  # other than in a step, which is finished and saved
-            if any(Checkpointer(directory.stage(stage.name), {}).names() for stage in plan.stages):
-                cause = f"stopped; what was saved before is in {directory.path}"
-                raise Interrupted(cause, "continue with --resume") from error
-            raise
+        _run(run, resume_from)
 
 
 def _run(run: Run, resume_from: str | None) -> None:
@@ -214,6 +246,8 @@ def _run(run: Run, resume_from: str | None) -> None:
     for name in unfinished:
         run_stage(run, run.plan.stage(name), resume_from)
         resume_from = None
+        if run.plan.stage(name).stage.chooses_layers:
+            run = run.with_choice()
 
 
 def _check_device(device: str) -> None:

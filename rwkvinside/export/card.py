@@ -97,14 +97,19 @@ def model_card(conversion: dict, base_card: Path) -> ModelCard:
     )
     recurrent, attention = conversion["rwkv_layers"], conversion["attention_layers"]
     layers = len(recurrent) + len(attention)
-    rotation = "with" if conversion["student"]["attention_rope"] else "without"
-    have = "keep" if name else "are"
+    student = conversion["student"]
+    kept = f"softmax attention, {'with' if student['attention_rope'] else 'without'} rotary positions"
+    if base := student.get("attention_log_base"):
+        kept += f", scores times the logarithm (base {base:g}) of the position plus {base:g}"
+    if window := student.get("attention_window"):
+        kept += f", to the last {window} tokens and the first {student['attention_sinks']}"
+    verb = "keep" if name else "are"
     intro = (CONVERTED if name else FROM_NOTHING).format(
         base_link=f"[{name}](https://huggingface.co/{name})" if "/" in (name or "") else name,
         count=len(recurrent),
         layers=layers,
-        preset=conversion["student"]["preset"],
-        others=f"{len(attention)} {have} softmax attention, {rotation} rotary positions"
+        preset=student["preset"],
+        others=f"{len(attention)} {verb} {kept}"
         if attention
         else f"none {'keeps' if name else 'is'} softmax attention",
     )

@@ -87,7 +87,7 @@ def run_settings(lm: LanguageModelConfig, user: dict) -> dict:
         "objective": Pretrain.objective,
         "data": {"seq_len": min(longest, defaults["data"]["seq_len"])},
         "batch": {"tokens": max(longest, defaults["batch"]["tokens"])},
-        "optim": {"factors": {r".*\.w0": 2.0}} if decaying else {},
+        "optim": {"rates": {r".*\.w0": "2x"}} if decaying else {},
     }
     return {
         "teacher": {"path": lm.tokenizer, "fresh": True, "config": fields},

@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 from ..errors import UserError
 from .cache_parts import named_parts
 from .compression import CompressedState
-from .session import StatefulModel
+from .session import StatefulModel, logits_of
 
 # parts of a `MixerState`; a slot of another kind holds keys and values of attention
 KINDS = {"wkv": "recurrent", "shift": "recurrent", "window": "window"}
@@ -165,7 +165,7 @@ def _add_document(model: StatefulModel, ids: Tensor, chunk_size: int, totals: di
         for name, total in totals.items():
             total.last = CompressedState.of(states[name], name)
             found, states[name] = model.process_with_state(chunk, total.last.restore())
-            total.sums += _compared(found.logits[0], wanted.logits[0])
+            total.sums += _compared(logits_of(found)[0], logits_of(wanted)[0])
 
 
 def _compared(found: Tensor, wanted: Tensor) -> Tensor:

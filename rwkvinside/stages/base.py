@@ -71,6 +71,7 @@ class Stage(ABC):
         reads_targets: trains on the tokens that the data wants predicted.
         cuts_documents: does not go on with a long document in the next row.
         packs_validation: is judged on such rows too, so that a validation text of any length counts as a whole.
+        chooses_layers: decides which layers keep attention in the stages after it.
     """
 
     objective: ClassVar[str]
@@ -83,6 +84,7 @@ class Stage(ABC):
     reads_targets: ClassVar[bool] = True
     cuts_documents: ClassVar[bool] = False
     packs_validation: ClassVar[bool] = False
+    chooses_layers: ClassVar[bool] = False
 
     @property
     def trains(self) -> bool:
@@ -197,6 +199,12 @@ class Stage(ABC):
         Raises:
             UserError: what is wrong and what to do.
         """
+        loss = plan.settings.loss
+        if loss is not None and loss.router and not student.experts_of_a_token:
+            raise UserError(
+                f"stages.{plan.name}.loss.router is {loss.router:g}, but the teacher has no routers",
+                "leave it at 0: it balances the experts of sparse models",
+            )
         if not self.needs_attention:
             return
         if changed := student.teacher_changes():

@@ -71,6 +71,7 @@ class Distill(Stage):
 
     def check(self, student: HybridModel, plan: StagePlan) -> None:
         """Refuse the student as its own teacher once shared weights were trained, and none at all."""
+        super().check(student, plan)
         named = plan.settings.teacher_model.path is not None or plan.asked_teacher is TeacherKind.OFFLINE
         if plan.run.teacher.fresh and not named:
             raise UserError(
@@ -114,6 +115,7 @@ class Distill(Stage):
         text = f"{loss.kl:g} {DIVERGENCES[loss.divergence]}"
         text += f" of its {loss.top_k} likeliest tokens" if loss.top_k else ""
         text += f" + {loss.ce:g} cross-entropy" if loss.ce else ""
+        text += f" + {loss.router:g} balance of experts in each row" if loss.router else ""
         text += f" at temperature {loss.temperature:g}" if loss.temperature != 1 else ""
         teacher = kind.title
         if kind is TeacherKind.ONLINE:

@@ -15,7 +15,7 @@ from rwkvinside.config.show import to_yaml
 from rwkvinside.errors import UserError
 from rwkvinside.planning.plan import plan_text
 
-RECIPES = ("halo", "hxa079", "radlads", "windowed")
+RECIPES = ("halo", "hxa079", "radlads", "simultaneous", "windowed")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -66,7 +66,10 @@ def test_published_numbers(teacher, tmp_path):
     plain, windowed = load_config(teacher=teacher), load_config(teacher=teacher, recipe="windowed")
     assert (windowed.student.window, windowed.student.sinks) == (64, 4)
     student = windowed.student.model_copy(update={"window": 0, "sinks": 0})
-    assert windowed.model_copy(update={"recipe": None, "student": student}) == plain
+    calibrate = windowed.stages["calibrate"]
+    assert (calibrate.length.total_tokens, calibrate.data.seq_len) == (16_000, 2048)
+    stages = windowed.stages | {"calibrate": plain.stages["calibrate"]}
+    assert windowed.model_copy(update={"recipe": None, "student": student, "stages": stages}) == plain
 
 
 def test_layers_are_the_published_ones_or_spread_evenly(teacher):
