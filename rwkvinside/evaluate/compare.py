@@ -161,14 +161,12 @@ def evaluate_saved(
     harness = None
     if (tasks := measures.tasks) is not None:
         harness = Harness(tasks.names, folder=tasks.folder, limit=tasks.limit, cache=tasks.cache)
+    source: str | Path | None = teacher
     if teacher is None:
         teacher, source = _named_teacher(student, needed=bool(measures.data))
-    else:
-        source = teacher
     if teacher is None and measures.writing is not None:
         raise UserError("what a model writes is compared with a teacher's, and none is given", "give one: --teacher")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     student_model = load_student(student, device, notes)
     teacher_model = None if teacher is None else load_pretrained(teacher, device)
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=source == student)

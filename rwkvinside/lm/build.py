@@ -61,7 +61,7 @@ def load_lm_config(
     if not lm.use_rwkv:
         layers.append({"student": {"attention_layers": list(range(lm.model.num_hidden_layers))}})
     loaded = load_config(layers)
-    if lm.use_rwkv and len(loaded.student.attention_layers) == lm.model.num_hidden_layers:
+    if lm.use_rwkv and loaded.student.attention_layers == tuple(range(lm.model.num_hidden_layers)):
         raise UserError("student.attention_layers leaves no layer to RWKV", "say so with use_rwkv=false")
     return loaded
 
@@ -76,10 +76,10 @@ def run_settings(lm: LanguageModelConfig, user: dict) -> dict:
     Raises:
         UserError: a family, a layout or a knob that cannot be.
     """
-    student = user.get("student") if isinstance(user.get("student"), dict) else {}
+    student = user.get("student")
+    preset = student.get("preset", "x070") if isinstance(student, dict) else "x070"
     longest = _longest_row(lm.model, user)
     fields = model_fields(lm, longest)
-    preset = student.get("preset", "x070")
     defaults = Pretrain.defaults(fields["hidden_size"], fields["max_position_embeddings"])
     # RWKV-7's own training code gives the decay's bias twice the rate
     decaying = lm.use_rwkv and not lm.rwkv_use_linear_att
@@ -153,7 +153,7 @@ def _ids(lm: LanguageModelConfig) -> dict:
 
     None is padding: transformers would never train its embedding, and it may be the token that ends a text.
     """
-    ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    ids: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     if lm.model.vocab_size is not None:  # no tokenizer is needed to plan
         ids["vocab_size"] = lm.model.vocab_size
         return ids

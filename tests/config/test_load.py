@@ -413,9 +413,11 @@ def test_every_field_is_described():
     assert {"stages.<stage>.optim.lr", "student.ranks.decay", "data.train", "stages.<stage>.tokens"} <= paths
 
 
-def test_every_objective_is_a_stage_that_is_there_by_its_name():
-    assert {path for name, path in STAGES.items() if name in OBJECTIVES} == set(OBJECTIVES.values())
-    assert {find_stage_class(name, None).objective for name in STAGES} == set(OBJECTIVES)
+def test_objectives_are_stages_that_are_there_by_their_names():
+    """But those that only a run that asks for them has: a choice of layers, a model from nothing."""
+    usual = {name: path for name, path in OBJECTIVES.items() if name not in ("choose", "pretrain")}
+    assert {name: path for name, path in STAGES.items() if name in OBJECTIVES} == usual
+    assert {find_stage_class(name, None).objective for name in STAGES} == set(usual)
 
 
 def test_presets_hold_only_what_differs():
