@@ -160,7 +160,10 @@ def fingerprint(student: HybridModel) -> dict:
     mixers = mixer_fields({i: config.replace(**implementation) for i, config in student.mixer_configs.items()})
     values |= {name: value for name, value in mixers["mixer"].items() if name not in implementation}
     values |= {"mixer_layers": mixers["mixer_layers"]} if mixers["mixer_layers"] else {}
-    return values | {"rwkv_layers": student.rwkv_layers, "attention_rope": student.spec.attention_rope}
+    spec = student.spec
+    values |= {"rwkv_layers": student.rwkv_layers, "attention_rope": spec.attention_rope}
+    changes = {name: getattr(spec, name) for name in ("attention_log_base", "attention_window", "attention_sinks")}
+    return values | {name: value for name, value in changes.items() if value}
 
 
 def evaluation_teacher(teacher: Teacher | None) -> Teacher | None:

@@ -21,7 +21,7 @@ from ..teacher.sampling import end_tokens
 from .controls import CutTeacher
 from .generation import GenerationComparison, compare_generation
 from .harness import Harness, HarnessResult, run_on_both
-from .load import load_pretrained, load_run
+from .load import load_pretrained, load_student
 from .quality import Evaluation, evaluate_models
 from .recall import RecallPlan, RecallReport, recall_models, recall_of_models, recall_texts
 
@@ -146,7 +146,7 @@ def evaluate_saved(
         teacher = _named_teacher(student, needed=bool(measures.data))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    student_model = _load_student(student, device, notes)
+    student_model = load_student(student, device, notes)
     teacher_model = None if teacher is None else load_pretrained(teacher, device)
     tokenizer = AutoTokenizer.from_pretrained(student if teacher is None else teacher)
     names = [Path(source).name for source in measures.data]
@@ -246,19 +246,6 @@ def _named_teacher(path: Path, *, needed: bool) -> str | None:
     raise UserError(
         "no teacher is given", "name the original model's directory or hub id: --teacher DIR, or teacher=DIR in Python"
     )
-
-
-def _load_student(path: Path, device: str, notes: Console) -> PreTrainedModel:
-    if RunDirectory(path).is_run:
-        notes.print(f"building the student of run {path} in memory", highlight=False)
-        return load_run(path, device)
-    if not (path / "config.json").is_file():
-        raise UserError(
-            f"{path} is neither an exported model nor a run directory",
-            "name a directory with a config.json (an export) or a config.yaml (a run)",
-        )
-    notes.print(f"loading {path} with its own model code (trust_remote_code)", highlight=False)
-    return load_pretrained(path, device, trust_remote_code=True)
 
 
 def read_documents(

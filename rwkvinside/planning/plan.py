@@ -98,6 +98,7 @@ def _run_lines(plan: RunPlan, config: Config, model: HybridModel) -> list[str]:
         f"layers    {layer_map}   ({len(model.rwkv_layers)} R = RWKV, {len(kept)} A = attention"
         f"{': ' * bool(kept)}{spans(kept)})",
         *_choice_lines(plan, model),
+        *_kept_lines(model),
         f"device    {run.device}, {run.precision}, {run.ranks} {'ranks' if run.ranks > 1 else 'rank'}, {engine}",
         f"loggers   {', '.join(['metrics.jsonl', *config.loggers])}",
         f"run       {' -> '.join(config.run)}, into {config.out}",
@@ -117,6 +118,18 @@ def _choice_lines(plan: RunPlan, model: HybridModel) -> list[str]:
         f"          until stage {stage}: then {choice.keep} keep attention, chosen by {choice.choose}",
         *([f"          memory and work of later stages are shown for layers {spans(later)}"] if later else []),
     ]
+
+
+def _kept_lines(model: HybridModel) -> list[str]:
+    """Return what the student's attention has that the teacher's has not."""
+    lines, spec = [], model.spec
+    if cut := model.kept_windows:
+        (tokens, sinks), *_ = cut.values()
+        first = f" and the first {sinks}" * bool(sinks)
+        lines.append(f"          attention of layers {spans(list(cut))} sees the last {tokens} tokens{first}")
+    if (base := spec.attention_log_base) and len(model.rwkv_layers) < model.lm.config.num_hidden_layers:
+        lines.append(f"          scores of attention grow with the position, by its logarithm to the base {base:g}")
+    return lines
 
 
 def _windows(mixers: Mapping[int, TimeMixerConfig]) -> str:

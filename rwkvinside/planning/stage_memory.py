@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..families.registry import find
+from ..hybrid.experts import StackedExperts
 from ..hybrid.freezing import TEACHER
 from ..hybrid.model import HybridModel
 from ..hybrid.quantized_linear import QuantizedLinear
@@ -101,10 +102,16 @@ def _weights(model: HybridModel, frozen: int, with_attention: bool, mapped: bool
         cast=cast,
         whole=max(head_bytes, *(size for layer, size in layers.items() if layer is not None))
         + FP32 * min(PREFETCH, parameters),
-        unpacked=max((m.weight_numel for m in quantized), default=0),
+        unpacked=max((*(m.weight_numel for m in quantized), *_made_of_experts(model)), default=0),
         head=sum(p.numel() for p in head.parameters() if p.requires_grad),
         mapped=frozen * sum(m.weight_numel for m in quantized) if mapped else 0,
     )
+
+
+def _made_of_experts(model: HybridModel) -> list[int]:
+    """Return how many weights the experts of each sparse layer make at a time."""
+    stacks = [module for module in model.modules() if isinstance(module, StackedExperts)]
+    return [sum(weight.made_numel for weight in stack.weights.values()) for stack in stacks]
 
 
 def _work(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, teacher: PreTrainedModel | None) -> StepMemory:
@@ -129,6 +136,9 @@ def _work(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, teacher
     checkpointing = plan.settings.activation_checkpointing
     inputs, edges = edge_bytes(model, align=align, checkpointing=checkpointing, stream=stream)
     models = stage.logit_models(kind)
+    if plan.settings.loss is not None and plan.settings.loss.router:  # logits of all routers, and their softmax
+        mlps = (model.family.experts(model.family.mlp(layer)) for layer in model.family.layers(model.lm))
+        edges += sum((low + FP32) * experts.router.shape[0] for experts in mlps if experts is not None)
     whole, largest = (0, 0) if teacher is None else _teacher_bytes(teacher, frozen)
     return StepMemory(
         tokens=tokens,

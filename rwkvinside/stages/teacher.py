@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.encode import tokenizer_hash
 from ..errors import UserError
 from ..families.registry import find
+from ..hybrid.experts import expert_weights, flatten_experts
 from ..hybrid.model import HybridModel
 from ..hybrid.quantized_linear import linear_names, quantize
 from ..support.digests import FileDigests
@@ -66,6 +67,7 @@ def online_teacher(plan: StagePlan, world: Distributed) -> OnlineTeacher:
     lm = load_teacher(teacher.path, teacher.revision, plan.run.teacher_dtype)
     family = find(lm.config.model_type)
     if second.quantize:
+        flatten_experts(lm, expert_weights(lm))
         quantize(lm, linear_names(lm, skip=(family.head_path,)), second.quantize, device=world.device)
     if plan.run.precision == "fp32":
         lm.float()
@@ -103,6 +105,7 @@ def meta_online_teacher(plan: StagePlan) -> PreTrainedModel:
     """Return the shapes of `online_teacher`'s model, on the meta device."""
     lm = meta_teacher(plan.signal_teacher)
     if (number_format := plan.settings.teacher_model.quantize) is not None:
+        flatten_experts(lm, expert_weights(lm))
         quantize(lm, linear_names(lm, skip=(find(lm.config.model_type).head_path,)), number_format)
     return lm
 

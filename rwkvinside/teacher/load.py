@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.core_model_loading import revert_weight_conversion
 
 from ..errors import UserError
 from ..families.registry import find
@@ -137,7 +138,10 @@ def check_files(teacher: TeacherConfig) -> None:
     for file in files:
         shapes |= {name: (file, shape) for name, shape in _tensor_shapes(file).items()}
     hint = "config.json and weights are not of one model: copy both again"
-    wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    own = model.state_dict()
+    # published files may have other tensors than the model: one for each expert, say
+    forms = [{n: list(t.shape) for n, t in form.items()} for form in (own, revert_weight_conversion(model, own))]
+    wanted = max(forms, key=lambda form: len(form.keys() & shapes.keys()))
     for name, (file, shape) in shapes.items():
         if name in wanted and shape != wanted[name]:
             raise UserError(f"{file}: {name} has shape {shape}, the configuration wants {wanted[name]}", hint)

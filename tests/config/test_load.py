@@ -198,6 +198,7 @@ def test_all_problems_at_once(teacher):
         ("student.attention_layers={choose: restor, keep: 2}", "did you mean restore?"),
         ("student.attention_layers=[0,1,2,3,4]", "keeps all 5 layers"),
         ("student.sinks=4", "student.sinks = 4: is 4 without a window; set student.window"),
+        ("student.attention_sinks=4", "is 4 without a window; set student.attention_window"),
         ("student.sinks={1: 4}", "without a window; set student.window"),
         ("student.window=-1", "student.window = -1: must be a number of tokens, 0 or more, or such numbers by layer"),
         (

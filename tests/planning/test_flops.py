@@ -249,3 +249,33 @@ def test_peak_by_name(monkeypatch):
 def test_peak_of_a_cpu_is_measured():
     # a core does more than one product a nanosecond, no machine a hundred thousand
     assert 1e9 < measured_flops(torch.device("cpu"), "fp32", seconds=0.02) < 1e14
+
+
+@pytest.mark.parametrize("train", [[".*"], ["mixer"]])
+def test_kept_attention_that_is_cut(counted, train):
+    student = hybrid(train, (0, 2), attention_window=6, attention_sinks=2)
+    found = training_flops(student, stage("sft"), None)
+    keys = sum(min(t + 1, 8) for t in range(LENGTH)) / LENGTH
+    assert found.forward["scores"] == pytest.approx(2 * 4 * 4 * 16 * keys)
+    needed = found.forward["scores"] + found.backward["scores"]
+    whole = (64 + 6 + 2) / keys  # computed are all keys of the one block of 64 queries that the rows make
+    recurrence = found.forward["recurrence"] + found.backward["recurrence"]
+    assert found.total - recurrence + (whole - 1) * needed == pytest.approx(counted(student, sft))
+    teacher = training_flops(student, stage("distill"), TeacherKind.SELF).forward["teacher"]
+    full = hybrid(train, (0, 2))
+    assert teacher == training_flops(full, stage("distill"), TeacherKind.SELF).forward["teacher"]
+
+
+def test_adapters_of_experts_are_those_of_the_chosen_ones():
+    model = hybrid_cases.teacher("qwen3_moe", 1, tie_word_embeddings=False)
+    student = HybridModel.from_teacher(model, StudentConfig())
+    plain = training_flops(student, stage("distill"), TeacherKind.SELF)
+    apply(student, layer_spec(("mlp",), adapters=(AdapterConfig(groups=["mlp"], rank=3),)))
+    student.set_trainable(["adapters"])
+    found = training_flops(student, stage("distill"), TeacherKind.SELF)
+    D, inner, chosen = 32, 24, 2
+    weights = chosen * 3 * (D + 2 * inner + inner + D)  # A and B of gate and up in one, and of down
+    assert found.forward["adapters"] == 2 * weights
+    # for their weights, and for the inputs of all but the first A, whose input is the layer's
+    assert found.backward["adapters"] == 2 * weights + 2 * (weights - chosen * 3 * D)
+    assert found.forward["mlp"] == plain.forward["mlp"] and found.forward["teacher"] == plain.forward["teacher"]
