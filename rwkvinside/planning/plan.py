@@ -23,7 +23,8 @@ from ..teacher.load import meta_teacher
 from ..training.deepspeed_config import deepspeed_config, settle
 from ..training.loggers import check_loggers
 from ..training.optimizer_8bit import check_optimizer
-from .devices import card_for, device_memory
+from .devices import card_for, device_memory, expected_time
+from .fit_flops import calibration_flops
 from .flops import training_flops
 from .memory import Memory, checkpoint_bytes
 from .stage_memory import stage_memory, trained_bytes
@@ -167,6 +168,9 @@ def _stage_lines(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, 
         flops = training_flops(model, plan, kind, teacher).total
         total = flops * plan.length.total_tokens
         details.append(f"work      {rounded_flop(flops)} a token, {rounded_flop(total)} in all")
+    else:
+        flops = sum(calibration_flops(model, plan).values())
+        details.append(f"work      {rounded_flop(flops)} in all: {expected_time(flops, plan.run.device)}")
     lines += [f"  {line}" for line in details]
     lines += _memory_lines(stage_memory(plan, model, kind, teacher), plan.run.device)
     saved, trainable = trained_bytes(model)
@@ -188,6 +192,12 @@ def _memory_lines(memory: Memory, device: str) -> list[str]:
     more = "" if largest == "training" else f", while {largest}; {rounded_bytes(training)} while training"
     shown = " + ".join(f"{name} {rounded_bytes(size)}" for name, size in memory.device.items() if size)
     lines = [f"  memory    about {rounded_bytes(memory.peak)} a rank{more}", f"            {shown}"]
+    if memory.original:
+        last, original = rounded_bytes(memory.evaluating + memory.original), rounded_bytes(memory.original)
+        lines.append(
+            f"            last evaluation: {last} with the original teacher ({original}), "
+            "which is left out where that does not fit"
+        )
     if memory.host:
         lines.append(f"  host      about {rounded_bytes(memory.host)} of the host's memory a rank")
     return lines + _fit_lines(memory.peak, device)
