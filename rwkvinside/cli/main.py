@@ -15,10 +15,12 @@ VERBS = {
     "doctor": ("doctor:main", "what this machine and this installation offer"),
     "data": ("data:main", "look at data, tokenize it for good, store a teacher's logits"),
     "eval": ("eval:main", "compare a student with its teacher on text"),
+    "layers": ("layers:main", "which layers should keep attention, by measurement"),
     "report": ("report:main", "draw what a run has measured"),
     "bench": ("bench:main", "speed of the kernels and of training, memory of the loss"),
     "export": ("export:main", "write the last finished stage of a run in another format, and verify it"),
     "verify": ("verify:main", "compare an exported directory with the run it was made from"),
+    "completion": ("completion:main", "a script that completes commands and flags in your shell"),
     "demo": ("demo:main", "the whole path on this machine, from a tiny teacher to a hybrid that generates"),
 }
 

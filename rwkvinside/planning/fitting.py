@@ -25,13 +25,15 @@ LARGEST = 32768  # tokens of a micro-batch; with more, kernels do not get faster
 USABLE = 0.85  # of a GPU's memory: the rest is for its context, and what an allocator cannot use
 
 
-def resolve_fitted(config: Config, stages: Sequence[str] | None = None, ranks: int = 1) -> RunPlan:
+def resolve_fitted(
+    config: Config, stages: Sequence[str] | None = None, ranks: int = 1, kept: Sequence[int] | None = None
+) -> RunPlan:
     """Return what a configuration resolves to on this machine; arguments as of `resolve`.
 
     Raises:
         UserError: as `resolve`.
     """
-    plan = resolve(config, stages, ranks)
+    plan = resolve(config, stages, ranks, kept)
     memory = device_memory(plan.settings.device)
     return plan if plan.settings.device == "cpu" or memory is None else fitted(plan, memory)
 
@@ -47,6 +49,8 @@ def fitted(plan: RunPlan, memory: int) -> RunPlan:
     """
     model, stages, layers = meta_student(plan.settings), [], None
     for stage in plan.stages:
+        if stage.run.student != model.spec:
+            model, layers = meta_student(stage.run), None
         if stage.layers != layers:  # as in `plan_text`
             apply(model, stage.layers)
             layers = stage.layers

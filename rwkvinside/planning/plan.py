@@ -48,6 +48,8 @@ def plan_text(plan: RunPlan, config: Config) -> str:
     shown: list[dict] = []
     layers = None
     for stage in plan.stages:
+        if stage.run.student != model.spec:  # its layers are chosen; what was trained before are mixers alone
+            model, layers = meta_student(stage.run), None
         if stage.layers != layers:  # otherwise they are as in the stage before
             apply(model, stage.layers)
             layers = stage.layers
@@ -79,6 +81,7 @@ def _run_lines(plan: RunPlan, config: Config, model: HybridModel) -> list[str]:
     total = sum({id(p): p.numel() for p in model.canonical_parameters().values()}.values())
     new = {group: count for group, _, count in model.group_table()}.get(NEW, 0)
     layer_map = "".join("R" if i in model.rwkv_layers else "A" for i in range(c.num_hidden_layers))
+    kept = [i for i, kind in enumerate(layer_map) if kind == "A"]
     missing = run.student.missing_of_variant()
     engine = f"DeepSpeed, ZeRO {settle(run.zero).zero_stage}" if run.ranks > 1 else "one process"
     return [
@@ -92,8 +95,10 @@ def _run_lines(plan: RunPlan, config: Config, model: HybridModel) -> list[str]:
         f"{rounded_count(total)} parameters: {rounded_count(total - new)} copied from the teacher, "
         f"{rounded_count(new)} new",
         *([f"warning   not the published {run.student.preset}: {'; '.join(missing)}"] if missing else []),
-        f"layers    {layer_map}   ({len(model.rwkv_layers)} R = RWKV, {layer_map.count('A')} A = attention)",
+        f"layers    {layer_map}   ({len(model.rwkv_layers)} R = RWKV, {len(kept)} A = attention"
+        f"{': ' * bool(kept)}{spans(kept)})",
         *_kept_lines(model),
+        *_choice_lines(plan, model),
         f"device    {run.device}, {run.precision}, {run.ranks} {'ranks' if run.ranks > 1 else 'rank'}, {engine}",
         f"loggers   {', '.join(['metrics.jsonl', *config.loggers])}",
         f"run       {' -> '.join(config.run)}, into {config.out}",
@@ -110,6 +115,21 @@ def _kept_lines(model: HybridModel) -> list[str]:
     if (base := spec.attention_log_base) and len(model.rwkv_layers) < model.lm.config.num_hidden_layers:
         lines.append(f"          scores of attention grow with the position, by its logarithm to the base {base:g}")
     return lines
+
+
+def _choice_lines(plan: RunPlan, model: HybridModel) -> list[str]:
+    """Return that the layers are chosen in the run, where they are."""
+    choice = plan.settings.choice
+    if choice is None:
+        return []
+    stage = next((stage.name for stage in plan.stages if stage.stage.chooses_layers), None)
+    if plan.settings.student.attention_layers:
+        return [f"          chosen in stage {stage} by {choice.choose}; stages before it had RWKV in all layers"]
+    later = next((p.run.student.attention_layers for p in plan.stages if p.run.student.attention_layers), ())
+    return [
+        f"          until stage {stage}: then {choice.keep} keep attention, chosen by {choice.choose}",
+        *([f"          memory and work of later stages are shown for layers {spans(later)}"] if later else []),
+    ]
 
 
 def _windows(mixers: Mapping[int, TimeMixerConfig]) -> str:
@@ -136,8 +156,11 @@ def _stage_lines(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, 
     Args:
         keep: newest checkpoints that stay on disk.
     """
-    lines = [f"{plan.title}: {rounded_count(plan.length.total_tokens)} tokens in rows of {plan.length.seq_len}"]
-    lines.append(f"  data      {describe(plan.run.data, plan.settings.data)}")
+    if plan.stage.chooses_layers:
+        lines = [f"{plan.title}: {rounded_count(plan.length.total_tokens)} tokens of the validation data at most"]
+    else:
+        lines = [f"{plan.title}: {rounded_count(plan.length.total_tokens)} tokens in rows of {plan.length.seq_len}"]
+        lines.append(f"  data      {describe(plan.run.data, plan.settings.data)}")
     details = layer_lines(model, plan.layers) + plan.stage.summary(model, plan, kind)
     teacher = meta_online_teacher(plan) if kind is TeacherKind.ONLINE else None
     if plan.stage.trains:
