@@ -36,10 +36,11 @@ MAY_IMPORT = {
     },
     "export": {"data", "modeling", "families", "hybrid", "teacher", "runs"},
     "evaluate": {"data", "hybrid", "losses", "teacher", "runs", "export"},
+    "lm": {"teacher", "config", "runs", "evaluate"},
     "report": {"runs"},
     "bench": {
         *("kernels", "data", "modeling", "hybrid", "losses", "teacher", "training", "stages"),
-        *("config", "planning", "conversion", "demo"),
+        *("config", "planning", "conversion", "demo", "lm"),
     },
     "conversion": {
         *("modeling", "data", "hybrid", "losses", "teacher", "training", "stages", "layer_choice"),
@@ -48,7 +49,7 @@ MAY_IMPORT = {
     "demo": {"data", "teacher", "config", "runs", "conversion", "evaluate", "export", "report"},
     "cli": {
         *("kernels", "data", "teacher", "training", "config", "planning"),
-        *("evaluate", "export", "report", "bench", "conversion", "demo"),
+        *("evaluate", "export", "report", "bench", "conversion", "demo", "lm"),
     },
 }
 

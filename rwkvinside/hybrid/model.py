@@ -108,7 +108,7 @@ class HybridModel(nn.Module):
             mixers = {i: family.mixer_config(config, i, spec.preset, **spec.mixer_overrides(i)) for i in rwkv_layers}
             check_first_layer(mixers)
             for i, layer in enumerate(family.layers(teacher)):
-                attention, change = family.attention(layer), _change_of_kept(config, spec, i)
+                attention, change = family.attention(layer), _change_where_kept(config, i, spec)
                 if i in rwkv_layers:
                     device = next(attention.parameters()).device
                     with torch.device(device):
@@ -131,8 +131,8 @@ class HybridModel(nn.Module):
         mode: str = "student",
         task: HeadTask | None = None,
         checkpoint: bool = False,
-        routers: bool = False,
         layers: Mapping[int, str] | None = None,
+        routers: bool = False,
     ):
         """Run a packed batch.
 
@@ -145,9 +145,9 @@ class HybridModel(nn.Module):
             task: what the head computes (a loss, scores, logits); it runs inside the forward, so that an engine that
                 shards parameters gathers the head for it. None: nothing. Ignored in mode "align".
             checkpoint: align only: recompute each mixer in the backward.
-            routers: return what the routers say, too, of a model with experts.
             layers: modes of converted layers that differ from `mode`: "student", "teacher", or "kept", which in mode
                 "student" is the student that keeps this layer's attention, see `keep_attention`.
+            routers: return what the routers say, too, of a model with experts.
 
         Returns:
             "align": {layer: (squared error, squared norm of the teacher)}, 0-d fp32 sums over real tokens;
@@ -456,13 +456,13 @@ class HybridModel(nn.Module):
         self.trained = set(tensors) | mixers
 
 
-def _change_of_kept(config: PretrainedConfig, spec: StudentConfig, layer: int) -> Callable | None:
-    """Return the forward pre-hook of a layer's attention where it is kept; None: it is the teacher's."""
-    cut = is_cut(config, layer, spec.attention_window)
-    if spec.attention_rope and not spec.attention_log_base and not cut:
+def _change_where_kept(config: PretrainedConfig, layer: int, spec: StudentConfig) -> Callable | None:
+    """Return the forward pre-hook of a layer's attention in a student that keeps it; None where it stays as it is."""
+    window = Window(spec.attention_window, spec.attention_sinks)
+    own = window if is_cut(config, layer, window.tokens) else None
+    if spec.attention_rope and not spec.attention_log_base and own is None:
         return None
-    window = Window(spec.attention_window, spec.attention_sinks) if cut else None
-    return partial(_changed_attention, spec=spec, window=window)
+    return partial(_changed_attention, spec=spec, window=own)
 
 
 def _changed_attention(

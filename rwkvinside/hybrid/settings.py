@@ -122,9 +122,13 @@ class StudentConfig(Section):
 
     @field_validator("attention_window")
     @classmethod
-    def _attention_window(cls, window: int, info: ValidationInfo) -> int:
+    def _of_kept_layers(cls, window: int, info: ValidationInfo) -> int:
         if window and info.data.get("attention_layers") == ():
-            raise problem("is {}, but no layer keeps attention: name some under student.attention_layers", window)
+            raise problem(
+                "is {}, but no layer keeps attention; name layers under student.attention_layers, or leave it at 0; "
+                "student.window is beside a recurrence",
+                window,
+            )
         return window
 
     @field_validator("attention_sinks")

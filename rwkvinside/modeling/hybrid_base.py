@@ -199,6 +199,9 @@ class HybridBackbone(MixerModel):
             elif position_ids is not None and past_key_values is None and not caching:
                 cu_seqlens = _document_boundaries(position_ids.expand(batch, -1))
             forward_context = ForwardContext(first=VFirstHolder(), mask=mask, cu_seqlens=cu_seqlens)
+        if not any(getattr(layer.self_attn, "reads_mask", True) for layer in self.layers):
+            # one that is prepared: else transformers makes one of this call's tokens times all before them
+            attention_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=inputs.device)
         with attention_of_decoding(inputs.device) if inputs.shape[1] == 1 else nullcontext():
             return super().forward(
                 input_ids=input_ids,

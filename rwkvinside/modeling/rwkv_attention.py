@@ -26,7 +26,12 @@ class RWKVAttention(TimeMixer):
         is_first: whether this is the first RWKV layer of the model, which provides v_first and k_first.
         num_layers: of the model.
         init: see `init_mixer`.
+
+    Attributes:
+        reads_mask: False: no mask of queries and keys needs to be made for this layer.
     """
+
+    reads_mask = False
 
     def __init__(
         self, config: TimeMixerConfig, layer_idx: int, is_first: bool, num_layers: int, init: str = "calibrated"

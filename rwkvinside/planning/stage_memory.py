@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -15,7 +17,9 @@ from ..losses.chunked import BLOCK_ELEMENTS, chunk_tokens
 from ..stages.base import Backward
 from ..stages.plan import StagePlan
 from ..stages.rows import JUDGED_BATCH
+from ..stages.teacher import teacher_formats
 from ..teacher.kinds import TeacherKind
+from ..teacher.load import meta_teacher
 from ..training.deepspeed_config import settle
 from .activations import FP32, edge_bytes, kept_bytes, transient_bytes
 from .memory import EngineSpec, Memory, StepMemory, StudentMemory, memory_of, moment_bytes
@@ -50,7 +54,20 @@ def stage_memory(
     with_attention = kind is TeacherKind.SELF or plan.stage.needs_attention
     in_file = str(model.lm.config.dtype).removeprefix("torch.") == str(run.frozen_dtype).removeprefix("torch.")
     weights = _weights(model, run.frozen_dtype.itemsize, with_attention, mapped=cpu and in_file)
-    return memory_of(weights, _work(plan, model, kind, teacher), engine, cpu=cpu)
+    work = _work(plan, model, kind, teacher)
+    if teacher_formats(plan, model, kind):
+        work = replace(work, original=original_bytes(plan, engine.ranks))
+    return memory_of(weights, work, engine, cpu=cpu)
+
+
+def original_bytes(plan: StagePlan, ranks: int) -> int:
+    """Return the bytes on one rank of a stage's teacher as it was before it was quantized.
+
+    Args:
+        ranks: among which it is sharded, where the stage shards its teacher.
+    """
+    whole, largest = _teacher_bytes(meta_teacher(plan.signal_teacher), plan.run.frozen_dtype)
+    return whole // ranks + largest if plan.settings.teacher_model.shard and ranks > 1 else whole
 
 
 def trained_bytes(model: HybridModel) -> tuple[int, int]:

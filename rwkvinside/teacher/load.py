@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -28,6 +30,8 @@ BROKEN = (
     *(ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError),
     StrictDataclassError,
 )
+# The same over files with weights, those of pytorch_model.bin included.
+DAMAGED = (*BROKEN, EOFError, SafetensorError, UnpicklingError, struct.error)
 POINTER = b"version https://git-lfs"
 
 
@@ -47,7 +51,7 @@ def load_teacher(path: str, revision: str | None, dtype: torch.dtype) -> PreTrai
         model, info = AutoModelForCausalLM.from_pretrained(
             path, revision=revision, dtype=dtype, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except DAMAGED as error:
         raise UserError(
             f"the weights of teacher {path} cannot be loaded: {_one_line(error)}",
             "check the directory or the hub id, the network and your access",

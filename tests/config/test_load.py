@@ -382,6 +382,22 @@ def test_missing_teachers(tmp_path, teacher):
     assert "cannot be read as JSON" in problems(teacher=teacher)[0]
 
 
+@pytest.mark.parametrize(
+    "flag, said",
+    [
+        ("teacher", "teacher is an empty text"),
+        ("out", "out = '': string must have at least 1 character"),
+        ("recipe", "recipe '' is not known"),
+        ("deepspeed", "cannot be read"),
+    ],
+)
+def test_an_empty_flag_is_not_one_that_was_left_out(teacher, flag, said):
+    """As `--out "$OUT"` without such a variable gives it."""
+    with pytest.raises(UserError) as caught:
+        load_config(**{"teacher": teacher, flag: ""})
+    assert said in caught.value.cause
+
+
 def test_student_settings_are_those_of_the_model():
     from rwkvinside.modeling.mixer_presets import PRESETS
 
