@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from .first_layer import FirstLayerKV, ForwardContext
 from .mixer_presets import TimeMixerConfig
 from .recurrent_cache import can_overwrite, read_state, write_state
-from .time_mixer import TimeMixer
+from .time_mixer import MixerState, TimeMixer
 
 
 class RWKVAttention(TimeMixer):
@@ -69,6 +69,7 @@ class RWKVAttention(TimeMixer):
             v, k = forward_context.first.read()
             first = FirstLayerKV(v.to(hidden_states.device), _to(k, hidden_states))
         before = read_state(past_key_values, self.layer_idx)
+        assert before is None or isinstance(before, MixerState)
         output, first, state = super().forward(
             hidden_states,
             first=first,

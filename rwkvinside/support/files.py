@@ -6,6 +6,7 @@ installation and the kernels need it too.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from ..errors import UserError
 
+MOST_TEXT = 10 * 10**6  # bytes of a text that a person has written
 UNFINISHED = ".unfinished"  # the end of every temporary name, which begins with a dot
 
 
@@ -109,6 +111,20 @@ def write_json(path: Path, values: dict, hint: str = "free space, or make the di
     Arguments and errors are those of `write_text`.
     """
     write_text(path, json.dumps(values, indent=2) + "\n", hint)
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """Return a UTF-8 text that a person has written, without a byte-order mark.
+
+    Raises:
+        OSError: it cannot be read, or has no end, as a device.
+        UnicodeDecodeError: it is no such text.
+    """
+    with open(path, "rb") as file:
+        content = file.read(MOST_TEXT + 1)
+    if len(content) > MOST_TEXT:
+        raise OSError(errno.EFBIG, f"more than {MOST_TEXT // 10**6} MB")
+    return content.decode("utf-8-sig")
 
 
 def file_digest(path: Path) -> str:
