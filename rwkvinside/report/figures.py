@@ -397,7 +397,12 @@ def kernel_figure(stages: Sequence[dict], device: str) -> "Figure | None":
     return figure
 
 
-CONTEXT_STYLES = {"attention": (ORANGE, "s--"), "hybrid": (GREEN, "^-."), "RWKV": (BLUE, "o-")}
+CONTEXT_STYLES = {
+    "attention": (ORANGE, "s--"),
+    "hybrid": (GREEN, "^-."),
+    "hybrid, window": (PINK, "v:"),
+    "RWKV": (BLUE, "o-"),
+}
 CONTEXT_PANELS = (
     ("prefill_seconds", 1, "reading the prompt", "seconds"),
     ("token_ms", 1, "one further token", "milliseconds"),
