@@ -66,6 +66,7 @@ ONLY_PARSED = {
     "rwkvinside bench gpu": "needs a GPU; tests/bench runs it dry",
     "rwkvinside bench head": "starts processes that measure for minutes; tests/bench runs it",
     "rwkvinside eval DIR --teacher TEACHER --tasks": "downloads tasks; tests/evaluate runs some that are files",
+    "rwkvinside eval RUN --ask": "the teacher here has no chat template; tests/demo asks one that has",
     "rwkvinside demo": "trains for minutes; tests/demo runs it",
 }
 PRESET = r"(Qwen|Llama|SmolLM)[\w.-]+"

@@ -244,7 +244,7 @@ def _fit(run: Run, plan: StagePlan, models: _Models, inputs: _Inputs) -> dict:
 
 def _calibrate(run: Run, plan: StagePlan, student: HybridModel, batches: list[Batch]) -> dict:
     """Fit the mixers and return the row of metrics.jsonl."""
-    with Progress(plan.name, len(student.rwkv_layers), unit="layers", stream=sys.stdout) as progress:
+    with Progress(plan.name, student.lm.config.num_hidden_layers, unit="layers", stream=sys.stdout) as progress:
         return plan.stage.fit(student, batches, lambda layer: progress.advance())
 
 
