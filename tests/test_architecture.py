@@ -35,6 +35,7 @@ MAY_IMPORT = {
     },
     "export": {"data", "modeling", "families", "hybrid", "teacher", "runs"},
     "evaluate": {"data", "hybrid", "losses", "teacher", "runs", "export"},
+    "talk": {"modeling", "teacher", "training", "config", "runs", "evaluate", "lm"},
     "report": {"runs"},
     "bench": {
         *("kernels", "data", "modeling", "hybrid", "losses", "teacher", "training", "stages"),
@@ -47,7 +48,7 @@ MAY_IMPORT = {
     "demo": {"data", "teacher", "config", "runs", "conversion", "evaluate", "export", "report"},
     "cli": {
         *("kernels", "data", "teacher", "training", "config", "planning"),
-        *("evaluate", "export", "report", "bench", "conversion", "demo"),
+        *("evaluate", "export", "report", "bench", "conversion", "demo", "talk"),
     },
 }
 

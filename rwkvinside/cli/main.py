@@ -15,6 +15,8 @@ VERBS = {
     "doctor": ("doctor:main", "what this machine and this installation offer"),
     "data": ("data:main", "look at data, tokenize it for good, store a teacher's logits"),
     "eval": ("eval:main", "compare a student with its teacher on text"),
+    "chat": ("chat:main", "talk to a model, or to a student and its teacher side by side"),
+    "generate": ("generate:main", "what a model writes after prompts"),
     "report": ("report:main", "draw what a run has measured"),
     "bench": ("bench:main", "speed of the kernels and of training, memory of the loss"),
     "export": ("export:main", "write the last finished stage of a run in another format, and verify it"),

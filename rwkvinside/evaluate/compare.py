@@ -18,7 +18,7 @@ from ..hybrid.document_attention import attend_within_documents, cut_to_windows,
 from ..runs.directory import RunDirectory
 from ..runs.trained import open_run
 from ..support.progress import Progress
-from .load import load_pretrained, load_run
+from .load import load_pretrained, load_student
 from .quality import Evaluation, Logits, evaluate_models
 
 LOGITS = 2**28  # elements of a batch's logits (1 GiB in fp32), for each of the two models
@@ -86,7 +86,7 @@ def evaluate_saved(
         teacher = _named_teacher(student)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    student_model = _load_student(student, device, notes)
+    student_model = load_student(student, device, notes)
     teacher_model = load_pretrained(teacher, device)
     max_length = max_length or min(LONGEST, teacher_model.config.max_position_embeddings)
     with tempfile.TemporaryDirectory() as folder:
@@ -110,19 +110,6 @@ def _named_teacher(path: Path) -> str:
     raise UserError(
         "no teacher is given", "name the original model's directory or hub id: --teacher DIR, or teacher=DIR in Python"
     )
-
-
-def _load_student(path: Path, device: str, notes: Console) -> PreTrainedModel:
-    if RunDirectory(path).is_run:
-        notes.print(f"building the student of run {path} in memory", highlight=False)
-        return load_run(path, device)
-    if not (path / "config.json").is_file():
-        raise UserError(
-            f"{path} is neither an exported model nor a run directory",
-            "name a directory with a config.json (an export) or a config.yaml (a run)",
-        )
-    notes.print(f"loading {path} with its own model code (trust_remote_code)", highlight=False)
-    return load_pretrained(path, device, trust_remote_code=True)
 
 
 def read_documents(

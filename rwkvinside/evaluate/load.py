@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import UserError
 from ..export.huggingface import build_hybrid
+from ..runs.directory import RunDirectory
 from ..runs.trained import at_stage, open_run
 from ..support.weight_index import check_shards
 
@@ -57,3 +59,26 @@ def load_run(path: Path, device: str, stage: str | None = None) -> PreTrainedMod
     # A model built to be saved has no values in its table of rotary frequencies, which is not saved.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
     return model.to(device).eval()
+
+
+def load_student(path: Path, device: str, notes: Console) -> PreTrainedModel:
+    """Load an exported model, or build the student of a run, in eval mode.
+
+    Args:
+        path: exported directory, whose model code is run, or run directory.
+        device: where to put the model.
+        notes: console for what is being done.
+
+    Raises:
+        UserError: it is neither, or cannot be loaded.
+    """
+    if RunDirectory(path).is_run:
+        notes.print(f"building the student of run {path} in memory", highlight=False)
+        return load_run(path, device)
+    if not (path / "config.json").is_file():
+        raise UserError(
+            f"{path} is neither an exported model nor a run directory",
+            "name a directory with a config.json (an export) or a config.yaml (a run)",
+        )
+    notes.print(f"loading {path} with its own model code (trust_remote_code)", highlight=False)
+    return load_pretrained(path, device, trust_remote_code=True)
