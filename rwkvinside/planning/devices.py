@@ -53,11 +53,23 @@ def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
         Operations per second, and "data sheet" or "measured".
     """
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for words, bf16, fp32 in PEAKS:
-            if re.search(rf"\b{words}\b", name) and "Laptop" not in name:
-                return (bf16 if precision == "bf16" else fp32) * 1e12, "data sheet"
+        peak = named_peak(torch.cuda.get_device_name(device), precision)
+        if peak is not None:
+            return peak, "data sheet"
     return measured_flops(device, precision), "measured"
+
+
+def named_peak(name: str, precision: str) -> float | None:
+    """Return what a device can do at most in a second by its data sheet, None where it is not known.
+
+    Args:
+        name: as PyTorch says it, or the part that counts, such as H100.
+        precision: "fp32" or "bf16".
+    """
+    for words, bf16, fp32 in PEAKS:
+        if re.search(rf"\b{words}\b", name, re.IGNORECASE) and "Laptop" not in name:
+            return (bf16 if precision == "bf16" else fp32) * 1e12
+    return None
 
 
 def measured_flops(device: torch.device, precision: str, seconds: float = 0.2) -> float:

@@ -126,18 +126,26 @@ class Memory:
     Attributes:
         device: by purpose, at the largest moment of a step.
         saving, evaluating: the whole at other moments.
-        host: what is in the host's memory in addition, when the device has its own.
+        offloaded: what stays in the host's memory, when the device has its own.
+        loaded: what is there while models are loaded.
+        gathered: what the first rank has there while it saves.
     """
 
     device: dict[str, int]
     saving: int
     evaluating: int
-    host: int
+    offloaded: int = 0
+    loaded: int = 0
+    gathered: int = 0
 
     @property
     def peak(self) -> int:
         """The largest moment of the stage on the device."""
         return max(sum(self.device.values()), self.saving, self.evaluating)
+
+    def host(self, ranks: int = 1) -> int:
+        """Return the most that so many ranks have in the memory of the host they share."""
+        return ranks * self.offloaded + max(ranks * self.loaded, self.gathered)
 
 
 def memory_of(weights: StudentMemory, work: StepMemory, engine: EngineSpec, *, cpu: bool) -> Memory:
@@ -189,7 +197,9 @@ def memory_of(weights: StudentMemory, work: StepMemory, engine: EngineSpec, *, c
         device=sizes,
         saving=resident + (gathered if cpu else 0),
         evaluating=resident + work.judged,
-        host=0 if cpu else offloaded + max(gathered, weights.others + FP32 * t + work.teacher),
+        offloaded=offloaded,
+        loaded=0 if cpu else weights.others + FP32 * t + work.teacher,
+        gathered=0 if cpu else gathered,
     )
 
 

@@ -6,7 +6,7 @@ No weights are loaded and nothing is written.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -46,14 +46,9 @@ def plan_text(plan: RunPlan, config: Config) -> str:
     model = meta_student(plan.settings)
     lines = _run_lines(plan, config, model)
     shown: list[dict] = []
-    layers = None
-    for stage in plan.stages:
-        if stage.layers != layers:  # otherwise they are as in the stage before
-            apply(model, stage.layers)
-            layers = stage.layers
+    for stage, kind in prepared_stages(plan, model):
         if stage.stage.trains:
             check_optimizer(stage.optim.kind, plan.settings.device)
-        kind = stage.stage.prepare(model, stage, stage.phases[-1].train)
         if stage.name not in plan.selected:
             continue
         lines += ["", *_stage_lines(stage, model, kind, config.checkpoint.keep)]
@@ -63,6 +58,44 @@ def plan_text(plan: RunPlan, config: Config) -> str:
                 shown.append(settings)
                 lines.append(f"  deepspeed {json.dumps(settings)}")
     return "\n".join(lines) + "\n"
+
+
+def prepared_stages(plan: RunPlan, model: HybridModel) -> Iterator[tuple[StagePlan, TeacherKind | None]]:
+    """Yield the stages of a run, the student having the layers of each, and as trainable what trains at its end.
+
+    Args:
+        plan: from `config.resolve`.
+        model: of `meta_student`; changed from stage to stage.
+
+    Yields:
+        The stage, and where its teacher's side comes from.
+    """
+    layers = None
+    for stage in plan.stages:
+        if stage.layers != layers:  # otherwise they are as in the stage before
+            apply(model, stage.layers)
+            layers = stage.layers
+        yield stage, stage.stage.prepare(model, stage, stage.phases[-1].train)
+
+
+def run_warnings(plan: RunPlan) -> list[str]:
+    """Return what one may not expect of a run."""
+    student = plan.settings.student
+    missing = student.missing_of_variant()
+    return [f"not the published {student.preset}: {'; '.join(missing)}"] if missing else []
+
+
+def disk_bytes(plan: StagePlan, model: HybridModel, keep: int) -> int:
+    """Return the bytes of a stage's checkpoints, at most.
+
+    One more than is kept is on the disk while it is written, and quantized weights once.
+    """
+    frozen = sum(layer.nbytes for layer in model.quantized.values())
+    return (keep + _keeps_best(plan) + 1) * checkpoint_bytes(*trained_bytes(model)) + frozen
+
+
+def _keeps_best(plan: StagePlan) -> bool:
+    return plan.stage.trains and plan.settings.evaluate_every_tokens is not None  # else only the last one has a score
 
 
 def meta_student(run: RunSettings) -> HybridModel:
@@ -79,7 +112,6 @@ def _run_lines(plan: RunPlan, config: Config, model: HybridModel) -> list[str]:
     total = sum({id(p): p.numel() for p in model.canonical_parameters().values()}.values())
     new = {group: count for group, _, count in model.group_table()}.get(NEW, 0)
     layer_map = "".join("R" if i in model.rwkv_layers else "A" for i in range(c.num_hidden_layers))
-    missing = run.student.missing_of_variant()
     engine = f"DeepSpeed, ZeRO {settle(run.zero).zero_stage}" if run.ranks > 1 else "one process"
     return [
         f"teacher   {run.teacher.path}: {c.model_type}, {c.num_hidden_layers} layers, width {c.hidden_size}, "
@@ -91,7 +123,7 @@ def _run_lines(plan: RunPlan, config: Config, model: HybridModel) -> list[str]:
         f"{run.student.init} start, "
         f"{rounded_count(total)} parameters: {rounded_count(total - new)} copied from the teacher, "
         f"{rounded_count(new)} new",
-        *([f"warning   not the published {run.student.preset}: {'; '.join(missing)}"] if missing else []),
+        *(f"warning   {text}" for text in run_warnings(plan)),
         f"layers    {layer_map}   ({len(model.rwkv_layers)} R = RWKV, {layer_map.count('A')} A = attention)",
         f"device    {run.device}, {run.precision}, {run.ranks} {'ranks' if run.ranks > 1 else 'rank'}, {engine}",
         f"loggers   {', '.join(['metrics.jsonl', *config.loggers])}",
@@ -137,10 +169,9 @@ def _stage_lines(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, 
     size = checkpoint_bytes(saved, trainable)
     frozen = sum(layer.nbytes for layer in model.quantized.values())
     more = f", and {rounded_bytes(frozen)} of quantized weights once" if frozen else ""
-    best = plan.stage.trains and plan.settings.evaluate_every_tokens is not None  # else only the last one has a score
     lines.append(
-        f"  disk      {rounded_bytes(size)} a checkpoint, {keep}{' and the best' * best} kept{more}: "
-        f"{rounded_bytes((keep + best + 1) * size + frozen)} at most"
+        f"  disk      {rounded_bytes(size)} a checkpoint, {keep}{' and the best' * _keeps_best(plan)} kept{more}: "
+        f"{rounded_bytes(disk_bytes(plan, model, keep))} at most"
     )
     return lines
 
@@ -152,8 +183,8 @@ def _memory_lines(memory: Memory, device: str) -> list[str]:
     more = "" if largest == "training" else f", while {largest}; {rounded_bytes(training)} while training"
     shown = " + ".join(f"{name} {rounded_bytes(size)}" for name, size in memory.device.items() if size)
     lines = [f"  memory    about {rounded_bytes(memory.peak)} a rank{more}", f"            {shown}"]
-    if memory.host:
-        lines.append(f"  host      about {rounded_bytes(memory.host)} of the host's memory a rank")
+    if host := memory.host():
+        lines.append(f"  host      about {rounded_bytes(host)} of the host's memory a rank")
     return lines + _fit_lines(memory.peak, device)
 
 

@@ -40,6 +40,16 @@ def rounded_flop(number: float) -> str:
     return _rounded(number, FLOP, 3)
 
 
+def duration(seconds: float) -> str:
+    """Return a time for people: 12 s, 41 min, 3.2 h, 5.1 days."""
+    for limit, size, unit in ((60, 1, "s"), (3600, 60, "min"), (2 * 86400, 3600, "h"), (math.inf, 86400, "days")):
+        value = seconds / size
+        text = f"{value:.1f}" if unit in ("h", "days") else f"{value:.0f}"
+        if float(text) * size < limit:
+            return f"{text} {unit}"
+    raise ValueError(f"{seconds} seconds")
+
+
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """Return the known word that was probably meant.
 
