@@ -25,8 +25,9 @@ from ..hybrid.model import HybridModel
 from ..modeling.wkv7 import why_unavailable
 from ..planning.devices import peak_flops
 from ..planning.fitting import resolve_fitted
+from ..planning.forecast import Forecast, expected_rate, forecast, forecast_text
 from ..planning.plan import meta_student, plan_text
-from ..runs.directory import DIGESTS, RunDirectory
+from ..runs.directory import DIGESTS, PLAN, RunDirectory
 from ..stages.plan import RunPlan, RunSettings, StagePlan
 from ..stages.rows import check_targets
 from ..support.digests import FileDigests
@@ -52,6 +53,7 @@ class Run:
         config: as the user gave it, for config.yaml, trackers and messages.
         plan: what follows from it.
         plan_text: the plan for people.
+        forecast: the plan in numbers.
         directory: where everything goes.
         world: the processes.
         tokenizer: the teacher's.
@@ -64,6 +66,7 @@ class Run:
     config: Config
     plan: RunPlan
     plan_text: str
+    forecast: Forecast
     directory: RunDirectory
     world: Distributed
     tokenizer: PreTrainedTokenizerBase
@@ -185,7 +188,7 @@ def train(
         digests = FileDigests(directory.path / DIGESTS)
         asked = {"stage": stage, "resume": resume, "allow_changes": allow_changes}
         admission = world.on_main(lambda: admit(config, plan, directory, tokenizer, digests, **asked)) or Admission()
-        run = Run(config, plan, text, directory, world, tokenizer, shapes, loggers, digests, admission)
+        run = Run(config, plan, text, forecast(plan, config), directory, world, tokenizer, shapes, loggers, digests, admission)
         try:
             _run(run, resume_from)
         except KeyboardInterrupt as error:  # other than in a step, which is finished and saved
@@ -197,7 +200,8 @@ def train(
 
 def _run(run: Run, resume_from: str | None) -> None:
     """Run the unfinished stages."""
-    run.say(run.plan_text)
+    run.say(forecast_text(run.forecast, expected_rate(run.forecast)).rstrip())
+    run.say(f"details   {run.directory.path / PLAN}")
     run.say(f"kernels   {kernels_of(run.plan.settings, run.shapes)}")
     for change in run.admission.changes:
         run.say(f"changed   {change}")

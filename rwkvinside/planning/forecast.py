@@ -5,21 +5,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 
+import torch
+
 from ..config.schema import Config
+from ..errors import UserError
 from ..hybrid.model import HybridModel
 from ..stages.plan import RunPlan, StagePlan
 from ..stages.teacher import meta_online_teacher
 from ..support.text import duration, rounded_bytes, rounded_count, rounded_flop
 from ..teacher.kinds import TeacherKind
-from .devices import card_for, device_memory
+from .devices import PEAKS, card_for, device_memory, named_peak, peak_flops
 from .flops import training_flops
 from .plan import disk_bytes, meta_student, prepared_stages, run_warnings, teacher_parameters
 from .stage_memory import stage_memory
 
 NODE = 8  # ranks that share a host, at most
+MFU = {"cpu": 0.2, "cuda": 0.15}  # share of the peak that is assumed: docs/benchmarks.md has measured ones
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ class Forecast:
         """Operations of all stages that train."""
         return sum(stage.flops for stage in self.stages)
 
-    def work_after(self, stage: str, done: Mapping[str, object] | set[str] = frozenset()) -> float:
+    def work_after(self, stage: str, done: Collection[str] = ()) -> float:
         """Return the operations of the stages after one, but those that are done."""
         names = [each.name for each in self.stages]
         later = self.stages[names.index(stage) + 1 :] if stage in names else ()
@@ -191,6 +195,34 @@ def _stage(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, keep: 
         host=memory.host(min(plan.run.ranks, NODE)),
         disk=disk_bytes(plan, model, keep),
     )
+
+
+def expected_rate(found: Forecast, gpu: str | None = None, mfu: float | None = None) -> Rate | None:
+    """Return the speed to expect: a share of the peak of the device, measured where no data sheet is known.
+
+    Args:
+        found: what is to run.
+        gpu: name of a device that is not here, such as H100.
+        mfu: share of the peak; None is a usual one.
+
+    Returns:
+        None where the device is neither here nor named.
+
+    Raises:
+        UserError: an unknown device.
+    """
+    mfu = mfu or MFU[found.device]
+    if gpu is not None:
+        peak, origin = named_peak(gpu, found.precision), f"the peak of {gpu} by its data sheet"
+        if peak is None:
+            raise UserError(f"GPU {gpu} is not known", f"known: {', '.join(words for words, *_ in PEAKS)}")
+    elif found.device == "cuda" and not torch.cuda.is_available():
+        return None
+    else:
+        peak, source = peak_flops(torch.device(found.device), found.precision)
+        origin = "the peak of this machine" + (" as measured now" if source == "measured" else " by its data sheet")
+    ranks = f", {found.ranks} ranks" if found.ranks > 1 else ""
+    return Rate(peak * found.ranks * mfu, f"{100 * mfu:g} % of {origin}{ranks}")
 
 
 def forecast_text(found: Forecast, rate: Rate | None = None, price: float | None = None) -> str:
