@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
+from pathlib import Path
 
 from .arguments import ArgumentParser, add_config_arguments, config_from
 
@@ -39,14 +41,20 @@ def main(parser: ArgumentParser, argv: Sequence[str], script: str | None = None)
         launch(args.hostfile, [*([script] if script else ["--module", "rwkvinside", "train"]), *argv])
     from ..conversion.run import train
 
-    train(
-        config,
-        stage=args.stage,
-        resume=args.resume,
-        resume_from=args.resume_from,
-        allow_changes=args.allow_changes,
-        launched=launched,
-    )
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if args.quiet else nullcontext():
+        train(
+            config,
+            stage=args.stage,
+            resume=args.resume,
+            resume_from=args.resume_from,
+            allow_changes=args.allow_changes,
+            launched=launched,
+        )
+    if os.environ.get("RANK", "0") == "0":
+        from ..report.facts import run_facts
+        from ..report.screen import end_screen
+
+        print(end_screen(run_facts(Path(config.out))), end="")
     return 0
 
 
@@ -63,5 +71,6 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--hostfile", metavar="FILE", help="start on several machines with DeepSpeed's launcher, once all answer"
     )
+    parser.add_argument("-q", "--quiet", action="store_true", help="print the end of the run and what is wrong, no more")
     parser.add_argument("--dry-run", action="store_true", help="print the plan; load no weights and write nothing")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # set by the launcher

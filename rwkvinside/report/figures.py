@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
+WIDTH = 9.8  # inches of a figure on a page
+PANELS = 3  # beside each other
 AMBER, PINK, BLACK = "#E69F00", "#CC79A7", "#222222"
+DATELESS = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}  # the same figure is the same file
 LOSS_UNITS = {
     "align": "alignment loss (relative squared error)",
     "distill": "KL to the teacher (nats per token)",
@@ -36,14 +39,15 @@ def new_figure(width: float, height: float) -> "Figure":
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
-    """Write a figure as a PNG.
+    """Write a figure in the format that the name ends with: png, svg or pdf.
 
     Raises:
         UserError: no space, or a directory that cannot be written.
     """
+    form = path.suffix[1:]
     try:
         with replacing(path) as temporary:
-            figure.savefig(temporary, format="png")
+            figure.savefig(temporary, format=form, metadata=DATELESS.get(form))
     except OSError as error:
         cause = f"cannot write {path}: {error.strerror or error}"
         raise UserError(cause, "free space, or make the directory writable") from error
@@ -69,14 +73,26 @@ def _plain_log(ax: "Axes", values: np.ndarray) -> None:
 
     By default matplotlib labels no tick when all values are within one decade.
     """
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
     ax.set_yscale("log")
     positive = values[np.isfinite(values) & (values > 0)]
-    narrow = len(positive) and positive.max() / positive.min() < 30
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,)))
+    ratio = positive.max() / positive.min() if len(positive) else 1.0
+    few = MaxNLocator(5) if ratio < 6 else LogLocator(subs=(1, 2, 5) if ratio < 30 else (1,))
+    ax.yaxis.set_major_locator(few)
+    if ratio < 6:
+        ax.yaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _end_value(ax: "Axes", x: float, y: float, color: str, form: str = ".3g") -> None:
+    """Write the last value of a line beside its end."""
+    if np.isfinite(y):
+        text = format(y, form)
+        ax.annotate(
+            text, (x, y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8, color=color, clip_on=False
+        )
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
@@ -90,18 +106,23 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 def draw_loss(ax: "Axes", rows: Sequence[dict], stage: str) -> None:
     """Draw the training loss of a stage over its tokens.
 
-    Every logged step is gray, the mean of the last steps blue.
+    Where there are many steps, each is gray and the mean of the last ones blue.
     """
     train = of_kind(rows, "train", stage)
     tokens, loss = column(train, "tokens"), column(train, "loss")
     window = max(1, len(train) // 25)
-    ax.plot(tokens, loss, color=GREY, linewidth=0.7, alpha=0.8, label="each logged step")
-    if window > 1:
+    if window == 1:
+        ax.plot(tokens, loss, color=BLUE, linewidth=1.5, label="each logged step")
+    else:
+        ax.plot(tokens, loss, color=GREY, linewidth=0.7, alpha=0.8, label="each logged step")
         ax.plot(tokens, smooth(loss, window), color=BLUE, linewidth=1.8, label=f"mean of the last {window}")
+    if len(train):
+        _end_value(ax, tokens[-1], smooth(loss, window)[-1], BLUE)
     _plain_log(ax, loss)
     _count_axis(ax.xaxis)
     _finish(ax, f"{stage}: training loss", "tokens", LOSS_UNITS.get(stage, "loss"))
-    ax.legend(frameon=False, fontsize=8)
+    if window > 1:
+        ax.legend(frameon=False, fontsize=8)
 
 
 def draw_alignment(ax: "Axes", rows: Sequence[dict], stage: str) -> None:
@@ -115,7 +136,7 @@ def draw_alignment(ax: "Axes", rows: Sequence[dict], stage: str) -> None:
     if not len(positive):
         positive = np.ones(1)  # a run that diverged at once: an empty map with its axes
     norm = LogNorm(positive.min(), max(positive.max(), positive.min() * 1.01))
-    image = ax.pcolormesh(edges, np.arange(len(layers) + 1) - 0.5, errors, norm=norm, cmap="cividis")
+    image = ax.pcolormesh(edges, np.arange(len(layers) + 1) - 0.5, errors, norm=norm, cmap="cividis", rasterized=True)
     ax.set_yticks(range(len(layers)), layers)
     if len(layers) > 16:
         ax.yaxis.set_major_locator(MaxNLocator(12, integer=True))
@@ -140,9 +161,13 @@ def draw_validation(ax: "Axes", rows: Sequence[dict], name: str, unit: str, *, l
     """
     before = tokens_before(rows)
     measured = of_kind(rows, "eval")
+    if len(measured) > 2 and not measured[0]["step"]:  # before any training: it would flatten all that follows
+        measured = measured[1:]
     tokens = column(measured, "tokens") + np.array([before[row["stage"]] for row in measured])
     values = column(measured, name)
     ax.plot(tokens, values, color=BLUE, marker="o", markersize=4, linewidth=1.5, label="student")
+    if len(measured):
+        _end_value(ax, tokens[-1], values[-1], BLUE, ".3f")
     if name == "ce":
         ax.plot(tokens, column(measured, "ce_teacher"), color=ORANGE, linestyle="--", linewidth=1.5, label="teacher")
     if controls := of_kind(rows, "control"):
@@ -153,6 +178,7 @@ def draw_validation(ax: "Axes", rows: Sequence[dict], name: str, unit: str, *, l
         ax.legend(frameon=False, fontsize=8)
     if log:
         _plain_log(ax, values)
+    ax.margins(y=0.12)  # names of stages are at the top
     top = ax.get_xaxis_transform()
     for stage in stages(rows, "train"):
         ax.axvline(before[stage], color=GREY, linewidth=0.8, linestyle=":")
@@ -174,9 +200,14 @@ def loss_figure(rows: Sequence[dict]) -> "Figure | None":
     names = stages(rows, "train")
     if not names:
         return None
-    figure = new_figure(5.2 * len(names), 3.8)
-    for ax, stage in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        draw_loss(ax, rows, stage)
+    lines = -(-len(names) // PANELS)
+    figure = new_figure(WIDTH, 3.2 * lines)
+    panels = figure.subplots(lines, min(len(names), PANELS), squeeze=False).flat
+    for ax, stage in itertools.zip_longest(panels, names):
+        if stage is None:
+            ax.set_visible(False)
+        else:
+            draw_loss(ax, rows, stage)
     return figure
 
 
@@ -186,7 +217,7 @@ def alignment_figure(rows: Sequence[dict]) -> "Figure | None":
     if not names:
         return None
     layers = max(len(alignment(rows, stage)[1]) for stage in names)
-    figure = new_figure(7.5, (2.0 + 0.24 * min(max(layers, 4), 40)) * len(names))
+    figure = new_figure(WIDTH, (1.4 + 0.2 * min(max(layers, 4), 40)) * len(names))
     for ax, stage in zip(figure.subplots(len(names), 1, squeeze=False)[:, 0], names, strict=True):
         draw_alignment(ax, rows, stage)
     return figure
@@ -196,7 +227,7 @@ def validation_figure(rows: Sequence[dict]) -> "Figure | None":
     """Draw KL, cross entropies and agreement over the run; None without evaluations."""
     if not of_kind(rows, "eval"):
         return None
-    figure = new_figure(13, 3.6)
+    figure = new_figure(WIDTH, 3.0)
     for ax, (name, unit, log) in zip(figure.subplots(1, 3), VALIDATION, strict=True):
         draw_validation(ax, rows, name, unit, log=log)
     return figure
@@ -230,7 +261,7 @@ def position_figure(evaluation: dict) -> "Figure":
     Args:
         evaluation: the JSON that `rwkvinside eval` writes.
     """
-    figure = new_figure(10.5, 3.8)
+    figure = new_figure(WIDTH, 3.4)
     left, right = figure.subplots(1, 2)
     buckets = evaluation["by_position"]
     context = np.array([np.sqrt(bucket["first"] * bucket["last"]) for bucket in buckets])
