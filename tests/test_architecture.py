@@ -35,11 +35,12 @@ MAY_IMPORT = {
     },
     "export": {"data", "modeling", "families", "hybrid", "teacher", "runs"},
     "evaluate": {"data", "hybrid", "losses", "teacher", "runs", "export"},
-    "talk": {"modeling", "teacher", "training", "config", "runs", "evaluate", "lm"},
+    "lm": {"teacher", "config", "runs", "evaluate"},
+    "talk": {"teacher", "training", "config", "runs", "evaluate", "lm"},
     "report": {"runs"},
     "bench": {
         *("kernels", "data", "modeling", "hybrid", "losses", "teacher", "training", "stages"),
-        *("config", "planning", "conversion", "demo"),
+        *("config", "planning", "conversion", "demo", "lm"),
     },
     "conversion": {
         *("modeling", "data", "hybrid", "losses", "teacher", "training", "stages"),
@@ -48,7 +49,7 @@ MAY_IMPORT = {
     "demo": {"data", "teacher", "config", "runs", "conversion", "evaluate", "export", "report"},
     "cli": {
         *("kernels", "data", "teacher", "training", "config", "planning"),
-        *("evaluate", "export", "report", "bench", "conversion", "demo", "talk"),
+        *("evaluate", "export", "report", "bench", "conversion", "demo", "lm", "talk"),
     },
 }
 

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 from ..modeling.graphed_decoding import WARM_STEPS, GraphedDecoding, TokenChoice
 from ..modeling.hybrid_base import FP32_PARAMETERS
 from ..modeling.mixer_presets import TimeMixerConfig
-from ..modeling.recurrent_cache import cache_tensors
+from ..modeling.recurrent_cache import is_recurrent
 from ..modeling.registry import hybrid_class
 
 GREEDY = TokenChoice(LogitsProcessorList())
@@ -79,7 +79,7 @@ def _measure(
         torch.cuda.reset_peak_memory_stats(device)
     _read(model, ids)  # compiles kernels
     prefill_seconds, (cache, logits) = _timed(device, lambda: _read(model, ids))
-    cache_bytes = sum(x.numel() * x.element_size() for x in cache_tensors(cache))
+    cache_bytes = sum(x.numel() * x.element_size() for x in _tensors(cache))
     warm = WARM_STEPS + 1  # the graph is recorded in the step after the warm ones
     eager = _Eager(model, cache, logits)
     eager.run(warm)
@@ -132,6 +132,11 @@ def _timed(device: torch.device, run: Callable) -> tuple[float, object]:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start, result
+
+
+def _tensors(cache: Cache) -> Iterator[Tensor]:
+    for layer in cache.layers:
+        yield from layer.state.tensors() if is_recurrent(layer) else (layer.keys, layer.values)
 
 
 def random_models(

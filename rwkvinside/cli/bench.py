@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..support.files import write_json
+from ..support.progress import Progress
 from ..support.text import rounded_bytes
 from .arguments import ArgumentParser, add_output_arguments, at_least, run_command
 
@@ -21,6 +22,10 @@ COMMANDS = {
     "generation": (
         "bench:generation",
         "prompts and tokens of hybrids and their teacher, from Python and as CUDA graphs",
+    ),
+    "context": (
+        "bench:context",
+        "prompts of 1K to 64K tokens: time and memory of attention, of a hybrid and of RWKV of one size",
     ),
     "head": ("bench:head", "memory and time of the distillation loss: all logits at once, or chunk by chunk"),
 }
@@ -161,6 +166,77 @@ def generation(parser: ArgumentParser, argv: Sequence[str]) -> int:
             write_json(args.json, found)  # again after each, so that an error loses nothing
     Console().print(table)
     return 0
+
+
+def context(parser: ArgumentParser, argv: Sequence[str]) -> int:
+    """Measure long contexts, print a table, write JSON and a picture."""
+    parser.add_argument(
+        "--random",
+        type=_shape,
+        default=(4, 2, 64),
+        metavar="LAYERS,HEADS,HEAD_SIZE",
+        help="of the models, which have random weights (default: 4,2,64)",
+    )
+    parser.add_argument(
+        "--contexts",
+        type=at_least(1),
+        nargs="+",
+        default=[1024, 4096, 16_384, 65_536],
+        metavar="N",
+        help="tokens of the prompts (default: 1024 4096 16384 65536)",
+    )
+    for flag, default, text in (
+        ("--chunk-size", 1024, "tokens of a prompt that are read at a time"),
+        ("--new-tokens", 16, "measured tokens after each prompt"),
+    ):
+        parser.add_argument(flag, type=at_least(1), default=default, metavar="N", help=f"{text} (default: {default})")
+    add_output_arguments(parser, png="time and memory by context")
+    args = parser.parse(argv)
+    import torch
+
+    from ..bench.context import context_cost, equal_models
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    models = equal_models(*args.random, dtype=dtype, device=device)
+    name = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    result = {"device": name, "dtype": str(dtype), "shape": args.random, "chunk_size": args.chunk_size, "found": []}
+    measurements = context_cost(models, args.contexts, chunk_size=args.chunk_size, new_tokens=args.new_tokens)
+    with Progress("measuring", len(models) * len(args.contexts), unit="prompts") as progress:
+        for found in measurements:
+            result["found"].append(asdict(found))
+            progress.advance(detail=f"{found.model} at {found.context:,}")
+            if args.json is not None:
+                write_json(args.json, result)  # again after each, so that an error loses nothing
+    Console().print(_context_table(result))
+    if args.png is not None:
+        from ..report.figures import context_figure, save_figure
+
+        save_figure(context_figure(result), args.png)
+    return 0
+
+
+def _context_table(result: dict) -> Table:
+    found = result["found"]
+    sizes = ", ".join(
+        f"{name} {count / 1e6:.3f} M" for name, count in {r["model"]: r["parameters"] for r in found}.items()
+    )
+    table = Table(title=f"{result['device']}, {result['dtype'].removeprefix('torch.')}; parameters: {sizes}")
+    for column in ("context", "model", "prefill", "tokens/s", "peak memory", "ms a token", "state"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for i, row in enumerate(found):
+        peak = row["prefill_peak_bytes"]
+        table.add_row(
+            f"{row['context']:,}",
+            row["model"],
+            f"{row['prefill_seconds']:.2f} s",
+            f"{row['context'] / row['prefill_seconds']:,.0f}",
+            "not measured" if peak is None else rounded_bytes(peak),
+            f"{row['token_ms']:.2f}",
+            rounded_bytes(row["state_bytes"]),
+            end_section=i + 1 < len(found) and found[i + 1]["context"] != row["context"],
+        )
+    return table
 
 
 def _shape(text: str) -> tuple[int, ...]:

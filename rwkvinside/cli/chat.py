@@ -23,19 +23,13 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     parser.add_argument("--load", type=Path, metavar="FILE", help="go on from a state that /save has written")
     add_sampling_arguments(parser)
     args = parser.parse(argv)
-    from ..talk.conversation import Conversation
-    from ..talk.models import load_for_talk
     from ..talk.screen import Screen
+    from ..talk.voices import voices_of
 
     terminal, notes = Console(highlight=False), Console(stderr=True, highlight=False)
-    sampling = sampling_of(args)
-    voices = {}
-    for name, path in (("teacher", args.teacher), ("student", args.model)):
-        if path is not None:
-            model, tokenizer = load_for_talk(path, args.device, notes, teacher=name == "teacher")
-            plain = args.plain or not tokenizer.chat_template
-            voices[name] = Conversation(model, tokenizer, sampling, system=args.system, plain=plain)
-    if plain and not args.plain:
+    how = dict(system=args.system, plain=args.plain, device=args.device, notes=notes)
+    voices = voices_of(args.model, args.teacher, sampling_of(args), **how)
+    if voices["student"].plain and not args.plain:
         notes.print("no chat template: the model continues what you write (as with --plain)", style="dim")
     screen = Screen(voices, terminal, terminal if terminal.is_terminal else notes)
     if args.load is not None:

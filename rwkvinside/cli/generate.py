@@ -27,12 +27,12 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     add_output_arguments(parser)
     args = parser.parse(argv)
     from ..support.files import read_lines
-    from ..talk.models import load_for_talk
+    from ..lm.load import load_model
     from ..talk.prompts import generate
 
     prompts = args.prompt or read_lines(args.prompts, "prompts")
     notes, out = Console(stderr=True, highlight=False), Console(highlight=False, soft_wrap=True)
-    model, tokenizer = load_for_talk(args.model, args.device, notes)
+    model, tokenizer = load_model(args.model, args.device, notes)
     result = generate(
         model,
         tokenizer,

@@ -17,6 +17,7 @@ VERBS = {
     "eval": ("eval:main", "compare a student with its teacher on text"),
     "chat": ("chat:main", "talk to a model, or to a student and its teacher side by side"),
     "generate": ("generate:main", "what a model writes after prompts"),
+    "lm": ("sequences:main", "language models processed by their state: long texts, memory, compression"),
     "report": ("report:main", "draw what a run has measured"),
     "bench": ("bench:main", "speed of the kernels and of training, memory of the loss"),
     "export": ("export:main", "write the last finished stage of a run in another format, and verify it"),

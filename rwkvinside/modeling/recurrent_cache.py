@@ -5,7 +5,7 @@ run. A recurrent layer replaces its own slot, in place, the first time it stores
 layers keep theirs. This module holds tensors and their batch bookkeeping; it computes nothing.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -109,13 +109,6 @@ class RecurrentLayer(CacheLayerMixin):
 def is_recurrent(slot: Any) -> bool:
     """Return whether a slot of a cache is a `RecurrentLayer`, be it of an export, which carries a class of its own."""
     return type(slot).__name__ == RecurrentLayer.__name__
-
-
-def cache_tensors(cache: Cache) -> Iterator[Tensor]:
-    """Yield all that a cache holds: recurrent states, and keys and values of attention layers."""
-    for layer in cache.layers:
-        held = (layer.keys, layer.values) if not is_recurrent(layer) else layer.state and layer.state.tensors()
-        yield from (x for x in held or () if x is not None)
 
 
 def can_overwrite(state: MixerState) -> bool:

@@ -386,3 +386,35 @@ def kernel_figure(stages: Sequence[dict], device: str) -> "Figure | None":
             ax.set_ylabel("")  # shared
     figure.legend(lines.values(), lines, loc="outside right upper", frameon=False, fontsize=9)
     return figure
+
+
+CONTEXT_STYLES = {"attention": (ORANGE, "s--"), "hybrid": (GREEN, "^-."), "RWKV": (BLUE, "o-")}
+CONTEXT_PANELS = (
+    ("prefill_seconds", 1, "reading the prompt", "seconds"),
+    ("token_ms", 1, "one further token", "milliseconds"),
+    ("state_bytes", 2**20, "state after the prompt", "MiB"),
+    ("prefill_peak_bytes", 2**20, "most memory while reading", "MiB beyond the weights"),
+)
+
+
+def context_figure(result: dict) -> "Figure":
+    """Draw time and memory by the length of the context.
+
+    Args:
+        result: the JSON that `rwkvinside bench context` writes.
+    """
+    panels = [panel for panel in CONTEXT_PANELS if all(row[panel[0]] is not None for row in result["found"])]
+    figure = new_figure(3.6 * len(panels), 3.4)
+    for ax, (field, unit, title, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        values = []
+        for name in dict.fromkeys(row["model"] for row in result["found"]):
+            rows = [row for row in result["found"] if row["model"] == name]
+            color, style = CONTEXT_STYLES.get(name, (BLACK, "x:"))
+            values.append([row[field] / unit for row in rows])
+            ax.plot([row["context"] for row in rows], values[-1], style, color=color, markersize=4, label=name)
+        _plain_log(ax, np.concatenate(values))
+        ax.set_xscale("log", base=2)
+        _count_axis(ax.xaxis)
+        _finish(ax, title, "tokens of the prompt", label)
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    return figure

@@ -54,3 +54,12 @@ def forget_peak() -> bool:
     except OSError:
         return False
     return True
+
+
+def release_freed_memory() -> None:
+    """Give pages that were freed back to the system, so that a peak counted from now on is that of new work.
+
+    Does nothing without glibc, whose heap would otherwise keep them.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)

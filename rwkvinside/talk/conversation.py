@@ -5,7 +5,6 @@ Works for hybrids and for every other causal language model of transformers; kno
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,8 @@ from transformers import TopPLogitsWarper as TopP
 from transformers.cache_utils import Cache
 
 from ..errors import UserError
-from ..modeling.recurrent_cache import cache_tensors
+from ..lm.cache_parts import fork
+from ..lm.state_report import layer_bytes
 from ..teacher.sampling import STAND_IN, Sampling, encode, end_tokens, render_chat
 
 PREFILL = 1024  # tokens that are read at a time, so that a long text needs little memory
@@ -67,7 +67,8 @@ class Memory:
     def copy(self) -> Memory:
         """Return the same in memory of its own: models write into the one of a cache."""
         with torch.inference_mode():
-            return Memory(list(self.ids), copy.deepcopy(self.cache), self.text, list(self.messages))
+            cache = None if self.cache is None else fork(self.cache)
+        return Memory(list(self.ids), cache, self.text, list(self.messages))
 
 
 class Conversation:
@@ -167,7 +168,8 @@ class Conversation:
     @property
     def state_bytes(self) -> int:
         """Bytes of the state: recurrent states, and keys and values of attention layers."""
-        return 0 if self.memory.cache is None else sum(x.nbytes for x in cache_tensors(self.memory.cache))
+        cache = self.memory.cache
+        return 0 if cache is None else sum(layer.total for layer in layer_bytes(cache))
 
     def _words(self, words: str) -> tuple[list[int], str]:
         """Return what there is to read of words, and in a conversation all of its text so far."""

@@ -17,7 +17,7 @@ from rich.text import Text
 from ..errors import UserError
 from ..support.text import did_you_mean, rounded_bytes, rounded_count
 from ..training.stop_signal import StopSignal
-from .conversation import Conversation
+from .conversation import Conversation, Memory
 from .state_file import read_memory, write_memory
 
 HELP = {
@@ -91,8 +91,10 @@ class Screen:
 
     def load(self, file: Path) -> None:
         """Go on from a state; models other than the one that left it read its tokens."""
+        memory = read_memory(file, self._student.model)
         for voice in self.voices.values():
-            voice.recall(read_memory(file, voice.model, others=voice is not self._student))
+            same = voice is self._student
+            voice.recall(memory if same else Memory(memory.ids, None, memory.text, list(memory.messages)))
         self._note(f"goes on after {len(self._student.memory.ids):,} tokens of {file}")
 
     def show_help(self) -> None:
