@@ -19,6 +19,7 @@ VERBS = {
     "generate": ("generate:main", "what a model writes after prompts"),
     "lm": ("sequences:main", "language models processed by their state: long texts, memory, compression"),
     "report": ("report:main", "draw what a run has measured"),
+    "compare": ("compare:main", "runs beside each other: settings, curves, one table"),
     "bench": ("bench:main", "speed of the kernels and of training, memory of the loss"),
     "export": ("export:main", "write the last finished stage of a run in another format, and verify it"),
     "verify": ("verify:main", "compare an exported directory with the run it was made from"),

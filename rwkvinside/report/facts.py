@@ -102,7 +102,8 @@ class RunFacts:
         student = self.conversion.get("student", {})
         kept = set(range(student.get("teacher.num_hidden_layers", 0))) - set(student.get("rwkv_layers", ()))
         count = student.get("teacher.num_hidden_layers", 0)
-        return [{"kind": "attention" if i in kept else "rwkv"} for i in range(count)]
+        window = {"window": student["window"], "sinks": student["sinks"]} if student.get("window") else {}
+        return [{"kind": "attention"} if i in kept else {"kind": "rwkv", **window} for i in range(count)]
 
     @cached_property
     def scores(self) -> list[ScoreRow]:

@@ -4,7 +4,7 @@ Colors are Okabe and Ito's, which people with any color vision can tell apart; c
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,7 @@ WIDTH = 9.8  # inches of a figure on a page
 PANELS = 3  # beside each other
 AMBER, PINK, BLACK = "#E69F00", "#CC79A7", "#222222"
 DATELESS = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}  # the same figure is the same file
+RUN_COLORS = (BLUE, ORANGE, GREEN, PINK, AMBER, GREY)
 LOSS_UNITS = {
     "align": "alignment loss (relative squared error)",
     "distill": "KL to the teacher (nats per token)",
@@ -160,9 +161,7 @@ def draw_validation(ax: "Axes", rows: Sequence[dict], name: str, unit: str, *, l
         log: use a logarithmic y axis.
     """
     before = tokens_before(rows)
-    measured = of_kind(rows, "eval")
-    if len(measured) > 2 and not measured[0]["step"]:  # before any training: it would flatten all that follows
-        measured = measured[1:]
+    measured = _trained(of_kind(rows, "eval"))
     tokens = column(measured, "tokens") + np.array([before[row["stage"]] for row in measured])
     values = column(measured, name)
     ax.plot(tokens, values, color=BLUE, marker="o", markersize=4, linewidth=1.5, label="student")
@@ -231,6 +230,73 @@ def validation_figure(rows: Sequence[dict]) -> "Figure | None":
     for ax, (name, unit, log) in zip(figure.subplots(1, 3), VALIDATION, strict=True):
         draw_validation(ax, rows, name, unit, log=log)
     return figure
+
+
+def runs_validation_figure(runs: Mapping[str, Sequence[dict]]) -> "Figure | None":
+    """Draw KL, cross-entropy and agreement of several runs over one another; None without evaluations.
+
+    Args:
+        runs: name -> rows of metrics.jsonl.
+    """
+    measured = {name: rows for name, rows in runs.items() if of_kind(rows, "eval")}
+    if not measured:
+        return None
+    figure = new_figure(WIDTH, 3.4)
+    for ax, (name, unit, log) in zip(figure.subplots(1, 3), VALIDATION, strict=True):
+        values = []
+        for (label, rows), color in zip(measured.items(), itertools.cycle(RUN_COLORS)):
+            before, points = tokens_before(rows), _trained(of_kind(rows, "eval"))
+            tokens = column(points, "tokens") + np.array([before[row["stage"]] for row in points])
+            values.append(column(points, name))
+            ax.plot(tokens, values[-1], "o-", color=color, markersize=3.5, linewidth=1.5, label=label)
+            _end_value(ax, tokens[-1], values[-1][-1], color, ".3f")
+        if log:
+            _plain_log(ax, np.concatenate(values))
+        _count_axis(ax.xaxis)
+        _finish(ax, f"validation: {VALIDATION_TITLES[name]}", "tokens of the run", unit)
+    _shared_legend(figure)
+    return figure
+
+
+def runs_loss_figure(runs: Mapping[str, Sequence[dict]]) -> "Figure | None":
+    """Draw the smoothed training loss of several runs, one panel per stage; None if nothing was trained.
+
+    Args:
+        runs: name -> rows of metrics.jsonl.
+    """
+    names = list(dict.fromkeys(stage for rows in runs.values() for stage in stages(rows, "train")))
+    if not names:
+        return None
+    lines = -(-len(names) // PANELS)
+    figure = new_figure(WIDTH, 3.4 * lines)
+    panels = figure.subplots(lines, min(len(names), PANELS), squeeze=False).flat
+    for ax, stage in itertools.zip_longest(panels, names):
+        if stage is None:
+            ax.set_visible(False)
+            continue
+        losses = []
+        for (label, rows), color in zip(runs.items(), itertools.cycle(RUN_COLORS)):
+            train = of_kind(rows, "train", stage)
+            if train:
+                loss = smooth(column(train, "loss"), max(1, len(train) // 25))
+                ax.plot(column(train, "tokens"), loss, color=color, linewidth=1.5, label=label)
+                _end_value(ax, train[-1]["tokens"], loss[-1], color)
+                losses.append(loss)
+        _plain_log(ax, np.concatenate(losses))
+        _count_axis(ax.xaxis)
+        _finish(ax, f"{stage}: training loss", "tokens", LOSS_UNITS.get(stage, "loss"))
+    _shared_legend(figure)
+    return figure
+
+
+def _shared_legend(figure: "Figure") -> None:
+    lines = {line.get_label(): line for ax in figure.axes for line in ax.lines}
+    figure.legend(lines.values(), lines, loc="outside upper left", ncols=4, frameon=False, fontsize=9)
+
+
+def _trained(measured: "list[dict]") -> "list[dict]":
+    """Return evaluations without the one before any training, which would flatten all that follows."""
+    return measured[1:] if len(measured) > 2 and not measured[0]["step"] else measured
 
 
 def overview_figure(rows: Sequence[dict]) -> "Figure | None":

@@ -227,7 +227,7 @@ class RunDirectory:
         """
         if not (self.path / CONFIG).is_file():
             return []
-        was, now = (dict(_flat(values)) for values in (_with_defaults(self.config()), _plain(absolute(config))))
+        was, now = (dict(flat_settings(values)) for values in (_with_defaults(self.config()), _plain(absolute(config))))
         keys = [key for key in dict.fromkeys([*now, *was]) if key != "out"]
         return [Change(key, was.get(key), now.get(key)) for key in keys if was.get(key) != now.get(key)]
 
@@ -309,7 +309,7 @@ def settings_digest(config: Mapping) -> str:
 
     Where the run and the teacher are does not count.
     """
-    return digest_of({key: value for key, value in _flat(config) if key not in MOVABLE})
+    return digest_of({key: value for key, value in flat_settings(config) if key not in MOVABLE})
 
 
 def absolute(config: Config) -> Config:
@@ -338,11 +338,11 @@ def _with_defaults(written: dict) -> dict:
         return written
 
 
-def _flat(values: Mapping, at: str = "") -> Iterator[tuple[str, object]]:
+def flat_settings(values: Mapping, at: str = "") -> Iterator[tuple[str, object]]:
     """Yield the values of nested mappings by path, a.b.c."""
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{at}{key}.")
+            yield from flat_settings(value, f"{at}{key}.")
         else:
             yield f"{at}{key}", value
 
