@@ -26,8 +26,8 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     parser.add_argument("--rows", type=at_least(1), default=8, metavar="N", help="prompts at a time (default: 8)")
     add_output_arguments(parser)
     args = parser.parse(argv)
-    from ..support.files import read_lines
     from ..lm.load import load_model
+    from ..support.files import read_lines
     from ..talk.prompts import generate
 
     prompts = args.prompt or read_lines(args.prompts, "prompts")

@@ -42,4 +42,3 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
         hours = None if rate is None else found.flops / rate.flops / 3600
         write_json(args.json, found.to_dict() | {"rate": speed, "hours": hours})
     return 0
-

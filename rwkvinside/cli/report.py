@@ -13,7 +13,10 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write into (default: the run directory)")
     parser.add_argument(
-        "--eval", type=Path, metavar="FILE", help="JSON of `rwkvinside eval`, for scores by position (default: RUN/eval.json)"
+        "--eval",
+        type=Path,
+        metavar="FILE",
+        help="JSON of `rwkvinside eval`, for scores by position (default: RUN/eval.json)",
     )
     args = parser.parse(argv)
     from ..report.write import write_report

@@ -71,6 +71,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--hostfile", metavar="FILE", help="start on several machines with DeepSpeed's launcher, once all answer"
     )
-    parser.add_argument("-q", "--quiet", action="store_true", help="print the end of the run and what is wrong, no more")
+    parser.add_argument(
+        "-q", "--quiet", action="store_true", help="print the end of the run and what is wrong, no more"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the plan; load no weights and write nothing")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # set by the launcher

@@ -188,7 +188,9 @@ def train(
         digests = FileDigests(directory.path / DIGESTS)
         asked = {"stage": stage, "resume": resume, "allow_changes": allow_changes}
         admission = world.on_main(lambda: admit(config, plan, directory, tokenizer, digests, **asked)) or Admission()
-        run = Run(config, plan, text, forecast(plan, config), directory, world, tokenizer, shapes, loggers, digests, admission)
+        run = Run(
+            config, plan, text, forecast(plan, config), directory, world, tokenizer, shapes, loggers, digests, admission
+        )
         try:
             _run(run, resume_from)
         except KeyboardInterrupt as error:  # other than in a step, which is finished and saved

@@ -21,9 +21,9 @@ from ..conversion import run as build
 from ..conversion.generate import generate_text
 from ..errors import UserError
 from ..evaluate.load import load_pretrained, load_run
+from ..report.write import write_report
 from ..runs.directory import RunDirectory
 from ..runs.metrics_file import of_kind, read_metrics
-from ..report.write import write_report
 from ..support.files import write_json, write_text
 from ..teacher.load import open_tokenizer
 from ..teacher.sampling import Sampling, encode, end_tokens, render_chat, sample

@@ -102,7 +102,12 @@ class TokenScores:
 
 @torch.no_grad()
 def continuation(
-    model: nn.Module, teacher: Teacher | None, ids: Sequence[int], tokens: int, end: Collection[int], device: torch.device
+    model: nn.Module,
+    teacher: Teacher | None,
+    ids: Sequence[int],
+    tokens: int,
+    end: Collection[int],
+    device: torch.device,
 ) -> list[int]:
     """Return the likeliest tokens after a beginning, of a student in training or of its teacher.
 

@@ -113,7 +113,9 @@ def write_comparison(comparison: Comparison, out: Path) -> list[Path]:
     maps = []
     for name, facts in comparison.runs.items():
         cells = layer_cells(facts.layers)
-        maps.append({"name": name, "facts": facts, "text": describe(facts), "cells": cells, "kinds": layer_kinds(cells)})
+        maps.append(
+            {"name": name, "facts": facts, "text": describe(facts), "cells": cells, "kinds": layer_kinds(cells)}
+        )
     page = render(
         "compare.html",
         title=" · ".join(comparison.runs),

@@ -40,15 +40,18 @@ def new_figure(width: float, height: float) -> "Figure":
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
-    """Write a figure in the format that the name ends with: png, svg or pdf.
+    """Write a figure, the same bytes each time, in the format that the name ends with: png, svg or pdf.
 
     Raises:
         UserError: no space, or a directory that cannot be written.
     """
+    import matplotlib
+
     form = path.suffix[1:]
     try:
         with replacing(path) as temporary:
-            figure.savefig(temporary, format=form, metadata=DATELESS.get(form))
+            with matplotlib.rc_context({"svg.hashsalt": path.stem}):
+                figure.savefig(temporary, format=form, metadata=DATELESS.get(form))
     except OSError as error:
         cause = f"cannot write {path}: {error.strerror or error}"
         raise UserError(cause, "free space, or make the directory writable") from error

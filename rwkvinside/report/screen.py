@@ -25,8 +25,10 @@ def end_screen(facts: RunFacts) -> str:
             else ""
         )
         name = row.name if cost is None else f"after {row.name}"
-        lines.append(f"{name:<16}{_number(row.kl, '.4f'):>9}{_number(row.ce, '.4f'):>9}"
-                     f"{_number(row.agreement, '.1%'):>12}{took}".rstrip())
+        lines.append(
+            f"{name:<16}{_number(row.kl, '.4f'):>9}{_number(row.ce, '.4f'):>9}"
+            f"{_number(row.agreement, '.1%'):>12}{took}".rstrip()
+        )
     for sample in facts.samples[:1]:
         lines.append("")
         lines += _wrapped("prompt", sample["prompt"])

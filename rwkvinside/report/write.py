@@ -48,5 +48,3 @@ def write_pictures(pictures: Iterable[Picture], folder: Path) -> list[Path]:
         write_text(folder / f"{picture.name}.csv", csv_text(picture.rows))
         written += [folder / f"{picture.name}.{form}" for form in ("svg", "pdf", "csv")]
     return written
-
-

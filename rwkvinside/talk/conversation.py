@@ -231,4 +231,3 @@ class Conversation:
             return int(logits.argmax(-1))
         chances = self._warpers(None, logits.float()).softmax(-1)  # type: ignore[arg-type]  # these look at no ids
         return int(torch.multinomial(chances, 1, generator=self._draw))
-

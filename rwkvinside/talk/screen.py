@@ -164,6 +164,9 @@ class Screen:
     def _status(self) -> None:
         for name, voice in self.voices.items():
             self._note((f"{name:<9}" if len(self.voices) > 1 else "") + status_line(voice))
+            limit, seen = voice.model.config.max_position_embeddings, len(voice.memory.ids)
+            if seen > limit >= seen - (voice.last.read + voice.last.tokens if voice.last else 0):
+                self._note(f"{name}: from here on beyond the {limit:,} tokens that it was made for")
 
     def _note(self, line: str) -> None:
         self.status.print(Text(line, style="dim"), soft_wrap=True)
@@ -180,18 +183,12 @@ def described(voice: Conversation) -> str:
 
 
 def status_line(voice: Conversation) -> str:
-    """Return the numbers of the last reply, within 70 columns."""
-    reply, seen, limit = voice.last, len(voice.memory.ids), voice.model.config.max_position_embeddings
-    if reply is None:
+    """Return the numbers of the last reply, within 70 columns; "" before the first."""
+    if (reply := voice.last) is None:
         return ""
-    speed = reply.tokens_per_second
-    parts = [
-        f"{reply.tokens} tokens",
-        "" if speed is None else f"{speed:.1f} tokens/s",
-        f"{reply.read:,} read in {reply.first_seconds:.2f} s",
-        f"state {rounded_bytes(voice.state_bytes)} at {seen:,}" + (f" of {limit:,}!" if seen > limit else ""),
-    ]
-    return " · ".join(filter(None, parts))
+    speed = "" if reply.tokens_per_second is None else f"{reply.tokens_per_second:.1f} tokens/s · "
+    state = f"state {rounded_bytes(voice.state_bytes)} at {len(voice.memory.ids):,}"
+    return f"{speed}{reply.tokens} new, {reply.read:,} read in {reply.first_seconds:.2f} s · {state}"
 
 
 def printable(text: str) -> str:
