@@ -83,12 +83,14 @@ def evaluate(
     student: str | Path,
     teacher: str | Path | None = None,
     *,
-    data: Sequence[str | Path],
+    data: Sequence[str | Path] = (),
     max_documents: int | None = None,
     max_length: int | None = None,
+    recall_lengths: Sequence[int] = (),
+    tasks: Sequence[str] = (),
     device: str = "auto",
 ) -> dict:
-    """Measure how close a student is to its teacher on text; print nothing.
+    """Measure how close a student is to its teacher on text, in recall and in tasks; print nothing.
 
         scores = rw.evaluate("student", "Qwen/Qwen3-0.6B", data=["val.jsonl"])
         print(scores["kl"], scores["agreement"])
@@ -100,22 +102,25 @@ def evaluate(
         max_documents: evaluate at most the first so many.
         max_length: evaluate at most so many tokens of a document; None is 4096, or the teacher's longest context where
             that is shorter.
+        recall_lengths: tokens of texts in which something is to be found again; (): not measured.
+        tasks: of lm-evaluation-harness; (): none.
         device: "auto", "cpu" or "cuda".
 
     Returns:
-        KL, cross entropies, perplexities and agreement, over all tokens and by position: the JSON of `rwkvinside eval`.
+        KL, cross entropies, perplexities and agreement, over all tokens and by position, "recall" and "tasks": the JSON
+        of `rwkvinside eval`.
 
     Raises:
         UserError: a directory that is neither a model nor a run, no teacher, data that cannot be read.
     """
-    from .evaluate.compare import evaluate_saved
+    from .evaluate.compare import Measures, Tasks, evaluate_saved
+    from .evaluate.recall import RecallPlan
 
-    comparison = evaluate_saved(
-        student,
-        teacher,
-        [str(source) for source in data],
-        max_documents=max_documents,
-        max_length=max_length,
-        device=device,
+    measures = Measures(
+        tuple(map(str, data)),
+        max_documents,
+        max_length,
+        recall=RecallPlan(tuple(recall_lengths)) if recall_lengths else None,
+        tasks=Tasks(tuple(tasks)) if tasks else None,
     )
-    return comparison.to_dict()
+    return evaluate_saved(student, teacher, measures, device=device).to_dict()

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from ..support.files import write_json
-from .arguments import ArgumentParser, add_output_arguments, at_least
+from .arguments import ArgumentParser, add_output_arguments, at_least, count
+from .evaluation_tables import new_table, show_recall, show_tasks, show_writing
 
 CONTROL = "the teacher, untrained, its attention cut to the windows of the student"
 
 if TYPE_CHECKING:
+    from ..evaluate.compare import Measures
     from ..evaluate.quality import Evaluation, Scores
 
 
@@ -29,35 +30,87 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     parser.add_argument("student", type=Path, metavar="DIR_OR_RUN", help="exported model or run directory")
     parser.add_argument("--teacher", metavar="DIR", help="directory or hub id (default: the one a run names)")
     parser.add_argument(
-        "--data", action="append", required=True, metavar="FILE", help="texts to compare on; may repeat"
+        "--data", action="append", default=[], metavar="FILE", help="texts to compare on, token by token; may repeat"
     )
-    add_output_arguments(parser, png="perplexity and KL by position")
-    parser.add_argument("--max-documents", type=at_least(1), metavar="N", help="evaluate the first N documents only")
+    parser.add_argument("--max-documents", type=at_least(1), metavar="N", help="compare the first N documents only")
     parser.add_argument(
-        "--max-length", type=at_least(1), metavar="N", help="tokens of a document to evaluate (default: at most 4096)"
+        "--max-length", type=at_least(1), metavar="N", help="tokens of a document to compare (default: at most 4096)"
     )
+    _add_recall_arguments(parser)
+    _add_task_arguments(parser)
+    add_output_arguments(parser, png="perplexity and KL by position, and recall by length and depth,")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the models run")
     args = parser.parse(argv)
     from ..evaluate.compare import evaluate_saved
 
+    console = Console()
     comparison = evaluate_saved(
-        args.student,
-        args.teacher,
-        args.data,
-        max_documents=args.max_documents,
-        max_length=args.max_length,
-        device=args.device,
-        notes=Console(stderr=True),
+        args.student, args.teacher, _measures(args), device=args.device, notes=Console(stderr=True)
     )
-    _show(comparison.evaluation, Console())
+    for result, show in (
+        (comparison.evaluation, _show),
+        (comparison.writing, show_writing),
+        (comparison.recall, show_recall),
+        (comparison.tasks, show_tasks),
+    ):
+        if result is not None:
+            show(result, console)
     result = comparison.to_dict()
     if args.json is not None:
         write_json(args.json, result)
     if args.png is not None:
-        from ..report.figures import position_figure, save_figure
+        from ..report.evaluation import evaluation_figure
+        from ..report.figures import save_figure
 
-        save_figure(position_figure(result), args.png)
+        save_figure(evaluation_figure(result), args.png)
     return 0
+
+
+def _add_recall_arguments(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("recall and generation")
+    group.add_argument(
+        "--recall", action="store_true", help="what is found again in long texts: pass key, pairs; needle with --data"
+    )
+    group.add_argument(
+        "--lengths", type=_counts, default=(256, 1024), metavar="N,...", help="tokens of these texts (256,1024)"
+    )
+    group.add_argument("--depths", type=at_least(1), default=5, metavar="N", help="places of what is to be found (5)")
+    group.add_argument("--samples", type=at_least(1), default=8, metavar="N", help="texts per length and place (8)")
+    group.add_argument(
+        "--write", type=at_least(1), metavar="N", help="compare what both models write after N beginnings of --data"
+    )
+    group.add_argument("--write-tokens", type=at_least(1), default=128, metavar="N", help="of such a text (128)")
+
+
+def _add_task_arguments(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("tasks of lm-evaluation-harness (pip install lm-eval)")
+    group.add_argument("--tasks", type=_names, default=(), metavar="NAME,...", help="such as lambada_openai,arc_easy")
+    group.add_argument("--task-dir", type=Path, metavar="DIR", help="YAML files that define more tasks")
+    group.add_argument("--limit", type=at_least(1), metavar="N", help="examples of a task at most")
+    group.add_argument("--cache", type=Path, metavar="DIR", help="keep answers here, so that a teacher gives them once")
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(sorted({count(part) for part in text.split(",")}))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(filter(None, text.split(","))))
+
+
+def _measures(args: argparse.Namespace) -> Measures:
+    """Return what the arguments ask for."""
+    from ..evaluate.compare import Measures, Tasks, Writing
+    from ..evaluate.recall import RecallPlan
+
+    return Measures(
+        data=tuple(args.data),
+        max_documents=args.max_documents,
+        max_length=args.max_length,
+        recall=RecallPlan(args.lengths, args.depths, args.samples) if args.recall else None,
+        writing=None if args.write is None else Writing(args.write, args.write_tokens),
+        tasks=Tasks(args.tasks, args.task_dir, args.limit, args.cache) if args.tasks else None,
+    )
 
 
 def _show(evaluation: Evaluation, console: Console) -> None:
@@ -66,7 +119,7 @@ def _show(evaluation: Evaluation, console: Console) -> None:
         f"{evaluation.documents:,} documents, {evaluation.scores.tokens:,} tokens, "
         f"{evaluation.shared_vocab:,} shared ids; nats"
     )
-    table = Table(title=title, title_justify="left", title_style="", box=SIMPLE_HEAD, pad_edge=False)
+    table = new_table(title)
     table.add_column("tokens\nread", justify="right", no_wrap=True)
     for name in ("\ntokens", "\nKL", "\nCE", "CE\nteacher", "\nppl", "ppl\nteacher", "\nagreement"):
         table.add_column(name, justify="right", no_wrap=True)

@@ -1,68 +1,122 @@
 """Compare a saved student with its teacher on documents: load both, read the texts, measure."""
 
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from rich.console import Console
-from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.batch import Batch
 from ..data.rows import PaddedDocuments, document_batches
 from ..data.tokenize import load_tokens
 from ..errors import UserError
-from ..hybrid.document_attention import attend_within_documents, cut_to_windows, run_backbone, windows_in
 from ..runs.directory import RunDirectory
 from ..runs.trained import open_run
 from ..support.progress import Progress
+from ..teacher.sampling import end_tokens
+from .controls import CutTeacher
+from .generation import GenerationComparison, compare_generation
+from .harness import Harness, HarnessResult, run_on_both
 from .load import load_pretrained, load_student
-from .quality import Evaluation, Logits, evaluate_models
+from .quality import Evaluation, evaluate_models
+from .recall import RecallPlan, RecallReport, recall_models, recall_of_models, recall_texts
 
 LOGITS = 2**28  # elements of a batch's logits (1 GiB in fp32), for each of the two models
 LONGEST = 4096  # tokens of a document that are evaluated unless more are asked for
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """An evaluation with its models and data.
+class Tasks:
+    """Tasks of lm-evaluation-harness; arguments of `harness.Harness`."""
+
+    names: tuple[str, ...]
+    folder: Path | None = None
+    limit: int | None = None
+    cache: Path | None = None
+
+
+@dataclass(frozen=True)
+class Writing:
+    """Texts that both models write greedily.
 
     Attributes:
-        student, teacher: names of the directories, or the teacher's hub id.
+        prompts: the beginnings of so many documents.
+        max_tokens: written after each, at most.
+        prompt_tokens: of a beginning.
+    """
+
+    prompts: int
+    max_tokens: int = 128
+    prompt_tokens: int = 32
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What is measured.
+
+    Attributes:
+        data: files or directories, see `DocumentReader`: compared token by token, hide the needle of `recall`, begin
+            the texts of `writing`.
+        max_documents: the first so many of `data` are compared; None: all.
+        max_length: tokens of a document that are compared, at most; None is 4096, or the teacher's longest context
+            where that is shorter.
+        recall: lengths and depths of recall, None: not measured.
+        writing: None: not measured.
+        tasks: None: not measured.
+    """
+
+    data: tuple[str, ...] = ()
+    max_documents: int | None = None
+    max_length: int | None = None
+    recall: RecallPlan | None = None
+    writing: Writing | None = None
+    tasks: Tasks | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was measured, with its models and data.
+
+    Attributes:
+        student: name of the directory.
+        teacher: of its directory, or the hub id; None: the student was measured alone.
         data: names of the files.
         max_length: tokens of a document that are evaluated, at most.
         truncated_documents: how many documents are longer.
-        evaluation: the scores.
+        evaluation, recall, writing, tasks: the results; None: not measured.
     """
 
     student: str
-    teacher: str
+    teacher: str | None
     data: list[str]
-    max_length: int
-    truncated_documents: int
-    evaluation: Evaluation
+    max_length: int = 0
+    truncated_documents: int = 0
+    evaluation: Evaluation | None = None
+    recall: RecallReport | None = None
+    writing: GenerationComparison | None = None
+    tasks: HarnessResult | None = None
 
     def to_dict(self) -> dict:
-        """Return plain JSON: what was compared, and `Evaluation.to_dict`."""
-        return {
-            "student": self.student,
-            "teacher": self.teacher,
-            "data": self.data,
-            "max_length": self.max_length,
-            "truncated_documents": self.truncated_documents,
-            **self.evaluation.to_dict(),
-        }
+        """Return plain JSON: what was compared, `Evaluation.to_dict`, and the other results under their names."""
+        found: dict = {"student": self.student, "teacher": self.teacher, "data": self.data}
+        if self.evaluation is not None:
+            found |= {"max_length": self.max_length, "truncated_documents": self.truncated_documents}
+            found |= self.evaluation.to_dict()
+        for name in ("recall", "writing", "tasks"):
+            if (result := getattr(self, name)) is not None:
+                found[name] = result.to_dict()
+        return found
 
 
 def evaluate_saved(
     student: str | Path,
     teacher: str | Path | None,
-    data: list[str],
+    measures: Measures,
     *,
-    max_documents: int | None = None,
-    max_length: int | None = None,
     device: str = "auto",
     notes: Console | None = None,
 ) -> Comparison:
@@ -70,43 +124,125 @@ def evaluate_saved(
 
     Args:
         student: exported directory, whose model code is run, or run directory.
-        teacher: directory or hub id; None is the one that the run names.
-        data: files or directories, see `DocumentReader`.
-        max_documents: evaluate at most the first so many.
-        max_length: evaluate at most so many tokens of a document; None is 4096, or the teacher's longest context where
-            that is shorter.
+        teacher: directory or hub id; None is the one that the run names. An exported model's recall and tasks can be
+            measured without.
+        measures: what.
         device: "auto" (the first GPU if there is one), "cpu" or "cuda".
         notes: console for what is being loaded, and for progress; None is silent.
 
     Raises:
-        UserError: a directory that is neither a model nor a run, no teacher, data that cannot be read.
+        UserError: nothing to measure, a directory that is neither a model nor a run, no teacher, data that cannot be
+            read, tasks that cannot be run.
     """
     student, notes = Path(student), notes or Console(quiet=True)
+    if measures.writing is not None and not measures.data:
+        raise UserError("texts are written from the beginnings of documents", "give them with --data FILE")
+    if not (measures.data or measures.recall or measures.tasks):
+        raise UserError("there is nothing to measure", "give --data FILE, --recall or --tasks NAME")
+    harness = None
+    if (tasks := measures.tasks) is not None:
+        harness = Harness(tasks.names, folder=tasks.folder, limit=tasks.limit, cache=tasks.cache)
     if teacher is None:
-        teacher = _named_teacher(student)
+        teacher = _named_teacher(student, needed=bool(measures.data))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     student_model = load_student(student, device, notes)
-    teacher_model = load_pretrained(teacher, device)
-    max_length = max_length or min(LONGEST, teacher_model.config.max_position_embeddings)
+    teacher_model = None if teacher is None else load_pretrained(teacher, device)
+    tokenizer = AutoTokenizer.from_pretrained(student if teacher is None else teacher)
+    names = [Path(source).name for source in measures.data]
+    found = Comparison(student.name, None if teacher is None else Path(teacher).name, names)
+    haystack: list[int] = []
+    if teacher_model is not None and measures.data:
+        found, haystack = _on_documents(found, measures, (student_model, teacher_model), tokenizer, notes)
+    if measures.recall is not None:
+        texts = recall_texts(tokenizer, measures.recall, haystack)
+        total = sum(map(len, texts.values())) * len(recall_models(student_model, teacher_model))
+        with _progress("recall", total, "texts", notes) as advance:
+            found = replace(found, recall=recall_of_models(student_model, teacher_model, texts, advance))
+    if harness is not None:
+        found = replace(found, tasks=run_on_both(harness, student_model, teacher_model, tokenizer))
+    return found
+
+
+def _on_documents(
+    found: Comparison,
+    measures: Measures,
+    models: tuple[PreTrainedModel, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    notes: Console,
+) -> tuple[Comparison, list[int]]:
+    """Return the comparison with what documents are needed for, and tokens to hide a needle in.
+
+    Args:
+        found: so far.
+        measures: with data.
+        models: student and teacher.
+        tokenizer: the teacher's.
+        notes: for progress.
+    """
+    student, teacher = models
+    max_length = measures.max_length or min(LONGEST, teacher.config.max_position_embeddings)
+    haystack: list[int] = []
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = AutoTokenizer.from_pretrained(teacher)
-        documents = read_documents(data, tokenizer, Path(folder), max_length, max_documents)
-        evaluation = evaluate(student_model, teacher_model, documents, notes)
-    return Comparison(
-        student=student.name,
-        teacher=Path(teacher).name,
-        data=[Path(source).name for source in data],
-        max_length=documents.seq_len,
-        truncated_documents=documents.num_truncated,
-        evaluation=evaluation,
+        documents = read_documents(list(measures.data), tokenizer, Path(folder), max_length, measures.max_documents)
+        found = replace(
+            found,
+            max_length=documents.seq_len,
+            truncated_documents=documents.num_truncated,
+            evaluation=evaluate(student, teacher, documents, notes),
+        )
+        if measures.recall is not None:
+            haystack = _first_tokens(documents, max(measures.recall.lengths))
+        if (writing := measures.writing) is not None:
+            prompts, end = _beginnings(documents, writing), end_tokens(tokenizer, teacher)
+            with _progress("writing", len(prompts), "texts", notes) as advance:
+                written = compare_generation(student, teacher, prompts, end, writing.max_tokens, advance)
+            found = replace(found, writing=written)
+    return found, haystack
+
+
+@contextmanager
+def _progress(title: str, total: int, unit: str, notes: Console) -> Iterator[Callable[[int], None] | None]:
+    """Show progress on a console that is not quiet; yield what advances it."""
+    if notes.quiet:
+        yield None
+        return
+    with Progress(title, total, unit=unit, stream=notes.file) as progress:
+        yield progress.advance
+
+
+def _first_tokens(documents: PaddedDocuments, count: int) -> list[int]:
+    """Return the first tokens of all documents in a row."""
+    ids: list[int] = []
+    for i in range(len(documents)):
+        if len(ids) >= count:
+            break
+        ids += documents.tokens.piece(i, 0, count)[0].tolist()
+    return ids[:count]
+
+
+def _beginnings(documents: PaddedDocuments, writing: Writing) -> list[list[int]]:
+    """Return the beginnings of the first documents that are longer."""
+    found: list[list[int]] = []
+    for i in range(len(documents)):
+        ids = documents.tokens.piece(i, 0, writing.prompt_tokens + 1)[0].tolist()
+        if len(ids) > writing.prompt_tokens:
+            found.append(ids[:-1])
+        if len(found) == writing.prompts:
+            return found
+    raise UserError(
+        f"{writing.prompts} texts are to be written, but only {len(found)} documents have more than "
+        f"{writing.prompt_tokens} tokens",
+        "write fewer texts, or give more data",
     )
 
 
-def _named_teacher(path: Path) -> str:
-    """Return the teacher of a run."""
+def _named_teacher(path: Path, *, needed: bool) -> str | None:
+    """Return the teacher of a run, None for an export where none is needed."""
     if RunDirectory(path).is_run:
         return open_run(path).teacher
+    if not needed:
+        return None
     raise UserError(
         "no teacher is given", "name the original model's directory or hub id: --teacher DIR, or teacher=DIR in Python"
     )
@@ -127,34 +263,7 @@ def evaluate(
 ) -> Evaluation:
     """Run `evaluate_models`, with the control of a windowed student, and show its progress on `notes`."""
     batches = document_batches(documents, batch_tokens=min(8192, max(1, LOGITS // teacher.config.vocab_size)))
-    control = control_of(student, teacher)
-    if notes.quiet:
-        return evaluate_models(student, teacher, batches, control=control)
-    with Progress("evaluating", len(documents), unit="documents", stream=notes.file) as progress:
-        return evaluate_models(student, teacher, batches, control=control, progress=progress.advance)
-
-
-def control_of(student: PreTrainedModel, teacher: PreTrainedModel) -> Logits | None:
-    """Return the logits of a windowed student's control: the teacher, cut to the windows.
-
-    Args:
-        student: exported model, or any other.
-        teacher: whose attention is cut for the time of a call.
-
-    Returns:
-        None where there is no control: a student without a window, or one that is no hybrid.
-    """
-    windows = windows_in(student.config)
-    if not windows:
-        return None
-
-    def logits(batch: Batch) -> Tensor:
-        implementation = teacher.config._attn_implementation
-        batch = batch.to(teacher.device)
-        try:
-            with cut_to_windows(attend_within_documents(teacher), windows):
-                return teacher.get_output_embeddings()(run_backbone(teacher, batch))
-        finally:
-            teacher.set_attn_implementation(implementation)
-
-    return logits
+    cut = CutTeacher.of(student, teacher)
+    control = None if cut is None else cut.logits
+    with _progress("evaluating", len(documents), "documents", notes) as advance:
+        return evaluate_models(student, teacher, batches, control=control, progress=advance)

@@ -220,9 +220,9 @@ def _evaluation(path: Path, given: Path | None) -> dict:
         return {}
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(found, dict) and found["by_position"]:
+        if isinstance(found, dict) and (found.get("by_position") or found.get("recall")):
             return found
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{file} is not an evaluation: {error}", "`rwkvinside eval --json` writes one") from error
     raise UserError(f"{file} is not an evaluation", "`rwkvinside eval --json` writes one")
 

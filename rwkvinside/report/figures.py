@@ -331,7 +331,13 @@ def position_figure(evaluation: dict) -> "Figure":
         evaluation: the JSON that `rwkvinside eval` writes.
     """
     figure = new_figure(WIDTH, 3.4)
-    left, right = figure.subplots(1, 2)
+    draw_positions(figure.subplots(1, 2), evaluation)
+    return figure
+
+
+def draw_positions(axes: "Sequence[Axes]", evaluation: dict) -> None:
+    """Draw perplexity of both models and KL by position, on two axes."""
+    left, right = axes
     buckets = evaluation["by_position"]
     context = np.array([np.sqrt(bucket["first"] * bucket["last"]) for bucket in buckets])
     for name, label, color, style in (
@@ -351,7 +357,6 @@ def position_figure(evaluation: dict) -> "Figure":
         ax.set_xscale("log", base=2)
         _count_axis(ax.xaxis)
         _finish(ax, title, "tokens of the document already read", unit)
-    return figure
 
 
 # color by family, line style by member: a candidate looks the same in every figure

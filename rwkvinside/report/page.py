@@ -14,10 +14,11 @@ from .. import __version__
 from ..runs.metrics_file import of_kind
 from ..support.progress import clock
 from ..support.text import rounded_bytes, rounded_count, rounded_flop, spans
+from .evaluation import evaluation_figure
 from .facts import RunFacts
 from .figures import alignment_figure, loss_figure, position_figure, validation_figure
 from .svg import inline_svg
-from .tables import Rows, alignment_rows, loss_rows, position_rows, validation_rows
+from .tables import Rows, alignment_rows, loss_rows, position_rows, recall_rows, validation_rows
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -61,10 +62,14 @@ def pictures_of(facts: RunFacts) -> dict[str, Picture]:
     if figure := alignment_figure(rows):
         text = "How far each layer's mixer is from the attention that it replaces, over the steps; darker is closer."
         found.append(Picture("alignment", figure, alignment_rows(rows), text))
-    if facts.evaluation:
+    if "by_position" in facts.evaluation:
         text = "Perplexity of both models, and their divergence, by how much of the document they have read."
         figure = position_figure(facts.evaluation)
         found.append(Picture("position", figure, position_rows(facts.evaluation), text))
+    if facts.evaluation.get("recall"):
+        text = "Share of right answers by the length of the text and where in it the answer stands; darker is less."
+        figure = evaluation_figure({"recall": facts.evaluation["recall"]})
+        found.append(Picture("recall", figure, recall_rows(facts.evaluation), text))
     return {picture.name: picture for picture in found}
 
 

@@ -58,3 +58,10 @@ def position_rows(evaluation: dict) -> Rows:
     """Return the scores by position of an evaluation."""
     names = list(evaluation["by_position"][0])
     return [names, *([bucket.get(name) for name in names] for bucket in evaluation["by_position"])]
+
+
+def recall_rows(evaluation: dict) -> Rows:
+    """Return the shares of right answers of an evaluation by model, task, length and depth."""
+    scores = evaluation["recall"]["scores"]
+    names = list(next(iter(scores.values()))[0])
+    return [["model", *names], *([model, *(s.get(name) for name in names)] for model in scores for s in scores[model])]

@@ -97,6 +97,31 @@ def test_a_windowed_student_is_shown_with_its_control(run, teacher, val, tmp_pat
     assert "control" not in json.loads(out.read_text()) and "control" not in capsys.readouterr().out
 
 
+def test_recall_and_what_models_write_are_shown_and_saved(run, val, tmp_path, capsys):
+    out, png = tmp_path / "result.json", tmp_path / "p.png"
+    arguments = ("--recall", "--lengths", "320,400", "--depths", 2, "--samples", 1, "--write", 2, "--write-tokens", 6)
+    limits = ("--max-documents", 4, "--max-length", 64)
+    assert run_eval(run, "--data", val, *arguments, *limits, "--json", out, "--png", png) == 0
+    result, said = json.loads(out.read_text()), capsys.readouterr().out
+    scores = result["recall"]["scores"]
+    assert set(scores) == {"student", "teacher", "no recurrence"}
+    assert {(s["task"], s["length"]) for s in scores["teacher"]} == {
+        (task, length) for task in ("passkey", "needle", "pairs") for length in (320, 400)
+    }
+    assert scores["student"] != scores["teacher"] or scores["student"] != scores["no recurrence"]
+    assert 0 <= result["writing"]["same_tokens"] <= 6 and result["writing"]["prompts"] == 2
+    for text in ("pass key", "needle", "pairs", "2 greedy texts", "no recurrence: the student"):
+        assert text in said
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_export_can_be_measured_without_a_teacher(teacher, tmp_path, capsys):
+    out = tmp_path / "result.json"
+    assert run_eval(teacher, "--recall", "--lengths", "320", "--samples", 1, "--depths", 1, "--json", out) == 0
+    result = json.loads(out.read_text())
+    assert result["teacher"] is None and list(result["recall"]["scores"]) == ["student"]
+
+
 def test_an_earlier_stage_of_a_run_can_be_chosen(run):
     def output(model) -> torch.Tensor:
         return model.model.layers[4].self_attn.output.weight
@@ -114,6 +139,10 @@ def test_refusals_come_before_any_work(teacher, val, tmp_path, capsys):
         ((teacher, "--data", val), "no teacher is given"),
         ((teacher, *there, "--json", tmp_path / "nowhere" / "x.json"), "of the output x.json does not exist"),
         ((teacher, *there, "--png", tmp_path), f"output {tmp_path} cannot be written"),
+        ((teacher, "--teacher", teacher), "nothing to measure"),
+        ((teacher, "--teacher", teacher, "--recall", "--write", 2), "from the beginnings of documents"),
+        ((teacher, "--recall", "--lengths", "64"), "64 tokens have no room for the passkey task"),
+        ((teacher, "--recall", "--lengths", "x"), "not a positive number"),
         ((teacher, *there, "--max-documents", 0), "--max-documents: '0' is not a whole number of at least 1"),
     ):
         assert run_eval(*arguments) == 2

@@ -47,7 +47,11 @@ def test_what_is_left_after_a_stage(teacher):
 
 
 def test_the_verdict_comes_first(teacher, monkeypatch):
-    for size, start in ((2**40, "fits: "), (2**20, "DOES NOT FIT the memory of this machine: "), (None, "fits a GPU of")):
+    for size, start in (
+        (2**40, "fits: "),
+        (2**20, "DOES NOT FIT the memory of this machine: "),
+        (None, "fits a GPU of"),
+    ):
         monkeypatch.setattr(module, "device_memory", lambda device, size=size: size)
         found = expected(teacher)
         assert found.fits is (None if size is None else size > 2**30)
