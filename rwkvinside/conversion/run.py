@@ -6,7 +6,6 @@ stage at a time and a resumed one take the same way.
 
 from __future__ import annotations
 
-import sys
 import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -228,8 +227,7 @@ def _check_device(device: str) -> None:
 
 
 def _quiet_libraries() -> None:
-    if not sys.stderr.isatty():
-        disable_progress_bar()  # of transformers, for the loading of weights
+    disable_progress_bar()  # of transformers, for the loading of weights
     warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # norms are meant to stay fp32 in bf16
 
 

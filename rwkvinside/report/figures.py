@@ -49,9 +49,8 @@ def save_figure(figure: "Figure", path: Path) -> None:
 
     form = path.suffix[1:]
     try:
-        with replacing(path) as temporary:
-            with matplotlib.rc_context({"svg.hashsalt": path.stem}):
-                figure.savefig(temporary, format=form, metadata=DATELESS.get(form))
+        with replacing(path) as temporary, matplotlib.rc_context({"svg.hashsalt": path.stem}):
+            figure.savefig(temporary, format=form, metadata=DATELESS.get(form))
     except OSError as error:
         cause = f"cannot write {path}: {error.strerror or error}"
         raise UserError(cause, "free space, or make the directory writable") from error
