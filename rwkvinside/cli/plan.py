@@ -31,12 +31,11 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     from ..support.files import write_json
 
     plan = resolve_fitted(config, ranks=args.ranks)
-    details = plan_text(plan, config)
     found = forecast(plan, config)
     rate = expected_rate(found, args.gpu, args.mfu)
     print(forecast_text(found, rate, args.price), end="")
     if args.verbose:
-        print(f"\n{details}", end="")
+        print(f"\n{plan_text(plan, config)}", end="")
     if args.json is not None:
         speed = None if rate is None else {"flops": rate.flops, "origin": rate.origin}
         hours = None if rate is None else found.flops / rate.flops / 3600

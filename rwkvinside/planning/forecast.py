@@ -17,6 +17,7 @@ from ..stages.plan import RunPlan, StagePlan
 from ..stages.teacher import meta_online_teacher
 from ..support.text import duration, rounded_bytes, rounded_count, rounded_flop
 from ..teacher.kinds import TeacherKind
+from ..training.loggers import check_loggers
 from .devices import PEAKS, card_for, device_memory, named_peak, peak_flops
 from .flops import training_flops
 from .plan import disk_bytes, meta_student, prepared_stages, run_warnings, teacher_parameters
@@ -151,6 +152,7 @@ def forecast(plan: RunPlan, config: Config) -> Forecast:
     Raises:
         UserError: as `plan_text`.
     """
+    check_loggers(config.loggers)
     run, model = plan.settings, meta_student(plan.settings)
     c, mixer = model.lm.config, model.mixer_configs[model.rwkv_layers[0]]
     parameters, stages = teacher_parameters(model), []

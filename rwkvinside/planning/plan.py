@@ -47,8 +47,6 @@ def plan_text(plan: RunPlan, config: Config) -> str:
     lines = _run_lines(plan, config, model)
     shown: list[dict] = []
     for stage, kind in prepared_stages(plan, model):
-        if stage.stage.trains:
-            check_optimizer(stage.optim.kind, plan.settings.device)
         if stage.name not in plan.selected:
             continue
         lines += ["", *_stage_lines(stage, model, kind, config.checkpoint.keep)]
@@ -75,6 +73,8 @@ def prepared_stages(plan: RunPlan, model: HybridModel) -> Iterator[tuple[StagePl
         if stage.layers != layers:  # otherwise they are as in the stage before
             apply(model, stage.layers)
             layers = stage.layers
+        if stage.stage.trains:
+            check_optimizer(stage.optim.kind, plan.settings.device)
         yield stage, stage.stage.prepare(model, stage, stage.phases[-1].train)
 
 
