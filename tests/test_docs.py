@@ -1,9 +1,9 @@
 """README and docs: every command and Python block runs, YAML is valid, links and paths exist, lines are short.
 
 Commands are taken from indented and fenced blocks and run in this process, block by block, in a folder that has what
-they name: a tiny teacher as `DIR` and `TEACHER`, texts, a small configuration as `run.yaml`, a finished run as `RUN` and `OTHER`,
-its export as `DIR`. They are made smaller by arguments at their end (`SMALLER`). What trains a preset's teacher, whose
-weights are on the hub, or starts other machines is run with --dry-run; what takes minutes is only parsed
+they name: a tiny teacher as `DIR` and `TEACHER`, texts, a small configuration as `run.yaml`, a finished run as `RUN`
+and `OTHER`, its export as `DIR`. They are made smaller by arguments at their end (`SMALLER`). What trains a preset's
+teacher, whose weights are on the hub, or starts other machines is run with --dry-run; what takes minutes is only parsed
 (`ONLY_PARSED`).
 """
 

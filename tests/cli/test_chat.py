@@ -38,16 +38,17 @@ class Terminal:
             os.chdir(ROOT)
             os.execv(sys.executable, [sys.executable, "-m", "rwkvinside", *command])
         fcntl.ioctl(self._file, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-        self.text = ""
+        self.text = self._unseen = ""
 
     def wait_for(self, text, seconds=120):
-        """Read until a text comes that was not there when the last one was found."""
-        end, new = time.monotonic() + seconds, ""
-        while text not in new:
+        """Read until a text comes after the one that was found last."""
+        end = time.monotonic() + seconds
+        while text not in self._unseen:
             assert time.monotonic() < end, f"{text!r} does not come after {self.text!r}"
             if select.select([self._file], [], [], 0.2)[0]:
-                new += os.read(self._file, 4096).decode(errors="replace")
-        self.text += new
+                new = os.read(self._file, 4096).decode(errors="replace")
+                self.text, self._unseen = self.text + new, self._unseen + new
+        self._unseen = self._unseen.partition(text)[2]
 
     def type(self, text):
         os.write(self._file, text.encode())
