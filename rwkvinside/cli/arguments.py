@@ -27,7 +27,12 @@ class ArgumentParser(argparse.ArgumentParser):
     Args:
         prog: the command as it is typed.
         description: at the top of its help.
+
+    Attributes:
+        commands: those that `run_command` chooses from, None for a command that has none below it.
     """
+
+    commands: Mapping[str, tuple[str, str]] | None = None
 
     def __init__(self, prog: str, description: str):
         super().__init__(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -70,6 +75,7 @@ def run_command(parser: ArgumentParser, argv: Sequence[str], commands: Mapping[s
     Raises:
         UserError: no command, or an unknown one (names the nearest).
     """
+    parser.commands = commands
     width = max(map(len, commands))
     listing = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in commands.items())
     parser.epilog = f"commands:\n{listing}\n\n{parser.prog} COMMAND --help says more."
@@ -174,7 +180,9 @@ def add_config_arguments(parser: ArgumentParser, out: str = "run directory") -> 
     parser.add_argument("-c", "--config", action="append", default=[], metavar="FILE", help="YAML file; may repeat")
     parser.add_argument("--teacher", metavar="NAME", help="preset such as Qwen3-14B, hub id or local directory")
     parser.add_argument(
-        "--recipe", metavar="NAME", help="how to convert: radlads, hxa079, halo, windowed (docs/recipes.md)"
+        "--recipe",
+        metavar="NAME",
+        help="how to convert: radlads, hxa079, halo, simultaneous, windowed (docs/recipes.md)",
     )
     parser.add_argument("--variant", action="append", default=[], metavar="NAME", help="such as one-card; may repeat")
     parser.add_argument("--data", action="append", default=[], metavar="PATH", help="file or directory; may repeat")

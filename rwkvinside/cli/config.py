@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
-from .arguments import ArgumentParser, add_config_arguments, config_from, run_command
+from ..support.files import write_json
+from .arguments import ArgumentParser, add_config_arguments, config_from, output_file, run_command
 
 COMMANDS = {
     "show": ("config:show", "print the configuration with all defaults filled in, as YAML"),
+    "schema": ("config:schema", "write the JSON schema of configuration files, for editors"),
     "fields": ("config:fields", "list every field with its default and meaning"),
 }
 
@@ -24,6 +27,19 @@ def show(parser: ArgumentParser, argv: Sequence[str]) -> int:
     from ..config.show import to_yaml
 
     print(to_yaml(config), end="")
+    return 0
+
+
+def schema(parser: ArgumentParser, argv: Sequence[str]) -> int:
+    """Print or write the JSON schema."""
+    parser.add_argument("--out", type=output_file, metavar="FILE", help="write it here")
+    args = parser.parse(argv)
+    from ..config.show import json_schema
+
+    if args.out is None:
+        print(json.dumps(json_schema(), indent=2))
+    else:
+        write_json(args.out, json_schema())
     return 0
 
 

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from ..data.defaults import MAX_LINE_BYTES
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "inspect": ("data:inspect", "what is in data: kinds, lengths, padding, masks, ids out of range, samples"),
     "generate": ("data_generate:main", "texts or conversations that a teacher writes itself, to train on"),
+    "presets": ("data:presets", "published data that has a short name, with license and size"),
     "pack": ("data:pack", "tokenize data once, into a directory that can be trained on"),
     "logits": ("data:logits", "store the teacher's likeliest tokens for the rows of a stage, for teacher: cache"),
 }
@@ -40,6 +43,22 @@ COMMANDS = {
 def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     """Run one of the commands."""
     return run_command(parser, argv, COMMANDS)
+
+
+def presets(parser: ArgumentParser, argv: Sequence[str]) -> int:
+    """Print a table of the data sets that have a short name."""
+    parser.parse(argv)
+    from ..data.catalog import CATALOG
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("--data", "size", "license", "what it is"):
+        table.add_column(name, no_wrap=name != "what it is")
+    for name, dataset in CATALOG.items():
+        table.add_row(name, dataset.size, dataset.license, dataset.about)
+    console = Console()
+    console.print(table)
+    console.print("read from the hub as they are needed; hub:NAME[:CONFIG] names any other data set there")
+    return 0
 
 
 def inspect(parser: ArgumentParser, argv: Sequence[str]) -> int:

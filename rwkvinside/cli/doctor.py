@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
 MISSING = "missing"
-EXTRAS = ("tensorboard", "wandb", "trackio")  # optional loggers
+EXTRAS = ("deepspeed", "quantize", "eval", "tensorboard", "wandb", "trackio")  # asked for where they are needed
 
 
 def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
@@ -46,6 +46,10 @@ def _machine() -> list[str]:
         lines.append(f"cuda:{i} {properties.name}, {rounded_bytes(properties.total_memory)}")
     if torch.cuda.is_available():
         lines.append(f"training runs on cuda in {'bf16' if torch.cuda.is_bf16_supported() else 'fp32'}")
+    elif torch.backends.mps.is_available():
+        lines.append(
+            "training runs on the CPU in fp32: Apple's GPUs are not used, the recurrence has no kernel for them"
+        )
     else:
         lines.append("training runs on the CPU in fp32: PyTorch finds no CUDA device")
     return lines

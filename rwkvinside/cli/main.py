@@ -18,11 +18,13 @@ VERBS = {
     "chat": ("chat:main", "talk to a model, or to a student and its teacher side by side"),
     "generate": ("generate:main", "what a model writes after prompts"),
     "lm": ("sequences:main", "language models processed by their state: long texts, memory, compression"),
-    "report": ("report:main", "draw what a run has measured"),
+    "layers": ("layers:main", "which layers should keep attention, by measurement"),
+    "report": ("report:main", "a page of what a run has measured, and its figures"),
     "compare": ("compare:main", "runs beside each other: settings, curves, one table"),
     "bench": ("bench:main", "speed of the kernels and of training, memory of the loss"),
     "export": ("export:main", "write the last finished stage of a run in another format, and verify it"),
     "verify": ("verify:main", "compare an exported directory with the run it was made from"),
+    "completion": ("completion:main", "a script that completes commands and flags in your shell"),
     "demo": ("demo:main", "the whole path on this machine, from a tiny teacher to a hybrid that generates"),
 }
 

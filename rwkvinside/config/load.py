@@ -18,6 +18,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from ..errors import UserError
+from ..hybrid.layouts import MEASURED, LayerChoice
+from ..stages.base import Stage
 from ..stages.registry import OBJECTIVES, RUN, STAGES, find_stage_class, stage_class
 from ..stages.settings import StageConfig
 from ..support.text import did_you_mean
@@ -29,6 +31,7 @@ from .teacher_lookup import TeacherInfo, find_teacher, variants
 DEFAULT_DATA = "hub:HuggingFaceFW/fineweb-edu:sample-10BT"  # for teachers from the hub when no data is named
 REFERENCE = "all fields: rwkvinside config fields"
 
+LAYOUT = "attention_layers"  # of a student
 UNREADABLE = (ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException)
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -55,7 +58,7 @@ def load_config(
     Args:
         files: YAML files, later ones beat earlier ones.
         teacher: name of a preset, local directory or hub id.
-        recipe: name of a shipped recipe (radlads, hxa079, halo, windowed): student, stages, tokens and rates.
+        recipe: name of a shipped recipe (radlads, hxa079, halo, simultaneous, windowed): student, stages, rates.
         variant: names of shipped variants (one-card, quantized, ...), later ones beat earlier ones.
         data, val, out: the fields data.train, data.val and out.
         deepspeed: JSON file with DeepSpeed's own configuration, the field deepspeed.config.
@@ -89,8 +92,45 @@ def load_config(
     if "run" not in merged:
         published = _mapping(merged.get("student")).get("init") == "published"
         merged["run"] = [name for name in RUN if not (published and name == "calibrate")]
+    if _chooses(_mapping(merged.get("student")).get(LAYOUT)):
+        merged = _with_choosing_stage(merged)
     merged["stages"], refused = _with_stage_defaults(merged.get("stages"), info)
     return _complete(_validate(merged, info, refused, stage), info)
+
+
+def _chooses(layout: object) -> bool:
+    return isinstance(layout, dict) and layout.get("choose") in MEASURED
+
+
+def _with_choosing_stage(settings: dict) -> dict:
+    """Return settings whose run has a stage that chooses layers.
+
+    Where it names none, that is `choose`, after the last stage that needs the attention of all layers.
+    """
+    run, sections = settings["run"], _mapping(settings.get("stages"))
+    if not isinstance(run, list) or not all(isinstance(name, str) for name in run):
+        return settings
+
+    def kind(name: str) -> type[Stage] | None:
+        objective = _mapping(sections.get(name)).get("objective")
+        return find_stage_class(name, objective) if isinstance(objective, str | None) else None
+
+    kinds = [kind(name) for name in run]
+    if "choose" not in run and not any(kind is not None and kind.chooses_layers for kind in kinds):
+        at = 1 + max((i for i, kind in enumerate(kinds) if kind is not None and kind.needs_attention), default=-1)
+        run = [*run[:at], "choose", *run[at:]]
+    if "choose" in run and isinstance(sections.get("choose", {}), dict | None):
+        sections = sections | {"choose": {"objective": "choose"} | (sections.get("choose") or {})}
+    return settings | {"run": run, "stages": sections}
+
+
+def _wrong_choices(config: Config) -> list[str]:
+    """Return the problems of stages that choose layers."""
+    choosing = [name for name in config.run if name in config.stages and config.stages[name].objective == "choose"]
+    layers = config.student.attention_layers
+    if choosing and not isinstance(layers, LayerChoice):
+        return [f"stages.{choosing[0]} chooses layers, but student.attention_layers names {list(layers)}"]
+    return [f"run chooses layers twice: {', '.join(choosing)}"] if len(choosing) > 1 else []
 
 
 def _find_teacher(user: dict) -> TeacherInfo:
@@ -182,6 +222,7 @@ def _validate(merged: dict, teacher: TeacherInfo, refused: dict[tuple[str, ...],
         for name in run
         if isinstance(name, str) and name not in merged["stages"]
     )
+    problems.extend(_wrong_choices(config) if config is not None else [])
     if len(problems) == 1:
         raise UserError(problems[0], REFERENCE)
     if problems or config is None:
@@ -279,13 +320,25 @@ def _section_hint(name: str) -> str:
 def _merge(layers: Iterable[dict]) -> dict:
     """Return the layers merged.
 
-    Mappings are merged, everything else (lists too) is replaced by the later layer.
+    Mappings are merged, everything else (lists too) is replaced by the later layer, and so is which layers keep
+    attention: `{every: 4}` and `{last: 2}` of two files would be a third layout that nobody wrote.
     """
+    layers = list(layers)
+    layouts = [student[LAYOUT] for layer in layers if LAYOUT in (student := _mapping(layer.get("student")))]
+    layers = [_without_layout(layer) for layer in layers]
     try:
-        merged = OmegaConf.merge({}, *map(OmegaConf.create, layers))
+        merged = _plain(cast(DictConfig, OmegaConf.merge({}, *map(OmegaConf.create, layers))), resolve=False)
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         raise UserError(f"the settings do not fit together: {_reason(error)}", REFERENCE) from error
-    return _plain(cast(DictConfig, merged), resolve=False)
+    if layouts:
+        merged["student"][LAYOUT] = layouts[-1]
+    return merged
+
+
+def _without_layout(settings: dict) -> dict:
+    if not isinstance(student := settings.get("student"), dict):
+        return settings
+    return settings | {"student": {name: value for name, value in student.items() if name != LAYOUT}}
 
 
 def _plain(values: DictConfig, resolve: bool = True) -> dict:

@@ -1,7 +1,8 @@
 """Recipes: how others (and we) have converted models, under a name, for any teacher.
 
-A recipe (`configs/recipes/`) has settings of a run and, as `attention_every: N`, how many layers keep attention where
-neither the teacher's preset nor the user names them. What a recipe needs for one model is in that model's preset.
+A recipe (`configs/recipes/`) has settings of a run and, as `attention_every: N`, that about one layer of N keeps
+attention, spread evenly, where neither the teacher's preset nor the user says which. What a recipe needs for one model
+is in that model's preset.
 """
 
 from __future__ import annotations
@@ -42,13 +43,9 @@ def recipe_layers(name: object, of_teacher: object, teacher: TeacherInfo) -> lis
     settings = deepcopy(known[name])
     every = settings.pop(EVERY, None)
     for stage in settings.get("stages", {}).values():
-        stage["data"]["seq_len"] = min(stage["data"]["seq_len"], teacher.max_positions)
-    layers = [{"student": {"attention_layers": spread_layers(teacher.num_layers, every)}}] if every else []
+        if data := stage.get("data"):
+            data["seq_len"] = min(data["seq_len"], teacher.max_positions)
+    keep = max(1, round(teacher.num_layers / every)) if every else 0
+    layers = [{"student": {"attention_layers": {"choose": "uniform", "keep": keep}}}] if keep else []
     own = of_teacher.get(name) if isinstance(of_teacher, dict) else None
     return [*layers, settings, *([own] if isinstance(own, dict) else [])]
-
-
-def spread_layers(count: int, every: int) -> list[int]:
-    """Return about one layer of `every`, at least one: the last of each of equal groups of `count` layers."""
-    kept = max(1, round(count / every))
-    return [(i + 1) * count // kept - 1 for i in range(kept)]

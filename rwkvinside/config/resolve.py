@@ -6,9 +6,11 @@ Everything that follows from a configuration is computed here, once.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ..data.sources import endless_tokens
 from ..errors import UserError
+from ..hybrid.layouts import LayerChoice, uniform_layers
 from ..hybrid.settings import LayerSpec
 from ..stages.phases import phases_of
 from ..stages.plan import RunPlan, RunSettings, StagePlan
@@ -21,13 +23,19 @@ from .schema import Config
 from .teacher_lookup import find_teacher
 
 
-def resolve(config: Config, stages: Sequence[str] | None = None, ranks: int = 1) -> RunPlan:
+def resolve(
+    config: Config, stages: Sequence[str] | None = None, ranks: int = 1, kept: Sequence[int] | None = None
+) -> RunPlan:
     """Return the plan of a run.
+
+    Where the run chooses its layers, all are RWKV up to the stage that does. Later stages have the chosen ones; as long
+    as these are not known, as many that are spread evenly stand for them, which need the same memory and work.
 
     Args:
         config: from `load_config`.
         stages: names of those that run now; None: all of `run`. Earlier ones count for what has been trained before.
         ranks: processes that share the work.
+        kept: layers that the run has chosen; None: none yet.
 
     Raises:
         UserError: a stage of that name is not configured.
@@ -41,9 +49,10 @@ def resolve(config: Config, stages: Sequence[str] | None = None, ranks: int = 1)
     precision = resolve_precision(config.precision, device)
     loaded_dtype = teacher_dtype(config.teacher.dtype, device, precision)
     longest = max(config.stages[name].length.tokens_read for name in order)
+    choice, given = config.student.layer_choice, config.student
     settings = RunSettings(
         teacher=config.teacher,
-        student=config.student,
+        student=given if choice is None else given.model_copy(update={"attention_layers": tuple(kept or ())}),
         data=config.data,
         seed=config.seed,
         device=device,
@@ -53,8 +62,29 @@ def resolve(config: Config, stages: Sequence[str] | None = None, ranks: int = 1)
         ranks=ranks,
         zero=config.deepspeed,
         endless_tokens=endless_tokens(config.data, longest),
+        choice=choice,
     )
-    return RunPlan(settings, tuple(_stage_plan(name, config, settings) for name in order), selected)
+    plans = tuple(_stage_plan(name, config, settings) for name in order)
+    if choice is not None:
+        plans = _with_choice(plans, choice, kept)
+    return RunPlan(settings, plans, selected)
+
+
+def _with_choice(
+    plans: tuple[StagePlan, ...], choice: LayerChoice, kept: Sequence[int] | None
+) -> tuple[StagePlan, ...]:
+    """Return the stages with their students: all layers RWKV up to the stage that chooses."""
+    teacher = plans[0].run.teacher
+    if kept is None:
+        count = find_teacher(teacher.path, revision=teacher.revision, fields=teacher.config).num_layers
+        kept = uniform_layers(count, choice.keep)
+    layers: tuple[int, ...] = ()
+    resolved = []
+    for plan in plans:
+        student = plan.run.student.model_copy(update={"attention_layers": layers})
+        resolved.append(replace(plan, run=replace(plan.run, student=student)))
+        layers = tuple(kept) if plan.stage.chooses_layers else layers
+    return tuple(resolved)
 
 
 def _stage_plan(name: str, config: Config, run: RunSettings) -> StagePlan:

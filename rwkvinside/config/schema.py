@@ -19,7 +19,9 @@ class Config(Section):
     """All settings of a run."""
 
     teacher: TeacherConfig = Field(description="The model to convert.")
-    recipe: str | None = Field(None, description="Shipped recipe: radlads, hxa079, halo, windowed; null: the defaults.")
+    recipe: str | None = Field(
+        None, description="Shipped recipe: radlads, hxa079, halo, simultaneous, windowed; null: the defaults."
+    )
     variant: list[str] = Field([], description="Shipped variants for a machine, such as one-card; later beat earlier.")
     student: StudentConfig = Field(StudentConfig(), description="What it becomes.")
     quantize: QuantizeConfig = Field(QuantizeConfig(), description="Frozen weights in 4 or 8 bits.")

@@ -28,6 +28,17 @@ def describe(model: type[BaseModel] = Config, prefix: str = "") -> list[tuple[st
     return rows
 
 
+def json_schema() -> dict[str, Any]:
+    """Return the JSON schema of configuration files, for editors that complete and check YAML.
+
+    A file has as many fields as it likes, since defaults, teacher and flags bring the others: none is required.
+    """
+    schema = Config.model_json_schema()
+    for model in (schema, *schema["$defs"].values()):
+        model.pop("required", None)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "rwkvinside configuration"}
+
+
 def inner_model(annotation: Any) -> type[BaseModel] | None:
     """Return the model in X, X | None, list[X] or dict[str, X].
 

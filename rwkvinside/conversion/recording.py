@@ -12,8 +12,9 @@ from ..runs.directory import settings_digest
 from ..runs.records import StageRecord
 from ..stages.plan import StagePlan
 from ..support.files import file_digest
-from ..training.checkpoint import STATE, best_checkpoint, read_score
+from ..training.checkpoint import STATE, best_checkpoint, open_checkpoint, read_score
 from .build import fingerprint, save_frozen_weights, write_adapters
+from .choose import LAYERS
 
 if TYPE_CHECKING:
     from .run import Run
@@ -49,7 +50,7 @@ def begin_stage(run: Run, plan: StagePlan, before: str | None, data: Mapping, st
     )
     data = directory.conversion().get("data", {}) | {plan.name: data}
     facts = {"rwkvinside": __version__, "run": run.id, "teacher": plan.run.teacher.path}
-    directory.note(facts | {"student": fingerprint(run.shapes), "data": data})
+    directory.note(facts | {"student": fingerprint(student), "data": data})
     run.loggers.open()
 
 
@@ -70,10 +71,13 @@ def finish_stage(run: Run, plan: StagePlan, evaluation: Mapping) -> None:
         best = None
     written = [path / STATE for path in (folder / last, best) if path is not None]
     if plan.layers.adapters:
-        written += write_adapters(plan.layers, run.shapes, checkpointer.load(last).tensors(), folder)
+        written += write_adapters(plan.layers, run.shapes_after(plan.name), checkpointer.load(last).tensors(), folder)
     files = {str(path.relative_to(folder)): file_digest(path) for path in written}
-    records.write(replace(record, checkpoint=last, best=best and best.name, files=record.files | files))
-    directory.note({}, finished=plan.name, evaluation=evaluation)
+    kept = open_checkpoint(folder / last, run.id).state[LAYERS] if plan.stage.chooses_layers else None
+    finished = {"checkpoint": last, "best": best and best.name, "attention_layers": kept}
+    records.write(replace(record, **finished, files=record.files | files))
+    facts = {} if kept is None else {"student": fingerprint(run.shapes_after(plan.name))}
+    directory.note(facts, finished=plan.name, evaluation=evaluation)
     if best is not None and (score := read_score(best)) is not None:
         run.say(
             f"{plan.name}: not the last checkpoint is best on validation data but {best.name} ({score.measure} "

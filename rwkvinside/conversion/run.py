@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -93,15 +93,34 @@ class Run:
         if self.world.is_main:
             Console("run", 1).say(line)
 
-    def checkpointer(self, stage: str) -> Checkpointer:
-        """Return what writes and reads the checkpoints of a stage."""
-        settings, student, identity = (
-            self.config.checkpoint,
-            fingerprint(self.shapes),
-            self.directory.records.identity(),
-        )
+    def shapes_after(self, stage: str) -> HybridModel:
+        """Return the student that a stage leaves, on the meta device; of one that is to choose layers, without them."""
+        if self.plan.settings.choice is None:
+            return self.shapes
+        kept = self.directory.records.kept_layers(stage)
+        if kept == self.shapes.spec.attention_layers:
+            return self.shapes
+        run = next((plan.run for plan in self.plan.stages if plan.name == stage), self.plan.settings)
+        student = run.student if kept is None else run.student.model_copy(update={"attention_layers": kept})
+        return meta_student(replace(run, student=student))
+
+    def checkpointer(self, stage: str, student: HybridModel | None = None) -> Checkpointer:
+        """Return what writes and reads the checkpoints of a stage.
+
+        Args:
+            stage: its name.
+            student: to be written; None: what the stage leaves according to the plan and the run's records.
+        """
+        settings, identity = self.config.checkpoint, self.directory.records.identity()
+        found = fingerprint(student or self.shapes_after(stage))
         run = identity and identity.run
-        return Checkpointer(self.directory.stage(stage), student, settings.keep, settings.on_disk_full, run)
+        return Checkpointer(self.directory.stage(stage), found, settings.keep, settings.on_disk_full, run)
+
+    def with_choice(self) -> Run:
+        """Return the run that goes on with the layers that it has chosen."""
+        kept = self.directory.records.chosen_layers()
+        plan = resolve_fitted(self.config, self.plan.selected, ranks=self.world.size, kept=kept)
+        return replace(self, plan=plan, plan_text=plan_text(plan, self.config), shapes=meta_student(plan.settings))
 
     def result(self, stage: str) -> Path | None:
         """Return the checkpoint of a finished stage that the next one starts from.
@@ -166,10 +185,11 @@ def train(
         UserError: whatever is wrong with the input; `Interrupted` after SIGTERM or SIGINT, with the work saved.
     """
     selected, resume = None if stage is None else [stage], resume or resume_from is not None
-    plan = resolve(config, selected)
-    check_files(config.teacher)
     directory = RunDirectory(config.out)
     directory.claim(stage=stage, resume=resume)
+    kept = directory.records.chosen_layers() if config.student.layer_choice else None
+    plan = resolve(config, selected, kept=kept)
+    check_files(config.teacher)
     _check_device(plan.settings.device)
     _quiet_libraries()
     plan_text(plan, config)  # what is wrong with the student shows before anything is loaded
@@ -182,7 +202,7 @@ def train(
         stack.callback(world.close)
         world.on_main(lambda: stack.enter_context(locked(directory.path)))
         stack.callback(loggers.close)
-        plan = resolve_fitted(config, selected, ranks=world.size)
+        plan = resolve_fitted(config, selected, ranks=world.size, kept=kept)
         text, tokenizer = plan_text(plan, config), open_tokenizer(config.teacher)
         digests = FileDigests(directory.path / DIGESTS)
         asked = {"stage": stage, "resume": resume, "allow_changes": allow_changes}
@@ -219,6 +239,8 @@ def _run(run: Run, resume_from: str | None) -> None:
     for name in unfinished:
         run_stage(run, run.plan.stage(name), resume_from)
         resume_from = None
+        if run.plan.stage(name).stage.chooses_layers:
+            run = run.with_choice()
 
 
 def _check_device(device: str) -> None:

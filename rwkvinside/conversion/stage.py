@@ -26,7 +26,7 @@ from ..stages.rows import Rows, leading_text, report, rows_of, sample, validatio
 from ..stages.summary import training_table
 from ..stages.teacher import build_teacher, teacher_label
 from ..support.progress import Progress
-from ..support.text import rounded_flop
+from ..support.text import rounded_flop, spans
 from ..teacher.kinds import TeacherKind
 from ..teacher.signals import Teacher
 from ..training.batching import MICRO_TOKENS, rows_within
@@ -61,6 +61,7 @@ from .build import (
     watch_adapters,
     work_of,
 )
+from .choose import LAYERS, choose_layers, held_out
 from .recording import begin_stage, finish_stage
 
 if TYPE_CHECKING:
@@ -208,7 +209,10 @@ def _fit(run: Run, plan: StagePlan, models: _Models, inputs: _Inputs) -> dict:
     metrics, console = MetricsWriter(run.directory.path, run.loggers), Console(plan.name, 1)
     metrics.begin(plan.name)
     student.to(device)
-    batches = sample(inputs.rows, plan.length.total_tokens, plan.shape.micro_rows, device)
+    if plan.stage.chooses_layers:
+        batches = held_out(inputs.validation, plan.length.total_tokens, device)
+    else:
+        batches = sample(inputs.rows, plan.length.total_tokens, plan.shape.micro_rows, device)
     tokens = sum(batch.num_tokens for batch in batches)
 
     def row(kind: str, step: int, values: dict) -> dict:
@@ -225,19 +229,36 @@ def _fit(run: Run, plan: StagePlan, models: _Models, inputs: _Inputs) -> dict:
         return scores
 
     evaluate(0)
-    progress = Progress(plan.name, len(student.rwkv_layers), unit="layers", stream=sys.stdout)
-    with precision_context(plan.run.precision, device), progress:
-        fitted = plan.stage.fit(student, batches, lambda layer: progress.advance())
+    with precision_context(plan.run.precision, device):
+        fitted = (_choose if plan.stage.chooses_layers else _calibrate)(run, plan, student, batches)
     row(plan.stage.objective, 1, fitted)
     evaluation = evaluate(1)
     if _needs_control(run, models):
         evaluate(1, "control")
     settings = stage_settings(plan, run.directory)
     state = {"stage": plan.name, "step": 1, "finished": True, "settings": settings}
+    state |= {LAYERS: list(student.spec.attention_layers)} if plan.stage.chooses_layers else {}
     score = Score.of(1, evaluation)
-    run.checkpointer(plan.name).save(1, student.student_state_dict(), None, state, required=True, score=score)
+    run.checkpointer(plan.name, student).save(1, student.student_state_dict(), None, state, required=True, score=score)
     run.world.barrier()
     return evaluation
+
+
+def _calibrate(run: Run, plan: StagePlan, student: HybridModel, batches: list[Batch]) -> dict:
+    """Fit the mixers and return the row of metrics.jsonl."""
+    with Progress(plan.name, len(student.rwkv_layers), unit="layers", stream=sys.stdout) as progress:
+        return plan.stage.fit(student, batches, lambda layer: progress.advance())
+
+
+def _choose(run: Run, plan: StagePlan, student: HybridModel, batches: list[Batch]) -> dict:
+    """Give the chosen layers their attention back, and return the row of metrics.jsonl."""
+    before, choice = run.stage_before(plan.name), plan.run.choice
+    if before is None or choice is None:
+        raise RuntimeError(f"stage {plan.name} has no student, or nothing, to choose from")
+    kept, scores = choose_layers(run.directory, before, student, batches, choice, run.tokenizer, run.say)
+    run.say(f"{plan.name}: layers {spans(kept)} keep their attention, by {choice.choose}")
+    student.keep_attention(kept)
+    return {"kept": list(kept), "scores": {str(i): score for i, score in enumerate(scores.layers)}}
 
 
 def _train(

@@ -8,6 +8,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from ..support.settings import Count, Section, problem
+from .catalog import resolve_names
 from .defaults import DATE, MAX_LINE_BYTES
 
 MixtureWeights = list[Annotated[float, Field(gt=0)]]
@@ -24,14 +25,14 @@ Sources = TypeVar("Sources", list[str], list[str] | None)
 def _check_names(sources: Sources) -> Sources:
     if any(not source.strip() for source in sources or ()):
         raise problem("names a source by an empty text; give files, directories or hub:NAME")
-    return sources
+    return sources if sources is None else resolve_names(sources)
 
 
 class DataConfig(Section):
     """Settings of the data of a run."""
 
     train: list[str] = Field(
-        [], description="Files, directories, packed or .idx data, or hub:NAME[:config] to train on."
+        [], description="Files, directories, packed or .idx data, hub:NAME[:config], or names of `data presets`."
     )
     weights: MixtureWeights | None = Field(
         None, description="Share of the tokens of each entry of train; null: every document once per epoch."

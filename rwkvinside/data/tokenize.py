@@ -18,6 +18,7 @@ import numpy as np
 from ..errors import UserError
 from ..support.scratch import scratch
 from .binidx import is_binidx, pair, read_binidx, scan
+from .catalog import resolve_names
 from .defaults import DATE, MAX_LINE_BYTES
 from .encode import CHUNK_DOCUMENTS, Encoder, check_ids, chunks, tokenizer_hash
 from .readers import HUB, DocumentReader, name_skipped, source_files
@@ -78,7 +79,7 @@ def load_tokens(
     encoder = Encoder(tokenizer, rotate=options.rotate, today=options.today)
     stores: list[TokenStore] = []
     left = options.max_tokens
-    for source in sources:
+    for source in resolve_names(list(map(str, sources))):
         if left is not None and left <= 0:
             break
         if is_pack(source):

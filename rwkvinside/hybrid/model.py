@@ -8,8 +8,9 @@ differs between teachers.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import nullcontext
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from .adapters import disabled, is_adapter, is_start, module_of
 from .attention_wrapper import AttentionWrapper
 from .document_attention import attend_within_documents, run_backbone
 from .freezing import GROUPS, canonical_name, group_of, weight_names
+from .layouts import LayerChoice, resolve_layout
 from .lm_head import Head, HeadTask, LMHeadLoss, shaped
 from .quantized_linear import QuantizedLinear
 from .settings import StudentConfig
@@ -65,36 +67,41 @@ class HybridModel(nn.Module):
 
         Its layers are changed in place. Embeddings that the teacher ties to its head stay one matrix until one of them
         trains, which gives the head a copy. On the meta device only shapes are made, nothing is initialized. Mixers are
-        fp32 whatever the teacher is.
+        fp32 whatever the teacher is. With all layers kept it is the teacher in every mode, a control for tests.
 
         Raises:
-            UserError: an unsupported architecture, layer indices out of range, no layer left to convert, or a preset
-                whose mixer has no tensor for one of the teacher's.
+            UserError: an unsupported architecture, layer indices out of range or still to be chosen, or a preset whose
+                mixer has no tensor for one of the teacher's.
         """
         config = teacher.config
         family = find(config.model_type)
         family.check(config)
         count = config.num_hidden_layers
-        if bad := sorted(i for i in spec.attention_layers if not 0 <= i < count):
-            raise UserError(f"student.attention_layers has {bad}", f"the teacher has layers 0 to {count - 1}")
-        rwkv_layers = [i for i in range(count) if i not in spec.attention_layers]
-        if not rwkv_layers:
-            raise UserError(f"student.attention_layers keeps all {count} layers", "leave at least one layer to convert")
+        try:
+            kept = resolve_layout(spec.attention_layers, count, allow_all=True)
+        except ValueError as error:
+            raise UserError(f"student.attention_layers {error}") from error
+        if isinstance(kept, LayerChoice):
+            raise UserError(
+                f"which layers keep attention is still to be chosen (student.attention_layers: choose {kept.choose})",
+                "name the layers, or let a run choose them",
+            )
+        rwkv_layers = [i for i in range(count) if i not in kept]
 
         try:
             mixers = {i: family.mixer_config(config, i, spec.preset, **spec.mixer_overrides(i)) for i in rwkv_layers}
             check_first_layer(mixers)
             for i, layer in enumerate(family.layers(teacher)):
-                attention = family.attention(layer)
+                attention, change = family.attention(layer), None if spec.attention_rope else _without_rotation
                 if i in rwkv_layers:
                     device = next(attention.parameters()).device
                     with torch.device(device):
                         first = i == rwkv_layers[0]
                         student = RWKVAttention(mixers[i], i, first, num_layers=count, init=spec.init)
                     transfer(attention, student, family.sources(config, i))
-                    family.set_attention(layer, AttentionWrapper(attention, student))
-                elif not spec.attention_rope:
-                    attention.register_forward_pre_hook(_without_rotation, with_kwargs=True)
+                    family.set_attention(layer, AttentionWrapper(attention, student, change))
+                elif change is not None:
+                    attention.register_forward_pre_hook(change, with_kwargs=True)
         except ValueError as error:
             raise UserError(f"student.preset={spec.preset!r}: {error}") from error
 
@@ -108,6 +115,7 @@ class HybridModel(nn.Module):
         mode: str = "student",
         task: HeadTask | None = None,
         checkpoint: bool = False,
+        layers: Mapping[int, str] | None = None,
     ):
         """Run a packed batch.
 
@@ -119,12 +127,14 @@ class HybridModel(nn.Module):
             task: what the head computes (a loss, scores, logits); it runs inside the forward, so that an engine that
                 shards parameters gathers the head for it. None: nothing. Ignored in mode "align".
             checkpoint: align only: recompute each mixer in the backward.
+            layers: modes of converted layers that differ from `mode`: "student", "teacher", or "kept", which in mode
+                "student" is the student that keeps this layer's attention, see `keep_attention`.
 
         Returns:
             "align": {layer: (squared error, squared norm of the teacher)}, 0-d fp32 sums over real tokens;
             otherwise the task's result, or without a task the final hidden states (B, T, D).
         """
-        call = self.context(batch, mode, checkpoint)
+        call = self.context(batch, mode, checkpoint, layers or {})
         adapters = nullcontext() if mode == "student" else disabled(self.lm, but=".student_attn.")
         with torch.set_grad_enabled(torch.is_grad_enabled() and mode not in ("teacher", "control")), adapters:
             hidden = run_backbone(self.lm, batch, forward_context=call)
@@ -150,10 +160,15 @@ class HybridModel(nn.Module):
         self.train()
         self.lm.activation_checkpointing_enable()
 
-    def context(self, batch: Batch, mode: str, checkpoint: bool = False) -> ForwardContext:
+    def context(
+        self, batch: Batch, mode: str, checkpoint: bool = False, layers: Mapping[int, str] = MappingProxyType({})
+    ) -> ForwardContext:
         """Return what the layers are to know of one forward over a batch; arguments as of `forward`."""
         documents = batch.documents
+        mixing = [i for i in self.rwkv_layers if layers.get(i, mode) == "student"] if layers else []
         return ForwardContext(
+            layer_modes=layers,
+            provider=mixing[0] if mixing and mixing[0] != self.rwkv_layers[0] else None,
             mode=mode,
             mask=batch.mask if documents.padded else None,
             cu_seqlens=None if documents.alone else documents.cu_seqlens,
@@ -176,6 +191,34 @@ class HybridModel(nn.Module):
         """Drop the teacher's attention of converted layers: another teacher is used."""
         for i in self.rwkv_layers:
             self.attention(i).teacher_attn = None
+
+    def keep_attention(self, layers: Collection[int]) -> None:
+        """Put the teacher's attention back into converted layers for good; their mixers are gone.
+
+        It is the student that `from_teacher` makes with these layers kept and the tensors of the other mixers. A mixer
+        that becomes the first one loses its residual mixes.
+
+        Raises:
+            RuntimeError: the student has quantized layers or adapters.
+        """
+        if self.quantized or any(map(is_adapter, self.canonical_parameters())):
+            raise RuntimeError("a student with quantized layers or adapters keeps its layers as they are")
+        trained = self.trained - self.mixer_names()
+        for i in layers:
+            wrapper = self.attention(i)
+            self.family.set_attention(self.family.layers(self.lm)[i], wrapper.teacher_attn)
+            if wrapper.kept is not None:
+                wrapper.teacher_attn.register_forward_pre_hook(wrapper.kept, with_kwargs=True)
+        self.rwkv_layers = [i for i in self.rwkv_layers if i not in layers]
+        kept = tuple(i for i in range(self.lm.config.num_hidden_layers) if i not in self.rwkv_layers)
+        self.spec = self.spec.model_copy(update={"attention_layers": kept})
+        if self.rwkv_layers and not (old := self.mixers[self.rwkv_layers[0]]).is_first:
+            with torch.device(old.w0.device):
+                new = RWKVAttention(old.mixer_config, old.layer_idx, True, len(self.family.layers(self.lm)))
+            own = set(new.state_dict())
+            new.load_state_dict({name: tensor for name, tensor in old.state_dict().items() if name in own}, assign=True)
+            self.attention(old.layer_idx).student_attn = new.requires_grad_(False)
+        self.trained = trained | self.mixer_names()
 
     def attention(self, layer: int) -> nn.Module:
         """Return the `AttentionWrapper` of a layer, or its attention where that is kept."""

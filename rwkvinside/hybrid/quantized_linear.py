@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..support.extras import import_extra
 
 # it warns of an optional kernel that is not installed, whether it is used or not
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -332,6 +333,4 @@ def _dynamic_code(device: torch.device) -> Tensor:
 
 @cache
 def _library():
-    import bitsandbytes
-
-    return bitsandbytes
+    return import_extra("bitsandbytes", "quantized layers", "or leave quantize.groups empty")

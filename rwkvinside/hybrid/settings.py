@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from ..modeling.mixer_presets import PRESETS
 from ..support.settings import NotNegative, Positive, Section, problem
+from .layouts import FORMS, LayerChoice, Layout, resolve_layout
 
 TITLES = {"miss": "MiSS", "bone": "Bone, which is MiSS in its bat form"}
 
@@ -75,7 +76,9 @@ class StudentConfig(Section):
     preset: Literal["cxa079", "hxa079", "hxa07a", "hxa07b", "hxa07c", "cxa078", "cxa076r", "rad", "x070"] = Field(
         "cxa079", description="Variant of the RWKV mixer, see docs/mixer.md."
     )
-    attention_layers: tuple[int, ...] = Field((), description="Indices of layers that keep the teacher's attention.")
+    attention_layers: Layout = Field(
+        (), description=f"Layers that keep the teacher's attention: {FORMS}; see docs/layers.md."
+    )
     key_scale: Literal["decay", "log"] | None = Field(
         "decay", description="Scale of the key; log is how older checkpoints were trained; null: the preset's."
     )
@@ -99,19 +102,14 @@ class StudentConfig(Section):
     attention_rope: bool = Field(True, description="Layers that keep attention go on rotating queries and keys.")
     ranks: RanksConfig = Field(RanksConfig(), description="Ranks of the low-rank parts.")
 
-    @field_validator("attention_layers")
+    @field_validator("attention_layers", mode="before")
     @classmethod
-    def _layers(cls, layers: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
-        if repeated := sorted({i for i in layers if layers.count(i) > 1}):
-            raise problem("lists layer {} twice; name each layer once", *repeated)
+    def _resolved(cls, layout: Any, info: ValidationInfo) -> Layout:
         count = (info.context or {}).get("num_layers")
-        if count is not None:
-            if unknown := sorted(i for i in layers if not 0 <= i < count):
-                listed = ", ".join(map(str, unknown))
-                raise problem("has layer {}, but the teacher has layers 0 to {}", listed, count - 1)
-            if len(layers) == count:
-                raise problem("keeps all {} layers; leave at least one to convert", count)
-        return tuple(sorted(layers))
+        try:
+            return resolve_layout(layout, count, allow_all=count is None)
+        except ValueError as error:
+            raise problem("{}", error) from None
 
     @field_validator("window", "sinks")
     @classmethod
@@ -133,6 +131,11 @@ class StudentConfig(Section):
             if number and (bare := [i for i in _layers(key) if not at_layer(window, i)]):
                 raise problem("has first tokens in layer {}, which has no window", bare[0])
         return sinks
+
+    @property
+    def layer_choice(self) -> LayerChoice | None:
+        """What decides later which layers keep attention; None: that is known."""
+        return self.attention_layers if isinstance(self.attention_layers, LayerChoice) else None
 
     def missing_of_variant(self) -> list[str]:
         """Return what the published variant of an `hxa` preset is besides its mixer, and this student is not."""

@@ -7,6 +7,7 @@ on a module.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -120,6 +121,9 @@ class ForwardContext:
         errors: align only, written per layer: squared error and squared norm of the teacher, both 0-d sums over real
             tokens.
         first: v_first and k_first of this call.
+        layer_modes: modes of single layers in place of `mode`; "kept" is "teacher" as a hybrid keeps attention.
+        provider: the layer whose own value and key are the first ones of this call, where the first RWKV layer runs its
+            attention; None: that layer.
     """
 
     mode: str = "student"
@@ -128,3 +132,5 @@ class ForwardContext:
     checkpoint: bool = False
     errors: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     first: VFirstHolder = field(default_factory=VFirstHolder)
+    layer_modes: Mapping[int, str] = field(default_factory=dict)
+    provider: int | None = None

@@ -80,8 +80,10 @@ def mixer_fields(configs: dict[int, TimeMixerConfig]) -> dict:
     """Return the fields `mixer` and `mixer_layers` for the mixers of all RWKV layers.
 
     Args:
-        configs: by layer index.
+        configs: by layer index; {}: a model without RWKV layers.
     """
+    if not configs:
+        return {"mixer": None, "mixer_layers": {}}
     fields = {i: config.to_dict() for i, config in configs.items()}
     mixer = fields[min(fields)]
     differences = {i: {name: v for name, v in values.items() if v != mixer[name]} for i, values in fields.items()}

@@ -259,6 +259,24 @@ class TimeMixer(nn.Module):
         gate = (torch.sigmoid(xg @ self.g1) @ self.g2).unflatten(-1, (H, N))
         return ProjectedInputs(r, k, v, decay, iclr, gate, key, value), first, shift
 
+    def own_values(
+        self,
+        x: Tensor,
+        *,
+        rope: tuple[Tensor, Tensor] | None = None,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> FirstLayerKV:
+        """Return the layer's own value and key: as `first` of its `forward` they make it the first RWKV layer.
+
+        Arguments are those of `forward`, at the start of documents.
+        """
+        c = self.mixer_config
+        inputs, _ = self.shifted(x, None, mask, cu_seqlens)
+        rotation = full_rotation(rope, c.head_size) if c.rope else None
+        _, k, v = self.project(inputs["r"], inputs["k"], inputs["v"], rotation)
+        return FirstLayerKV(v, k if c.key_residual else None)
+
     def recurrence_inputs(self, projected: ProjectedInputs) -> RecurrenceInputs:
         """Return the inputs of the recurrence, from projections, w0 and a0."""
         c = self.mixer_config

@@ -24,13 +24,15 @@ LARGEST = 32768  # tokens of a micro-batch; with more, kernels do not get faster
 USABLE = 0.85  # of a GPU's memory: the rest is for its context, and what an allocator cannot use
 
 
-def resolve_fitted(config: Config, stages: Sequence[str] | None = None, ranks: int = 1) -> RunPlan:
+def resolve_fitted(
+    config: Config, stages: Sequence[str] | None = None, ranks: int = 1, kept: Sequence[int] | None = None
+) -> RunPlan:
     """Return what a configuration resolves to on this machine; arguments as of `resolve`.
 
     Raises:
         UserError: as `resolve`.
     """
-    plan = resolve(config, stages, ranks)
+    plan = resolve(config, stages, ranks, kept)
     memory = device_memory(plan.settings.device)
     return plan if plan.settings.device == "cpu" or memory is None else fitted(plan, memory)
 
@@ -44,8 +46,8 @@ def fitted(plan: RunPlan, memory: int) -> RunPlan:
         plan: from `resolve`.
         memory: bytes of the device of one rank.
     """
-    model, stages = meta_student(plan.settings), []
-    for stage, kind in prepared_stages(plan, model):
+    stages = []
+    for stage, model, kind in prepared_stages(plan, meta_student(plan.settings)):
         if stage.stage.trains and stage.settings.batch.micro_rows is None:
             stage = _enlarged(stage, model, kind, int(USABLE * memory))
         stages.append(stage)

@@ -155,10 +155,11 @@ def forecast(plan: RunPlan, config: Config) -> Forecast:
     check_loggers(config.loggers)
     run, model = plan.settings, meta_student(plan.settings)
     c, mixer = model.lm.config, model.mixer_configs[model.rwkv_layers[0]]
-    parameters, stages = teacher_parameters(model), []
-    for stage, kind in prepared_stages(plan, model):
+    parameters, stages, layers = teacher_parameters(model), [], []
+    for stage, student, kind in prepared_stages(plan, model):
         if stage.name in plan.selected:
-            stages.append(_stage(stage, model, kind, config.checkpoint.keep))
+            stages.append(_stage(stage, student, kind, config.checkpoint.keep))
+        layers = [_layer(student, i) for i in range(c.num_hidden_layers)]  # a stage may have chosen them
     return Forecast(
         teacher=run.teacher.path,
         model_type=c.model_type,
@@ -166,7 +167,7 @@ def forecast(plan: RunPlan, config: Config) -> Forecast:
         hidden_size=c.hidden_size,
         heads=mixer.num_heads,
         head_size=mixer.head_size,
-        layers=tuple(_layer(model, i) for i in range(c.num_hidden_layers)),
+        layers=tuple(layers),
         device=run.device,
         precision=run.precision,
         ranks=run.ranks,

@@ -46,10 +46,10 @@ def plan_text(plan: RunPlan, config: Config) -> str:
     model = meta_student(plan.settings)
     lines = _run_lines(plan, config, model)
     shown: list[dict] = []
-    for stage, kind in prepared_stages(plan, model):
+    for stage, of_stage, kind in prepared_stages(plan, model):
         if stage.name not in plan.selected:
             continue
-        lines += ["", *_stage_lines(stage, model, kind, config.checkpoint.keep)]
+        lines += ["", *_stage_lines(stage, of_stage, kind, config.checkpoint.keep)]
         if plan.settings.ranks > 1 and stage.stage.trains:
             settings = deepspeed_config(plan.settings.zero, stage.optim, plan.settings.precision, stage.shape)
             if settings not in shown:
@@ -58,7 +58,7 @@ def plan_text(plan: RunPlan, config: Config) -> str:
     return "\n".join(lines) + "\n"
 
 
-def prepared_stages(plan: RunPlan, model: HybridModel) -> Iterator[tuple[StagePlan, TeacherKind | None]]:
+def prepared_stages(plan: RunPlan, model: HybridModel) -> Iterator[tuple[StagePlan, HybridModel, TeacherKind | None]]:
     """Yield the stages of a run, the student having the layers of each, and as trainable what trains at its end.
 
     Args:
@@ -66,16 +66,18 @@ def prepared_stages(plan: RunPlan, model: HybridModel) -> Iterator[tuple[StagePl
         model: of `meta_student`; changed from stage to stage.
 
     Yields:
-        The stage, and where its teacher's side comes from.
+        The stage, its student, and where its teacher's side comes from.
     """
     layers = None
     for stage in plan.stages:
+        if stage.run.student != model.spec:  # its layers are chosen; what was trained before are mixers alone
+            model, layers = meta_student(stage.run), None
         if stage.layers != layers:  # otherwise they are as in the stage before
             apply(model, stage.layers)
             layers = stage.layers
         if stage.stage.trains:
             check_optimizer(stage.optim.kind, plan.settings.device)
-        yield stage, stage.stage.prepare(model, stage, stage.phases[-1].train)
+        yield stage, model, stage.stage.prepare(model, stage, stage.phases[-1].train)
 
 
 def run_warnings(plan: RunPlan) -> list[str]:
@@ -112,6 +114,7 @@ def _run_lines(plan: RunPlan, config: Config, model: HybridModel) -> list[str]:
     total = sum({id(p): p.numel() for p in model.canonical_parameters().values()}.values())
     new = {group: count for group, _, count in model.group_table()}.get(NEW, 0)
     layer_map = "".join("R" if i in model.rwkv_layers else "A" for i in range(c.num_hidden_layers))
+    kept = [i for i, kind in enumerate(layer_map) if kind == "A"]
     engine = f"DeepSpeed, ZeRO {settle(run.zero).zero_stage}" if run.ranks > 1 else "one process"
     return [
         f"teacher   {run.teacher.path}: {c.model_type}, {c.num_hidden_layers} layers, width {c.hidden_size}, "
@@ -124,10 +127,27 @@ def _run_lines(plan: RunPlan, config: Config, model: HybridModel) -> list[str]:
         f"{rounded_count(total)} parameters: {rounded_count(total - new)} copied from the teacher, "
         f"{rounded_count(new)} new",
         *(f"warning   {text}" for text in run_warnings(plan)),
-        f"layers    {layer_map}   ({len(model.rwkv_layers)} R = RWKV, {layer_map.count('A')} A = attention)",
+        f"layers    {layer_map}   ({len(model.rwkv_layers)} R = RWKV, {len(kept)} A = attention"
+        f"{': ' * bool(kept)}{spans(kept)})",
+        *_choice_lines(plan, model),
         f"device    {run.device}, {run.precision}, {run.ranks} {'ranks' if run.ranks > 1 else 'rank'}, {engine}",
         f"loggers   {', '.join(['metrics.jsonl', *config.loggers])}",
         f"run       {' -> '.join(config.run)}, into {config.out}",
+    ]
+
+
+def _choice_lines(plan: RunPlan, model: HybridModel) -> list[str]:
+    """Return that the layers are chosen in the run, where they are."""
+    choice = plan.settings.choice
+    if choice is None:
+        return []
+    stage = next((stage.name for stage in plan.stages if stage.stage.chooses_layers), None)
+    if plan.settings.student.attention_layers:
+        return [f"          chosen in stage {stage} by {choice.choose}; stages before it had RWKV in all layers"]
+    later = next((p.run.student.attention_layers for p in plan.stages if p.run.student.attention_layers), ())
+    return [
+        f"          until stage {stage}: then {choice.keep} keep attention, chosen by {choice.choose}",
+        *([f"          memory and work of later stages are shown for layers {spans(later)}"] if later else []),
     ]
 
 
@@ -155,8 +175,11 @@ def _stage_lines(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, 
     Args:
         keep: newest checkpoints that stay on disk.
     """
-    lines = [f"{plan.title}: {rounded_count(plan.length.total_tokens)} tokens in rows of {plan.length.seq_len}"]
-    lines.append(f"  data      {describe(plan.run.data, plan.settings.data)}")
+    if plan.stage.chooses_layers:
+        lines = [f"{plan.title}: {rounded_count(plan.length.total_tokens)} tokens of the validation data at most"]
+    else:
+        lines = [f"{plan.title}: {rounded_count(plan.length.total_tokens)} tokens in rows of {plan.length.seq_len}"]
+        lines.append(f"  data      {describe(plan.run.data, plan.settings.data)}")
     details = layer_lines(model, plan.layers) + plan.stage.summary(model, plan, kind)
     teacher = meta_online_teacher(plan) if kind is TeacherKind.ONLINE else None
     if plan.stage.trains:

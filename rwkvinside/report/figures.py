@@ -24,6 +24,12 @@ PANELS = 3  # beside each other
 AMBER, PINK, BLACK = "#E69F00", "#CC79A7", "#222222"
 DATELESS = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}  # the same figure is the same file
 RUN_COLORS = (BLUE, ORANGE, GREEN, PINK, AMBER, GREY)
+LAYER_UNITS = {
+    "error": "relative error of its mixer",
+    "restore": "KL that its attention saves",
+    "swap": "recall lost per likelihood lost",
+    "greedy": "KL that its attention saves",
+}
 LOSS_UNITS = {
     "align": "alignment loss (relative squared error)",
     "distill": "KL to the teacher (nats per token)",
@@ -320,6 +326,29 @@ def overview_figure(rows: Sequence[dict]) -> "Figure | None":
     for subfigure, band in zip(np.atleast_1d(figure.subfigures(len(bands), 1)), bands, strict=True):
         for ax, draw in zip(subfigure.subplots(1, len(band), squeeze=False)[0], band, strict=True):
             draw(ax)
+    return figure
+
+
+def layers_figure(scores: dict[str, list[float]], method: str, kept: Sequence[int]) -> "Figure":
+    """Draw how much attention is worth in each layer, one panel per method.
+
+    Args:
+        scores: of all layers by method.
+        method: that has chosen.
+        kept: the layers that it has chosen, in another color there.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    count = max(map(len, scores.values()))
+    figure = new_figure(max(5.0, 2.0 + 0.22 * count), 2.6 * len(scores))
+    for ax, (name, values) in zip(figure.subplots(len(scores), 1, squeeze=False)[:, 0], scores.items(), strict=True):
+        chosen = set(kept) if name == method else set()
+        ax.bar(range(len(values)), values, color=[ORANGE if i in chosen else BLUE for i in range(len(values))])
+        ax.axhline(0, color=GREY, linewidth=0.8)
+        ax.xaxis.set_major_locator(MaxNLocator(min(count, 20), integer=True))
+        title = f"{name}: layers {', '.join(map(str, sorted(chosen)))} keep attention" if chosen else name
+        _finish(ax, title, "layer", LAYER_UNITS.get(name, "score"))
+        ax.grid(False, axis="x")
     return figure
 
 

@@ -54,6 +54,7 @@ class StageRecord:
         second_teacher: `model_identity` of its own teacher, {} where it has none.
         checkpoint: name of its last checkpoint, once it is finished.
         best: name of the one with the best score on validation data, where that is another one.
+        attention_layers: those that it has chosen to keep attention; None: it chose none.
         digest: of the file.
     """
 
@@ -66,6 +67,7 @@ class StageRecord:
     second_teacher: dict[str, str] = field(default_factory=dict)
     checkpoint: str | None = None
     best: str | None = None
+    attention_layers: list[int] | None = None
     digest: str = ""
 
 
@@ -159,6 +161,29 @@ class Records:
         records = [self.stage(file.parent.name) for file in files]
         return [record.stage for record in records if record is not None and record.before == name]
 
+    def kept_layers(self, name: str) -> tuple[int, ...] | None:
+        """Return the layers that a stage, or the nearest one before it, has chosen to keep attention; None: none has.
+
+        Raises:
+            UserError: see `stage`.
+        """
+        record = self.stage(name) if self.identity() is not None else None
+        if record is None:
+            return None
+        if record.attention_layers is not None:
+            return tuple(record.attention_layers)
+        return record.before and self.kept_layers(record.before)
+
+    def chosen_layers(self) -> tuple[int, ...] | None:
+        """Return the layers that a stage of the run has chosen to keep attention; None: none has.
+
+        Raises:
+            UserError: see `stage`.
+        """
+        records = [self.stage(file.parent.name) for file in sorted(self.path.glob(f"stages/*/{RECORD}"))]
+        found = [record.attention_layers for record in records if record and record.attention_layers is not None]
+        return tuple(found[0]) if found else None
+
     def digest_before(self, before: str | None, later: tuple[str, ...] = ()) -> str:
         """Return what the record of a stage names as `after`.
 
@@ -176,6 +201,8 @@ class Records:
     def write(self, record: StageRecord) -> None:
         """Write the record of a stage, if it says something new."""
         content = {name: value for name, value in asdict(record).items() if name != "digest"}
+        if record.attention_layers is None:  # as in records of stages that never choose
+            del content["attention_layers"]
         content = sealed(content)
         if not self._file(record.stage).exists() or _read(self._file(record.stage))[1] != content[SEAL]:
             write_json(self._file(record.stage), content)

@@ -76,8 +76,12 @@ class TrainedRun:
 
     @property
     def spec(self) -> StudentConfig:
-        """What the student is."""
-        return StudentConfig.model_validate(self.config["student"])
+        """What the student is at the end of the stage: with the layers that the run has chosen, once it has."""
+        spec = StudentConfig.model_validate(self.config["student"])
+        if spec.layer_choice is None:
+            return spec
+        kept = self.directory.records.kept_layers(self.stage) or ()
+        return spec.model_copy(update={"attention_layers": kept})
 
     @property
     def layers(self) -> LayerSpec:

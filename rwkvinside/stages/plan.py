@@ -23,6 +23,7 @@ from .settings import StageConfig
 if TYPE_CHECKING:
     import torch
 
+    from ..hybrid.layouts import LayerChoice
     from ..hybrid.settings import LayerSpec, StudentConfig
     from .param_groups import RateGroup
 
@@ -43,6 +44,7 @@ class RunSettings:
         ranks: processes that share the work.
         zero: how DeepSpeed shards where a launcher starts the run.
         endless_tokens: tokens that are read of a source without an end (see `data.sources`).
+        choice: how the run decides which layers keep attention; None: that is given.
     """
 
     teacher: TeacherConfig
@@ -56,6 +58,7 @@ class RunSettings:
     ranks: int
     zero: DeepSpeedConfig
     endless_tokens: int
+    choice: LayerChoice | None = None
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,7 @@ class RunPlan:
     """A run, resolved.
 
     Attributes:
-        settings: what all stages share.
+        settings: what all stages share; where layers are still to be chosen, what those before the choice share.
         stages: in the order in which each starts from the one before, including those that do not run now.
         selected: names of those that run.
     """

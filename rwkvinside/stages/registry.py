@@ -13,6 +13,7 @@ from .base import Stage
 OBJECTIVES = {
     "calibrate": "rwkvinside.stages.calibrate:Calibrate",
     "align": "rwkvinside.stages.align:Align",
+    "choose": "rwkvinside.stages.choose:ChooseLayers",
     "distill": "rwkvinside.stages.distill:Distill",
     "sft": "rwkvinside.stages.sft:SupervisedFineTuning",
 }

@@ -25,12 +25,12 @@ class UnfreezeConfig(Section):
 class StageConfig(Section):
     """Settings of a stage."""
 
-    objective: str = Field(description="What the stage minimizes: calibrate, align, distill or sft.")
+    objective: str = Field(description="What the stage minimizes: calibrate, align, choose, distill or sft.")
     tokens: Count = Field(description="Tokens to train on.")
     train: list[str] = Field([], description="Groups of parameters, or regular expressions over their names.")
     data: StageData = Field(description="Rows of this stage.")
     batch: BatchConfig = Field(description="Size of a step.")
-    optim: OptimConfig | None = Field(None, description="Optimizer; calibrate has none.")
+    optim: OptimConfig | None = Field(None, description="Optimizer; calibrate and choose have none.")
     loss: DistillLossConfig | None = Field(None, description="Loss; of distill and sft only.")
     teacher: Literal["auto", "same", "separate", "cache"] = Field(
         "auto",

@@ -5,6 +5,8 @@ Steps, learning rates, and what trains when.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from ..hybrid.freezing import GROUPS, TEACHER
 from ..hybrid.model import HybridModel
 from ..support.text import rounded_count, short_count
@@ -21,7 +23,11 @@ def training_lines(student: HybridModel, plan: StagePlan, loss: list[str]) -> li
     """
     length, optim = plan.length, plan.optim
     groups = rate_groups(student, plan, plan.phases[-1])
-    peaks = ", ".join(f"{label} {group.rate:.3g}" for label, group in groups.items())
+    of_label: dict[str, list[float]] = {}
+    for group in groups.values():
+        of_label.setdefault(group.label, []).append(group.rate)
+    peaks = ", ".join(f"{label} {_range(rates)}" for label, rates in of_label.items())
+    peaks += f", times {optim.layer_decay:g} from layer to layer down" if optim.layer_decay < 1 else ""
     span = f"between {100 * optim.decay.start:.3g} % and {100 * optim.decay.end:.3g} % of the tokens"
     decay = f"{optim.decay.shape} to {plan.rates.lr_final:.3g} {span}"
     kind = "" if optim.kind == "adamw" else f"{optim.kind}; "
@@ -34,6 +40,12 @@ def training_lines(student: HybridModel, plan: StagePlan, loss: list[str]) -> li
     ]
 
 
+def _range(rates: Collection[float]) -> str:
+    """Return one rate, or the smallest and the largest of several."""
+    ends = dict.fromkeys(f"{rate:.3g}" for rate in (min(rates), max(rates)))
+    return " to ".join(ends)
+
+
 def training_table(student: HybridModel, plan: StagePlan, phase: Phase) -> list[str]:
     """Return one line for each group of the student.
 
@@ -41,10 +53,10 @@ def training_table(student: HybridModel, plan: StagePlan, phase: Phase) -> list[
     layers the weights before quantization are counted.
     """
     begin = joining(student, plan)
-    rate_of = {n: g.rate for g in rate_groups(student, plan, plan.phases[-1]).values() for n in g.parameters}
+    rate_of = {n: g for g in rate_groups(student, plan, plan.phases[-1]).values() for n in g.parameters}
     sizes: dict[str, int] = {}
     counts: dict[str, dict[str, int]] = {}  # by group: parameters by what happens to them
-    rates: dict[str, dict[str, None]] = {}
+    rates: dict[str, dict[str, list[float]]] = {}  # by group and label
 
     def add(group: str, state: str, count: int) -> None:
         sizes[group] = sizes.get(group, 0) + count
@@ -57,7 +69,8 @@ def training_table(student: HybridModel, plan: StagePlan, phase: Phase) -> list[
         for name in (name for name in parameters if name in names):
             group = student.group_of(name)[-1]
             add(group, state, parameters[name].numel())
-            rates.setdefault(group, {})[f"{rate_of[name]:.3g}"] = None
+            of = rate_of[name]
+            rates.setdefault(group, {}).setdefault(of.label, []).append(of.rate)
     for name, layer in student.quantized.items():
         add(student.group_of(f"{name}.weight")[-1], f"frozen in {layer.format}", layer.weight_numel)
     for name in parameters.keys() - rate_of.keys():
@@ -66,5 +79,6 @@ def training_table(student: HybridModel, plan: StagePlan, phase: Phase) -> list[
     for group in (group for group in (*GROUPS, TEACHER) if group in sizes):
         states = [f"{rounded_count(n)} {state}" for state, n in counts[group].items()]
         shown = ", ".join(states if len(states) > 1 else counts[group])
-        lines.append(f"{group:<12}{rounded_count(sizes[group]):>12}  {', '.join(rates.get(group, ['-'])):<18}{shown}")
+        own = ", ".join(dict.fromkeys(map(_range, rates[group].values()))) if group in rates else "-"
+        lines.append(f"{group:<12}{rounded_count(sizes[group]):>12}  {own:<18}{shown}")
     return lines

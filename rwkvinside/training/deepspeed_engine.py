@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..support.extras import import_extra
 from .batching import StepShape
 from .deepspeed_config import deepspeed_config, offloads
 from .local_engine import LocalEngine, MetricSums
@@ -358,6 +359,7 @@ def join_process_group() -> Distributed:
     Each takes the device of its local rank. The launcher's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR,
     MASTER_PORT) must be set.
     """
+    import_extra("deepspeed", "training under a launcher", "or start one process with python")
     import deepspeed
     import deepspeed.ops
     from deepspeed.accelerator import get_accelerator

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..support.extras import import_extra
 
 OPTIMIZERS = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit"}
 MOMENT_BLOCK = 256  # moments that share a scale
@@ -92,6 +93,4 @@ def _nearest(values: Tensor, scales: Tensor, code: Tensor) -> Tensor:
 
 @cache
 def _library() -> Any:
-    import bitsandbytes
-
-    return bitsandbytes
+    return import_extra("bitsandbytes", "an 8-bit optimizer", "or set stages.<name>.optim.kind=adamw")

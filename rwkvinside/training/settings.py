@@ -33,13 +33,20 @@ class DecayConfig(Section):
         return self
 
 
+Multiple = Annotated[str, Field(pattern=r"^\d*\.?\d+x$")]  # of another number, as in 0.3x
+
+
 class OptimConfig(Section):
     """Optimizer and learning rates of a stage."""
 
     lr: Rate | None = Field(None, description="Learning rate of the mixers; null: by the teacher's width.")
     lr_rest: Rate | None = Field(None, description="Learning rate of all else; null: by the teacher's width.")
-    rates: dict[str, Rate] = Field(
-        {}, description="Learning rates of groups, or regular expressions over names; the first that matches counts."
+    rates: dict[str, Rate | Multiple] = Field(
+        {},
+        description="Learning rates of groups, or regular expressions over names; 0.3x: of lr; the first match counts.",
+    )
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="Factor of the learning rates from a layer to the one before it; the last has them in full."
     )
     kind: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = Field(
         "adamw", description="AdamW with fp32 states, or bitsandbytes' with 8-bit ones, paged: on CUDA only."

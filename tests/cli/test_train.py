@@ -41,7 +41,7 @@ def test_dry_run_shows_the_whole_plan(teacher, capsys, tmp_path):
     assert train_distill.main(argv) == 0
     plan = capsys.readouterr().out
     assert not out.exists()
-    assert "layers    ARAR   (2 R = RWKV, 2 A = attention)" in plan
+    assert "layers    ARAR   (2 R = RWKV, 2 A = attention: 0, 2)" in plan
     assert "run       calibrate -> align -> distill" in plan
     assert plan.count("steps     147 of 16 rows") == 2
     # layer 3 of the two mixers has residual mixes, layer 1 has none: both are counted in one group
@@ -89,7 +89,7 @@ def test_dry_run_of_one_stage_knows_what_came_before(teacher, capsys):
     [
         (
             ["student.attention_layers=[4]"],
-            "student.attention_layers = [4]: has layer 4, but the teacher has layers 0 to 3",
+            "student.attention_layers = [4]: has layer 4, but there are layers 0 to 3 (-1 is the last)",
         ),
         (["stages.align.train=[mixr]"], "train pattern 'mixr' matches no parameter"),
         (["stages.align.train=['mixer(']"], "is not a regular expression"),

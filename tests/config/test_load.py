@@ -193,7 +193,9 @@ def test_all_problems_at_once(teacher):
 @pytest.mark.parametrize(
     "override, cause",
     [
-        ("student.attention_layers=[7,-1]", "has layer -1, 7, but the teacher has layers 0 to 4"),
+        ("student.attention_layers=[7,-6]", "has layer 7, -6, but there are layers 0 to 4 (-1 is the last)"),
+        ("student.attention_layers=4", "student.attention_layers = 4: must be layers ([0, -1]), ranges (4-11)"),
+        ("student.attention_layers={choose: restor, keep: 2}", "did you mean restore?"),
         ("student.attention_layers=[0,1,2,3,4]", "keeps all 5 layers"),
         ("student.sinks=4", "student.sinks = 4: is 4 without a window; set student.window"),
         ("student.sinks={1: 4}", "without a window; set student.window"),

@@ -9,13 +9,13 @@ from tiny import byte_tokenizer, save_configuration, save_qwen3, save_texts
 
 import train_distill
 from rwkvinside.config.load import load_config
-from rwkvinside.config.recipes import EVERY, recipes, spread_layers
+from rwkvinside.config.recipes import EVERY, recipes
 from rwkvinside.config.resolve import resolve
 from rwkvinside.config.show import to_yaml
 from rwkvinside.errors import UserError
 from rwkvinside.planning.plan import plan_text
 
-RECIPES = ("halo", "hxa079", "radlads", "windowed")
+RECIPES = ("halo", "hxa079", "radlads", "simultaneous", "windowed")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -78,11 +78,19 @@ def test_layers_are_the_published_ones_or_spread_evenly(teacher):
     assert [len(kept(f"Qwen3-{size}B", "hxa079")) for size in (8, 14)] == [4, 6]
     assert kept("Qwen3-32B", "halo") == tuple(range(3, 64, 4))
     assert kept(teacher, "hxa079") == (3,)
-    for count in range(2, 70):
-        for every in (4, 8):
-            layers = spread_layers(count, every)
-            assert layers == sorted(set(layers)) and layers[-1] == count - 1 and len(layers) < count
-            assert abs(len(layers) - count / every) <= 1
+
+
+def test_a_layout_replaces_another_one_whole(teacher, tmp_path):
+    file = tmp_path / "own.yaml"
+    file.write_text("student: {preset: hxa079, attention_layers: {every: 2, first: 1}}")
+    over = ["student.attention_layers={last: 1}"]
+    assert load_config([file], teacher=teacher).student.attention_layers == (0, 1, 3)
+    student = load_config([file], teacher=teacher, recipe="hxa079", overrides=over).student
+    assert student.attention_layers == (3,) and student.preset == "hxa079"
+    assert load_config([file], teacher="Qwen3-8B", recipe="halo", overrides=over).student.attention_layers == (35,)
+    written = tmp_path / "written.yaml"
+    written.write_text(to_yaml(load_config([file], teacher=teacher)))
+    assert load_config([written]).student.attention_layers == (0, 1, 3)
 
 
 def test_a_recipe_stands_between_the_preset_and_the_variant(teacher, tmp_path):

@@ -255,6 +255,16 @@ def test_state_dict_round_trip_and_refusals():
         two.load_student_state_dict({n: t for n, t in state.items() if not n.endswith(".0.self_attn.w0")})
 
 
+def test_a_student_that_keeps_all_layers_is_the_teacher_in_every_mode():
+    batch = packed([20])
+    expected = teacher()(batch.input_ids).logits
+    model = HybridModel.from_teacher(teacher(), StudentConfig(attention_layers=(0, 1, 2)))
+    assert model.rwkv_layers == [] and model.student_state_dict() == {}
+    for mode in ("student", "teacher", "control"):
+        torch.testing.assert_close(logits(model, batch, mode), expected, rtol=0, atol=1e-6)
+    assert model(batch, "align") == {}
+
+
 def test_refusals_of_teachers_and_layers():
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -262,10 +272,10 @@ def test_refusals_of_teachers_and_layers():
         HybridModel.from_teacher(
             GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9)), StudentConfig()
         )
-    with pytest.raises(UserError, match=r"\[7\]"):
+    with pytest.raises(UserError, match="has layer 7, but there are layers 0 to 2"):
         HybridModel.from_teacher(teacher(), StudentConfig(attention_layers=(0, 7)))
-    with pytest.raises(UserError, match="all 3 layers"):
-        HybridModel.from_teacher(teacher(), StudentConfig(attention_layers=(0, 1, 2)))
+    with pytest.raises(UserError, match="still to be chosen"):
+        HybridModel.from_teacher(teacher(), StudentConfig(attention_layers={"choose": "restore", "keep": 1}))
     with pytest.raises(UserError, match="k_norm|q_norm"):
         HybridModel.from_teacher(teacher("qwen3", num_key_value_heads=4), StudentConfig(preset="x070"))
 

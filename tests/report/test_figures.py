@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from rwkvinside.errors import UserError
-from rwkvinside.report.figures import alignment_figure, loss_figure, position_figure, smooth, validation_figure
+from rwkvinside.report.figures import (
+    BLUE,
+    ORANGE,
+    alignment_figure,
+    layers_figure,
+    loss_figure,
+    position_figure,
+    smooth,
+    validation_figure,
+)
 from rwkvinside.report.write import write_report
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -101,3 +110,16 @@ def test_a_run_without_steps_is_refused_and_writes_nothing(tmp_path):
     with pytest.raises(UserError, match="no training step"):
         write_report(run)
     assert [path.name for path in run.iterdir()] == ["metrics.jsonl"]
+
+
+def test_layers_show_their_scores_and_which_were_chosen():
+    from matplotlib.colors import to_hex
+
+    scores = {"error": [0.1, 0.3, 0.2], "restore": [0.5, -0.1, 0.4]}
+    figure = layers_figure(scores, "restore", (0, 2))
+    for ax, values, kept in zip(figure.axes, scores.values(), ((), (0, 2)), strict=True):
+        assert [bar.get_height() for bar in ax.patches] == values
+        assert [to_hex(bar.get_facecolor()).upper() for bar in ax.patches] == [
+            ORANGE if i in kept else BLUE for i in range(3)
+        ]
+    assert figure.axes[1].get_title(loc="left") == "restore: layers 0, 2 keep attention"

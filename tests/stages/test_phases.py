@@ -10,7 +10,7 @@ from rwkvinside.errors import UserError
 from rwkvinside.hybrid.model import HybridModel
 from rwkvinside.hybrid.settings import StudentConfig
 from rwkvinside.stages.param_groups import joined, rate_groups
-from rwkvinside.stages.summary import training_table
+from rwkvinside.stages.summary import training_lines, training_table
 from rwkvinside.training.schedule import StageLength
 
 
@@ -64,6 +64,25 @@ def test_unfreezing_at_the_end_is_refused():
         make_stage(unfreeze=[(981, ["mlp"])])
     with pytest.raises(ValidationError, match="leave out optim, train and unfreeze"):
         make_stage([], [(1, ["mlp"])], objective="calibrate", optim=None, loss=None)
+
+
+def test_rates_fall_from_layer_to_layer_and_may_be_multiples(student):
+    optim = {"lr": 1e-3, "lr_rest": 1e-4, "lr_final": 1e-5, "warmup_steps": 4, "layer_decay": 0.5}
+    optim |= {"rates": {"attention": "0.5x", "mlp": 1e-4}}
+    stage = make_stage(["mixer", "attention", "mlp", "embed", "head"], optim=optim)
+    student.set_trainable(stage.phases[0].train)
+    groups = rate_groups(student, stage, stage.phases[0])
+    rate_of = {name: group.rate for group in groups.values() for name in group.parameters}
+    at = "model.layers.{}.{}".format
+    assert rate_of[at(1, "self_attn.w1")] == 0.5e-3 and rate_of[at(0, "self_attn.w1")] == 0.25e-3
+    assert rate_of[at(2, "self_attn.q_proj.weight")] == 0.5e-3, "half of the mixers' rate, in the last layer"
+    assert [rate_of[at(i, "mlp.up_proj.weight")] for i in (2, 1, 0)] == [1e-4, 0.5e-4, 0.25e-4]
+    assert rate_of["lm_head.weight"] == 1e-4 and rate_of["model.embed_tokens.weight"] == pytest.approx(1e-4 / 8)
+    assert {group.label for group in groups.values()} == {"mixer", "attention", "mlp", "rest"}
+    assert sum(len(group.parameters) for group in groups.values()) == len(rate_of), "each in one group"
+    lines = "\n".join(training_lines(student, stage, []))
+    assert "mixer 0.00025 to 0.0005, attention 0.0005, mlp 2.5e-05 to 0.0001" in lines
+    assert "times 0.5 from layer to layer down" in lines and "2.5e-05 to 0.0001" in lines.split("\nmlp")[1]
 
 
 def test_rates_and_when_they_begin(student):
