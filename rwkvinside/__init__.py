@@ -15,6 +15,9 @@ from .api import evaluate, export, plan, verify  # noqa: E402
 from .errors import UserError  # noqa: E402
 
 _LAZY = {
+    "CompressedState": ".lm.compression",
+    "StatefulModel": ".lm.session",
+    "evaluate_sequence_modeling": ".lm.evaluation",
     "load_config": ".config.load",
     "train": ".conversion.run",
     "HybridModel": ".hybrid.model",

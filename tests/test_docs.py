@@ -41,10 +41,13 @@ SMALLER = {
     "rwkvinside train": TRAIN,
     "rwkvinside bench training": ["--rows", "1", "--seq-len", "16", "--repeats", "1"],
     "rwkvinside bench generation": ["--contexts", "8", "--new-tokens", "2"],
+    "rwkvinside bench context": [*("--random", "2,1,16", "--contexts", "8", "16"), "--chunk-size", "8"],
     "rwkvinside bench wkv7": ["--shapes", "1,16,1,8", "--repeats", "1", "--candidates", "reference"],
     "rwkvinside eval": ["--samples", "1", "--depths", "2", "--write-tokens", "4"],
     "rwkvinside generate": ["--max-tokens", "4"],
     "rwkvinside data generate": ["--tokens", "3k", "--max-tokens", "16"],
+    "rwkvinside lm evaluate": ["--chunk-size", "32"],
+    "rwkvinside lm state": ["--chunk-size", "32", "--tokens", "16"],
     "rwkvinside data logits": ["stages.distill.tokens=512", "device=cpu"],
 }
 # how a command begins -> why its arguments are parsed and no more

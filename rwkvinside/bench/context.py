@@ -6,12 +6,14 @@ random, on which neither time nor memory depends.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config
 
 from ..lm.cost import measured, timed
@@ -52,6 +54,7 @@ def context_cost(
     *,
     chunk_size: int = 1024,
     new_tokens: int = 16,
+    clock: Callable[[], float] = time.perf_counter,
     seed: int = 0,
 ) -> Iterator[ContextCost]:
     """Measure models after random prompts, shortest first; a measurement is given as soon as it is done.
@@ -61,6 +64,7 @@ def context_cost(
         contexts: tokens of the prompts.
         chunk_size: tokens of them that are read at a time.
         new_tokens: tokens over which the median is taken.
+        clock: that counts seconds; `time.process_time` leaves out what a machine does beside.
         seed: of the prompts.
     """
     stateful = {name: StatefulModel(model, chunk_size) for name, model in models.items()}
@@ -68,29 +72,27 @@ def context_cost(
         model.forward_chunked(_prompt(model, 2 * chunk_size, seed))  # loads and compiles what is used
     for context in sorted(contexts):
         for name, model in stateful.items():
-            yield _measure(name, model, context, new_tokens, seed)
+            yield _measure(name, model, _prompt(model, context, seed), new_tokens, clock)
 
 
-def _prompt(model: StatefulModel, context: int, seed: int) -> torch.Tensor:
+def _prompt(model: StatefulModel, context: int, seed: int) -> Tensor:
     draw = torch.Generator().manual_seed(seed)
     return torch.randint(0, model.config.vocab_size, (1, context), generator=draw).to(model.device)
 
 
-def _measure(name: str, model: StatefulModel, context: int, new_tokens: int, seed: int) -> ContextCost:
-    ids = _prompt(model, context, seed)
-    outputs, prefill = measured(lambda: model.forward_chunked(ids), model.device)
+def _measure(name: str, model: StatefulModel, ids: Tensor, new_tokens: int, clock: Callable[[], float]) -> ContextCost:
+    outputs, prefill = measured(lambda: model.forward_chunked(ids), model.device, clock)
     state, token, seconds = outputs.state, outputs.logits.argmax(-1, keepdim=True), []
     state_bytes = sum(layer.total for layer in layer_bytes(state))
     for _ in range(WARM_TOKENS + new_tokens):
-        step, duration = timed(
-            lambda token=token: model.model(token, past_key_values=state, use_cache=True), model.device
-        )
+        read = partial(model.model, token, past_key_values=state, use_cache=True)
+        step, duration = timed(read, model.device, clock)
         token = step.logits[:, -1].argmax(-1, keepdim=True)
         seconds.append(duration)
     return ContextCost(
         model=name,
         parameters=model.model.num_parameters(),
-        context=context,
+        context=ids.shape[1],
         prefill_seconds=prefill.seconds,
         prefill_peak_bytes=prefill.peak_bytes,
         token_ms=1000 * median(seconds[WARM_TOKENS:]),

@@ -9,16 +9,21 @@ import argparse
 import os
 from argparse import SUPPRESS
 from collections.abc import Callable, Mapping, Sequence
+from datetime import date
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from ..data.defaults import DATE, MAX_LINE_BYTES
 from ..errors import UserError
-from ..support.text import did_you_mean
+from ..support.text import did_you_mean, short_count
 
 if TYPE_CHECKING:
     from ..config.schema import Config
     from ..teacher.sampling import Sampling
+
+
+MOST, LONGEST = 2**31, 20  # whole numbers of arguments are below, and looked at for so many digits
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -97,7 +102,7 @@ def at_least(lowest: int) -> Callable[[str], int]:
     """Return an argument type: whole numbers from `lowest` on."""
 
     def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < lowest:
+        if not text.isdecimal() or not lowest <= int(text[:LONGEST]) < MOST:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {lowest}")
         return int(text)
 
@@ -112,6 +117,45 @@ def count(text: str) -> int:
         return parse_count(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number such as 600k, 5M or 4096") from error
+
+
+def day(text: str) -> str:
+    """Parse a day as YYYY-MM-DD (an argument type)."""
+    try:
+        return date.fromisoformat(text).isoformat()
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a day such as {DATE}") from error
+
+
+def add_reading_arguments(parser: ArgumentParser, of_run: bool = False) -> None:
+    """Add how data is read, see `reading_options`.
+
+    Args:
+        parser: to be extended.
+        of_run: what is not given is as the run has it.
+    """
+
+    def otherwise(usual: str) -> str:
+        return "default: " + "the run's, else " * of_run + usual
+
+    parser.add_argument("--text-column", metavar="FIELD", help=f"field of the text ({otherwise('text')})")
+    parser.add_argument(
+        "--max-line-bytes",
+        type=count,
+        metavar="N",
+        help=f"refuse longer lines of files ({otherwise(short_count(MAX_LINE_BYTES))})",
+    )
+    parser.add_argument(
+        "--today", type=day, metavar="DAY", help=f"the day that chat templates see, YYYY-MM-DD ({otherwise(DATE)})"
+    )
+    parser.add_argument("--as-given", action="store_true", help="leave the options of questions in their order")
+
+
+def reading_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields of `ReadOptions` that were given."""
+    given = {name: getattr(args, name) for name in ("text_column", "max_line_bytes", "today")}
+    fields = {name: value for name, value in given.items() if value is not None}
+    return fields | ({"rotate": False} if args.as_given else {})
 
 
 def output_file(text: str) -> Path:

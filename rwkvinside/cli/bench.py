@@ -10,6 +10,7 @@ from functools import partial
 from rich.console import Console
 from rich.table import Table
 
+from ..errors import UserError
 from ..support.files import write_json
 from ..support.progress import Progress
 from ..support.text import rounded_bytes
@@ -190,18 +191,29 @@ def context(parser: ArgumentParser, argv: Sequence[str]) -> int:
         ("--new-tokens", 16, "measured tokens after each prompt"),
     ):
         parser.add_argument(flag, type=at_least(1), default=default, metavar="N", help=f"{text} (default: {default})")
+    parser.add_argument(
+        "--processor-time", action="store_true", help="of the CPU, where a machine does other work beside (one thread)"
+    )
     add_output_arguments(parser, png="time and memory by context")
     args = parser.parse(argv)
+    import time
+
     import torch
 
     from ..bench.context import context_cost, equal_models
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    if args.processor_time and (device == "cuda" or torch.get_num_threads() > 1):
+        raise UserError("--processor-time is that of one thread of a CPU", "set OMP_NUM_THREADS=1, without a GPU")
     models = equal_models(*args.random, dtype=dtype, device=device)
     name = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    result = {"device": name, "dtype": str(dtype), "shape": args.random, "chunk_size": args.chunk_size, "found": []}
-    measurements = context_cost(models, args.contexts, chunk_size=args.chunk_size, new_tokens=args.new_tokens)
+    clock = time.process_time if args.processor_time else time.perf_counter
+    result = {"device": name, "dtype": str(dtype), "clock": clock.__name__, "shape": args.random}
+    result |= {"chunk_size": args.chunk_size, "found": []}
+    measurements = context_cost(
+        models, args.contexts, chunk_size=args.chunk_size, new_tokens=args.new_tokens, clock=clock
+    )
     with Progress("measuring", len(models) * len(args.contexts), unit="prompts") as progress:
         for found in measurements:
             result["found"].append(asdict(found))
@@ -221,7 +233,8 @@ def _context_table(result: dict) -> Table:
     sizes = ", ".join(
         f"{name} {count / 1e6:.3f} M" for name, count in {r["model"]: r["parameters"] for r in found}.items()
     )
-    table = Table(title=f"{result['device']}, {result['dtype'].removeprefix('torch.')}; parameters: {sizes}")
+    clock = ", time of the processor" if result["clock"] == "process_time" else ""
+    table = Table(title=f"{result['device']}, {result['dtype'].removeprefix('torch.')}{clock}; parameters: {sizes}")
     for column in ("context", "model", "prefill", "tokens/s", "peak memory", "ms a token", "state"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for i, row in enumerate(found):

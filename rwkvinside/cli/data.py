@@ -13,16 +13,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..data.defaults import MAX_LINE_BYTES
 from ..errors import UserError
-from ..support.text import rounded_bytes, short_count
+from ..support.text import rounded_bytes
 from .arguments import (
     ArgumentParser,
     add_config_arguments,
+    add_reading_arguments,
     at_least,
     config_from,
     count,
     output_file,
+    reading_options,
     run_command,
 )
 
@@ -75,13 +76,7 @@ def inspect(parser: ArgumentParser, argv: Sequence[str]) -> int:
 
     tokenizer, vocab_size = _tokenizer(args)
     # trust_ids: what a run would refuse is shown
-    options = ReadOptions(
-        args.text_column,
-        rotate=not args.as_given,
-        trust_ids=True,
-        max_tokens=args.max_tokens,
-        max_line_bytes=args.max_line_bytes,
-    )
+    options = ReadOptions(**reading_options(args), trust_ids=True, max_tokens=args.max_tokens)
     console = Console(highlight=False, soft_wrap=True)
     lengths = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -123,13 +118,7 @@ def pack(parser: ArgumentParser, argv: Sequence[str]) -> int:
     from ..data.statistics import Statistics
 
     tokenizer, vocab_size = _tokenizer(args)
-    options = tokenize.ReadOptions(
-        args.text_column,
-        rotate=not args.as_given,
-        vocab_size=vocab_size,
-        max_tokens=args.max_tokens,
-        max_line_bytes=args.max_line_bytes,
-    )
+    options = tokenize.ReadOptions(**reading_options(args), vocab_size=vocab_size, max_tokens=args.max_tokens)
     with tokenizing_progress() as progress:
         store = tokenize.pack(args.sources, args.out, tokenizer, options, progress=progress)
     size = sum(file.stat().st_size for file in args.out.iterdir())
@@ -164,15 +153,7 @@ def _add_source_arguments(parser: ArgumentParser) -> None:
     tokenizer = parser.add_mutually_exclusive_group(required=True)
     tokenizer.add_argument("--teacher", metavar="NAME", help="its tokenizer and vocabulary: preset, directory, hub id")
     tokenizer.add_argument("--tokenizer", metavar="DIR", help="directory or hub id of a tokenizer alone")
-    parser.add_argument("--text-column", default="text", metavar="FIELD", help="field of the text (default: text)")
-    parser.add_argument(
-        "--max-line-bytes",
-        type=count,
-        default=MAX_LINE_BYTES,
-        metavar="N",
-        help=f"refuse longer lines of files (default: {short_count(MAX_LINE_BYTES)})",
-    )
-    parser.add_argument("--as-given", action="store_true", help="leave the options of questions in their order")
+    add_reading_arguments(parser)
 
 
 def _add_inspect_arguments(parser: ArgumentParser) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from ..support.files import write_json
-from .arguments import ArgumentParser, add_output_arguments, at_least, count
+from .arguments import ArgumentParser, add_output_arguments, add_reading_arguments, at_least, count, reading_options
 from .evaluation_tables import new_table, show_recall, show_tasks, show_writing
 
 CONTROL = "the teacher, untrained, its attention cut to the windows of the student"
@@ -32,6 +32,7 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     parser.add_argument(
         "--data", action="append", default=[], metavar="FILE", help="texts to compare on, token by token; may repeat"
     )
+    add_reading_arguments(parser, of_run=True)
     parser.add_argument("--max-documents", type=at_least(1), metavar="N", help="compare the first N documents only")
     parser.add_argument(
         "--max-length", type=at_least(1), metavar="N", help="tokens of a document to compare (default: at most 4096)"
@@ -44,6 +45,7 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     from transformers.utils.logging import disable_progress_bar
 
     from ..evaluate.compare import evaluate_saved
+    from ..evaluate.samples import show_samples
 
     disable_progress_bar()  # of transformers, for the loading of weights
     console = Console()
@@ -55,6 +57,7 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
         (comparison.writing, show_writing),
         (comparison.recall, show_recall),
         (comparison.tasks, show_tasks),
+        (comparison.samples, show_samples),
     ):
         if result is not None:
             show(result, console)
@@ -82,7 +85,9 @@ def _add_recall_arguments(parser: ArgumentParser) -> None:
     group.add_argument(
         "--write", type=at_least(1), metavar="N", help="compare what both models write after N beginnings of --data"
     )
-    group.add_argument("--write-tokens", type=at_least(1), default=128, metavar="N", help="of such a text (128)")
+    group.add_argument("--ask", metavar="TEXT", help="show what both models answer, in the teacher's chat template")
+    group.add_argument("--begin", metavar="TEXT", help="show how both models go on from a beginning")
+    group.add_argument("--write-tokens", type=at_least(1), default=128, metavar="N", help="of these texts (128)")
 
 
 def _add_task_arguments(parser: ArgumentParser) -> None:
@@ -105,14 +110,18 @@ def _measures(args: argparse.Namespace) -> Measures:
     """Return what the arguments ask for."""
     from ..evaluate.compare import Measures, Tasks, Writing
     from ..evaluate.recall import RecallPlan
+    from ..evaluate.samples import Prompts
 
+    said = args.ask is not None or args.begin is not None
     return Measures(
         data=tuple(args.data),
         max_documents=args.max_documents,
         max_length=args.max_length,
+        reading=reading_options(args),
         recall=RecallPlan(args.lengths, args.depths, args.samples) if args.recall else None,
         writing=None if args.write is None else Writing(args.write, args.write_tokens),
         tasks=Tasks(args.tasks, args.task_dir, args.limit, args.cache) if args.tasks else None,
+        prompts=Prompts(args.ask, args.begin, args.write_tokens) if said else None,
     )
 
 

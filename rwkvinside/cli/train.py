@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
+from ..errors import CONTINUE, Interrupted, UserError
+from ..training.stop_signal import sigterm_interrupts
 from .arguments import ArgumentParser, add_config_arguments, config_from
+
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what deepspeed and torchrun set
 
 
 def main(parser: ArgumentParser, argv: Sequence[str], script: str | None = None) -> int:
@@ -21,9 +26,19 @@ def main(parser: ArgumentParser, argv: Sequence[str], script: str | None = None)
     """
     _add_arguments(parser)
     args = parser.parse(argv)
+    with sigterm_interrupts():
+        try:
+            return _train(args, argv, script)
+        except KeyboardInterrupt as error:
+            if not (args.resume or args.resume_from):
+                raise
+            raise Interrupted("stopped before the run went on: nothing of it was changed", CONTINUE) from error
+
+
+def _train(args: argparse.Namespace, argv: Sequence[str], script: str | None) -> int:
     config = config_from(args, args.stage)
-    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    ranks, hosts = int(os.environ.get("WORLD_SIZE", "1")), {}
+    launched, ranks = _launched()
+    hosts: dict[str, int] = {}
     if args.hostfile and not launched:
         from ..training.launch import check_hosts, launch, read_hostfile
 
@@ -56,6 +71,27 @@ def main(parser: ArgumentParser, argv: Sequence[str], script: str | None = None)
 
         print(end_screen(run_facts(Path(config.out))), end="")
     return 0
+
+
+def _launched() -> tuple[bool, int]:
+    """Return whether a launcher has started this process, and how many of its kind.
+
+    Raises:
+        UserError: its variables are not what a launcher sets.
+    """
+    given = {name: os.environ[name] for name in LAUNCHER if name in os.environ}
+    for name in {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"} & given.keys():
+        if not re.fullmatch("[0-9]{1,9}", given[name]) or (name == "WORLD_SIZE" and int(given[name]) == 0):
+            raise UserError(f"the environment has {name}={given[name]!r}, which no launcher sets", f"unset {name}")
+    launched = "RANK" in given and "WORLD_SIZE" in given
+    if launched and int(given["RANK"]) >= int(given["WORLD_SIZE"]):
+        raise UserError(f"the environment has RANK={given['RANK']} of WORLD_SIZE={given['WORLD_SIZE']}", "unset both")
+    if launched and (missing := [name for name in LAUNCHER if name not in given]):
+        raise UserError(
+            f"the environment has RANK and WORLD_SIZE, as of a launcher, but no {' and no '.join(missing)}",
+            "start with deepspeed or torchrun, or unset the two",
+        )
+    return launched, int(given.get("WORLD_SIZE", "1"))
 
 
 def _add_arguments(parser: ArgumentParser) -> None:

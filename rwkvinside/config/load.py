@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Sequence
+from io import StringIO
 from typing import TypeVar, cast, get_origin
 
 import yaml
@@ -22,6 +23,7 @@ from ..hybrid.layouts import MEASURED, LayerChoice
 from ..stages.base import Stage
 from ..stages.registry import OBJECTIVES, RUN, STAGES, find_stage_class, stage_class
 from ..stages.settings import StageConfig
+from ..support.files import read_text
 from ..support.text import did_you_mean
 from .recipes import recipe_layers
 from .schema import Config
@@ -69,12 +71,12 @@ def load_config(
         UserError: lists all problems.
     """
     flags: list[dict] = []
-    flags += [{"teacher": {"path": teacher}}] if teacher else []
+    flags += [{"teacher": {"path": teacher}}] if teacher is not None else []
     flags += [{"data": {name: list(paths)}} for name, paths in (("train", data), ("val", val)) if paths]
-    flags += [{"recipe": recipe}] if recipe else []
+    flags += [{"recipe": recipe}] if recipe is not None else []
     flags += [{"variant": list(variant)}] if variant else []
-    flags += [{"out": out}] if out else []
-    flags += [{"deepspeed": {"config": _read_json(deepspeed)}}] if deepspeed else []
+    flags += [{"out": out}] if out is not None else []
+    flags += [{"deepspeed": {"config": _read_json(deepspeed)}}] if deepspeed is not None else []
     layers = [*map(_read_yaml, files), *flags, *map(_override, overrides)]
     _check_sections(layers)
     user = _merge(layers)
@@ -255,8 +257,7 @@ def _complete_stage(name: str, stage: StageConfig, width: int) -> StageConfig:
 
 def _read_yaml(file: str | os.PathLike) -> dict:
     try:
-        with open(file, encoding="utf-8-sig") as stream:
-            values = OmegaConf.load(stream)
+        values = OmegaConf.load(StringIO(read_text(file)))
         if not isinstance(values, DictConfig):
             raise UserError(f"{file} is not a mapping of settings", REFERENCE)
         return _plain(values)
@@ -268,8 +269,7 @@ def _read_yaml(file: str | os.PathLike) -> dict:
 
 def _read_json(file: str | os.PathLike) -> dict:
     try:
-        with open(file, encoding="utf-8-sig") as stream:
-            values = json.load(stream)
+        values = json.loads(read_text(file))
     except OSError as error:
         raise UserError(f"configuration {file} cannot be read: {error.strerror}", "check the path") from error
     except UNREADABLE as error:

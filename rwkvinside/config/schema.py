@@ -29,7 +29,7 @@ class Config(Section):
     data: DataConfig = Field(DataConfig(), description="Texts.")
     run: list[str] = Field(description="Stages to run, in order; each starts from the last one's result.")
     stages: dict[str, StageConfig] = Field(description="Settings by stage name; own names need an objective.")
-    out: str = Field(description="Run directory; must be new or empty unless resumed.")
+    out: str = Field(min_length=1, description="Run directory; must be new or empty unless resumed.")
     seed: Annotated[int, Field(ge=0, lt=2**64)] = Field(0, description="Seed of initialization and data order.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train; auto: cuda when there is one.")
     precision: Literal["auto", "fp32", "bf16"] = Field(

@@ -81,6 +81,8 @@ def find_teacher(name: str, *, revision: str | None = None, fields: dict | None 
     Raises:
         UserError: an unknown name, an unreadable or incomplete configuration, an unsupported architecture.
     """
+    if not name.strip():
+        raise UserError("teacher is an empty text", f"give a directory, a hub id or a preset: {', '.join(teachers())}")
     directory = Path(name)
     if (directory / "config.json").is_file():
         return _teacher(name, {}, _read(directory / "config.json"), local=True)

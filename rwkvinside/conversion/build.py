@@ -5,7 +5,7 @@ What happens with them is in `stage.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -21,6 +21,7 @@ from ..hybrid.model import HybridModel
 from ..hybrid.settings import LayerSpec
 from ..modeling.hybrid_base import mixer_fields
 from ..planning.flops import training_flops
+from ..planning.stage_memory import original_bytes
 from ..runs.directory import RunDirectory
 from ..stages.param_groups import rate_groups
 from ..stages.phases import Phase
@@ -28,7 +29,7 @@ from ..stages.plan import StagePlan
 from ..stages.teacher import original_teacher
 from ..support.text import rounded_bytes
 from ..teacher.kinds import TeacherKind
-from ..teacher.load import load_teacher, meta_teacher
+from ..teacher.load import load_teacher
 from ..teacher.signals import OfflineTeacher, OnlineTeacher, Teacher
 from ..training.deepspeed_engine import DeepSpeedEngine
 from ..training.frozen_weights import NAME, read_frozen_weights, write_frozen_weights
@@ -160,7 +161,10 @@ def fingerprint(student: HybridModel) -> dict:
     mixers = mixer_fields({i: config.replace(**implementation) for i, config in student.mixer_configs.items()})
     values |= {name: value for name, value in mixers["mixer"].items() if name not in implementation}
     values |= {"mixer_layers": mixers["mixer_layers"]} if mixers["mixer_layers"] else {}
-    return values | {"rwkv_layers": student.rwkv_layers, "attention_rope": student.spec.attention_rope}
+    spec = student.spec
+    values |= {"rwkv_layers": student.rwkv_layers, "attention_rope": spec.attention_rope}
+    changes = {name: getattr(spec, name) for name in ("attention_log_base", "attention_window", "attention_sinks")}
+    return values | {name: value for name, value in changes.items() if value}
 
 
 def evaluation_teacher(teacher: Teacher | None) -> Teacher | None:
@@ -200,7 +204,7 @@ def work_of(plan: StagePlan, student: HybridModel, kind: TeacherKind | None, tea
 
 
 def original_for(
-    plan: StagePlan, label: str | None, world: Distributed, say: Callable[[str], None]
+    plan: StagePlan, formats: Sequence[str], world: Distributed, say: Callable[[str], None]
 ) -> OnlineTeacher | None:
     """Return the original of a quantized teacher, for the last numbers of a stage.
 
@@ -208,20 +212,18 @@ def original_for(
     which is said.
 
     Args:
-        label: from `teacher_label`.
+        formats: from `teacher_formats`.
         say: prints a line.
     """
-    if label is None or "quantized" not in label:
+    if not formats:
         return None
-    weights = meta_teacher(plan.signal_teacher).state_dict().values()
-    item = torch.float32.itemsize if plan.run.precision == "fp32" else plan.run.teacher_dtype.itemsize
-    needed = sum(weight.numel() for weight in weights) * item
+    needed = original_bytes(plan, world.size if world.launched else 1)
     cuda = world.device.type == "cuda"
     free = torch.cuda.mem_get_info(world.device)[0] if cuda else psutil.virtual_memory().available
     if world.all_reduce_sum([needed > SHARE * free])[0]:
         say(
             f"{plan.name}: no memory for the original teacher ({rounded_bytes(needed)}): the last numbers compare with "
-            f"the one that is {label}; `rwkvinside eval RUN` compares with the original"
+            f"the one that is quantized ({', '.join(formats)}); `rwkvinside eval RUN` compares with the original"
         )
         return None
     return original_teacher(plan, world)

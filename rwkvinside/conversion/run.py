@@ -19,7 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 from ..config.resolve import resolve
 from ..config.schema import Config
 from ..data.sources import close, tokens_of
-from ..errors import Interrupted, UserError
+from ..errors import CONTINUE, Interrupted, UserError
 from ..hybrid.model import HybridModel
 from ..modeling.wkv7 import why_unavailable
 from ..planning.devices import peak_flops
@@ -33,7 +33,7 @@ from ..support.digests import FileDigests
 from ..support.lock import locked
 from ..support.process_memory import return_freed_memory
 from ..teacher.load import check_files, open_tokenizer
-from ..training.checkpoint import Checkpoint, Checkpointer
+from ..training.checkpoint import Checkpoint, Checkpointer, checkpoint_directories
 from ..training.deepspeed_engine import join_process_group
 from ..training.loggers import Loggers
 from ..training.metrics import Console
@@ -184,8 +184,26 @@ def train(
     Raises:
         UserError: whatever is wrong with the input; `Interrupted` after SIGTERM or SIGINT, with the work saved.
     """
-    selected, resume = None if stage is None else [stage], resume or resume_from is not None
     directory = RunDirectory(config.out)
+    try:
+        _train(config, directory, stage, resume or resume_from is not None, resume_from, allow_changes, launched)
+    except KeyboardInterrupt as error:  # other than in a step, which is finished and saved
+        if any(map(checkpoint_directories, directory.path.glob("stages/*"))):
+            raise Interrupted(f"stopped; what was saved before is in {directory.path}", CONTINUE) from error
+        raise
+
+
+def _train(
+    config: Config,
+    directory: RunDirectory,
+    stage: str | None,
+    resume: bool,
+    resume_from: str | None,
+    allow_changes: bool,
+    launched: bool,
+) -> None:
+    """Check everything, then run the stages; arguments are those of `train`."""
+    selected = None if stage is None else [stage]
     directory.claim(stage=stage, resume=resume)
     kept = directory.records.chosen_layers() if config.student.layer_choice else None
     plan = resolve(config, selected, kept=kept)
@@ -210,13 +228,7 @@ def train(
         run = Run(
             config, plan, text, forecast(plan, config), directory, world, tokenizer, shapes, loggers, digests, admission
         )
-        try:
-            _run(run, resume_from)
-        except KeyboardInterrupt as error:  # other than in a step, which is finished and saved
-            if any(Checkpointer(directory.stage(stage.name), {}).names() for stage in plan.stages):
-                cause = f"stopped; what was saved before is in {directory.path}"
-                raise Interrupted(cause, "continue with --resume") from error
-            raise
+        _run(run, resume_from)
 
 
 def _run(run: Run, resume_from: str | None) -> None:

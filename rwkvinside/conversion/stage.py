@@ -24,7 +24,7 @@ from ..stages.phases import Phase
 from ..stages.plan import StagePlan
 from ..stages.rows import Rows, leading_text, report, rows_of, sample, validation_batches
 from ..stages.summary import training_table
-from ..stages.teacher import build_teacher, teacher_label
+from ..stages.teacher import build_teacher, teacher_formats, teacher_label
 from ..support.progress import Progress
 from ..support.text import rounded_flop, spans
 from ..teacher.kinds import TeacherKind
@@ -366,11 +366,11 @@ def _judge(
         final: these are the last numbers.
         alone: the other ranks wait.
     """
-    teacher, label = evaluation_teacher(models.teacher), teacher_label(plan, models.student, models.kind)
-    if teacher is None:
-        label = None
+    teacher = evaluation_teacher(models.teacher)
+    sources = (plan, models.student, models.kind)
+    label = teacher_label(*sources) if teacher is not None else None
     world = Distributed(run.world.device) if alone else run.world
-    original = original_for(plan, label, world, run.say) if final else None
+    original = original_for(plan, teacher_formats(*sources), world, run.say) if final else None
     if original is None:
         yield teacher, {"teacher": label} if label else {}
         return

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
-from ..support.time_limit import TimeExceeded, time_limit
+from ..support.bounded_process import OutOfBounds, bounded_process
 from .defaults import DATE
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _STAND_IN = "@@the-answer@@"
-# TypeError and LookupError: a field of another type than a template expects
-_REFUSALS = (ValueError, TypeError, ArithmeticError, LookupError, MemoryError, RecursionError)
-TEMPLATE_SECONDS = 30.0  # for all renderings of a conversation, which take milliseconds: a template may loop for ever
+# For a rendering, which takes milliseconds and kilobytes: a template is a program, and may do whatever it likes.
+TEMPLATE_SECONDS, TEMPLATE_BYTES = 10.0, 2**30
 
 DATE_CODES = (*(f"%{letter}" for letter in "aAbBcdDeFGgHhIjmMpRSTuUVwWxXyY"), *(f"%-{letter}" for letter in "dmHIjMS"))
 
@@ -60,8 +60,7 @@ def encode_conversation(
         )
     if not tokenizer.is_fast:
         raise UserError(f"{where}: conversations need a fast tokenizer, not {type(tokenizer).__name__}")
-    with bounded(where):
-        ids, completion = _encode(tokenizer, messages, answers, tools, where, today)
+    ids, completion = _encode(_Renderer(tokenizer, tools, where, today), messages, answers)
     if not completion.any() and all(is_trained_on for _, is_trained_on in answers):
         raise UserError(
             f"{where}: a conversation without an answer from the assistant", "remove it, or give it as text"
@@ -69,40 +68,95 @@ def encode_conversation(
     return ids, completion
 
 
-@contextmanager
-def bounded(where: str) -> Iterator[None]:
-    """Refuse a chat template that does not end, in what is rendered inside.
+class TemplateRefusal(Exception):
+    """A chat template refuses a conversation, or fails.
+
+    Args:
+        kind: name of its error.
+        reason: its words.
+    """
+
+    def __init__(self, kind: str, reason: str):
+        super().__init__(" ".join(reason.split()) or kind)
+        self.kind, self.reason = kind, reason
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """A conversation as text.
+
+    Attributes:
+        text: what the template writes.
+        spans: beginnings and ends of what is within its {% generation %} tags, in characters.
+    """
+
+    text: str
+    spans: tuple[tuple[int, int], ...] = ()
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict],
+    *,
+    tools: list[dict] | None = None,
+    template: str | None = None,
+    add_generation_prompt: bool = False,
+    mark: bool = False,
+) -> Rendering:
+    """Render a conversation as `apply_chat_template` does, within `TEMPLATE_SECONDS` and `TEMPLATE_BYTES`.
+
+    Args:
+        tokenizer: with a chat template.
+        messages, tools: JSON values.
+        template: its text, or the name of one of the tokenizer's; None: the one that the tokenizer chooses.
+        add_generation_prompt: end with the beginning of an answer.
+        mark: find the spans.
 
     Raises:
-        UserError: after `TEMPLATE_SECONDS`.
+        TemplateRefusal: see there.
+        UserError: it exceeds the bounds, or the tokenizer renders conversations by code of its own.
     """
-    try:
-        with time_limit(TEMPLATE_SECONDS):
-            yield
-    except TimeExceeded as error:
+    name = tokenizer.name_or_path
+    if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
         raise UserError(
-            f"{where}: the chat template does not end within {TEMPLATE_SECONDS:g} seconds",
-            "correct the template: one of its loops or macros is too long",
+            f"tokenizer {name!r} renders conversations by its own code ({type(tokenizer).__name__})",
+            "give them to it as texts",
+        )
+    try:
+        template = tokenizer.get_chat_template(template, tools)
+    except ValueError as error:  # it has several, and none for this
+        raise TemplateRefusal("ValueError", str(error)) from error
+    options = {
+        **tokenizer.special_tokens_map,
+        "chat_template": template,
+        "tools": tools,
+        "add_generation_prompt": add_generation_prompt,
+        "return_assistant_tokens_mask": mark,
+    }
+    given = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    process = bounded_process(Path(__file__).with_name("render_template.py"), TEMPLATE_SECONDS, TEMPLATE_BYTES)
+    try:
+        answer = process.ask({"messages": given, "options": options})
+    except OutOfBounds as error:
+        raise UserError(
+            f"the chat template of {name!r} {error}", "correct the template: it repeats too often, or calls itself"
         ) from error
+    if refusal := answer.get("refusal"):
+        raise TemplateRefusal(*refusal)
+    return Rendering(answer["text"], tuple(map(tuple, answer["spans"])))
 
 
-def _encode(
-    tokenizer, messages: list[dict], answers: list[tuple[int, bool]], tools: list[dict] | None, where: str, today: str
-) -> tuple[list[int], np.ndarray]:
-    render = _Renderer(tokenizer, tools, where, today)
-    text = render(messages)
+def _encode(render: _Renderer, messages: list[dict], answers: list[tuple[int, bool]]) -> tuple[list[int], np.ndarray]:
+    tagged = render.is_tagged
+    rendering = render.with_spans(messages)
     _check_all_is_shown(render, messages)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids = encoded["input_ids"]
-    starts = np.array([start for start, _ in encoded["offset_mapping"]])
+    ids, starts, ends = render.tokens(rendering.text)
     completion = np.zeros(len(ids), dtype=bool)
-    tagged = bool(_GENERATION.search(tokenizer.get_chat_template(tools=tools)))
-    if tagged:
-        marked = render(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        ids, completion = marked["input_ids"], np.array(marked["assistant_masks"], dtype=bool)
+    for start, end in rendering.spans:
+        completion |= (starts < end) & (start < ends)
     for i, is_trained_on in answers:
         if is_trained_on != tagged:  # to be marked, or no longer
-            start, end = _answer_span(render, messages, i, text)
+            start, end = _answer_span(render, messages, i, rendering.text)
             completion[(start <= starts) & (starts < end)] = is_trained_on
     return ids, completion
 
@@ -192,29 +246,42 @@ class _Renderer:
 
     Attributes:
         tools, where: see `encode_conversation`.
+        is_tagged: the template marks what the assistant writes.
     """
 
-    def __init__(self, tokenizer, tools: list[dict] | None, where: str, today: str):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, tools: list[dict] | None, where: str, today: str):
         self.tools, self.where = tools, where
         self._tokenizer = tokenizer
         self._template = tokenizer.get_chat_template(tools=tools)
+        self.is_tagged = bool(_GENERATION.search(self._template))
         if asks_for_date(tokenizer):
             self._template = _dated(self._template, today)
 
-    def __call__(self, messages: list[dict], *, tokenize: bool = False, **options):
-        """Return the text of a conversation, or what else the options of `apply_chat_template` ask for.
+    def __call__(self, messages: list[dict], **options) -> str:
+        """Return the text of a conversation; options and errors are those of `with_spans`."""
+        return self._rendered(messages, **options).text
+
+    def with_spans(self, messages: list[dict]) -> Rendering:
+        """Return a conversation with its spans, where the template marks them.
 
         Raises:
             UserError: the template refuses the conversation.
         """
-        from jinja2 import TemplateError
+        return self._rendered(messages, mark=self.is_tagged)
 
-        options = {"tools": self.tools, "chat_template": self._template} | options
+    def _rendered(self, messages: list[dict], **options) -> Rendering:
         try:
-            return self._tokenizer.apply_chat_template(messages, tokenize=tokenize, **options)
-        except _REFUSALS + (TemplateError,) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{self.where}: the chat template refuses the conversation: {reason}") from error
+            return render(self._tokenizer, messages, template=self._template, **{"tools": self.tools} | options)
+        except TemplateRefusal as refusal:
+            raise UserError(f"{self.where}: the chat template refuses the conversation: {refusal}") from refusal
+        except UserError as error:
+            raise UserError(f"{self.where}: {error.cause}", error.hint) from error
+
+    def tokens(self, text: str) -> tuple[list[int], np.ndarray, np.ndarray]:
+        """Return the ids of a text, and for each the character where it begins and the one after its end."""
+        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        spans = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+        return encoded["input_ids"], spans[:, 0], spans[:, 1]
 
 
 def _dated(template: str, today: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -119,6 +119,16 @@ def tokens_of(
     return tokens, val.first(data.val_tokens)
 
 
+def read_options(data: DataConfig) -> ReadOptions:
+    """Return how a run reads its sources."""
+    return ReadOptions(
+        text_column=data.text_column,
+        rotate=data.rotate_options,
+        today=data.today,
+        max_line_bytes=data.max_line_bytes,
+    )
+
+
 def close(tokens: Tokens) -> None:
     """Stop reading ahead what is streamed."""
     for part in tokens.parts if isinstance(tokens, Mixture) else [tokens]:
@@ -165,15 +175,8 @@ class _Loader:
         self.masks = stage.loss_on == "completions"
 
     def load(self, sources: Sequence[str], max_tokens: int | None) -> TokenStore:
-        options = ReadOptions(
-            text_column=self.data.text_column,
-            rotate=self.data.rotate_options,
-            today=self.data.today,
-            vocab_size=self.vocab,
-            trust_ids=not self.data.check_ids,
-            max_tokens=max_tokens,
-            max_line_bytes=self.data.max_line_bytes,
-        )
+        trusted = not self.data.check_ids
+        options = replace(read_options(self.data), vocab_size=self.vocab, trust_ids=trusted, max_tokens=max_tokens)
         with tokenizing_progress() as progress:
             store = load_tokens(sources, self.tokenizer, options, cache_dir=self.cache, progress=progress)
         return store if self.masks else store.without_masks()

@@ -6,14 +6,16 @@ that all of it works on a real model, and which way the numbers go; it does not 
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config.load import load_config
 from ..config.schema import Config
@@ -21,15 +23,16 @@ from ..conversion import run as build
 from ..conversion.generate import generate_text
 from ..errors import UserError
 from ..evaluate.load import load_pretrained, load_run
+from ..evaluate.samples import Prompts, Samples, say, show_samples
 from ..report.write import write_report
 from ..runs.directory import RunDirectory
 from ..runs.metrics_file import of_kind, read_metrics
 from ..support.files import write_json, write_text
 from ..teacher.load import open_tokenizer
-from ..teacher.sampling import Sampling, encode, end_tokens, render_chat, sample
+from ..teacher.sampling import Sampling
 from .run import STAGES
 from .steps import Steps
-from .tables import show_stages, show_turns
+from .tables import show_stages
 
 QUESTION = "What is the capital of France, and what is it known for?"
 BEGINNING = "The water cycle begins when the sun heats the ocean, and"
@@ -47,13 +50,16 @@ class LlmSettings:
         sample_tokens: of each answer and continuation.
     """
 
-    text_tokens: int = 24_000
-    text: Sampling = Sampling(temperature=0.8, top_p=0.95, max_tokens=256, rows=48)
+    text_tokens: int = 12_000
+    text: Sampling = Sampling(temperature=0.7, max_tokens=256, rows=16)  # a top_p would sort the vocabulary per token
     val_share: float = 0.1
     overrides: tuple[str, ...] = (
         "run=[calibrate,distill]",  # before it begins, align runs the teacher on 16K tokens: too long for minutes
         "stages.calibrate.tokens=4k",
+        "stages.calibrate.data.seq_len=512",  # conversations are short
+        "stages.calibrate.batch.tokens=4096",
         "stages.distill.tokens=8k",
+        "stages.distill.train=[mixer]",  # in 4 GB instead of 7; so short a training changes little else
         "stages.distill.data.seq_len=512",
         "stages.distill.batch.tokens=1024",
         "data.val_tokens=4k",
@@ -104,6 +110,7 @@ class LlmDemo:
         self.out, self.teacher, self.data, self.settings, self.console = out, teacher, data, settings, console
         self.overrides = overrides
         self.run_folder = out / "run"
+        self.prompts = Prompts(QUESTION, BEGINNING, settings.sample_tokens)
         self.steps = Steps(console)
 
     def run(self) -> dict:
@@ -121,7 +128,7 @@ class LlmDemo:
         with self.steps.step("an answer and a continuation"):
             turns = self._turns(config)
         stages = self._scores()
-        show_turns(self.console, turns, QUESTION, BEGINNING)
+        show_samples(Samples(self.prompts, turns), self.console)
         show_stages(self.console, stages)
         result = {"teacher": config.teacher.path, "scores": stages, "samples": turns, "seconds": self.steps.seconds}
         write_json(self.out / "demo.json", result)
@@ -141,6 +148,7 @@ class LlmDemo:
             overrides=[
                 *self.settings.overrides,
                 "device=cpu",
+                f"precision={_precision()}",
                 f"data.cache_dir={self.out / 'cache'}",
                 *self.overrides,
             ],
@@ -164,6 +172,7 @@ class LlmDemo:
             if text.exists():
                 self.console.print(f"using what it wrote for the last demo: {text}")
             else:
+                self.console.print(f"{self.settings.text_tokens:,} tokens, {self.settings.text.rows} texts at a time")
                 generate_text(self.teacher, text, self.settings.text_tokens, self.settings.text, device="cpu")
             lines = text.read_text(encoding="utf-8").splitlines(keepends=True)
             random.Random(0).shuffle(lines)
@@ -172,29 +181,16 @@ class LlmDemo:
             for part, content in parts.items():
                 write_text(self.out / f"{part}.jsonl", "".join(content))
             self.console.print(f"{len(parts['train'])} documents to train, {count} to validate; one of them:")
-            self.console.print(lines[0][:400].rstrip(), markup=False, style="dim")
+            self.console.print(_shown(json.loads(lines[0])), markup=False, highlight=False, style="dim")
         return [str(self.out / "train.jsonl")], [str(self.out / "val.jsonl")]
 
     def _turns(self, config: Config) -> dict[str, dict[str, str]]:
         """Return {model: {"answer": ..., "continuation": ...}} of the teacher, the first and the last stage."""
         tokenizer = open_tokenizer(config.teacher)
-        turns = {"teacher": self._write(load_pretrained(config.teacher.path, "cpu"), tokenizer)}
+        turns = {"teacher": say(load_pretrained(config.teacher.path, "cpu"), tokenizer, self.prompts)}
         for stage in dict.fromkeys((config.run[0], config.run[-1])):
-            turns[f"after {stage}"] = self._write(load_run(self.run_folder, "cpu", stage), tokenizer)
+            turns[f"after {stage}"] = say(load_run(self.run_folder, "cpu", stage), tokenizer, self.prompts)
         return turns
-
-    def _write(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-        prompts = {"continuation": tokenizer(BEGINNING)["input_ids"]}
-        if tokenizer.chat_template:
-            chat = render_chat(tokenizer, [{"role": "user", "content": QUESTION}], add_generation_prompt=True)
-            prompts = {"answer": encode(tokenizer, chat), **prompts}
-        end, likeliest = end_tokens(tokenizer, model), Sampling(temperature=0)
-        return {
-            kind: tokenizer.decode(
-                sample(model, [ids], end, self.settings.sample_tokens, likeliest)[0], skip_special_tokens=True
-            ).strip()
-            for kind, ids in prompts.items()
-        }
 
     def _scores(self) -> dict[str, dict]:
         """Return {name: {"tokens", "kl", "ce", "agreement"}}: the teacher, its control, the student stage by stage."""
@@ -211,6 +207,18 @@ class LlmDemo:
             trained += last["tokens"] if of_kind(rows, "train", stage) else 0
             stages[f"after {stage}"] = {"tokens": trained} | _numbers(last)
         return stages
+
+
+def _precision() -> str:
+    """Return "bf16" where the CPU multiplies in it, several times as fast as in fp32."""
+    capabilities = torch.cpu.get_capabilities()
+    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
+
+
+def _shown(record: dict) -> str:
+    """Return the beginning of a text, or of each turn of a conversation."""
+    turns = [(turn["role"], turn["content"]) for turn in record.get("messages", ())] or [("text", record["text"])]
+    return "\n".join(f"  {who}: {textwrap.shorten(what, 200, placeholder=' ...')}" for who, what in turns)
 
 
 def _numbers(row: dict) -> dict:

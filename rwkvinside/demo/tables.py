@@ -35,25 +35,6 @@ def show_scores(console: Console, stages: dict[str, Scores], control: Scores | N
     console.print(f"cross entropy above the teacher's: {gap:+.3f} nats (promised: at most {MAX_CE_GAP})")
 
 
-def show_turns(console: Console, turns: dict[str, dict[str, str]], question: str, beginning: str) -> None:
-    """Print what each model answers to a question and how it goes on from a beginning, the likeliest tokens.
-
-    Args:
-        turns: {model: {"answer": ..., "continuation": ...}}; a model without a chat template has no answer.
-    """
-    for kind, given in (("answer", question), ("continuation", beginning)):
-        rows = {name: each[kind] for name, each in turns.items() if kind in each}
-        if not rows:
-            continue
-        console.print(f"\n{given}", style="italic", markup=False, soft_wrap=True)
-        table = Table(box=SIMPLE_HEAD, pad_edge=False)
-        table.add_column("model", no_wrap=True)
-        table.add_column(kind, overflow="fold")
-        for name, text in rows.items():
-            table.add_row(name, escape(text))
-        console.print(table)
-
-
 def show_stages(console: Console, stages: dict[str, dict]) -> None:
     """Print scores of models, with the tokens that each was trained on.
 

@@ -1,10 +1,11 @@
 """Compare a saved student with its teacher on documents: load both, read the texts, measure."""
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,9 @@ from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.rows import PaddedDocuments, document_batches
-from ..data.tokenize import load_tokens
+from ..data.settings import DataConfig
+from ..data.sources import read_options
+from ..data.tokenize import ReadOptions, load_tokens
 from ..errors import UserError
 from ..runs.directory import RunDirectory
 from ..runs.trained import open_run
@@ -24,6 +27,7 @@ from .harness import Harness, HarnessResult, run_on_both
 from .load import load_pretrained, load_student
 from .quality import Evaluation, evaluate_models
 from .recall import RecallPlan, RecallReport, recall_models, recall_of_models, recall_texts
+from .samples import Prompts, Samples, say
 
 LOGITS = 2**28  # elements of a batch's logits (1 GiB in fp32), for each of the two models
 LONGEST = 4096  # tokens of a document that are evaluated unless more are asked for
@@ -64,17 +68,21 @@ class Measures:
         max_documents: the first so many of `data` are compared; None: all.
         max_length: tokens of a document that are compared, at most; None is 4096, or the teacher's longest context
             where that is shorter.
+        reading: fields of `ReadOptions` for `data`; those of the run hold for others, for an export the usual ones.
         recall: lengths and depths of recall, None: not measured.
         writing: None: not measured.
         tasks: None: not measured.
+        prompts: what both models are to say something about; None: nothing.
     """
 
     data: tuple[str, ...] = ()
     max_documents: int | None = None
     max_length: int | None = None
+    reading: Mapping[str, Any] = field(default_factory=dict)
     recall: RecallPlan | None = None
     writing: Writing | None = None
     tasks: Tasks | None = None
+    prompts: Prompts | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +95,7 @@ class Comparison:
         data: names of the files.
         max_length: tokens of a document that are evaluated, at most.
         truncated_documents: how many documents are longer.
-        evaluation, recall, writing, tasks: the results; None: not measured.
+        evaluation, recall, writing, tasks, samples: the results; None: not measured.
     """
 
     student: str
@@ -99,6 +107,7 @@ class Comparison:
     recall: RecallReport | None = None
     writing: GenerationComparison | None = None
     tasks: HarnessResult | None = None
+    samples: Samples | None = None
 
     def to_dict(self) -> dict:
         """Return plain JSON: what was compared, `Evaluation.to_dict`, and the other results under their names."""
@@ -106,7 +115,7 @@ class Comparison:
         if self.evaluation is not None:
             found |= {"max_length": self.max_length, "truncated_documents": self.truncated_documents}
             found |= self.evaluation.to_dict()
-        for name in ("recall", "writing", "tasks"):
+        for name in ("recall", "writing", "tasks", "samples"):
             if (result := getattr(self, name)) is not None:
                 found[name] = result.to_dict()
         return found
@@ -132,13 +141,13 @@ def evaluate_saved(
 
     Raises:
         UserError: nothing to measure, a directory that is neither a model nor a run, no teacher, data that cannot be
-            read, tasks that cannot be run.
+            read, tasks that cannot be run, a question to a model without a chat template.
     """
     student, notes = Path(student), notes or Console(quiet=True)
     if measures.writing is not None and not measures.data:
         raise UserError("texts are written from the beginnings of documents", "give them with --data FILE")
-    if not (measures.data or measures.recall or measures.tasks):
-        raise UserError("there is nothing to measure", "give --data FILE, --recall or --tasks NAME")
+    if not (measures.data or measures.recall or measures.tasks or measures.prompts):
+        raise UserError("there is nothing to measure", "give --data FILE, --recall, --tasks NAME or --begin TEXT")
     harness = None
     if (tasks := measures.tasks) is not None:
         harness = Harness(tasks.names, folder=tasks.folder, limit=tasks.limit, cache=tasks.cache)
@@ -149,11 +158,14 @@ def evaluate_saved(
     student_model = load_student(student, device, notes)
     teacher_model = None if teacher is None else load_pretrained(teacher, device)
     tokenizer = AutoTokenizer.from_pretrained(student if teacher is None else teacher)
+    if measures.prompts is not None and measures.prompts.question is not None and not tokenizer.chat_template:
+        raise UserError("the tokenizer has no chat template to ask in", "use --begin, or leave out --ask")
     names = [Path(source).name for source in measures.data]
     found = Comparison(student.name, None if teacher is None else Path(teacher).name, names)
     haystack: list[int] = []
     if teacher_model is not None and measures.data:
-        found, haystack = _on_documents(found, measures, (student_model, teacher_model), tokenizer, notes)
+        options, models = replace(_options_of(student), **measures.reading), (student_model, teacher_model)
+        found, haystack = _on_documents(found, measures, models, tokenizer, options, notes)
     if measures.recall is not None:
         texts = recall_texts(tokenizer, measures.recall, haystack)
         total = sum(map(len, texts.values())) * len(recall_models(student_model, teacher_model))
@@ -161,6 +173,10 @@ def evaluate_saved(
             found = replace(found, recall=recall_of_models(student_model, teacher_model, texts, advance))
     if harness is not None:
         found = replace(found, tasks=run_on_both(harness, student_model, teacher_model, tokenizer))
+    if (prompts := measures.prompts) is not None:
+        models = {"teacher": teacher_model, "student": student_model}
+        said = {name: say(model, tokenizer, prompts) for name, model in models.items() if model is not None}
+        found = replace(found, samples=Samples(prompts, said))
     return found
 
 
@@ -169,6 +185,7 @@ def _on_documents(
     measures: Measures,
     models: tuple[PreTrainedModel, PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
+    options: ReadOptions,
     notes: Console,
 ) -> tuple[Comparison, list[int]]:
     """Return the comparison with what documents are needed for, and tokens to hide a needle in.
@@ -178,13 +195,16 @@ def _on_documents(
         measures: with data.
         models: student and teacher.
         tokenizer: the teacher's.
+        options: how the data is read.
         notes: for progress.
     """
     student, teacher = models
     max_length = measures.max_length or min(LONGEST, teacher.config.max_position_embeddings)
     haystack: list[int] = []
     with tempfile.TemporaryDirectory() as folder:
-        documents = read_documents(list(measures.data), tokenizer, Path(folder), max_length, measures.max_documents)
+        documents = read_documents(
+            list(measures.data), tokenizer, Path(folder), max_length, measures.max_documents, options
+        )
         found = replace(
             found,
             max_length=documents.seq_len,
@@ -248,11 +268,23 @@ def _named_teacher(path: Path, *, needed: bool) -> str | None:
     )
 
 
+def _options_of(student: Path) -> ReadOptions:
+    """Return how the data of a run is read."""
+    if not RunDirectory(student).is_run:
+        return ReadOptions()
+    return read_options(DataConfig.model_validate(open_run(student).config.get("data") or {}))
+
+
 def read_documents(
-    sources: list[str], tokenizer, cache_dir: Path, max_length: int, max_documents: int | None = None
+    sources: list[str],
+    tokenizer,
+    cache_dir: Path,
+    max_length: int,
+    max_documents: int | None = None,
+    options: ReadOptions | None = None,
 ) -> PaddedDocuments:
     """Return documents, one per row; `cache_dir` must exist as long as they are used."""
-    store = load_tokens(sources, tokenizer, cache_dir=cache_dir)
+    store = load_tokens(sources, tokenizer, options, cache_dir=cache_dir)
     if max_documents is not None:
         store = store.select(np.arange(min(max_documents, store.num_documents)))
     return PaddedDocuments(store, max_length)

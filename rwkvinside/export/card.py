@@ -92,7 +92,12 @@ def model_card(conversion: dict, base_card: Path) -> ModelCard:
     )
     recurrent, attention = conversion["rwkv_layers"], conversion["attention_layers"]
     layers = len(recurrent) + len(attention)
-    rotation = "with" if conversion["student"]["attention_rope"] else "without"
+    student = conversion["student"]
+    kept = f"softmax attention, {'with' if student['attention_rope'] else 'without'} rotary positions"
+    if base := student.get("attention_log_base"):
+        kept += f", scores times the logarithm (base {base:g}) of the position plus {base:g}"
+    if window := student.get("attention_window"):
+        kept += f", to the last {window} tokens and the first {student['attention_sinks']}"
     name = conversion["base_model"]
     body = BODY.format(
         title=f"{name.rsplit('/', 1)[-1]} with RWKV-7",
@@ -100,9 +105,7 @@ def model_card(conversion: dict, base_card: Path) -> ModelCard:
         count=len(recurrent),
         layers=layers,
         preset=conversion["student"]["preset"],
-        others=f"{len(attention)} keep softmax attention, {rotation} rotary positions"
-        if attention
-        else "none keeps softmax attention",
+        others=f"{len(attention)} keep {kept}" if attention else "none keeps softmax attention",
         layout="".join("R" if i in recurrent else "A" for i in range(layers)),
         embeddings="tied" if conversion["tie_word_embeddings"] else "untied",
         table=table(conversion["measurements"], conversion.get("control")),

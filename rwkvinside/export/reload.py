@@ -8,7 +8,9 @@ with padding generates from, through the cache and without it; of each row those
 all exponentials. FACTS gets `tokenizer_facts` as JSON.
 """
 
+import os
 import sys
+import threading
 
 NEW_TOKENS, PADDING = 8, (0, 7, 20)  # that are generated, and tokens that each prompt of the batch is shorter
 
@@ -164,6 +166,14 @@ def generated(model, ids) -> dict:
     return {"generated": torch.stack(out.logits, 1), "regenerated": again}
 
 
+def end_with_parent() -> None:
+    """End this process when standard input does: whoever started it holds the other end, and may be killed."""
+    while os.read(0, 1):  # not sys.stdin, whose lock would be held at the end of the interpreter
+        pass
+    os._exit(1)
+
+
 if __name__ == "__main__":
+    threading.Thread(target=end_with_parent, daemon=True).start()
     sys.meta_path.insert(0, Blocked())
     main(*sys.argv[1:])

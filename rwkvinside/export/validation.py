@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.readers import HUB
 from ..data.settings import DataConfig, StageData
-from ..data.sources import default_cache, missing_sources, mixture_of
-from ..data.tokenize import ReadOptions, load_tokens
+from ..data.sources import default_cache, missing_sources, mixture_of, read_options
+from ..data.tokenize import load_tokens
 from ..errors import UserError
 from ..runs.trained import TrainedRun
 
@@ -41,13 +42,8 @@ def validation_rows(run: TrainedRun, tokenizer: PreTrainedTokenizerBase) -> tupl
         return iter(()), f"{missing[0]} is not there any more" if missing else "the run names no data"
     if any(source.startswith(HUB) for source in sources):
         return iter(()), "the run's data is on the hub"
-    options = ReadOptions(
-        text_column=data.text_column,
-        rotate=data.rotate_options,
-        trust_ids=True,
-        max_line_bytes=data.max_line_bytes,
-        max_tokens=data.val_tokens if data.val else min(READ_TOKENS, int(data.val_tokens / data.val_fraction) + 1),
-    )
+    enough = data.val_tokens if data.val else min(READ_TOKENS, int(data.val_tokens / data.val_fraction) + 1)
+    options = replace(read_options(data), trust_ids=True, max_tokens=enough)
     cache = Path(data.cache_dir) if data.cache_dir else default_cache()
     try:
         store = load_tokens(sources, tokenizer, options, cache_dir=cache)

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.batch import IGNORE, Batch
-from ..data.chat import bounded
+from ..data.chat import TemplateRefusal, render
 from ..errors import UserError, VerificationError
 from ..hybrid.adapters import is_adapter
 from ..hybrid.assemble import adapter_names, make_plain, take_adapters
@@ -37,7 +37,7 @@ from ..support.names import ALLOWED, is_name
 from ..support.weight_index import check_shards
 from .build import build_hybrid, write_files
 from .manifest import CONVERSION, check_files, files_of, read_export
-from .reload import rendered, tokenizer_facts
+from .reload import tokenizer_facts
 from .validation import validation_rows
 from .weights import DTYPES, stored_dtype
 
@@ -141,7 +141,7 @@ def compare(folder: Path, run: TrainedRun, adapters: list[str]) -> dict:
         "tokens": ROWS * TOKENS,
     }
     del trained, model, separate
-    facts = tokenizer_facts(tokenizer, _texts(tokenizer), _bounded) if tokenizer else {}
+    facts = tokenizer_facts(tokenizer, _texts(tokenizer), _rendered) if tokenizer else {}
     reloaded, own_facts = _reload(folder, expected, _texts(tokenizer) if tokenizer else [], adapters)
     result |= _measure(expected, reloaded, bool(adapters))
     problems = _differences(result)
@@ -252,9 +252,14 @@ def _texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [SAMPLE, *words, *("".join(words[i : i + 64]) for i in range(0, len(words), 64))]
 
 
-def _bounded(tokenizer: PreTrainedTokenizerBase, messages: list[dict], **options: Any) -> str:
-    with bounded("a sample of verification"):
-        return rendered(tokenizer, messages, **options)
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict], *, chat_template: str | None, **options: Any
+) -> str:
+    """Return what `reload.rendered` does, within bounds; so its process renders no template that exceeds them."""
+    try:
+        return render(tokenizer, messages, template=chat_template, **options).text
+    except TemplateRefusal as refusal:
+        return f"{refusal.kind}: {refusal.reason}"
 
 
 def _unlike(found: dict, wanted: dict) -> list[str]:
@@ -415,16 +420,15 @@ def _reload(
         # a separate module cache: code left by an earlier export must not replace the directory's
         environment = os.environ | {"HF_MODULES_CACHE": name, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
         script = Path(__file__).with_name("reload.py")
-        process = subprocess.run(
-            [sys.executable, "-I", *map(str, (script, folder, *files))],
-            cwd=scratch,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-        )
+        command = [sys.executable, "-I", *map(str, (script, folder, *files))]
+        with (scratch / "stderr").open("w+", encoding="utf-8", errors="replace") as stderr:
+            streams = dict(stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=stderr)
+            with subprocess.Popen(command, cwd=scratch, env=environment, **streams) as process:
+                process.wait()  # with its input open: it ends with this process
+            stderr.seek(0)
+            said = stderr.read().strip().splitlines()
         if process.returncode:
-            last = process.stderr.strip().splitlines()[-1:] or [f"exit status {process.returncode}"]
+            last = said[-1:] or [f"exit status {process.returncode}"]
             raise VerificationError(f"{folder} does not load in a separate process: {last[0]}")
         facts = json.loads(files[2].read_text(encoding="utf-8")) if texts else {}
         return load_file(files[1]), facts

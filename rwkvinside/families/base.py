@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..errors import UserError
+from ..modeling.kept_attention import own_window
 from ..modeling.mixer_presets import TimeMixerConfig
 from ..modeling.registry import hybrid_class
 
@@ -200,9 +201,7 @@ class Family(ABC):
 
     def window(self, config: PretrainedConfig, layer: int) -> int | None:
         """Return how many tokens the attention of a layer sees, a token itself included; None: all before it."""
-        layer_types = getattr(config, "layer_types", None)
-        slides = layer_types is None or layer_types[layer] == "sliding_attention"
-        return getattr(config, "sliding_window", None) if slides else None
+        return own_window(config, layer)
 
     def score_scale(self, config: PretrainedConfig, layer: int) -> float | None:
         """Return what the products of queries and keys are multiplied with; None: 1 / sqrt(head size)."""

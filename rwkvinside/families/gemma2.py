@@ -18,7 +18,8 @@ class Gemma2(Family):
     def attention_fields(self, config: PretrainedConfig, layer: int) -> dict:
         """Return the fields of `TimeMixerConfig` that the attention determines."""
         bias = config.attention_bias
-        return self._attention_fields(config, qkv_bias=bias, output_bias=bias, qk_norm=False)
+        fields = self._attention_fields(config, qkv_bias=bias, output_bias=bias, qk_norm=False)
+        return fields | {"softcap": config.attn_logit_softcapping}
 
     def score_scale(self, config: PretrainedConfig, layer: int) -> float:
         """Return what the products of queries and keys are multiplied with."""

@@ -1,6 +1,7 @@
-"""Low-rank adapters on linear layers, through PEFT.
+"""Low-rank adapters on linear layers, through PEFT, and on experts, as PEFT's `target_parameters`.
 
-Only this file imports PEFT, and only when it is needed.
+Only this file imports PEFT, and only when it is needed. Experts have LoRA only; it is `experts.py` that computes it,
+which PEFT cannot on quantized weights, and the files that are written are PEFT's.
 
 LoRA (also rank-stabilized, weight-decomposed, or started from principal components) and MiSS. "Bone" is the name under
 which MiSS was first published; its successor in PEFT is MiSS with `init_weights="bat"`. Bone checkpoints of older
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..support.files import replacing
+from .experts import ExpertWeight, expert_weight, is_expert_weight, split_name
 from .quantized_linear import replace
 from .settings import AdapterConfig
 
@@ -67,9 +69,17 @@ def inject(model: nn.Module, spec: AdapterConfig, names: Sequence[str]) -> None:
     Raises:
         UserError: a layer that the kind of adapter does not fit.
     """
-    _check(model, spec, names)
+    experts = [name for name in names if is_expert_weight(name)]
+    _check_experts(spec, experts)
+    stacks = [expert_weight(model, name) for name in experts]
+    names = [name for name in names if name not in experts]
+    _check(model, spec, [*names, *experts])
     device = next(model.parameters()).device
     with torch.device(device):
+        for stack in stacks:
+            stack.add_lora(NAME, spec.rank, _scaling(spec))
+        if not names:
+            return
         _inject(model, spec, names, NAME)
         layers = [model.get_submodule(name) for name in names]
         if spec.init == "pissa":
@@ -105,7 +115,7 @@ def disabled(model: nn.Module, but: str | None = None) -> Iterator[None]:
 
 
 def adapted(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the layers that have an adapter, by name."""
+    """Return the layers that have an adapter, by name, and all experts whose weights are modules."""
     return {name: m for name, m in model.named_modules() if hasattr(m, "base_layer") and hasattr(m, "merge")}
 
 
@@ -117,13 +127,17 @@ def merge(model: nn.Module) -> None:
     """
     for name, layer in adapted(model).items():
         layer.merge()
-        replace(model, name, layer.base_layer)
+        if not isinstance(layer, ExpertWeight):
+            replace(model, name, layer.base_layer)
 
 
 def remove(model: nn.Module) -> None:
     """Take the adapters off: the layers are again what they were."""
     for name, layer in adapted(model).items():
-        replace(model, name, layer.base_layer)
+        if isinstance(layer, ExpertWeight):
+            layer.remove_lora()
+        else:
+            replace(model, name, layer.base_layer)
 
 
 def peft_files(spec: AdapterConfig, tensors: Mapping[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
@@ -145,8 +159,20 @@ def peft_files(spec: AdapterConfig, tensors: Mapping[str, Tensor]) -> tuple[dict
         tensors = _as_plain_lora(tensors)
         scale = 2**0.5 if spec.rank_stabilized else 2
         config |= {"init_lora_weights": True, "r": 2 * spec.rank, "lora_alpha": scale * config["lora_alpha"]}
-    stored = {f"base_model.model.{name.replace(f'.{NAME}', '')}": t.contiguous() for name, t in tensors.items()}
+    stored = {f"base_model.model.{_peft_name(name, tensors)}": t.contiguous() for name, t in tensors.items()}
     return config, stored
+
+
+def _peft_name(name: str, names: Iterable[str]) -> str:
+    """Return PEFT's name of a tensor: one wrapper for each weight of experts, a later one around those before it."""
+    layer = module_of(name)
+    plain = name.replace(f".{NAME}", "")
+    if not is_expert_weight(layer):
+        return plain
+    experts, _ = split_name(layer)
+    beside = list(dict.fromkeys(other for other in map(module_of, names) if split_name(other)[0] == experts))
+    around = len(beside) - 1 - beside.index(layer)
+    return experts + ".base_layer" * around + plain.removeprefix(layer)
 
 
 def adapter_directory(index: int) -> str:
@@ -195,7 +221,8 @@ def _config(spec: AdapterConfig, names: Sequence[str]):
             lora_dropout=spec.dropout,
             use_rslora=spec.rank_stabilized,
             use_dora=spec.dora,
-            target_modules=list(names),
+            target_modules=[name for name in names if not is_expert_weight(name)],
+            target_parameters=[name for name in names if is_expert_weight(name)] or None,
         )
     init = "bat" if spec.kind == "bone" else True
     return MissConfig(r=spec.rank, miss_dropout=spec.dropout, init_weights=init, target_modules=list(names))
@@ -204,8 +231,34 @@ def _config(spec: AdapterConfig, names: Sequence[str]):
 def _inject(model: nn.Module, spec: AdapterConfig, names: Sequence[str], name: str) -> None:
     from peft import inject_adapter_in_model
 
-    inject_adapter_in_model(_config(spec, names), model, adapter_name=name)
-    del model.peft_config  # each entry of `adapters` has one; PEFT would read a leftover as the next one's
+    # PEFT keeps a configuration on what it is given, and would read a leftover as the next entry's; and it takes the
+    # dense layers of a model with experts for experts where it sees the model's configuration
+    holder = nn.Module()
+    holder.model = model
+    inject_adapter_in_model(_config(spec, names), holder, adapter_name=name)
+
+
+def _scaling(spec: AdapterConfig) -> float:
+    """Return what the product of both factors of LoRA is multiplied with."""
+    alpha = 2 * spec.rank if spec.alpha is None else spec.alpha
+    return alpha / (spec.rank**0.5 if spec.rank_stabilized else spec.rank)
+
+
+def _check_experts(spec: AdapterConfig, names: Sequence[str]) -> None:
+    """Refuse what PEFT does not have for parameters of three dimensions."""
+    if not names:
+        return
+    others = {
+        spec.kind: spec.kind != "lora",
+        "dora": spec.dora,
+        "dropout": spec.dropout,
+        "init pissa": spec.init == "pissa",
+    }
+    if chosen := [name for name, applies in others.items() if applies]:
+        raise UserError(
+            f"adapters: {chosen[0]} does not fit {names[0]}, the weights of all experts of a layer",
+            "use kind: lora without dora, dropout and pissa, or name groups or expressions without experts",
+        )
 
 
 def _check(model: nn.Module, spec: AdapterConfig, names: Iterable[str]) -> None:

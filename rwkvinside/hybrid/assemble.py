@@ -17,7 +17,8 @@ from ..data.batch import Batch
 from ..errors import UserError
 from ..support.text import rounded_bytes, rounded_count
 from .adapters import adapted, inject, is_adapter, is_start, merge, module_of, remove
-from .freezing import GROUPS, TEACHER
+from .experts import ExpertWeight, flatten_experts, is_expert_weight, stack_experts
+from .freezing import GROUPS, TEACHER, weight_name
 from .gptq import quantize_by_inputs
 from .model import HybridModel
 from .quantized_linear import (
@@ -94,9 +95,16 @@ def apply(
     names = _chosen(model, layers, config.groups, "quantize")
     stored = _stored_layers(names, config, frozen_weights, earlier)
     parameters = model.canonical_parameters()
-    trained = (weight for weight in (f"{name}.weight" for name in names) if weight in model.trained)
+    trained = (weight for weight in map(weight_name, names) if weight in model.trained)
     model.master_weights = {weight: parameters[weight].detach() for weight in trained}
     del parameters
+    experts = [name for name in names if is_expert_weight(name)]
+    if experts and config.fits_inputs:
+        raise UserError(
+            f"quantize.method gptq does not fit {experts[0]}: each expert sees few of its text's tokens",
+            "use method: nearest, or name groups or expressions without experts",
+        )
+    layers |= flatten_experts(model.lm, experts)
     for name, packed in stored.items():
         restore(model.lm, layers[name], *packed)
     new = [name for name in names if name not in stored]
@@ -168,6 +176,8 @@ def make_plain(model: HybridModel, keep_adapters: bool = False) -> None:
     for path, layer in adapted(model.lm).items():
         if isinstance(layer.base_layer, QuantizedLinear):
             layer.base_layer = dequantized(layer.base_layer)
+            if isinstance(layer, ExpertWeight):
+                layer.stack()
         if path == model.family.head_path:
             model.untie()
     if not keep_adapters:
@@ -175,6 +185,7 @@ def make_plain(model: HybridModel, keep_adapters: bool = False) -> None:
     for path, layer in list(model.lm.named_modules()):
         if isinstance(layer, QuantizedLinear):
             replace(model.lm, path, dequantized(layer))
+    stack_experts(model.lm)
     model.master_weights.clear()
     model.refresh_head()
 
@@ -321,10 +332,10 @@ def _undo(model: HybridModel) -> None:
     if not _is_meta(model):
         raise RuntimeError("a student with weights gets its layer_spec once")
     remove(model.lm)
-    quantized = model.quantized
-    for name, path in model.linear_layers().items():
-        if name in quantized:
-            replace(model.lm, path, dequantized(model.lm.get_submodule(path)))
+    for path, layer in list(model.lm.named_modules()):
+        if isinstance(layer, QuantizedLinear):
+            replace(model.lm, path, dequantized(layer))
+    stack_experts(model.lm)
     model.master_weights.clear()
 
 

@@ -12,7 +12,7 @@ PyTorch knows, a block of queries meets the keys that it sees.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -23,9 +23,11 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.utils import ModelOutput
 
 from ..data.batch import Batch, Documents
 from ..families.registry import find
+from ..modeling.kept_attention import grown, is_cut
 from ..modeling.mixer_presets import TimeMixerConfig
 from ..modeling.window_attention import window_attention
 
@@ -67,7 +69,21 @@ def windows_in(config: PretrainedConfig) -> dict[int, Window]:
     """Return the `windows_of` an exported student, from its configuration; {} for any other model."""
     layers, mixer = getattr(config, "rwkv_layers", ()), getattr(config, "mixer", {})
     differences = getattr(config, "mixer_layers", {})  # plain values: the class is the export's own
-    return windows_of({i: TimeMixerConfig.from_dict(mixer | differences.get(str(i), {})) for i in layers})
+    windows = windows_of({i: TimeMixerConfig.from_dict(mixer | differences.get(str(i), {})) for i in layers})
+    kept = Window(getattr(config, "attention_window", 0), getattr(config, "attention_sinks", 0))
+    return windows and windows | kept_windows(config, layers, kept)
+
+
+def kept_windows(config: PretrainedConfig, rwkv_layers: Sequence[int], window: Window) -> dict[int, Window]:
+    """Return what layers that keep attention are cut to, by layer; those that see no more anyway are left out.
+
+    Args:
+        config: of the teacher.
+        rwkv_layers: the others.
+        window: `student.attention_window` and `student.attention_sinks`; 0 tokens: they are not cut.
+    """
+    kept = (i for i in range(config.num_hidden_layers) if i not in rwkv_layers)
+    return {i: window for i in kept if is_cut(config, i, window.tokens)}
 
 
 @contextmanager
@@ -100,7 +116,12 @@ def attend_within_documents(lm: PreTrainedModel) -> PreTrainedModel:
 
 
 def run_backbone(lm: PreTrainedModel, batch: Batch, **kwargs: Any) -> Tensor:
-    """Return the final hidden states (B, T, D) of a packed batch.
+    """Return the final hidden states (B, T, D) of a packed batch; arguments as of `backbone_outputs`."""
+    return backbone_outputs(lm, batch, **kwargs).last_hidden_state
+
+
+def backbone_outputs(lm: PreTrainedModel, batch: Batch, **kwargs: Any) -> ModelOutput:
+    """Return what the backbone gives for a packed batch, its `last_hidden_state` (B, T, D) above all.
 
     Args:
         lm: from `attend_within_documents`.
@@ -117,7 +138,7 @@ def run_backbone(lm: PreTrainedModel, batch: Batch, **kwargs: Any) -> Tensor:
         use_cache=False,
         documents=batch.documents,
         **kwargs,
-    ).last_hidden_state
+    )
 
 
 def document_attention(
@@ -145,7 +166,8 @@ def document_attention(
         documents: of the batch; None: attend as "sdpa".
         sliding_window: tokens that a token sees, itself included; None: all before it. In masks already.
         window: what each token is cut to; None: all tokens before it.
-        kwargs: what "sdpa" takes, and `softcap`, the c of scores c * tanh(score / c).
+        kwargs: what "sdpa" takes, and `softcap`, the c of scores c * tanh(score / c); `log_base` lets scores grow with
+            `position_ids`, see `modeling.kept_attention.grown`.
 
     Returns:
         (output (B, T, H, N), None).
@@ -154,19 +176,20 @@ def document_attention(
         ValueError: `window` without documents.
     """
     softcap = kwargs.pop("softcap", None)
+    if (log_base := kwargs.pop("log_base", None)) is not None:
+        query = grown(query, kwargs["position_ids"], log_base)
     if documents is None:
         if window is not None:
             raise ValueError("attention is cut to a window within documents only: hand them over")
         if softcap is None:
-            return sdpa_attention_forward(
-                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-            )
+            options = {"dropout": dropout, "scaling": scaling, **kwargs}
+            return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         if attention_mask is None and query.shape[2] > 1:
             attention_mask = _visible(query.shape[2], 0, key.shape[2], None, query.device)
         form = _Form(scaling, None, softcap, dropout)
         return _capped(query, key, value, attention_mask, form).transpose(1, 2), None
     if window is not None:
-        return _cut(query, key, value, documents, window, scaling), None
+        return _cut(query, key, value, documents, window, _Form(scaling, None, softcap, 0.0)), None
     sliding = None if sliding_window is None or sliding_window >= documents.longest else sliding_window
     form, dtype = _Form(scaling, sliding, softcap, dropout), _flash_dtype(query)
     flash = dtype is not None and softcap is None and not dropout
@@ -186,17 +209,16 @@ class _Form(NamedTuple):
     dropout: float
 
 
-def _cut(
-    query: Tensor, key: Tensor, value: Tensor, documents: Documents, window: Window, scaling: float | None
-) -> Tensor:
+def _cut(query: Tensor, key: Tensor, value: Tensor, documents: Documents, window: Window, form: _Form) -> Tensor:
     """Attend to a window and the first tokens of each document; (B, heads, T, N) in, (B, T, heads, N) out."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     if not window.tokens:
         return torch.zeros_like(query)
-    if scaling is not None:
-        query = query * (scaling * query.shape[-1] ** 0.5)
-    bounds = documents.cu_seqlens.to(query.device)
-    return window_attention(query, key, value, window=window.tokens, sinks=window.sinks, cu_seqlens=bounds)[0]
+    if form.scaling is not None:
+        query = query * (form.scaling * query.shape[-1] ** 0.5)
+    bounds, (tokens, sinks) = documents.cu_seqlens.to(query.device), window
+    options = {"window": tokens, "sinks": sinks, "softcap": form.softcap}
+    return window_attention(query, key, value, cu_seqlens=bounds, **options)[0]
 
 
 def _flash_dtype(query: Tensor) -> torch.dtype | None:

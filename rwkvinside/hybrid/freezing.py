@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from ..families.base import Family
 from .adapters import is_adapter
+from .experts import is_expert_weight
 
 PROJECTIONS = ("receptance", "key", "value", "output", "r_norm", "k_norm")
 
@@ -29,9 +30,14 @@ def canonical_name(name: str) -> str:
     return name.removeprefix("lm.").replace(".student_attn", "").replace(".base_layer", "")
 
 
+def weight_name(layer: str) -> str:
+    """Return the name of a linear layer's weight; experts are called as their weight."""
+    return layer if is_expert_weight(layer) else f"{layer}.weight"
+
+
 def weight_names(layers: Iterable[str]) -> set[str]:
     """Return the names of linear layers' weights, without the teacher's attention."""
-    return {f"{name}.weight" for name in layers if ".teacher_attn." not in name}
+    return {weight_name(name) for name in layers if ".teacher_attn." not in name}
 
 
 def group_of(name: str, family: Family, rwkv_layers: list[int]) -> tuple[str, ...]:

@@ -8,30 +8,46 @@ differs between teachers.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..data.batch import Batch
 from ..errors import UserError
 from ..families.base import Family
 from ..families.registry import find
 from ..modeling.first_layer import ForwardContext
+from ..modeling.kept_attention import is_cut
 from ..modeling.mixer_presets import TimeMixerConfig, check_first_layer
 from ..modeling.rwkv_attention import RWKVAttention, identity_rotation
 from .adapters import disabled, is_adapter, is_start, module_of
 from .attention_wrapper import AttentionWrapper
-from .document_attention import attend_within_documents, run_backbone
+from .document_attention import Window, attend_within_documents, backbone_outputs, kept_windows
+from .experts import expert_weights
 from .freezing import GROUPS, canonical_name, group_of, weight_names
 from .layouts import LayerChoice, resolve_layout
 from .lm_head import Head, HeadTask, LMHeadLoss, shaped
 from .quantized_linear import QuantizedLinear
 from .settings import StudentConfig
 from .weight_transfer import transfer
+
+
+class Routing(NamedTuple):
+    """What the routers of sparse layers say.
+
+    Attributes:
+        logits: of each sparse layer, (B * T, experts).
+        chosen: experts that a token is sent through.
+    """
+
+    logits: tuple[Tensor, ...]
+    chosen: int
 
 
 class HybridModel(nn.Module):
@@ -92,7 +108,7 @@ class HybridModel(nn.Module):
             mixers = {i: family.mixer_config(config, i, spec.preset, **spec.mixer_overrides(i)) for i in rwkv_layers}
             check_first_layer(mixers)
             for i, layer in enumerate(family.layers(teacher)):
-                attention, change = family.attention(layer), None if spec.attention_rope else _without_rotation
+                attention, change = family.attention(layer), _change_where_kept(config, i, spec)
                 if i in rwkv_layers:
                     device = next(attention.parameters()).device
                     with torch.device(device):
@@ -116,33 +132,39 @@ class HybridModel(nn.Module):
         task: HeadTask | None = None,
         checkpoint: bool = False,
         layers: Mapping[int, str] | None = None,
+        routers: bool = False,
     ):
         """Run a packed batch.
 
         Args:
             batch: token ids, positions and documents of the rows.
             mode: "student", "teacher" (the original model as long as only mixers and adapters were trained), "control"
-                (the teacher, the attention of converted layers cut to the windows of their mixers) or "align". Adapters
-                outside of the mixers are on in mode "student" only.
+                (the teacher, cut to the student's windows: those of the mixers in converted layers, and
+                `attention_window` in the others) or "align". Adapters outside of the mixers are on in mode "student"
+                only.
             task: what the head computes (a loss, scores, logits); it runs inside the forward, so that an engine that
                 shards parameters gathers the head for it. None: nothing. Ignored in mode "align".
             checkpoint: align only: recompute each mixer in the backward.
             layers: modes of converted layers that differ from `mode`: "student", "teacher", or "kept", which in mode
                 "student" is the student that keeps this layer's attention, see `keep_attention`.
+            routers: return what the routers say, too, of a model with experts.
 
         Returns:
             "align": {layer: (squared error, squared norm of the teacher)}, 0-d fp32 sums over real tokens;
-            otherwise the task's result, or without a task the final hidden states (B, T, D).
+            otherwise the task's result, or without a task the final hidden states (B, T, D); with `routers` a pair of
+            this and a `Routing`.
         """
         call = self.context(batch, mode, checkpoint, layers or {})
         adapters = nullcontext() if mode == "student" else disabled(self.lm, but=".student_attn.")
         with torch.set_grad_enabled(torch.is_grad_enabled() and mode not in ("teacher", "control")), adapters:
-            hidden = run_backbone(self.lm, batch, forward_context=call)
+            asked = {"output_router_logits": True} if routers else {}
+            outputs = backbone_outputs(self.lm, batch, forward_context=call, **asked)
             if mode == "align":
                 return call.errors
-            if task is None:
-                return hidden
-            return self.lm_head_loss(hidden, labels=batch.labels, task=task)  # DeepSpeed warns of positional objects
+            result = outputs.last_hidden_state
+            if task is not None:  # DeepSpeed warns of positional objects
+                result = self.lm_head_loss(result, labels=batch.labels, task=task)
+            return (result, Routing(outputs.router_logits, self.experts_of_a_token)) if routers else result
 
     def train(self, mode: bool = True) -> HybridModel:
         """Put the decoder layers themselves into training mode, and nothing in them.
@@ -174,6 +196,13 @@ class HybridModel(nn.Module):
             cu_seqlens=None if documents.alone else documents.cu_seqlens,
             checkpoint=checkpoint,
         )
+
+    @property
+    def experts_of_a_token(self) -> int:
+        """How many experts a token is sent through in each sparse layer; 0: there are none."""
+        family = self.family
+        found = (family.experts(family.mlp(layer)) for layer in family.layers(self.lm))
+        return next((experts.chosen for experts in found if experts is not None), 0)
 
     @property
     def teacher_head(self) -> Head:
@@ -230,6 +259,12 @@ class HybridModel(nn.Module):
         return {i: self.attention(i).student_attn for i in self.rwkv_layers}
 
     @property
+    def kept_windows(self) -> dict[int, Window]:
+        """What layers that keep attention are cut to, by layer index."""
+        window = Window(self.spec.attention_window, self.spec.attention_sinks)
+        return kept_windows(self.lm.config, self.rwkv_layers, window)
+
+    @property
     def mixer_configs(self) -> dict[int, TimeMixerConfig]:
         """The configurations of the mixers by layer index."""
         return {i: mixer.mixer_config for i, mixer in self.mixers.items()}
@@ -250,16 +285,18 @@ class HybridModel(nn.Module):
         """Return the layers that can be quantized or adapted.
 
         Returns:
-            {canonical name: name below `lm`}; the canonical names of the teacher's attention have `.teacher_attn`.
+            {canonical name: name below `lm`}; the canonical names of the teacher's attention have `.teacher_attn`. The
+            weights of a layer's experts are named as layers.
         """
         names = (name for name, module in self.lm.named_modules() if isinstance(module, nn.Linear))
-        return {canonical_name(name): name for name in names if not is_adapter(f"{name}.weight")}
+        linear = {canonical_name(name): name for name in names if not is_adapter(f"{name}.weight")}
+        return linear | {name: name for name in expert_weights(self.lm)}
 
     @property
     def quantized(self) -> dict[str, QuantizedLinear]:
         """Quantized layers by canonical name."""
-        layers = {name: self.lm.get_submodule(path) for name, path in self.linear_layers().items()}
-        return {name: layer for name, layer in layers.items() if isinstance(layer, QuantizedLinear)}
+        layers = self.lm.named_modules()
+        return {canonical_name(name): layer for name, layer in layers if isinstance(layer, QuantizedLinear)}
 
     @property
     def tied(self) -> bool:
@@ -419,8 +456,27 @@ class HybridModel(nn.Module):
         self.trained = set(tensors) | mixers
 
 
-def _without_rotation(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Remove the rotation of a NoPE hybrid's attention layer in mode "student"."""
-    if kwargs["forward_context"].mode != "student":
-        return args, kwargs
-    return args, kwargs | {"position_embeddings": identity_rotation(kwargs["position_embeddings"])}
+def _change_where_kept(config: PretrainedConfig, layer: int, spec: StudentConfig) -> Callable | None:
+    """Return the forward pre-hook of a layer's attention in a student that keeps it; None where it stays as it is."""
+    window = Window(spec.attention_window, spec.attention_sinks)
+    own = window if is_cut(config, layer, window.tokens) else None
+    if spec.attention_rope and not spec.attention_log_base and own is None:
+        return None
+    return partial(_changed_attention, spec=spec, window=own)
+
+
+def _changed_attention(
+    module: nn.Module, args: tuple, kwargs: dict, *, spec: StudentConfig, window: Window | None
+) -> tuple[tuple, dict]:
+    """Change what kept attention is called with as `modeling.kept_attention` changes it in an export.
+
+    Mode "teacher" stays the teacher; the control is the teacher cut, and nothing else.
+    """
+    mode = kwargs["forward_context"].mode
+    if mode == "student" and not spec.attention_rope:
+        kwargs = kwargs | {"position_embeddings": identity_rotation(kwargs["position_embeddings"])}
+    if mode == "student" and spec.attention_log_base:
+        kwargs = kwargs | {"log_base": spec.attention_log_base}
+    if mode in ("student", "control") and window is not None:
+        kwargs = kwargs | {"window": window}
+    return args, kwargs

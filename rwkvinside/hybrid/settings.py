@@ -100,6 +100,15 @@ class StudentConfig(Section):
         "auto", description="Products of the triton backend; auto: fp32 for fp32 inputs, else balanced."
     )
     attention_rope: bool = Field(True, description="Layers that keep attention go on rotating queries and keys.")
+    attention_log_base: Annotated[float, Field(gt=1)] | None = Field(
+        None, description="The a of scores times log_a(position + a) in layers with attention; null: as they are."
+    )
+    attention_window: NotNegative = Field(
+        0, description="Tokens that layers with attention see, their own included; 0: as many as the teacher's see."
+    )
+    attention_sinks: NotNegative = Field(
+        0, description="First tokens of a document that they see too; with attention_window."
+    )
     ranks: RanksConfig = Field(RanksConfig(), description="Ranks of the low-rank parts.")
 
     @field_validator("attention_layers", mode="before")
@@ -110,6 +119,24 @@ class StudentConfig(Section):
             return resolve_layout(layout, count, allow_all=count is None)
         except ValueError as error:
             raise problem("{}", error) from None
+
+    @field_validator("attention_window")
+    @classmethod
+    def _of_kept_layers(cls, window: int, info: ValidationInfo) -> int:
+        if window and info.data.get("attention_layers") == ():
+            raise problem(
+                "is {}, but no layer keeps attention; name layers under student.attention_layers, or leave it at 0; "
+                "student.window is beside a recurrence",
+                window,
+            )
+        return window
+
+    @field_validator("attention_sinks")
+    @classmethod
+    def _attention_sinks(cls, sinks: int, info: ValidationInfo) -> int:
+        if sinks and not info.data.get("attention_window", 0):
+            raise problem("is {} without a window; set student.attention_window, or leave it at 0", sinks)
+        return sinks
 
     @field_validator("window", "sinks")
     @classmethod

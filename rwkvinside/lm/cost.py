@@ -28,10 +28,17 @@ class Cost:
     peak_bytes: int | None
 
 
-def measured(work: Callable[[], Result], device: torch.device) -> tuple[Result, Cost]:
+def measured(
+    work: Callable[[], Result], device: torch.device, clock: Callable[[], float] = time.perf_counter
+) -> tuple[Result, Cost]:
     """Do some work on a device; return its result and what it cost.
 
     What is loaded on first use counts as well: do a piece of the work before.
+
+    Args:
+        work: to be done.
+        device: where it is done.
+        clock: that counts seconds, such as `time.process_time`.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -40,17 +47,19 @@ def measured(work: Callable[[], Result], device: torch.device) -> tuple[Result, 
         release_freed_memory()
         counts = forget_peak()
         before = peak_bytes()
-    result, seconds = timed(work, device)
+    result, seconds = timed(work, device, clock)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_bytes()
     return result, Cost(seconds, peak - before if counts else None)
 
 
-def timed(work: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
-    """Do some work on a device; return its result and the seconds until the device was done."""
+def timed(
+    work: Callable[[], Result], device: torch.device, clock: Callable[[], float] = time.perf_counter
+) -> tuple[Result, float]:
+    """Do some work on a device; return its result and the seconds until the device was done, by a clock."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    start = time.perf_counter()
+    start = clock()
     result = work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return result, time.perf_counter() - start
+    return result, clock() - start

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UserError
 from .cost import Cost, measured
-from .session import CHUNK_SIZE, StatefulModel
+from .session import CHUNK_SIZE, StatefulModel, logits_of
 
 DOCUMENTS = 4  # that are read unless others are given
 CHUNKS = 4  # of each, at most
@@ -149,9 +150,8 @@ class _Passes:
         """Read all documents in chunks."""
         result = _Pass([], [])
         for ids in self._documents:
-            losses, cost = measured(
-                lambda ids=ids: _losses(self._model, ids, chunk_size, with_state), self._model.device
-            )
+            read = partial(_losses, self._model, ids, chunk_size, with_state)
+            losses, cost = measured(read, self._model.device)
             result.losses.append(losses)
             result.costs.append(cost)
             self._progress(len(ids))
@@ -182,7 +182,7 @@ def chunk_logits(
     for start in range(0, ids.shape[1], chunk_size):
         chunk = slice(start, min(start + chunk_size, ids.shape[1]))
         outputs, state = model.process_with_state(ids[:, chunk].to(model.device), state if with_state else None)
-        yield chunk, outputs.logits
+        yield chunk, logits_of(outputs)
 
 
 def perplexity(losses: Tensor) -> float:

@@ -152,8 +152,8 @@ class StatefulModel(nn.Module):
         if labels is None:
             with torch.no_grad():
                 for chunk in input_ids.split(self.chunk_size, 1):
-                    outputs = self._continue(chunk, cache, logits_to_keep=1)
-            return ChunkedOutput(None, 0, outputs.logits[:, -1], cache)
+                    logits = logits_of(self._continue(chunk, cache, logits_to_keep=1))
+            return ChunkedOutput(None, 0, logits[:, -1], cache)
         targets = _targets(input_ids, labels)
         passed = _Pass(self, input_ids, targets, cache)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -209,7 +209,7 @@ class _Pass:
             self.state = map_cache(self.state, lambda _, x: x.detach())
 
     def _loss(self, chunk: Tensor, targets: Tensor) -> Tensor:
-        logits = self._owner._continue(chunk, self.state).logits
+        logits = logits_of(self._owner._continue(chunk, self.state))
         self.logits = logits[:, -1].detach().clone()  # not a view, which would keep those of all tokens
         logits = logits if logits.dtype == torch.float64 else logits.float()
         targets = targets.to(logits.device)
@@ -222,7 +222,8 @@ class _TruncatedBackpropagation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, passed: _Pass, *parameters: nn.Parameter) -> Tensor:
-        total, gradients = torch.zeros((), dtype=torch.float64), [None] * len(parameters)
+        total = torch.zeros((), dtype=torch.float64)
+        gradients: list[Tensor | None] = [None] * len(parameters)
         with torch.enable_grad():
             for loss in passed.segments():
                 found = torch.autograd.grad(loss, parameters, allow_unused=True)
@@ -238,6 +239,12 @@ class _TruncatedBackpropagation(torch.autograd.Function):
             raise RuntimeError("the gradients of this loss have been handed out already")
         gradients, ctx.gradients = ctx.gradients, None
         return (None, *(x if x is None else x.mul_(scale.to(x)) for x in gradients))
+
+
+def logits_of(outputs: CausalLMOutputWithPast) -> Tensor:
+    """Return the logits of an output, which a causal language model always has."""
+    assert outputs.logits is not None
+    return outputs.logits
 
 
 def _plus(sum_so_far: Tensor | None, gradient: Tensor | None) -> Tensor | None:

@@ -10,10 +10,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..errors import UserError
-from ..evaluate.quality import token_scores
 from .cache_parts import named_parts
 from .compression import CompressedState
-from .session import StatefulModel
+from .session import StatefulModel, logits_of
 
 # parts of a `MixerState`; a slot of another kind holds keys and values of attention
 KINDS = {"wkv": "recurrent", "shift": "recurrent", "window": "window"}
@@ -158,14 +157,20 @@ class _Total:
 
 
 def _add_document(model: StatefulModel, ids: Tensor, chunk_size: int, totals: dict[str, _Total]) -> None:
-    chunks = list(zip(ids[:-1].split(chunk_size), ids[1:].split(chunk_size), strict=True))
-    _, exact = model.process_with_state(chunks[0][0][None].to(model.device))
+    first, *chunks = ids[None, :-1].to(model.device).split(chunk_size, 1)
+    _, exact = model.process_with_state(first)
     states = dict.fromkeys(totals, exact)
-    for chunk, targets in chunks[1:]:
-        chunk, targets = chunk[None].to(model.device), targets.to(model.device)
+    for chunk in chunks:
         wanted, exact = model.process_with_state(chunk, exact)
         for name, total in totals.items():
             total.last = CompressedState.of(states[name], name)
             found, states[name] = model.process_with_state(chunk, total.last.restore())
-            kl, _, _, agree = token_scores(found.logits[0], wanted.logits[0], targets).double().cpu()
-            total.sums += torch.stack([torch.tensor(float(len(targets))).double(), kl.sum(), agree.sum()])
+            total.sums += _compared(logits_of(found)[0], logits_of(wanted)[0])
+
+
+def _compared(found: Tensor, wanted: Tensor) -> Tensor:
+    """Return how many tokens there are, the sum of their KL in fp64 and of how many agree."""
+    log_q, log_p = (x.double().log_softmax(-1) for x in (found, wanted))
+    kl = torch.where(log_p > -torch.inf, log_p.exp() * (log_p - log_q), 0.0).sum()  # a forbidden id contributes 0
+    agree = (found.argmax(-1) == wanted.argmax(-1)).sum()
+    return torch.stack([kl.new_tensor(len(found)), kl, agree.double()]).cpu()

@@ -23,6 +23,7 @@ class DistillLossConfig(Section):
     )
     kl: Rate = Field(1.0, description="Weight of the divergence from the teacher.")
     ce: Rate = Field(0.0, description="Weight of the cross-entropy on the text.")
+    router: Rate = Field(0.0, description="Weight of the balance of experts in each row; of a teacher with experts.")
     temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="Temperature of the divergence.")
     chunk_tokens: Positive | None = Field(
         None, description="Tokens whose logits are in memory at a time; null: 331 of a vocabulary of 152k."

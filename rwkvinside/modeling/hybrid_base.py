@@ -24,9 +24,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .first_layer import ForwardContext, VFirstHolder
 from .graphed_decoding import generate_graphed
+from .kept_attention import is_cut
 from .mixer_init import init_mixer
 from .mixer_presets import TimeMixerConfig, check_first_layer
-from .rwkv_attention import RWKVAttention, identity_rotation
+from .rwkv_attention import RWKVAttention
 
 # Parameters that shift a sigmoid or the decay: bf16 is too coarse for them (wl near -8 would be off by 2-3 %), so they
 # stay fp32 in files and in memory whatever dtype the model is loaded in. Searched by transformers as regexes.
@@ -47,6 +48,9 @@ class HybridFields:
         mixer_layers: fields in which the mixer of a layer differs from `mixer`, by its index as text; {} where all are
             equal.
         attention_rope: whether the layers that keep attention rotate their queries and keys (False: NoPE).
+        attention_log_base: the a of their scores times log_a(position + a); None: scores are as they are.
+        attention_window, attention_sinks: tokens that these layers see: the last so many, their own included, and the
+            first so many of a document; 0 and 0: what the family's attention sees.
         rwkv_architecture: the preset the mixer was made from, for instance "cxa079".
         teacher_model: name or path of the model that was converted.
     """
@@ -55,6 +59,9 @@ class HybridFields:
     mixer: dict | None = None
     mixer_layers: dict = field(default_factory=dict)
     attention_rope: bool = True
+    attention_log_base: float | None = None
+    attention_window: int = 0
+    attention_sinks: int = 0
     rwkv_architecture: str | None = None
     teacher_model: str | None = None
 
@@ -69,6 +76,13 @@ class HybridFields:
             raise ValueError(f"rwkv_layers={self.rwkv_layers} needs the field mixer")
         if unknown := sorted(set(self.mixer_layers) - {str(i) for i in self.rwkv_layers}):
             raise ValueError(f"mixer_layers has {unknown}, rwkv_layers is {self.rwkv_layers}")
+        if self.attention_log_base is not None and self.attention_log_base <= 1:
+            raise ValueError(f"attention_log_base is {self.attention_log_base}: a logarithm needs more than 1")
+        window, sinks = self.attention_window, self.attention_sinks
+        if window < 0 or sinks < 0 or sinks and not window:
+            raise ValueError(
+                f"attention_window {window} and attention_sinks {sinks}: neither is negative, sinks need a window"
+            )
         check_first_layer({i: self.mixer_config(i) for i in self.rwkv_layers})
 
     def mixer_config(self, layer: int) -> TimeMixerConfig:
@@ -127,16 +141,6 @@ class MixerModel(PreTrainedModel):
             init_mixer(module, module.layer_idx, self.config.num_hidden_layers)
 
 
-class UnrotatedAttention(nn.Module):
-    """Mixin over a family's attention: no positions (`attention_rope` False)."""
-
-    def forward(
-        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return what the family's attention returns for a rotation by 0."""
-        return super().forward(hidden_states, identity_rotation(position_embeddings), *args, **kwargs)
-
-
 class HybridBackbone(MixerModel):
     """Mixin over a family's `<Family>Model`.
 
@@ -144,12 +148,12 @@ class HybridBackbone(MixerModel):
 
     Attributes:
         layers: decoder layers of the family's model.
-        unrotated_attention_class: the family's attention with `UnrotatedAttention`.
+        kept_attention_class: the family's attention with `KeptAttention`.
     """
 
     layers: nn.ModuleList
     _keep_in_fp32_modules_strict = FP32_PARAMETERS
-    unrotated_attention_class: type[nn.Module]
+    kept_attention_class: type[nn.Module]
     _is_stateful = True  # a recurrent state cannot be rolled back: prompt lookup is refused by transformers
     _can_compile_fullgraph = False  # the cache slots of RWKV layers are replaced at run time
 
@@ -159,8 +163,8 @@ class HybridBackbone(MixerModel):
             if i in config.rwkv_layers:
                 is_first = i == config.rwkv_layers[0]
                 layer.self_attn = RWKVAttention(config.mixer_config(i), i, is_first, num_layers=len(self.layers))
-            elif not config.attention_rope:
-                layer.self_attn = self.unrotated_attention_class(config, i)
+            elif not config.attention_rope or config.attention_log_base or is_cut(config, i, config.attention_window):
+                layer.self_attn = self.kept_attention_class(config, i)
         self.post_init()
 
     def forward(
@@ -195,6 +199,9 @@ class HybridBackbone(MixerModel):
             elif position_ids is not None and past_key_values is None and not caching:
                 cu_seqlens = _document_boundaries(position_ids.expand(batch, -1))
             forward_context = ForwardContext(first=VFirstHolder(), mask=mask, cu_seqlens=cu_seqlens)
+        if not any(getattr(layer.self_attn, "reads_mask", True) for layer in self.layers):
+            # one that is prepared: else transformers makes one of this call's tokens times all before them
+            attention_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=inputs.device)
         with attention_of_decoding(inputs.device) if inputs.shape[1] == 1 else nullcontext():
             return super().forward(
                 input_ids=input_ids,

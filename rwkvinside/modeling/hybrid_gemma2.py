@@ -3,7 +3,8 @@
 from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma2Model
 from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention
 
-from .hybrid_base import HybridBackbone, HybridCausalLM, HybridFields, UnrotatedAttention
+from .hybrid_base import HybridBackbone, HybridCausalLM, HybridFields
+from .kept_attention import KeptAttention
 
 
 class HybridGemma2Config(HybridFields, Gemma2Config):
@@ -12,15 +13,15 @@ class HybridGemma2Config(HybridFields, Gemma2Config):
     model_type = "hybrid_gemma2"
 
 
-class UnrotatedGemma2Attention(UnrotatedAttention, Gemma2Attention):  # type: ignore[misc]  # other names of arguments
-    """Attention without positions."""
+class KeptGemma2Attention(KeptAttention, Gemma2Attention):  # type: ignore[misc]  # other names of arguments
+    """Attention that a hybrid changes."""
 
 
 class HybridGemma2Model(HybridBackbone, Gemma2Model):
     """Decoder without a head."""
 
     config: HybridGemma2Config
-    unrotated_attention_class = UnrotatedGemma2Attention
+    kept_attention_class = KeptGemma2Attention
 
 
 class HybridGemma2ForCausalLM(HybridCausalLM, Gemma2ForCausalLM):

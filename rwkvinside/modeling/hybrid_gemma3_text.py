@@ -3,7 +3,8 @@
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Gemma3TextModel
 from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 
-from .hybrid_base import HybridBackbone, HybridCausalLM, HybridFields, UnrotatedAttention
+from .hybrid_base import HybridBackbone, HybridCausalLM, HybridFields
+from .kept_attention import KeptAttention
 
 
 class HybridGemma3TextConfig(HybridFields, Gemma3TextConfig):
@@ -12,15 +13,15 @@ class HybridGemma3TextConfig(HybridFields, Gemma3TextConfig):
     model_type = "hybrid_gemma3_text"
 
 
-class UnrotatedGemma3TextAttention(UnrotatedAttention, Gemma3Attention):  # type: ignore[misc]  # other names of arguments
-    """Attention without positions."""
+class KeptGemma3TextAttention(KeptAttention, Gemma3Attention):  # type: ignore[misc]  # other names of arguments
+    """Attention that a hybrid changes."""
 
 
 class HybridGemma3TextModel(HybridBackbone, Gemma3TextModel):
     """Decoder without a head."""
 
     config: HybridGemma3TextConfig
-    unrotated_attention_class = UnrotatedGemma3TextAttention
+    kept_attention_class = KeptGemma3TextAttention
 
 
 class HybridGemma3TextForCausalLM(HybridCausalLM, Gemma3ForCausalLM):

@@ -3,7 +3,8 @@
 from transformers import Glm4Config, Glm4ForCausalLM, Glm4Model
 from transformers.models.glm4.modeling_glm4 import Glm4Attention
 
-from .hybrid_base import HybridBackbone, HybridCausalLM, HybridFields, UnrotatedAttention
+from .hybrid_base import HybridBackbone, HybridCausalLM, HybridFields
+from .kept_attention import KeptAttention
 
 
 class HybridGlm4Config(HybridFields, Glm4Config):
@@ -12,15 +13,15 @@ class HybridGlm4Config(HybridFields, Glm4Config):
     model_type = "hybrid_glm4"
 
 
-class UnrotatedGlm4Attention(UnrotatedAttention, Glm4Attention):  # type: ignore[misc]  # other names of arguments
-    """Attention without positions."""
+class KeptGlm4Attention(KeptAttention, Glm4Attention):  # type: ignore[misc]  # other names of arguments
+    """Attention that a hybrid changes."""
 
 
 class HybridGlm4Model(HybridBackbone, Glm4Model):
     """Decoder without a head."""
 
     config: HybridGlm4Config
-    unrotated_attention_class = UnrotatedGlm4Attention
+    kept_attention_class = KeptGlm4Attention
 
 
 class HybridGlm4ForCausalLM(HybridCausalLM, Glm4ForCausalLM):

@@ -3,7 +3,8 @@
 from transformers import GraniteConfig, GraniteForCausalLM, GraniteModel
 from transformers.models.granite.modeling_granite import GraniteAttention
 
-from .hybrid_base import HybridBackbone, HybridCausalLM, HybridFields, UnrotatedAttention
+from .hybrid_base import HybridBackbone, HybridCausalLM, HybridFields
+from .kept_attention import KeptAttention
 
 
 class HybridGraniteConfig(HybridFields, GraniteConfig):
@@ -12,15 +13,15 @@ class HybridGraniteConfig(HybridFields, GraniteConfig):
     model_type = "hybrid_granite"
 
 
-class UnrotatedGraniteAttention(UnrotatedAttention, GraniteAttention):  # type: ignore[misc]  # other names of arguments
-    """Attention without positions."""
+class KeptGraniteAttention(KeptAttention, GraniteAttention):  # type: ignore[misc]  # other names of arguments
+    """Attention that a hybrid changes."""
 
 
 class HybridGraniteModel(HybridBackbone, GraniteModel):
     """Decoder without a head."""
 
     config: HybridGraniteConfig
-    unrotated_attention_class = UnrotatedGraniteAttention
+    kept_attention_class = KeptGraniteAttention
 
 
 class HybridGraniteForCausalLM(HybridCausalLM, GraniteForCausalLM):

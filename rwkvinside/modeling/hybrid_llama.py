@@ -3,7 +3,8 @@
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from .hybrid_base import HybridBackbone, HybridCausalLM, HybridFields, UnrotatedAttention
+from .hybrid_base import HybridBackbone, HybridCausalLM, HybridFields
+from .kept_attention import KeptAttention
 
 
 class HybridLlamaConfig(HybridFields, LlamaConfig):
@@ -12,15 +13,15 @@ class HybridLlamaConfig(HybridFields, LlamaConfig):
     model_type = "hybrid_llama"
 
 
-class UnrotatedLlamaAttention(UnrotatedAttention, LlamaAttention):  # type: ignore[misc]  # here a rotation is required
-    """Attention without positions."""
+class KeptLlamaAttention(KeptAttention, LlamaAttention):  # type: ignore[misc]  # here a rotation is required
+    """Attention that a hybrid changes."""
 
 
 class HybridLlamaModel(HybridBackbone, LlamaModel):
     """Decoder without a head."""
 
     config: HybridLlamaConfig
-    unrotated_attention_class = UnrotatedLlamaAttention
+    kept_attention_class = KeptLlamaAttention
 
 
 class HybridLlamaForCausalLM(HybridCausalLM, LlamaForCausalLM):

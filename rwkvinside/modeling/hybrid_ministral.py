@@ -3,7 +3,8 @@
 from transformers import MinistralConfig, MinistralForCausalLM, MinistralModel
 from transformers.models.ministral.modeling_ministral import MinistralAttention
 
-from .hybrid_base import HybridBackbone, HybridCausalLM, HybridFields, UnrotatedAttention
+from .hybrid_base import HybridBackbone, HybridCausalLM, HybridFields
+from .kept_attention import KeptAttention
 
 
 class HybridMinistralConfig(HybridFields, MinistralConfig):
@@ -12,15 +13,15 @@ class HybridMinistralConfig(HybridFields, MinistralConfig):
     model_type = "hybrid_ministral"
 
 
-class UnrotatedMinistralAttention(UnrotatedAttention, MinistralAttention):
-    """Attention without positions."""
+class KeptMinistralAttention(KeptAttention, MinistralAttention):
+    """Attention that a hybrid changes."""
 
 
 class HybridMinistralModel(HybridBackbone, MinistralModel):
     """Decoder without a head."""
 
     config: HybridMinistralConfig
-    unrotated_attention_class = UnrotatedMinistralAttention
+    kept_attention_class = KeptMinistralAttention
 
 
 class HybridMinistralForCausalLM(HybridCausalLM, MinistralForCausalLM):

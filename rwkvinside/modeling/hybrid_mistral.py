@@ -3,7 +3,8 @@
 from transformers import MistralConfig, MistralForCausalLM, MistralModel
 from transformers.models.mistral.modeling_mistral import MistralAttention
 
-from .hybrid_base import HybridBackbone, HybridCausalLM, HybridFields, UnrotatedAttention
+from .hybrid_base import HybridBackbone, HybridCausalLM, HybridFields
+from .kept_attention import KeptAttention
 
 
 class HybridMistralConfig(HybridFields, MistralConfig):
@@ -12,15 +13,15 @@ class HybridMistralConfig(HybridFields, MistralConfig):
     model_type = "hybrid_mistral"
 
 
-class UnrotatedMistralAttention(UnrotatedAttention, MistralAttention):
-    """Attention without positions."""
+class KeptMistralAttention(KeptAttention, MistralAttention):
+    """Attention that a hybrid changes."""
 
 
 class HybridMistralModel(HybridBackbone, MistralModel):
     """Decoder without a head."""
 
     config: HybridMistralConfig
-    unrotated_attention_class = UnrotatedMistralAttention
+    kept_attention_class = KeptMistralAttention
 
 
 class HybridMistralForCausalLM(HybridCausalLM, MistralForCausalLM):

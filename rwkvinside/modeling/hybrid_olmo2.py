@@ -3,7 +3,8 @@
 from transformers import Olmo2Config, Olmo2ForCausalLM, Olmo2Model
 from transformers.models.olmo2.modeling_olmo2 import Olmo2Attention
 
-from .hybrid_base import HybridBackbone, HybridCausalLM, HybridFields, UnrotatedAttention
+from .hybrid_base import HybridBackbone, HybridCausalLM, HybridFields
+from .kept_attention import KeptAttention
 
 
 class HybridOlmo2Config(HybridFields, Olmo2Config):
@@ -12,15 +13,15 @@ class HybridOlmo2Config(HybridFields, Olmo2Config):
     model_type = "hybrid_olmo2"
 
 
-class UnrotatedOlmo2Attention(UnrotatedAttention, Olmo2Attention):
-    """Attention without positions."""
+class KeptOlmo2Attention(KeptAttention, Olmo2Attention):
+    """Attention that a hybrid changes."""
 
 
 class HybridOlmo2Model(HybridBackbone, Olmo2Model):
     """Decoder without a head."""
 
     config: HybridOlmo2Config
-    unrotated_attention_class = UnrotatedOlmo2Attention
+    kept_attention_class = KeptOlmo2Attention
 
 
 class HybridOlmo2ForCausalLM(HybridCausalLM, Olmo2ForCausalLM):

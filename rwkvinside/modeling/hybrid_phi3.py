@@ -3,7 +3,8 @@
 from transformers import Phi3Config, Phi3ForCausalLM, Phi3Model
 from transformers.models.phi3.modeling_phi3 import Phi3Attention
 
-from .hybrid_base import HybridBackbone, HybridCausalLM, HybridFields, UnrotatedAttention
+from .hybrid_base import HybridBackbone, HybridCausalLM, HybridFields
+from .kept_attention import KeptAttention
 
 
 class HybridPhi3Config(HybridFields, Phi3Config):
@@ -12,15 +13,15 @@ class HybridPhi3Config(HybridFields, Phi3Config):
     model_type = "hybrid_phi3"
 
 
-class UnrotatedPhi3Attention(UnrotatedAttention, Phi3Attention):  # type: ignore[misc]  # other names of arguments
-    """Attention without positions."""
+class KeptPhi3Attention(KeptAttention, Phi3Attention):  # type: ignore[misc]  # other names of arguments
+    """Attention that a hybrid changes."""
 
 
 class HybridPhi3Model(HybridBackbone, Phi3Model):
     """Decoder without a head."""
 
     config: HybridPhi3Config
-    unrotated_attention_class = UnrotatedPhi3Attention
+    kept_attention_class = KeptPhi3Attention
 
 
 class HybridPhi3ForCausalLM(HybridCausalLM, Phi3ForCausalLM):

@@ -3,7 +3,8 @@
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Model
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
-from .hybrid_base import HybridBackbone, HybridCausalLM, HybridFields, UnrotatedAttention
+from .hybrid_base import HybridBackbone, HybridCausalLM, HybridFields
+from .kept_attention import KeptAttention
 
 
 class HybridQwen2Config(HybridFields, Qwen2Config):
@@ -12,15 +13,15 @@ class HybridQwen2Config(HybridFields, Qwen2Config):
     model_type = "hybrid_qwen2"
 
 
-class UnrotatedQwen2Attention(UnrotatedAttention, Qwen2Attention):
-    """Attention without positions."""
+class KeptQwen2Attention(KeptAttention, Qwen2Attention):
+    """Attention that a hybrid changes."""
 
 
 class HybridQwen2Model(HybridBackbone, Qwen2Model):
     """Decoder without a head."""
 
     config: HybridQwen2Config
-    unrotated_attention_class = UnrotatedQwen2Attention
+    kept_attention_class = KeptQwen2Attention
 
 
 class HybridQwen2ForCausalLM(HybridCausalLM, Qwen2ForCausalLM):

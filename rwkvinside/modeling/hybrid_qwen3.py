@@ -3,7 +3,8 @@
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
-from .hybrid_base import HybridBackbone, HybridCausalLM, HybridFields, UnrotatedAttention
+from .hybrid_base import HybridBackbone, HybridCausalLM, HybridFields
+from .kept_attention import KeptAttention
 
 
 class HybridQwen3Config(HybridFields, Qwen3Config):
@@ -12,15 +13,15 @@ class HybridQwen3Config(HybridFields, Qwen3Config):
     model_type = "hybrid_qwen3"
 
 
-class UnrotatedQwen3Attention(UnrotatedAttention, Qwen3Attention):
-    """Attention without positions."""
+class KeptQwen3Attention(KeptAttention, Qwen3Attention):
+    """Attention that a hybrid changes."""
 
 
 class HybridQwen3Model(HybridBackbone, Qwen3Model):
     """Decoder without a head."""
 
     config: HybridQwen3Config
-    unrotated_attention_class = UnrotatedQwen3Attention
+    kept_attention_class = KeptQwen3Attention
 
 
 class HybridQwen3ForCausalLM(HybridCausalLM, Qwen3ForCausalLM):

@@ -3,7 +3,8 @@
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, Qwen3MoeModel
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
 
-from .hybrid_base import HybridBackbone, HybridCausalLM, HybridFields, UnrotatedAttention
+from .hybrid_base import HybridBackbone, HybridCausalLM, HybridFields
+from .kept_attention import KeptAttention
 
 
 class HybridQwen3MoeConfig(HybridFields, Qwen3MoeConfig):
@@ -12,15 +13,15 @@ class HybridQwen3MoeConfig(HybridFields, Qwen3MoeConfig):
     model_type = "hybrid_qwen3_moe"
 
 
-class UnrotatedQwen3MoeAttention(UnrotatedAttention, Qwen3MoeAttention):
-    """Attention without positions."""
+class KeptQwen3MoeAttention(KeptAttention, Qwen3MoeAttention):
+    """Attention that a hybrid changes."""
 
 
 class HybridQwen3MoeModel(HybridBackbone, Qwen3MoeModel):
     """Decoder without a head."""
 
     config: HybridQwen3MoeConfig
-    unrotated_attention_class = UnrotatedQwen3MoeAttention
+    kept_attention_class = KeptQwen3MoeAttention
 
 
 class HybridQwen3MoeForCausalLM(HybridCausalLM, Qwen3MoeForCausalLM):

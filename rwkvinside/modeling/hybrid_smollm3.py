@@ -3,7 +3,8 @@
 from transformers import SmolLM3Config, SmolLM3ForCausalLM, SmolLM3Model
 from transformers.models.smollm3.modeling_smollm3 import SmolLM3Attention
 
-from .hybrid_base import HybridBackbone, HybridCausalLM, HybridFields, UnrotatedAttention
+from .hybrid_base import HybridBackbone, HybridCausalLM, HybridFields
+from .kept_attention import KeptAttention
 
 
 class HybridSmolLM3Config(HybridFields, SmolLM3Config):
@@ -12,15 +13,15 @@ class HybridSmolLM3Config(HybridFields, SmolLM3Config):
     model_type = "hybrid_smollm3"
 
 
-class UnrotatedSmolLM3Attention(UnrotatedAttention, SmolLM3Attention):
-    """Attention without positions."""
+class KeptSmolLM3Attention(KeptAttention, SmolLM3Attention):
+    """Attention that a hybrid changes."""
 
 
 class HybridSmolLM3Model(HybridBackbone, SmolLM3Model):
     """Decoder without a head."""
 
     config: HybridSmolLM3Config
-    unrotated_attention_class = UnrotatedSmolLM3Attention
+    kept_attention_class = KeptSmolLM3Attention
 
 
 class HybridSmolLM3ForCausalLM(HybridCausalLM, SmolLM3ForCausalLM):

@@ -60,6 +60,7 @@ class TimeMixerConfig:
         qkv_bias, output_bias: biases copied from the teacher.
         window, sinks: attend exactly to the last `window` tokens and the first `sinks` of the document, beside the
             recurrence (`window_attention`); 0 and 0: not at all.
+        softcap: of the scores in that window, where the teacher's have one.
         detach_first: no gradient from later layers into v_first and k_first.
         backend, precision: see `wkv7`.
     """
@@ -87,6 +88,7 @@ class TimeMixerConfig:
     output_bias: bool = False
     window: int = 0
     sinks: int = 0
+    softcap: float | None = None
     detach_first: bool = False
     backend: str = "auto"
     precision: str = "auto"

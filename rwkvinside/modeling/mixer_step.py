@@ -26,7 +26,7 @@ def is_fused(config: TimeMixerConfig, x: Tensor, cu_seqlens: Tensor | None) -> b
     """Return whether one launch computes what lies between the projections of x (B, T, D) and the output's."""
     if x.shape[1] != 1 or cu_seqlens is not None or torch.is_grad_enabled():
         return False
-    unknown = config.token_shift or config.group_norm or config.key_scale == "k_a"
+    unknown = config.token_shift or config.group_norm or config.key_scale == "k_a" or config.window and config.softcap
     needed = ("mixer_step", "low_rank", *(("window_step",) if config.window else ()))
     if unknown or not all(hasattr(kernels, name) for name in needed):
         return False

@@ -1,8 +1,9 @@
-"""The recurrent state of a time mixer inside transformers' own cache.
+"""The state of a time mixer, or of an attention within a window, inside transformers' own cache.
 
 So stock `generate()` needs no change. It builds a `DynamicCache` with one key/value slot per layer before the model has
-run. A recurrent layer replaces its own slot, in place, the first time it stores something (`write_state`); attention
-layers keep theirs. This module holds tensors and their batch bookkeeping; it computes nothing.
+run. A layer with a state of constant size replaces its own slot, in place, the first time it stores something
+(`write_state`); other attention layers keep theirs. This module holds tensors and their batch bookkeeping; it computes
+nothing.
 """
 
 from collections.abc import Callable
@@ -13,10 +14,13 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, StaticCache
 
 from .time_mixer import MixerState
+from .window_attention import WindowState
+
+State = MixerState | WindowState
 
 
 class RecurrentLayer(CacheLayerMixin):
-    """One layer's `MixerState` and the number of positions it has seen.
+    """One layer's state and the number of positions it has seen.
 
     Positions include padding. Their number is what makes a cache without any attention layer, or with a recurrent layer
     0, answer `get_seq_length()`: transformers' own linear-attention layers refuse that question.
@@ -29,10 +33,10 @@ class RecurrentLayer(CacheLayerMixin):
 
     def __init__(self) -> None:
         super().__init__()
-        self.state: MixerState | None = None
+        self.state: State | None = None
         self.seen = 0
 
-    def write(self, state: MixerState, tokens: int) -> None:
+    def write(self, state: State, tokens: int) -> None:
         """Take the state after `tokens` further positions.
 
         Where it can, it goes into the memory of the previous one, which a captured CUDA graph reads again.
@@ -111,15 +115,15 @@ def is_recurrent(slot: Any) -> bool:
     return type(slot).__name__ == RecurrentLayer.__name__
 
 
-def can_overwrite(state: MixerState) -> bool:
+def can_overwrite(state: State) -> bool:
     """Return whether the memory of a state may take another one.
 
     Not while gradients may need it, nor outside of the inference mode that it is from.
     """
-    return not torch.is_grad_enabled() and (torch.is_inference_mode_enabled() or not state.wkv.is_inference())
+    return not torch.is_grad_enabled() and (torch.is_inference_mode_enabled() or not state.tensors()[0].is_inference())
 
 
-def read_state(cache: Cache | None, layer_idx: int) -> MixerState | None:
+def read_state(cache: Cache | None, layer_idx: int) -> State | None:
     """Return the state that a layer left in the cache.
 
     None at the start of a sequence or without a cache.
@@ -130,7 +134,7 @@ def read_state(cache: Cache | None, layer_idx: int) -> MixerState | None:
     return slot.state if isinstance(slot, RecurrentLayer) else None
 
 
-def write_state(cache: Cache, layer_idx: int, state: MixerState, tokens: int) -> None:
+def write_state(cache: Cache, layer_idx: int, state: State, tokens: int) -> None:
     """Store the state after `tokens` further positions in the slot of a layer.
 
     The key/value slot that was made for this layer is replaced.

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from .first_layer import FirstLayerKV, ForwardContext
 from .mixer_presets import TimeMixerConfig
 from .recurrent_cache import can_overwrite, read_state, write_state
-from .time_mixer import TimeMixer
+from .time_mixer import MixerState, TimeMixer
 
 
 class RWKVAttention(TimeMixer):
@@ -26,7 +26,12 @@ class RWKVAttention(TimeMixer):
         is_first: whether this is the first RWKV layer of the model, which provides v_first and k_first.
         num_layers: of the model.
         init: see `init_mixer`.
+
+    Attributes:
+        reads_mask: False: no mask of queries and keys needs to be made for this layer.
     """
+
+    reads_mask = False
 
     def __init__(
         self, config: TimeMixerConfig, layer_idx: int, is_first: bool, num_layers: int, init: str = "calibrated"
@@ -64,6 +69,7 @@ class RWKVAttention(TimeMixer):
             v, k = forward_context.first.read()
             first = FirstLayerKV(v.to(hidden_states.device), _to(k, hidden_states))
         before = read_state(past_key_values, self.layer_idx)
+        assert before is None or isinstance(before, MixerState)
         output, first, state = super().forward(
             hidden_states,
             first=first,

@@ -45,7 +45,7 @@ class MixerState(NamedTuple):
     def map(self, change: Callable[[Tensor], Tensor]) -> MixerState:
         """Return the state whose tensors are changed ones of this."""
         shift = None if self.shift is None else change(self.shift)
-        window = None if self.window is None else WindowState(*(change(x) for x in self.window))
+        window = None if self.window is None else self.window.map(change)
         return MixerState(change(self.wkv), shift, window)
 
 
@@ -430,6 +430,7 @@ class TimeMixer(nn.Module):
             v,
             window=c.window,
             sinks=c.sinks,
+            softcap=c.softcap,
             state=state,
             mask=mask,
             cu_seqlens=cu_seqlens,

@@ -1,14 +1,16 @@
-"""Exact softmax attention to the last W tokens of a document and to its first S, beside a recurrence.
+"""Exact softmax attention to the last W tokens of a document and to its first S: beside a recurrence, or alone.
 
     a_t = softmax over { j : t - W < j <= t, or j < S } of q_t . k_j / sqrt(N), times v_j
 
-j and t count the real tokens of one document. `window_attention` is the door: sequences go in blocks of queries, in
-O(T (W + S)) time and memory; single tokens read a ring of constant size. `dense_window_attention` is the reference.
-Nothing here asks the device for a number. This file travels with exported models: torch only, no I/O.
+j and t count the real tokens of one document; a score may have a soft cap, as Gemma 2's have. `window_attention` is the
+door: sequences go in blocks of queries, in O(T (W + S)) time and memory; single tokens read a ring of constant size.
+`dense_window_attention` is the reference. Nothing here asks the device for a number. This file travels with exported
+models: torch only, no I/O.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -33,6 +35,14 @@ class WindowState(NamedTuple):
     v: Tensor
     seen: Tensor
 
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors."""
+        return list(self)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> WindowState:
+        """Return the state whose tensors are changed ones of this."""
+        return WindowState(*(change(x) for x in self))
+
 
 def window_attention(
     q: Tensor,
@@ -41,6 +51,7 @@ def window_attention(
     *,
     window: int,
     sinks: int,
+    softcap: float | None = None,
     state: WindowState | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -52,6 +63,7 @@ def window_attention(
         q: (B, T, H, N). It and k are cast to the dtype of v, in which everything is kept; softmax in fp32 at least.
         k, v: (B, T, G, N), head h reads h // (H / G).
         window, sinks: W >= 1 and S >= 0.
+        softcap: the c of scores c * tanh(score / c); None: scores as they are.
         state: of the tokens before; None at the start of a document.
         mask: (B, T) bool, True = real token, wherever the padding is; it is attended by nobody and gets zeros.
         cu_seqlens: (documents + 1,) bounds over the flattened B * T tokens, row ends included; None: a row each.
@@ -69,10 +81,11 @@ def window_attention(
     q, k = q.to(v.dtype), k.to(v.dtype)
     if mask is not None:  # nothing behind the padding may come through, NaN times zero included
         q, k, v = (x.masked_fill(~mask[..., None, None], 0) for x in (q, k, v))
+    form = _Form(window, sinks, softcap)
     if q.shape[1] == 1 and cu_seqlens is None:
-        return _step(q, k, v, state or empty_state(k, window + sinks), mask, window, sinks, inplace)
+        return _step(q, k, v, state or empty_state(k, window + sinks), mask, form, inplace)
     if state is None:
-        return _attend(q, k, v, mask, cu_seqlens, window, sinks), (
+        return _attend(q, k, v, mask, cu_seqlens, form), (
             None if cu_seqlens is not None else _advance(empty_state(k, window + sinks), k, v, mask, window, sinks)
         )
     past, (earlier_k, earlier_v, real) = window + sinks, _in_order(state, window, sinks)
@@ -83,8 +96,7 @@ def window_attention(
         torch.cat([earlier_v.to(v.dtype), v], 1),
         joined,
         None,
-        window,
-        sinks,
+        form,
     )
     return out[:, past:], _advance(state, k, v, mask, window, sinks)
 
@@ -96,6 +108,7 @@ def dense_window_attention(
     *,
     window: int,
     sinks: int,
+    softcap: float | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
@@ -111,14 +124,33 @@ def dense_window_attention(
     allowed = same & near & real & real[:, None]
     q, k, v = (x.flatten(0, 1).transpose(0, 1) for x in (q, k, v))
     k, v = (x.repeat_interleave(H // x.shape[0], 0) for x in (k, v))
-    scores = (q @ k.mT * N**-0.5).masked_fill(~allowed, -torch.inf)
+    scores = q @ k.mT * N**-0.5
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~allowed, -torch.inf)
     weights = scores.softmax(-1).masked_fill(~real[:, None], 0)  # padding has nothing to attend to
     return (weights @ v).transpose(0, 1).unflatten(0, (B, T))
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, window: int, sinks: int
-) -> Tensor:
+class _Form(NamedTuple):
+    """How to attend; see `window_attention`."""
+
+    window: int
+    sinks: int
+    softcap: float | None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
+        """Return softmax attention of q (..., queries, N) to the keys that are allowed, (..., keys, N)."""
+        if self.softcap is None:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+        # no kernel of PyTorch has a soft cap
+        scores = q @ k.mT * q.shape[-1] ** -0.5
+        scores = scores if scores.dtype == torch.float64 else scores.float()
+        scores = self.softcap * torch.tanh(scores / self.softcap)
+        weights = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(-1)
+        return weights.to(v.dtype) @ v
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, form: _Form) -> Tensor:
     """Attend in one sequence of all B * T tokens, real ones first, each of which knows where its document starts."""
     B, T = q.shape[:2]
     index = torch.arange(B * T, device=q.device)
@@ -129,14 +161,14 @@ def _attend(
         start = bounds[torch.searchsorted(bounds, index, right=True) - 1]
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     if mask is None:
-        return _blocks(q, k, v, start, window, sinks).unflatten(0, (B, T))
+        return _blocks(q, k, v, start, form).unflatten(0, (B, T))
     real = mask.flatten()
     count = real.cumsum(0)
     place = torch.where(real, count - 1, count[-1] + index - count)  # padding goes to the end
     start = torch.where(real, (count - real.long())[start], place)  # where it attends to itself alone
     order = torch.empty_like(place).scatter_(0, place, index)
     q, k, v = (x.index_select(0, order) for x in (q, k, v))
-    out = _blocks(q, k, v, start[order], window, sinks)
+    out = _blocks(q, k, v, start[order], form)
     return out.index_select(0, place).unflatten(0, (B, T))
 
 
@@ -145,7 +177,7 @@ def block_size(window: int) -> int:
     return min(max(window, BLOCKS[0]), BLOCKS[1])
 
 
-def _blocks(q: Tensor, k: Tensor, v: Tensor, start: Tensor, window: int, sinks: int) -> Tensor:
+def _blocks(q: Tensor, k: Tensor, v: Tensor, start: Tensor, form: _Form) -> Tensor:
     """Attend in blocks of queries to the keys of the block, of the W tokens before it, and of the sinks before those.
 
     A block has one document at most that began before its keys: that of its first query. Only that one's first tokens
@@ -154,9 +186,9 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, start: Tensor, window: int, sinks: 
     Args:
         q, k, v: (tokens, heads, N), documents side by side.
         start: (tokens,) index of the first token of each one's document.
-        window, sinks: as of `window_attention`.
+        form: how to attend.
     """
-    tokens, H, N = q.shape
+    (tokens, H, N), (window, sinks, _) = q.shape, form
     G = k.shape[1]
     size = block_size(window)
     blocks = -(-tokens // size)
@@ -172,7 +204,7 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, start: Tensor, window: int, sinks: 
     # the heads that share keys are more queries of the same keys: no kernel has to know of groups
     q = F.pad(q, (0, 0, 0, 0, 0, more)).view(blocks, size, G, H // G, N).permute(0, 2, 3, 1, 4).flatten(2, 3)
     allowed = allowed[:, None].expand(-1, H // G, -1, -1).flatten(1, 2)[:, None]
-    out = F.scaled_dot_product_attention(q, keys(k), keys(v), attn_mask=allowed)
+    out = form.attend(q, keys(k), keys(v), allowed)
     return out.unflatten(2, (H // G, size)).permute(0, 3, 1, 2, 4).reshape(-1, H, N)[:tokens]
 
 
@@ -203,11 +235,11 @@ def _step(
     v: Tensor,
     state: WindowState,
     mask: Tensor | None,
-    window: int,
-    sinks: int,
+    form: _Form,
     inplace: bool,
 ) -> tuple[Tensor, WindowState]:
     """Attend with one token of each row, which first takes its slot."""
+    window, sinks, _ = form
     B, _, H, N = q.shape
     G, slots = state.k.shape[1:3]
     seen = state.seen
@@ -223,8 +255,8 @@ def _step(
     more = 1 if mask is None else mask[:, 0]
     state = WindowState(put(state.k, k), put(state.v, v), seen.add_(more) if inplace else seen + more)
     filled = torch.arange(slots, device=q.device) < state.seen.clamp(min=1)[:, None]
-    out = F.scaled_dot_product_attention(
-        q.reshape(B, G, H // G, N), state.k.to(q.dtype), state.v.to(q.dtype), attn_mask=filled[:, None, None]
+    out = form.attend(
+        q.reshape(B, G, H // G, N), state.k.to(q.dtype), state.v.to(q.dtype), filled[:, None, None]
     ).reshape(B, 1, H, N)
     return out if mask is None else out.masked_fill(~mask[..., None, None], 0), state
 

@@ -90,7 +90,12 @@ def _layer(model: HybridModel, index: int, low: int, stream: int, mixer: int | N
     heads = family.attention_fields(model.lm.config, index)
     q, k = (heads[name] * heads["head_size"] for name in ("num_heads", "num_kv_heads"))
     total += _inputs(attention.inputs, low, stream)
-    total += _inputs([attention.output], low, low) + 4 * low * q
+    total += _inputs([attention.output], low, low)
+    if window := model.kept_windows.get(index):
+        sizes = heads["num_heads"], heads["num_kv_heads"], heads["head_size"]
+        total += int(_attended(*sizes, *window, heads.get("softcap"), low))
+    else:
+        total += 4 * low * q
     return total + (2 * FP32 * (q + k) if heads["qk_norm"] else 0)
 
 
@@ -186,10 +191,20 @@ def _fused_mixer(mixer: TimeMixer, low: int) -> int:
 
 def _window(c: TimeMixerConfig, low: int, gated: int) -> float:
     """Return the bytes that a window keeps; the gated recurrence next to it has `gated` bytes a number."""
-    H, G, N = c.num_heads, c.num_kv_heads, c.head_size
-    size = block_size(c.window)
-    seen = size + c.window + c.sinks  # keys of a block of queries, which the mask has as numbers for each query
-    copies = seen / size if c.sinks else 1.0  # of keys and values; views where no sinks are put next to them
-    # queries, the output as it is computed and in the order of tokens, sums of weights; the gated recurrence, which
-    # mix_recurrence is multiplied with
-    return low * (3 * H * N + 2 * copies * G * N + H // G * seen) + FP32 * H + gated * H * N
+    H, N = c.num_heads, c.head_size
+    # beside what is attended: the result in the order of tokens, and the gated recurrence, which their weights are
+    # multiplied with
+    return _attended(H, c.num_kv_heads, N, c.window, c.sinks, c.softcap, low) + (low + gated) * H * N
+
+
+def _attended(H: int, G: int, N: int, window: int, sinks: int, softcap: float | None, low: int) -> float:
+    """Return the bytes that attention in blocks of queries keeps."""
+    size = block_size(window)
+    seen = size + window + sinks  # keys of a block of queries, which the mask has as numbers for each query
+    copies = seen / size if sinks else 1.0  # of keys and values; views where no sinks are put next to them
+    # queries, the output, sums of weights
+    plain = low * (2 * H * N + 2 * copies * G * N + H // G * seen) + FP32 * H
+    if softcap is None:
+        return plain
+    # no kernel: the capped scores and the weights in fp32, these in the products' type too, and the mask
+    return plain - low * H // G * seen + H * seen * (2 * FP32 + low * (low != FP32))

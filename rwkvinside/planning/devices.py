@@ -8,6 +8,8 @@ import time
 import psutil
 import torch
 
+from ..support.text import rounded_time
+
 # Peak of dense products in TFLOP/s by words in the device's name, the first that fits: bf16 with fp32 sums, and fp32
 # without TF32 (PyTorch's default). Vendors' data sheets.
 PEAKS = (
@@ -38,6 +40,10 @@ PEAKS = (
     ("MI250X", 191.5, 47.9),  # of one of its two chips, each of which is a device
 )
 
+CORE = 50e9  # operations that one core does in a second, in fp32; measured were 30 to 100
+EXAMPLE = "an H100"  # the card that is spoken of where there is none
+USED = 0.5  # of a card's peak in fp32 that a calibration is expected to use; not measured
+
 RESERVED = 2**30  # of a GPU: context, allocator, kernels
 CARDS = (8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 141, 192, 288)  # GB of common GPUs
 
@@ -66,9 +72,15 @@ def named_peak(name: str, precision: str) -> float | None:
         name: as PyTorch says it, or the part that counts, such as H100.
         precision: "fp32" or "bf16".
     """
+    known = _data_sheet(name)
+    return None if known is None else known[("bf16", "fp32").index(precision)] * 1e12
+
+
+def _data_sheet(name: str) -> tuple[float, float] | None:
+    """Return the peaks of a card in bf16 and fp32, TFLOP/s; None: it is not in the table."""
     for words, bf16, fp32 in PEAKS:
         if re.search(rf"\b{words}\b", name, re.IGNORECASE) and "Laptop" not in name:
-            return (bf16 if precision == "bf16" else fp32) * 1e12
+            return bf16, fp32
     return None
 
 
@@ -94,6 +106,23 @@ def measured_flops(device: torch.device, precision: str, seconds: float = 0.2) -
         elapsed = time_product()
         best, spent = min(best, elapsed), spent + elapsed
     return 2 * size**3 / best
+
+
+def expected_time(flops: float, device: str) -> str:
+    """Return in words how long fp32 operations will take: an estimate, the same whenever a machine is asked.
+
+    Args:
+        flops: operations in all.
+        device: "cpu" or "cuda".
+    """
+    if device == "cpu":
+        return f"about {rounded_time(flops / CORE)} of one core at {CORE / 1e9:g} GFLOP/s"
+    name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else EXAMPLE
+    peaks = _data_sheet(name)
+    if peaks is None:
+        name, peaks = EXAMPLE, _data_sheet(EXAMPLE)
+    assert peaks is not None, "the example is in the table"
+    return f"about {rounded_time(flops / (USED * peaks[1] * 1e12))} at half the fp32 peak of {name} (an estimate)"
 
 
 def device_memory(device: str) -> int | None:

@@ -12,7 +12,7 @@ where n counts those experts of a sparse MLP that a token is sent through,
 and without matrices of weights, with C = heads x head size, N = head size, T = tokens of a row:
 
     scores      4 C (T + 1) / 2 in the forward: queries with keys, weights with values, half of the square; in a
-                layer with a sliding window as of a window
+                layer with a sliding window, or cut to one, as of a window
     recurrence  8 C N in the forward: S a, (S a) b^T, v k^T and S r for every head
     window      4 C times the keys that a token sees on average: t + 1 at first, window + sinks later
                 all: twice that in the backward, where something before it trains
@@ -89,7 +89,9 @@ def training_flops(
         if converted:
             trained = _add_mixer(flops, family, attention.student_attn, tokens, upstream)
         else:
-            trained = _add_attention(flops, family, attention, scores, upstream, adapters=not align)
+            seen = student.kept_windows.get(i)
+            own = scores if seen is None else _scores(family, lm.config, i, tokens, sum(seen))
+            trained = _add_attention(flops, family, attention, own, upstream, adapters=not align)
         upstream |= trained and not align
         upstream |= not align and (_trains(family.attention_post_norm(layer)) or _trains(family.mlp_input(layer)))
         mlp = family.mlp(layer)
@@ -183,9 +185,11 @@ def _add_second(flops: Flops, teacher: PreTrainedModel, tokens: int) -> None:
     _add_teacher(flops, family, teacher, scores)
 
 
-def _scores(family: Family, config: PretrainedConfig, layer: int, tokens: int) -> float:
+def _scores(family: Family, config: PretrainedConfig, layer: int, tokens: int, seen: int | None = None) -> float:
+    """Return what an attention that sees so many tokens costs; None: as many as the teacher's."""
     fields = family.attention_fields(config, layer)
-    return 4 * fields["num_heads"] * fields["head_size"] * _keys(family.window(config, layer) or tokens, tokens)
+    keys = _keys(seen or family.window(config, layer) or tokens, tokens)
+    return 4 * fields["num_heads"] * fields["head_size"] * keys
 
 
 def _keys(window: int, tokens: int) -> float:
@@ -204,6 +208,8 @@ def _matrices(family: Family, block: nn.Module, adapters: bool) -> Iterator[tupl
     # MiSS in its bat form trains a function of the whole weight, which therefore needs a gradient
     bat = {n.partition("miss_block.")[0] for n, p in parameters.items() if "miss_block." in n and p.ndim == 3}
     for name, module in block.named_modules():
+        if name.startswith("experts."):  # their matrices are not all multiplied with
+            continue
         if isinstance(module, nn.Linear) and (adapters or not _in_adapter(name)):
             weight = module._parameters.get("weight")  # a quantized layer has none
             trains = (weight is not None and weight.requires_grad) or name.removesuffix("base_layer") in bat
@@ -213,6 +219,10 @@ def _matrices(family: Family, block: nn.Module, adapters: bool) -> Iterator[tupl
             yield "gate", experts.router.numel(), experts.router.requires_grad
             for matrix, weight in ((family.mlp_inputs[0], experts.inputs), (family.mlp_output, experts.output)):
                 yield matrix, weight.numel() * experts.chosen // count, weight.requires_grad
+            if adapters:
+                for name, p in parameters.items():
+                    if name.startswith("experts.") and _in_adapter(name):
+                        yield name.removesuffix(".weight"), p.numel() * experts.chosen // count, p.requires_grad
     for name, parameter in parameters.items():
         if re.fullmatch(r"[wavkg][12]", name) or ("miss_block." in name and parameter.ndim == 2):
             yield name, parameter.numel(), parameter.requires_grad
@@ -227,7 +237,7 @@ def _feeds(parameter: str, matrix: str, last: tuple[str, ...]) -> bool:
 
     `last` is of the block's family.
     """
-    source, target = parameter.removeprefix("experts.").split(".")[0], matrix.split(".")[0]
+    source, target = (name.removeprefix("experts.").split(".")[0] for name in (parameter, matrix))
     if source.startswith("x_") and source[2] == target[0]:  # token shift: x_r before receptance, x_w before w1, ...
         return True
     if target in last and source != target:

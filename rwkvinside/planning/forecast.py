@@ -15,7 +15,7 @@ from ..errors import UserError
 from ..hybrid.model import HybridModel
 from ..stages.plan import RunPlan, StagePlan
 from ..stages.teacher import meta_online_teacher
-from ..support.text import duration, rounded_bytes, rounded_count, rounded_flop
+from ..support.text import rounded_bytes, rounded_count, rounded_flop, rounded_time
 from ..teacher.kinds import TeacherKind
 from ..training.loggers import check_loggers
 from .devices import PEAKS, card_for, device_memory, named_peak, peak_flops
@@ -278,7 +278,7 @@ def _verdict(found: Forecast, rate: Rate | None, price: float | None) -> str:
     parts = [verdict]
     if rate is not None:
         seconds = found.flops / rate.flops
-        parts.append(f"about {duration(seconds)}")
+        parts.append(f"about {rounded_time(seconds)}")
         hours = seconds / 3600 * found.ranks
         if found.device == "cuda":
             parts.append(f"{hours:.3g} GPU hours")
@@ -289,6 +289,6 @@ def _verdict(found: Forecast, rate: Rate | None, price: float | None) -> str:
 
 def _row(name: str, tokens: int, steps: str, flops: float, peak: int, disk: int, rate: Rate | None) -> str:
     work = rounded_flop(flops) if flops else "-"
-    time = duration(flops / rate.flops) if flops and rate is not None else "-"
+    time = rounded_time(flops / rate.flops) if flops and rate is not None else "-"
     sizes = (rounded_bytes(peak), rounded_bytes(disk))
     return f"{name:<12}{rounded_count(tokens):>10}{steps:>8}{work:>14}{time:>11}{sizes[0]:>12}{sizes[1]:>12}"

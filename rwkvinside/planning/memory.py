@@ -20,7 +20,8 @@ With t trainable parameters (fp32 masters), f bytes of the student's other weigh
 The peak is the larger of two moments of a step: when the forward of the last layer is done (of one micro-batch a step,
 no gradients are there yet), and when the backward of the first one is (no activations are left). Next to the step there
 are saving (DeepSpeed gathers masters and moments on the first rank's host, 12 t; one process writes those that it has)
-and evaluating (a chunk of both models' logits).
+and evaluating (a chunk of both models' logits; the last time also the original of a quantized teacher, where memory is
+left for it).
 
 The formula is checked against the resident memory of runs on a CPU (tests/planning/test_memory.py). On a GPU the CUDA
 context, the allocator's rounding and kernels' own buffers come on top, which is `RESERVED`; nobody has measured it
@@ -77,6 +78,7 @@ class StepMemory:
         teacher: bytes of a second model, teacher_whole: those of its largest layer or head.
         held: bytes that calibration holds.
         judged: bytes of the logits that an evaluation has at a time, and what they are compared with.
+        original: bytes of the original of a quantized teacher, which the last evaluation is against.
     """
 
     tokens: int
@@ -91,6 +93,7 @@ class StepMemory:
     teacher_whole: int = 0
     held: int = 0
     judged: int = 0
+    original: int = 0
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,7 @@ class Memory:
     Attributes:
         device: by purpose, at the largest moment of a step.
         saving, evaluating: the whole at other moments.
+        original: of the original of a quantized teacher; the last evaluation has it in addition, if there is room.
         offloaded: what stays in the host's memory, when the device has its own.
         loaded: what is there while models are loaded.
         gathered: what the first rank has there while it saves.
@@ -134,6 +138,7 @@ class Memory:
     device: dict[str, int]
     saving: int
     evaluating: int
+    original: int = 0
     offloaded: int = 0
     loaded: int = 0
     gathered: int = 0
@@ -197,8 +202,9 @@ def memory_of(weights: StudentMemory, work: StepMemory, engine: EngineSpec, *, c
         device=sizes,
         saving=resident + (gathered if cpu else 0),
         evaluating=resident + work.judged,
+        original=work.original,
         offloaded=offloaded,
-        loaded=0 if cpu else weights.others + FP32 * t + work.teacher,
+        loaded=0 if cpu else max(weights.others + FP32 * t + work.teacher, work.original),
         gathered=0 if cpu else gathered,
     )
 

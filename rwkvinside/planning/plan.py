@@ -23,7 +23,8 @@ from ..teacher.load import meta_teacher
 from ..training.deepspeed_config import deepspeed_config, settle
 from ..training.loggers import check_loggers
 from ..training.optimizer_8bit import check_optimizer
-from .devices import card_for, device_memory
+from .devices import card_for, device_memory, expected_time
+from .fit_flops import calibration_flops
 from .flops import training_flops
 from .memory import Memory, checkpoint_bytes
 from .stage_memory import stage_memory, trained_bytes
@@ -130,6 +131,7 @@ def _run_lines(plan: RunPlan, config: Config, model: HybridModel) -> list[str]:
         f"layers    {layer_map}   ({len(model.rwkv_layers)} R = RWKV, {len(kept)} A = attention"
         f"{': ' * bool(kept)}{spans(kept)})",
         *_choice_lines(plan, model),
+        *_kept_lines(model),
         f"device    {run.device}, {run.precision}, {run.ranks} {'ranks' if run.ranks > 1 else 'rank'}, {engine}",
         f"loggers   {', '.join(['metrics.jsonl', *config.loggers])}",
         f"run       {' -> '.join(config.run)}, into {config.out}",
@@ -149,6 +151,18 @@ def _choice_lines(plan: RunPlan, model: HybridModel) -> list[str]:
         f"          until stage {stage}: then {choice.keep} keep attention, chosen by {choice.choose}",
         *([f"          memory and work of later stages are shown for layers {spans(later)}"] if later else []),
     ]
+
+
+def _kept_lines(model: HybridModel) -> list[str]:
+    """Return what the student's attention has that the teacher's has not."""
+    lines, spec = [], model.spec
+    if cut := model.kept_windows:
+        (tokens, sinks), *_ = cut.values()
+        first = f" and the first {sinks}" * bool(sinks)
+        lines.append(f"          attention of layers {spans(list(cut))} sees the last {tokens} tokens{first}")
+    if (base := spec.attention_log_base) and len(model.rwkv_layers) < model.lm.config.num_hidden_layers:
+        lines.append(f"          scores of attention grow with the position, by its logarithm to the base {base:g}")
+    return lines
 
 
 def _windows(mixers: Mapping[int, TimeMixerConfig]) -> str:
@@ -186,6 +200,9 @@ def _stage_lines(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, 
         flops = training_flops(model, plan, kind, teacher).total
         total = flops * plan.length.total_tokens
         details.append(f"work      {rounded_flop(flops)} a token, {rounded_flop(total)} in all")
+    else:
+        flops = sum(calibration_flops(model, plan).values())
+        details.append(f"work      {rounded_flop(flops)} in all: {expected_time(flops, plan.run.device)}")
     lines += [f"  {line}" for line in details]
     lines += _memory_lines(stage_memory(plan, model, kind, teacher), plan.run.device)
     saved, trainable = trained_bytes(model)
@@ -206,6 +223,12 @@ def _memory_lines(memory: Memory, device: str) -> list[str]:
     more = "" if largest == "training" else f", while {largest}; {rounded_bytes(training)} while training"
     shown = " + ".join(f"{name} {rounded_bytes(size)}" for name, size in memory.device.items() if size)
     lines = [f"  memory    about {rounded_bytes(memory.peak)} a rank{more}", f"            {shown}"]
+    if memory.original:
+        last, original = rounded_bytes(memory.evaluating + memory.original), rounded_bytes(memory.original)
+        lines.append(
+            f"            last evaluation: {last} with the original teacher ({original}), "
+            "which is left out where that does not fit"
+        )
     if host := memory.host():
         lines.append(f"  host      about {rounded_bytes(host)} of the host's memory a rank")
     return lines + _fit_lines(memory.peak, device)

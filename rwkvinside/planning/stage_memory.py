@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..families.registry import find
+from ..hybrid.experts import StackedExperts
 from ..hybrid.freezing import TEACHER
 from ..hybrid.model import HybridModel
 from ..hybrid.quantized_linear import QuantizedLinear
@@ -14,7 +17,9 @@ from ..losses.chunked import BLOCK_ELEMENTS, chunk_tokens
 from ..stages.base import Backward
 from ..stages.plan import StagePlan
 from ..stages.rows import JUDGED_BATCH
+from ..stages.teacher import teacher_formats
 from ..teacher.kinds import TeacherKind
+from ..teacher.load import meta_teacher
 from ..training.deepspeed_config import settle
 from .activations import FP32, edge_bytes, kept_bytes, transient_bytes
 from .memory import EngineSpec, Memory, StepMemory, StudentMemory, memory_of, moment_bytes
@@ -49,7 +54,20 @@ def stage_memory(
     with_attention = kind is TeacherKind.SELF or plan.stage.needs_attention
     in_file = str(model.lm.config.dtype).removeprefix("torch.") == str(run.frozen_dtype).removeprefix("torch.")
     weights = _weights(model, run.frozen_dtype.itemsize, with_attention, mapped=cpu and in_file)
-    return memory_of(weights, _work(plan, model, kind, teacher), engine, cpu=cpu)
+    work = _work(plan, model, kind, teacher)
+    if teacher_formats(plan, model, kind):
+        work = replace(work, original=original_bytes(plan, engine.ranks))
+    return memory_of(weights, work, engine, cpu=cpu)
+
+
+def original_bytes(plan: StagePlan, ranks: int) -> int:
+    """Return the bytes on one rank of a stage's teacher as it was before it was quantized.
+
+    Args:
+        ranks: among which it is sharded, where the stage shards its teacher.
+    """
+    whole, largest = _teacher_bytes(meta_teacher(plan.signal_teacher), plan.run.frozen_dtype)
+    return whole // ranks + largest if plan.settings.teacher_model.shard and ranks > 1 else whole
 
 
 def trained_bytes(model: HybridModel) -> tuple[int, int]:
@@ -101,10 +119,16 @@ def _weights(model: HybridModel, frozen: int, with_attention: bool, mapped: bool
         cast=cast,
         whole=max(head_bytes, *(size for layer, size in layers.items() if layer is not None))
         + FP32 * min(PREFETCH, parameters),
-        unpacked=max((m.weight_numel for m in quantized), default=0),
+        unpacked=max((*(m.weight_numel for m in quantized), *_made_of_experts(model)), default=0),
         head=sum(p.numel() for p in head.parameters() if p.requires_grad),
         mapped=frozen * sum(m.weight_numel for m in quantized) if mapped else 0,
     )
+
+
+def _made_of_experts(model: HybridModel) -> list[int]:
+    """Return how many weights the experts of each sparse layer make at a time."""
+    stacks = [module for module in model.modules() if isinstance(module, StackedExperts)]
+    return [sum(weight.made_numel for weight in stack.weights.values()) for stack in stacks]
 
 
 def _work(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, teacher: PreTrainedModel | None) -> StepMemory:
@@ -129,6 +153,9 @@ def _work(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, teacher
     checkpointing = plan.settings.activation_checkpointing
     inputs, edges = edge_bytes(model, align=align, checkpointing=checkpointing, stream=stream)
     models = stage.logit_models(kind)
+    if plan.settings.loss is not None and plan.settings.loss.router:  # logits of all routers, and their softmax
+        mlps = (model.family.experts(model.family.mlp(layer)) for layer in model.family.layers(model.lm))
+        edges += sum((low + FP32) * experts.router.shape[0] for experts in mlps if experts is not None)
     whole, largest = (0, 0) if teacher is None else _teacher_bytes(teacher, frozen)
     return StepMemory(
         tokens=tokens,

@@ -505,6 +505,8 @@ def context_figure(result: dict) -> "Figure":
     Args:
         result: the JSON that `rwkvinside bench context` writes.
     """
+    from matplotlib.ticker import FuncFormatter
+
     panels = [panel for panel in CONTEXT_PANELS if all(row[panel[0]] is not None for row in result["found"])]
     figure = new_figure(3.6 * len(panels), 3.4)
     for ax, (field, unit, title, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
@@ -516,7 +518,7 @@ def context_figure(result: dict) -> "Figure":
             ax.plot([row["context"] for row in rows], values[-1], style, color=color, markersize=4, label=name)
         _plain_log(ax, np.concatenate(values))
         ax.set_xscale("log", base=2)
-        _count_axis(ax.xaxis)
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: f"{tokens / 1024:g}K"))
         _finish(ax, title, "tokens of the prompt", label)
     figure.axes[0].legend(frameon=False, fontsize=8)
     return figure

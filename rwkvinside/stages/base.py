@@ -197,6 +197,12 @@ class Stage(ABC):
         Raises:
             UserError: what is wrong and what to do.
         """
+        loss = plan.settings.loss
+        if loss is not None and loss.router and not student.experts_of_a_token:
+            raise UserError(
+                f"stages.{plan.name}.loss.router is {loss.router:g}, but the teacher has no routers",
+                "leave it at 0: it balances the experts of sparse models",
+            )
         if not self.needs_attention:
             return
         if changed := student.teacher_changes():

@@ -71,6 +71,7 @@ class Distill(Stage):
 
     def check(self, student: HybridModel, plan: StagePlan) -> None:
         """Refuse the student as its own teacher once shared weights were trained."""
+        super().check(student, plan)
         changed = student.teacher_changes()
         if plan.asked_teacher is TeacherKind.SELF and changed:
             raise UserError(
@@ -108,6 +109,7 @@ class Distill(Stage):
         text = f"{loss.kl:g} {DIVERGENCES[loss.divergence]}"
         text += f" of its {loss.top_k} likeliest tokens" if loss.top_k else ""
         text += f" + {loss.ce:g} cross-entropy" if loss.ce else ""
+        text += f" + {loss.router:g} balance of experts in each row" if loss.router else ""
         text += f" at temperature {loss.temperature:g}" if loss.temperature != 1 else ""
         teacher = kind.title
         if kind is TeacherKind.ONLINE:

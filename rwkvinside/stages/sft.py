@@ -54,7 +54,7 @@ class SupervisedFineTuning(Stage):
         """Refuse all but cross-entropy."""
         if loss.kl or loss.ce != 1:
             raise problem("objective sft has loss.kl 0 and loss.ce 1; objective distill mixes both")
-        if loss != DistillLossConfig(kl=0, ce=1, chunk_tokens=loss.chunk_tokens):
+        if loss != DistillLossConfig(kl=0, ce=1, router=loss.router, chunk_tokens=loss.chunk_tokens):
             raise problem("objective sft has no divergence: leave out loss.divergence, loss.top_k, loss.temperature")
 
     def documents(self, store: TokenStore, seq_len: int, seed: int) -> WholeDocuments:
@@ -70,7 +70,7 @@ class SupervisedFineTuning(Stage):
         from ..losses.next_token import NextTokenLoss
         from .steps import SftStep
 
-        return SftStep(NextTokenLoss(plan.loss.chunk_tokens))
+        return SftStep(NextTokenLoss(plan.loss.chunk_tokens), plan.loss.router)
 
     def logit_models(self, kind: TeacherKind | None) -> int:
         """Return one: the student."""
@@ -78,4 +78,5 @@ class SupervisedFineTuning(Stage):
 
     def loss_lines(self, plan: StagePlan, kind: TeacherKind | None) -> list[str]:
         """Return the loss with its weight."""
-        return [f"loss      {plan.loss.ce:g} cross-entropy"]
+        router = f" + {plan.loss.router:g} balance of experts in each row" if plan.loss.router else ""
+        return [f"loss      {plan.loss.ce:g} cross-entropy{router}"]

@@ -33,8 +33,7 @@ def split_rows(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
     rows = sum(len(batch.rows) for batch in batches)
     if rows == 1:
         return list(batches), list(batches)
-    width = batches[0].input_ids.shape[1]
-    remaining = rows - max(1, min(rows // HELD_PART, HELD_TOKENS // width))
+    remaining = rows - held_rows(rows, batches[0].input_ids.shape[1])
     fitted, held = [], []
     for batch in batches:
         count = len(batch.rows)
@@ -43,6 +42,16 @@ def split_rows(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
         fitted += [_rows(batch, slice(0, cut))] if cut else []
         held += [_rows(batch, slice(cut, count))] if cut < count else []
     return fitted, held
+
+
+def held_rows(rows: int, width: int) -> int:
+    """Return how many of so many rows are held out; 0 of a single one."""
+    return max(1, min(rows // HELD_PART, HELD_TOKENS // width)) if rows > 1 else 0
+
+
+def most_trials(layers: int) -> int:
+    """Return how many students `choose_shares` compares at most."""
+    return len(SHARES) + 2 * min(GROUPS, layers)
 
 
 def _rows(batch: Batch, rows: slice) -> Batch:

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from ..data.batch import Batch
 from ..losses.alignment import alignment_loss
+from ..losses.chunked import ChunkedLoss
 from ..losses.distillation import DistillationLoss
 from ..losses.next_token import NextTokenLoss
+from ..losses.router import router_loss
 from ..losses.settings import DistillLossConfig
 from ..teacher.signals import Teacher
 
@@ -62,7 +64,7 @@ class DistillStep:
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the distillation loss and its metrics."""
         signal = self.teacher.signal(model, batch)
-        return model(batch, mode="student", task=DistillationLoss(signal, self.config))
+        return student_loss(model, batch, DistillationLoss(signal, self.config), self.config.router)
 
 
 @dataclass
@@ -71,9 +73,11 @@ class SftStep:
 
     Attributes:
         loss: what the head's logits are compared by.
+        router: weight of the balance of experts.
     """
 
     loss: NextTokenLoss = NextTokenLoss()
+    router: float = 0.0
 
     def count(self, batch: Batch) -> int:
         """Return the labeled positions of a batch."""
@@ -81,4 +85,13 @@ class SftStep:
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the cross-entropy."""
-        return model(batch, mode="student", task=self.loss)
+        return student_loss(model, batch, self.loss, self.router)
+
+
+def student_loss(model: nn.Module, batch: Batch, task: ChunkedLoss, router: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return a loss of the student's logits, and the balance of experts as "router" where it has a weight."""
+    if not router:
+        return model(batch, mode="student", task=task)
+    (loss, metrics), routing = model(batch, mode="student", task=task, routers=True)
+    balance = router_loss(routing, batch)
+    return loss + router * balance, metrics | {"router": balance.detach()}

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.encode import tokenizer_hash
 from ..errors import UserError
 from ..families.registry import find
+from ..hybrid.experts import expert_weights, flatten_experts
 from ..hybrid.model import HybridModel
 from ..hybrid.quantized_linear import linear_names, quantize
 from ..support.digests import FileDigests
@@ -66,6 +67,7 @@ def online_teacher(plan: StagePlan, world: Distributed) -> OnlineTeacher:
     lm = load_teacher(teacher.path, teacher.revision, plan.run.teacher_dtype)
     family = find(lm.config.model_type)
     if second.quantize:
+        flatten_experts(lm, expert_weights(lm))
         quantize(lm, linear_names(lm, skip=(family.head_path,)), second.quantize, device=world.device)
     if plan.run.precision == "fp32":
         lm.float()
@@ -90,19 +92,28 @@ def teacher_label(plan: StagePlan, student: HybridModel, kind: TeacherKind | Non
         student: with its quantized layers, some of which the student as its own teacher runs on.
         kind: where the teacher's side comes from.
     """
-    second = plan.settings.teacher_model
+    formats = teacher_formats(plan, student, kind)
+    other = plan.settings.teacher_model.path if kind is TeacherKind.ONLINE else None
+    return ", ".join(filter(None, (other, f"quantized ({', '.join(formats)})" if formats else None))) or None
+
+
+def teacher_formats(plan: StagePlan, student: HybridModel, kind: TeacherKind | None) -> list[str]:
+    """Return in which formats the teacher of a stage is quantized.
+
+    Where there are any, the last numbers of the stage are against the original. Arguments are those of `teacher_label`.
+    """
     if kind is TeacherKind.ONLINE:
-        parts = [second.path, f"quantized ({second.quantize})" if second.quantize else None]
-        return ", ".join(filter(None, parts)) or None
+        return list(filter(None, [plan.settings.teacher_model.quantize]))
     mixers = student.mixer_names()
     formats = {layer.format for name, layer in student.quantized.items() if f"{name}.weight" not in mixers}
-    return f"quantized ({', '.join(sorted(formats))})" if kind is TeacherKind.SELF and formats else None
+    return sorted(formats) if kind is TeacherKind.SELF else []
 
 
 def meta_online_teacher(plan: StagePlan) -> PreTrainedModel:
     """Return the shapes of `online_teacher`'s model, on the meta device."""
     lm = meta_teacher(plan.signal_teacher)
     if (number_format := plan.settings.teacher_model.quantize) is not None:
+        flatten_experts(lm, expert_weights(lm))
         quantize(lm, linear_names(lm, skip=(find(lm.config.model_type).head_path,)), number_format)
     return lm
 

@@ -6,6 +6,7 @@ installation and the kernels need it too.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from ..errors import UserError
 
+MOST_TEXT = 10 * 10**6  # bytes of a text that a person has written
 UNFINISHED = ".unfinished"  # the end of every temporary name, which begins with a dot
 
 
@@ -122,7 +124,7 @@ def read_lines(path: Path, what: str) -> list[str]:
         UserError: it cannot be read, is not UTF-8, or is empty.
     """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in read_text(path).splitlines()]
     except OSError as error:
         raise UserError(f"{what} {path} cannot be read: {error.strerror}", "check the path") from error
     except UnicodeDecodeError as error:
@@ -130,6 +132,20 @@ def read_lines(path: Path, what: str) -> list[str]:
     if not (found := [line for line in lines if line]):
         raise UserError(f"{what} {path} are empty", "give one per line")
     return found
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """Return a UTF-8 text that a person has written, without a byte-order mark.
+
+    Raises:
+        OSError: it cannot be read, or has no end, as a device.
+        UnicodeDecodeError: it is no such text.
+    """
+    with open(path, "rb") as file:
+        content = file.read(MOST_TEXT + 1)
+    if len(content) > MOST_TEXT:
+        raise OSError(errno.EFBIG, f"more than {MOST_TEXT // 10**6} MB")
+    return content.decode("utf-8-sig")
 
 
 def file_digest(path: Path) -> str:

@@ -40,14 +40,12 @@ def rounded_flop(number: float) -> str:
     return _rounded(number, FLOP, 3)
 
 
-def duration(seconds: float) -> str:
-    """Return a time for people: 12 s, 41 min, 3.2 h, 5.1 days."""
-    for limit, size, unit in ((60, 1, "s"), (3600, 60, "min"), (2 * 86400, 3600, "h"), (math.inf, 86400, "days")):
-        value = seconds / size
-        text = f"{value:.1f}" if unit in ("h", "days") else f"{value:.0f}"
-        if float(text) * size < limit:
-            return f"{text} {unit}"
-    raise ValueError(f"{seconds} seconds")
+def rounded_time(seconds: float) -> str:
+    """Return a duration to two digits: 0.41 s, 12 s, 3.5 min, 15 h, 2.1 days."""
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 1.5 * size:
+            return f"{float(f'{seconds / size:.2g}'):g} {unit}"
+    return f"{float(f'{seconds:.2g}'):g} s"
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -16,6 +18,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.core_model_loading import revert_weight_conversion
 
 from ..errors import UserError
 from ..families.registry import find
@@ -27,6 +30,8 @@ BROKEN = (
     *(ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError),
     StrictDataclassError,
 )
+# The same over files with weights, those of pytorch_model.bin included.
+DAMAGED = (*BROKEN, EOFError, SafetensorError, UnpicklingError, struct.error)
 POINTER = b"version https://git-lfs"
 
 
@@ -46,7 +51,7 @@ def load_teacher(path: str, revision: str | None, dtype: torch.dtype) -> PreTrai
         model, info = AutoModelForCausalLM.from_pretrained(
             path, revision=revision, dtype=dtype, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except DAMAGED as error:
         raise UserError(
             f"the weights of teacher {path} cannot be loaded: {_one_line(error)}",
             "check the directory or the hub id, the network and your access",
@@ -137,7 +142,10 @@ def check_files(teacher: TeacherConfig) -> None:
     for file in files:
         shapes |= {name: (file, shape) for name, shape in _tensor_shapes(file).items()}
     hint = "config.json and weights are not of one model: copy both again"
-    wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    own = model.state_dict()
+    # published files may have other tensors than the model: one for each expert, say
+    forms = [{n: list(t.shape) for n, t in form.items()} for form in (own, revert_weight_conversion(model, own))]
+    wanted = max(forms, key=lambda form: len(form.keys() & shapes.keys()))
     for name, (file, shape) in shapes.items():
         if name in wanted and shape != wanted[name]:
             raise UserError(f"{file}: {name} has shape {shape}, the configuration wants {wanted[name]}", hint)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.chat import TemplateRefusal, render
 from ..errors import UserError
 
 STAND_IN = "@@the-user's-turn@@"
@@ -83,13 +84,10 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict], *, add
     Raises:
         UserError: the template refuses it.
     """
-    from jinja2 import TemplateError
-
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except (TemplateError, ValueError, TypeError) as error:
-        raise UserError(f"the chat template refuses a conversation: {error}", "use --plain") from error
-    return str(text)
+        return render(tokenizer, messages, add_generation_prompt=add_generation_prompt).text
+    except TemplateRefusal as refusal:
+        raise UserError(f"the chat template refuses a conversation: {refusal}", "use --plain") from refusal
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -220,6 +220,8 @@ class WatchValidation(Callback):
         where, kept = f"step {best.step}", "the best checkpoint is kept, and export takes it"
         if best.step == 0:
             where, kept = "its start", "or leave the stage out of `run`"
+        elif not plan.save_every or best.step % plan.save_every:
+            kept = "nothing was saved there: save more often, checkpoint.every_steps"
         line = (
             f"{plan.stage} {score.step}/{plan.length.steps}  WORSE ON VALIDATION: {score.measure} {score.value:.4g}, "
             f"best of the stage {best.value:.4g} at {where}; train on more text, lower stages.{plan.stage}.tokens or "

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..errors import UserError
+from ..support.files import read_text
 
 PATIENCE = 10  # seconds to wait for a host
 NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")  # of a host; ssh takes what begins with - for an option
@@ -32,7 +33,7 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
             than the name or the address of a host.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"hostfile {path} cannot be read: {error}", "check the path") from error
     hosts: dict[str, int] = {}

@@ -4,30 +4,42 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 Handler = Callable[[int, FrameType | None], object] | int | None
+ENDING = (signal.SIGTERM, signal.SIGHUP)  # of a scheduler, and of a terminal that was closed
 
 
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """Make SIGTERM raise KeyboardInterrupt within the block, as SIGINT does by itself."""
+    """Make SIGTERM and SIGHUP raise KeyboardInterrupt within the block, as SIGINT does by itself.
+
+    What is ignored, as SIGHUP under `nohup`, stays so.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield  # signals reach the main thread alone
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = {number: signal.getsignal(number) for number in heard(ENDING)}
+    for number in before:
+        signal.signal(number, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def heard(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
+    """Return which of some signals are not ignored."""
+    return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 class StopSignal:
-    """Notes the first SIGTERM or SIGINT within the `with` block.
+    """Notes the first SIGTERM, SIGHUP or SIGINT within the `with` block.
 
-    A second one is handled as before the block.
+    A second one is handled as before the block; SIGTERM and SIGHUP that are ignored stay so.
 
     Attributes:
         received: number of the signal that came, None so far.
@@ -38,7 +50,7 @@ class StopSignal:
         self._handlers: dict[int, Handler] = {}
 
     def __enter__(self) -> StopSignal:
-        self._handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._handlers = {number: signal.getsignal(number) for number in (*heard(ENDING), signal.SIGINT)}
         for number in self._handlers:
             signal.signal(number, self._note)
         return self

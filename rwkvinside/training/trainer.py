@@ -10,7 +10,7 @@ import math
 import sys
 import time
 import zlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Generic, NoReturn
@@ -18,7 +18,7 @@ from typing import Generic, NoReturn
 import torch
 from torch import Tensor, nn
 
-from ..errors import Interrupted, UserError
+from ..errors import CONTINUE, Interrupted, UserError
 from .callbacks import Callback
 from .checkpoint import Checkpoint, Checkpointer
 from .deepspeed_engine import Engine
@@ -102,6 +102,7 @@ class Trainer(Generic[AnyBatch]):
         self.seconds_left, self.seconds_per_step = math.inf, 0.0
         self.score: Score | None = None
         self._saved: int | None = None
+        self._unprinted: OSError | None = None
         if length.rows_per_step < self.world.size:
             raise UserError(
                 f"stages.{plan.stage}: {length.rows_per_step} rows a step are too few for {self.world.size} processes",
@@ -142,6 +143,7 @@ class Trainer(Generic[AnyBatch]):
             UserError: a loss or gradient that is not finite (the last good checkpoint stays), or no space to save.
             Interrupted: SIGTERM or SIGINT came on any rank; the step was finished and saved. KeyboardInterrupt, if that
                 was before the first one.
+            OSError: nothing more can be printed, as into a closed pipe; the step was saved, too.
         """
         plan, steps = self.plan, self.plan.length.steps
         end = steps if until is None else min(until, steps)
@@ -152,7 +154,7 @@ class Trainer(Generic[AnyBatch]):
                 with self._heard():
                     batches, step, read = self._micro_batches()
                 here = sum(step.count(batch) for batch in batches)
-                count, tokens, stopped = self.world.all_reduce_sum([here, read, signal.received is not None])
+                count, tokens, stopped = self.world.all_reduce_sum([here, read, self._ends(signal)])
                 if stopped:
                     self._interrupt()
                 # a step in which nothing counts has loss 0
@@ -163,7 +165,7 @@ class Trainer(Generic[AnyBatch]):
                 if saves:
                     self._save(required=self.done == end)
             # a signal during the last step must not be lost: more stages may follow
-            if self.world.all_reduce_sum([signal.received is not None])[0]:
+            if self.world.all_reduce_sum([self._ends(signal)])[0]:
                 self._interrupt()
 
     def _micro_batches(self) -> tuple[list[AnyBatch], Step[AnyBatch], int]:
@@ -216,8 +218,7 @@ class Trainer(Generic[AnyBatch]):
             "time": time.time(),
             **{name: self._labeled(name, value) for name, value in result.metrics.items()},
         }
-        for callback in self.callbacks:
-            callback.step(self, row)
+        self._tell(lambda callback: callback.step(self, row))
 
     def _evaluate(self) -> None:
         numbers: dict[str, float | str] = {}
@@ -226,8 +227,15 @@ class Trainer(Generic[AnyBatch]):
         self.score = Score.of(self.done, numbers)
         if numbers:
             row = {**self._row("eval"), **numbers, "time": time.time()}
-            for callback in self.callbacks:
-                callback.evaluation(self, row)
+            self._tell(lambda callback: callback.evaluation(self, row))
+
+    def _tell(self, what: Callable[[Callback], object]) -> None:
+        """Tell the callbacks, in their order; where one cannot print what it is told, the run ends once it is saved."""
+        for callback in self.callbacks:
+            try:
+                what(callback)
+            except OSError as error:
+                self._unprinted = self._unprinted or error
 
     def _row(self, kind: str) -> dict:
         """Return the beginning of a row of metrics."""
@@ -278,15 +286,21 @@ class Trainer(Generic[AnyBatch]):
         if checkpointer.save(self.done, tensors | dict(trained), optimizer, state, required, score) is not None:
             self._saved = self.done
             return
-        for callback in self.callbacks:
-            callback.notice(self, f"{self.plan.stage} {self.done}/{length.steps}  NOT SAVED: the disk is full")
+        notice = f"{self.plan.stage} {self.done}/{length.steps}  NOT SAVED: the disk is full"
+        self._tell(lambda callback: callback.notice(self, notice))
+
+    def _ends(self, signal: StopSignal) -> bool:
+        """Return whether this rank has to end here."""
+        return signal.received is not None or self._unprinted is not None
 
     def _interrupt(self) -> NoReturn:
         where = f"stage {self.plan.stage} stopped at step {self.done} of {self.plan.length.steps}"
         if self.checkpointer is None or not self.done:
             raise KeyboardInterrupt(where)  # nothing to save
         self._save(required=True)
-        raise Interrupted(f"{where}, saved in {self.checkpointer.directory}", "continue with --resume")
+        if self._unprinted is not None:
+            raise self._unprinted
+        raise Interrupted(f"{where}, saved in {self.checkpointer.directory}", CONTINUE)
 
     def _refuse(self, number: int, result: StepResult, batches: Sequence[AnyBatch], step: Step[AnyBatch]) -> NoReturn:
         """Raise an error that says what was not finite, where it began and in which rows."""

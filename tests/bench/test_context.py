@@ -33,9 +33,23 @@ def test_only_attention_grows(models):
     assert all(min(r.prefill_seconds, r.token_ms) > 0 for r in found.values())
 
 
-def test_the_command(tmp_path, capsys):
+def test_the_command(tmp_path, capsys, monkeypatch):
     table, picture = tmp_path / "c.json", tmp_path / "c.png"
-    asked = ["--random", "2,1,16", "--contexts", "8", "16", "--chunk-size", "8", "--new-tokens", "1"]
+    asked = [
+        "--random",
+        "2,1,16",
+        "--contexts",
+        "8",
+        "16",
+        "--chunk-size",
+        "8",
+        "--new-tokens",
+        "1",
+        "--processor-time",
+    ]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert main(["bench", "context", *asked]) == 2 and "one thread" in capsys.readouterr().err
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert main(["bench", "context", *asked, "--json", str(table), "--png", str(picture)]) == 0
     found = json.loads(table.read_text())["found"]
     assert [(r["model"], r["context"]) for r in found] == [

@@ -73,6 +73,37 @@ def test_a_run_is_evaluated_as_its_export_would_be(run, val, tmp_path, capsys):
     assert "5 documents" in capsys.readouterr().out
 
 
+def test_data_is_read_as_the_run_reads_it_unless_told_otherwise(run, tmp_path, capsys):
+    trained = shutil.copytree(run, tmp_path / "run")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"] = {"text_column": "story", "max_line_bytes": 100}
+    (trained / "config.yaml").write_text(yaml.safe_dump(config))
+    lines = tmp_path / "val.jsonl"
+    lines.write_text("".join(json.dumps({"story": "Once upon a time" * n}) + "\n" for n in (1, 20)))
+    short = ("--data", lines, "--max-length", 16)
+    assert run_eval(trained, *short) == 2
+    assert "val.jsonl:2: the line has more than 100 bytes" in capsys.readouterr().err
+    assert run_eval(trained, *short, "--max-line-bytes", "1k") == 0
+    assert "2 documents" in capsys.readouterr().out
+    assert run_eval(trained, *short, "--max-line-bytes", "1k", "--text-column", "text") == 2
+    assert "has no" in capsys.readouterr().err and run_eval(trained, *short, "--today", "tomorrow") == 2
+    assert "'tomorrow' is not a day such as 2024-07-26" in capsys.readouterr().err
+
+
+def test_both_models_go_on_from_a_beginning(run, val, tmp_path, capsys):
+    out = tmp_path / "result.json"
+    few = ("--data", val, "--max-documents", 1, "--max-length", 16, "--json", out)
+    assert run_eval(run, *few, "--begin", "Once upon a time, there was", "--write-tokens", 8) == 0
+    samples, said = json.loads(out.read_text())["samples"], capsys.readouterr().out
+    assert list(samples) == ["teacher", "student"] and "Once upon a time, there was" in said
+    assert samples["teacher"]["continuation"].startswith("a little girl")
+    assert all(list(each) == ["continuation"] and each["continuation"] in said for each in samples.values())
+    out.unlink()
+    assert run_eval(run, *few, "--ask", "Who was there?") == 2
+    assert "has no chat template" in capsys.readouterr().err and not out.exists()
+    assert run_eval(run, *few) == 0 and "samples" not in json.loads(out.read_text())
+
+
 def test_a_windowed_student_is_shown_with_its_control(run, teacher, val, tmp_path, capsys):
     windowed = tmp_path / "run"
     shutil.copytree(run, windowed)

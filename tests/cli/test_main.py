@@ -1,6 +1,8 @@
 """The command as users meet it: help at once, a line of cause and one of hint for what is wrong, exit codes."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -123,6 +125,33 @@ def test_what_an_error_quotes_stays_within_its_line(capsys):
     ]
 
 
+def test_what_the_system_refuses_is_a_line(capsys):
+    def failing(error):
+        @cli.report_errors
+        def main(argv=None):
+            raise error
+
+        return main
+
+    assert failing(OSError(errno.ESTALE, "Stale file handle", "/shared/run\n/x"))() == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[0] == "error: /shared/run /x: Stale file handle" and len(lines) == 2
+    with pytest.raises(OSError, match="a fault of the program"):
+        failing(OSError(errno.EINVAL, "a fault of the program"))()
+    assert cli.main(["config", "show", "--teacher", "x" * 5000]) == 2
+    assert cli.main(["plan", "--ranks", "9" * 5000]) == 2
+    assert "is not a whole number of at least 1" in capsys.readouterr().err
+
+
+def test_a_directory_that_was_removed(tmp_path, monkeypatch, capsys):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert cli.main(["config", "fields"]) == 2
+    assert capsys.readouterr().err.splitlines()[0] == "error: the current directory does not exist any more"
+
+
 def test_ctrl_c_is_a_line(capsys):
     @cli.report_errors
     def main(argv=None):
@@ -140,6 +169,46 @@ def test_a_closed_pipe_is_silent():
         process.stdout.close()
         said = process.stderr.read().decode()
         assert process.wait() == 141 and "Error" not in said and "Traceback" not in said, said
+
+
+@pytest.mark.integration
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_output_that_cannot_be_written_is_a_line():
+    for arguments, stream in (("config fields", ">"), ("doctor", ">"), ("plan --teacher Qwen3-0.6B", ">"), ("", "2>")):
+        command = f"{sys.executable} -m rwkvinside {arguments} {stream} /dev/full"
+        done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT)
+        said = ["error: nothing more can be printed: No space left on device"] if stream == ">" else []
+        assert done.returncode == 2 and done.stderr.splitlines()[:1] == said, done.stderr
+    latin = os.environ | {"PYTHONIOENCODING": "latin1"}
+    command = [sys.executable, "-c", "from rwkvinside.errors import report_errors as r; r(lambda _: print('ü█'))()"]
+    assert subprocess.run(command, capture_output=True, cwd=ROOT, env=latin).stdout == b"\xfc?\n"
+    closed = subprocess.run(f"{sys.executable} -m rwkvinside config fields >&- 2>&-", shell=True, cwd=ROOT)
+    assert closed.returncode == 0
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("argument, code", [("--resume", 75), ("", 130)])
+def test_an_end_during_an_import_is_told_by_the_exit_code(tmp_path, argument, code):
+    """CPython itself notes an interrupt that goes through `exec`, and would end with SIGINT."""
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTED)
+    command = [sys.executable, "-m", "rwkvinside", "train", *filter(None, [argument])]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.startswith("error: stopped before the run went on" if argument else "interrupted\n")
+
+
+# SIGTERM comes when the configuration is about to be imported, out of a text that is executed.
+INTERRUPTED = """
+import os, signal, sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "rwkvinside.config.load":
+            exec("os.kill(os.getpid(), signal.SIGTERM); [None for _ in range(1000)]")
+
+sys.meta_path.insert(0, Finder())
+"""
 
 
 @pytest.mark.integration

@@ -118,6 +118,38 @@ def test_only_rank_0_prints():
     assert (result.returncode, result.stdout, result.stderr) == (2, "", "")
 
 
+TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    "environment, said",
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two', which no launcher sets"),
+        (TORCHRUN | {"WORLD_SIZE": "0"}, "WORLD_SIZE='0', which no launcher sets"),
+        (TORCHRUN | {"RANK": "0x1"}, "RANK='0x1', which no launcher sets"),
+        (TORCHRUN | {"WORLD_SIZE": "1", "RANK": "1"}, "RANK=1 of WORLD_SIZE=1"),
+        (TORCHRUN | {"MASTER_PORT": ""}, "MASTER_PORT='', which no launcher sets"),
+        ({"RANK": "0", "WORLD_SIZE": "8"}, "no LOCAL_RANK and no MASTER_ADDR and no MASTER_PORT"),
+    ],
+)
+def test_an_environment_that_no_launcher_makes_is_refused(teacher, capsys, monkeypatch, environment, said):
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert train_distill.main(["--teacher", teacher, "--dry-run"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    rank_1 = environment.get("RANK") == "1"
+    assert not lines if rank_1 else len(lines) == 2 and said in lines[0], lines
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no file without an end")
+@pytest.mark.parametrize("flag", ["--config", "--deepspeed", "--hostfile"])
+def test_a_file_without_an_end_is_refused(teacher, capsys, flag):
+    assert train_distill.main(["--teacher", teacher, "--dry-run", flag, "/dev/zero"]) == 2
+    assert "/dev/zero cannot be read" in capsys.readouterr().err
+
+
 def test_the_script_is_the_verb(teacher, capsys):
     argv = ["--teacher", teacher, "--dry-run", "run=[align]", "--local_rank=0"]
     assert train_distill.main(argv) == 0

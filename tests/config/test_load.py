@@ -198,6 +198,7 @@ def test_all_problems_at_once(teacher):
         ("student.attention_layers={choose: restor, keep: 2}", "did you mean restore?"),
         ("student.attention_layers=[0,1,2,3,4]", "keeps all 5 layers"),
         ("student.sinks=4", "student.sinks = 4: is 4 without a window; set student.window"),
+        ("student.attention_sinks=4", "is 4 without a window; set student.attention_window"),
         ("student.sinks={1: 4}", "without a window; set student.window"),
         ("student.window=-1", "student.window = -1: must be a number of tokens, 0 or more, or such numbers by layer"),
         (
@@ -379,6 +380,22 @@ def test_missing_teachers(tmp_path, teacher):
     assert "teacher.path is 5" in problems("teacher.path=5")[0]
     (tmp_path / "tiny" / "config.json").write_text("{")
     assert "cannot be read as JSON" in problems(teacher=teacher)[0]
+
+
+@pytest.mark.parametrize(
+    "flag, said",
+    [
+        ("teacher", "teacher is an empty text"),
+        ("out", "out = '': string must have at least 1 character"),
+        ("recipe", "recipe '' is not known"),
+        ("deepspeed", "cannot be read"),
+    ],
+)
+def test_an_empty_flag_is_not_one_that_was_left_out(teacher, flag, said):
+    """As `--out "$OUT"` without such a variable gives it."""
+    with pytest.raises(UserError) as caught:
+        load_config(**{"teacher": teacher, flag: ""})
+    assert said in caught.value.cause
 
 
 def test_student_settings_are_those_of_the_model():

@@ -66,7 +66,10 @@ def test_published_numbers(teacher, tmp_path):
     plain, windowed = load_config(teacher=teacher), load_config(teacher=teacher, recipe="windowed")
     assert (windowed.student.window, windowed.student.sinks) == (64, 4)
     student = windowed.student.model_copy(update={"window": 0, "sinks": 0})
-    assert windowed.model_copy(update={"recipe": None, "student": student}) == plain
+    calibrate = windowed.stages["calibrate"]
+    assert (calibrate.length.total_tokens, calibrate.data.seq_len) == (16_000, 2048)
+    stages = windowed.stages | {"calibrate": plain.stages["calibrate"]}
+    assert windowed.model_copy(update={"recipe": None, "student": student, "stages": stages}) == plain
 
 
 def test_layers_are_the_published_ones_or_spread_evenly(teacher):

@@ -1,7 +1,11 @@
+from pathlib import Path
+
 import pytest
+from faults import time_limit
 from templates import LLAMA3 as LLAMA3_0
 from templates import LLAMA32, QWEN3
 
+from rwkvinside.data import chat
 from rwkvinside.data.chat import encode_conversation
 from rwkvinside.data.encode import Encoder
 from rwkvinside.errors import UserError
@@ -161,24 +165,51 @@ def test_a_template_that_shows_calls_in_place_of_the_content(make_tokenizer):
         answers(make_tokenizer(LLAMA3), ERRAND, None)
 
 
+TAGS = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+LOOPS = "{% for i in range(9999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+DOUBLING = "{% set ns = namespace(s='ab') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ ns.s }}"
+
+
 @pytest.mark.parametrize(
-    "template",
+    "template, said",
     [
-        "{% for i in range(9999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-        "{% macro f(n) %}{{ f(n) }}{{ f(n) }}{% endmacro %}{{ f(1) }}",
-        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
-        "{% for i in range(9999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        (LOOPS, "does not end within 0.5 seconds"),
+        (TAGS + LOOPS, "does not end within 0.5 seconds"),
+        ("{{ 7 ** (10 ** 9) }}", "does not end within 0.5 seconds"),  # one call into C
+        ("{% macro f(n) %}{{ f(n) }}{{ f(n) }}{% endmacro %}{{ f(1) }}", "maximum recursion"),
+        ("{{ 'a' * 10 ** 11 }}", "needs more than 1 GiB of memory"),
+        ("{{ ('a' * 10 ** 6) | replace('a', 'a' * 10 ** 6) }}", "needs more than 1 GiB of memory"),
+        (DOUBLING, "needs more than 1 GiB of memory"),
+        ("{{ range(10 ** 12) | list }}", "Range too big"),
+        ("{{ 'a' * 2 * 10 ** 6 }}", "it makes 2,000,000 characters of "),
     ],
-    ids=["loops", "recursion", "loops, marked"],
 )
-def test_a_template_without_an_end_is_refused(make_tokenizer, template, monkeypatch):
+def test_a_template_is_bounded(make_tokenizer, template, said, monkeypatch):
     monkeypatch.setattr("rwkvinside.data.chat.TEMPLATE_SECONDS", 0.5)
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
     with pytest.raises(UserError) as caught:
         encode_conversation(make_tokenizer(template), messages, "a.jsonl:1")
-    said = str(caught.value).splitlines()
-    assert said[0].startswith("a.jsonl:1: the chat template ") and len(said) <= 2
-    assert "does not end within 0.5 seconds" in said[0] or "recursion" in said[0]
+    assert caught.value.cause.startswith("a.jsonl:1: the chat template ") and said in caught.value.cause
+    assert "\n" not in caught.value.cause
+    text, runs = completions(make_tokenizer(PLAIN), messages)  # the next one is rendered as ever
+    assert runs == ["ho\n"]
+
+
+def test_what_a_killed_rendering_leaves(make_tokenizer):
+    """An interrupted one answers no later question."""
+    script = Path(chat.__file__).with_name("render_template.py")
+    process = chat.bounded_process(script, chat.TEMPLATE_SECONDS, chat.TEMPLATE_BYTES)
+    completions(make_tokenizer(PLAIN))
+    with pytest.raises(TimeoutError), time_limit(0.3):
+        process.ask({"messages": [], "options": {"chat_template": LOOPS}})
+    assert "first" in completions(make_tokenizer(PLAIN))[0]
+
+
+def test_a_tokenizer_that_renders_by_itself_is_refused(make_tokenizer):
+    tokenizer = make_tokenizer(PLAIN)
+    tokenizer.__class__ = type("Own", (type(tokenizer),), {"apply_chat_template": lambda self, *_, **__: "mine"})
+    with pytest.raises(UserError, match=r"a\.jsonl:1: tokenizer .* renders conversations by its own code \(Own\)"):
+        encode_conversation(tokenizer, CONVERSATION, "a.jsonl:1")
 
 
 def conversations(name):

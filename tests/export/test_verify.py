@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -198,6 +201,21 @@ def test_validation_documents_see_what_two_rows_of_ids_do_not(chat_run, exported
 def test_validation_ends_with_its_time(chat_run, exported, monkeypatch):
     monkeypatch.setattr(module, "VALIDATION_SECONDS", 0.0)
     assert verify(exported[0], against=chat_run)["validation_rows"] == 1
+
+
+def test_the_process_that_reloads_ends_with_the_one_that_verifies():
+    """Which may be killed while a large model is loaded."""
+    code = f"""
+import runpy, threading, time
+reload = runpy.run_path({str(Path(module.__file__).with_name("reload.py"))!r})
+threading.Thread(target=reload["end_with_parent"], daemon=True).start()
+print("ready", flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"ready\n" and process.poll() is None
+        process.stdin.close()
+        assert process.wait(30) == 1
 
 
 def test_data_that_is_gone_is_said(run, tmp_path, make_run, teacher):

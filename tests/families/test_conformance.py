@@ -28,7 +28,7 @@ from rwkvinside.hybrid.calibration import calibrate, teacher_norms
 from rwkvinside.hybrid.freezing import GROUPS
 from rwkvinside.hybrid.layerwise_teacher import LayerwiseTeacher
 from rwkvinside.hybrid.model import HybridModel
-from rwkvinside.hybrid.settings import StudentConfig
+from rwkvinside.hybrid.settings import AdapterConfig, StudentConfig
 from rwkvinside.hybrid.weight_transfer import teacher_tensor
 from rwkvinside.losses.next_token import NextTokenLoss
 from rwkvinside.losses.settings import DistillLossConfig
@@ -47,6 +47,12 @@ LAYOUTS = {  # of every family
 }
 MORE = {  # of some, where what matters is the same in all
     "unrotated": (StudentConfig(attention_layers=(0, 2), attention_rope=False), {}),
+    "growing": (StudentConfig(attention_layers=(1,), attention_rope=False, attention_log_base=3.0), {}),
+    "cut": (StudentConfig(attention_layers=(0, 1), attention_window=4, attention_sinks=2), {}),
+    "cut-growing": (
+        StudentConfig(attention_layers=(1, 2), attention_window=7, attention_rope=False, attention_log_base=9.0),
+        {},
+    ),
     "mha": (StudentConfig(attention_layers=(1,)), {"num_key_value_heads": 4}),
     "untied": (StudentConfig(attention_layers=(2,)), {"tie_word_embeddings": False}),
     "biases": (StudentConfig(attention_layers=(1,)), {"attention_bias": True}),
@@ -55,6 +61,12 @@ MORE = {  # of some, where what matters is the same in all
 CASES = [(family, layout) for family in FAMILIES for layout in LAYOUTS]
 CASES += [("llama", layout) for layout in MORE if layout != "sliding"]
 CASES += [("qwen3", "biases"), ("qwen2", "sliding"), ("smollm3", "sliding"), ("glm4", "unrotated")]
+CASES += [
+    ("gemma2", "growing"),
+    ("gemma2", "cut"),
+    ("phi3", "cut"),
+    ("ministral", "cut-growing"),
+]
 
 
 @pytest.fixture(scope="module", params=CASES, ids="-".join)
@@ -312,6 +324,39 @@ def test_everything_that_trains_gets_a_gradient(case, objective):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_quantized_and_adapted_layers_train_are_planned_and_exported(family, tmp_path, prompt):
+    """Every linear layer but the mixers' and the head's is packed, those of MLPs have adapters; experts included."""
+    spec = StudentConfig(attention_layers=(1,))
+    layers = layer_spec(("mlp", "attention", "teacher"), adapters=(AdapterConfig(groups=["mlp"], rank=4),))
+    student, batch = assemble(teacher(family, 2), spec, layers), packed([9, 11], rows=2)
+    assert {student.group_of(f"{name}.weight")[0] for name in student.quantized} == {"mlp", "attention", "teacher"}
+    student.set_trainable(["mixer", "norms", "adapters"])
+    trained = {name: p for name, p in student.canonical_parameters().items() if p.requires_grad}
+    with torch.no_grad():
+        for p in trained.values():  # no tensor is without effect
+            p.add_(0.1 * torch.randn_like(p))
+    for step in (AlignStep(norms={0: 1.0}), DistillStep(SelfTeacher(), DistillLossConfig(chunk_tokens=7))):
+        loss, _ = step(student, batch)
+        loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in trained.values())
+    assert sum(".lora_B." in name for name in trained) >= 4
+
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(copy.deepcopy(teacher(family, 2).config))
+    planned = assemble(lm, spec, layers)
+    for found in (planned, student):
+        found.set_trainable(["mixer", "norms", "adapters"])
+    assert planned.group_table() == student.group_table()
+    sizes = [{name: layer.nbytes for name, layer in m.quantized.items()} for m in (planned, student)]
+    assert sizes[0] == sizes[1]
+
+    expected = logits(student, batch_of(prompt), "student")
+    case = SimpleNamespace(student=student, family=find(family), original=teacher(family, 2))
+    exported = _export(case, tmp_path)
+    torch.testing.assert_close(exported(prompt).logits.float(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_losses_are_of_the_models_own_logits(family):
     """Value and gradients of the loss by chunks are those of transformers' logits under autograd."""
     lm = doubled(teacher(family, 1, tie_word_embeddings=False))
@@ -411,8 +456,8 @@ def test_cached_logits_equal_a_full_pass(case, exported, prompt):
     parts = [exported(part, past_key_values=cache).logits for part in prompt.split([7, 1, 1, 12], dim=1)]
     torch.testing.assert_close(torch.cat(parts, 1), full, rtol=0, atol=case.atol)
     assert cache.get_seq_length() == prompt.shape[1]
-    recurrent = [i for i, slot in enumerate(cache.layers) if isinstance(slot, RecurrentLayer)]
-    assert recurrent == exported.config.rwkv_layers
+    bounded = {i for i, slot in enumerate(cache.layers) if isinstance(slot, RecurrentLayer)}
+    assert bounded == {*exported.config.rwkv_layers, *case.student.kept_windows}
 
 
 def test_left_padding_changes_no_logit(case, exported, prompt):
@@ -435,7 +480,8 @@ def test_the_configuration_survives_its_file(case, exported, tmp_path):
     assert again.to_dict() == exported.config.to_dict() | {"_name_or_path": ""}
     made = {i: c.replace(backend="auto", precision="auto") for i, c in case.student.mixer_configs.items()}
     assert {i: again.mixer_config(i) for i in again.rwkv_layers} == made
-    assert again.attention_rope == case.spec.attention_rope
+    for name in ("attention_rope", "attention_log_base", "attention_window", "attention_sinks"):
+        assert getattr(again, name) == getattr(case.spec, name)
     teachers = {n: v for n, v in case.original.config.to_dict().items() if n in ("vocab_size", "rope_parameters")}
     assert teachers.items() <= again.to_dict().items()
 

@@ -38,7 +38,7 @@ def start(argv, log, **limits):
     return process
 
 
-def finish(process, patience=120):
+def finish(process, patience=600):
     """Wait for its end; return the exit code, negative for a signal."""
     process.join(patience)
     if process.is_alive():

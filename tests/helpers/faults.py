@@ -4,10 +4,10 @@ SEED=7 FAULTS=full in the environment choose other faults, and as many as `make 
 """
 
 import os
+import signal
+from contextlib import contextmanager
 
 import pytest
-
-from rwkvinside.support.time_limit import time_limit
 
 SEED = os.environ.get("SEED", "0")
 FULL = {"small": False, "full": True}[os.environ.get("FAULTS", "small")]
@@ -28,6 +28,22 @@ def run(main, *argv):
     """Call a command within a time limit; return its exit code."""
     with time_limit(PATIENCE):
         return main([str(word) for word in argv])
+
+
+@contextmanager
+def time_limit(seconds):
+    """Raise `TimeoutError` in the main thread when what is inside takes longer."""
+
+    def expire(number, frame):
+        raise TimeoutError(f"not done within {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def assert_survived(code, error):

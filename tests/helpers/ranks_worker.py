@@ -164,6 +164,7 @@ for stage, economy in ((0, {}), (1, OFFLOAD), (2, OFFLOAD), (3, BOTH)):
     hybrid(f"distill-zero{stage}-economy", tiny.distill(checkpointing=True), stage, **economy)
     if world.size == 2:
         hybrid(f"quantized-zero{stage}", tiny.quantized(), stage)
+        hybrid(f"sparse-zero{stage}", tiny.sparse(), stage)
 hybrid("distill-zero3-sharded-teacher", tiny.distill(shard=shard), 3)
 if world.size == 2:
     hybrid("distill-zero1-sharded-teacher", tiny.distill(shard=shard), 1)

@@ -3,6 +3,7 @@
 import copy
 from dataclasses import replace
 
+import hybrid_cases
 import torch
 from plans import layer_spec
 from toy_training import callbacks
@@ -119,6 +120,19 @@ def quantized():
     model = assemble(teacher(), StudentConfig(), STRUCTURE)
     model.set_trainable(["mixer", "adapters"])
     return model, lambda module: DistillStep(SelfTeacher(), LOSS)
+
+
+def sparse():
+    """Experts in nf4 with LoRA, and their balance in the loss, beside a dense layer."""
+    torch.manual_seed(0)
+    lm = hybrid_cases.teacher("qwen3_moe", 2, vocab_size=VOCAB)
+    lm.set_experts_implementation("eager")  # ranks have other numbers of tokens: sums in the same order
+    lora = AdapterConfig(rank=2, groups=["mlp"])
+    torch.manual_seed(1)
+    model = assemble(lm, StudentConfig(), layer_spec(("mlp", "teacher"), adapters=(lora,)))
+    model.set_trainable(["mixer", "adapters", r".*\.gate\.weight"])
+    second = OnlineTeacher(TeacherModel(hybrid_cases.teacher("qwen3_moe", 2, vocab_size=VOCAB)))
+    return model, lambda module: DistillStep(second, LOSS.model_copy(update={"router": 0.5}))
 
 
 def judged():

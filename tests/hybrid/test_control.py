@@ -82,6 +82,61 @@ def test_the_control_is_what_is_left_of_a_student_without_its_recurrences():
     torch.testing.assert_close(found, logits(hybrid, batch, "control"), rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
+def test_kept_attention_is_cut_in_student_and_control_and_whole_in_the_teacher(batch):
+    spec = StudentConfig(window=5, sinks=2, attention_layers=(1,), attention_window=3, attention_sinks=1)
+    hybrid = HybridModel.from_teacher(teacher("llama"), spec).double()
+    wanted = by_hand(teacher("llama").double(), batch, {0: (5, 2), 1: (3, 1), 2: (5, 2)})[batch.mask]
+    torch.testing.assert_close(logits(hybrid, batch, "control")[batch.mask], wanted, rtol=0, atol=1e-10)
+    whole = HybridModel.from_teacher(teacher("llama"), StudentConfig(attention_layers=(1,))).double()
+    assert torch.equal(logits(hybrid, batch, "teacher"), logits(whole, batch, "teacher"))
+
+    hybrid = HybridModel.from_teacher(teacher("llama"), spec.model_copy(update={"attention_layers": (0, 1)})).double()
+    layer, seen_by = hybrid.lm.model.layers[0], {}
+    layer.register_forward_hook(lambda module, args, output: seen_by.update(student=output))
+    logits(hybrid, batch, "student")
+    student = seen_by["student"]
+    logits(hybrid, batch, "control")
+    assert torch.equal(student, seen_by["student"])
+    logits(hybrid, batch, "teacher")
+    assert not torch.allclose(student[batch.mask], seen_by["student"][batch.mask], atol=1e-6)
+
+
+def test_the_soft_cap_of_scores_stays_where_attention_is_cut():
+    """Gemma 2's control and its cut layers, by its own scores under a mask by hand."""
+    batch = packed([9, 14])
+    hybrid = HybridModel.from_teacher(
+        teacher("gemma2", sliding_window=40), StudentConfig(attention_layers=(1,), attention_window=4, window=4)
+    ).double()
+    lm = teacher("gemma2", sliding_window=40).double()
+    lm.set_attn_implementation("eager")
+    mask = seen(batch, 4, 0)
+    for layer in lm.model.layers:
+        layer.self_attn.register_forward_pre_hook(
+            lambda module, args, kwargs: (args, kwargs | {"attention_mask": mask}), with_kwargs=True
+        )
+    with torch.no_grad():
+        wanted = lm(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
+    found = logits(hybrid, batch, "control")
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-6)  # "eager" has its softmax in fp32
+
+
+def test_scores_that_grow_are_the_students_alone():
+    """Queries of kept layers times log_a(position + a), by hand in every document; teacher and control as they were."""
+    batch, base = packed([9, 14]), 4.0
+    spec = StudentConfig(attention_layers=(0,), attention_log_base=base, window=3)
+    hybrid = HybridModel.from_teacher(teacher("llama"), spec).double()
+    plain = HybridModel.from_teacher(teacher("llama"), spec.model_copy(update={"attention_log_base": None})).double()
+    for mode in ("teacher", "control"):
+        assert torch.equal(logits(hybrid, batch, mode), logits(plain, batch, mode))
+    assert not torch.allclose(logits(hybrid, batch, "student"), logits(plain, batch, "student"), atol=1e-3)
+    factor = ((batch.position_ids.double() + base).log() / torch.tensor(base).double().log())[..., None]
+    assert factor[0, [0, 9]].flatten().tolist() == [1, 1]  # first tokens of both documents
+    scaled = plain.lm.model.layers[0].self_attn.q_proj
+    scaled.register_forward_hook(lambda module, args, output: output * factor)  # before a rotation, which turns only
+    torch.testing.assert_close(logits(hybrid, batch, "student"), logits(plain, batch, "student"), rtol=0, atol=1e-12)
+
+
 def test_a_control_has_no_gradient():
     hybrid = HybridModel.from_teacher(teacher(), StudentConfig(window=6))
     hybrid.set_trainable(["mixer", "embed"])

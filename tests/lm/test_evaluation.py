@@ -81,8 +81,8 @@ def test_positions(found):
 def test_the_call_of_the_founding_document():
     tokenizer = byte_tokenizer()
     model = StatefulModel(_with_vocabulary(len(tokenizer)))
-    results = evaluate_sequence_modeling(model=model, tokenizer=tokenizer, chunk_size=64)
-    assert (results["documents"], results["tokens"]) == (4, 4 * 4 * 64)
+    results = evaluate_sequence_modeling(model=model, tokenizer=tokenizer, chunk_size=32)
+    assert (results["documents"], results["tokens"]) == (4, 4 * 4 * 32)
     assert results["perplexity"] == pytest.approx(results["full_processing_perplexity"], rel=1e-4)
     assert min(map(len, help_texts(4))) > 20_000 and "import" in help_texts(4)[0]
 
@@ -105,26 +105,26 @@ def wide():
         pytest.skip("this system does not count a peak of memory anew")
     torch.manual_seed(0)
     model = StatefulModel(_with_vocabulary(8192)).requires_grad_(True)
-    return model, torch.randint(3, 8192, (1, 1024), generator=torch.Generator().manual_seed(0))
+    return model, torch.randint(3, 8192, (1, 512), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("gradient", [False, True])
 def test_the_memory_of_a_loss_is_that_of_a_chunk(wide, gradient):
     model, ids = wide
     peaks = {}
-    for size in (64, 1024, 256, 64):  # what is loaded on first use counts in the first
+    for size in (32, 512, 128, 32):  # what is loaded on first use counts in the first
         model.set_chunk_size(size)
         with torch.set_grad_enabled(gradient):
             outputs, cost = measured(lambda: model.forward_chunked(ids, ids), CPU)
         peaks[size] = cost.peak_bytes
         del outputs
-    logits = 1024 * 8192 * 4
-    assert peaks[1024] > 2 * logits  # they, and their log-softmax
-    assert peaks[256] < 0.75 * peaks[1024] and peaks[64] < 0.4 * peaks[1024], peaks  # glibc keeps some of it
+    logits = 512 * 8192 * 4
+    assert peaks[512] > 2 * logits  # they, and their log-softmax
+    assert peaks[128] < 0.75 * peaks[512] and peaks[32] < 0.4 * peaks[512], peaks  # glibc keeps some of it
 
 
 def test_memory_ratios_are_measured(wide):
     model, ids = wide
-    found = evaluate_documents(model, [ids[0]], 256)
+    found = evaluate_documents(model, [ids[0]], 128)
     ratios = {way["chunk_size"]: way["memory_ratio"] for way in found["chunked_processing_results"]}
-    assert list(ratios) == [16, 64, 256, 512] and ratios[16] < ratios[256] < ratios[512] < 1
+    assert list(ratios) == [32, 128, 256] and ratios[32] < ratios[128] < ratios[256] < 1

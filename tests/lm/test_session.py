@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from generation_cases import VOCAB, build, greedy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rwkvinside.errors import UserError
 from rwkvinside.lm.cache_parts import named_parts
@@ -142,3 +143,27 @@ def test_what_cannot_be_processed_is_refused():
     model.train()
     with pytest.raises(UserError, match="gradient checkpointing"):
         model.forward_chunked(ids, ids)
+
+
+class _Largest(TorchDispatchMode):
+    """The most elements of a tensor that an operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            self.elements = max(self.elements, x.numel() if isinstance(x, torch.Tensor) else 0)
+        return result
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama", "mistral", "gemma3_text"])
+def test_reading_a_chunk_makes_nothing_of_the_length_so_far(family):
+    model = StatefulModel(build(family=family, rwkv_layers=(0, 1, 2, 3), dtype=torch.float32), chunk_size=512)
+    largest = []
+    for length in (16, 2048):
+        state = model.forward_chunked(tokens(1, length)).state
+        with _Largest() as found, torch.no_grad():
+            model.process_with_state(tokens(1, 16), state)
+        largest.append(found.elements)
+    assert largest[0] == largest[1] < 16 * 2048  # of a mask

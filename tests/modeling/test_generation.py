@@ -18,6 +18,7 @@ from transformers import (
     TextIteratorStreamer,
 )
 
+from rwkvinside.modeling.first_layer import ForwardContext
 from rwkvinside.modeling.hybrid_base import FP32_PARAMETERS
 
 
@@ -93,6 +94,64 @@ def test_a_window_keeps_its_size():
             assert {state.window.k.dtype for state in states} == {torch.bfloat16}
     recurrence, window = 4 * HEADS * HEAD_SIZE**2, 2 * 2 * KV_HEADS * 36 * HEAD_SIZE + 8
     assert sizes == dict.fromkeys(sizes, LAYERS * (recurrence + window))
+
+
+@pytest.mark.parametrize(
+    "family, layout, window, sinks, rotates",
+    [("qwen3", "mixed", 5, 2, True), ("llama", "attention-first", 1, 0, False), ("phi3", "mixed", 40, 4, True)],
+)
+def test_kept_layers_that_are_cut(family, layout, window, sinks, rotates, prompt):
+    fields = {"attention_window": window, "attention_sinks": sinks, "attention_rope": rotates}
+    model = build(family, LAYOUTS[layout], **fields)
+    check_paths(model, prompt)
+    kwargs = {"max_new_tokens": NEW, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
+    assert torch.equal(model.generate(prompt, **kwargs), model.generate(prompt, use_cache=False, **kwargs))
+    graphed = model.generate_graphed(prompt, max_new_tokens=NEW, do_sample=False)[:, -NEW:]
+    assert torch.equal(graphed, greedy(model, prompt))
+    whole = build(family, LAYOUTS[layout], attention_rope=rotates)
+    whole.load_state_dict(model.state_dict())
+    assert torch.allclose(model(prompt).logits, whole(prompt).logits, atol=1e-10) == (window > prompt.shape[1])
+
+
+def test_what_a_cut_layer_sees():
+    """A changed token reaches what the layer gives where it is in the window or among the first, nowhere else."""
+    model = build("llama", [2], attention_window=5, attention_sinks=2)
+    attention, still = model.model.layers[0].self_attn, torch.ones(1, 30, HEAD_SIZE, dtype=torch.float64)
+    x = torch.randn(1, 30, model.config.hidden_size, dtype=torch.float64)
+    given = {"position_embeddings": (still, 0 * still), "forward_context": ForwardContext()}
+    before = attention(x, **given)[0]
+    for changed in (0, 1, 2, 11):
+        other = x.clone()
+        other[:, changed] += 1
+        differs = (attention(other, **given)[0] - before).abs().amax((0, 2)) > 1e-9
+        seen = [t for t in range(30) if changed <= t and (t < changed + 5 or changed < 2)]
+        assert differs.nonzero().flatten().tolist() == seen
+
+
+def test_a_model_made_from_scratch_keeps_its_size():
+    model = build("llama", [0, 2], dtype=torch.bfloat16, attention_window=32, attention_sinks=4)
+    sizes = {}
+    with torch.no_grad():
+        for length in (1024, 16384):
+            cache = DynamicCache(config=model.config)
+            for part in torch.full((1, length), 5).split(4096, 1):
+                model.model(part, past_key_values=cache)
+            model.model(torch.tensor([[7]]), past_key_values=cache)
+            states = [slot.state for slot in cache.layers]
+            sizes[length] = sum(x.untyped_storage().nbytes() for state in states for x in state.tensors())
+            assert cache.get_seq_length() == length + 1
+    recurrence, ring = 4 * HEADS * HEAD_SIZE**2, 2 * 2 * KV_HEADS * 36 * HEAD_SIZE + 8
+    assert sizes == dict.fromkeys(sizes, 2 * (recurrence + ring))
+
+
+def test_what_cannot_be_cut_is_refused(prompt):
+    with pytest.raises(ValueError, match="attention_window 0 and attention_sinks 2: neither is negative, sinks need"):
+        build("llama", [0, 2], attention_sinks=2)
+    with pytest.raises(ValueError, match="attention_log_base is 1: a logarithm needs more than 1"):
+        build("llama", [0, 2], attention_log_base=1)
+    model = build("llama", [0, 2], attention_window=4, attention_dropout=0.1).train()
+    with pytest.raises(ValueError, match=r"attention_dropout 0.1 is not computed in a window"):
+        model(prompt)
 
 
 @pytest.mark.parametrize("layout", ["mixed", "attention-first"])

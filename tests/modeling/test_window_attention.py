@@ -91,6 +91,40 @@ def test_blocks_equal_the_dense_form_with_all_gradients(window, sinks, case):
         assert (x - y).abs().max() < 5e-6 * max(1, y.abs().max())
 
 
+@pytest.mark.parametrize("case", ["rows", "documents", "scattered", "scattered in documents", "nothing"])
+@pytest.mark.parametrize("window, sinks", [(4, 0), (32, 4), (200, 1)])
+def test_scores_with_a_soft_cap(window, sinks, case):
+    """Blocks, their gradients, and chunks and single tokens from a state, by the dense form and that by hand."""
+    given = tuple(3 * x for x in inputs(150))
+    given = tuple(x.requires_grad_() for x in given)
+    options = {"window": window, "sinks": sinks, "softcap": 1.5} | options_of(case)
+    weight = torch.randn(B, 150, H, N, dtype=torch.float64)
+    found, wanted = window_attention(*given, **options)[0], dense_window_attention(*given, **options)
+    assert (found - wanted).abs().max() < 1e-10
+    exact = torch.autograd.grad((wanted * weight).sum(), given)
+    for x, y in zip(torch.autograd.grad((found * weight).sum(), given), exact, strict=True):
+        assert (x - y).abs().max() < 1e-10
+    assert (found - window_attention(*given, **options | {"softcap": None})[0]).abs().max() > 0.1
+    if options["cu_seqlens"] is not None:
+        return
+    for chunk in (1, 40):
+        state, parts = None, []
+        for t in range(0, 150, chunk):
+            mask = None if options["mask"] is None else options["mask"][:, t : t + chunk]
+            cut = tuple(x[:, t : t + chunk] for x in given)
+            part, state = window_attention(*cut, **options | {"mask": mask, "state": state})
+            parts.append(part)
+        assert (torch.cat(parts, 1) - wanted).abs().max() < 1e-12
+
+
+def test_the_soft_cap_is_that_of_transformers():
+    q, k, v = inputs(30)
+    scores = 2.0 * torch.tanh(q.transpose(1, 2) @ k.transpose(1, 2).repeat_interleave(2, 1).mT * N**-0.5 / 2.0)
+    scores = scores.masked_fill(torch.ones(30, 30, dtype=torch.bool).triu(1), -torch.inf)
+    wanted = (scores.softmax(-1) @ v.transpose(1, 2).repeat_interleave(2, 1)).transpose(1, 2)
+    assert (window_attention(q, k, v, window=30, sinks=0, softcap=2.0)[0] - wanted).abs().max() < 1e-12
+
+
 @pytest.mark.parametrize("window, sinks", [(256, 4), (300, 0), (70, 100)])
 def test_windows_wider_than_a_block(window, sinks):
     given = inputs(700, batch=1)

@@ -129,5 +129,7 @@ def test_kernels_without_a_newer_function_are_used_for_the_rest(monkeypatch):
     monkeypatch.setattr(mixer_step, "why_unavailable", lambda *_: None)
     with torch.no_grad():
         assert mixer_step.is_fused(config, x, None)
+        capped = config.replace(window=4, softcap=50.0)  # no kernel has a soft cap
+        assert not mixer_step.is_fused(capped, x, None) and mixer_step.is_fused(capped.replace(softcap=None), x, None)
         monkeypatch.delattr(kernels, "low_rank")
         assert not mixer_step.is_fused(config, x, None)

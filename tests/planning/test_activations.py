@@ -30,6 +30,8 @@ QUANTIZED = layer_spec(("mlp", "teacher"), adapters=(AdapterConfig(rank=8),))
         ("distill", [".*"], False, {}),
         ("distill", [".*"], True, {}),
         ("distill", [".*"], False, {"family": "llama", "kept": (0, 2)}),
+        ("distill", [".*"], False, {"family": "llama", "kept": (0, 2), "attention_window": 32, "attention_sinks": 4}),
+        ("distill", [".*"], True, {"family": "llama", "kept": (1, 2), "attention_window": 64}),
         ("distill", ["mixer"], False, {}),
         ("distill", ["mixer"], True, {"dtype": torch.bfloat16}),
         ("distill", ["mixer", "adapters"], False, {"layers": LORA}),

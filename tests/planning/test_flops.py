@@ -18,6 +18,7 @@ from rwkvinside.hybrid.settings import AdapterConfig, StudentConfig
 from rwkvinside.modeling import time_mixer
 from rwkvinside.planning import devices
 from rwkvinside.planning.devices import measured_flops, peak_flops
+from rwkvinside.planning.fit_flops import calibration_flops
 from rwkvinside.planning.flops import training_flops
 from rwkvinside.teacher.kinds import TeacherKind
 
@@ -61,17 +62,18 @@ def stage(objective):
     return stage_plan(**values | ({"loss": loss[objective]} if objective in loss else {}))
 
 
+def no_recurrence(r, log_decay, k, v, a, b, state=None, **options):
+    # depends on all inputs, as the recurrence does, without a product of matrices
+    v, a = (t.repeat_interleave(r.shape[2] // t.shape[2], 2) for t in (v, a))
+    return r * log_decay.exp() * k + a * b + v, state
+
+
 @pytest.fixture
 def counted(monkeypatch):
     """A function that counts what a step really multiplies, per token.
 
     The recurrence is left out, its backends differ in what they do. Scores are counted over the whole square.
     """
-
-    def no_recurrence(r, log_decay, k, v, a, b, state=None, **options):
-        # depends on all inputs, as the recurrence does, without a product of matrices
-        v, a = (t.repeat_interleave(r.shape[2] // t.shape[2], 2) for t in (v, a))
-        return r * log_decay.exp() * k + a * b + v, state
 
     monkeypatch.setattr(time_mixer, "wkv7", no_recurrence)
 
@@ -233,6 +235,35 @@ def test_frozen_weights_need_no_gradient_of_their_own():
     assert mixers.backward["recurrence"] == 2 * mixers.forward["recurrence"] == 2 * 3 * 8 * 4 * 16**2
 
 
+@pytest.mark.parametrize("window", [0, 6])
+def test_calibration(monkeypatch, window):
+    """Products of a whole calibration, but those of the recurrence; PyTorch does not count what solves equations."""
+    tokens, length = 512, 64
+    monkeypatch.setattr(time_mixer, "wkv7", no_recurrence)
+    student = hybrid([], (1,), window=window, sinks=2 if window else 0)
+    data, rows = {"seq_len": length}, {"tokens": length}
+    plan = stage_plan(objective="calibrate", tokens=tokens, train=[], data=data, batch=rows, optim=None)
+    ids = torch.randint(0, 50, (tokens // length, length))
+    ones, positions = torch.ones_like(ids).int(), torch.arange(length).expand(*ids.shape)
+    batch = Batch(ids, ids, positions, ones, tuple(range(len(ids))))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        plan.stage.fit(student, [batch], lambda layer: None)
+    found = calibration_flops(student, plan)
+    assert ("shares" in found) == bool(window)
+    computed = sum(found.values()) - found["recurrence"] - found["solving"]
+    # more is computed than is needed: scores of the whole square, and all keys of a window's blocks
+    assert counter.get_total_flops() * (0.6 if window else 0.9) < computed < counter.get_total_flops()
+
+
+def test_how_long_a_calibration_takes(monkeypatch):
+    assert devices.expected_time(3e12, "cpu") == "about 60 s of one core at 50 GFLOP/s"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert devices.expected_time(67e13, "cuda") == "about 20 s at half the fp32 peak of an H100 (an estimate)"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA A100-SXM4-80GB")
+    assert "half the fp32 peak of NVIDIA A100" in devices.expected_time(67e13, "cuda")
+
+
 def test_peak_by_name(monkeypatch):
     def peak(name, precision):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
@@ -249,3 +280,33 @@ def test_peak_by_name(monkeypatch):
 def test_peak_of_a_cpu_is_measured():
     # a core does more than one product a nanosecond, no machine a hundred thousand
     assert 1e9 < measured_flops(torch.device("cpu"), "fp32", seconds=0.02) < 1e14
+
+
+@pytest.mark.parametrize("train", [[".*"], ["mixer"]])
+def test_kept_attention_that_is_cut(counted, train):
+    student = hybrid(train, (0, 2), attention_window=6, attention_sinks=2)
+    found = training_flops(student, stage("sft"), None)
+    keys = sum(min(t + 1, 8) for t in range(LENGTH)) / LENGTH
+    assert found.forward["scores"] == pytest.approx(2 * 4 * 4 * 16 * keys)
+    needed = found.forward["scores"] + found.backward["scores"]
+    whole = (64 + 6 + 2) / keys  # computed are all keys of the one block of 64 queries that the rows make
+    recurrence = found.forward["recurrence"] + found.backward["recurrence"]
+    assert found.total - recurrence + (whole - 1) * needed == pytest.approx(counted(student, sft))
+    teacher = training_flops(student, stage("distill"), TeacherKind.SELF).forward["teacher"]
+    full = hybrid(train, (0, 2))
+    assert teacher == training_flops(full, stage("distill"), TeacherKind.SELF).forward["teacher"]
+
+
+def test_adapters_of_experts_are_those_of_the_chosen_ones():
+    model = hybrid_cases.teacher("qwen3_moe", 1, tie_word_embeddings=False)
+    student = HybridModel.from_teacher(model, StudentConfig())
+    plain = training_flops(student, stage("distill"), TeacherKind.SELF)
+    apply(student, layer_spec(("mlp",), adapters=(AdapterConfig(groups=["mlp"], rank=3),)))
+    student.set_trainable(["adapters"])
+    found = training_flops(student, stage("distill"), TeacherKind.SELF)
+    D, inner, chosen = 32, 24, 2
+    weights = chosen * 3 * (D + 2 * inner + inner + D)  # A and B of gate and up in one, and of down
+    assert found.forward["adapters"] == 2 * weights
+    # for their weights, and for the inputs of all but the first A, whose input is the layer's
+    assert found.backward["adapters"] == 2 * weights + 2 * (weights - chosen * 3 * D)
+    assert found.forward["mlp"] == plain.forward["mlp"] and found.forward["teacher"] == plain.forward["teacher"]

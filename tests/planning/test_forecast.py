@@ -62,7 +62,7 @@ def test_time_cost_and_warnings(teacher):
     found = expected(teacher, *GPU, "student.preset=hxa079", ranks=4)
     rate = Rate(found.flops / 7200, "as it was said")
     lines = forecast_text(found, rate, price=2.5).splitlines()
-    assert "; about 2.0 h; 8 GPU hours; cost 20.00" in lines[0]
+    assert "; about 2 h; 8 GPU hours; cost 20.00" in lines[0]
     assert any(line.startswith("time: ") and "as it was said" in line for line in lines)
     assert lines[-1].startswith("warning: not the published hxa079")
     assert all(len(line) <= 80 for line in lines[1:] if not line.startswith(("warning", found.teacher, "time")))

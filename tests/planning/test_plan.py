@@ -5,6 +5,7 @@ from importlib.resources import files
 
 import pytest
 from tiny import save_configuration
+from transformers import AutoConfig
 
 from rwkvinside.config.load import load_config
 from rwkvinside.config.recipes import recipes
@@ -115,6 +116,29 @@ def test_a_published_preset_that_is_not_its_variant_is_warned_of(teacher):
         assert "warning" not in planned(teacher, "student.preset=hxa079", *variant, f"student.key_scale={scale}")
     assert "warning" not in planned(teacher, "student.preset=hxa07c", *variant)  # its scale is decay
     assert "warning" not in planned(teacher)
+
+
+def test_kept_layers_that_are_cut_are_named(teacher):
+    kept = "student.attention_layers=[1]"
+    text = planned(teacher, kept, "student.attention_window=64", "student.attention_sinks=4")
+    assert "\n          attention of layers 1 sees the last 64 tokens and the first 4\n" in text
+    assert "sees the last" not in planned(teacher, kept)
+    text = planned(teacher, kept, "student.attention_log_base=500")
+    assert "\n          scores of attention grow with the position, by its logarithm to the base 500\n" in text
+    with pytest.raises(UserError, match="student.attention_window is 64, but no layer keeps attention"):
+        planned(teacher, "student.attention_window=64")
+
+
+def test_a_router_loss_is_named_and_needs_routers(teacher, tmp_path):
+    with pytest.raises(UserError, match="stages.distill.loss.router is 0.001, but the teacher has no routers"):
+        planned(teacher, "stages.distill.loss.router=0.001")
+    sparse = AutoConfig.for_model(
+        "qwen3_moe", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        intermediate_size=48, moe_intermediate_size=24, num_experts=4, num_experts_per_tok=2, vocab_size=64,
+    )  # fmt: skip
+    sparse.save_pretrained(tmp_path / "sparse")
+    text = planned(str(tmp_path / "sparse"), "stages.distill.loss.router=0.001")
+    assert "loss      1 KL(teacher || student) + 0.001 balance of experts in each row" in text
 
 
 def test_ranks_show_what_deepspeed_is_given(teacher):

@@ -6,6 +6,7 @@ from rwkvinside.support.text import (
     rounded_bytes,
     rounded_count,
     rounded_flop,
+    rounded_time,
     short_count,
     spans,
 )
@@ -61,6 +62,11 @@ def test_operations():
         "200 PFLOP",
         "989 TFLOP",
     ]
+
+
+def test_durations():
+    seconds = 0.413, 12, 89, 90, 200, 7300, 3600 * 47
+    assert [rounded_time(n) for n in seconds] == ["0.41 s", "12 s", "89 s", "1.5 min", "3.3 min", "2 h", "47 h"]
 
 
 def test_short_counts_are_exact():

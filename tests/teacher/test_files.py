@@ -3,12 +3,17 @@
 import json
 
 import pytest
+import torch
+from hybrid_cases import teacher as sparse
+from safetensors.torch import load_file, save_file
 from tiny import byte_tokenizer, save_qwen3
 
 from rwkvinside.errors import UserError
 from rwkvinside.support.digests import FileDigests
 from rwkvinside.teacher import files
 from rwkvinside.teacher.files import check_unchanged, local_hashes, model_identity
+from rwkvinside.teacher.load import check_files, load_teacher
+from rwkvinside.teacher.settings import TeacherConfig
 
 
 @pytest.fixture
@@ -72,3 +77,19 @@ def test_hashes_of_what_is_here(teacher, tmp_path):
     (teacher / "model.safetensors").unlink()
     assert local_hashes(str(teacher), None, FileDigests()) == (None, None)
     assert local_hashes("no/such", None, FileDigests()) == (None, None)
+
+
+def test_published_files_of_sparse_models_have_a_tensor_for_each_expert(tmp_path):
+    original = sparse("qwen3_moe")
+    original.save_pretrained(tmp_path)
+    names = set(load_file(tmp_path / "model.safetensors"))
+    assert "model.layers.0.mlp.experts.3.up_proj.weight" in names and len(names) < 60
+    check_files(TeacherConfig(path=str(tmp_path)))
+    loaded = load_teacher(str(tmp_path), None, torch.float32)
+    assert all(torch.equal(p, loaded.get_parameter(n)) for n, p in original.named_parameters())
+    tensors = {n: t for n, t in load_file(tmp_path / "model.safetensors").items() if ".experts.2.down" not in n}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lack model.layers.0.mlp.experts.2.down_proj.weight \(of 2 that are missing"):
+        check_files(TeacherConfig(path=str(tmp_path)))
+    save_file(original.state_dict() | {"lm_head.weight": torch.zeros(50, 32)}, tmp_path / "model.safetensors")
+    check_files(TeacherConfig(path=str(tmp_path)))  # as the model has them

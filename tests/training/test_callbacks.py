@@ -100,12 +100,12 @@ class Scripted:
         return {"ce": 0.0, "kl": self.values[done], **self.labels}
 
 
-def told_of(values, tmp_path, scores=(), checkpointer=None, resume=False, **labels):
+def told_of(values, tmp_path, scores=(), checkpointer=None, resume=False, save_every=1, **labels):
     """The lines about validation of a toy stage that is evaluated at each step."""
     stream = io.StringIO()
     console = ShowProgress(Console("toy", STEPS, stream=stream))
     evaluate = Evaluate(Scripted(values, **labels))
-    toy = trainer([evaluate, console, WatchValidation(scores)], checkpointer, evaluate_every=1, save_every=1)
+    toy = trainer([evaluate, console, WatchValidation(scores)], checkpointer, evaluate_every=1, save_every=save_every)
     if resume:
         toy.restore(checkpointer.load())
     toy.fit()
@@ -123,6 +123,8 @@ def test_a_rising_validation_score_is_said_while_it_happens(tmp_path):
     [line] = told_of(falling(s5=0.9**4 * 1.2), tmp_path)
     assert line.startswith(f"toy 5/{STEPS}  WORSE ON VALIDATION: kl 0.7873, best of the stage 0.6561 at step 4")
     assert "lower stages.toy.tokens or optim.lr; the best checkpoint is kept, and export takes it" in line
+    [line] = told_of(falling(s5=0.9**4 * 1.2), tmp_path, save_every=3)
+    assert "best of the stage 0.6561 at step 4" in line and "nothing was saved there: save more often" in line
 
 
 def test_a_stage_is_compared_with_its_start_by_the_same_measure(tmp_path):

@@ -49,6 +49,7 @@ def hybrid(tmp_path_factory):
         ("align", tiny.align(), "fp32"),
         ("distill", tiny.distill(), "fp32"),
         ("quantized", tiny.quantized(), "fp32"),
+        ("sparse", tiny.sparse(), "fp32"),
         ("bf16", tiny.distill(), "bf16"),
     ):
         student, make_step = objective
@@ -131,12 +132,13 @@ def test_ranks_train_the_hybrid_as_one_process(ranks, hybrid, objective, zero, e
 
 
 @pytest.mark.parametrize("zero", ZERO)
-def test_quantized_weights_and_adapters_on_ranks(two, hybrid, zero):
+@pytest.mark.parametrize("case", ["quantized", "sparse"])
+def test_quantized_weights_and_adapters_on_ranks(two, hybrid, case, zero):
     out, results = two
-    losses, checkpoint, evaluation = hybrid["quantized"]
-    assert results["losses"][f"quantized-{zero}"] == pytest.approx(losses, rel=1e-5)
-    close(final(out / f"quantized-{zero}", tiny.STEPS).tensors(), checkpoint.tensors(), 1e-4)
-    assert results["evaluations"][f"quantized-{zero}"] == [pytest.approx(evaluation, rel=1e-5, abs=1e-6)]
+    losses, checkpoint, evaluation = hybrid[case]
+    assert results["losses"][f"{case}-{zero}"] == pytest.approx(losses, rel=1e-5)
+    close(final(out / f"{case}-{zero}", tiny.STEPS).tensors(), checkpoint.tensors(), 1e-4)
+    assert results["evaluations"][f"{case}-{zero}"] == [pytest.approx(evaluation, rel=1e-5, abs=1e-6)]
 
 
 def test_a_sharded_teacher_teaches_the_same(two, three, hybrid):

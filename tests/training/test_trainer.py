@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import signal
@@ -22,12 +23,14 @@ from toy_training import (
 
 from rwkvinside.errors import Interrupted, UserError
 from rwkvinside.training import checkpoint as checkpoint_module
+from rwkvinside.training.callbacks import Callback
 from rwkvinside.training.checkpoint import Checkpointer
 from rwkvinside.training.local_engine import LocalEngine
 from rwkvinside.training.metrics import MetricsWriter
 from rwkvinside.training.process_group import Distributed
 from rwkvinside.training.rng import rng_state, set_rng_state
 from rwkvinside.training.schedule import StageLength
+from rwkvinside.training.stop_signal import sigterm_interrupts
 
 HELPERS = Path(__file__).resolve().parents[1] / "helpers"
 MEASURED = ("time", "tokens_per_s", "memory_mb")  # differ from run to run
@@ -120,9 +123,10 @@ def test_sigterm_saves_and_exits_75(straight, tmp_path):
     assert metrics(straight) == metrics(tmp_path)
 
 
-def test_sigterm_in_the_last_step_is_not_lost(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_in_the_last_step_is_not_lost(tmp_path, number):
     def evaluate(step):
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         return {}
 
     checkpointer = Checkpointer(tmp_path, {})
@@ -132,6 +136,40 @@ def test_sigterm_in_the_last_step_is_not_lost(tmp_path):
     assert caught.value.exit_code == 75
     assert checkpointer.load().state["finished"]
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_under_nohup_a_closed_terminal_is_ignored(tmp_path):
+    def evaluate(step):
+        os.kill(os.getpid(), signal.SIGHUP)
+        return {}
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with sigterm_interrupts():
+            trainer(local_engine(), evaluate=evaluate).fit()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("where", ["step", "evaluation"])
+def test_what_cannot_be_printed_ends_the_run_once_it_is_saved(tmp_path, where):
+    class Printing(Callback):
+        def step(self, trainer, row):
+            if where == "step" and row["step"] == 3:
+                raise BrokenPipeError
+
+        def evaluation(self, trainer, row):
+            if row["step"] == 3:
+                raise OSError(errno.ENOSPC, "full")
+
+    checkpointer = Checkpointer(tmp_path, {})
+    options = dict(metrics=MetricsWriter(tmp_path), evaluate=lambda step: {"kl": 0.5}, evaluate_every=3)
+    toy = trainer(local_engine(), checkpointer=checkpointer, **options)
+    toy.callbacks.insert(0, Printing())
+    with pytest.raises(OSError, match="full" if where == "evaluation" else None):
+        toy.fit()
+    assert checkpointer.load().step == 3
+    assert [row["step"] for row in metrics(tmp_path)] == [1, 2, 3, 3]  # who is told after it is told all the same
 
 
 def test_metrics_rows(tmp_path):
