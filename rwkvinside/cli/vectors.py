@@ -214,11 +214,11 @@ def grid(parser: ArgumentParser, argv: Sequence[str]) -> int:
     parser.add_argument("--max-runs", type=at_least(1), metavar="N", help="stop after so many")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any field, for all runs")
     args = parser.parse(argv)
-    from ..config.load import read_override
+    from ..config.load import read_settings
     from ..vectors.grid import read_plan, run_plan, write_baselines
     from ..vectors.leaderboard import write_leaderboard
 
-    runs = read_plan(args.plan, [read_override(text) for text in args.overrides])
+    runs = read_plan(args.plan, read_settings((), args.overrides))
     if args.dry_run:
         for number, run in enumerate(runs, 1):
             print(f"{number:4}  {run.group:<14} {run.name}")

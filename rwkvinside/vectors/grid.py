@@ -20,9 +20,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from ..config.load import merge_layers, problem_line, read_yaml
+from ..config.load import check_section, merge_settings, read_settings
 from ..errors import Interrupted, UserError
 from ..support.files import write_json
 from ..support.sealed import digest_of
@@ -111,12 +111,8 @@ def read_plan(file: Path, overrides: Sequence[Mapping] = ()) -> list[PlannedRun]
     Raises:
         UserError: it is no plan.
     """
-    values = read_yaml(file)
-    try:
-        plan = Plan.model_validate(values)
-    except ValidationError as error:
-        first, *others = (problem_line(each, (), Plan) for each in error.errors())
-        raise UserError(f"{file}: {first}", "see docs/vectors.md for the form of a plan", others) from error
+    (values,) = read_settings([file])
+    plan = check_section(Plan, values, source=str(file), hint="see docs/vectors.md for the form of a plan")
     runs = [
         run
         for group in plan.groups
@@ -130,7 +126,7 @@ def read_plan(file: Path, overrides: Sequence[Mapping] = ()) -> list[PlannedRun]
 
 
 def _runs(group: str, entry: Entry, layers: Sequence[Mapping]) -> list[PlannedRun]:
-    settings = merge_layers([dict(layer) for layer in layers])
+    settings = merge_settings([dict(layer) for layer in layers])
     count = entry.count or 1
     if entry.ensemble or entry.members:
         place = entry.ensemble or len(entry.members)
@@ -168,7 +164,7 @@ def _nested(layers: Sequence[Mapping]) -> dict:
             for key in reversed(path.split(".")):
                 value = {key: value}
             sections.append(value)
-    return merge_layers(sections)
+    return merge_settings(sections)
 
 
 def run_plan(runs: Sequence[PlannedRun], out: Path, say: Callable[[str], None], most: int | None = None) -> Outcome:

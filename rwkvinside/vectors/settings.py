@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from ..config.load import merge_layers, problem_line, read_override, read_yaml
-from ..errors import UserError
+from ..config.load import check_section, merge_settings, read_settings
 from ..support.settings import Fraction, NotNegative, Positive, Rate, Section, problem
 from ..training.settings import OptimConfig
 
@@ -180,17 +179,13 @@ def load_run_config(files: Sequence[str | os.PathLike] = (), overrides: Sequence
     Raises:
         UserError: lists all problems.
     """
-    layers = [*map(read_yaml, files), *map(read_override, overrides), {k: v for k, v in more.items() if v is not None}]
-    return checked(merge_layers(layers))
+    layers = [*read_settings(files, overrides), {k: v for k, v in more.items() if v is not None}]
+    return checked(merge_settings(layers))
 
 
 def checked(values: dict) -> RunConfig:
     """Return settings as a configuration (`UserError`: lists all problems)."""
-    try:
-        return RunConfig.model_validate(values)
-    except ValidationError as error:
-        first, *others = (problem_line(each, (), RunConfig) for each in error.errors())
-        raise UserError(first, REFERENCE, others) from error
+    return check_section(RunConfig, values, hint=REFERENCE)
 
 
 def write_config(config: RunConfig, path: Path) -> None:
