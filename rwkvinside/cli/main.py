@@ -10,13 +10,14 @@ from .arguments import ArgumentParser, run_command
 
 VERBS = {
     "train": ("train:main", "convert a teacher: calibrate, align, distill"),
+    "pretrain": ("pretrain:main", "train a language model of RWKV and attention layers from nothing"),
     "plan": ("plan:main", "what a run would do, without loading weights"),
     "config": ("config:main", "the configuration that results, and all its fields"),
     "doctor": ("doctor:main", "what this machine and this installation offer"),
     "data": ("data:main", "look at data, tokenize it for good, store a teacher's logits"),
     "eval": ("eval:main", "compare a student with its teacher on text"),
     "layers": ("layers:main", "which layers should keep attention, by measurement"),
-    "lm": ("sequences:main", "language models processed by their state: long texts, memory, compression"),
+    "lm": ("lm:main", "language models processed by their state: long texts, memory, compression"),
     "report": ("report:main", "draw what a run has measured"),
     "bench": ("bench:main", "speed of the kernels and of training, memory of the loss"),
     "export": ("export:main", "write the last finished stage of a run in another format, and verify it"),

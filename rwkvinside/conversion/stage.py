@@ -138,7 +138,7 @@ def _load_inputs(run: Run, plan: StagePlan, before: str | None) -> _Inputs:
     rows = rows_of(plan, tokens)
     lines, facts = report(plan, tokens, rows, val)
     run.say("\n".join([f"{plan.name}: {lines[0]}", *lines[1:]]))
-    return _Inputs(before, rows, validation_batches(val, lm.max_position_embeddings), tokens.fingerprint, facts)
+    return _Inputs(before, rows, validation_batches(plan, val, lm.max_position_embeddings), tokens.fingerprint, facts)
 
 
 def _settings(run: Run, plan: StagePlan, inputs: _Inputs) -> dict:
