@@ -32,7 +32,7 @@ def help(*command):
 help()
 for verb in VERBS:
     help(verb)
-    for command in getattr(importlib.import_module(f"rwkvinside.cli.{verb}"), "COMMANDS", ()):
+    for command in getattr(importlib.import_module("rwkvinside.cli." + VERBS[verb][0].split(":")[0]), "COMMANDS", ()):
         help(verb, command)
 print(json.dumps(imported))
 """
