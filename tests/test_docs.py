@@ -1,9 +1,9 @@
 """README and docs: every command and Python block runs, YAML is valid, links and paths exist, lines are short.
 
 Commands are taken from indented and fenced blocks and run in this process, block by block, in a folder that has what
-they name: a tiny teacher as `DIR` and `TEACHER`, texts, a small configuration as `run.yaml`, a finished run as `RUN`,
-its export as `DIR`. They are made smaller by arguments at their end (`SMALLER`). What trains a preset's teacher, whose
-weights are on the hub, or starts other machines is run with --dry-run; what takes minutes is only parsed
+they name: a tiny teacher as `DIR` and `TEACHER`, texts, a small configuration as `run.yaml`, a finished run as `RUN`
+and `OTHER`, its export as `DIR`. They are made smaller by arguments at their end (`SMALLER`). What trains a preset's
+teacher, whose weights are on the hub, or starts other machines is run with --dry-run; what takes minutes is only parsed
 (`ONLY_PARSED`).
 """
 
@@ -55,7 +55,13 @@ SMALLER = {
     "rwkvinside bench generation": ["--contexts", "8", "--new-tokens", "2"],
     "rwkvinside bench context": [*("--random", "2,1,16", "--contexts", "8", "16"), "--chunk-size", "8"],
     "rwkvinside bench wkv7": ["--shapes", "1,16,1,8", "--repeats", "1", "--candidates", "reference"],
+    "rwkvinside vectors embed": ["--limit", "200"],
+    "rwkvinside vectors train": [
+        *("model.d_model=32", "model.layers=1", "steps=2", "batch=4", "evaluate_every=0"),
+    ],
+    "rwkvinside vectors bench": ["--d-model", "64", "--layers", "1", "--repeats", "2"],
     "rwkvinside eval": ["--samples", "1", "--depths", "2", "--write-tokens", "4"],
+    "rwkvinside generate": ["--max-tokens", "4"],
     "rwkvinside data generate": ["--tokens", "3k", "--max-tokens", "16"],
     "rwkvinside lm evaluate": ["--chunk-size", "32"],
     "rwkvinside lm state": ["--chunk-size", "32", "--tokens", "16"],
@@ -66,7 +72,11 @@ ONLY_PARSED = {
     "rwkvinside bench gpu": "needs a GPU; tests/bench runs it dry",
     "rwkvinside bench head": "starts processes that measure for minutes; tests/bench runs it",
     "rwkvinside eval DIR --teacher TEACHER --tasks": "downloads tasks; tests/evaluate runs some that are files",
+    "rwkvinside eval RUN --ask": "the teacher here has no chat template; tests/demo asks one that has",
+    "rwkvinside chat": "talks with whoever types; tests/cli/test_chat.py runs it",
     "rwkvinside demo": "trains for minutes; tests/demo runs it",
+    "rwkvinside vectors demo": "trains for minutes; tests/vectors runs it",
+    "rwkvinside vectors grid": "trains for minutes; tests/vectors runs it",
 }
 PRESET = r"(Qwen|Llama|SmolLM)[\w.-]+"
 
@@ -132,6 +142,8 @@ def material(tmp_path_factory):
     adapters = ["adapters=[{kind: lora, groups: [mlp], rank: 2}]", "stages.distill.train=[mixer,adapters]"]
     assert train_distill.main(["--teacher", str(folder / "TEACHER"), *files, "--out", run, *TRAIN, *adapters]) == 0
     assert convert_checkpoint.main(["export", run, "--to", "hf", "--out", export]) == 0
+    shutil.copytree(run, folder / "OTHER")
+    (folder / "prompts.txt").write_text("Once upon a time\nIn the beginning\n")
     return folder
 
 

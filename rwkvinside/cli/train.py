@@ -6,6 +6,8 @@ import argparse
 import os
 import re
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import CONTINUE, Interrupted, UserError
@@ -72,14 +74,20 @@ def _train(args: argparse.Namespace, config: Config, again: Sequence[str]) -> in
         launch(args.hostfile, again)
     from ..conversion.run import train
 
-    train(
-        config,
-        stage=stage,
-        resume=args.resume,
-        resume_from=args.resume_from,
-        allow_changes=args.allow_changes,
-        launched=launched,
-    )
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if args.quiet else nullcontext():
+        train(
+            config,
+            stage=stage,
+            resume=args.resume,
+            resume_from=args.resume_from,
+            allow_changes=args.allow_changes,
+            launched=launched,
+        )
+    if os.environ.get("RANK", "0") == "0":
+        from ..report.facts import run_facts
+        from ..report.screen import end_screen
+
+        print(end_screen(run_facts(Path(config.out))), end="")
     return 0
 
 
@@ -121,6 +129,9 @@ def add_run_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--hostfile", metavar="FILE", help="start on several machines with DeepSpeed's launcher, once all answer"
+    )
+    parser.add_argument(
+        "-q", "--quiet", action="store_true", help="print the end of the run and what is wrong, no more"
     )
     parser.add_argument(
         "--dry-run", "--dry_run", action="store_true", help="print the plan; load no weights and write nothing"

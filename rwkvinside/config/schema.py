@@ -12,7 +12,7 @@ from ..stages.settings import StageConfig
 from ..support.names import ALLOWED, is_name
 from ..support.settings import Positive, Section, problem
 from ..teacher.settings import TeacherConfig
-from ..training.settings import CheckpointConfig, DeepSpeedConfig
+from ..training.settings import CheckpointConfig, DeepSpeedConfig, SamplesConfig
 
 
 class Config(Section):
@@ -40,6 +40,7 @@ class Config(Section):
     loggers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
         [], description="Where metrics go in addition to metrics.jsonl; each is an optional extra."
     )
+    samples: SamplesConfig = Field(SamplesConfig(), description="What the student writes while it is trained.")
     log_every: Positive = Field(10, description="Optimizer steps between lines on the console.")
 
     @model_validator(mode="after")

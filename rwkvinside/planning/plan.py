@@ -6,7 +6,7 @@ No weights are loaded and nothing is written.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -48,6 +48,28 @@ def plan_text(plan: RunPlan, config: Config) -> str:
     model = meta_student(plan.settings)
     lines = _run_lines(plan, config, model)
     shown: list[dict] = []
+    for stage, of_stage, kind in prepared_stages(plan, model):
+        if stage.name not in plan.selected:
+            continue
+        lines += ["", *_stage_lines(stage, of_stage, kind, config.checkpoint.keep)]
+        if plan.settings.ranks > 1 and stage.stage.trains:
+            settings = deepspeed_config(plan.settings.zero, stage.optim, plan.settings.precision, stage.shape)
+            if settings not in shown:
+                shown.append(settings)
+                lines.append(f"  deepspeed {json.dumps(settings)}")
+    return "\n".join(lines) + "\n"
+
+
+def prepared_stages(plan: RunPlan, model: HybridModel) -> Iterator[tuple[StagePlan, HybridModel, TeacherKind | None]]:
+    """Yield the stages of a run, the student having the layers of each, and as trainable what trains at its end.
+
+    Args:
+        plan: from `config.resolve`.
+        model: of `meta_student`; changed from stage to stage.
+
+    Yields:
+        The stage, its student, and where its teacher's side comes from.
+    """
     layers = None
     for stage in plan.stages:
         if stage.run.student != model.spec:  # its layers are chosen; what was trained before are mixers alone
@@ -57,16 +79,27 @@ def plan_text(plan: RunPlan, config: Config) -> str:
             layers = stage.layers
         if stage.stage.trains:
             check_optimizer(stage.optim.kind, plan.settings.device)
-        kind = stage.stage.prepare(model, stage, stage.phases[-1].train)
-        if stage.name not in plan.selected:
-            continue
-        lines += ["", *_stage_lines(stage, model, kind, config.checkpoint.keep)]
-        if plan.settings.ranks > 1 and stage.stage.trains:
-            settings = deepspeed_config(plan.settings.zero, stage.optim, plan.settings.precision, stage.shape)
-            if settings not in shown:
-                shown.append(settings)
-                lines.append(f"  deepspeed {json.dumps(settings)}")
-    return "\n".join(lines) + "\n"
+        yield stage, model, stage.stage.prepare(model, stage, stage.phases[-1].train)
+
+
+def run_warnings(plan: RunPlan) -> list[str]:
+    """Return what one may not expect of a run."""
+    student = plan.settings.student
+    missing = student.missing_of_variant()
+    return [f"not the published {student.preset}: {'; '.join(missing)}"] if missing else []
+
+
+def disk_bytes(plan: StagePlan, model: HybridModel, keep: int) -> int:
+    """Return the bytes of a stage's checkpoints, at most.
+
+    One more than is kept is on the disk while it is written, and quantized weights once.
+    """
+    frozen = sum(layer.nbytes for layer in model.quantized.values())
+    return (keep + _keeps_best(plan) + 1) * checkpoint_bytes(*trained_bytes(model)) + frozen
+
+
+def _keeps_best(plan: StagePlan) -> bool:
+    return plan.stage.trains and plan.settings.evaluate_every_tokens is not None  # else only the last one has a score
 
 
 def meta_student(run: RunSettings) -> HybridModel:
@@ -82,7 +115,7 @@ def _run_lines(plan: RunPlan, config: Config, model: HybridModel) -> list[str]:
     kept = [i for i, kind in enumerate(layer_map) if kind == "A"]
     engine = f"DeepSpeed, ZeRO {settle(run.zero).zero_stage}" if run.ranks > 1 else "one process"
     return [
-        *_model_lines(run, config, model),
+        *_model_lines(plan, config, model),
         f"layers    {layer_map}   ({len(model.rwkv_layers)} R = RWKV, {len(kept)} A = attention"
         f"{': ' * bool(kept)}{spans(kept)})",
         *_choice_lines(plan, model),
@@ -93,8 +126,9 @@ def _run_lines(plan: RunPlan, config: Config, model: HybridModel) -> list[str]:
     ]
 
 
-def _model_lines(run: RunSettings, config: Config, model: HybridModel) -> list[str]:
+def _model_lines(plan: RunPlan, config: Config, model: HybridModel) -> list[str]:
     """Return what is made of what: a student of a teacher, or a model of nothing."""
+    run = plan.settings
     c, student = model.lm.config, run.student
     heads = model.family.attention_fields(c, 0)
     shape = (
@@ -112,14 +146,13 @@ def _model_lines(run: RunSettings, config: Config, model: HybridModel) -> list[s
             *([f"mixers    {mixers}{student.init} start{_knobs(student)}"] if mixers else []),
         ]
     new = {group: count for group, _, count in model.group_table()}.get(NEW, 0)
-    missing = student.missing_of_variant()
     return [
         f"teacher   {run.teacher.path}: {shape}{rounded_count(teacher_parameters(model))} parameters",
         *([f"recipe    {config.recipe}"] if config.recipe else []),
         *([f"variant   {', '.join(config.variant)}"] if config.variant else []),
         f"student   {mixers}{student.init} start, {rounded_count(total)} parameters: "
         f"{rounded_count(total - new)} copied from the teacher, {rounded_count(new)} new",
-        *([f"warning   not the published {student.preset}: {'; '.join(missing)}"] if missing else []),
+        *(f"warning   {text}" for text in run_warnings(plan)),
     ]
 
 
@@ -202,10 +235,9 @@ def _stage_lines(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, 
     size = checkpoint_bytes(saved, trainable)
     frozen = sum(layer.nbytes for layer in model.quantized.values())
     more = f", and {rounded_bytes(frozen)} of quantized weights once" if frozen else ""
-    best = plan.stage.trains and plan.settings.evaluate_every_tokens is not None  # else only the last one has a score
     lines.append(
-        f"  disk      {rounded_bytes(size)} a checkpoint, {keep}{' and the best' * best} kept{more}: "
-        f"{rounded_bytes((keep + best + 1) * size + frozen)} at most"
+        f"  disk      {rounded_bytes(size)} a checkpoint, {keep}{' and the best' * _keeps_best(plan)} kept{more}: "
+        f"{rounded_bytes(disk_bytes(plan, model, keep))} at most"
     )
     return lines
 
@@ -223,8 +255,8 @@ def _memory_lines(memory: Memory, device: str) -> list[str]:
             f"            last evaluation: {last} with the original teacher ({original}), "
             "which is left out where that does not fit"
         )
-    if memory.host:
-        lines.append(f"  host      about {rounded_bytes(memory.host)} of the host's memory a rank")
+    if host := memory.host():
+        lines.append(f"  host      about {rounded_bytes(host)} of the host's memory a rank")
     return lines + _fit_lines(memory.peak, device)
 
 

@@ -51,7 +51,7 @@ def draw_recall(ax: Axes, scores: list[dict], title: str) -> None:
         shares[depths.index(s["depth"]), lengths.index(s["length"])] = value
     ax.imshow(shares, vmin=0, vmax=1, cmap="cividis", aspect="auto")
     for (row, column), share in np.ndenumerate(shares):
-        color = "white" if share < 0.6 else "black"
+        color = "white" if share < 0.6 else "#111111"  # on the map itself, whatever the page
         ax.text(column, row, f"{share:.0%}", ha="center", va="center", fontsize=8, color=color)
     ax.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
     ax.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])

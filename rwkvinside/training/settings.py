@@ -80,6 +80,14 @@ class CheckpointConfig(Section):
     )
 
 
+class SamplesConfig(Section):
+    """What the student writes while it is trained, the likeliest tokens."""
+
+    every_tokens: Count | None = Field(None, description="Write this often; null: at the end of the run only.")
+    prompts: list[str] = Field([], description="Beginnings of texts; none: that of the first validation document.")
+    tokens: Annotated[int, Field(ge=0)] = Field(32, description="Tokens to write after each; 0: no samples at all.")
+
+
 class DeepSpeedConfig(Section):
     """How DeepSpeed shards."""
 
