@@ -10,6 +10,7 @@ from .arguments import ArgumentParser, run_command
 
 VERBS = {
     "train": ("train:main", "convert a teacher: calibrate, align, distill"),
+    "pretrain": ("pretrain:main", "train a language model of RWKV and attention layers from nothing"),
     "plan": ("plan:main", "what a run would do, without loading weights"),
     "config": ("config:main", "the configuration that results, and all its fields"),
     "doctor": ("doctor:main", "what this machine and this installation offer"),
