@@ -1,1 +1,1 @@
-"""What ships with the package, as `rwkvinside.recipes`: YAML files in `teachers/`, `recipes/` and `variants/`."""
+"""What ships with the package, as `rwkvinside.recipes`: YAML in `teachers/`, `recipes/`, `variants/` and `lm/`."""

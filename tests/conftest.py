@@ -45,6 +45,7 @@ TIERS = {
     "faults/test_targets.py": "integration",
     "golden": "integration",
     "hybrid/test_gptq.py": "integration",
+    "lm/test_pretrain.py": "integration",
     "modeling/test_generation.py": "integration",
     "modeling/test_graphed_decoding.py": "integration",
     "test_api.py": "integration",

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "data": set(),
     "hybrid": {"modeling", "families", "data"},
     "losses": {"kernels", "data", "hybrid"},
-    "teacher": {"data", "families", "hybrid", "losses"},
+    "teacher": {"data", "modeling", "families", "hybrid", "losses"},
     "training": set(),
     "layer_choice": {"data", "hybrid", "losses", "teacher"},
     "stages": {"data", "families", "hybrid", "losses", "teacher", "training"},
@@ -36,7 +36,7 @@ MAY_IMPORT = {
     },
     "export": {"data", "modeling", "families", "hybrid", "teacher", "runs"},
     "evaluate": {"data", "hybrid", "losses", "teacher", "runs", "export"},
-    "lm": {"teacher", "config", "runs", "evaluate"},
+    "lm": {"families", "hybrid", "teacher", "stages", "config", "runs", "evaluate"},
     "talk": {"teacher", "training", "config", "runs", "evaluate", "lm"},
     "report": {"runs"},
     "bench": {

@@ -22,6 +22,7 @@ from tiny import byte_tokenizer, save_qwen3, save_texts
 
 import convert_checkpoint
 import train_distill
+import train_rwkv
 from rwkvinside.cli.main import main as rwkvinside
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,6 +35,17 @@ TRAIN = [
     *(f"stages.{name}.tokens=512" for name in ("calibrate", "align", "distill")),
     *(f"stages.{name}.data.seq_len=32" for name in ("calibrate", "align", "distill")),
     *(f"stages.{name}.batch.tokens=128" for name in ("calibrate", "align", "distill")),
+]
+SCRIPTS = {
+    "train_distill.py": train_distill.main,
+    "train_rwkv.py": train_rwkv.main,
+    "convert_checkpoint.py": convert_checkpoint.main,
+}
+PRETRAIN = [
+    "model={hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2}",
+    "stages.pretrain.tokens=512",
+    "--max_seq_length",
+    "64",
 ]
 # how a command begins -> arguments that make it small enough for a test
 SMALLER = {
@@ -56,6 +68,7 @@ ONLY_PARSED = {
     "rwkvinside bench head": "starts processes that measure for minutes; tests/bench runs it",
     "rwkvinside eval DIR --teacher TEACHER --tasks": "downloads tasks; tests/evaluate runs some that are files",
     "rwkvinside chat": "talks with whoever types; tests/cli/test_chat.py runs it",
+    "rwkvinside eval RUN --ask": "the teacher here has no chat template; tests/demo asks one that has",
     "rwkvinside demo": "trains for minutes; tests/demo runs it",
 }
 PRESET = r"(Qwen|Llama|SmolLM)[\w.-]+"
@@ -151,8 +164,7 @@ def placed(words):
 def exit_code(words):
     """Call what the words name in this process, as the shell would start it."""
     program, *rest = words
-    mains = {"train_distill.py": train_distill.main, "convert_checkpoint.py": convert_checkpoint.main}
-    return mains.get(program, rwkvinside)(rest)
+    return SCRIPTS.get(program, rwkvinside)(rest)
 
 
 def parse_only(words):
@@ -185,8 +197,8 @@ def check(words, capsys):
     if words[0] in CHECKS:
         CHECKS[words[0]](words)
         return
-    words = placed(words[words.index("train_distill.py") :] if "train_distill.py" in words else words)
-    words = words[words[0] == "python" :]
+    words = placed(words)
+    words = next((words[i:] for i, word in enumerate(words) if word in SCRIPTS), words)
     begins = [key for key in (*ONLY_PARSED, *SMALLER) if shlex.join(words).startswith(key)]
     if begins and begins[0] in ONLY_PARSED:
         parse_only(words)
@@ -194,7 +206,13 @@ def check(words, capsys):
         return
     trains = words[0] == "train_distill.py" or words[:2] == ["rwkvinside", "train"]
     preset = re.fullmatch(PRESET, option(words, "--teacher") or "")
-    if trains and (preset or "--hostfile" in words):
+    if words[0] == "train_rwkv.py":
+        large = "3b" in option(words, "--config")
+        words = [*words, *(["--dry_run"] if large else PRETRAIN)]
+        if not large:
+            shutil.rmtree("outputs", ignore_errors=True)
+            words[words.index("DIR")] = "outputs"  # there is an export of this name
+    elif trains and (preset or "--hostfile" in words):
         words = [*words, "--dry-run"]
     else:
         if words[:2] == ["rwkvinside", "data"] and preset:  # its tokenizer is on the hub

@@ -10,6 +10,7 @@ from .arguments import ArgumentParser, run_command
 
 VERBS = {
     "train": ("train:main", "convert a teacher: calibrate, align, distill"),
+    "pretrain": ("pretrain:main", "train a language model of RWKV and attention layers from nothing"),
     "plan": ("plan:main", "what a run would do, without loading weights"),
     "config": ("config:main", "the configuration that results, and all its fields"),
     "doctor": ("doctor:main", "what this machine and this installation offer"),
@@ -17,7 +18,7 @@ VERBS = {
     "eval": ("eval:main", "compare a student with its teacher on text"),
     "chat": ("chat:main", "talk to a model, or to a student and its teacher side by side"),
     "generate": ("generate:main", "what a model writes after prompts"),
-    "lm": ("sequences:main", "language models processed by their state: long texts, memory, compression"),
+    "lm": ("lm:main", "language models processed by their state: long texts, memory, compression"),
     "layers": ("layers:main", "which layers should keep attention, by measurement"),
     "report": ("report:main", "a page of what a run has measured, and its figures"),
     "compare": ("compare:main", "runs beside each other: settings, curves, one table"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from ..data.settings import DataConfig
 from ..hybrid.settings import AdapterConfig, QuantizeConfig, StudentConfig
@@ -42,6 +42,14 @@ class Config(Section):
     )
     samples: SamplesConfig = Field(SamplesConfig(), description="What the student writes while it is trained.")
     log_every: Positive = Field(10, description="Optimizer steps between lines on the console.")
+
+    @model_validator(mode="after")
+    def _one_start(self) -> Config:
+        if self.teacher.fresh != self.student.from_nothing:
+            raise problem(
+                "teacher.fresh and student.init scratch go together: a model is made from nothing, or it is not"
+            )
+        return self
 
     @field_validator("stages")
     @classmethod

@@ -70,6 +70,8 @@ def choose_layers(
             scores = measure(student, batches, choice, partial(recall_rows, tokenizer), progress.advance)
         known[choice.choose] = scores
         write_scores(directory.path, of, {method: asdict(found) for method, found in known.items()})
+    if scores.warning:
+        say(f"warning: {choice.choose} says little here: {scores.warning}")
     kept = scores.select(choice)
     figure = layers_figure({method: found.layers for method, found in known.items()}, choice.choose, kept)
     save_figure(figure, directory.path / PICTURE)

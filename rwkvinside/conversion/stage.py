@@ -140,7 +140,7 @@ def _load_inputs(run: Run, plan: StagePlan, before: str | None) -> _Inputs:
     rows = rows_of(plan, tokens)
     lines, facts = report(plan, tokens, rows, val)
     run.say("\n".join([f"{plan.name}: {lines[0]}", *lines[1:]]))
-    return _Inputs(before, rows, validation_batches(val, lm.max_position_embeddings), tokens.fingerprint, facts)
+    return _Inputs(before, rows, validation_batches(plan, val, lm.max_position_embeddings), tokens.fingerprint, facts)
 
 
 def _settings(run: Run, plan: StagePlan, inputs: _Inputs) -> dict:
@@ -246,7 +246,7 @@ def _fit(run: Run, plan: StagePlan, models: _Models, inputs: _Inputs) -> dict:
 
 def _calibrate(run: Run, plan: StagePlan, student: HybridModel, batches: list[Batch]) -> dict:
     """Fit the mixers and return the row of metrics.jsonl."""
-    with Progress(plan.name, len(student.rwkv_layers), unit="layers", stream=sys.stdout) as progress:
+    with Progress(plan.name, student.lm.config.num_hidden_layers, unit="layers", stream=sys.stdout) as progress:
         return plan.stage.fit(student, batches, lambda layer: progress.advance())
 
 

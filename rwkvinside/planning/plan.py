@@ -14,6 +14,7 @@ from ..config.schema import Config
 from ..data.sources import describe
 from ..hybrid.assemble import apply, layer_lines
 from ..hybrid.model import HybridModel
+from ..hybrid.settings import StudentConfig
 from ..modeling.mixer_presets import TimeMixerConfig
 from ..stages.plan import RunPlan, RunSettings, StagePlan
 from ..stages.teacher import meta_online_teacher
@@ -81,10 +82,10 @@ def prepared_stages(plan: RunPlan, model: HybridModel) -> Iterator[tuple[StagePl
         yield stage, model, stage.stage.prepare(model, stage, stage.phases[-1].train)
 
 
-def run_warnings(plan: RunPlan) -> list[str]:
+def run_warnings(run: RunSettings) -> list[str]:
     """Return what one may not expect of a run."""
-    student = plan.settings.student
-    missing = student.missing_of_variant()
+    student = run.student
+    missing = [] if run.teacher.fresh else student.missing_of_variant()
     return [f"not the published {student.preset}: {'; '.join(missing)}"] if missing else []
 
 
@@ -109,25 +110,12 @@ def meta_student(run: RunSettings) -> HybridModel:
 
 def _run_lines(plan: RunPlan, config: Config, model: HybridModel) -> list[str]:
     """Return what the plan says of the run as a whole."""
-    run, c, mixer = plan.settings, model.lm.config, model.mixer_configs[model.rwkv_layers[0]]
-    teacher = teacher_parameters(model)
-    # a head that is still the embedding counts once
-    total = sum({id(p): p.numel() for p in model.canonical_parameters().values()}.values())
-    new = {group: count for group, _, count in model.group_table()}.get(NEW, 0)
+    run, c = plan.settings, model.lm.config
     layer_map = "".join("R" if i in model.rwkv_layers else "A" for i in range(c.num_hidden_layers))
     kept = [i for i, kind in enumerate(layer_map) if kind == "A"]
     engine = f"DeepSpeed, ZeRO {settle(run.zero).zero_stage}" if run.ranks > 1 else "one process"
     return [
-        f"teacher   {run.teacher.path}: {c.model_type}, {c.num_hidden_layers} layers, width {c.hidden_size}, "
-        f"{mixer.num_heads} heads of {mixer.head_size} ({mixer.num_kv_heads} for keys), "
-        f"{rounded_count(teacher)} parameters",
-        *([f"recipe    {config.recipe}"] if config.recipe else []),
-        *([f"variant   {', '.join(config.variant)}"] if config.variant else []),
-        f"student   {run.student.preset}, key scale {mixer.key_scale}, {_windows(model.mixer_configs)}"
-        f"{run.student.init} start, "
-        f"{rounded_count(total)} parameters: {rounded_count(total - new)} copied from the teacher, "
-        f"{rounded_count(new)} new",
-        *(f"warning   {text}" for text in run_warnings(plan)),
+        *_model_lines(run, config, model),
         f"layers    {layer_map}   ({len(model.rwkv_layers)} R = RWKV, {len(kept)} A = attention"
         f"{': ' * bool(kept)}{spans(kept)})",
         *_choice_lines(plan, model),
@@ -136,6 +124,43 @@ def _run_lines(plan: RunPlan, config: Config, model: HybridModel) -> list[str]:
         f"loggers   {', '.join(['metrics.jsonl', *config.loggers])}",
         f"run       {' -> '.join(config.run)}, into {config.out}",
     ]
+
+
+def _model_lines(run: RunSettings, config: Config, model: HybridModel) -> list[str]:
+    """Return what is made of what: a student of a teacher, or a model of nothing."""
+    c, student = model.lm.config, run.student
+    heads = model.family.attention_fields(c, 0)
+    shape = (
+        f"{c.model_type}, {c.num_hidden_layers} layers, width {c.hidden_size}, {heads['num_heads']} heads of "
+        f"{heads['head_size']} ({heads['num_kv_heads']} for keys), "
+    )
+    # a head that is still the embedding counts once
+    total = sum({id(p): p.numel() for p in model.canonical_parameters().values()}.values())
+    mixer = next(iter(model.mixer_configs.values()), None)
+    mixers = "" if mixer is None else f"{student.preset}, key scale {mixer.key_scale}, {_windows(model.mixer_configs)}"
+    if run.teacher.fresh:
+        return [
+            f"model     {shape}vocabulary {c.vocab_size}, {rounded_count(total)} parameters, from nothing",
+            f"tokenizer {run.teacher.path}",
+            *([f"mixers    {mixers}{student.init} start{_knobs(student)}"] if mixers else []),
+        ]
+    new = {group: count for group, _, count in model.group_table()}.get(NEW, 0)
+    return [
+        f"teacher   {run.teacher.path}: {shape}{rounded_count(teacher_parameters(model))} parameters",
+        *([f"recipe    {config.recipe}"] if config.recipe else []),
+        *([f"variant   {', '.join(config.variant)}"] if config.variant else []),
+        f"student   {mixers}{student.init} start, {rounded_count(total)} parameters: "
+        f"{rounded_count(total - new)} copied from the teacher, {rounded_count(new)} new",
+        *(f"warning   {text}" for text in run_warnings(run)),
+    ]
+
+
+def _knobs(student: StudentConfig) -> str:
+    """Return the settings of mixers from nothing that are not the usual ones."""
+    shown = [f", {student.shift_ratio:g} of the token shift"] if student.shift_ratio != 1 else []
+    shown += [", linear attention without decay"] if student.linear_attention else []
+    shown += [f", outputs scaled by {student.output_scale:g}"] if student.output_scale != 1 else []
+    return "".join(shown)
 
 
 def _choice_lines(plan: RunPlan, model: HybridModel) -> list[str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import UserError
-from .figures import draw_positions, new_figure
+from .figures import draw_positions, new_figure, position_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +29,7 @@ def evaluation_figure(result: dict) -> Figure:
     heights = [3.2] * ("by_position" in result) + [1.9] * len(models)
     parts = np.atleast_1d(figure.subfigures(rows, 1, height_ratios=heights))
     if "by_position" in result:
-        draw_positions(parts[0].subplots(1, 2), result)
+        draw_positions(position_axes(parts[0], result), result)
     for part, model in zip(parts[rows - len(models) :], models, strict=True):
         for ax, task in zip(np.atleast_1d(part.subplots(1, len(tasks))), tasks, strict=True):
             draw_recall(ax, [s for s in recall["scores"][model] if s["task"] == task], f"{task}: {model}")

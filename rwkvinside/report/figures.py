@@ -16,7 +16,7 @@ from ..support.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
 WIDTH = 9.8  # inches of a figure on a page
@@ -34,6 +34,7 @@ LOSS_UNITS = {
     "align": "alignment loss (relative squared error)",
     "distill": "KL to the teacher (nats per token)",
     "long": "loss (nats per token)",
+    "pretrain": "cross entropy (nats per token)",
     "sft": "cross entropy (nats per token)",
 }
 
@@ -359,29 +360,34 @@ def position_figure(evaluation: dict) -> "Figure":
         evaluation: the JSON that `rwkvinside eval` writes.
     """
     figure = new_figure(WIDTH, 3.4)
-    draw_positions(figure.subplots(1, 2), evaluation)
+    draw_positions(position_axes(figure, evaluation), evaluation)
     return figure
 
 
+def position_axes(figure: "Figure | SubFigure", evaluation: dict) -> "Sequence[Axes]":
+    """Return what `draw_positions` draws on: one of two axes stays empty for a model without a teacher."""
+    axes = figure.subplots(1, 2)
+    if "kl" not in evaluation:
+        axes[1].remove()
+    return axes
+
+
 def draw_positions(axes: "Sequence[Axes]", evaluation: dict) -> None:
-    """Draw perplexity of both models and KL by position, on two axes."""
-    left, right = axes
+    """Draw perplexity of both models and KL by position, on two axes; of a model without a teacher its perplexity."""
     buckets = evaluation["by_position"]
     context = np.array([np.sqrt(bucket["first"] * bucket["last"]) for bucket in buckets])
-    for name, label, color, style in (
-        ("perplexity", "student", BLUE, "o-"),
-        ("perplexity_teacher", "teacher", ORANGE, "s--"),
-    ):
-        left.plot(context, [bucket[name] for bucket in buckets], style, color=color, markersize=4, label=label)
-    values = np.array([[bucket["perplexity"], bucket["perplexity_teacher"]] for bucket in buckets])
-    _plain_log(left, values)
-    left.legend(frameon=False)
-    right.plot(context, [bucket["kl"] for bucket in buckets], "o-", color=BLUE, markersize=4)
-    right.set_ylim(bottom=0)
-    for ax, title, unit in (
-        (left, "perplexity by position", "perplexity"),
-        (right, "divergence by position", "KL to the teacher (nats per token)"),
-    ):
+    lines = [("perplexity", "student", BLUE, "o-")]
+    drawn = [(axes[0], "perplexity by position", "perplexity")]
+    if "kl" in evaluation:
+        lines.append(("perplexity_teacher", "teacher", ORANGE, "s--"))
+        drawn.append((axes[1], "divergence by position", "KL to the teacher (nats per token)"))
+        axes[1].plot(context, [bucket["kl"] for bucket in buckets], "o-", color=BLUE, markersize=4)
+        axes[1].set_ylim(bottom=0)
+    for name, label, color, style in lines:
+        axes[0].plot(context, [bucket[name] for bucket in buckets], style, color=color, markersize=4, label=label)
+    _plain_log(axes[0], np.array([[bucket[name] for name, *_ in lines] for bucket in buckets]))
+    axes[0].legend(frameon=False)
+    for ax, title, unit in drawn:
         ax.set_xscale("log", base=2)
         _count_axis(ax.xaxis)
         _finish(ax, title, "tokens of the document already read", unit)
@@ -490,7 +496,12 @@ def kernel_figure(stages: Sequence[dict], device: str) -> "Figure | None":
     return figure
 
 
-CONTEXT_STYLES = {"attention": (ORANGE, "s--"), "hybrid": (GREEN, "^-."), "RWKV": (BLUE, "o-")}
+CONTEXT_STYLES = {
+    "attention": (ORANGE, "s--"),
+    "hybrid": (GREEN, "^-."),
+    "hybrid, window": (PINK, "v:"),
+    "RWKV": (BLUE, "o-"),
+}
 CONTEXT_PANELS = (
     ("prefill_seconds", 1, "reading the prompt", "seconds"),
     ("token_ms", 1, "one further token", "milliseconds"),

@@ -64,7 +64,7 @@ class OptimConfig(Section):
         (0.9, 0.95), description="Adam's two decay rates."
     )
     eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="Adam's epsilon.")
-    weight_decay: Rate = Field(0.0, description="Weight decay of matrices; vectors have none.")
+    weight_decay: Rate = Field(0.0, description="Weight decay of linear layers and embeddings; all else has none.")
 
 
 class CheckpointConfig(Section):

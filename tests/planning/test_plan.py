@@ -125,7 +125,7 @@ def test_kept_layers_that_are_cut_are_named(teacher):
     assert "sees the last" not in planned(teacher, kept)
     text = planned(teacher, kept, "student.attention_log_base=500")
     assert "\n          scores of attention grow with the position, by its logarithm to the base 500\n" in text
-    with pytest.raises(UserError, match="student.attention_window is 64, but no layer keeps attention"):
+    with pytest.raises(UserError, match="student.attention_window = 64: is 64, but no layer keeps attention"):
         planned(teacher, "student.attention_window=64")
 
 
