@@ -1,1 +1,1 @@
-"""What ships with the package, as `rwkvinside.recipes`: YAML files in `teachers/`, `recipes/` and `variants/`."""
+"""What ships with the package, as `rwkvinside.recipes`: teachers, recipes, variants, language and vector models."""

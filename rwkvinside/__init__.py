@@ -16,7 +16,9 @@ from .errors import UserError  # noqa: E402
 
 _LAZY = {
     "CompressedState": ".lm.compression",
+    "HybridModelConfigurator": ".lm.configurator",
     "StatefulModel": ".lm.session",
+    "load_lm_config": ".lm.build",
     "evaluate_sequence_modeling": ".lm.evaluation",
     "load_config": ".config.load",
     "train": ".conversion.run",

@@ -45,11 +45,15 @@ TIERS = {
     "faults/test_targets.py": "integration",
     "golden": "integration",
     "hybrid/test_gptq.py": "integration",
+    "lm/test_pretrain.py": "integration",
     "modeling/test_generation.py": "integration",
     "modeling/test_graphed_decoding.py": "integration",
     "test_api.py": "integration",
     "test_docs.py": "integration",
     "test_packaging.py": "integration",
+    "vectors/test_grid.py": "integration",
+    "vectors/test_text.py": "integration",
+    "vectors/test_train.py": "integration",
 }
 ORDER = ("distributed", "integration", "gpu", "unit")  # what takes long begins first, so that workers end together
 

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "data": set(),
     "hybrid": {"modeling", "families", "data"},
     "losses": {"kernels", "data", "hybrid"},
-    "teacher": {"data", "families", "hybrid", "losses"},
+    "teacher": {"data", "modeling", "families", "hybrid", "losses"},
     "training": set(),
     "layer_choice": {"data", "hybrid", "losses", "teacher"},
     "stages": {"data", "families", "hybrid", "losses", "teacher", "training"},
@@ -36,7 +36,8 @@ MAY_IMPORT = {
     },
     "export": {"data", "modeling", "families", "hybrid", "teacher", "runs"},
     "evaluate": {"data", "hybrid", "losses", "teacher", "runs", "export"},
-    "lm": {"teacher", "config", "runs", "evaluate"},
+    "lm": {"families", "hybrid", "teacher", "stages", "config", "runs", "evaluate"},
+    "talk": {"teacher", "training", "config", "runs", "evaluate", "lm"},
     "report": {"runs"},
     "bench": {
         *("kernels", "data", "modeling", "hybrid", "losses", "teacher", "training", "stages"),
@@ -46,10 +47,11 @@ MAY_IMPORT = {
         *("modeling", "data", "hybrid", "losses", "teacher", "training", "stages", "layer_choice"),
         *("config", "runs", "planning", "evaluate", "report"),
     },
+    "vectors": {"modeling", "training", "config", "data", "runs", "demo"},  # demo: the text of the standard library
     "demo": {"data", "teacher", "config", "runs", "conversion", "evaluate", "export", "report"},
     "cli": {
         *("kernels", "data", "teacher", "training", "config", "planning"),
-        *("evaluate", "export", "report", "bench", "conversion", "demo", "lm"),
+        *("evaluate", "export", "report", "bench", "conversion", "demo", "lm", "talk", "vectors"),
     },
 }
 

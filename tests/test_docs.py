@@ -1,9 +1,9 @@
 """README and docs: every command and Python block runs, YAML is valid, links and paths exist, lines are short.
 
 Commands are taken from indented and fenced blocks and run in this process, block by block, in a folder that has what
-they name: a tiny teacher as `DIR` and `TEACHER`, texts, a small configuration as `run.yaml`, a finished run as `RUN`,
-its export as `DIR`. They are made smaller by arguments at their end (`SMALLER`). What trains a preset's teacher, whose
-weights are on the hub, or starts other machines is run with --dry-run; what takes minutes is only parsed
+they name: a tiny teacher as `DIR` and `TEACHER`, texts, a small configuration as `run.yaml`, a finished run as `RUN`
+and `OTHER`, its export as `DIR`. They are made smaller by arguments at their end (`SMALLER`). What trains a preset's
+teacher, whose weights are on the hub, or starts other machines is run with --dry-run; what takes minutes is only parsed
 (`ONLY_PARSED`).
 """
 
@@ -22,6 +22,7 @@ from tiny import byte_tokenizer, save_qwen3, save_texts
 
 import convert_checkpoint
 import train_distill
+import train_rwkv
 from rwkvinside.cli.main import main as rwkvinside
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,6 +36,17 @@ TRAIN = [
     *(f"stages.{name}.data.seq_len=32" for name in ("calibrate", "align", "distill")),
     *(f"stages.{name}.batch.tokens=128" for name in ("calibrate", "align", "distill")),
 ]
+SCRIPTS = {
+    "train_distill.py": train_distill.main,
+    "train_rwkv.py": train_rwkv.main,
+    "convert_checkpoint.py": convert_checkpoint.main,
+}
+PRETRAIN = [
+    "model={hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2}",
+    "stages.pretrain.tokens=512",
+    "--max_seq_length",
+    "64",
+]
 # how a command begins -> arguments that make it small enough for a test
 SMALLER = {
     "train_distill.py": TRAIN,
@@ -43,7 +55,13 @@ SMALLER = {
     "rwkvinside bench generation": ["--contexts", "8", "--new-tokens", "2"],
     "rwkvinside bench context": [*("--random", "2,1,16", "--contexts", "8", "16"), "--chunk-size", "8"],
     "rwkvinside bench wkv7": ["--shapes", "1,16,1,8", "--repeats", "1", "--candidates", "reference"],
+    "rwkvinside vectors embed": ["--limit", "200"],
+    "rwkvinside vectors train": [
+        *("model.d_model=32", "model.layers=1", "steps=2", "batch=4", "evaluate_every=0"),
+    ],
+    "rwkvinside vectors bench": ["--d-model", "64", "--layers", "1", "--repeats", "2"],
     "rwkvinside eval": ["--samples", "1", "--depths", "2", "--write-tokens", "4"],
+    "rwkvinside generate": ["--max-tokens", "4"],
     "rwkvinside data generate": ["--tokens", "3k", "--max-tokens", "16"],
     "rwkvinside lm evaluate": ["--chunk-size", "32"],
     "rwkvinside lm state": ["--chunk-size", "32", "--tokens", "16"],
@@ -54,7 +72,11 @@ ONLY_PARSED = {
     "rwkvinside bench gpu": "needs a GPU; tests/bench runs it dry",
     "rwkvinside bench head": "starts processes that measure for minutes; tests/bench runs it",
     "rwkvinside eval DIR --teacher TEACHER --tasks": "downloads tasks; tests/evaluate runs some that are files",
+    "rwkvinside eval RUN --ask": "the teacher here has no chat template; tests/demo asks one that has",
+    "rwkvinside chat": "talks with whoever types; tests/cli/test_chat.py runs it",
     "rwkvinside demo": "trains for minutes; tests/demo runs it",
+    "rwkvinside vectors demo": "trains for minutes; tests/vectors runs it",
+    "rwkvinside vectors grid": "trains for minutes; tests/vectors runs it",
 }
 PRESET = r"(Qwen|Llama|SmolLM)[\w.-]+"
 
@@ -120,6 +142,8 @@ def material(tmp_path_factory):
     adapters = ["adapters=[{kind: lora, groups: [mlp], rank: 2}]", "stages.distill.train=[mixer,adapters]"]
     assert train_distill.main(["--teacher", str(folder / "TEACHER"), *files, "--out", run, *TRAIN, *adapters]) == 0
     assert convert_checkpoint.main(["export", run, "--to", "hf", "--out", export]) == 0
+    shutil.copytree(run, folder / "OTHER")
+    (folder / "prompts.txt").write_text("Once upon a time\nIn the beginning\n")
     return folder
 
 
@@ -147,8 +171,7 @@ def placed(words):
 def exit_code(words):
     """Call what the words name in this process, as the shell would start it."""
     program, *rest = words
-    mains = {"train_distill.py": train_distill.main, "convert_checkpoint.py": convert_checkpoint.main}
-    return mains.get(program, rwkvinside)(rest)
+    return SCRIPTS.get(program, rwkvinside)(rest)
 
 
 def parse_only(words):
@@ -181,8 +204,8 @@ def check(words, capsys):
     if words[0] in CHECKS:
         CHECKS[words[0]](words)
         return
-    words = placed(words[words.index("train_distill.py") :] if "train_distill.py" in words else words)
-    words = words[words[0] == "python" :]
+    words = placed(words)
+    words = next((words[i:] for i, word in enumerate(words) if word in SCRIPTS), words)
     begins = [key for key in (*ONLY_PARSED, *SMALLER) if shlex.join(words).startswith(key)]
     if begins and begins[0] in ONLY_PARSED:
         parse_only(words)
@@ -190,7 +213,13 @@ def check(words, capsys):
         return
     trains = words[0] == "train_distill.py" or words[:2] == ["rwkvinside", "train"]
     preset = re.fullmatch(PRESET, option(words, "--teacher") or "")
-    if trains and (preset or "--hostfile" in words):
+    if words[0] == "train_rwkv.py":
+        large = "3b" in option(words, "--config")
+        words = [*words, *(["--dry_run"] if large else PRETRAIN)]
+        if not large:
+            shutil.rmtree("outputs", ignore_errors=True)
+            words[words.index("DIR")] = "outputs"  # there is an export of this name
+    elif trains and (preset or "--hostfile" in words):
         words = [*words, "--dry-run"]
     else:
         if words[:2] == ["rwkvinside", "data"] and preset:  # its tokenizer is on the hub

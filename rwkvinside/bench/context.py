@@ -1,4 +1,4 @@
-"""Long contexts in one run: prompts, tokens and memory of a hybrid, of RWKV alone and of attention alone.
+"""Long contexts in one run: prompts, tokens and memory of attention alone, of hybrids and of RWKV alone.
 
 All have the same number of parameters: what mixers have more than attention, their MLPs have less. The weights are
 random, on which neither time nor memory depends.
@@ -101,12 +101,13 @@ def _measure(name: str, model: StatefulModel, ids: Tensor, new_tokens: int, cloc
 
 
 def equal_models(
-    layers: int, heads: int, head_size: int, *, vocab: int = 4096, dtype: torch.dtype, device: str
+    layers: int, heads: int, head_size: int, *, window: int, vocab: int = 4096, dtype: torch.dtype, device: str
 ) -> dict[str, PreTrainedModel]:
-    """Return random models of one size: attention alone, every second layer RWKV (the even ones), and RWKV alone.
+    """Return random models of one size: attention alone, hybrids whose even layers are RWKV, and RWKV alone.
 
     Args:
         layers, heads, head_size: of all; half as many heads for keys and values, the width is heads * head_size.
+        window: tokens that the attention of the second hybrid is cut to.
         vocab: rows of the embedding, which is tied.
         dtype: of the weights; decay, rate and shares keep fp32 as in exports.
         device: where they are.
@@ -127,9 +128,14 @@ def equal_models(
     build = partial(random_models, preset="cxa079", dtype=dtype)
     column = 3 * config.hidden_size * layers  # of gate, up and down projections
     models = {"attention": build(config, {}, device=device)["teacher"]}
-    for name, kept in {"hybrid": range(1, layers, 2), "RWKV": ()}.items():
-        shape = build(config, {name: kept}, device="meta")[name]
+    for name, kept, more in (
+        ("hybrid", range(1, layers, 2), {}),
+        ("hybrid, window", range(1, layers, 2), {"attention_window": window}),
+        ("RWKV", (), {}),
+    ):
+        fields = config.to_dict() | more
+        shape = build(Qwen3Config(**fields), {name: kept}, device="meta")[name]
         narrower = round((shape.num_parameters() - models["attention"].num_parameters()) / column)
-        narrow = Qwen3Config(**config.to_dict() | {"intermediate_size": config.intermediate_size - narrower})
-        models[name] = build(narrow, {name: kept}, device=device)[name]
+        fields |= {"intermediate_size": config.intermediate_size - narrower}
+        models[name] = build(Qwen3Config(**fields), {name: kept}, device=device)[name]
     return models

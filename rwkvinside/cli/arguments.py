@@ -20,6 +20,7 @@ from ..support.text import did_you_mean, short_count
 
 if TYPE_CHECKING:
     from ..config.schema import Config
+    from ..teacher.sampling import Sampling
 
 
 MOST, LONGEST = 2**31, 20  # whole numbers of arguments are below, and looked at for so many digits
@@ -176,6 +177,41 @@ def add_output_arguments(parser: ArgumentParser, png: str | None = None) -> None
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write the numbers here")
     if png is not None:
         parser.add_argument("--png", type=output_file, metavar="FILE", help=f"draw {png} here")
+
+
+def number(text: str) -> float:
+    """Parse a number (an argument type)."""
+    try:
+        return float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from error
+
+
+def add_sampling_arguments(parser: ArgumentParser) -> None:
+    """Add how a model writes, and where it runs, see `sampling_of`."""
+    parser.add_argument("--plain", action="store_true", help="continue texts, even if there is a chat template")
+    parser.add_argument("--max-tokens", type=count, default=512, metavar="N", help="of one reply (default: 512)")
+    parser.add_argument(
+        "--temperature", type=number, default=0.7, metavar="T", help="0: the likeliest tokens (default: 0.7)"
+    )
+    parser.add_argument("--top-p", type=number, default=0.95, metavar="P", help="of the likeliest (default: 0.95)")
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="(default: 0)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the model runs")
+
+
+def sampling_of(args: argparse.Namespace, rows: int = 1) -> Sampling:
+    """Return how parsed arguments ask a model to write.
+
+    Args:
+        args: of a parser with `add_sampling_arguments`.
+        rows: texts at a time.
+
+    Raises:
+        UserError: a value out of its range.
+    """
+    from ..teacher.sampling import Sampling
+
+    return Sampling(args.temperature, args.top_p, args.max_tokens, rows, args.seed)
 
 
 def add_config_arguments(parser: ArgumentParser, out: str = "run directory") -> None:

@@ -26,7 +26,7 @@ COMMANDS = {
     ),
     "context": (
         "bench:context",
-        "prompts of 1K to 64K tokens: time and memory of attention, of a hybrid and of RWKV of one size",
+        "prompts of 1K to 64K tokens: time and memory of attention, of hybrids and of RWKV of one size",
     ),
     "head": ("bench:head", "memory and time of the distillation loss: all logits at once, or chunk by chunk"),
 }
@@ -187,6 +187,7 @@ def context(parser: ArgumentParser, argv: Sequence[str]) -> int:
         help="tokens of the prompts (default: 1024 4096 16384 65536)",
     )
     for flag, default, text in (
+        ("--window", 512, "tokens that the attention of one of the hybrids is cut to"),
         ("--chunk-size", 1024, "tokens of a prompt that are read at a time"),
         ("--new-tokens", 16, "measured tokens after each prompt"),
     ):
@@ -206,11 +207,11 @@ def context(parser: ArgumentParser, argv: Sequence[str]) -> int:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     if args.processor_time and (device == "cuda" or torch.get_num_threads() > 1):
         raise UserError("--processor-time is that of one thread of a CPU", "set OMP_NUM_THREADS=1, without a GPU")
-    models = equal_models(*args.random, dtype=dtype, device=device)
+    models = equal_models(*args.random, window=args.window, dtype=dtype, device=device)
     name = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     clock = time.process_time if args.processor_time else time.perf_counter
     result = {"device": name, "dtype": str(dtype), "clock": clock.__name__, "shape": args.random}
-    result |= {"chunk_size": args.chunk_size, "found": []}
+    result |= {"window": args.window, "chunk_size": args.chunk_size, "found": []}
     measurements = context_cost(
         models, args.contexts, chunk_size=args.chunk_size, new_tokens=args.new_tokens, clock=clock
     )
@@ -236,7 +237,7 @@ def _context_table(result: dict) -> Table:
     clock = ", time of the processor" if result["clock"] == "process_time" else ""
     table = Table(title=f"{result['device']}, {result['dtype'].removeprefix('torch.')}{clock}; parameters: {sizes}")
     for column in ("context", "model", "prefill", "tokens/s", "peak memory", "ms a token", "state"):
-        table.add_column(column, justify="left" if column == "model" else "right")
+        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=column == "model")
     for i, row in enumerate(found):
         peak = row["prefill_peak_bytes"]
         table.add_row(

@@ -1,4 +1,4 @@
-"""`rwkvinside data`: inspect data, tokenize it once, store a teacher's logits for it; `generate.py` writes it."""
+"""`rwkvinside data`: inspect data, tokenize it once, store a teacher's logits for it; `data_generate.py` writes it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "inspect": ("data:inspect", "what is in data: kinds, lengths, padding, masks, ids out of range, samples"),
-    "generate": ("generate:main", "texts or conversations that a teacher writes itself, to train on"),
+    "generate": ("data_generate:main", "texts or conversations that a teacher writes itself, to train on"),
     "presets": ("data:presets", "published data that has a short name, with license and size"),
     "pack": ("data:pack", "tokenize data once, into a directory that can be trained on"),
     "logits": ("data:logits", "store the teacher's likeliest tokens for the rows of a stage, for teacher: cache"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,15 +43,18 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     add_output_arguments(parser, png="perplexity and KL by position, and recall by length and depth,")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the models run")
     args = parser.parse(argv)
+    from transformers.utils.logging import disable_progress_bar
+
     from ..evaluate.compare import evaluate_saved
     from ..evaluate.samples import show_samples
 
+    disable_progress_bar()  # of transformers, for the loading of weights
     console = Console()
     comparison = evaluate_saved(
         args.student, args.teacher, _measures(args), device=args.device, notes=Console(stderr=True)
     )
     for result, show in (
-        (comparison.evaluation, _show),
+        (comparison.evaluation, partial(_show, alone=comparison.teacher is None)),
         (comparison.writing, show_writing),
         (comparison.recall, show_recall),
         (comparison.tasks, show_tasks),
@@ -122,28 +126,30 @@ def _measures(args: argparse.Namespace) -> Measures:
     )
 
 
-def _show(evaluation: Evaluation, console: Console) -> None:
-    """Print the table: all tokens, then by position."""
-    title = (
-        f"{evaluation.documents:,} documents, {evaluation.scores.tokens:,} tokens, "
-        f"{evaluation.shared_vocab:,} shared ids; nats"
-    )
-    table = new_table(title)
+def _show(evaluation: Evaluation, console: Console, alone: bool = False) -> None:
+    """Print the table: all tokens, then by position; of a model without a teacher what is its own."""
+    title = f"{evaluation.documents:,} documents, {evaluation.scores.tokens:,} tokens, "
+    title += f"{evaluation.shared_vocab:,} {'' if alone else 'shared '}ids; nats"
+    if alone:  # a narrow table, which would wrap it
+        console.print(title, highlight=False)
+    table = new_table(None if alone else title)
     table.add_column("tokens\nread", justify="right", no_wrap=True)
-    for name in ("\ntokens", "\nKL", "\nCE", "CE\nteacher", "\nppl", "ppl\nteacher", "\nagreement"):
+    names = ("\ntokens", "\nKL", "\nCE", "CE\nteacher", "\nppl", "ppl\nteacher", "\nagreement")
+    shown = [i for i, name in enumerate(names) if not alone or name in ("\ntokens", "\nCE", "\nppl")]
+    for name in (names[i] for i in shown):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_row("all", *_cells(evaluation.scores), style="bold", end_section=evaluation.control is None)
+    table.add_row("all", *_cells(evaluation.scores, shown), style="bold", end_section=evaluation.control is None)
     if evaluation.control is not None:
-        table.add_row("control", *_cells(evaluation.control), end_section=True)
+        table.add_row("control", *_cells(evaluation.control, shown), end_section=True)
     for first, last, scores in evaluation.by_position:
-        table.add_row(str(first) if first == last else f"{first}-{last}", *_cells(scores))
+        table.add_row(str(first) if first == last else f"{first}-{last}", *_cells(scores, shown))
     console.print(table)
     if evaluation.control is not None:
         console.print(f"control: {CONTROL}")
 
 
-def _cells(scores: Scores) -> tuple[str, ...]:
-    return (
+def _cells(scores: Scores, shown: Sequence[int]) -> list[str]:
+    cells = (
         f"{scores.tokens:,}",
         f"{scores.kl:.4f}",
         f"{scores.ce:.4f}",
@@ -152,3 +158,4 @@ def _cells(scores: Scores) -> tuple[str, ...]:
         f"{scores.perplexity_teacher:.4g}",
         f"{scores.agreement:.2%}",
     )
+    return [cells[i] for i in shown]

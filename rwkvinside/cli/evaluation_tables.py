@@ -20,7 +20,7 @@ TITLES = {
 }
 
 
-def new_table(title: str) -> Table:
+def new_table(title: str | None) -> Table:
     """Return a table without columns."""
     return Table(title=title, title_justify="left", title_style="", box=SIMPLE_HEAD, pad_edge=False)
 

@@ -1,57 +1,53 @@
-"""`rwkvinside data generate`: text by the teacher itself, where there is no other."""
+"""`rwkvinside generate DIR`: what a model writes after prompts."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from .arguments import ArgumentParser, at_least, count
+from rich.console import Console
+
+from ..support.files import write_json
+from .arguments import ArgumentParser, add_output_arguments, add_sampling_arguments, at_least, sampling_of
 
 
 def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
-    """Write texts or conversations to a .jsonl file.
+    """Generate after each prompt and print it.
 
     Raises:
-        UserError: an input that cannot be used, an output that cannot be written; `Interrupted` by ctrl-C.
+        UserError: a model that cannot be loaded, prompts that cannot be read.
     """
-    parser.add_argument("--teacher", required=True, metavar="NAME", help="who writes: preset, directory, hub id")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl", help="file to write")
-    parser.add_argument(
-        "--tokens", type=count, default=1_000_000, metavar="N", help="to write in all, such as 600k (default: 1M)"
-    )
-    parser.add_argument("--plain", action="store_true", help="texts, even if the teacher knows conversations")
-    parser.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="a beginning of a text, or a user's turn, per line"
-    )
-    parser.add_argument("--temperature", type=number, default=1.0, metavar="T", help="0: the likeliest (default: 1)")
-    parser.add_argument("--top-p", type=number, default=1.0, metavar="P", help="of the likeliest (default: 1, all)")
-    parser.add_argument(
-        "--max-tokens", type=count, default=512, metavar="N", help="of one text or answer (default: 512)"
-    )
-    parser.add_argument("--rows", type=at_least(1), default=16, metavar="N", help="texts at a time (default: 16)")
-    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="(default: 0)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the teacher runs")
+    parser.add_argument("model", metavar="DIR_OR_RUN", help="exported model or run directory")
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("--prompt", action="append", metavar="TEXT", help="may repeat")
+    given.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt per line")
+    parser.add_argument("--system", default="", metavar="TEXT", help="system prompt")
+    add_sampling_arguments(parser)
+    parser.add_argument("--rows", type=at_least(1), default=8, metavar="N", help="prompts at a time (default: 8)")
+    add_output_arguments(parser)
     args = parser.parse(argv)
-    from ..conversion.generate import generate_text
-    from ..teacher.sampling import Sampling
+    from ..lm.load import load_model
+    from ..support.files import read_lines
+    from ..talk.prompts import generate
 
-    sampling = Sampling(args.temperature, args.top_p, args.max_tokens, args.rows, args.seed)
-    generate_text(
-        args.teacher,
-        args.out,
-        args.tokens,
-        sampling,
+    prompts = args.prompt or read_lines(args.prompts, "prompts")
+    notes, out = Console(stderr=True, highlight=False), Console(highlight=False, soft_wrap=True)
+    model, tokenizer = load_model(args.model, args.device, notes)
+    result = generate(
+        model,
+        tokenizer,
+        prompts,
+        sampling_of(args, args.rows),
         plain=args.plain,
-        prompts=args.prompts,
-        device=args.device,
+        system=args.system,
+        notes=notes,
     )
+    for number, each in enumerate(result.texts):
+        if number:
+            out.print()
+        out.print(each.prompt, style="bold", markup=False, end="" if result.plain else "\n")
+        out.print(each.text, markup=False)
+    notes.print(f"{result.tokens:,} tokens in {result.seconds:.1f} s, {result.tokens_per_second:.0f} a second")
+    if args.json is not None:
+        write_json(args.json, {"model": args.model} | result.to_dict())
     return 0
-
-
-def number(text: str) -> float:
-    """Parse a number (an argument type)."""
-    try:
-        return float(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from error

@@ -1,4 +1,4 @@
-"""`rwkvinside report RUN`: draw what a run has measured."""
+"""`rwkvinside report RUN`: a page of what a run has measured, and its figures."""
 
 from __future__ import annotations
 
@@ -9,12 +9,20 @@ from .arguments import ArgumentParser
 
 
 def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
-    """Write the PNGs and print their names."""
+    """Write the page and the figures and print their names."""
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the PNGs (default: the run directory)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write into (default: the run directory)")
+    parser.add_argument(
+        "--eval",
+        type=Path,
+        metavar="FILE",
+        help="JSON of `rwkvinside eval`, for scores by position (default: RUN/eval.json)",
+    )
     args = parser.parse(argv)
     from ..report.write import write_report
 
-    for path in write_report(args.run, args.out):
-        print(f"wrote {path}")
+    page, overview, *figures = write_report(args.run, args.out, args.eval)
+    print(f"wrote {page}")
+    print(f"wrote {overview}")
+    print(f"wrote {len(figures) // 3} figures as SVG and PDF, with CSV, in {figures[0].parent}")
     return 0

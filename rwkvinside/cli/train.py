@@ -5,11 +5,17 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import CONTINUE, Interrupted, UserError
 from ..training.stop_signal import sigterm_interrupts
 from .arguments import ArgumentParser, add_config_arguments, config_from
+
+if TYPE_CHECKING:
+    from ..config.schema import Config
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what deepspeed and torchrun set
 
@@ -22,19 +28,33 @@ def main(parser: ArgumentParser, argv: Sequence[str], script: str | None = None)
         argv: the arguments.
         script: path of the calling script, which a launcher starts on every host; None is `python -m rwkvinside`.
     """
-    _add_arguments(parser)
+    add_config_arguments(parser)
+    parser.add_argument("--stage", metavar="NAME", help="run this stage alone, continuing from the earlier stages")
+    add_run_arguments(parser)
     args = parser.parse(argv)
+    again = [*([script] if script else ["--module", "rwkvinside", "train"]), *argv]
+    return run(args, lambda: config_from(args, args.stage), again)
+
+
+def run(args: argparse.Namespace, configure: Callable[[], Config], again: Sequence[str]) -> int:
+    """Train as a configuration says, print the plan, or hand over to DeepSpeed's launcher.
+
+    Args:
+        args: of a parser with `add_run_arguments`; `stage`, where one can be chosen, and `ranks` of a dry run.
+        configure: gives the configuration.
+        again: what a launcher starts on every host: a script, or --module and its name, with arguments.
+    """
     with sigterm_interrupts():
         try:
-            return _train(args, argv, script)
+            return _train(args, configure(), again)
         except KeyboardInterrupt as error:
             if not (args.resume or args.resume_from):
                 raise
             raise Interrupted("stopped before the run went on: nothing of it was changed", CONTINUE) from error
 
 
-def _train(args: argparse.Namespace, argv: Sequence[str], script: str | None) -> int:
-    config = config_from(args, args.stage)
+def _train(args: argparse.Namespace, config: Config, again: Sequence[str]) -> int:
+    stage = getattr(args, "stage", None)
     launched, ranks = _launched()
     hosts: dict[str, int] = {}
     if args.hostfile and not launched:
@@ -46,22 +66,28 @@ def _train(args: argparse.Namespace, argv: Sequence[str], script: str | None) ->
         from ..planning.fitting import resolve_fitted
         from ..planning.plan import plan_text
 
-        plan = resolve_fitted(config, [args.stage] if args.stage else None, ranks)
+        plan = resolve_fitted(config, [stage] if stage else None, getattr(args, "ranks", None) or ranks)
         print(plan_text(plan, config), end="")
         return 0
     if hosts:
         check_hosts(hosts)
-        launch(args.hostfile, [*([script] if script else ["--module", "rwkvinside", "train"]), *argv])
+        launch(args.hostfile, again)
     from ..conversion.run import train
 
-    train(
-        config,
-        stage=args.stage,
-        resume=args.resume,
-        resume_from=args.resume_from,
-        allow_changes=args.allow_changes,
-        launched=launched,
-    )
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if args.quiet else nullcontext():
+        train(
+            config,
+            stage=stage,
+            resume=args.resume,
+            resume_from=args.resume_from,
+            allow_changes=args.allow_changes,
+            launched=launched,
+        )
+    if os.environ.get("RANK", "0") == "0":
+        from ..report.facts import run_facts
+        from ..report.screen import end_screen
+
+        print(end_screen(run_facts(Path(config.out))), end="")
     return 0
 
 
@@ -86,18 +112,28 @@ def _launched() -> tuple[bool, int]:
     return launched, int(given.get("WORLD_SIZE", "1"))
 
 
-def _add_arguments(parser: ArgumentParser) -> None:
-    add_config_arguments(parser)
-    parser.add_argument("--stage", metavar="NAME", help="run this stage alone, continuing from the earlier stages")
+def add_run_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments that say how a run begins or goes on, see `run`."""
     parser.add_argument("--resume", action="store_true", help="continue the run in the output directory")
     parser.add_argument(
-        "--resume-from", metavar="STEP", help="continue from this checkpoint, for instance step-00000150"
+        "--resume-from",
+        "--resume_from",
+        metavar="STEP",
+        help="continue from this checkpoint, for instance step-00000150",
     )
     parser.add_argument(
-        "--allow-changes", action="store_true", help="go on with other settings than the run has had so far"
+        "--allow-changes",
+        "--allow_changes",
+        action="store_true",
+        help="go on with other settings than the run has had so far",
     )
     parser.add_argument(
         "--hostfile", metavar="FILE", help="start on several machines with DeepSpeed's launcher, once all answer"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the plan; load no weights and write nothing")
+    parser.add_argument(
+        "-q", "--quiet", action="store_true", help="print the end of the run and what is wrong, no more"
+    )
+    parser.add_argument(
+        "--dry-run", "--dry_run", action="store_true", help="print the plan; load no weights and write nothing"
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # set by the launcher

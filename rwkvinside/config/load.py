@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from io import StringIO
 from typing import TypeVar, cast, get_origin
 
@@ -40,7 +40,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def load_config(
-    files: Sequence[str | os.PathLike] = (),
+    files: Sequence[str | os.PathLike | Mapping] = (),
     *,
     teacher: str | None = None,
     recipe: str | None = None,
@@ -58,7 +58,7 @@ def load_config(
         print(config.stages["align"].tokens)
 
     Args:
-        files: YAML files, later ones beat earlier ones.
+        files: YAML files, or settings as plain values; later ones beat earlier ones.
         teacher: name of a preset, local directory or hub id.
         recipe: name of a shipped recipe (radlads, hxa079, halo, simultaneous, windowed): student, stages, rates.
         variant: names of shipped variants (one-card, quantized, ...), later ones beat earlier ones.
@@ -77,19 +77,19 @@ def load_config(
     flags += [{"variant": list(variant)}] if variant else []
     flags += [{"out": out}] if out is not None else []
     flags += [{"deepspeed": {"config": _read_json(deepspeed)}}] if deepspeed is not None else []
-    layers = [*map(_read_yaml, files), *flags, *map(_override, overrides)]
+    layers = [*read_settings(files), *flags, *read_settings((), overrides)]
     _check_sections(layers)
-    user = _merge(layers)
+    user = merge_settings(layers)
     info = _find_teacher(user)
     if isinstance(user.get("variant"), str):
         user["variant"] = [user["variant"]]
     of_teacher = {key: user.pop(key, info.preset.get(key)) for key in ("recipes", "variants")}
     preset = {key: value for key, value in info.preset.items() if key not in of_teacher}
     recipe_settings = recipe_layers(user.get("recipe"), of_teacher["recipes"], info)
-    merged = _merge([preset, *recipe_settings, *_variants(user.get("variant"), of_teacher["variants"]), user])
+    merged = merge_settings([preset, *recipe_settings, *_variants(user.get("variant"), of_teacher["variants"]), user])
     merged["teacher"]["path"] = info.path
     if not info.local:
-        merged = _merge([{"data": {"train": [DEFAULT_DATA]}}, merged])
+        merged = merge_settings([{"data": {"train": [DEFAULT_DATA]}}, merged])
     merged.setdefault("out", f"runs/{info.name}")
     if "run" not in merged:
         published = _mapping(merged.get("student")).get("init") == "published"
@@ -98,6 +98,34 @@ def load_config(
         merged = _with_choosing_stage(merged)
     merged["stages"], refused = _with_stage_defaults(merged.get("stages"), info)
     return _complete(_validate(merged, info, refused, stage), info)
+
+
+def read_settings(files: Sequence[str | os.PathLike | Mapping], overrides: Sequence[str] = ()) -> list[dict]:
+    """Return the settings of files, then of overrides; arguments and errors as of `load_config`."""
+    given = [dict(file) if isinstance(file, Mapping) else _read_yaml(file) for file in files]
+    return [*given, *map(_override, overrides)]
+
+
+def check_section(model: type[Model], values: dict, *, source: str = "", hint: str = "") -> Model:
+    """Return a section of settings from plain values.
+
+    Args:
+        model: of the section.
+        values: of its fields.
+        source: file that the values are from, named before a problem.
+        hint: what to do about a problem.
+
+    Raises:
+        UserError: lists all problems.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problems = [_problem(e, (), model) for e in error.errors(include_url=False)]
+    before = f"{source}: " if source else ""
+    if len(problems) == 1:
+        raise UserError(before + problems[0], hint)
+    raise UserError(f"{before}{len(problems)} problems in the configuration:", hint, problems)
 
 
 def _chooses(layout: object) -> bool:
@@ -143,7 +171,12 @@ def _find_teacher(user: dict) -> TeacherInfo:
             f"teacher.path is {path!r}" if path is not None else "no teacher is given",
             "use --teacher with a preset such as Qwen3-14B, a local directory or a hub id",
         )
-    return find_teacher(path, revision=teacher.get("revision"), fields=fields if isinstance(fields, dict) else None)
+    return find_teacher(
+        path,
+        revision=teacher.get("revision"),
+        fields=fields if isinstance(fields, dict) else None,
+        fresh=teacher.get("fresh") is True,
+    )
 
 
 def _variants(names: object, of_teacher: object) -> list[dict]:
@@ -190,7 +223,7 @@ def _with_stage_defaults(configured: object, teacher: TeacherInfo) -> tuple[dict
         if not isinstance(section, dict):
             problems[path] = f"stages.{name} = {_show(section)}: must be a mapping of settings"
         elif stage is not None:
-            section = _merge([stage.defaults(teacher.hidden_size, teacher.max_positions), section])
+            section = merge_settings([stage.defaults(teacher.hidden_size, teacher.max_positions), section])
         elif objective is None:
             problems[path] = f"stages.{name}: a stage of your own needs an objective{did_you_mean(name, STAGES)}"
         else:
@@ -256,6 +289,7 @@ def _complete_stage(name: str, stage: StageConfig, width: int) -> StageConfig:
 
 
 def _read_yaml(file: str | os.PathLike) -> dict:
+    """Return the settings of a YAML file (`UserError`: it cannot be read, or is something else)."""
     try:
         values = OmegaConf.load(StringIO(read_text(file)))
         if not isinstance(values, DictConfig):
@@ -280,6 +314,7 @@ def _read_json(file: str | os.PathLike) -> dict:
 
 
 def _override(text: str) -> dict:
+    """Return the settings that `key=value` makes (`UserError`: it has another form)."""
     path, equals, value = text.partition("=")
     if not equals or not all(path.split(".")):
         raise UserError(f"{text!r} is not of the form key=value", "for instance stages.align.tokens=600k")
@@ -317,7 +352,7 @@ def _section_hint(name: str) -> str:
     return f"{examples[name]}; {REFERENCE}" if name in examples else REFERENCE
 
 
-def _merge(layers: Iterable[dict]) -> dict:
+def merge_settings(layers: Iterable[dict]) -> dict:
     """Return the layers merged.
 
     Mappings are merged, everything else (lists too) is replaced by the later layer, and so is which layers keep
@@ -349,16 +384,16 @@ def _mapping(value: object) -> dict:
     return value if isinstance(value, dict) else {}
 
 
-def _problem(error: ErrorDetails, at: Sequence[str]) -> str:
+def _problem(error: ErrorDetails, at: Sequence[str], root: type[BaseModel] = Config) -> str:
     """Return a problem as one line.
 
-    It has the path (below `at`), the value, what is allowed, and the nearest known key.
+    It has the path (below `at`), the value, what is allowed, and the nearest known key of `root`.
     """
     location = [str(key) for key in (*at, *error["loc"])]
     path = ".".join(location)
     if error["type"] == "extra_forbidden":
         inside = "".join(f"{key}." for key in location[:-1])
-        return f"{path}: unknown key{did_you_mean(location[-1], _keys(location[:-1]), inside)}"
+        return f"{path}: unknown key{did_you_mean(location[-1], _keys(location[:-1], root), inside)}"
     if error["type"] == "missing":
         return f"{path}: missing"
     if error["type"] == "literal_error":
@@ -377,16 +412,16 @@ def _show(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _keys(location: list[str]) -> list[str]:
-    """Return the known keys of the mapping at a path of the configuration."""
-    model: type[BaseModel] = Config
+def _keys(location: list[str], root: type[BaseModel]) -> list[str]:
+    """Return the known keys of the mapping at a path below `root`."""
+    model = root
     keys = iter(location)
     for key in keys:
         annotation = model.model_fields[key].annotation
         inner = inner_model(annotation)
         if inner is None:
             raise RuntimeError(f"{'.'.join(location)} is not a mapping of settings")
-        if get_origin(annotation) in (dict, list):
+        if get_origin(annotation) in (dict, list, tuple):
             next(keys)  # a stage's name, or a place in the list
         model = inner
     return list(model.model_fields)

@@ -114,4 +114,5 @@ def _signal_teacher(converted: TeacherConfig, settings: StageConfig) -> TeacherC
         return converted
     info = find_teacher(second.path, revision=second.revision)
     fields = info.preset["teacher"]["config"] if info.preset else None
-    return converted.model_copy(update={"path": info.path, "revision": second.revision, "config": fields})
+    named = {"path": info.path, "revision": second.revision, "config": fields, "fresh": False}
+    return converted.model_copy(update=named)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from ..data.settings import DataConfig
 from ..hybrid.settings import AdapterConfig, QuantizeConfig, StudentConfig
@@ -12,7 +12,7 @@ from ..stages.settings import StageConfig
 from ..support.names import ALLOWED, is_name
 from ..support.settings import Positive, Section, problem
 from ..teacher.settings import TeacherConfig
-from ..training.settings import CheckpointConfig, DeepSpeedConfig
+from ..training.settings import CheckpointConfig, DeepSpeedConfig, SamplesConfig
 
 
 class Config(Section):
@@ -40,7 +40,16 @@ class Config(Section):
     loggers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
         [], description="Where metrics go in addition to metrics.jsonl; each is an optional extra."
     )
+    samples: SamplesConfig = Field(SamplesConfig(), description="What the student writes while it is trained.")
     log_every: Positive = Field(10, description="Optimizer steps between lines on the console.")
+
+    @model_validator(mode="after")
+    def _one_start(self) -> Config:
+        if self.teacher.fresh != self.student.from_nothing:
+            raise problem(
+                "teacher.fresh and student.init scratch go together: a model is made from nothing, or it is not"
+            )
+        return self
 
     @field_validator("stages")
     @classmethod

@@ -70,13 +70,16 @@ def shipped(folder: str) -> dict[str, dict]:
     }
 
 
-def find_teacher(name: str, *, revision: str | None = None, fields: dict | None = None) -> TeacherInfo:
+def find_teacher(
+    name: str, *, revision: str | None = None, fields: dict | None = None, fresh: bool = False
+) -> TeacherInfo:
     """Return what is known of the teacher that the user named.
 
     Args:
         name: directory with a config.json, name of a preset in any case, or hub id, tried in this order.
         revision: of the hub repository.
         fields: its Hugging Face configuration where known; saves the look-up on the hub.
+        fresh: there is no teacher: the name is a tokenizer's, and `fields` say all.
 
     Raises:
         UserError: an unknown name, an unreadable or incomplete configuration, an unsupported architecture.
@@ -84,6 +87,10 @@ def find_teacher(name: str, *, revision: str | None = None, fields: dict | None 
     if not name.strip():
         raise UserError("teacher is an empty text", f"give a directory, a hub id or a preset: {', '.join(teachers())}")
     directory = Path(name)
+    if fresh:
+        if fields is None:
+            raise UserError("teacher.fresh is true without teacher.config", "give the shapes, or use train_rwkv.py")
+        return _teacher(name, {}, fields, local=True)
     if (directory / "config.json").is_file():
         return _teacher(name, {}, _read(directory / "config.json"), local=True)
     if directory.exists():

@@ -13,9 +13,8 @@ from ..runs.directory import Change, RunDirectory
 from ..stages.plan import RunPlan, StagePlan
 from ..stages.teacher import check_teacher
 from ..support.digests import FileDigests
-from ..teacher.files import check_unchanged, model_identity
+from ..teacher.files import base_identity, check_unchanged
 from ..teacher.kinds import TeacherKind
-from ..teacher.settings import TeacherConfig
 from ..teacher.tokenizer_files import check_tokenizer_code
 
 
@@ -67,12 +66,12 @@ def admit(
             )
         if missing := missing_sources(plan.settings.data, one.settings.data):
             raise UserError(f"stage {one.name}: data {missing[0]!r} does not exist", "correct the path")
-    teacher = _identity(plan.settings.teacher, digests)
+    teacher = base_identity(plan.settings.teacher, digests)
     if (identity := directory.records.identity()) is not None:
         check_unchanged(f"teacher {plan.settings.teacher.path}", identity.teacher, teacher)
     for one in unfinished:
         check_teacher(one, tokenizer, digests)
-    second = {one.name: _identity(one.signal_teacher, digests) for one in unfinished if _has_second_teacher(one)}
+    second = {one.name: base_identity(one.signal_teacher, digests) for one in unfinished if _has_second_teacher(one)}
     for name, current in second.items():
         if (record := directory.records.stage(name)) is not None:
             check_unchanged(f"the teacher_model of stage {name}", record.second_teacher, current)
@@ -105,7 +104,3 @@ def _is_free(key: str, directory: RunDirectory) -> bool:
 
 def _has_second_teacher(plan: StagePlan) -> bool:
     return plan.settings.teacher_model.path is not None and plan.asked_teacher is not TeacherKind.OFFLINE
-
-
-def _identity(teacher: TeacherConfig, digests: FileDigests) -> dict[str, str]:
-    return model_identity(teacher.path, teacher.revision, digests)

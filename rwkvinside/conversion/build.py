@@ -29,7 +29,7 @@ from ..stages.plan import StagePlan
 from ..stages.teacher import original_teacher
 from ..support.text import rounded_bytes
 from ..teacher.kinds import TeacherKind
-from ..teacher.load import load_teacher
+from ..teacher.load import load_base
 from ..teacher.signals import OfflineTeacher, OnlineTeacher, Teacher
 from ..training.deepspeed_engine import DeepSpeedEngine
 from ..training.frozen_weights import NAME, read_frozen_weights, write_frozen_weights
@@ -62,7 +62,7 @@ def make_student(
     """
     run = plan.run
     torch.manual_seed(run.seed)
-    lm = load_teacher(run.teacher.path, run.teacher.revision, run.teacher_dtype)
+    lm = load_base(run.teacher, run.teacher_dtype)
     student = assemble(lm, run.student, plan.layers, before, frozen, device, text, earlier)
     return student.float() if run.precision == "fp32" else student
 
@@ -157,9 +157,11 @@ def fingerprint(student: HybridModel) -> dict:
     """
     sizes = ("model_type", "num_hidden_layers", "vocab_size", "intermediate_size")
     values = {f"teacher.{name}": getattr(student.lm.config, name) for name in sizes}
+    later = {"linear_attention": False, "output_scale": 1.0}  # checkpoints from before these existed lack them
     implementation = {"backend": "auto", "precision": "auto", "detach_first": False}  # the same student by another way
     mixers = mixer_fields({i: config.replace(**implementation) for i, config in student.mixer_configs.items()})
-    values |= {name: value for name, value in mixers["mixer"].items() if name not in implementation}
+    values |= {name: value for name, value in (mixers["mixer"] or {}).items() if name not in implementation}
+    values = {name: value for name, value in values.items() if name not in later or value != later[name]}
     values |= {"mixer_layers": mixers["mixer_layers"]} if mixers["mixer_layers"] else {}
     spec = student.spec
     values |= {"rwkv_layers": student.rwkv_layers, "attention_rope": spec.attention_rope}

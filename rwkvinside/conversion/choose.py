@@ -70,6 +70,8 @@ def choose_layers(
             scores = measure(student, batches, choice, partial(recall_rows, tokenizer), progress.advance)
         known[choice.choose] = scores
         write_scores(directory.path, of, {method: asdict(found) for method, found in known.items()})
+    if scores.warning:
+        say(f"warning: {choice.choose} says little here: {scores.warning}")
     kept = scores.select(choice)
     figure = layers_figure({method: found.layers for method, found in known.items()}, choice.choose, kept)
     save_figure(figure, directory.path / PICTURE)
@@ -134,7 +136,8 @@ def layers_of_run(run: Path, wanted: dict, tokens: int) -> tuple[tuple[int, ...]
         vocab = student.lm.config.vocab_size
         data, val = tokens_of(plan.settings.data, stage.settings.data, 0, tokenizer, vocab, world)
         close(data)
-        batches = held_out(validation_batches(val, student.lm.config.max_position_embeddings), tokens, device)
+        held = validation_batches(stage, val, student.lm.config.max_position_embeddings)
+        batches = held_out(held, tokens, device)
         with precision_context(plan.settings.precision, device):
             return choose_layers(directory, trained.stage, student.to(device), batches, choice, tokenizer, print)
 

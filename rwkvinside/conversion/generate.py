@@ -20,7 +20,7 @@ from ..config.precision import resolve_device, resolve_precision, teacher_dtype
 from ..config.teacher_lookup import find_teacher
 from ..errors import Interrupted, UserError
 from ..support.digests import FileDigests
-from ..support.files import fsync, replacing
+from ..support.files import fsync, read_lines, replacing
 from ..support.progress import Progress
 from ..teacher.files import local_hashes
 from ..teacher.load import load_teacher, open_tokenizer
@@ -66,7 +66,7 @@ def generate_text(
         raise UserError(f"output {out} does not end in .jsonl", "name a .jsonl file")
     if out.exists():
         raise UserError(f"output {out} exists", "remove it, or name another file")
-    given = None if prompts is None else _read_prompts(prompts)
+    given = None if prompts is None else read_lines(prompts, "prompts")
     info = find_teacher(teacher)
     tokenizer = open_tokenizer(TeacherConfig(path=info.path))
     chat = bool(tokenizer.chat_template) and not plain
@@ -194,23 +194,6 @@ def _conversations(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, s
         ], count
 
     return write
-
-
-def _read_prompts(path: Path) -> list[str]:
-    """Return the lines of a file that are not blank.
-
-    Raises:
-        UserError: it cannot be read, is not UTF-8, or is empty.
-    """
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except OSError as error:
-        raise UserError(f"prompts {path} cannot be read: {error.strerror}", "check the path") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"prompts {path} are not UTF-8: {error.reason}", "give a text file") from error
-    if not (prompts := [line for line in lines if line]):
-        raise UserError(f"prompts {path} are empty", "give one prompt per line")
-    return prompts
 
 
 def _begin(partial: Path, identity: dict) -> tuple[int, int]:

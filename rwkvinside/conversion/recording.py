@@ -36,7 +36,7 @@ def begin_stage(run: Run, plan: StagePlan, before: str | None, data: Mapping, st
     if records.identity() is None:
         records.make_identity(run.admission.teacher)
     run.digests.save()
-    directory.describe(run.config, run.plan_text)
+    directory.describe(run.config, run.plan_text, run.forecast.to_dict())
     records.write(
         StageRecord(
             run=run.id,

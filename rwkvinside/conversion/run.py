@@ -6,7 +6,6 @@ stage at a time and a resumed one take the same way.
 
 from __future__ import annotations
 
-import sys
 import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -25,8 +24,9 @@ from ..hybrid.model import HybridModel
 from ..modeling.wkv7 import why_unavailable
 from ..planning.devices import peak_flops
 from ..planning.fitting import resolve_fitted
+from ..planning.forecast import Forecast, expected_rate, forecast, forecast_text
 from ..planning.plan import meta_student, plan_text
-from ..runs.directory import DIGESTS, RunDirectory
+from ..runs.directory import DIGESTS, PLAN, RunDirectory
 from ..stages.plan import RunPlan, RunSettings, StagePlan
 from ..stages.rows import check_targets
 from ..support.digests import FileDigests
@@ -52,6 +52,7 @@ class Run:
         config: as the user gave it, for config.yaml, trackers and messages.
         plan: what follows from it.
         plan_text: the plan for people.
+        forecast: the plan in numbers.
         directory: where everything goes.
         world: the processes.
         tokenizer: the teacher's.
@@ -64,6 +65,7 @@ class Run:
     config: Config
     plan: RunPlan
     plan_text: str
+    forecast: Forecast
     directory: RunDirectory
     world: Distributed
     tokenizer: PreTrainedTokenizerBase
@@ -223,13 +225,16 @@ def _train(
         digests = FileDigests(directory.path / DIGESTS)
         asked = {"stage": stage, "resume": resume, "allow_changes": allow_changes}
         admission = world.on_main(lambda: admit(config, plan, directory, tokenizer, digests, **asked)) or Admission()
-        run = Run(config, plan, text, directory, world, tokenizer, shapes, loggers, digests, admission)
+        run = Run(
+            config, plan, text, forecast(plan, config), directory, world, tokenizer, shapes, loggers, digests, admission
+        )
         _run(run, resume_from)
 
 
 def _run(run: Run, resume_from: str | None) -> None:
     """Run the unfinished stages."""
-    run.say(run.plan_text)
+    run.say(forecast_text(run.forecast, expected_rate(run.forecast)).rstrip())
+    run.say(f"details   {run.directory.path / PLAN}")
     run.say(f"kernels   {kernels_of(run.plan.settings, run.shapes)}")
     for change in run.admission.changes:
         run.say(f"changed   {change}")
@@ -256,8 +261,7 @@ def _check_device(device: str) -> None:
 
 
 def _quiet_libraries() -> None:
-    if not sys.stderr.isatty():
-        disable_progress_bar()  # of transformers, for the loading of weights
+    disable_progress_bar()  # of transformers, for the loading of weights
     warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # norms are meant to stay fp32 in bf16
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ..data.batch import Batch
 from ..data.sources import tokens_of
 from ..errors import UserError
-from ..evaluate.in_training import evaluate_student, share
+from ..evaluate.in_training import continuation, evaluate_student, judging, share
 from ..hybrid.document_attention import windows_of
 from ..hybrid.model import HybridModel
 from ..hybrid.quantized_linear import relative_error
@@ -38,6 +38,7 @@ from ..training.callbacks import (
     ShowProgress,
     WatchValidation,
     WriteMetrics,
+    WriteSamples,
 )
 from ..training.checkpoint import Checkpoint, checkpoint_directories, read_score
 from ..training.deepspeed_engine import Engine
@@ -66,6 +67,7 @@ from .recording import begin_stage, finish_stage
 if TYPE_CHECKING:
     from .run import Run
 
+SAMPLED_TOKENS = 16  # of a validation document, that a sample begins with
 ROUNDING_TOKENS = 4096  # whose inputs decide how gptq rounds weights
 
 
@@ -138,7 +140,7 @@ def _load_inputs(run: Run, plan: StagePlan, before: str | None) -> _Inputs:
     rows = rows_of(plan, tokens)
     lines, facts = report(plan, tokens, rows, val)
     run.say("\n".join([f"{plan.name}: {lines[0]}", *lines[1:]]))
-    return _Inputs(before, rows, validation_batches(val, lm.max_position_embeddings), tokens.fingerprint, facts)
+    return _Inputs(before, rows, validation_batches(plan, val, lm.max_position_embeddings), tokens.fingerprint, facts)
 
 
 def _settings(run: Run, plan: StagePlan, inputs: _Inputs) -> dict:
@@ -244,7 +246,7 @@ def _fit(run: Run, plan: StagePlan, models: _Models, inputs: _Inputs) -> dict:
 
 def _calibrate(run: Run, plan: StagePlan, student: HybridModel, batches: list[Batch]) -> dict:
     """Fit the mixers and return the row of metrics.jsonl."""
-    with Progress(plan.name, len(student.rwkv_layers), unit="layers", stream=sys.stdout) as progress:
+    with Progress(plan.name, student.lm.config.num_hidden_layers, unit="layers", stream=sys.stdout) as progress:
         return plan.stage.fit(student, batches, lambda layer: progress.advance())
 
 
@@ -281,7 +283,12 @@ def _train(
             _training_plan(run, plan, plan.schedule(groups), student),
             checkpointer=run.checkpointer(plan.name),
             settings=_settings(run, plan, inputs),
-            callbacks=[Evaluate(evaluation), SaveExtra(others), *_reports(run, plan, inputs.before, work)],
+            callbacks=[
+                Evaluate(evaluation),
+                SaveExtra(others),
+                *_reports(run, plan, inputs.before, work),
+                *_samples(run, plan, models, inputs, engine),
+            ],
         )
         if checkpoint is not None:
             trainer.restore(checkpoint, joined=new_names if checkpoint.step == phase.first else ())
@@ -412,9 +419,51 @@ def _reports(run: Run, plan: StagePlan, before: str | None, work: float) -> list
     return [
         MeasureMFU(work, peak),
         WriteMetrics(MetricsWriter(run.directory.path, run.loggers)),
-        ShowProgress(Console(plan.name, plan.length.steps, run.config.log_every)),
+        ShowProgress(Console(plan.name, plan.length.steps, run.config.log_every), _later(run, plan, work)),
         WatchValidation(_scores(run, plan.name, before)),
     ]
+
+
+def _later(run: Run, plan: StagePlan, work: float) -> float:
+    """Return how many steps of a stage need as many operations as all stages that run after it."""
+    after = run.forecast.work_after(plan.name, run.directory.finished())
+    return after / (work * plan.length.tokens_per_step) if work else 0.0
+
+
+def _samples(run: Run, plan: StagePlan, models: _Models, inputs: _Inputs, engine: Engine) -> list[Callback]:
+    """Return what lets the student write now and then, and at the end of the run beside its teacher."""
+    settings, every = run.config.samples, run.config.samples.every_tokens
+    starts = [run.tokenizer(text)["input_ids"] for text in settings.prompts] or _beginnings(inputs.validation)
+    last = plan.name == run.plan.selected[-1]
+    if not settings.tokens or not starts or not (every or last):
+        return []
+    end, device = {run.tokenizer.eos_token_id}, engine.world.device
+
+    def text(ids: list[int]) -> str:
+        return run.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def write() -> list[dict[str, str]]:
+        writers = {"student": None, "teacher": evaluation_teacher(models.teacher)}
+        found = []
+        with judging(engine.module), engine.autocast():
+            for ids in starts:
+                sample = {"prompt": text(ids)}
+                for name, writer in writers.items():
+                    if name == "student" or writer is not None:
+                        whole = ids + continuation(engine.module, writer, ids, settings.tokens, end, device)
+                        sample[name] = text(whole)[len(sample["prompt"]) :]
+                found.append(sample)
+        return found
+
+    return [WriteSamples(write, plan.length.steps_for(every) if every else 0, plan.length.steps if last else None)]
+
+
+def _beginnings(validation: list[Batch]) -> list[list[int]]:
+    """Return the beginning of the first validation document, as the one beginning of a sample."""
+    for batch in validation[:1]:
+        real = int((batch.segment_ids[0] > 0).sum())
+        return [batch.input_ids[0, : max(1, min(SAMPLED_TOKENS, real // 2))].tolist()]
+    return []
 
 
 def _scores(run: Run, stage: str, before: str | None) -> list[Score]:

@@ -31,6 +31,7 @@ class Encoder:
 
     Args:
         tokenizer: a Hugging Face tokenizer.
+        end: put the tokenizer's end-of-text token after every text and completion where it does not do so itself.
         rotate: encode every question once with each rotation of its options, so that each letter is right equally
             often.
         today: the day that chat templates see, as YYYY-MM-DD.
@@ -39,9 +40,15 @@ class Encoder:
         identity: JSON values that change when the tokens of a document may change.
     """
 
-    def __init__(self, tokenizer, *, rotate: bool = True, today: str = DATE) -> None:
+    def __init__(self, tokenizer, *, rotate: bool = True, today: str = DATE, end: bool = False) -> None:
         self.tokenizer, self.rotate, self.today = tokenizer, rotate, today
         self.prefix, self.suffix = _special_ids(tokenizer)
+        if end and tokenizer.eos_token_id is None:
+            raise UserError(
+                f"tokenizer {tokenizer.name_or_path!r} has no end-of-text token", "set data.end_of_text=false"
+            )
+        if end and not self.suffix:
+            self.suffix = [tokenizer.eos_token_id]
         self.identity = {
             "tokenizer": tokenizer_hash(tokenizer),
             "prefix": self.prefix,

@@ -54,6 +54,9 @@ class DataConfig(Section):
     rotate_options: bool = Field(
         True, description="Every multiple-choice question once with each rotation of its options; false: as given."
     )
+    end_of_text: bool = Field(
+        False, description="Put the tokenizer's end-of-text token after every text; true where train_rwkv.py trains."
+    )
     today: str = Field(DATE, description="The day that chat templates with strftime_now see, YYYY-MM-DD.")
     check_ids: bool = Field(
         True, description="Refuse token ids in the data that the teacher's tokenizer would not give."

@@ -125,6 +125,7 @@ def read_options(data: DataConfig) -> ReadOptions:
         text_column=data.text_column,
         rotate=data.rotate_options,
         today=data.today,
+        end=data.end_of_text,
         max_line_bytes=data.max_line_bytes,
     )
 
@@ -193,7 +194,12 @@ class _Loader:
 
         return TokenStream(
             source,
-            Encoder(self.tokenizer, rotate=self.data.rotate_options, today=self.data.today),
+            Encoder(
+                self.tokenizer,
+                rotate=self.data.rotate_options,
+                today=self.data.today,
+                end=self.data.end_of_text,
+            ),
             cache_dir=self.cache,
             block_tokens=self.data.block_tokens,
             text_column=self.data.text_column,

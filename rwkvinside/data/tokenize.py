@@ -37,7 +37,7 @@ class ReadOptions:
 
     Attributes:
         text_column: field that holds a text.
-        rotate, today: see `Encoder`.
+        rotate, today, end: see `Encoder`.
         vocab_size: rows of the teacher's embedding; larger token ids are refused. None accepts any.
         trust_ids: accept token ids that come with the data without checking that the tokenizer would give them.
         max_tokens: stop after the document with which this many tokens are reached (for endless sources).
@@ -47,6 +47,7 @@ class ReadOptions:
     text_column: str = "text"
     rotate: bool = True
     today: str = DATE
+    end: bool = False
     vocab_size: int | None = None
     trust_ids: bool = False
     max_tokens: int | None = None
@@ -76,7 +77,7 @@ def load_tokens(
             cache that cannot be written.
     """
     options, cache = options or ReadOptions(), Path(cache_dir)
-    encoder = Encoder(tokenizer, rotate=options.rotate, today=options.today)
+    encoder = Encoder(tokenizer, rotate=options.rotate, today=options.today, end=options.end)
     stores: list[TokenStore] = []
     left = options.max_tokens
     for source in resolve_names(list(map(str, sources))):

@@ -1,4 +1,4 @@
-"""`make demo-llm`: a published language model becomes a student with a window, in about ten minutes of two CPU cores.
+"""`make demo-llm`: a published language model becomes a student with a window, in minutes on a CPU.
 
 Everything is done by the functions that `rwkvinside train`, `data generate` and `eval` use. So short a training shows
 that all of it works on a real model, and which way the numbers go; it does not make a good student.
@@ -24,6 +24,7 @@ from ..conversion.generate import generate_text
 from ..errors import UserError
 from ..evaluate.load import load_pretrained, load_run
 from ..evaluate.samples import Prompts, Samples, say, show_samples
+from ..report.write import write_report
 from ..runs.directory import RunDirectory
 from ..runs.metrics_file import of_kind, read_metrics
 from ..support.files import write_json, write_text
@@ -133,6 +134,8 @@ class LlmDemo:
         write_json(self.out / "demo.json", result)
         self.console.print(f"\nexport it: rwkvinside export {self.run_folder} --to hf --out DIR", soft_wrap=True)
         self.console.print(f"numbers: {self.out}/demo.json; {self.steps.minutes:.1f} minutes in all")
+        page, *_ = write_report(self.run_folder)
+        self.console.print(f"report: {page.resolve()}", soft_wrap=True)
         return result
 
     def _config(self, train: Sequence[str], val: Sequence[str] = ()) -> Config:

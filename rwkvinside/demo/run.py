@@ -21,6 +21,7 @@ from ..evaluate.decode_speed import decode_speed
 from ..evaluate.load import load_pretrained, load_run
 from ..evaluate.quality import Evaluation
 from ..export.huggingface import export_hf
+from ..report.facts import EVALUATION
 from ..report.write import write_report
 from ..support.files import write_json
 from ..support.progress import Progress
@@ -129,7 +130,9 @@ class Demo:
             "seconds": self.steps.seconds,
         }
         write_json(self.out / "demo.json", result)
-        self._show_files()
+        write_json(self.run_folder / EVALUATION, evaluations[STAGES[-1]].to_dict())
+        page, *_ = write_report(self.run_folder)
+        self._show_files(page)
         return result
 
     def _claim_folder(self) -> None:
@@ -200,8 +203,8 @@ class Demo:
         )
         return tokenizer.decode(ids[0], skip_special_tokens=True)
 
-    def _show_files(self) -> None:
-        self.console.print(f"\nplots: {self.run_folder}/report.png, loss.png, alignment.png, validation.png")
-        self.console.print(f"student: {self.student_folder} (transformers, trust_remote_code=True)")
+    def _show_files(self, page: Path) -> None:
+        self.console.print(f"\nstudent: {self.student_folder} (transformers, trust_remote_code=True)")
         self.console.print(f"numbers: {self.out}/demo.json")
         self.console.print(f"{self.steps.minutes:.1f} minutes in all")
+        self.console.print(f"report: {page.resolve()}", soft_wrap=True)

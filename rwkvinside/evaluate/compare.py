@@ -17,6 +17,7 @@ from ..data.settings import DataConfig
 from ..data.sources import read_options
 from ..data.tokenize import ReadOptions, load_tokens
 from ..errors import UserError
+from ..export.manifest import CONVERSION, read_export
 from ..runs.directory import RunDirectory
 from ..runs.trained import open_run
 from ..support.progress import Progress
@@ -30,6 +31,7 @@ from .recall import RecallPlan, RecallReport, recall_models, recall_of_models, r
 from .samples import Prompts, Samples, say
 
 LOGITS = 2**28  # elements of a batch's logits (1 GiB in fp32), for each of the two models
+OF_TEACHER = ("kl", "ce_teacher", "agreement", "perplexity_teacher")  # scores that a model alone does not have
 LONGEST = 4096  # tokens of a document that are evaluated unless more are asked for
 
 
@@ -110,11 +112,19 @@ class Comparison:
     samples: Samples | None = None
 
     def to_dict(self) -> dict:
-        """Return plain JSON: what was compared, `Evaluation.to_dict`, and the other results under their names."""
+        """Return plain JSON: what was compared, `Evaluation.to_dict`, and the other results under their names.
+
+        Without a teacher there are the student's own scores alone.
+        """
         found: dict = {"student": self.student, "teacher": self.teacher, "data": self.data}
         if self.evaluation is not None:
             found |= {"max_length": self.max_length, "truncated_documents": self.truncated_documents}
-            found |= self.evaluation.to_dict()
+            scores = self.evaluation.to_dict()
+            if self.teacher is None:
+                for row in (scores, *scores["by_position"]):
+                    for name in OF_TEACHER:
+                        del row[name]
+            found |= scores
         for name in ("recall", "writing", "tasks", "samples"):
             if (result := getattr(self, name)) is not None:
                 found[name] = result.to_dict()
@@ -133,8 +143,8 @@ def evaluate_saved(
 
     Args:
         student: exported directory, whose model code is run, or run directory.
-        teacher: directory or hub id; None is the one that the run names. An exported model's recall and tasks can be
-            measured without.
+        teacher: directory or hub id; None is the one that the run names. A model that was trained from nothing has none
+            and is measured alone; so are recall and tasks of an export.
         measures: what.
         device: "auto" (the first GPU if there is one), "cpu" or "cuda".
         notes: console for what is being loaded, and for progress; None is silent.
@@ -151,20 +161,23 @@ def evaluate_saved(
     harness = None
     if (tasks := measures.tasks) is not None:
         harness = Harness(tasks.names, folder=tasks.folder, limit=tasks.limit, cache=tasks.cache)
+    source: str | Path | None = teacher
     if teacher is None:
-        teacher = _named_teacher(student, needed=bool(measures.data))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        teacher, source = _named_teacher(student, needed=bool(measures.data))
+    if teacher is None and measures.writing is not None:
+        raise UserError("what a model writes is compared with a teacher's, and none is given", "give one: --teacher")
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     student_model = load_student(student, device, notes)
     teacher_model = None if teacher is None else load_pretrained(teacher, device)
-    tokenizer = AutoTokenizer.from_pretrained(student if teacher is None else teacher)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=source == student)
     if measures.prompts is not None and measures.prompts.question is not None and not tokenizer.chat_template:
         raise UserError("the tokenizer has no chat template to ask in", "use --begin, or leave out --ask")
     names = [Path(source).name for source in measures.data]
     found = Comparison(student.name, None if teacher is None else Path(teacher).name, names)
     haystack: list[int] = []
-    if teacher_model is not None and measures.data:
-        options, models = replace(_options_of(student), **measures.reading), (student_model, teacher_model)
+    if measures.data:
+        options = replace(_options_of(student), **measures.reading)
+        models = (student_model, student_model if teacher_model is None else teacher_model)
         found, haystack = _on_documents(found, measures, models, tokenizer, options, notes)
     if measures.recall is not None:
         texts = recall_texts(tokenizer, measures.recall, haystack)
@@ -257,12 +270,16 @@ def _beginnings(documents: PaddedDocuments, writing: Writing) -> list[list[int]]
     )
 
 
-def _named_teacher(path: Path, *, needed: bool) -> str | None:
-    """Return the teacher of a run, None for an export where none is needed."""
+def _named_teacher(path: Path, needed: bool) -> tuple[str | None, str | Path]:
+    """Return the teacher of a run, and where the tokenizer is.
+
+    The teacher is None for a model that was trained from nothing, and for an export where none is needed.
+    """
     if RunDirectory(path).is_run:
-        return open_run(path).teacher
-    if not needed:
-        return None
+        run = open_run(path)
+        return (None, run.teacher_files()) if run.teacher is None else (run.teacher, run.teacher)
+    if not needed or (path / CONVERSION).is_file() and read_export(path)["teacher"] is None:
+        return None, path
     raise UserError(
         "no teacher is given", "name the original model's directory or hub id: --teacher DIR, or teacher=DIR in Python"
     )

@@ -5,7 +5,8 @@ Computes the scores of `quality` within the model's forward, a chunk of logits a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,6 +28,18 @@ def share(batches: Sequence[Batch], rank: int, size: int) -> list[Batch]:
     if len(batches_of_rank) * size < len(batches):
         batches_of_rank.append(replace(batches[-1], labels=torch.full_like(batches[-1].labels, IGNORE)))
     return batches_of_rank
+
+
+@contextmanager
+def judging(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode for the time of the block."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @torch.no_grad()
@@ -52,14 +65,9 @@ def evaluate_student(
         UserError: there is no token to predict.
     """
     totals = Totals()
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with judging(model):
         for batch in batches:
             _add(totals, model, teacher, batch.to(device), mode)
-    finally:
-        for module in training:
-            module.training = True
     return means(total(totals.sums.sum(1).tolist()))
 
 
@@ -90,6 +98,61 @@ class TokenScores:
                 teacher = logits if self.signal is None else _log_probs(next(chunks), head.out_features)
                 scores.append(token_scores(logits[:, : teacher.shape[1]], teacher, labels[positions]))
         return torch.cat(scores, 1)
+
+
+@torch.no_grad()
+def continuation(
+    model: nn.Module,
+    teacher: Teacher | None,
+    ids: Sequence[int],
+    tokens: int,
+    end: Collection[int],
+    device: torch.device,
+) -> list[int]:
+    """Return the likeliest tokens after a beginning, of a student in training or of its teacher.
+
+    The whole text is read again for each token, so that it needs no cache and runs on every engine; all processes take
+    part with the same arguments.
+
+    Args:
+        model: a `HybridModel` in evaluation mode, possibly wrapped by an engine.
+        teacher: who writes; None: the student.
+        ids: the beginning, at least one.
+        tokens: how many follow, at most.
+        end: ids of which each ends the text, and is left out.
+        device: where the model is.
+    """
+    written: list[int] = []
+    while len(written) < tokens:
+        text = torch.tensor([[*ids, *written]], device=device)
+        last = torch.full_like(text, IGNORE)
+        last[:, -1] = text[:, -1]  # any label: what follows the last token is asked for
+        positions = torch.arange(text.shape[1], device=device)[None]
+        batch = Batch(text, last, positions, torch.ones_like(text, dtype=torch.int32), (0,))
+        signal = None if teacher is None else teacher.signal(model, batch)
+        token = int(model(batch, mode="student", task=Likeliest(signal)))
+        if token in end:
+            break
+        written.append(token)
+    return written
+
+
+@dataclass(frozen=True)
+class Likeliest:
+    """Task of `LMHeadLoss` that returns the likeliest tokens at labeled positions.
+
+    Attributes:
+        signal: of the teacher, whose tokens they are; None: the student's.
+    """
+
+    signal: TeacherSignal | None
+
+    def run(self, head: Head, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Return the tokens (N,) of the N labeled positions, few enough for one chunk."""
+        if self.signal is None:
+            return logits_function(head)(hidden[labels != IGNORE]).argmax(-1)
+        with open_chunks(self.signal, chunk_tokens(head.out_features)) as chunks:
+            return _log_probs(next(chunks), head.out_features).argmax(-1)
 
 
 def _log_probs(chunk: TeacherChunk, vocab: int) -> Tensor:

@@ -88,7 +88,8 @@ def _hybrid_config(trained: HybridModel, run: TrainedRun, dtype: torch.dtype, ti
             "attention_log_base": trained.spec.attention_log_base,
             "attention_window": trained.spec.attention_window,
             "attention_sinks": trained.spec.attention_sinks,
-            "rwkv_architecture": trained.spec.preset,
+            "rwkv_architecture": trained.spec.preset if trained.rwkv_layers else None,
+            "rwkv_chunk_size": trained.spec.chunk_size,
             "teacher_model": run.teacher_id,
             "dtype": dtype,
         }

@@ -19,10 +19,15 @@ COLUMNS = {
 CONTROL = """The control is the base model, untrained, with the attention of the converted layers merely cut to the
 windows that the recurrent layers have here: what the student has to beat."""
 
+CONVERTED = """{count} of the {layers} attention layers of {base_link} are replaced by RWKV-7 time
+mixers (`{preset}`); {others}. The recurrent layers need the same memory and time per token at any context length."""
+
+FROM_NOTHING = """A language model that was trained from nothing: {count} of its {layers} layers are RWKV-7 time mixers
+(`{preset}`); {others}. The recurrent layers need the same memory and time per token at any context length."""
+
 BODY = """# {title}
 
-{count} of the {layers} attention layers of {base_link} are replaced by RWKV-7 time
-mixers (`{preset}`); {others}. The recurrent layers need the same memory and time per token at any context length.
+{intro}
 
 | | |
 |---|---|
@@ -82,9 +87,9 @@ def model_card(conversion: dict, base_card: Path) -> ModelCard:
         base_card: README.md of the base model, whose license is adopted; it need not exist.
     """
     base = ModelCard.load(base_card).data.to_dict() if base_card.exists() else {}
+    name = conversion["base_model"]
     data = ModelCardData(
-        base_model=conversion["base_model"],
-        base_model_relation="finetune",
+        **({} if name is None else {"base_model": name, "base_model_relation": "finetune"}),
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["rwkv", "rwkv7", "hybrid", "custom_code"],
@@ -98,14 +103,19 @@ def model_card(conversion: dict, base_card: Path) -> ModelCard:
         kept += f", scores times the logarithm (base {base:g}) of the position plus {base:g}"
     if window := student.get("attention_window"):
         kept += f", to the last {window} tokens and the first {student['attention_sinks']}"
-    name = conversion["base_model"]
-    body = BODY.format(
-        title=f"{name.rsplit('/', 1)[-1]} with RWKV-7",
-        base_link=f"[{name}](https://huggingface.co/{name})" if "/" in name else name,
+    verb = "keep" if name else "are"
+    intro = (CONVERTED if name else FROM_NOTHING).format(
+        base_link=f"[{name}](https://huggingface.co/{name})" if "/" in (name or "") else name,
         count=len(recurrent),
         layers=layers,
-        preset=conversion["student"]["preset"],
-        others=f"{len(attention)} keep {kept}" if attention else "none keeps softmax attention",
+        preset=student["preset"],
+        others=f"{len(attention)} {verb} {kept}"
+        if attention
+        else f"none {'keeps' if name else 'is'} softmax attention",
+    )
+    body = BODY.format(
+        title=f"{name.rsplit('/', 1)[-1]} with RWKV-7" if name else "RWKV-7 language model",
+        intro=intro,
         layout="".join("R" if i in recurrent else "A" for i in range(layers)),
         embeddings="tied" if conversion["tie_word_embeddings"] else "untied",
         table=table(conversion["measurements"], conversion.get("control")),

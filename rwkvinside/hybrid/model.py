@@ -73,7 +73,7 @@ class HybridModel(nn.Module):
         self.spec = spec
         self.rwkv_layers = rwkv_layers
         self.teacher_tied = tied
-        self.trained: set[str] = self.mixer_names()
+        self.trained: set[str] = self.own_names()
         self.master_weights: dict[str, Tensor] = {}
         self.requires_grad_(False)
 
@@ -113,9 +113,13 @@ class HybridModel(nn.Module):
                     device = next(attention.parameters()).device
                     with torch.device(device):
                         first = i == rwkv_layers[0]
-                        student = RWKVAttention(mixers[i], i, first, num_layers=count, init=spec.init)
-                    transfer(attention, student, family.sources(config, i))
-                    family.set_attention(layer, AttentionWrapper(attention, student, change))
+                        student = RWKVAttention(
+                            mixers[i], i, first, num_layers=count, init=spec.init, shift_ratio=spec.shift_ratio
+                        )
+                    if not spec.from_nothing:
+                        transfer(attention, student, family.sources(config, i))
+                    teacher_attention = None if spec.from_nothing else attention
+                    family.set_attention(layer, AttentionWrapper(teacher_attention, student, change))
                 elif change is not None:
                     attention.register_forward_pre_hook(change, with_kwargs=True)
         except ValueError as error:
@@ -331,6 +335,10 @@ class HybridModel(nn.Module):
         names = [*self.canonical_parameters(), *weight_names(self.quantized)]
         return {name for name in names if self.group_of(name)[0] == "mixer"}
 
+    def own_names(self) -> set[str]:
+        """Return the canonical names of what no teacher has: the mixers, and all of a model trained from nothing."""
+        return set(self.canonical_parameters()) if self.spec.from_nothing else self.mixer_names()
+
     def adapters_beside_mixers(self) -> list[str]:
         """Return trainable tensors of adapters that are on in mode "student" only."""
         names = [n for n, p in self.canonical_parameters().items() if p.requires_grad and is_adapter(n)]
@@ -437,8 +445,8 @@ class HybridModel(nn.Module):
         if tensors.keys() & set(self.embedding_names):
             self.untie()
         parameters = self.canonical_parameters()
-        mixers = self.mixer_names()
-        wrong = [f"{n} is missing" for n in sorted(mixers - set(tensors))]
+        own = {name for name in self.own_names() if not is_adapter(name)}
+        wrong = [f"{n} is missing" for n in sorted(own - set(tensors))]
         wrong += [f"{n} is unknown" for n in sorted(set(tensors) - set(parameters))]
         wrong += [
             f"{n} has shape {tuple(t.shape)}, not {tuple(parameters[n].shape)}"
@@ -453,7 +461,7 @@ class HybridModel(nn.Module):
             )
         for name, tensor in tensors.items():
             parameters[name].data = tensor.to(parameters[name].device, copy=True)
-        self.trained = set(tensors) | mixers
+        self.trained = set(tensors) | own
 
 
 def _change_where_kept(config: PretrainedConfig, layer: int, spec: StudentConfig) -> Callable | None:

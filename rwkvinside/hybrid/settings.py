@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from ..modeling.mixer_presets import PRESETS
-from ..support.settings import NotNegative, Positive, Section, problem
+from ..support.settings import Fraction, NotNegative, Positive, Section, problem
 from .layouts import FORMS, LayerChoice, Layout, resolve_layout
 
 TITLES = {"miss": "MiSS", "bone": "Bone, which is MiSS in its bat form"}
@@ -76,6 +76,11 @@ class StudentConfig(Section):
     preset: Literal["cxa079", "hxa079", "hxa07a", "hxa07b", "hxa07c", "cxa078", "cxa076r", "rad", "x070"] = Field(
         "cxa079", description="Variant of the RWKV mixer, see docs/mixer.md."
     )
+    init: Literal["calibrated", "published", "scratch"] = Field(
+        "calibrated",
+        description="Start of the mixers: ready for calibration, the constants of the published code, or, for a model "
+        "trained from nothing, RWKV-7's own.",
+    )
     attention_layers: Layout = Field(
         (), description=f"Layers that keep the teacher's attention: {FORMS}; see docs/layers.md."
     )
@@ -89,9 +94,14 @@ class StudentConfig(Section):
         "{0: 64, 1-11: 32, default: 0}: by layer.",
     )
     sinks: ByLayer = Field(0, description="First tokens of a document that stay in that window; as window.")
-    init: Literal["calibrated", "published"] = Field(
-        "calibrated", description="Start of the mixers: ready for calibration, or the constants of the published code."
+    shift_ratio: Fraction = Field(
+        1.0, description="Of init scratch: share of the token shift at the start; 0: each token sees itself alone."
     )
+    chunk_size: Positive | None = Field(
+        None, description="Tokens at a time when the model is processed by its state; null: as lm/session.py says."
+    )
+    linear_attention: bool = Field(False, description="Ablation of x070: no decay and no in-context learning rate.")
+    output_scale: Annotated[float, Field(gt=0)] = Field(1.0, description="Factor of what the output projections read.")
     detach_first: bool = Field(False, description="No gradient from later layers into v_first and k_first.")
     backend: Literal["auto", "reference", "chunked", "native", "triton"] = Field(
         "auto", description="Implementation of the recurrence; auto: native on a CPU, triton on a GPU, if they can run."
@@ -116,9 +126,28 @@ class StudentConfig(Section):
     def _resolved(cls, layout: Any, info: ValidationInfo) -> Layout:
         count = (info.context or {}).get("num_layers")
         try:
-            return resolve_layout(layout, count, allow_all=count is None)
+            return resolve_layout(layout, count, allow_all=count is None or info.data.get("init") == "scratch")
         except ValueError as error:
             raise problem("{}", error) from None
+
+    @model_validator(mode="after")
+    def _possible(self) -> StudentConfig:
+        if self.from_nothing and self.layer_choice is not None:
+            raise problem(
+                "attention_layers: choose {} measures a converted model, and this one begins as nothing",
+                self.layer_choice.choose,
+            )
+        shifts = PRESETS[self.preset].get("token_shift", False)
+        if self.shift_ratio != 1 and not (shifts and self.from_nothing):
+            raise problem("shift_ratio {} needs init scratch and a preset with token shift: x070", self.shift_ratio)
+        if self.linear_attention and not PRESETS[self.preset].get("group_norm", False):
+            raise problem("linear_attention needs a preset with group norm, x070: what it sums up grows with the text")
+        return self
+
+    @property
+    def from_nothing(self) -> bool:
+        """Whether no part of the model is a teacher's."""
+        return self.init == "scratch"
 
     @field_validator("attention_window")
     @classmethod
@@ -185,6 +214,7 @@ class StudentConfig(Section):
         # the stock mixer's k_a form is a matter of its equations, not a choice
         values |= {} if self.key_scale is None or self.preset == "x070" else {"key_scale": self.key_scale}
         values |= {} if self.key_residual is None else {"key_residual": self.key_residual}
+        values |= {"linear_attention": self.linear_attention, "output_scale": self.output_scale}
         return values | {f"rank_{name}": rank for name, rank in self.ranks.model_dump(exclude_none=True).items()}
 
 

@@ -12,6 +12,7 @@ Nothing is rebuilt: the modes of single layers make all these models of one. Who
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -42,6 +43,7 @@ class Scores:
         details: what the scores were made of, one value a layer by name.
         order: of greedy, the layers as they were chosen.
         choice: of greedy, what was to be fulfilled.
+        warning: why they say little; "": nothing speaks against them.
     """
 
     method: str
@@ -51,6 +53,7 @@ class Scores:
     details: dict[str, list[float]] = field(default_factory=dict)
     order: list[int] = field(default_factory=list)
     choice: dict | None = None
+    warning: str = ""
 
     def serves(self, choice: LayerChoice) -> bool:
         """Return whether these scores decide a choice."""
@@ -141,7 +144,10 @@ def _swap(model: HybridModel, batches: Sequence[Batch], recall: Batch, advance: 
     of_recall, of_text = ([max(values) - value for value in values] for values in (recalled, likely))
     floor = FLOOR * sum(of_text) / len(of_text)
     scores = [lost / (cost + floor) if lost else 0.0 for lost, cost in zip(of_recall, of_text, strict=True)]
-    return Scores("swap", scores, _tokens(batches), None, {"recall": recalled, "likelihood": likely})
+    own, guess = likelihood([recall], {}), -math.log(recall.num_targets / len(recall.rows))
+    warning = f"the teacher itself recalls {own:.3g} nats a value; a guess among those of a text is {guess:.3g}"
+    details = {"recall": recalled, "likelihood": likely}
+    return Scores("swap", scores, _tokens(batches), None, details, warning=warning if own < guess else "")
 
 
 def _greedy(model: HybridModel, batches: Sequence[Batch], choice: LayerChoice, advance: Advance) -> Scores:

@@ -37,7 +37,7 @@ def load_model(path: str | Path, device: str, notes: Console) -> tuple[PreTraine
         raise UserError("device is cuda, but PyTorch finds no CUDA device", "use --device cpu")
     disable_progress_bar()  # of transformers
     model, is_run = load_student(Path(path), resolve_device(device), notes), RunDirectory(path).is_run
-    words = TeacherConfig(path=open_run(path).teacher if is_run else str(path), trust_remote_code=not is_run)
+    words = open_run(path).base if is_run else TeacherConfig(path=str(path), trust_remote_code=True)
     return model, open_tokenizer(words)
 
 

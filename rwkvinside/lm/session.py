@@ -53,7 +53,7 @@ class StatefulModel(nn.Module):
 
     Args:
         model: causal language model of transformers with a cache that grows on demand (no static one).
-        chunk_size: see `set_chunk_size`.
+        chunk_size: see `set_chunk_size`; None: what the model was trained with, `rwkv_chunk_size` of its configuration.
 
     Attributes:
         model: the same.
@@ -61,12 +61,12 @@ class StatefulModel(nn.Module):
             changes it. `reset_state` empties it.
     """
 
-    def __init__(self, model: PreTrainedModel, chunk_size: int = CHUNK_SIZE) -> None:
+    def __init__(self, model: PreTrainedModel, chunk_size: int | None = None) -> None:
         super().__init__()
         self.model = model
         self.state: Cache = self.new_state()
         self._rows: int | None = None  # that `reset_state` asked for
-        self.set_chunk_size(chunk_size)
+        self.set_chunk_size(chunk_size or getattr(model.config, "rwkv_chunk_size", None) or CHUNK_SIZE)
 
     @property
     def config(self) -> Any:

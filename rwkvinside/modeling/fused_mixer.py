@@ -32,6 +32,8 @@ def is_fused_sequence(config: TimeMixerConfig, x: Tensor) -> bool:
     """
     if x.shape[1] == 1 and not torch.is_grad_enabled() or not hasattr(kernels, "mixer_ops"):
         return False
+    if config.linear_attention:  # an ablation has no kernel
+        return False
     by_choice = config.backend == "triton" or config.backend == "auto" and x.device.type == "cuda"
     return by_choice and why_unavailable("triton", x.device.type, x.dtype, config.head_size) is None
 

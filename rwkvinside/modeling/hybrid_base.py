@@ -52,7 +52,8 @@ class HybridFields:
         attention_window, attention_sinks: tokens that these layers see: the last so many, their own included, and the
             first so many of a document; 0 and 0: what the family's attention sees.
         rwkv_architecture: the preset the mixer was made from, for instance "cxa079".
-        teacher_model: name or path of the model that was converted.
+        rwkv_chunk_size: tokens at a time when the model is processed by its state; None: no preference.
+        teacher_model: name or path of the model that was converted; None: it was trained from nothing.
     """
 
     rwkv_layers: list = field(default_factory=list)
@@ -63,6 +64,7 @@ class HybridFields:
     attention_window: int = 0
     attention_sinks: int = 0
     rwkv_architecture: str | None = None
+    rwkv_chunk_size: int | None = None
     teacher_model: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -99,6 +101,8 @@ def mixer_fields(configs: dict[int, TimeMixerConfig]) -> dict:
     if not configs:
         return {"mixer": None, "mixer_layers": {}}
     fields = {i: config.to_dict() for i, config in configs.items()}
+    if not fields:
+        return {"mixer": None, "mixer_layers": {}}
     mixer = fields[min(fields)]
     differences = {i: {name: v for name, v in values.items() if v != mixer[name]} for i, values in fields.items()}
     return {"mixer": mixer, "mixer_layers": {str(i): values for i, values in differences.items() if values}}
@@ -138,7 +142,8 @@ class MixerModel(PreTrainedModel):
         if missing and loaded - projections:
             raise ValueError(f"weights of RWKV layer {module.layer_idx} are missing: {', '.join(missing)}")
         if missing:
-            init_mixer(module, module.layer_idx, self.config.num_hidden_layers)
+            start = "calibrated" if loaded else "scratch"  # some projections were loaded, or it is a new model
+            init_mixer(module, module.layer_idx, self.config.num_hidden_layers, start)
 
 
 class HybridBackbone(MixerModel):

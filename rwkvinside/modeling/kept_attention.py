@@ -69,6 +69,7 @@ class KeptAttention(nn.Module):
         self.window: int = config.attention_window if cut else 0
         self.sinks: int = config.attention_sinks if cut else 0
         self.rotates, self.log_base = config.attention_rope, config.attention_log_base
+        self.reads_mask = not cut  # see `HybridBackbone.forward`
         self.model_config = config
         if cut or self.log_base:  # the family's forward looks its attention function up in its configuration
             self.config: Any = copy(config)

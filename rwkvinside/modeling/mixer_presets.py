@@ -57,6 +57,9 @@ class TimeMixerConfig:
         key_scale: k * (1 - s + iclr) with s the decay ("decay") or its log-domain value ("log", as older checkpoints
             were trained); "k_a" is the stock RWKV-7 form with learned k_k and k_a.
         token_shift, group_norm: stock RWKV-7 only; without the norm the output is scaled by N^-0.5.
+        linear_attention: neither decay nor in-context learning rate, S_t = S_{t-1} + v_t k_t^T (Katharopoulos et al.,
+            arXiv 2006.16236, without its feature map): an ablation. Its state grows with the text and needs the norm.
+        output_scale: factor of what the output projection reads.
         qkv_bias, output_bias: biases copied from the teacher.
         window, sinks: attend exactly to the last `window` tokens and the first `sinks` of the document, beside the
             recurrence (`window_attention`); 0 and 0: not at all.
@@ -84,6 +87,8 @@ class TimeMixerConfig:
     key_scale: str = "decay"
     token_shift: bool = False
     group_norm: bool = False
+    linear_attention: bool = False
+    output_scale: float = 1.0
     qkv_bias: bool = False
     output_bias: bool = False
     window: int = 0
@@ -103,6 +108,8 @@ class TimeMixerConfig:
                 raise ValueError(f"{name} is {value!r}, allowed: {', '.join(allowed)}")
         if self.window < 0 or self.sinks < 0 or self.sinks and not self.window:
             raise ValueError(f"window {self.window} and sinks {self.sinks}: neither is negative, sinks need a window")
+        if self.linear_attention and not self.group_norm:
+            raise ValueError("linear_attention needs group_norm (preset x070): what is summed up grows with the text")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}")
         for name, rank in default_ranks(self.hidden_size, self.num_heads * self.head_size).items():

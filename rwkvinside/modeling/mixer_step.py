@@ -27,6 +27,7 @@ def is_fused(config: TimeMixerConfig, x: Tensor, cu_seqlens: Tensor | None) -> b
     if x.shape[1] != 1 or cu_seqlens is not None or torch.is_grad_enabled():
         return False
     unknown = config.token_shift or config.group_norm or config.key_scale == "k_a" or config.window and config.softcap
+    unknown = unknown or config.linear_attention
     needed = ("mixer_step", "low_rank", *(("window_step",) if config.window else ()))
     if unknown or not all(hasattr(kernels, name) for name in needed):
         return False

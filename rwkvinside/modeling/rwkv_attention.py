@@ -25,7 +25,7 @@ class RWKVAttention(TimeMixer):
         layer_idx: index of the decoder layer, its slot in the cache.
         is_first: whether this is the first RWKV layer of the model, which provides v_first and k_first.
         num_layers: of the model.
-        init: see `init_mixer`.
+        init, shift_ratio: see `init_mixer`.
 
     Attributes:
         reads_mask: False: no mask of queries and keys needs to be made for this layer.
@@ -34,9 +34,15 @@ class RWKVAttention(TimeMixer):
     reads_mask = False
 
     def __init__(
-        self, config: TimeMixerConfig, layer_idx: int, is_first: bool, num_layers: int, init: str = "calibrated"
+        self,
+        config: TimeMixerConfig,
+        layer_idx: int,
+        is_first: bool,
+        num_layers: int,
+        init: str = "calibrated",
+        shift_ratio: float = 1.0,
     ) -> None:
-        super().__init__(config, is_first, layer=layer_idx, num_layers=num_layers, init=init)
+        super().__init__(config, is_first, layer=layer_idx, num_layers=num_layers, init=init, shift_ratio=shift_ratio)
         self.layer_idx = layer_idx
 
     def forward(  # type: ignore[override]  # a mixer that is called as an attention

@@ -68,15 +68,15 @@ class ProjectedInputs(NamedTuple):
     """Projections of a layer's input.
 
     r and gate are (B, T, H, N), k and v (B, T, H or G, N), decay and iclr (B, T, H * N); the latter are added to w0
-    and a0. key and value are k and v before their residual mixes, (B, T, G, N), which a window attends to with r as its
-    query.
+    and a0, and None with linear attention. key and value are k and v before their residual mixes, (B, T, G, N), which a
+    window attends to with r as its query.
     """
 
     r: Tensor
     k: Tensor
     v: Tensor
-    decay: Tensor
-    iclr: Tensor
+    decay: Tensor | None
+    iclr: Tensor | None
     gate: Tensor
     key: Tensor
     value: Tensor
@@ -88,8 +88,8 @@ class TimeMixer(nn.Module):
     Args:
         config: see `TimeMixerConfig`.
         is_first: this is the first RWKV layer of the model: it provides v_first and k_first and has no residual mixes.
-        layer, num_layers, init: where in which model it is, and how it begins, see `init_mixer`. On the meta device
-            nothing is initialized.
+        layer, num_layers, init, shift_ratio: where in which model it is, and how it begins, see `init_mixer`. On the
+            meta device nothing is initialized.
     """
 
     w0: nn.Parameter  # decay: bias, and the matrices of its low-rank map
@@ -115,6 +115,7 @@ class TimeMixer(nn.Module):
         layer: int = 0,
         num_layers: int = 1,
         init: str = "calibrated",
+        shift_ratio: float = 1.0,
     ):
         super().__init__()
         self.mixer_config = config
@@ -136,8 +137,9 @@ class TimeMixer(nn.Module):
             self.register_parameter(f"{name}1", nn.Parameter(torch.empty(D, rank)))
             self.register_parameter(f"{name}2", nn.Parameter(torch.empty(rank, width)))
 
-        low_rank("w", config.rank_decay, C)
-        low_rank("a", config.rank_iclr, C)
+        if not config.linear_attention:
+            low_rank("w", config.rank_decay, C)
+            low_rank("a", config.rank_iclr, C)
         low_rank("g", config.rank_gate, C, bias=False)
         if config.value_path == "additive":
             low_rank("v", config.rank_value, C, bias=False)
@@ -147,19 +149,24 @@ class TimeMixer(nn.Module):
             low_rank("k", config.rank_key, KV)
         if config.bonus:
             self.r_k = nn.Parameter(torch.empty(H, N))
-        if config.key_scale == "k_a":
+        if config.key_scale == "k_a" and not config.linear_attention:
             self.k_k = nn.Parameter(torch.empty(1, 1, C))
             self.k_a = nn.Parameter(torch.empty(1, 1, C))
         if config.token_shift:
-            for name in "rwkvag":
+            for name in self.mixed_inputs:
                 self.register_parameter(f"x_{name}", nn.Parameter(torch.empty(1, 1, D)))
         if config.group_norm:
             self.ln_x = nn.GroupNorm(H, C, eps=64e-5)
         if config.window:
             self.mix_recurrence = nn.Parameter(torch.empty(H, N))  # weights of the gated recurrence and of the window
             self.mix_window = nn.Parameter(torch.empty(H, N))
-        if not self.w1.is_meta:
-            init_mixer(self, layer, num_layers, init)
+        if not self.g1.is_meta:
+            init_mixer(self, layer, num_layers, init, shift_ratio)
+
+    @property
+    def mixed_inputs(self) -> str:
+        """The maps that read the layer's input, one letter each."""
+        return "rkvg" if self.mixer_config.linear_attention else "rwkvag"
 
     def forward(
         self,
@@ -197,12 +204,12 @@ class TimeMixer(nn.Module):
         rope = full_rotation(rope, self.mixer_config.head_size)
         if is_fused(self.mixer_config, x, cu_seqlens):
             y, first, wkv, window = mixer_step(self, x, first=first, state=state, rope=rope, mask=mask, inplace=inplace)
-            return self.output(y.to(x.dtype)), first, MixerState(wkv, None, window)
+            return self.projected(y.to(x.dtype)), first, MixerState(wkv, None, window)
         if is_fused_sequence(self.mixer_config, x):
             y, first, parts = mix_fused(
                 self, x, first=first, state=state, rope=rope, mask=mask, cu_seqlens=cu_seqlens, inplace=inplace
             )
-            return self.output(y), first, MixerState(*parts)
+            return self.projected(y), first, MixerState(*parts)
         projected, first, shift = self.project_inputs(
             x, first=first, state=state, rope=rope, mask=mask, cu_seqlens=cu_seqlens
         )
@@ -214,7 +221,7 @@ class TimeMixer(nn.Module):
             q, k, v = projected.r, projected.key, projected.value
             a, window = self.window_features(q, k, v, before, mask, cu_seqlens, inplace)
             y = self.mixed(y, a)
-        return self.output(y.flatten(2).to(x.dtype)), first, MixerState(wkv, shift, window)
+        return self.projected(y.flatten(2).to(x.dtype)), first, MixerState(wkv, shift, window)
 
     def project_inputs(
         self,
@@ -234,7 +241,7 @@ class TimeMixer(nn.Module):
         c = self.mixer_config
         H, N = c.num_heads, c.head_size
         inputs, shift = self.shifted(x, None if state is None else state.shift, mask, cu_seqlens)
-        xr, xw, xk, xv, xa, xg = inputs.values()
+        xr, xk, xv, xg = (inputs[name] for name in "rkvg")
 
         r, k, v = self.project(xr, xk, xv, full_rotation(rope, N) if c.rope else None)
         key, value = k, v
@@ -254,8 +261,10 @@ class TimeMixer(nn.Module):
         if c.value_path == "additive":
             v = _to_heads(v, H) + 0.2 * ((xv @ self.v1) @ self.v2).unflatten(-1, (H, N))
 
-        decay = torch.tanh(xw @ self.w1) @ self.w2
-        iclr = (xa @ self.a1) @ self.a2
+        decay = iclr = None
+        if not c.linear_attention:
+            decay = torch.tanh(inputs["w"] @ self.w1) @ self.w2
+            iclr = (inputs["a"] @ self.a1) @ self.a2
         gate = (torch.sigmoid(xg @ self.g1) @ self.g2).unflatten(-1, (H, N))
         return ProjectedInputs(r, k, v, decay, iclr, gate, key, value), first, shift
 
@@ -282,6 +291,9 @@ class TimeMixer(nn.Module):
         c = self.mixer_config
         H, N = c.num_heads, c.head_size
         r, k, v, decay, iclr, gate, *_ = projected
+        if decay is None or iclr is None:
+            none = torch.zeros(r.shape, dtype=_fp32(r[:0]).dtype, device=r.device)
+            return RecurrenceInputs(r, none, k, v, none, none, gate)
         # decay and in-context learning rate stay in fp32: near 0 a bf16 log decay is off by 2-3 %
         z = (_fp32(self.w0) + _fp32(decay)).unflatten(-1, (H, N))
         log_decay = -DECAY_SCALE * torch.sigmoid(z)
@@ -302,15 +314,16 @@ class TimeMixer(nn.Module):
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         """Return the inputs (B, T, D) of the maps r, w, k, v, a and g, and the shift state.
 
-        All are x itself without token shift, and the state is None. Arguments as of `forward`, `last` is the state that
+        Without those of `mixed_inputs` that the mixer does not have. All are x itself without token shift, and the
+        state is None. Arguments as of `forward`, `last` is the state that
         came before.
         """
         if not self.mixer_config.token_shift:
-            return dict.fromkeys("rwkvag", x), None
+            return dict.fromkeys(self.mixed_inputs, x), None
         if mask is not None:
             x = x * mask[..., None].to(x.dtype)
         previous, shift = _shift(x, last, mask, cu_seqlens)
-        return {name: x + (previous - x) * getattr(self, f"x_{name}") for name in "rwkvag"}, shift
+        return {name: x + (previous - x) * getattr(self, f"x_{name}") for name in self.mixed_inputs}, shift
 
     def project(
         self, xr: Tensor, xk: Tensor, xv: Tensor, rope: tuple[Tensor, Tensor] | None
@@ -436,6 +449,11 @@ class TimeMixer(nn.Module):
             cu_seqlens=cu_seqlens,
             inplace=inplace,
         )
+
+    def projected(self, y: Tensor) -> Tensor:
+        """Return the layer's output (B, T, D) from what the heads give, (B, T, H * N)."""
+        scale = self.mixer_config.output_scale
+        return self.output(y if scale == 1 else scale * y)
 
     def mixed(self, y: Tensor, a: Tensor) -> Tensor:
         """Return the weighed sum of gated recurrence and window, (B, T, H, N) each."""

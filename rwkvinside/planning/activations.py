@@ -64,7 +64,7 @@ def transient_bytes(model: HybridModel, *, align: bool, low: int) -> int:
     of I).
     """
     inner = model.lm.config.intermediate_size
-    mixer = FP32 * 6 * max(c.num_heads * c.head_size for c in model.mixer_configs.values())
+    mixer = FP32 * 6 * max((c.num_heads * c.head_size for c in model.mixer_configs.values()), default=0)
     return mixer if align else max(mixer, 3 * low * inner)
 
 

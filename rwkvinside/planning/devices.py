@@ -59,16 +59,27 @@ def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
         Operations per second, and "data sheet" or "measured".
     """
     if device.type == "cuda":
-        known = _data_sheet(torch.cuda.get_device_name(device))
-        if known is not None:
-            return known[("bf16", "fp32").index(precision)] * 1e12, "data sheet"
+        peak = named_peak(torch.cuda.get_device_name(device), precision)
+        if peak is not None:
+            return peak, "data sheet"
     return measured_flops(device, precision), "measured"
+
+
+def named_peak(name: str, precision: str) -> float | None:
+    """Return what a device can do at most in a second by its data sheet, None where it is not known.
+
+    Args:
+        name: as PyTorch says it, or the part that counts, such as H100.
+        precision: "fp32" or "bf16".
+    """
+    known = _data_sheet(name)
+    return None if known is None else known[("bf16", "fp32").index(precision)] * 1e12
 
 
 def _data_sheet(name: str) -> tuple[float, float] | None:
     """Return the peaks of a card in bf16 and fp32, TFLOP/s; None: it is not in the table."""
     for words, bf16, fp32 in PEAKS:
-        if re.search(rf"\b{words}\b", name) and "Laptop" not in name:
+        if re.search(rf"\b{words}\b", name, re.IGNORECASE) and "Laptop" not in name:
             return bf16, fp32
     return None
 

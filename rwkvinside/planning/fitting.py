@@ -11,14 +11,13 @@ from dataclasses import replace
 
 from ..config.resolve import resolve
 from ..config.schema import Config
-from ..hybrid.assemble import apply
 from ..hybrid.model import HybridModel
 from ..stages.plan import RunPlan, StagePlan
 from ..stages.teacher import meta_online_teacher
 from ..teacher.kinds import TeacherKind
 from ..training.batching import rows_within
 from .devices import device_memory
-from .plan import meta_student
+from .plan import meta_student, prepared_stages
 from .stage_memory import stage_memory
 
 LARGEST = 32768  # tokens of a micro-batch; with more, kernels do not get faster
@@ -47,14 +46,8 @@ def fitted(plan: RunPlan, memory: int) -> RunPlan:
         plan: from `resolve`.
         memory: bytes of the device of one rank.
     """
-    model, stages, layers = meta_student(plan.settings), [], None
-    for stage in plan.stages:
-        if stage.run.student != model.spec:
-            model, layers = meta_student(stage.run), None
-        if stage.layers != layers:  # as in `plan_text`
-            apply(model, stage.layers)
-            layers = stage.layers
-        kind = stage.stage.prepare(model, stage, stage.phases[-1].train)
+    stages = []
+    for stage, model, kind in prepared_stages(plan, meta_student(plan.settings)):
         if stage.stage.trains and stage.settings.batch.micro_rows is None:
             stage = _enlarged(stage, model, kind, int(USABLE * memory))
         stages.append(stage)

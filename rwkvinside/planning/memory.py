@@ -130,19 +130,27 @@ class Memory:
         device: by purpose, at the largest moment of a step.
         saving, evaluating: the whole at other moments.
         original: of the original of a quantized teacher; the last evaluation has it in addition, if there is room.
-        host: what is in the host's memory in addition, when the device has its own.
+        offloaded: what stays in the host's memory, when the device has its own.
+        loaded: what is there while models are loaded.
+        gathered: what the first rank has there while it saves.
     """
 
     device: dict[str, int]
     saving: int
     evaluating: int
-    original: int
-    host: int
+    original: int = 0
+    offloaded: int = 0
+    loaded: int = 0
+    gathered: int = 0
 
     @property
     def peak(self) -> int:
         """The largest moment of the stage on the device."""
         return max(sum(self.device.values()), self.saving, self.evaluating)
+
+    def host(self, ranks: int = 1) -> int:
+        """Return the most that so many ranks have in the memory of the host they share."""
+        return ranks * self.offloaded + max(ranks * self.loaded, self.gathered)
 
 
 def memory_of(weights: StudentMemory, work: StepMemory, engine: EngineSpec, *, cpu: bool) -> Memory:
@@ -195,7 +203,9 @@ def memory_of(weights: StudentMemory, work: StepMemory, engine: EngineSpec, *, c
         saving=resident + (gathered if cpu else 0),
         evaluating=resident + work.judged,
         original=work.original,
-        host=0 if cpu else offloaded + max(gathered, weights.others + FP32 * t + work.teacher, work.original),
+        offloaded=offloaded,
+        loaded=0 if cpu else max(weights.others + FP32 * t + work.teacher, work.original),
+        gathered=0 if cpu else gathered,
     )
 
 

@@ -6,7 +6,7 @@ No weights are loaded and nothing is written.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -14,6 +14,7 @@ from ..config.schema import Config
 from ..data.sources import describe
 from ..hybrid.assemble import apply, layer_lines
 from ..hybrid.model import HybridModel
+from ..hybrid.settings import StudentConfig
 from ..modeling.mixer_presets import TimeMixerConfig
 from ..stages.plan import RunPlan, RunSettings, StagePlan
 from ..stages.teacher import meta_online_teacher
@@ -47,6 +48,28 @@ def plan_text(plan: RunPlan, config: Config) -> str:
     model = meta_student(plan.settings)
     lines = _run_lines(plan, config, model)
     shown: list[dict] = []
+    for stage, of_stage, kind in prepared_stages(plan, model):
+        if stage.name not in plan.selected:
+            continue
+        lines += ["", *_stage_lines(stage, of_stage, kind, config.checkpoint.keep)]
+        if plan.settings.ranks > 1 and stage.stage.trains:
+            settings = deepspeed_config(plan.settings.zero, stage.optim, plan.settings.precision, stage.shape)
+            if settings not in shown:
+                shown.append(settings)
+                lines.append(f"  deepspeed {json.dumps(settings)}")
+    return "\n".join(lines) + "\n"
+
+
+def prepared_stages(plan: RunPlan, model: HybridModel) -> Iterator[tuple[StagePlan, HybridModel, TeacherKind | None]]:
+    """Yield the stages of a run, the student having the layers of each, and as trainable what trains at its end.
+
+    Args:
+        plan: from `config.resolve`.
+        model: of `meta_student`; changed from stage to stage.
+
+    Yields:
+        The stage, its student, and where its teacher's side comes from.
+    """
     layers = None
     for stage in plan.stages:
         if stage.run.student != model.spec:  # its layers are chosen; what was trained before are mixers alone
@@ -56,16 +79,27 @@ def plan_text(plan: RunPlan, config: Config) -> str:
             layers = stage.layers
         if stage.stage.trains:
             check_optimizer(stage.optim.kind, plan.settings.device)
-        kind = stage.stage.prepare(model, stage, stage.phases[-1].train)
-        if stage.name not in plan.selected:
-            continue
-        lines += ["", *_stage_lines(stage, model, kind, config.checkpoint.keep)]
-        if plan.settings.ranks > 1 and stage.stage.trains:
-            settings = deepspeed_config(plan.settings.zero, stage.optim, plan.settings.precision, stage.shape)
-            if settings not in shown:
-                shown.append(settings)
-                lines.append(f"  deepspeed {json.dumps(settings)}")
-    return "\n".join(lines) + "\n"
+        yield stage, model, stage.stage.prepare(model, stage, stage.phases[-1].train)
+
+
+def run_warnings(plan: RunPlan) -> list[str]:
+    """Return what one may not expect of a run."""
+    student = plan.settings.student
+    missing = student.missing_of_variant()
+    return [f"not the published {student.preset}: {'; '.join(missing)}"] if missing else []
+
+
+def disk_bytes(plan: StagePlan, model: HybridModel, keep: int) -> int:
+    """Return the bytes of a stage's checkpoints, at most.
+
+    One more than is kept is on the disk while it is written, and quantized weights once.
+    """
+    frozen = sum(layer.nbytes for layer in model.quantized.values())
+    return (keep + _keeps_best(plan) + 1) * checkpoint_bytes(*trained_bytes(model)) + frozen
+
+
+def _keeps_best(plan: StagePlan) -> bool:
+    return plan.stage.trains and plan.settings.evaluate_every_tokens is not None  # else only the last one has a score
 
 
 def meta_student(run: RunSettings) -> HybridModel:
@@ -76,26 +110,12 @@ def meta_student(run: RunSettings) -> HybridModel:
 
 def _run_lines(plan: RunPlan, config: Config, model: HybridModel) -> list[str]:
     """Return what the plan says of the run as a whole."""
-    run, c, mixer = plan.settings, model.lm.config, model.mixer_configs[model.rwkv_layers[0]]
-    teacher = teacher_parameters(model)
-    # a head that is still the embedding counts once
-    total = sum({id(p): p.numel() for p in model.canonical_parameters().values()}.values())
-    new = {group: count for group, _, count in model.group_table()}.get(NEW, 0)
+    run, c = plan.settings, model.lm.config
     layer_map = "".join("R" if i in model.rwkv_layers else "A" for i in range(c.num_hidden_layers))
     kept = [i for i, kind in enumerate(layer_map) if kind == "A"]
-    missing = run.student.missing_of_variant()
     engine = f"DeepSpeed, ZeRO {settle(run.zero).zero_stage}" if run.ranks > 1 else "one process"
     return [
-        f"teacher   {run.teacher.path}: {c.model_type}, {c.num_hidden_layers} layers, width {c.hidden_size}, "
-        f"{mixer.num_heads} heads of {mixer.head_size} ({mixer.num_kv_heads} for keys), "
-        f"{rounded_count(teacher)} parameters",
-        *([f"recipe    {config.recipe}"] if config.recipe else []),
-        *([f"variant   {', '.join(config.variant)}"] if config.variant else []),
-        f"student   {run.student.preset}, key scale {mixer.key_scale}, {_windows(model.mixer_configs)}"
-        f"{run.student.init} start, "
-        f"{rounded_count(total)} parameters: {rounded_count(total - new)} copied from the teacher, "
-        f"{rounded_count(new)} new",
-        *([f"warning   not the published {run.student.preset}: {'; '.join(missing)}"] if missing else []),
+        *_model_lines(plan, config, model),
         f"layers    {layer_map}   ({len(model.rwkv_layers)} R = RWKV, {len(kept)} A = attention"
         f"{': ' * bool(kept)}{spans(kept)})",
         *_choice_lines(plan, model),
@@ -104,6 +124,44 @@ def _run_lines(plan: RunPlan, config: Config, model: HybridModel) -> list[str]:
         f"loggers   {', '.join(['metrics.jsonl', *config.loggers])}",
         f"run       {' -> '.join(config.run)}, into {config.out}",
     ]
+
+
+def _model_lines(plan: RunPlan, config: Config, model: HybridModel) -> list[str]:
+    """Return what is made of what: a student of a teacher, or a model of nothing."""
+    run = plan.settings
+    c, student = model.lm.config, run.student
+    heads = model.family.attention_fields(c, 0)
+    shape = (
+        f"{c.model_type}, {c.num_hidden_layers} layers, width {c.hidden_size}, {heads['num_heads']} heads of "
+        f"{heads['head_size']} ({heads['num_kv_heads']} for keys), "
+    )
+    # a head that is still the embedding counts once
+    total = sum({id(p): p.numel() for p in model.canonical_parameters().values()}.values())
+    mixer = next(iter(model.mixer_configs.values()), None)
+    mixers = "" if mixer is None else f"{student.preset}, key scale {mixer.key_scale}, {_windows(model.mixer_configs)}"
+    if run.teacher.fresh:
+        return [
+            f"model     {shape}vocabulary {c.vocab_size}, {rounded_count(total)} parameters, from nothing",
+            f"tokenizer {run.teacher.path}",
+            *([f"mixers    {mixers}{student.init} start{_knobs(student)}"] if mixers else []),
+        ]
+    new = {group: count for group, _, count in model.group_table()}.get(NEW, 0)
+    return [
+        f"teacher   {run.teacher.path}: {shape}{rounded_count(teacher_parameters(model))} parameters",
+        *([f"recipe    {config.recipe}"] if config.recipe else []),
+        *([f"variant   {', '.join(config.variant)}"] if config.variant else []),
+        f"student   {mixers}{student.init} start, {rounded_count(total)} parameters: "
+        f"{rounded_count(total - new)} copied from the teacher, {rounded_count(new)} new",
+        *(f"warning   {text}" for text in run_warnings(plan)),
+    ]
+
+
+def _knobs(student: StudentConfig) -> str:
+    """Return the settings of mixers from nothing that are not the usual ones."""
+    shown = [f", {student.shift_ratio:g} of the token shift"] if student.shift_ratio != 1 else []
+    shown += [", linear attention without decay"] if student.linear_attention else []
+    shown += [f", outputs scaled by {student.output_scale:g}"] if student.output_scale != 1 else []
+    return "".join(shown)
 
 
 def _choice_lines(plan: RunPlan, model: HybridModel) -> list[str]:
@@ -177,10 +235,9 @@ def _stage_lines(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, 
     size = checkpoint_bytes(saved, trainable)
     frozen = sum(layer.nbytes for layer in model.quantized.values())
     more = f", and {rounded_bytes(frozen)} of quantized weights once" if frozen else ""
-    best = plan.stage.trains and plan.settings.evaluate_every_tokens is not None  # else only the last one has a score
     lines.append(
-        f"  disk      {rounded_bytes(size)} a checkpoint, {keep}{' and the best' * best} kept{more}: "
-        f"{rounded_bytes((keep + best + 1) * size + frozen)} at most"
+        f"  disk      {rounded_bytes(size)} a checkpoint, {keep}{' and the best' * _keeps_best(plan)} kept{more}: "
+        f"{rounded_bytes(disk_bytes(plan, model, keep))} at most"
     )
     return lines
 
@@ -198,8 +255,8 @@ def _memory_lines(memory: Memory, device: str) -> list[str]:
             f"            last evaluation: {last} with the original teacher ({original}), "
             "which is left out where that does not fit"
         )
-    if memory.host:
-        lines.append(f"  host      about {rounded_bytes(memory.host)} of the host's memory a rank")
+    if host := memory.host():
+        lines.append(f"  host      about {rounded_bytes(host)} of the host's memory a rank")
     return lines + _fit_lines(memory.peak, device)
 
 

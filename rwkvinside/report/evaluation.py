@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import UserError
-from .figures import draw_positions, new_figure
+from .figures import draw_positions, new_figure, position_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +29,7 @@ def evaluation_figure(result: dict) -> Figure:
     heights = [3.2] * ("by_position" in result) + [1.9] * len(models)
     parts = np.atleast_1d(figure.subfigures(rows, 1, height_ratios=heights))
     if "by_position" in result:
-        draw_positions(parts[0].subplots(1, 2), result)
+        draw_positions(position_axes(parts[0], result), result)
     for part, model in zip(parts[rows - len(models) :], models, strict=True):
         for ax, task in zip(np.atleast_1d(part.subplots(1, len(tasks))), tasks, strict=True):
             draw_recall(ax, [s for s in recall["scores"][model] if s["task"] == task], f"{task}: {model}")
@@ -51,7 +51,7 @@ def draw_recall(ax: Axes, scores: list[dict], title: str) -> None:
         shares[depths.index(s["depth"]), lengths.index(s["length"])] = value
     ax.imshow(shares, vmin=0, vmax=1, cmap="cividis", aspect="auto")
     for (row, column), share in np.ndenumerate(shares):
-        color = "white" if share < 0.6 else "black"
+        color = "white" if share < 0.6 else "#111111"  # on the map itself, whatever the page
         ax.text(column, row, f"{share:.0%}", ha="center", va="center", fontsize=8, color=color)
     ax.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
     ax.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])

@@ -4,7 +4,7 @@ Colors are Okabe and Ito's, which people with any color vision can tell apart; c
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,10 +16,14 @@ from ..support.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
+WIDTH = 9.8  # inches of a figure on a page
+PANELS = 3  # beside each other
 AMBER, PINK, BLACK = "#E69F00", "#CC79A7", "#222222"
+DATELESS = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}  # the same figure is the same file
+RUN_COLORS = (BLUE, ORANGE, GREEN, PINK, AMBER, GREY)
 LAYER_UNITS = {
     "error": "relative error of its mixer",
     "restore": "KL that its attention saves",
@@ -30,6 +34,7 @@ LOSS_UNITS = {
     "align": "alignment loss (relative squared error)",
     "distill": "KL to the teacher (nats per token)",
     "long": "loss (nats per token)",
+    "pretrain": "cross entropy (nats per token)",
     "sft": "cross entropy (nats per token)",
 }
 
@@ -42,14 +47,17 @@ def new_figure(width: float, height: float) -> "Figure":
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
-    """Write a figure as a PNG.
+    """Write a figure, the same bytes each time, in the format that the name ends with: png, svg or pdf.
 
     Raises:
         UserError: no space, or a directory that cannot be written.
     """
+    import matplotlib
+
+    form = path.suffix[1:]
     try:
-        with replacing(path) as temporary:
-            figure.savefig(temporary, format="png")
+        with replacing(path) as temporary, matplotlib.rc_context({"svg.hashsalt": path.stem}):
+            figure.savefig(temporary, format=form, metadata=DATELESS.get(form))
     except OSError as error:
         cause = f"cannot write {path}: {error.strerror or error}"
         raise UserError(cause, "free space, or make the directory writable") from error
@@ -75,14 +83,26 @@ def _plain_log(ax: "Axes", values: np.ndarray) -> None:
 
     By default matplotlib labels no tick when all values are within one decade.
     """
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
     ax.set_yscale("log")
     positive = values[np.isfinite(values) & (values > 0)]
-    narrow = len(positive) and positive.max() / positive.min() < 30
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,)))
+    ratio = positive.max() / positive.min() if len(positive) else 1.0
+    few = MaxNLocator(5) if ratio < 6 else LogLocator(subs=(1, 2, 5) if ratio < 30 else (1,))
+    ax.yaxis.set_major_locator(few)
+    if ratio < 6:
+        ax.yaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _end_value(ax: "Axes", x: float, y: float, color: str, form: str = ".3g") -> None:
+    """Write the last value of a line beside its end."""
+    if np.isfinite(y):
+        text = format(y, form)
+        ax.annotate(
+            text, (x, y), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8, color=color, clip_on=False
+        )
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
@@ -96,18 +116,23 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 def draw_loss(ax: "Axes", rows: Sequence[dict], stage: str) -> None:
     """Draw the training loss of a stage over its tokens.
 
-    Every logged step is gray, the mean of the last steps blue.
+    Where there are many steps, each is gray and the mean of the last ones blue.
     """
     train = of_kind(rows, "train", stage)
     tokens, loss = column(train, "tokens"), column(train, "loss")
     window = max(1, len(train) // 25)
-    ax.plot(tokens, loss, color=GREY, linewidth=0.7, alpha=0.8, label="each logged step")
-    if window > 1:
+    if window == 1:
+        ax.plot(tokens, loss, color=BLUE, linewidth=1.5, label="each logged step")
+    else:
+        ax.plot(tokens, loss, color=GREY, linewidth=0.7, alpha=0.8, label="each logged step")
         ax.plot(tokens, smooth(loss, window), color=BLUE, linewidth=1.8, label=f"mean of the last {window}")
+    if len(train):
+        _end_value(ax, tokens[-1], smooth(loss, window)[-1], BLUE)
     _plain_log(ax, loss)
     _count_axis(ax.xaxis)
     _finish(ax, f"{stage}: training loss", "tokens", LOSS_UNITS.get(stage, "loss"))
-    ax.legend(frameon=False, fontsize=8)
+    if window > 1:
+        ax.legend(frameon=False, fontsize=8)
 
 
 def draw_alignment(ax: "Axes", rows: Sequence[dict], stage: str) -> None:
@@ -121,7 +146,7 @@ def draw_alignment(ax: "Axes", rows: Sequence[dict], stage: str) -> None:
     if not len(positive):
         positive = np.ones(1)  # a run that diverged at once: an empty map with its axes
     norm = LogNorm(positive.min(), max(positive.max(), positive.min() * 1.01))
-    image = ax.pcolormesh(edges, np.arange(len(layers) + 1) - 0.5, errors, norm=norm, cmap="cividis")
+    image = ax.pcolormesh(edges, np.arange(len(layers) + 1) - 0.5, errors, norm=norm, cmap="cividis", rasterized=True)
     ax.set_yticks(range(len(layers)), layers)
     if len(layers) > 16:
         ax.yaxis.set_major_locator(MaxNLocator(12, integer=True))
@@ -145,10 +170,12 @@ def draw_validation(ax: "Axes", rows: Sequence[dict], name: str, unit: str, *, l
         log: use a logarithmic y axis.
     """
     before = tokens_before(rows)
-    measured = of_kind(rows, "eval")
+    measured = _trained(of_kind(rows, "eval"))
     tokens = column(measured, "tokens") + np.array([before[row["stage"]] for row in measured])
     values = column(measured, name)
     ax.plot(tokens, values, color=BLUE, marker="o", markersize=4, linewidth=1.5, label="student")
+    if len(measured):
+        _end_value(ax, tokens[-1], values[-1], BLUE, ".3f")
     if name == "ce":
         ax.plot(tokens, column(measured, "ce_teacher"), color=ORANGE, linestyle="--", linewidth=1.5, label="teacher")
     if controls := of_kind(rows, "control"):
@@ -159,6 +186,7 @@ def draw_validation(ax: "Axes", rows: Sequence[dict], name: str, unit: str, *, l
         ax.legend(frameon=False, fontsize=8)
     if log:
         _plain_log(ax, values)
+    ax.margins(y=0.12)  # names of stages are at the top
     top = ax.get_xaxis_transform()
     for stage in stages(rows, "train"):
         ax.axvline(before[stage], color=GREY, linewidth=0.8, linestyle=":")
@@ -180,9 +208,14 @@ def loss_figure(rows: Sequence[dict]) -> "Figure | None":
     names = stages(rows, "train")
     if not names:
         return None
-    figure = new_figure(5.2 * len(names), 3.8)
-    for ax, stage in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        draw_loss(ax, rows, stage)
+    lines = -(-len(names) // PANELS)
+    figure = new_figure(WIDTH, 3.2 * lines)
+    panels = figure.subplots(lines, min(len(names), PANELS), squeeze=False).flat
+    for ax, stage in itertools.zip_longest(panels, names):
+        if stage is None:
+            ax.set_visible(False)
+        else:
+            draw_loss(ax, rows, stage)
     return figure
 
 
@@ -192,7 +225,7 @@ def alignment_figure(rows: Sequence[dict]) -> "Figure | None":
     if not names:
         return None
     layers = max(len(alignment(rows, stage)[1]) for stage in names)
-    figure = new_figure(7.5, (2.0 + 0.24 * min(max(layers, 4), 40)) * len(names))
+    figure = new_figure(WIDTH, (1.4 + 0.2 * min(max(layers, 4), 40)) * len(names))
     for ax, stage in zip(figure.subplots(len(names), 1, squeeze=False)[:, 0], names, strict=True):
         draw_alignment(ax, rows, stage)
     return figure
@@ -202,10 +235,77 @@ def validation_figure(rows: Sequence[dict]) -> "Figure | None":
     """Draw KL, cross entropies and agreement over the run; None without evaluations."""
     if not of_kind(rows, "eval"):
         return None
-    figure = new_figure(13, 3.6)
+    figure = new_figure(WIDTH, 3.0)
     for ax, (name, unit, log) in zip(figure.subplots(1, 3), VALIDATION, strict=True):
         draw_validation(ax, rows, name, unit, log=log)
     return figure
+
+
+def runs_validation_figure(runs: Mapping[str, Sequence[dict]]) -> "Figure | None":
+    """Draw KL, cross-entropy and agreement of several runs over one another; None without evaluations.
+
+    Args:
+        runs: name -> rows of metrics.jsonl.
+    """
+    measured = {name: rows for name, rows in runs.items() if of_kind(rows, "eval")}
+    if not measured:
+        return None
+    figure = new_figure(WIDTH, 3.4)
+    for ax, (name, unit, log) in zip(figure.subplots(1, 3), VALIDATION, strict=True):
+        values = []
+        for (label, rows), color in zip(measured.items(), itertools.cycle(RUN_COLORS)):
+            before, points = tokens_before(rows), _trained(of_kind(rows, "eval"))
+            tokens = column(points, "tokens") + np.array([before[row["stage"]] for row in points])
+            values.append(column(points, name))
+            ax.plot(tokens, values[-1], "o-", color=color, markersize=3.5, linewidth=1.5, label=label)
+            _end_value(ax, tokens[-1], values[-1][-1], color, ".3f")
+        if log:
+            _plain_log(ax, np.concatenate(values))
+        _count_axis(ax.xaxis)
+        _finish(ax, f"validation: {VALIDATION_TITLES[name]}", "tokens of the run", unit)
+    _shared_legend(figure)
+    return figure
+
+
+def runs_loss_figure(runs: Mapping[str, Sequence[dict]]) -> "Figure | None":
+    """Draw the smoothed training loss of several runs, one panel per stage; None if nothing was trained.
+
+    Args:
+        runs: name -> rows of metrics.jsonl.
+    """
+    names = list(dict.fromkeys(stage for rows in runs.values() for stage in stages(rows, "train")))
+    if not names:
+        return None
+    lines = -(-len(names) // PANELS)
+    figure = new_figure(WIDTH, 3.4 * lines)
+    panels = figure.subplots(lines, min(len(names), PANELS), squeeze=False).flat
+    for ax, stage in itertools.zip_longest(panels, names):
+        if stage is None:
+            ax.set_visible(False)
+            continue
+        losses = []
+        for (label, rows), color in zip(runs.items(), itertools.cycle(RUN_COLORS)):
+            train = of_kind(rows, "train", stage)
+            if train:
+                loss = smooth(column(train, "loss"), max(1, len(train) // 25))
+                ax.plot(column(train, "tokens"), loss, color=color, linewidth=1.5, label=label)
+                _end_value(ax, train[-1]["tokens"], loss[-1], color)
+                losses.append(loss)
+        _plain_log(ax, np.concatenate(losses))
+        _count_axis(ax.xaxis)
+        _finish(ax, f"{stage}: training loss", "tokens", LOSS_UNITS.get(stage, "loss"))
+    _shared_legend(figure)
+    return figure
+
+
+def _shared_legend(figure: "Figure") -> None:
+    lines = {line.get_label(): line for ax in figure.axes for line in ax.lines}
+    figure.legend(lines.values(), lines, loc="outside upper left", ncols=4, frameon=False, fontsize=9)
+
+
+def _trained(measured: "list[dict]") -> "list[dict]":
+    """Return evaluations without the one before any training, which would flatten all that follows."""
+    return measured[1:] if len(measured) > 2 and not measured[0]["step"] else measured
 
 
 def overview_figure(rows: Sequence[dict]) -> "Figure | None":
@@ -259,30 +359,35 @@ def position_figure(evaluation: dict) -> "Figure":
     Args:
         evaluation: the JSON that `rwkvinside eval` writes.
     """
-    figure = new_figure(10.5, 3.8)
-    draw_positions(figure.subplots(1, 2), evaluation)
+    figure = new_figure(WIDTH, 3.4)
+    draw_positions(position_axes(figure, evaluation), evaluation)
     return figure
 
 
+def position_axes(figure: "Figure | SubFigure", evaluation: dict) -> "Sequence[Axes]":
+    """Return what `draw_positions` draws on: one of two axes stays empty for a model without a teacher."""
+    axes = figure.subplots(1, 2)
+    if "kl" not in evaluation:
+        axes[1].remove()
+    return axes
+
+
 def draw_positions(axes: "Sequence[Axes]", evaluation: dict) -> None:
-    """Draw perplexity of both models and KL by position, on two axes."""
-    left, right = axes
+    """Draw perplexity of both models and KL by position, on two axes; of a model without a teacher its perplexity."""
     buckets = evaluation["by_position"]
     context = np.array([np.sqrt(bucket["first"] * bucket["last"]) for bucket in buckets])
-    for name, label, color, style in (
-        ("perplexity", "student", BLUE, "o-"),
-        ("perplexity_teacher", "teacher", ORANGE, "s--"),
-    ):
-        left.plot(context, [bucket[name] for bucket in buckets], style, color=color, markersize=4, label=label)
-    values = np.array([[bucket["perplexity"], bucket["perplexity_teacher"]] for bucket in buckets])
-    _plain_log(left, values)
-    left.legend(frameon=False)
-    right.plot(context, [bucket["kl"] for bucket in buckets], "o-", color=BLUE, markersize=4)
-    right.set_ylim(bottom=0)
-    for ax, title, unit in (
-        (left, "perplexity by position", "perplexity"),
-        (right, "divergence by position", "KL to the teacher (nats per token)"),
-    ):
+    lines = [("perplexity", "student", BLUE, "o-")]
+    drawn = [(axes[0], "perplexity by position", "perplexity")]
+    if "kl" in evaluation:
+        lines.append(("perplexity_teacher", "teacher", ORANGE, "s--"))
+        drawn.append((axes[1], "divergence by position", "KL to the teacher (nats per token)"))
+        axes[1].plot(context, [bucket["kl"] for bucket in buckets], "o-", color=BLUE, markersize=4)
+        axes[1].set_ylim(bottom=0)
+    for name, label, color, style in lines:
+        axes[0].plot(context, [bucket[name] for bucket in buckets], style, color=color, markersize=4, label=label)
+    _plain_log(axes[0], np.array([[bucket[name] for name, *_ in lines] for bucket in buckets]))
+    axes[0].legend(frameon=False)
+    for ax, title, unit in drawn:
         ax.set_xscale("log", base=2)
         _count_axis(ax.xaxis)
         _finish(ax, title, "tokens of the document already read", unit)
@@ -391,7 +496,12 @@ def kernel_figure(stages: Sequence[dict], device: str) -> "Figure | None":
     return figure
 
 
-CONTEXT_STYLES = {"attention": (ORANGE, "s--"), "hybrid": (GREEN, "^-."), "RWKV": (BLUE, "o-")}
+CONTEXT_STYLES = {
+    "attention": (ORANGE, "s--"),
+    "hybrid": (GREEN, "^-."),
+    "hybrid, window": (PINK, "v:"),
+    "RWKV": (BLUE, "o-"),
+}
 CONTEXT_PANELS = (
     ("prefill_seconds", 1, "reading the prompt", "seconds"),
     ("token_ms", 1, "one further token", "milliseconds"),

@@ -4,6 +4,7 @@ RUN/run.json          the run's id and its teacher's (records.py)
 RUN/config.yaml       the resolved configuration
 RUN/config.N.yaml     the ones it had before, the first is 1
 RUN/plan.txt          what each stage trains, freezes and needs
+RUN/plan.json         the same in numbers (planning/forecast.py)
 RUN/conversion.json   teacher, student, finished stages and their measurements
 RUN/metrics.jsonl     one row for each step and evaluation (training/metrics.py)
 RUN/digests.json      digests of large files, so that they are read once (support/digests.py)
@@ -31,7 +32,8 @@ from ..support.sealed import digest_of
 from ..training.metrics import FILE as METRICS
 from .records import IDENTITY, RESTORE, Records, StageRecord
 
-CONFIG, PLAN, CONVERSION, DIGESTS = "config.yaml", "plan.txt", "conversion.json", "digests.json"
+CONFIG, CONVERSION, DIGESTS = "config.yaml", "conversion.json", "digests.json"
+PLAN, FORECAST = "plan.txt", "plan.json"
 MOVABLE = ("out", "teacher.path")  # where things are; what the teacher is, its identity says
 
 
@@ -225,7 +227,7 @@ class RunDirectory:
         """
         if not (self.path / CONFIG).is_file():
             return []
-        was, now = (dict(_flat(values)) for values in (_with_defaults(self.config()), _plain(absolute(config))))
+        was, now = (dict(flat_settings(values)) for values in (_with_defaults(self.config()), _plain(absolute(config))))
         keys = [key for key in dict.fromkeys([*now, *was]) if key != "out"]
         return [Change(key, was.get(key), now.get(key)) for key in keys if was.get(key) != now.get(key)]
 
@@ -249,19 +251,21 @@ class RunDirectory:
         Raises:
             UserError: it is not what was written.
         """
-        file = self.path / CONVERSION
+        return self._read_json(self.path / CONVERSION)
+
+    def _read_json(self, file: Path) -> dict:
         if not file.exists():
             return {}
         try:
-            conversion = json.loads(file.read_text(encoding="utf-8"))
+            values = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(f"{file} is damaged: {error}", "use another run directory") from error
-        if not isinstance(conversion, dict):
+        if not isinstance(values, dict):
             raise UserError(f"{file} is damaged: it is not a JSON object", "use another run directory")
-        return conversion
+        return values
 
-    def describe(self, config: Config, plan: str) -> None:
-        """Write config.yaml and plan.txt; a configuration that the run had before is kept as config.N.yaml.
+    def describe(self, config: Config, plan: str, forecast: Mapping) -> None:
+        """Write config.yaml, plan.txt and plan.json; a configuration that the run had before is kept as config.N.yaml.
 
         Paths are made absolute so that they mean the same from everywhere.
         """
@@ -274,6 +278,15 @@ class RunDirectory:
             write_text(self.path / f"config.{number}.yaml", old)
         write_text(file, text)
         write_text(self.path / PLAN, plan)
+        write_json(self.path / FORECAST, dict(forecast))
+
+    def forecast(self) -> dict:
+        """Return the numbers of the plan, {} where there are none: an earlier version made the run.
+
+        Raises:
+            UserError: they are damaged.
+        """
+        return self._read_json(self.path / FORECAST)
 
     def note(self, facts: Mapping, *, finished: str | None = None, evaluation: Mapping | None = None) -> None:
         """Update conversion.json.
@@ -296,7 +309,7 @@ def settings_digest(config: Mapping) -> str:
 
     Where the run and the teacher are does not count.
     """
-    return digest_of({key: value for key, value in _flat(config) if key not in MOVABLE})
+    return digest_of({key: value for key, value in flat_settings(config) if key not in MOVABLE})
 
 
 def absolute(config: Config) -> Config:
@@ -325,11 +338,11 @@ def _with_defaults(written: dict) -> dict:
         return written
 
 
-def _flat(values: Mapping, at: str = "") -> Iterator[tuple[str, object]]:
+def flat_settings(values: Mapping, at: str = "") -> Iterator[tuple[str, object]]:
     """Yield the values of nested mappings by path, a.b.c."""
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{at}{key}.")
+            yield from flat_settings(value, f"{at}{key}.")
         else:
             yield f"{at}{key}", value
 

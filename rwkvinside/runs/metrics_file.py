@@ -40,7 +40,7 @@ def _wrong(row: object) -> str:
     """Return what makes a row none of a run's, "" if nothing."""
     if not isinstance(row, dict):
         return "is not a JSON object"
-    if row.get("kind") in ("train", "eval"):
+    if row.get("kind") in ("train", "eval", "sample"):
         if not isinstance(row.get("stage"), str):
             return f"is of stage {row.get('stage')!r:.40}, not a name"
         for name in ("step", "tokens"):
@@ -49,8 +49,14 @@ def _wrong(row: object) -> str:
     layers = row.get("layers", {})
     if not isinstance(layers, dict) or not all(layer.isdecimal() for layer in layers):
         return f"has layers = {layers!r:.40}, not numbers by layer"
+    samples = row.get("samples", [])
+    if not isinstance(samples, list) or not all(isinstance(each, dict) for each in samples):
+        return f"has samples = {samples!r:.40}, not a list of texts"
+    for each in samples:
+        if not {"prompt", "student"} <= each.keys() or not all(isinstance(text, str) for text in each.values()):
+            return f"has a sample {each!r:.40}, not texts by name"
     for name, value in row.items():
-        if name not in ("kind", "stage", "teacher") and not _is_numbers(value):
+        if name not in ("kind", "stage", "teacher", "samples") and not _is_numbers(value):
             return f"has {name} = {value!r:.40}, not a number"
     return ""
 

@@ -18,9 +18,10 @@ from ..hybrid.assemble import assemble
 from ..hybrid.model import HybridModel
 from ..hybrid.settings import AdapterConfig, LayerSpec, QuantizeConfig, StudentConfig
 from ..support.digests import FileDigests
-from ..teacher.files import LEGAL_FILES, check_unchanged, model_identity
-from ..teacher.load import load_teacher
-from ..teacher.tokenizer_files import TOKENIZER_FILES
+from ..teacher.files import LEGAL_FILES, base_identity, check_unchanged
+from ..teacher.load import load_base, teacher_config
+from ..teacher.settings import TeacherConfig
+from ..teacher.tokenizer_files import TOKENIZER_FILES, tokenizer_folder
 from ..training.checkpoint import open_checkpoint, step_of
 from ..training.frozen_weights import read_frozen_weights
 from .directory import DIGESTS, RunDirectory
@@ -65,14 +66,19 @@ class TrainedRun:
         return identity.teacher if (identity := self.directory.records.identity()) else {}
 
     @property
-    def teacher(self) -> str:
-        """Local path or hub id of the teacher."""
-        return self.config["teacher"]["path"]
+    def base(self) -> TeacherConfig:
+        """The model that the student was made from."""
+        return TeacherConfig.model_validate(self.config["teacher"])
 
     @property
-    def teacher_id(self) -> str:
+    def teacher(self) -> str | None:
+        """Local path or hub id of the teacher; None: the model was trained from nothing."""
+        return None if self.base.fresh else self.base.path
+
+    @property
+    def teacher_id(self) -> str | None:
         """The teacher's `public_name`."""
-        return public_name(self.teacher)
+        return None if self.teacher is None else public_name(self.teacher)
 
     @property
     def spec(self) -> StudentConfig:
@@ -92,6 +98,8 @@ class TrainedRun:
 
     def teacher_config(self) -> PretrainedConfig:
         """Return the teacher's transformers configuration."""
+        if self.teacher is None:
+            return teacher_config(self.base)
         return AutoConfig.from_pretrained(self.teacher, revision=self.teacher_revision)
 
     def teacher_files(self) -> Path:
@@ -99,6 +107,8 @@ class TrainedRun:
 
         They are downloaded when the teacher is a hub id.
         """
+        if self.teacher is None:
+            return tokenizer_folder(self.base.path, self.teacher_revision)
         if Path(self.teacher).is_dir():
             return Path(self.teacher)
         patterns = [*TOKENIZER_FILES, "*.py", *LEGAL_FILES, "README.md"]
@@ -115,13 +125,13 @@ class TrainedRun:
         """
         checkpoint, folder = open_checkpoint(self.checkpoint, self.id), self.checkpoint.parent
         frozen = read_frozen_weights(folder, checkpoint.state.get("settings", {}).get("frozen"))
-        lm = load_teacher(self.teacher, self.teacher_revision, torch.float32)
+        lm = load_base(self.base, torch.float32)
         return assemble(lm, self.spec, self.layers, checkpoint.tensors(), frozen)
 
     @property
     def teacher_revision(self) -> str | None:
         """Branch, tag or commit of the teacher's repository."""
-        return self.config["teacher"].get("revision")
+        return self.base.revision
 
 
 def public_name(model: str) -> str:
@@ -186,8 +196,8 @@ def check_teacher(run: TrainedRun) -> None:
         _say_unidentified(run.path)
         return
     digests = FileDigests(run.path / DIGESTS)
-    current = model_identity(run.teacher, run.teacher_revision, digests)
-    check_unchanged(f"teacher {run.teacher}", run.teacher_digests, current)
+    current = base_identity(run.base, digests)
+    check_unchanged(f"teacher {run.base.path}", run.teacher_digests, current)
     with suppress(UserError):  # a run that may only be read: they are computed again the next time
         digests.save()
 

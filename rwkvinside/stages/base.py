@@ -70,6 +70,7 @@ class Stage(ABC):
         has_loss: `stages.<name>.loss` has a meaning.
         reads_targets: trains on the tokens that the data wants predicted.
         cuts_documents: does not go on with a long document in the next row.
+        packs_validation: is judged on such rows too, so that a validation text of any length counts as a whole.
         chooses_layers: decides which layers keep attention in the stages after it.
     """
 
@@ -82,6 +83,7 @@ class Stage(ABC):
     has_loss: ClassVar[bool] = False
     reads_targets: ClassVar[bool] = True
     cuts_documents: ClassVar[bool] = False
+    packs_validation: ClassVar[bool] = False
     chooses_layers: ClassVar[bool] = False
 
     @property

@@ -70,8 +70,14 @@ class Distill(Stage):
             raise problem("loss.kl must be positive; objective sft trains without a teacher")
 
     def check(self, student: HybridModel, plan: StagePlan) -> None:
-        """Refuse the student as its own teacher once shared weights were trained."""
+        """Refuse the student as its own teacher once shared weights were trained, and none at all."""
         super().check(student, plan)
+        named = plan.settings.teacher_model.path is not None or plan.asked_teacher is TeacherKind.OFFLINE
+        if plan.run.teacher.fresh and not named:
+            raise UserError(
+                f"stage {plan.name} has no teacher: the model was trained from nothing",
+                f"name one of the same tokenizer: stages.{plan.name}.teacher_model.path",
+            )
         changed = student.teacher_changes()
         if plan.asked_teacher is TeacherKind.SELF and changed:
             raise UserError(

@@ -16,6 +16,7 @@ OBJECTIVES = {
     "choose": "rwkvinside.stages.choose:ChooseLayers",
     "distill": "rwkvinside.stages.distill:Distill",
     "sft": "rwkvinside.stages.sft:SupervisedFineTuning",
+    "pretrain": "rwkvinside.stages.pretrain:Pretrain",
 }
 
 # name of a stage that needs no configuration -> its class, which brings its defaults

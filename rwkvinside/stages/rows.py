@@ -126,6 +126,14 @@ def leading_text(rows: Rows, tokens: int) -> Batch:
     return Batch(ids, labels, positions, segments, rows=(0,))
 
 
-def validation_batches(val: TokenStore, max_positions: int) -> list[Batch]:
-    """Return batches of the validation documents, each alone in its row."""
+def validation_batches(plan: StagePlan, val: TokenStore, max_positions: int) -> list[Batch]:
+    """Return batches of the validation documents.
+
+    Each is alone in its row and cut to the model's context, or all are in packed rows as the stage trains on.
+    """
+    if plan.stage.packs_validation:
+        packed = PackedRows(val, plan.length.seq_len, seed=0)
+        size = max(1, JUDGED_BATCH // packed.seq_len)
+        rows = range(packed.rows_per_epoch)
+        return [packed.batch(rows[i : i + size]) for i in range(0, len(rows), size)]
     return list(document_batches(PaddedDocuments(val, min(JUDGED_TOKENS, max_positions)), batch_tokens=JUDGED_BATCH))

@@ -25,7 +25,7 @@ class UnfreezeConfig(Section):
 class StageConfig(Section):
     """Settings of a stage."""
 
-    objective: str = Field(description="What the stage minimizes: calibrate, align, choose, distill or sft.")
+    objective: str = Field(description="What the stage minimizes: calibrate, align, choose, distill, sft or pretrain.")
     tokens: Count = Field(description="Tokens to train on.")
     train: list[str] = Field([], description="Groups of parameters, or regular expressions over their names.")
     data: StageData = Field(description="Rows of this stage.")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..data.batch import Batch
-    from ..data.rows import WholeDocuments
+    from ..data.rows import PackedRows, WholeDocuments
     from ..data.token_store import TokenStore
     from ..teacher.kinds import TeacherKind
     from ..teacher.signals import Teacher
@@ -53,11 +53,13 @@ class SupervisedFineTuning(Stage):
     def check_loss(cls, loss: DistillLossConfig) -> None:
         """Refuse all but cross-entropy."""
         if loss.kl or loss.ce != 1:
-            raise problem("objective sft has loss.kl 0 and loss.ce 1; objective distill mixes both")
+            raise problem("objective {} has loss.kl 0 and loss.ce 1; objective distill mixes both", cls.objective)
         if loss != DistillLossConfig(kl=0, ce=1, router=loss.router, chunk_tokens=loss.chunk_tokens):
-            raise problem("objective sft has no divergence: leave out loss.divergence, loss.top_k, loss.temperature")
+            raise problem(
+                "objective {} has no divergence: leave out loss.divergence, loss.top_k, loss.temperature", cls.objective
+            )
 
-    def documents(self, store: TokenStore, seq_len: int, seed: int) -> WholeDocuments:
+    def documents(self, store: TokenStore, seq_len: int, seed: int) -> PackedRows | WholeDocuments:
         """Lay documents out in rows: several whole ones in a row, kept apart."""
         from ..data.rows import WholeDocuments
 

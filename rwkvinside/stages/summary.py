@@ -75,10 +75,11 @@ def training_table(student: HybridModel, plan: StagePlan, phase: Phase) -> list[
         add(student.group_of(f"{name}.weight")[-1], f"frozen in {layer.format}", layer.weight_numel)
     for name in parameters.keys() - rate_of.keys():
         add(student.group_of(name)[-1], "frozen", parameters[name].numel())
-    lines = [f"{'group':<12}{'parameters':>12}  {'learning rate':<18}in this stage"]
+    own = {group: ", ".join(dict.fromkeys(map(_range, of.values()))) for group, of in rates.items()}
+    width = max(18, *(len(text) + 2 for text in own.values())) if own else 18
+    lines = [f"{'group':<12}{'parameters':>12}  {'learning rate':<{width}}in this stage"]
     for group in (group for group in (*GROUPS, TEACHER) if group in sizes):
         states = [f"{rounded_count(n)} {state}" for state, n in counts[group].items()]
         shown = ", ".join(states if len(states) > 1 else counts[group])
-        own = ", ".join(dict.fromkeys(map(_range, rates[group].values()))) if group in rates else "-"
-        lines.append(f"{group:<12}{rounded_count(sizes[group]):>12}  {own:<18}{shown}")
+        lines.append(f"{group:<12}{rounded_count(sizes[group]):>12}  {own.get(group, '-'):<{width}}{shown}")
     return lines

@@ -113,6 +113,27 @@ def write_json(path: Path, values: dict, hint: str = "free space, or make the di
     write_text(path, json.dumps(values, indent=2) + "\n", hint)
 
 
+def read_lines(path: Path, what: str) -> list[str]:
+    """Return the lines of a UTF-8 file that are not blank, without spaces around them.
+
+    Args:
+        path: of the file.
+        what: its lines are, in the plural.
+
+    Raises:
+        UserError: it cannot be read, is not UTF-8, or is empty.
+    """
+    try:
+        lines = [line.strip() for line in read_text(path).splitlines()]
+    except OSError as error:
+        raise UserError(f"{what} {path} cannot be read: {error.strerror}", "check the path") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what} {path} are not UTF-8: {error.reason}", "give a text file") from error
+    if not (found := [line for line in lines if line]):
+        raise UserError(f"{what} {path} are empty", "give one per line")
+    return found
+
+
 def read_text(path: str | os.PathLike) -> str:
     """Return a UTF-8 text that a person has written, without a byte-order mark.
 

@@ -41,8 +41,8 @@ def rounded_flop(number: float) -> str:
 
 
 def rounded_time(seconds: float) -> str:
-    """Return a duration to two digits: 0.41 s, 12 s, 3.5 min, 15 h."""
-    for size, unit in ((3600, "h"), (60, "min")):
+    """Return a duration to two digits: 0.41 s, 12 s, 3.5 min, 15 h, 2.1 days."""
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
         if seconds >= 1.5 * size:
             return f"{float(f'{seconds / size:.2g}'):g} {unit}"
     return f"{float(f'{seconds:.2g}'):g} s"

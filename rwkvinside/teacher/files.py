@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from transformers.utils import cached_file
 from ..errors import UserError
 from ..support.digests import FileDigests
 from ..support.weight_index import check_shards
-from .tokenizer_files import TOKENIZER_FILES
+from .settings import TeacherConfig
+from .tokenizer_files import TOKENIZER_FILES, tokenizer_folder
 
 # Of a teacher's repository, what a release passes on unchanged beside the tokenizer
 LEGAL_FILES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
@@ -65,6 +67,18 @@ def model_identity(path: str, revision: str | None, digests: FileDigests) -> dic
         }
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}", "restore the teacher's files") from error
+
+
+def base_identity(teacher: TeacherConfig, digests: FileDigests) -> dict[str, str]:
+    """Return what tells the model that a run starts from from another one, see `model_identity`.
+
+    A fresh one has no files but those of its tokenizer; its weights follow from its configuration and the run's seed.
+    """
+    if not teacher.fresh:
+        return model_identity(teacher.path, teacher.revision, digests)
+    folder = tokenizer_folder(teacher.path, teacher.revision)
+    configuration = _hash([json.dumps(teacher.config, sort_keys=True)])
+    return {"tokenizer": _named(folder, TOKENIZER_FILES, digests), "configuration": configuration}
 
 
 def check_unchanged(what: str, noted: dict[str, str], current: dict[str, str]) -> None:

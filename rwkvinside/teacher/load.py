@@ -23,7 +23,9 @@ from transformers.core_model_loading import revert_weight_conversion
 from ..errors import UserError
 from ..families.registry import find
 from ..support.weight_index import check_shards
+from .fresh import fresh_model
 from .settings import TeacherConfig
+from .tokenizer_files import tokenizer_source
 
 # What transformers raises over values of a configuration that it did not expect.
 BROKEN = (
@@ -61,6 +63,21 @@ def load_teacher(path: str, revision: str | None, dtype: torch.dtype) -> PreTrai
     return model.eval()
 
 
+def load_base(teacher: TeacherConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the model that a student is made from, on the CPU, in evaluation mode: a teacher, or a fresh one.
+
+    Args:
+        teacher: settings of the run.
+        dtype: of the weights.
+
+    Raises:
+        UserError: see `load_teacher`.
+    """
+    if teacher.fresh:
+        return fresh_model(teacher_config(teacher), dtype)
+    return load_teacher(teacher.path, teacher.revision, dtype)
+
+
 def teacher_config(teacher: TeacherConfig) -> PretrainedConfig:
     """Return a teacher's Hugging Face configuration.
 
@@ -91,13 +108,14 @@ def open_tokenizer(teacher: TeacherConfig) -> PreTrainedTokenizerBase:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            teacher.path, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code
+            tokenizer_source(teacher.path), revision=teacher.revision, trust_remote_code=teacher.trust_remote_code
         )
         tokenizer("a")  # settings of a wrong type are loaded, and fail at the first use
         return tokenizer
     except Exception as error:  # tokenizers raises nothing narrower for a file that it cannot read
+        whose = "" if teacher.fresh else "of teacher "
         raise UserError(
-            f"the tokenizer of teacher {teacher.path} cannot be loaded: {_one_line(error)}",
+            f"the tokenizer {whose}{teacher.path} cannot be loaded: {_one_line(error)}",
             "the directory needs a tokenizer.json; teacher.trust_remote_code=true runs code that comes with it",
         ) from error
 
@@ -130,7 +148,7 @@ def check_files(teacher: TeacherConfig) -> None:
         UserError: names the file and what it is: a git-lfs pointer, cut off, or with tensors of other shapes.
     """
     model, folder = meta_teacher(teacher), Path(teacher.path)
-    if not folder.is_dir():
+    if teacher.fresh or not folder.is_dir():
         return
     for file in sorted(folder.glob("*.json")) + sorted(folder.glob("*.bin")):
         _check_pointer(file)

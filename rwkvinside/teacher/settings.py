@@ -10,7 +10,7 @@ from ..support.settings import Section
 
 
 class TeacherConfig(Section):
-    """The model that is converted."""
+    """The model that is converted, or the shapes of one that is trained from nothing."""
 
     path: str = Field(description="Local directory or hub id; when read also the name of a preset.")
     revision: str | None = Field(None, description="Branch, tag or commit of the hub repository.")
@@ -21,6 +21,10 @@ class TeacherConfig(Section):
     )
     config: dict[str, Any] | None = Field(
         None, description="The teacher's Hugging Face configuration, so that planning needs no network."
+    )
+    fresh: bool = Field(
+        False,
+        description="There is no teacher: weights are drawn from the seed, config has the shapes, path the tokenizer.",
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from importlib.resources import files
 from pathlib import Path
 
+from huggingface_hub import snapshot_download
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
@@ -24,7 +26,31 @@ TOKENIZER_FILES = (
     "chat_template*",
     "additional_chat_templates/*",
 )
+BYTES = "bytes"  # the name of the shipped tokenizer: one id a byte, and one for the end of a text
 MODELING = Path(__file__).parent.parent / "modeling"  # its files are in every export, too
+
+
+def tokenizer_source(name: str) -> str:
+    """Return what transformers loads a tokenizer from: the directory of the shipped one, or the name itself."""
+    return str(files("rwkvinside.recipes").joinpath("lm", BYTES)) if name == BYTES else name
+
+
+def tokenizer_folder(name: str, revision: str | None) -> Path:
+    """Return the directory of a tokenizer without a model, downloaded where it is a hub id.
+
+    Raises:
+        UserError: it is neither here nor on the hub.
+    """
+    source = tokenizer_source(name)
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=[*TOKENIZER_FILES, "*.py"]))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the tokenizer {name} cannot be loaded: {' '.join(str(error).split())}",
+            f"give {BYTES}, the directory of a tokenizer, or a hub id; check the network",
+        ) from error
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
@@ -72,7 +98,7 @@ def check_tokenizer_code(teacher: TeacherConfig) -> None:
 def _classes(path: str, revision: str | None) -> list[str]:
     """Return the tokenizer classes that a model brings along, such as "tok.MyTokenizer"."""
     try:
-        auto_map = get_tokenizer_config(path, revision=revision).get("auto_map") or ()
+        auto_map = get_tokenizer_config(tokenizer_source(path), revision=revision).get("auto_map") or ()
     except (OSError, ValueError):  # there is no such model: who loads it says so
         return []
     entry = auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map

@@ -5,6 +5,7 @@ Rows of metrics, lines on the console, evaluations, extra tensors.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
@@ -60,6 +61,14 @@ class Callback:
             row: of metrics.
         """
 
+    def sample(self, trainer: Trainer, row: Mapping) -> None:
+        """Note that a sample was made.
+
+        Args:
+            trainer: whose model made it.
+            row: of metrics.
+        """
+
     def extra_tensors(self, trainer: Trainer) -> Mapping[str, Tensor]:
         """Return weights to save in addition to those that train.
 
@@ -100,6 +109,10 @@ class WriteMetrics(Callback):
         """Write an evaluation row."""
         self.writer.write(row)
 
+    def sample(self, trainer: Trainer, row: Mapping) -> None:
+        """Write a sample row."""
+        self.writer.write(row)
+
 
 class ShowProgress(Callback):
     """Shows rows on the console.
@@ -108,12 +121,13 @@ class ShowProgress(Callback):
 
     Args:
         console: of the stage.
+        later: steps of this stage that take as long as all stages after it.
     """
 
     main_only = True
 
-    def __init__(self, console: Console):
-        self.console = console
+    def __init__(self, console: Console, later: float = 0.0):
+        self.console, self.later = console, later
 
     def begin(self, trainer: Trainer) -> None:
         """Open the console."""
@@ -125,11 +139,15 @@ class ShowProgress(Callback):
 
     def step(self, trainer: Trainer, row: dict) -> None:
         """Show a training row."""
-        self.console.step(row, trainer.seconds_left)
+        self.console.step(row, trainer.seconds_left, self.later * trainer.seconds_per_step)
 
     def evaluation(self, trainer: Trainer, row: Mapping) -> None:
         """Show an evaluation row."""
         self.console.evaluation(row)
+
+    def sample(self, trainer: Trainer, row: Mapping) -> None:
+        """Show a sample row."""
+        self.console.sample(row)
 
     def notice(self, trainer: Trainer, line: str) -> None:
         """Show a line."""
@@ -149,6 +167,29 @@ class Evaluate(Callback):
     def evaluate(self, trainer: Trainer) -> Mapping[str, float | str]:
         """Return the function's numbers."""
         return self.function(trainer.done)
+
+
+class WriteSamples(Callback):
+    """Lets the model write, by a function that every rank calls.
+
+    Args:
+        function: returns texts, {"prompt", "student"} each, and "teacher" where there is one.
+        every: steps between samples; 0: none.
+        at: the step after which there is one in any case; None: none.
+    """
+
+    def __init__(self, function: Callable[[], list[dict[str, str]]], every: int, at: int | None):
+        self.function, self.every, self.at = function, every, at
+
+    def step(self, trainer: Trainer, row: dict) -> None:
+        """Make a sample where one is due, and tell the others of it."""
+        if trainer.done != self.at and not (self.every and trainer.done % self.every == 0):
+            return
+        if not (samples := self.function()):
+            return
+        place = {"kind": "sample", "stage": row["stage"], "step": row["step"], "tokens": row["tokens"]}
+        for callback in trainer.callbacks:
+            callback.sample(trainer, place | {"samples": samples, "time": time.time()})
 
 
 class WatchValidation(Callback):
@@ -219,6 +260,14 @@ class SaveExtra(Callback):
 
     def __init__(self, tensors: Mapping[str, Tensor]):
         self.tensors = tensors
+
+    def sample(self, trainer: Trainer, row: Mapping) -> None:
+        """Note that a sample was made.
+
+        Args:
+            trainer: whose model made it.
+            row: of metrics.
+        """
 
     def extra_tensors(self, trainer: Trainer) -> Mapping[str, Tensor]:
         """Return the tensors."""

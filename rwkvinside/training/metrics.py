@@ -131,20 +131,21 @@ class Console:
     ) -> None:
         self._progress.__exit__(kind, error, traceback)
 
-    def step(self, row: Mapping, seconds_left: float) -> None:
-        """Show a training row of metrics.jsonl.
+    def step(self, row: Mapping, seconds_left: float, later: float = 0.0) -> None:
+        """Show a training row of metrics.jsonl; what a line of 80 columns has no room for is in the file.
 
         Args:
             row: of metrics.
             seconds_left: estimate to the end of the stage.
+            later: estimate for the stages after it.
         """
         self._progress.update(row["step"])
         if row["step"] % self.every == 0 or row["step"] == self.steps:
-            mfu = f"  MFU {100 * row['mfu']:.1f} %" if "mfu" in row else ""
+            mfu = f"  MFU {100 * row['mfu']:.0f} %" if "mfu" in row else ""
+            rest = f", run {clock(seconds_left + later)}" if later else ""
             self.say(
-                f"{self.stage} {row['step']}/{self.steps}  loss {row['loss']:.4g}  lr {row['lr']:.2e}  "
-                f"grad {row['grad_norm']:.3g}  {row['tokens_per_s']:.0f} tokens/s{mfu}  "
-                f"{row['memory_mb']:.0f} MB  ETA {clock(seconds_left)}"
+                f"{self.stage} {row['step']}/{self.steps}  loss {row['loss']:.4g}  {row['tokens_per_s']:,.0f} "
+                f"tokens/s{mfu}  ETA {clock(seconds_left)}{rest}"
             )
 
     def evaluation(self, row: Mapping) -> None:
@@ -153,6 +154,12 @@ class Console:
         numbers = [f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, (int, float)) and k not in skipped]
         against = f"  (teacher: {row['teacher']})" if "teacher" in row else ""
         self.say(f"{self.stage} {row['step']}/{self.steps}  {row['kind']}: {'  '.join(numbers)}{against}")
+
+    def sample(self, row: Mapping) -> None:
+        """Show a sample row: the beginning of what the student writes."""
+        for each in row["samples"]:
+            text = " ".join((each["prompt"] + each["student"]).split())
+            self.say(f"{self.stage} {row['step']}/{self.steps}  writes: {text}"[:79])
 
     def say(self, line: str) -> None:
         """Show a line of text."""

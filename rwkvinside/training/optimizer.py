@@ -37,20 +37,35 @@ def trainable(groups: Groups) -> dict[str, nn.Parameter]:
 def build_optimizer(groups: Groups, settings: OptimConfig) -> torch.optim.Optimizer:
     """Return AdamW with one or two parameter groups per learning-rate group.
 
-    One has weight decay, the other has none. Each parameter group carries the name of its learning-rate group under
-    "group"; learning rates start at 0 and are set before every step. Without 8-bit states it is fused: on CPU a fifth
-    of the plain loop's time.
+    One has weight decay (`decays`), the other has none. Each parameter group carries the name of its learning-rate
+    group under "group"; learning rates start at 0 and are set before every step. Without 8-bit states it is fused: on
+    CPU a fifth of the plain loop's time.
     """
     param_groups = []
     for name, parameters in groups.items():
         for decay in (True, False):
-            members = [p for p in parameters.values() if (p.dim() >= 2) == decay]
+            members = [p for key, p in parameters.items() if decays(key, p) == decay]
             if members:
                 weight_decay = settings.weight_decay if decay else 0.0
                 param_groups.append({"params": members, "group": name, "weight_decay": weight_decay})
     if settings.kind != "adamw":
         return adamw8bit(param_groups, settings.kind, settings.betas, settings.eps)
     return torch.optim.AdamW(param_groups, lr=0.0, betas=settings.betas, eps=settings.eps, fused=True)
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Return whether a parameter has weight decay.
+
+    Weights of linear layers and embeddings have, and stacks of them (experts). Vectors have none, whatever dimensions
+    of size 1 they are stored with, nor have tables that are no `weight`: the low-rank maps and biases of a mixer. So
+    does RWKV-7's training code.
+
+    Args:
+        name: of the parameter.
+        parameter: before it is sharded.
+    """
+    dimensions = sum(size > 1 for size in parameter.shape)
+    return dimensions > 2 or dimensions == 2 and name.endswith("weight")
 
 
 def set_rates(optimizer: torch.optim.Optimizer, rates: Mapping[str, float]) -> None:

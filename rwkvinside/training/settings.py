@@ -64,7 +64,7 @@ class OptimConfig(Section):
         (0.9, 0.95), description="Adam's two decay rates."
     )
     eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="Adam's epsilon.")
-    weight_decay: Rate = Field(0.0, description="Weight decay of matrices; vectors have none.")
+    weight_decay: Rate = Field(0.0, description="Weight decay of linear layers and embeddings; all else has none.")
 
 
 class CheckpointConfig(Section):
@@ -78,6 +78,14 @@ class CheckpointConfig(Section):
     on_disk_full: Literal["stop", "continue"] = Field(
         "stop", description="When a checkpoint does not fit on the disk: stop the run, or go on to the next try."
     )
+
+
+class SamplesConfig(Section):
+    """What the student writes while it is trained, the likeliest tokens."""
+
+    every_tokens: Count | None = Field(None, description="Write this often; null: at the end of the run only.")
+    prompts: list[str] = Field([], description="Beginnings of texts; none: that of the first validation document.")
+    tokens: Annotated[int, Field(ge=0)] = Field(32, description="Tokens to write after each; 0: no samples at all.")
 
 
 class DeepSpeedConfig(Section):

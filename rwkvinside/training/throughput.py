@@ -40,6 +40,11 @@ class Throughput:
         self._mean = seconds if self._mean is None else 0.9 * self._mean + 0.1 * seconds
         return tokens / seconds, self._mean * steps_left
 
+    @property
+    def seconds_per_step(self) -> float:
+        """The mean so far, in which later steps count more; 0 before the first."""
+        return self._mean or 0.0
+
 
 def memory_mb(device: torch.device) -> float:
     """Return the peak memory in MB (1e6 bytes).

@@ -77,6 +77,7 @@ class Trainer(Generic[AnyBatch]):
         done: optimizer steps done.
         tokens: read in these steps by all ranks; padding does not count.
         seconds_left: estimate for the rest of the stage.
+        seconds_per_step: of the steps so far, the later ones counting more.
         score: of the last evaluation; None: there was none since training began or went on.
     """
 
@@ -98,7 +99,7 @@ class Trainer(Generic[AnyBatch]):
         self.settings = _with_shape(settings or {}, length)
         self.callbacks = [callback for callback in callbacks if self.world.is_main or not callback.main_only]
         self.done = self.tokens = 0
-        self.seconds_left = math.inf
+        self.seconds_left, self.seconds_per_step = math.inf, 0.0
         self.score: Score | None = None
         self._saved: int | None = None
         self._unprinted: OSError | None = None
@@ -204,6 +205,7 @@ class Trainer(Generic[AnyBatch]):
             self._refuse(number, result, batches, step)
         self.done, self.tokens = number, self.tokens + tokens
         speed, self.seconds_left = throughput.step(tokens, length.steps - number)
+        self.seconds_per_step = throughput.seconds_per_step
         first, *others = rates
         row = {
             **self._row("train"),

@@ -11,24 +11,30 @@ from rwkvinside.cli.main import main
 
 @pytest.fixture(scope="module")
 def models():
-    return equal_models(4, 2, 16, vocab=64, dtype=torch.float32, device="cpu")
+    return equal_models(4, 2, 16, window=8, vocab=64, dtype=torch.float32, device="cpu")
 
 
 def test_models_are_of_one_size(models):
     sizes = {name: model.num_parameters() for name, model in models.items()}
-    assert list(sizes) == ["attention", "hybrid", "RWKV"]
+    assert list(sizes) == ["attention", "hybrid", "hybrid, window", "RWKV"]
     column = 3 * 32 * 4
     assert all(abs(size - sizes["attention"]) <= column / 2 for size in sizes.values()), sizes
-    assert [getattr(model.config, "rwkv_layers", None) for model in models.values()] == [None, [0, 2], [0, 1, 2, 3]]
+    assert [getattr(model.config, "rwkv_layers", None) for model in models.values()] == [
+        None,
+        [0, 2],
+        [0, 2],
+        [0, 1, 2, 3],
+    ]
 
 
 def test_only_attention_grows(models):
     found = {(r.model, r.context): r for r in context_cost(models, [32, 8], chunk_size=8, new_tokens=2)}
-    assert [context for _, context in found] == [8, 8, 8, 32, 32, 32]
+    assert [context for _, context in found] == 4 * [8] + 4 * [32]
     key_and_value, state = 2 * 4 * 16, 4 * 2 * 16 * 16
     for context in (8, 32):
         assert found["attention", context].state_bytes == 4 * context * key_and_value
         assert found["hybrid", context].state_bytes == 2 * (context * key_and_value + state)
+        assert found["hybrid, window", context].state_bytes == 2 * (8 * key_and_value + state) + 2 * 8
         assert found["RWKV", context].state_bytes == 4 * state
     assert all(min(r.prefill_seconds, r.token_ms) > 0 for r in found.values())
 
@@ -53,7 +59,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert main(["bench", "context", *asked, "--json", str(table), "--png", str(picture)]) == 0
     found = json.loads(table.read_text())["found"]
     assert [(r["model"], r["context"]) for r in found] == [
-        (name, context) for context in (8, 16) for name in ("attention", "hybrid", "RWKV")
+        (name, context) for context in (8, 16) for name in ("attention", "hybrid", "hybrid, window", "RWKV")
     ]
     printed = capsys.readouterr().out
     assert all(f"{row['token_ms']:.2f}" in printed for row in found)

@@ -32,7 +32,8 @@ def help(*command):
 help()
 for verb in VERBS:
     help(verb)
-    for command in getattr(importlib.import_module(f"rwkvinside.cli.{verb}"), "COMMANDS", ()):
+    module = VERBS[verb][0].partition(":")[0]
+    for command in getattr(importlib.import_module(f"rwkvinside.cli.{module}"), "COMMANDS", ()):
         help(verb, command)
 print(json.dumps(imported))
 """

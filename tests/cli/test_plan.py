@@ -13,7 +13,9 @@ def teacher(tmp_path):
 
 def test_plan_for_several_ranks_shards_the_optimizer(teacher, capsys):
     def adam(ranks):
-        assert cli.main(["plan", "--teacher", teacher, "--ranks", str(ranks), "precision=bf16", "run=[align]"]) == 0
+        assert (
+            cli.main(["plan", "--teacher", teacher, "-v", "--ranks", str(ranks), "precision=bf16", "run=[align]"]) == 0
+        )
         plan = capsys.readouterr().out
         return float(plan.split("optimizer ")[1].split(" KiB")[0])
 

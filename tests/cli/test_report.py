@@ -13,10 +13,12 @@ def test_report_writes_what_the_run_can_answer(tmp_path, capsys):
     rows.append({"kind": "eval", "stage": "distill", "step": 3, "tokens": 60, **scores})
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(["report", str(tmp_path)]) == 0
-    files = ("report.png", "loss.png", "validation.png")
-    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", *files}
-    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n") for name in files)
-    assert capsys.readouterr().out == "".join(f"wrote {tmp_path / name}\n" for name in files)
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "report.html", "report.png", "figures"}
+    assert capsys.readouterr().out.splitlines() == [
+        f"wrote {tmp_path / 'report.html'}",
+        f"wrote {tmp_path / 'report.png'}",
+        f"wrote 2 figures as SVG and PDF, with CSV, in {tmp_path / 'figures'}",
+    ]
 
 
 def test_a_run_without_metrics_is_refused(tmp_path, capsys):

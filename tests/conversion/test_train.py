@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import byte_tokenizer, save_qwen3
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_distill
 from rwkvinside.api import evaluate
@@ -109,9 +110,36 @@ def test_a_run_leaves_everything_that_describes_it(material, whole):
         assert [row["step"] for row in rows(whole, "train", stage)] == [1, 2, 3]
         assert [row["step"] for row in rows(whole, "eval", stage)] == [3]
     assert set(rows(whole, "train", "align")[0]["layers"]) == {"0", "1", "2"}
+    plan = json.loads((whole / "plan.json").read_text())
+    assert [stage["name"] for stage in plan["stages"]] == ["calibrate", "align", "distill"]
+    assert [layer["kind"] for layer in plan["layers"]] == ["rwkv"] * 3 and plan["total"]["flops"] > 0
+    assert not rows(whole, "sample", "align")
+    ((sample,),) = (row["samples"] for row in rows(whole, "sample", "distill"))
+    assert set(sample) == {"prompt", "student", "teacher"} and sample["prompt"] and sample["student"]
     (fit,) = rows(whole, "calibrate", "calibrate")
     assert all(fit["error"][i] <= fit["error_before"][i] for i in "012")
     assert not list(whole.rglob(".*unfinished*"))
+
+
+def test_samples_are_what_the_models_write_and_change_nothing(material, whole, tmp_path, capsys):
+    out = tmp_path / "run"
+    more = ["samples={every_tokens: 128, prompts: ['the quick', 'a'], tokens: 6}"]
+    assert train(material, out, "--quiet", *more) == 0
+    said = capsys.readouterr().out
+    for stage in ("align", "distill"):
+        found = rows(out, "sample", stage)
+        assert [row["step"] for row in found] == [1, 2, 3]
+        assert [each["prompt"] for each in found[0]["samples"]] == ["the quick", "a"]
+    assert len({row["samples"][0]["teacher"] for row in rows(out, "sample", "distill")}) == 1
+    model = AutoModelForCausalLM.from_pretrained(material / "teacher").eval()
+    tokenizer = AutoTokenizer.from_pretrained(material / "teacher")
+    ids = tokenizer("the quick", return_tensors="pt")["input_ids"]
+    written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)[0]
+    assert "the quick" + found[-1]["samples"][0]["teacher"] == tokenizer.decode(written, skip_special_tokens=True)
+    assert same(tensors(out, "distill"), tensors(whole, "distill"))
+    lines = said.splitlines()  # --quiet: the end of the run alone
+    assert lines[1].split() == ["KL", "CE", "agreement", "tokens", "time", "memory"] and "loss" not in said
+    assert [line.split()[1] for line in lines[-3:]] == ["report", "chat", "export"]
 
 
 def test_each_stage_starts_from_the_last(whole):

@@ -27,9 +27,11 @@ def test_quick_demo_from_text_to_a_student_that_generates(tmp_path, monkeypatch,
     assert {(row["model"], row["context"]) for row in result["decode_speed"]} == {
         (model, context) for model in ("teacher", "student") for context in command.QUICK.contexts
     }
-    for name in ("report.png", "loss.png", "alignment.png", "validation.png"):
-        assert (out / "run" / name).read_bytes().startswith(b"\x89PNG")
+    assert (out / "run" / "report.png").read_bytes().startswith(b"\x89PNG")
+    page = out / "run" / "report.html"
+    assert "By position" in page.read_text()
     said = capsys.readouterr().out
+    assert said.splitlines()[-1] == f"report: {page}"
     for part in ("after calibrate", "after align", "after distill", "def read_lines", "time of one generated token"):
         assert part in said
 

@@ -10,10 +10,13 @@ from rwkvinside.hybrid.lm_head import Logits
 from rwkvinside.hybrid.model import HybridModel
 from rwkvinside.hybrid.settings import StudentConfig
 
+KEPT = {"attention_rope": False, "attention_log_base": 8.0, "attention_window": 6, "attention_sinks": 1}
 
-def student(lm=None, **spec):
-    """An all-RWKV student whose mixers differ from their start."""
-    model = HybridModel.from_teacher(lm or teacher(), StudentConfig(**spec)).double().eval()
+
+def student(lm=None, attention_layers=(), **spec):
+    """A student whose mixers differ from their start, all-RWKV unless layers are given."""
+    config = StudentConfig(**spec, attention_layers=(0,)).model_copy(update={"attention_layers": attention_layers})
+    model = HybridModel.from_teacher(lm or teacher(), config).double().eval()
     torch.manual_seed(1)
     for mixer in model.mixers.values():
         for parameter in mixer.parameters():
@@ -25,7 +28,7 @@ def with_layers(model, batch, layers, mode="student"):
     return model(batch, mode, Logits(), layers=layers)
 
 
-@pytest.mark.parametrize("spec", [{}, {"attention_rope": False}, {"window": 4, "sinks": 1}, {"preset": "x070"}])
+@pytest.mark.parametrize("spec", [{}, {"attention_rope": False}, {"window": 4, "sinks": 1}, {"preset": "x070"}, KEPT])
 @pytest.mark.parametrize("kept", [(1,), (0,), (0, 1), (2,)])
 def test_kept_layers_equal_the_student_that_is_built_with_them(spec, kept):
     lm = teacher("llama", num_key_value_heads=4) if "preset" in spec else teacher()  # without norms of queries and keys

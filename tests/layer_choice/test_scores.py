@@ -41,6 +41,7 @@ def test_the_layer_that_lost_most_is_chosen(model, batches, method):
     choice, calls = LayerChoice(method, 1), []
     scores = measure(model, batches, choice, recall, lambda: calls.append(1))
     assert scores.select(choice) == (SPOILED,) and len(scores.layers) == LAYERS
+    assert ("the teacher itself recalls" in scores.warning) == (method == "swap"), "it was never trained"
     assert scores.method == method and scores.serves(choice) and not scores.serves(LayerChoice("uniform", 1))
     assert 0 < len(calls) <= forwards(choice, LAYERS, len(batches))
 

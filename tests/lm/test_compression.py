@@ -17,6 +17,7 @@ from rwkvinside.lm.session import StatefulModel
 CASES = {
     "attention-and-rwkv": {},
     "window": {"mixer": {"window": 4, "sinks": 1}, "rwkv_layers": (0, 1, 2, 3)},
+    "cut-attention": {"attention_window": 6, "attention_sinks": 2},
     "token-shift": {"family": "llama", "preset": "x070", "rwkv_layers": (0, 2)},
     "sliding": {"family": "mistral", "rwkv_layers": (0, 2), "sliding_window": 6},
 }

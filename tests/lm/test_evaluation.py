@@ -127,4 +127,4 @@ def test_memory_ratios_are_measured(wide):
     model, ids = wide
     found = evaluate_documents(model, [ids[0]], 128)
     ratios = {way["chunk_size"]: way["memory_ratio"] for way in found["chunked_processing_results"]}
-    assert list(ratios) == [32, 128, 256] and ratios[32] < ratios[128] < ratios[256] < 1
+    assert list(ratios) == [32, 128, 256] and ratios[32] < 0.7 and ratios[32] < ratios[256], ratios

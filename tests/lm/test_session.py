@@ -15,6 +15,7 @@ CASES = {
     "qwen3-mixed": {},
     "all-rwkv": {"rwkv_layers": (0, 1, 2, 3)},
     "window": {"mixer": WINDOW},
+    "cut-attention": {"attention_window": 6, "attention_sinks": 1},
     "llama-x070": {"family": "llama", "preset": "x070", "rwkv_layers": (1, 2)},
     "sliding": {"family": "mistral", "rwkv_layers": (0, 2), "sliding_window": 6},
 }
@@ -158,8 +159,9 @@ class _Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama", "mistral", "gemma3_text"])
-def test_reading_a_chunk_makes_nothing_of_the_length_so_far(family):
-    model = StatefulModel(build(family=family, rwkv_layers=(0, 1, 2, 3), dtype=torch.float32), chunk_size=512)
+@pytest.mark.parametrize("layers", [{"rwkv_layers": (0, 1, 2, 3)}, {"rwkv_layers": (0, 2), "attention_window": 6}])
+def test_reading_a_chunk_makes_nothing_of_the_length_so_far(family, layers):
+    model = StatefulModel(build(family=family, **layers, dtype=torch.float32), chunk_size=512)
     largest = []
     for length in (16, 2048):
         state = model.forward_chunked(tokens(1, length)).state

@@ -51,3 +51,9 @@ def test_what_compression_costs():
     assert 0.49 < fp16.ratio < 0.51 and int8.ratio == pytest.approx((HEAD_SIZE + 4) / (4 * HEAD_SIZE), abs=0.01)
     with pytest.raises(UserError, match="no document is longer than 64 tokens"):
         compression_cost(model, ids, chunk_size=64)
+
+
+def test_attention_cut_to_a_window_is_constant():
+    found = growth(rwkv_layers=(0, 2), attention_window=6, attention_sinks=2)
+    assert found.short == found.long and found.grows == []
+    assert found.long[1].attention == 8 * KEY_AND_VALUE + 8  # and the tokens seen

@@ -97,9 +97,11 @@ def test_position_figure_shows_both_models():
 def test_report_writes_what_the_run_can_answer(tmp_path, rows):
     run = tmp_path / "run"
     write(run, [row for row in rows if row["stage"] == "distill"])
-    assert [path.name for path in write_report(run)] == ["report.png", "loss.png", "validation.png"]
-    assert {path.name for path in run.iterdir()} == {"metrics.jsonl", "report.png", "loss.png", "validation.png"}
-    assert all((run / name).read_bytes().startswith(PNG) for name in ("report.png", "loss.png", "validation.png"))
+    names = {path.relative_to(run).as_posix() for path in write_report(run)}
+    figures = {f"figures/{name}.{form}" for name in ("training-loss", "validation") for form in ("svg", "pdf", "csv")}
+    assert names == {"report.html", "report.png", *figures}
+    assert {path.name for path in run.iterdir()} == {"metrics.jsonl", "report.html", "report.png", "figures"}
+    assert (run / "report.png").read_bytes().startswith(PNG)
 
 
 def test_a_run_without_steps_is_refused_and_writes_nothing(tmp_path):

@@ -55,7 +55,7 @@ def test_every_configuration_that_a_run_had_is_kept(configured, tmp_path):
     run, texts = RunDirectory(tmp_path / "run"), []
     assert run.changes(configured()) == []
     for overrides in ([], [], ["seed=1"], ["seed=1"], ["seed=2"], []):
-        run.describe(configured(*overrides), "a plan")
+        run.describe(configured(*overrides), "a plan", {})
         text = (run.path / "config.yaml").read_text()
         texts += [text] if texts[-1:] != [text] else []
     kept = [run.path / name for name in ("config.1.yaml", "config.2.yaml", "config.3.yaml", "config.yaml")]
@@ -65,15 +65,15 @@ def test_every_configuration_that_a_run_had_is_kept(configured, tmp_path):
 
 def test_what_a_power_cut_left_twice_is_not_kept_twice(configured, tmp_path):
     run = RunDirectory(tmp_path / "run")
-    run.describe(configured(), "a plan")
+    run.describe(configured(), "a plan", {})
     (run.path / "config.1.yaml").write_text((run.path / "config.yaml").read_text())
-    run.describe(configured("seed=1"), "a plan")
+    run.describe(configured("seed=1"), "a plan", {})
     assert not (run.path / "config.2.yaml").exists()
 
 
 def test_changes_name_the_key_and_both_values(configured, tmp_path):
     run = RunDirectory(tmp_path / "run")
-    run.describe(configured(), "a plan")
+    run.describe(configured(), "a plan", {})
     assert run.changes(configured()) == [] == run.changes(configured(f"out={tmp_path / 'elsewhere'}"))
     changes = run.changes(configured("seed=1", "stages.align.tokens=512k", "stages.align.train=[mixer.lora]"))
     assert sorted(map(str, changes))[0] == "seed was 0, is 1"
@@ -90,7 +90,7 @@ def test_a_stage_has_the_configuration_it_ran_with(configured, tmp_path):
     run.records.make_identity({})
     identity = run.records.identity()
     for stage, before, seed in (("align", None, 0), ("distill", "align", 1)):
-        run.describe(configured(f"seed={seed}"), "a plan")
+        run.describe(configured(f"seed={seed}"), "a plan", {})
         digest, after = settings_digest(run.config()), run.records.digest_before(before)
         run.records.write(StageRecord(identity.run, stage, before, after, digest, checkpoint="step-1"))
     assert [run.config_of(stage)["seed"] for stage in ("align", "distill")] == [0, 1]

@@ -66,7 +66,7 @@ def test_operations():
 
 def test_durations():
     seconds = 0.413, 12, 89, 90, 200, 7300, 3600 * 47
-    assert [rounded_time(n) for n in seconds] == ["0.41 s", "12 s", "89 s", "1.5 min", "3.3 min", "2 h", "47 h"]
+    assert [rounded_time(n) for n in seconds] == ["0.41 s", "12 s", "89 s", "1.5 min", "3.3 min", "2 h", "2 days"]
 
 
 def test_short_counts_are_exact():

@@ -48,7 +48,7 @@ def test_console_lines():
         console.evaluation({"kind": "eval", "stage": "align", "step": 5, "tokens": 10, "kl": 0.125, "time": 1.0})
     lines = stream.getvalue().splitlines()
     assert [line.split("  ")[0] for line in lines] == ["align 2/5", "align 4/5", "align 5/5", "align 5/5"]
-    assert lines[0].endswith("loss 0.25  lr 1.00e-03  grad 0.5  1234 tokens/s  99 MB  ETA 1:02:05")
+    assert lines[0].endswith("loss 0.25  1,234 tokens/s  ETA 1:02:05")
     assert lines[-1].endswith("eval: kl 0.125")
 
 
@@ -56,7 +56,7 @@ def test_the_console_shows_mfu_where_the_peak_is_known():
     stream = io.StringIO()
     with Console("align", 1, stream=stream) as console:
         console.step(ROW | {"step": 1, "mfu": 0.4237}, seconds_left=0)
-    assert "1234 tokens/s  MFU 42.4 %  99 MB" in stream.getvalue()
+    assert "1,234 tokens/s  MFU 42 %  ETA" in stream.getvalue()
 
 
 class Terminal(io.StringIO):

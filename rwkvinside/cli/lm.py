@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from ..lm.state_report import CompressionCost, Growth
 
 COMMANDS = {
-    "evaluate": ("sequences:evaluate", "long texts read whole and in chunks, with the state and without it"),
-    "state": ("sequences:state", "bytes of the state by layer, whether they grow, and what compressing it costs"),
+    "evaluate": ("lm:evaluate", "long texts read whole and in chunks, with the state and without it"),
+    "state": ("lm:state", "bytes of the state by layer, whether they grow, and what compressing it costs"),
 }
 
 

@@ -1,0 +1,48 @@
+"""`rwkvinside data generate`: text by the teacher itself, where there is no other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from .arguments import ArgumentParser, at_least, count, number
+
+
+def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
+    """Write texts or conversations to a .jsonl file.
+
+    Raises:
+        UserError: an input that cannot be used, an output that cannot be written; `Interrupted` by ctrl-C.
+    """
+    parser.add_argument("--teacher", required=True, metavar="NAME", help="who writes: preset, directory, hub id")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl", help="file to write")
+    parser.add_argument(
+        "--tokens", type=count, default=1_000_000, metavar="N", help="to write in all, such as 600k (default: 1M)"
+    )
+    parser.add_argument("--plain", action="store_true", help="texts, even if the teacher knows conversations")
+    parser.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="a beginning of a text, or a user's turn, per line"
+    )
+    parser.add_argument("--temperature", type=number, default=1.0, metavar="T", help="0: the likeliest (default: 1)")
+    parser.add_argument("--top-p", type=number, default=1.0, metavar="P", help="of the likeliest (default: 1, all)")
+    parser.add_argument(
+        "--max-tokens", type=count, default=512, metavar="N", help="of one text or answer (default: 512)"
+    )
+    parser.add_argument("--rows", type=at_least(1), default=16, metavar="N", help="texts at a time (default: 16)")
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="(default: 0)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the teacher runs")
+    args = parser.parse(argv)
+    from ..conversion.generate import generate_text
+    from ..teacher.sampling import Sampling
+
+    sampling = Sampling(args.temperature, args.top_p, args.max_tokens, args.rows, args.seed)
+    generate_text(
+        args.teacher,
+        args.out,
+        args.tokens,
+        sampling,
+        plain=args.plain,
+        prompts=args.prompts,
+        device=args.device,
+    )
+    return 0

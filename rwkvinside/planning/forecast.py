@@ -1,0 +1,294 @@
+"""The plan of a run as numbers: what each stage reads, computes, needs and leaves; how long it takes at a given speed.
+
+`plan.py` has the details as text. A run keeps these numbers, and its report shows them next to what was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+
+import torch
+
+from ..config.schema import Config
+from ..errors import UserError
+from ..hybrid.model import HybridModel
+from ..stages.plan import RunPlan, StagePlan
+from ..stages.teacher import meta_online_teacher
+from ..support.text import rounded_bytes, rounded_count, rounded_flop, rounded_time
+from ..teacher.kinds import TeacherKind
+from ..training.loggers import check_loggers
+from .devices import PEAKS, card_for, device_memory, named_peak, peak_flops
+from .flops import training_flops
+from .plan import disk_bytes, meta_student, prepared_stages, run_warnings, teacher_parameters
+from .stage_memory import stage_memory
+
+NODE = 8  # ranks that share a host, at most
+MFU = {"cpu": 0.2, "cuda": 0.15}  # share of the peak that is assumed: docs/benchmarks.md has measured ones
+
+
+@dataclass(frozen=True)
+class StageForecast:
+    """What a stage is expected to take.
+
+    Attributes:
+        name: of the stage.
+        tokens, steps, seq_len: its length; steps 1 of a stage that is computed at once.
+        flops_per_token: operations of a token, forward and backward; 0 of a stage that is computed at once.
+        memory: bytes on the device of a rank by purpose, at the largest moment of a step.
+        peak: bytes on the device of a rank at the largest moment of all.
+        host: bytes in the memory of a host in addition, when its devices have their own: of all ranks on it.
+        disk: bytes of its checkpoints, at most.
+    """
+
+    name: str
+    tokens: int
+    steps: int
+    seq_len: int
+    flops_per_token: float
+    memory: dict[str, int]
+    peak: int
+    host: int
+    disk: int
+
+    @property
+    def flops(self) -> float:
+        """Operations of all tokens."""
+        return self.flops_per_token * self.tokens
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run is expected to take.
+
+    Attributes:
+        teacher: path or hub id.
+        model_type: of the teacher.
+        parameters: of the teacher.
+        hidden_size, heads, head_size: of its layers.
+        layers: for each "rwkv" or "attention", with "window" and "sinks" of a windowed mixer.
+        device, precision, ranks: what it runs on.
+        available: bytes of that device on this machine; None: it has none.
+        stages: that run, in order.
+        warnings: what one may not expect.
+    """
+
+    teacher: str
+    model_type: str
+    parameters: int
+    hidden_size: int
+    heads: int
+    head_size: int
+    layers: tuple[dict, ...]
+    device: str
+    precision: str
+    ranks: int
+    available: int | None
+    stages: tuple[StageForecast, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def peak(self) -> int:
+        """Bytes on the device of a rank, of the largest stage."""
+        return max((stage.peak for stage in self.stages), default=0)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the device of this machine is large enough; None: it has no such device."""
+        return None if self.available is None else self.peak <= self.available
+
+    @property
+    def host_per_node(self) -> int:
+        """Bytes of a host's memory that the ranks on it need, in addition to their devices'."""
+        return max((stage.host for stage in self.stages), default=0)
+
+    @property
+    def disk(self) -> int:
+        """Bytes of all checkpoints, at most."""
+        return sum(stage.disk for stage in self.stages)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all stages."""
+        return sum(stage.tokens for stage in self.stages)
+
+    @property
+    def flops(self) -> float:
+        """Operations of all stages that train."""
+        return sum(stage.flops for stage in self.stages)
+
+    def work_after(self, stage: str, done: Collection[str] = ()) -> float:
+        """Return the operations of the stages after one, but those that are done."""
+        names = [each.name for each in self.stages]
+        later = self.stages[names.index(stage) + 1 :] if stage in names else ()
+        return sum(each.flops for each in later if each.name not in done)
+
+    def to_dict(self) -> dict:
+        """Return plain JSON."""
+        totals = {name: getattr(self, name) for name in ("peak", "fits", "host_per_node", "disk", "tokens", "flops")}
+        return asdict(self) | {"total": totals}
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How fast the machine is expected to be.
+
+    Attributes:
+        flops: operations in a second that all ranks together do.
+        origin: where the number is from, for people.
+    """
+
+    flops: float
+    origin: str
+
+
+def forecast(plan: RunPlan, config: Config) -> Forecast:
+    """Return the numbers of a plan.
+
+    Args:
+        plan: from `config.resolve`.
+        config: for how many checkpoints are kept.
+
+    Raises:
+        UserError: as `plan_text`.
+    """
+    check_loggers(config.loggers)
+    run, model = plan.settings, meta_student(plan.settings)
+    c, mixer = model.lm.config, model.mixer_configs[model.rwkv_layers[0]]
+    parameters, stages, layers = teacher_parameters(model), [], []
+    for stage, student, kind in prepared_stages(plan, model):
+        if stage.name in plan.selected:
+            stages.append(_stage(stage, student, kind, config.checkpoint.keep))
+        layers = [_layer(student, i) for i in range(c.num_hidden_layers)]  # a stage may have chosen them
+    return Forecast(
+        teacher=run.teacher.path,
+        model_type=c.model_type,
+        parameters=parameters,
+        hidden_size=c.hidden_size,
+        heads=mixer.num_heads,
+        head_size=mixer.head_size,
+        layers=tuple(layers),
+        device=run.device,
+        precision=run.precision,
+        ranks=run.ranks,
+        available=device_memory(run.device),
+        stages=tuple(stages),
+        warnings=tuple(run_warnings(plan)),
+    )
+
+
+def _layer(model: HybridModel, i: int) -> dict:
+    mixer = model.mixer_configs.get(i)
+    if mixer is None:
+        return {"kind": "attention"}
+    return {"kind": "rwkv"} | ({"window": mixer.window, "sinks": mixer.sinks} if mixer.window else {})
+
+
+def _stage(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, keep: int) -> StageForecast:
+    teacher, trains = meta_online_teacher(plan) if kind is TeacherKind.ONLINE else None, plan.stage.trains
+    memory = stage_memory(plan, model, kind, teacher)
+    return StageForecast(
+        name=plan.name,
+        tokens=plan.length.total_tokens,
+        steps=plan.length.steps if trains else 1,
+        seq_len=plan.length.seq_len,
+        flops_per_token=training_flops(model, plan, kind, teacher).total if trains else 0.0,
+        memory={name: size for name, size in memory.device.items() if size},
+        peak=memory.peak,
+        host=memory.host(min(plan.run.ranks, NODE)),
+        disk=disk_bytes(plan, model, keep),
+    )
+
+
+def expected_rate(found: Forecast, gpu: str | None = None, mfu: float | None = None) -> Rate | None:
+    """Return the speed to expect: a share of the peak of the device, measured where no data sheet is known.
+
+    Args:
+        found: what is to run.
+        gpu: name of a device that is not here, such as H100.
+        mfu: share of the peak; None is a usual one.
+
+    Returns:
+        None where the device is neither here nor named.
+
+    Raises:
+        UserError: an unknown device.
+    """
+    mfu = mfu or MFU[found.device]
+    if gpu is not None:
+        peak, origin = named_peak(gpu, found.precision), f"the peak of {gpu} by its data sheet"
+        if peak is None:
+            raise UserError(f"GPU {gpu} is not known", f"known: {', '.join(words for words, *_ in PEAKS)}")
+    elif found.device == "cuda" and not torch.cuda.is_available():
+        return None
+    else:
+        peak, source = peak_flops(torch.device(found.device), found.precision)
+        origin = "the peak of this machine" + (" as measured now" if source == "measured" else " by its data sheet")
+    ranks = f", {found.ranks} ranks" if found.ranks > 1 else ""
+    return Rate(peak * found.ranks * mfu, f"{100 * mfu:g} % of {origin}{ranks}")
+
+
+def forecast_text(found: Forecast, rate: Rate | None = None, price: float | None = None) -> str:
+    """Return a forecast for people: the verdict first, totals, a line for each stage, warnings last; 80 columns.
+
+    Args:
+        found: what is expected.
+        rate: speed of the machine; None: it is not known, and no time is said.
+        price: of a device for an hour, in any currency.
+    """
+    lines = [_verdict(found, rate, price), ""]
+    recurrent = sum(layer["kind"] == "rwkv" for layer in found.layers)
+    marks = "".join({"attention": "A"}.get(x["kind"], "W" if "window" in x else "R") for x in found.layers)
+    lines += [
+        f"{found.teacher}: {found.model_type}, {rounded_count(found.parameters)} parameters, "
+        f"{recurrent} of {len(found.layers)} layers become recurrent",
+        *(marks[i : i + 64] for i in range(0, len(marks), 64)),
+        "R recurrent" + ", W with a window" * ("W" in marks) + ", A keeps attention" * ("A" in marks),
+        "",
+        f"{'stage':<12}{'tokens':>10}{'steps':>8}{'work':>14}{'time':>11}{'memory':>12}{'disk':>12}",
+    ]
+    for stage in found.stages:
+        lines.append(_row(stage.name, stage.tokens, f"{stage.steps:,}", stage.flops, stage.peak, stage.disk, rate))
+    lines.append(_row("all", found.tokens, "", found.flops, found.peak, found.disk, rate))
+    lines.append("")
+    if rate is not None:
+        lines.append(f"time: {rounded_flop(rate.flops)}/s, {rate.origin}; without evaluation and saving")
+    lines.append(
+        f"memory: of one of {found.ranks} devices, {found.device} in {found.precision}"
+        if found.ranks > 1
+        else f"memory: on {found.device}, in {found.precision}"
+    )
+    if found.host_per_node:
+        shared = f" that {min(found.ranks, NODE)} ranks share" if found.ranks > 1 else ""
+        lines.append(f"host: up to {rounded_bytes(found.host_per_node)} of the memory of a machine{shared}")
+    lines += [f"warning: {text}" for text in found.warnings]
+    return "\n".join(lines) + "\n"
+
+
+def _verdict(found: Forecast, rate: Rate | None, price: float | None) -> str:
+    """Return in one line whether it fits, how long it takes and what that costs."""
+    here = f"the {'GPU' if found.device == 'cuda' else 'memory'} of this machine"
+    if found.fits:
+        verdict = f"fits: {rounded_bytes(found.peak)} of {rounded_bytes(found.available or 0)}"
+    elif found.fits is None:
+        card = card_for(found.peak)
+        verdict = f"fits a GPU of {card} GB" if card else f"FITS NO GPU: {rounded_bytes(found.peak)} on one"
+    else:
+        verdict = f"DOES NOT FIT {here}: {rounded_bytes(found.peak)} of {rounded_bytes(found.available or 0)}"
+    parts = [verdict]
+    if rate is not None:
+        seconds = found.flops / rate.flops
+        parts.append(f"about {rounded_time(seconds)}")
+        hours = seconds / 3600 * found.ranks
+        if found.device == "cuda":
+            parts.append(f"{hours:.3g} GPU hours")
+        if price is not None:
+            parts.append(f"cost {hours * price:,.2f}")
+    return "; ".join(parts)
+
+
+def _row(name: str, tokens: int, steps: str, flops: float, peak: int, disk: int, rate: Rate | None) -> str:
+    work = rounded_flop(flops) if flops else "-"
+    time = rounded_time(flops / rate.flops) if flops and rate is not None else "-"
+    sizes = (rounded_bytes(peak), rounded_bytes(disk))
+    return f"{name:<12}{rounded_count(tokens):>10}{steps:>8}{work:>14}{time:>11}{sizes[0]:>12}{sizes[1]:>12}"

@@ -1,0 +1,58 @@
+"""The end of a run on a terminal: scores, time, a sample, what to do next; within 80 columns."""
+
+from __future__ import annotations
+
+import textwrap
+
+from ..support.progress import clock
+from ..support.text import rounded_bytes, rounded_count
+from .facts import RunFacts
+
+WIDTH = 79
+
+
+def end_screen(facts: RunFacts) -> str:
+    """Return what a user sees when a run is done."""
+    lines = ["", f"{'':<16}{'KL':>9}{'CE':>9}{'agreement':>12}{'tokens':>10}{'time':>10}{'memory':>12}"]
+    costs = {cost.name: cost for cost in facts.costs}
+    for row in facts.scores:
+        cost = costs.get(row.name)
+        took = (
+            f"{rounded_count(cost.tokens):>10}"
+            f"{'' if cost.seconds is None else clock(cost.seconds):>10}"
+            f"{'' if cost.memory is None else rounded_bytes(cost.memory):>12}"
+            if cost
+            else ""
+        )
+        name = row.name if cost is None else f"after {row.name}"
+        lines.append(
+            f"{name:<16}{_number(row.kl, '.4f'):>9}{_number(row.ce, '.4f'):>9}"
+            f"{_number(row.agreement, '.1%'):>12}{took}".rstrip()
+        )
+    for sample in facts.samples[:1]:
+        lines.append("")
+        lines += _wrapped("prompt", sample["prompt"])
+        for name in ("teacher", "student"):
+            if name in sample:
+                lines += _wrapped(name, sample[name])
+    if facts.seconds is not None:
+        lines += ["", f"{clock(facts.seconds)} in all, {rounded_count(facts.tokens)} tokens, in {facts.path}"]
+    lines += ["", "next"]
+    lines += [f"  {command}" for command, _ in facts.next_commands]
+    return "\n".join(lines) + "\n"
+
+
+def _wrapped(name: str, text: str, most: int = 3) -> list[str]:
+    """Return a text of few lines, with its name in front."""
+    return textwrap.wrap(
+        " ".join(text.split()) or "(nothing)",
+        WIDTH,
+        initial_indent=f"{name:<9}",
+        subsequent_indent=" " * 9,
+        max_lines=most,
+        placeholder=" ...",
+    )
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

@@ -1,0 +1,99 @@
+"""The plan in numbers: a verdict first, totals, a time that says where it is from, what is left after a stage."""
+
+import json
+
+import pytest
+from tiny import save_configuration
+
+from rwkvinside.cli.main import main
+from rwkvinside.config.load import load_config
+from rwkvinside.config.resolve import resolve
+from rwkvinside.errors import UserError
+from rwkvinside.planning import forecast as module
+from rwkvinside.planning.forecast import Rate, expected_rate, forecast, forecast_text
+from rwkvinside.planning.memory import Memory
+
+GPU = ["device=cuda", "precision=bf16"]
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    return save_configuration(tmp_path / "tiny", intermediate_size=64)
+
+
+def expected(teacher, *overrides, ranks=1):
+    config = load_config(teacher=teacher, overrides=overrides)
+    return forecast(resolve(config, None, ranks), config)
+
+
+def test_totals_are_those_of_the_stages(teacher):
+    found = expected(teacher, "stages.align.tokens=600k", "stages.distill.tokens=1M", "student.attention_layers=[0]")
+    assert [stage.name for stage in found.stages] == ["calibrate", "align", "distill"]
+    assert found.tokens == sum(stage.tokens for stage in found.stages) == 1_600_000 + found.stages[0].tokens
+    assert found.flops == sum(s.flops_per_token * s.tokens for s in found.stages) and found.stages[0].flops == 0
+    assert found.disk == sum(stage.disk for stage in found.stages)
+    assert found.peak == max(stage.peak for stage in found.stages)
+    assert [layer["kind"] for layer in found.layers] == ["attention", "rwkv", "rwkv", "rwkv"]
+    assert json.loads(json.dumps(found.to_dict()))["total"]["tokens"] == found.tokens
+
+
+def test_what_is_left_after_a_stage(teacher):
+    found = expected(teacher)
+    align, distill = found.stages[1:]
+    assert found.work_after("calibrate") == align.flops + distill.flops
+    assert found.work_after("align") == distill.flops and found.work_after("distill") == 0
+    assert found.work_after("calibrate", ["distill"]) == align.flops
+    assert found.work_after("another") == 0
+
+
+def test_the_verdict_comes_first(teacher, monkeypatch):
+    for size, start in (
+        (2**40, "fits: "),
+        (2**20, "DOES NOT FIT the memory of this machine: "),
+        (None, "fits a GPU of"),
+    ):
+        monkeypatch.setattr(module, "device_memory", lambda device, size=size: size)
+        found = expected(teacher)
+        assert found.fits is (None if size is None else size > 2**30)
+        assert forecast_text(found).startswith(start)
+
+
+def test_time_cost_and_warnings(teacher):
+    found = expected(teacher, *GPU, "student.preset=hxa079", ranks=4)
+    rate = Rate(found.flops / 7200, "as it was said")
+    lines = forecast_text(found, rate, price=2.5).splitlines()
+    assert "; about 2 h; 8 GPU hours; cost 20.00" in lines[0]
+    assert any(line.startswith("time: ") and "as it was said" in line for line in lines)
+    assert lines[-1].startswith("warning: not the published hxa079")
+    assert all(len(line) <= 80 for line in lines[1:] if not line.startswith(("warning", found.teacher, "time")))
+    assert "about" not in forecast_text(found, None).splitlines()[0]
+
+
+def test_where_a_rate_is_from(teacher):
+    found = expected(teacher, *GPU, ranks=2)
+    rate = expected_rate(found, "h100", 0.25)
+    assert rate.flops == 2 * 0.25 * 989e12
+    assert rate.origin == "25 % of the peak of h100 by its data sheet, 2 ranks"
+    with pytest.raises(UserError, match="GPU abacus is not known"):
+        expected_rate(found, "abacus")
+    here = expected_rate(expected(teacher))
+    assert here.flops > 0 and here.origin == "20 % of the peak of this machine as measured now"
+
+
+def test_a_host_is_shared_by_its_ranks():
+    memory = Memory({"weights": 1}, saving=1, evaluating=1, offloaded=10, loaded=100, gathered=300)
+    assert memory.host() == 310 and memory.host(8) == 80 + 800
+
+
+def test_plan_prints_little_unless_asked(teacher, tmp_path, capsys):
+    file = tmp_path / "plan.json"
+    command = ["plan", "--teacher", teacher, "--mfu", "0.5", "--json", str(file)]
+    assert main(command) == 0
+    short = capsys.readouterr().out
+    assert short.startswith("fits: ") and "  group  " not in short
+    values = json.loads(file.read_text())
+    assert values["hours"] == pytest.approx(values["total"]["flops"] / values["rate"]["flops"] / 3600)
+    assert main([*command, "-v"]) == 0
+    assert "  group  " in capsys.readouterr().out
+    assert main(["plan", "--teacher", teacher, "--mfu", "1.5"]) == 2
+    assert "--mfu 1.5" in capsys.readouterr().err
