@@ -1,1 +1,1 @@
-"""What ships with the package, as `rwkvinside.recipes`: YAML in `teachers/`, `recipes/`, `variants/` and `lm/`."""
+"""What ships with the package, as `rwkvinside.recipes`: teachers, recipes, variants, language and vector models."""

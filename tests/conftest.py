@@ -51,6 +51,9 @@ TIERS = {
     "test_api.py": "integration",
     "test_docs.py": "integration",
     "test_packaging.py": "integration",
+    "vectors/test_grid.py": "integration",
+    "vectors/test_text.py": "integration",
+    "vectors/test_train.py": "integration",
 }
 ORDER = ("distributed", "integration", "gpu", "unit")  # what takes long begins first, so that workers end together
 

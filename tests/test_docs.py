@@ -55,6 +55,11 @@ SMALLER = {
     "rwkvinside bench generation": ["--contexts", "8", "--new-tokens", "2"],
     "rwkvinside bench context": [*("--random", "2,1,16", "--contexts", "8", "16"), "--chunk-size", "8"],
     "rwkvinside bench wkv7": ["--shapes", "1,16,1,8", "--repeats", "1", "--candidates", "reference"],
+    "rwkvinside vectors embed": ["--limit", "200"],
+    "rwkvinside vectors train": [
+        *("model.d_model=32", "model.layers=1", "steps=2", "batch=4", "evaluate_every=0"),
+    ],
+    "rwkvinside vectors bench": ["--d-model", "64", "--layers", "1", "--repeats", "2"],
     "rwkvinside eval": ["--samples", "1", "--depths", "2", "--write-tokens", "4"],
     "rwkvinside generate": ["--max-tokens", "4"],
     "rwkvinside data generate": ["--tokens", "3k", "--max-tokens", "16"],
@@ -67,9 +72,11 @@ ONLY_PARSED = {
     "rwkvinside bench gpu": "needs a GPU; tests/bench runs it dry",
     "rwkvinside bench head": "starts processes that measure for minutes; tests/bench runs it",
     "rwkvinside eval DIR --teacher TEACHER --tasks": "downloads tasks; tests/evaluate runs some that are files",
-    "rwkvinside chat": "talks with whoever types; tests/cli/test_chat.py runs it",
     "rwkvinside eval RUN --ask": "the teacher here has no chat template; tests/demo asks one that has",
+    "rwkvinside chat": "talks with whoever types; tests/cli/test_chat.py runs it",
     "rwkvinside demo": "trains for minutes; tests/demo runs it",
+    "rwkvinside vectors demo": "trains for minutes; tests/vectors runs it",
+    "rwkvinside vectors grid": "trains for minutes; tests/vectors runs it",
 }
 PRESET = r"(Qwen|Llama|SmolLM)[\w.-]+"
 

@@ -25,6 +25,7 @@ VERBS = {
     "bench": ("bench:main", "speed of the kernels and of training, memory of the loss"),
     "export": ("export:main", "write the last finished stage of a run in another format, and verify it"),
     "verify": ("verify:main", "compare an exported directory with the run it was made from"),
+    "vectors": ("vectors:main", "models of sentence vectors: embed, train, compare, decode"),
     "completion": ("completion:main", "a script that completes commands and flags in your shell"),
     "demo": ("demo:main", "the whole path on this machine, from a tiny teacher to a hybrid that generates"),
 }

@@ -106,8 +106,14 @@ def read_settings(files: Sequence[str | os.PathLike | Mapping], overrides: Seque
     return [*given, *map(_override, overrides)]
 
 
-def check_section(model: type[Model], values: dict) -> Model:
+def check_section(model: type[Model], values: dict, *, source: str = "", hint: str = "") -> Model:
     """Return a section of settings from plain values.
+
+    Args:
+        model: of the section.
+        values: of its fields.
+        source: file that the values are from, named before a problem.
+        hint: what to do about a problem.
 
     Raises:
         UserError: lists all problems.
@@ -116,9 +122,10 @@ def check_section(model: type[Model], values: dict) -> Model:
         return model.model_validate(values)
     except ValidationError as error:
         problems = [_problem(e, (), model) for e in error.errors(include_url=False)]
+    before = f"{source}: " if source else ""
     if len(problems) == 1:
-        raise UserError(problems[0])
-    raise UserError(f"{len(problems)} problems in the configuration:", problems=problems)
+        raise UserError(before + problems[0], hint)
+    raise UserError(f"{before}{len(problems)} problems in the configuration:", hint, problems)
 
 
 def _chooses(layout: object) -> bool:
@@ -282,6 +289,7 @@ def _complete_stage(name: str, stage: StageConfig, width: int) -> StageConfig:
 
 
 def _read_yaml(file: str | os.PathLike) -> dict:
+    """Return the settings of a YAML file (`UserError`: it cannot be read, or is something else)."""
     try:
         values = OmegaConf.load(StringIO(read_text(file)))
         if not isinstance(values, DictConfig):
@@ -306,6 +314,7 @@ def _read_json(file: str | os.PathLike) -> dict:
 
 
 def _override(text: str) -> dict:
+    """Return the settings that `key=value` makes (`UserError`: it has another form)."""
     path, equals, value = text.partition("=")
     if not equals or not all(path.split(".")):
         raise UserError(f"{text!r} is not of the form key=value", "for instance stages.align.tokens=600k")
@@ -412,7 +421,7 @@ def _keys(location: list[str], root: type[BaseModel]) -> list[str]:
         inner = inner_model(annotation)
         if inner is None:
             raise RuntimeError(f"{'.'.join(location)} is not a mapping of settings")
-        if get_origin(annotation) in (dict, list):
+        if get_origin(annotation) in (dict, list, tuple):
             next(keys)  # a stage's name, or a place in the list
         model = inner
     return list(model.model_fields)

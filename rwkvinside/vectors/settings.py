@@ -1,0 +1,195 @@
+"""Configuration of a run: model, data, loss, phases; and how it is read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, model_validator
+
+from ..config.load import check_section, merge_settings, read_settings
+from ..support.settings import Fraction, NotNegative, Positive, Rate, Section, problem
+from ..training.settings import OptimConfig
+
+EMBEDDERS = ("hash768", "minilm", "mean:DIR", "st:DIR")  # see `embedders`
+REFERENCE = "all fields: rwkvinside vectors fields"
+
+# name -> settings of the model that a configuration may override; the first twelve are the study's
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "lstm": {"pattern": "lstm", "block": "plain"},
+    "mamba2": {"pattern": "mamba2"},
+    "lcm": {"pattern": "attention"},
+    "rwkv7": {"pattern": "rwkv7"},
+    "hyena": {"pattern": "hyena"},
+    "retnet": {"pattern": "retnet"},
+    "s4": {"pattern": "s4"},
+    "gpt2": {"pattern": "gpt2"},
+    "linformer": {"pattern": "linformer"},
+    "performer": {"pattern": "performer"},
+    "gru": {"pattern": "gru", "block": "plain"},
+    "hybrid": {"pattern": "mamba2*5,attention"},
+    "rwkv_gru": {"pattern": "rwkv_gru", "block": "plain"},
+    "lcm_one": {"pattern": "attention", "diffusion": {"towers": "one"}},
+    "lcm_two": {"pattern": "attention", "diffusion": {"towers": "two"}},
+}
+
+
+class DiffusionConfig(Section):
+    """A head that denoises the next vector instead of predicting it at once (large concept models)."""
+
+    towers: Literal["one", "two"] = Field("two", description="Denoise in the context's stack, or in one of its own.")
+    denoiser_layers: Positive = Field(3, description="Blocks of the second tower.")
+    train_steps: Positive = Field(100, description="Steps of the noise schedule.")
+    steps: Positive = Field(20, description="DDIM steps of a prediction.")
+    guidance: Rate = Field(1.0, description="Classifier-free guidance; 1: none.")
+    drop: Fraction = Field(0.15, description="Part of the training rows without a context, for guidance.")
+    noise: Rate = Field(0.6, description="Scale of the noise that a prediction starts from.")
+
+
+class ModelConfig(Section):
+    """A latent vector model."""
+
+    arch: Literal[tuple(ARCHITECTURES)] = Field("rwkv7", description="Architecture by name.")  # type: ignore[valid-type]
+    pattern: str | None = Field(None, description="Kinds of layers as in mamba2*5,attention; null: the architecture's.")
+    options: dict[str, dict[str, Any]] = Field(
+        {}, description="Options by kind of layer; a list gives the layers of a kind their values in turn."
+    )
+    d_in: Positive = Field(768, description="Width of the vectors.")
+    d_model: Positive = Field(512, description="Width of the layers.")
+    layers: Positive = Field(6, description="Number of layers.")
+    block: Literal["plain", "residual"] | None = Field(
+        None, description="Layers alone, or with norm, residual and feed-forward layer; null: the architecture's."
+    )
+    skip_every: NotNegative = Field(0, description="Plain layers: a skip connection over so many; 0: none.")
+    ffn: Rate = Field(4.0, description="Width of the feed-forward layers times d_model; 0: none.")
+    adapter: Literal["affine_ln", "none"] = Field("affine_ln", description="Linear and LayerNorm before the layers.")
+    dropout: Fraction = Field(0.1, description="Dropout after the head.")
+    residual: Literal["none", "context_mean"] = Field(
+        "none", description="What the head predicts: the vector, or what to add to the mean of the context."
+    )
+    normalize: bool = Field(True, description="L2-normalize the prediction.")
+    readout: Literal["last", "attention"] = Field(
+        "last", description="Head of the last hidden state, or of it and a weighted sum of all before it."
+    )
+    tmd: Literal["none", "concat", "film", "mixer"] = Field(
+        "none", description="TMD codes: not, 16 more inputs, scale and shift, or within Mamba-2 and RetNet."
+    )
+    quantize: NotNegative = Field(0, description="Codes of a vector quantizer after the adapter; 0: none.")
+    resolutions: tuple[Positive, ...] = Field((), description="Widths of further heads on PCA-compressed targets.")
+    diffusion: DiffusionConfig | None = Field(None, description="Denoise the next vector; null: the architecture's.")
+
+    def resolved(self) -> ModelConfig:
+        """Return the configuration with what its architecture says in place of null."""
+        values = {"pattern": None, "block": "residual", "diffusion": None} | ARCHITECTURES[self.arch]
+        if isinstance(values["diffusion"], dict):
+            values["diffusion"] = DiffusionConfig(**values["diffusion"])
+        missing = {name: value for name, value in values.items() if getattr(self, name) is None}
+        return self.model_copy(update=missing)
+
+
+class LossConfig(Section):
+    """A weighted sum of losses; at least one has a weight."""
+
+    cosine: Rate = Field(1.0, description="1 - cos(prediction, target).")
+    mse: Rate = Field(0.0, description="Squared error, summed over the width.")
+    infonce: Rate = Field(0.0, description="Cross-entropy of the target among all targets of the batch.")
+    temperature: Annotated[float, Field(gt=0)] = Field(0.07, description="Of infonce.")
+    consistency: Rate = Field(0.1, description="Heads of lower resolution against the compressed prediction.")
+    positions: Literal["all", "last"] = Field("all", description="Predict after every vector, or the last one only.")
+    loop_every: NotNegative = Field(0, description="Decoder in the loop every so many steps; 0: never.")
+    loop: Rate = Field(0.1, description="Weight of the distance to what was decoded and encoded again.")
+
+    @model_validator(mode="after")
+    def _something(self) -> LossConfig:
+        if not self.cosine + self.mse + self.infonce:
+            raise problem("cosine, mse and infonce are all 0: nothing to train on")
+        return self
+
+
+class DataConfig(Section):
+    """Vectors and windows of them."""
+
+    source: str = Field("synthetic:rotor-lin", description="Directory of `vectors embed`, or synthetic:NAME.")
+    context: Positive = Field(5, description="Vectors of a window before the one to predict.")
+    val: Annotated[float, Field(gt=0, lt=1)] = Field(0.2, description="Part of the documents that validates.")
+    limit: Positive | None = Field(None, description="At most so many training windows; null: all.")
+    reverse: bool = Field(False, description="Read documents backward: the control for the direction of text.")
+
+
+class PhaseConfig(Section):
+    """A phase of training; what is null is that of the run."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")] = Field(description="Name, of its folder too.")
+    steps: Positive | None = Field(None, description="Optimizer steps.")
+    lr: Rate | None = Field(None, description="Learning rate.")
+    limit: Positive | None = Field(None, description="At most so many training windows.")
+    band: tuple[float, float] | None = Field(
+        None, description="Only windows whose last vector has a cosine in this range with the target."
+    )
+    loss: LossConfig | None = Field(None, description="Loss.")
+    dropout: Fraction | None = Field(None, description="Dropout after the head.")
+
+
+class RunConfig(Section):
+    """A training run."""
+
+    out: str = Field("runs/vectors", description="Run directory.")
+    seed: int = Field(0, description="Of weights, order of windows, noise.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to compute; auto: a GPU if there is one.")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="Arithmetic of training.")
+    steps: Positive = Field(400, description="Optimizer steps of a phase.")
+    batch: Positive = Field(32, description="Windows of a step.")
+    evaluate_every: NotNegative = Field(100, description="Steps between evaluations; 0: after the last only.")
+    save_every: NotNegative = Field(0, description="Steps between checkpoints; 0: after the last only.")
+    log_every: Positive = Field(100, description="Steps between lines on the console.")
+    minutes: Annotated[float, Field(gt=0)] | None = Field(None, description="Time limit of training; null: none.")
+    loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field((), description="As for conversions.")
+    model: ModelConfig = Field(ModelConfig(), description="The model.")
+    data: DataConfig = Field(DataConfig(), description="The data.")
+    loss: LossConfig = Field(LossConfig(), description="The loss.")
+    optim: OptimConfig = Field(OptimConfig(lr=1e-3), description="AdamW; lr_rest, rates and 8-bit kinds do not apply.")
+    phases: tuple[PhaseConfig, ...] = Field((), description="Phases in order; empty: one, called train.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> RunConfig:
+        if self.optim.lr_rest is not None or self.optim.rates or self.optim.kind != "adamw":
+            raise problem("optim.lr_rest, optim.rates and optim.kind do not apply to vector models")
+        names = [phase.name for phase in self.phases]
+        if len(set(names)) < len(names):
+            raise problem("phases are named {}: each needs a name of its own", ", ".join(names))
+        return self
+
+    def all_phases(self) -> tuple[PhaseConfig, ...]:
+        """Return the phases, with the settings of the run in place of null."""
+        defaults = {"steps": self.steps, "lr": self.optim.lr or 1e-3, "limit": self.data.limit, "loss": self.loss}
+        defaults["dropout"] = self.model.dropout
+        phases = self.phases or (PhaseConfig(name="train"),)
+        return tuple(
+            phase.model_copy(update={n: v for n, v in defaults.items() if getattr(phase, n) is None})
+            for phase in phases
+        )
+
+
+def load_run_config(files: Sequence[str | os.PathLike] = (), overrides: Sequence[str] = (), **more: Any) -> RunConfig:
+    """Return the configuration that files, `key=value` overrides and further settings make together; later ones win.
+
+    Raises:
+        UserError: lists all problems.
+    """
+    layers = [*read_settings(files, overrides), {k: v for k, v in more.items() if v is not None}]
+    return checked(merge_settings(layers))
+
+
+def checked(values: dict) -> RunConfig:
+    """Return settings as a configuration (`UserError`: lists all problems)."""
+    return check_section(RunConfig, values, hint=REFERENCE)
+
+
+def write_config(config: RunConfig, path: Path) -> None:
+    """Write a configuration as YAML (`UserError`: it cannot be written)."""
+    from ..support.files import write_text
+
+    write_text(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100))

@@ -1,0 +1,116 @@
+"""What a step of training computes: sums of the losses over the predictions of a batch."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import losses
+from .data import VectorBatch, Windows
+from .diffusion import LatentDiffusion
+from .model import VectorModel
+from .settings import LossConfig
+
+
+class Resolutions:
+    """Targets of lower resolution: principal components of the training vectors, L2-normalized.
+
+    Args:
+        vectors: (N, d) to fit on.
+        widths: of the components.
+    """
+
+    def __init__(self, vectors: Tensor, widths: tuple[int, ...]):
+        self.mean = vectors.mean(0)
+        self.widths = widths
+        most = max(widths)
+        _, _, axes = torch.linalg.svd(vectors - self.mean, full_matrices=False)
+        missing = most - len(axes)  # fewer vectors than components: the rest carries nothing
+        self.axes = F.pad(axes[:most], (0, 0, 0, max(0, missing))).T
+
+    def compress(self, vectors: Tensor) -> list[Tensor]:
+        """Return vectors (..., d) at every width."""
+        parts = (vectors - self.mean.to(vectors)) @ self.axes.to(vectors)
+        return [F.normalize(parts[..., :width], dim=-1) for width in self.widths]
+
+
+class VectorStep:
+    """Next-vector prediction.
+
+    Args:
+        loss: weights.
+        train: windows, for lower resolutions and for the decoder in the loop.
+        rows_per_step: of training.
+        resolutions: of the model.
+    """
+
+    def __init__(self, loss: LossConfig, train: Windows, rows_per_step: int, resolutions: tuple[int, ...] = ()):
+        self.loss, self._rows = loss, rows_per_step
+        vectors = train.data.vectors[train.targets]
+        self._resolutions = Resolutions(vectors, resolutions) if resolutions else None
+        self._stored = F.normalize(vectors, dim=-1) if loss.loop_every else None
+
+    def count(self, batch: VectorBatch) -> int:
+        """Return the number of predictions; of a model that looks ahead the last position counts T times."""
+        return batch.x.shape[0] * (batch.x.shape[1] if self.loss.positions == "all" else 1)
+
+    def __call__(self, model: nn.Module, batch: VectorBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss and metrics, summed over the predictions."""
+        vector_model = cast(VectorModel, model)
+        prediction = vector_model(batch.x, tmd=None if vector_model.config.tmd == "none" else batch.tmd)
+        last = self.loss.positions == "last" or not vector_model.causal
+        y, target = ((part[:, -1] if last else part.flatten(0, 1)) for part in (prediction.y, batch.y))
+        scale = self.count(batch) / len(y)
+        cosine = losses.cosine(y, target)
+        parts = {"cosine": cosine, "mse": losses.mse(y, target)}
+        if self.loss.infonce:
+            parts["infonce"] = losses.infonce(y, target, self.loss.temperature)
+        total = sum((getattr(self.loss, name) * part for name, part in parts.items()), y.new_zeros(len(y)))
+        metrics = {"train_cosine": 1 - cosine, **{n: p for n, p in parts.items() if n != "cosine"}}
+        if self._resolutions is not None:
+            lower = [(p[:, -1] if last else p.flatten(0, 1)) for p in prediction.lower]
+            true, own = self._resolutions.compress(target), self._resolutions.compress(y)
+            for part, goal, compressed in zip(lower, true, own, strict=True):
+                apart = losses.cosine(part, compressed)
+                total = total + losses.cosine(part, goal) + self.loss.consistency * apart
+                metrics["consistency"] = metrics.get("consistency", 0) + apart / len(lower)
+        if self._stored is not None:
+            loop = self._loop(y, batch)
+            total, metrics["loop"] = total + self.loss.loop * loop, loop
+        sums = {name: scale * part.detach().sum() for name, part in metrics.items()}
+        return scale * total.sum() + self.count(batch) * prediction.extra, sums
+
+    def _loop(self, y: Tensor, batch: VectorBatch) -> Tensor:
+        """Return the distance (N,) to what the prediction decodes to and encodes to again; 0 in steps without a loop.
+
+        Retrieval decodes to the nearest stored text, whose vector is the stored one. Decoding has no gradient: the
+        prediction is pulled to a constant.
+        """
+        assert self._stored is not None
+        if batch.rows[0] // self._rows % self.loss.loop_every:
+            return y.new_zeros(len(y))
+        stored = self._stored.to(y)
+        nearest = (F.normalize(y.detach(), dim=-1) @ stored.T).argmax(1)
+        return losses.cosine(y, stored[nearest])
+
+
+class DiffusionStep:
+    """Denoising of the next vector after the window; `cosine` and `mse` weigh the estimate's distance to it."""
+
+    def __init__(self, loss: LossConfig):
+        self.loss = loss
+
+    def count(self, batch: VectorBatch) -> int:
+        """Return the number of predictions."""
+        return len(batch.x)
+
+    def __call__(self, model: nn.Module, batch: VectorBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss and metrics, summed over the windows."""
+        target = batch.y[:, -1]
+        denoising, estimate = cast(LatentDiffusion, model).denoising_loss(batch.x, target)
+        cosine, mse = losses.cosine(estimate, target), losses.mse(estimate, target)
+        total = denoising + (self.loss.cosine * cosine + self.loss.mse * mse).sum()
+        return total, {"denoising": denoising.detach(), "train_cosine": (1 - cosine).detach().sum()}
