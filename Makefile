@@ -20,8 +20,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 demo: $(STAMP)
 	DS_ACCELERATOR=cpu $(VENV)/bin/rwkvinside demo $(ARGS)
 
-# A published model, from the hub or TEACHER=DIR, on DATA=FILE or on what it writes itself: about ten minutes of two
-# cores. ARGS takes the command's, such as ARGS='stages.distill.tokens=100k'.
+# A published model, from the hub or TEACHER=DIR, on DATA=FILE or on what it writes itself. ARGS takes the command's, such as ARGS='stages.distill.tokens=100k'.
 demo-llm: $(STAMP)
 	DS_ACCELERATOR=cpu $(VENV)/bin/rwkvinside demo --teacher $(or $(TEACHER),SmolLM2-135M) $(DATA:%=--data %) $(ARGS)
 

@@ -237,7 +237,7 @@ def _context_table(result: dict) -> Table:
     clock = ", time of the processor" if result["clock"] == "process_time" else ""
     table = Table(title=f"{result['device']}, {result['dtype'].removeprefix('torch.')}{clock}; parameters: {sizes}")
     for column in ("context", "model", "prefill", "tokens/s", "peak memory", "ms a token", "state"):
-        table.add_column(column, justify="left" if column == "model" else "right")
+        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=column == "model")
     for i, row in enumerate(found):
         peak = row["prefill_peak_bytes"]
         table.add_row(

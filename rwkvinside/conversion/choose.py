@@ -136,7 +136,8 @@ def layers_of_run(run: Path, wanted: dict, tokens: int) -> tuple[tuple[int, ...]
         vocab = student.lm.config.vocab_size
         data, val = tokens_of(plan.settings.data, stage.settings.data, 0, tokenizer, vocab, world)
         close(data)
-        batches = held_out(validation_batches(val, student.lm.config.max_position_embeddings), tokens, device)
+        held = validation_batches(stage, val, student.lm.config.max_position_embeddings)
+        batches = held_out(held, tokens, device)
         with precision_context(plan.settings.precision, device):
             return choose_layers(directory, trained.stage, student.to(device), batches, choice, tokenizer, print)
 

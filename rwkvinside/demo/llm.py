@@ -1,4 +1,4 @@
-"""`make demo-llm`: a published language model becomes a student with a window, in about ten minutes of two CPU cores.
+"""`make demo-llm`: a published language model becomes a student with a window, in minutes on a CPU.
 
 Everything is done by the functions that `rwkvinside train`, `data generate` and `eval` use. So short a training shows
 that all of it works on a real model, and which way the numbers go; it does not make a good student.

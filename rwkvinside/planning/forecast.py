@@ -64,7 +64,7 @@ class Forecast:
     Attributes:
         teacher: path or hub id.
         model_type: of the teacher.
-        parameters: of the teacher.
+        parameters: of the teacher, or of a model from nothing.
         hidden_size, heads, head_size: of its layers.
         layers: for each "rwkv" or "attention", with "window" and "sinks" of a windowed mixer.
         device, precision, ranks: what it runs on.
@@ -154,8 +154,10 @@ def forecast(plan: RunPlan, config: Config) -> Forecast:
     """
     check_loggers(config.loggers)
     run, model = plan.settings, meta_student(plan.settings)
-    c, mixer = model.lm.config, model.mixer_configs[model.rwkv_layers[0]]
-    parameters, stages, layers = teacher_parameters(model), [], []
+    c = model.lm.config
+    heads = model.family.attention_fields(c, 0)
+    parameters = sum(p.numel() for p in model.parameters()) if run.teacher.fresh else teacher_parameters(model)
+    stages, layers = [], []
     for stage, student, kind in prepared_stages(plan, model):
         if stage.name in plan.selected:
             stages.append(_stage(stage, student, kind, config.checkpoint.keep))
@@ -165,15 +167,15 @@ def forecast(plan: RunPlan, config: Config) -> Forecast:
         model_type=c.model_type,
         parameters=parameters,
         hidden_size=c.hidden_size,
-        heads=mixer.num_heads,
-        head_size=mixer.head_size,
+        heads=heads["num_heads"],
+        head_size=heads["head_size"],
         layers=tuple(layers),
         device=run.device,
         precision=run.precision,
         ranks=run.ranks,
         available=device_memory(run.device),
         stages=tuple(stages),
-        warnings=tuple(run_warnings(plan)),
+        warnings=tuple(run_warnings(run)),
     )
 
 
@@ -241,7 +243,7 @@ def forecast_text(found: Forecast, rate: Rate | None = None, price: float | None
     marks = "".join({"attention": "A"}.get(x["kind"], "W" if "window" in x else "R") for x in found.layers)
     lines += [
         f"{found.teacher}: {found.model_type}, {rounded_count(found.parameters)} parameters, "
-        f"{recurrent} of {len(found.layers)} layers become recurrent",
+        f"{recurrent} of {len(found.layers)} layers recurrent",
         *(marks[i : i + 64] for i in range(0, len(marks), 64)),
         "R recurrent" + ", W with a window" * ("W" in marks) + ", A keeps attention" * ("A" in marks),
         "",

@@ -82,10 +82,10 @@ def prepared_stages(plan: RunPlan, model: HybridModel) -> Iterator[tuple[StagePl
         yield stage, model, stage.stage.prepare(model, stage, stage.phases[-1].train)
 
 
-def run_warnings(plan: RunPlan) -> list[str]:
+def run_warnings(run: RunSettings) -> list[str]:
     """Return what one may not expect of a run."""
-    student = plan.settings.student
-    missing = student.missing_of_variant()
+    student = run.student
+    missing = [] if run.teacher.fresh else student.missing_of_variant()
     return [f"not the published {student.preset}: {'; '.join(missing)}"] if missing else []
 
 
@@ -115,7 +115,7 @@ def _run_lines(plan: RunPlan, config: Config, model: HybridModel) -> list[str]:
     kept = [i for i, kind in enumerate(layer_map) if kind == "A"]
     engine = f"DeepSpeed, ZeRO {settle(run.zero).zero_stage}" if run.ranks > 1 else "one process"
     return [
-        *_model_lines(plan, config, model),
+        *_model_lines(run, config, model),
         f"layers    {layer_map}   ({len(model.rwkv_layers)} R = RWKV, {len(kept)} A = attention"
         f"{': ' * bool(kept)}{spans(kept)})",
         *_choice_lines(plan, model),
@@ -126,9 +126,8 @@ def _run_lines(plan: RunPlan, config: Config, model: HybridModel) -> list[str]:
     ]
 
 
-def _model_lines(plan: RunPlan, config: Config, model: HybridModel) -> list[str]:
+def _model_lines(run: RunSettings, config: Config, model: HybridModel) -> list[str]:
     """Return what is made of what: a student of a teacher, or a model of nothing."""
-    run = plan.settings
     c, student = model.lm.config, run.student
     heads = model.family.attention_fields(c, 0)
     shape = (
@@ -152,7 +151,7 @@ def _model_lines(plan: RunPlan, config: Config, model: HybridModel) -> list[str]
         *([f"variant   {', '.join(config.variant)}"] if config.variant else []),
         f"student   {mixers}{student.init} start, {rounded_count(total)} parameters: "
         f"{rounded_count(total - new)} copied from the teacher, {rounded_count(new)} new",
-        *(f"warning   {text}" for text in run_warnings(plan)),
+        *(f"warning   {text}" for text in run_warnings(run)),
     ]
 
 

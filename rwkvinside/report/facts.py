@@ -175,7 +175,8 @@ class RunFacts:
         """What one does with a finished run: command and what for."""
         run = shlex.quote(str(self.path))
         export = shlex.quote(f"{str(self.path).rstrip('/')}-hf")
-        teacher = f" --teacher {shlex.quote(self.teacher)}" if self.teacher else ""
+        fresh = self.config.get("teacher", {}).get("fresh")  # a model from nothing has no teacher to talk to
+        teacher = f" --teacher {shlex.quote(self.teacher)}" if self.teacher and not fresh else ""
         return [
             (f"rwkvinside report {run}", "a page of all that was measured"),
             (f"rwkvinside chat {run}{teacher}", "talk to both, side by side"),

@@ -127,8 +127,11 @@ def describe(facts: RunFacts) -> str:
     if not layers:
         return teacher
     recurrent = [layer for layer in layers if layer["kind"] == "rwkv"]
+    fresh = facts.config.get("teacher", {}).get("fresh")
     windows = sorted({(x["window"], x["sinks"]) for x in recurrent if "window" in x})
     text = f"{teacher}, {len(recurrent)} of {len(layers)} layers of attention turned into RWKV-7"
+    if fresh:
+        text = f"A model from nothing, {len(recurrent)} of {len(layers)} layers are RWKV-7"
     if windows:
         shown = " or ".join(f"{w} tokens" + f" and {s} sinks" * bool(s) for w, s in windows)
         text += f", with a window of {shown}"

@@ -11,7 +11,7 @@ from ..errors import UserError
 def import_extra(name: str, purpose: str, instead: str = "") -> Any:
     """Return a library that the installation may do without.
 
-        deepspeed = import_extra("deepspeed", "training under a launcher", "or start one process with python")
+        wandb = import_extra("wandb", "the logger of that name", "or leave it out of loggers")
 
     Args:
         name: of the module, which pip knows by the same name.

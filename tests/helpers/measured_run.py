@@ -39,7 +39,7 @@ def save_run(path, layers=3, steps=40, window=8):
     buckets = [
         {"first": 2**k, "last": 2 ** (k + 1) - 1, "perplexity": 9, "perplexity_teacher": 8, "kl": 0.1} for k in range(5)
     ]
-    (path / "eval.json").write_text(json.dumps({"by_position": buckets}))
+    (path / "eval.json").write_text(json.dumps({"kl": 0.1, "by_position": buckets}))
     return path
 
 

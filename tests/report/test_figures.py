@@ -89,7 +89,7 @@ def test_smoothing_never_looks_ahead():
 def test_position_figure_shows_both_models():
     scores = {"perplexity": 9, "perplexity_teacher": 8, "kl": 0.1}
     buckets = [{"first": 2**k, "last": 2 ** (k + 1) - 1, **scores} for k in range(4)]
-    left, right = position_figure({"by_position": buckets}).axes
+    left, right = position_figure({"kl": 0.1, "by_position": buckets}).axes
     assert [line.get_ydata().tolist() for line in left.lines] == [[9] * 4, [8] * 4]
     assert right.lines[0].get_ydata().tolist() == [0.1] * 4
 
