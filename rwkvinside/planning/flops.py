@@ -63,6 +63,16 @@ class Flops:
         self.backward[kind] = self.backward.get(kind, 0.0) + backward
 
 
+def flops_per_token(
+    student: HybridModel, plan: StagePlan, kind: TeacherKind | None, teacher: PreTrainedModel | None
+) -> float:
+    """Return the operations of a token of a stage that trains or chooses layers; arguments as of `training_flops`."""
+    flops = training_flops(student, plan, kind, teacher)
+    if plan.stage.chooses_layers:  # forwards of the student, then one with each layer's attention
+        return sum(flops.forward.values()) * (1 + len(student.rwkv_layers))
+    return flops.total
+
+
 def training_flops(
     student: HybridModel, plan: StagePlan, kind: TeacherKind | None, teacher: PreTrainedModel | None = None
 ) -> Flops:

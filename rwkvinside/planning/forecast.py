@@ -19,7 +19,8 @@ from ..support.text import rounded_bytes, rounded_count, rounded_flop, rounded_t
 from ..teacher.kinds import TeacherKind
 from ..training.loggers import check_loggers
 from .devices import PEAKS, card_for, device_memory, named_peak, peak_flops
-from .flops import training_flops
+from .fit_flops import calibration_flops
+from .flops import flops_per_token
 from .plan import disk_bytes, meta_student, prepared_stages, run_warnings, teacher_parameters
 from .stage_memory import stage_memory
 
@@ -34,7 +35,8 @@ class StageForecast:
     Attributes:
         name: of the stage.
         tokens, steps, seq_len: its length; steps 1 of a stage that is computed at once.
-        flops_per_token: operations of a token, forward and backward; 0 of a stage that is computed at once.
+        flops_per_token: operations of a token, forward and backward; 0 of a calibration.
+        fitting_flops: operations of a calibration in all, in fp32; 0 of other stages.
         memory: bytes on the device of a rank by purpose, at the largest moment of a step.
         peak: bytes on the device of a rank at the largest moment of all.
         host: bytes in the memory of a host in addition, when its devices have their own: of all ranks on it.
@@ -46,6 +48,7 @@ class StageForecast:
     steps: int
     seq_len: int
     flops_per_token: float
+    fitting_flops: float
     memory: dict[str, int]
     peak: int
     host: int
@@ -53,8 +56,12 @@ class StageForecast:
 
     @property
     def flops(self) -> float:
-        """Operations of all tokens."""
-        return self.flops_per_token * self.tokens
+        """Operations of the stage."""
+        return self.flops_per_token * self.tokens + self.fitting_flops
+
+    def seconds(self, rate: Rate) -> float:
+        """Return how long it takes on a machine."""
+        return self.flops_per_token * self.tokens / rate.flops + self.fitting_flops / rate.fp32_flops
 
 
 @dataclass(frozen=True)
@@ -114,8 +121,12 @@ class Forecast:
 
     @property
     def flops(self) -> float:
-        """Operations of all stages that train."""
+        """Operations of all stages."""
         return sum(stage.flops for stage in self.stages)
+
+    def seconds(self, rate: Rate) -> float:
+        """Return how long all stages take on a machine."""
+        return sum(stage.seconds(rate) for stage in self.stages)
 
     def work_after(self, stage: str, done: Collection[str] = ()) -> float:
         """Return the operations of the stages after one, but those that are done."""
@@ -135,10 +146,12 @@ class Rate:
 
     Attributes:
         flops: operations in a second that all ranks together do.
-        origin: where the number is from, for people.
+        fp32_flops: the same in fp32, of one rank: a calibration runs on one.
+        origin: where the numbers are from, for people.
     """
 
     flops: float
+    fp32_flops: float
     origin: str
 
 
@@ -194,7 +207,8 @@ def _stage(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, keep: 
         tokens=plan.length.total_tokens,
         steps=plan.length.steps if trains else 1,
         seq_len=plan.length.seq_len,
-        flops_per_token=training_flops(model, plan, kind, teacher).total if trains else 0.0,
+        flops_per_token=0.0 if plan.stage.fits else flops_per_token(model, plan, kind, teacher),
+        fitting_flops=sum(calibration_flops(model, plan).values()) if plan.stage.fits else 0.0,
         memory={name: size for name, size in memory.device.items() if size},
         peak=memory.peak,
         host=memory.host(min(plan.run.ranks, NODE)),
@@ -218,16 +232,18 @@ def expected_rate(found: Forecast, gpu: str | None = None, mfu: float | None = N
     """
     mfu = mfu or MFU[found.device]
     if gpu is not None:
-        peak, origin = named_peak(gpu, found.precision), f"the peak of {gpu} by its data sheet"
-        if peak is None:
+        peak, fp32 = (named_peak(gpu, precision) for precision in (found.precision, "fp32"))
+        origin = f"the peak of {gpu} by its data sheet"
+        if peak is None or fp32 is None:
             raise UserError(f"GPU {gpu} is not known", f"known: {', '.join(words for words, *_ in PEAKS)}")
     elif found.device == "cuda" and not torch.cuda.is_available():
         return None
     else:
         peak, source = peak_flops(torch.device(found.device), found.precision)
+        fp32 = peak if found.precision == "fp32" else peak_flops(torch.device(found.device), "fp32")[0]
         origin = "the peak of this machine" + (" as measured now" if source == "measured" else " by its data sheet")
     ranks = f", {found.ranks} ranks" if found.ranks > 1 else ""
-    return Rate(peak * found.ranks * mfu, f"{100 * mfu:g} % of {origin}{ranks}")
+    return Rate(peak * found.ranks * mfu, fp32 * mfu, f"{100 * mfu:g} % of {origin}{ranks}")
 
 
 def forecast_text(found: Forecast, rate: Rate | None = None, price: float | None = None) -> str:
@@ -250,8 +266,8 @@ def forecast_text(found: Forecast, rate: Rate | None = None, price: float | None
         f"{'stage':<12}{'tokens':>10}{'steps':>8}{'work':>14}{'time':>11}{'memory':>12}{'disk':>12}",
     ]
     for stage in found.stages:
-        lines.append(_row(stage.name, stage.tokens, f"{stage.steps:,}", stage.flops, stage.peak, stage.disk, rate))
-    lines.append(_row("all", found.tokens, "", found.flops, found.peak, found.disk, rate))
+        lines.append(_row(stage, f"{stage.steps:,}", rate))
+    lines.append(_row(found, "", rate))
     lines.append("")
     if rate is not None:
         lines.append(f"time: {rounded_flop(rate.flops)}/s, {rate.origin}; without evaluation and saving")
@@ -279,7 +295,7 @@ def _verdict(found: Forecast, rate: Rate | None, price: float | None) -> str:
         verdict = f"DOES NOT FIT {here}: {rounded_bytes(found.peak)} of {rounded_bytes(found.available or 0)}"
     parts = [verdict]
     if rate is not None:
-        seconds = found.flops / rate.flops
+        seconds = found.seconds(rate)
         parts.append(f"about {rounded_time(seconds)}")
         hours = seconds / 3600 * found.ranks
         if found.device == "cuda":
@@ -289,8 +305,10 @@ def _verdict(found: Forecast, rate: Rate | None, price: float | None) -> str:
     return "; ".join(parts)
 
 
-def _row(name: str, tokens: int, steps: str, flops: float, peak: int, disk: int, rate: Rate | None) -> str:
-    work = rounded_flop(flops) if flops else "-"
-    time = rounded_time(flops / rate.flops) if flops and rate is not None else "-"
-    sizes = (rounded_bytes(peak), rounded_bytes(disk))
-    return f"{name:<12}{rounded_count(tokens):>10}{steps:>8}{work:>14}{time:>11}{sizes[0]:>12}{sizes[1]:>12}"
+def _row(part: StageForecast | Forecast, steps: str, rate: Rate | None) -> str:
+    """Return a line of a stage, or of all."""
+    name = part.name if isinstance(part, StageForecast) else "all"
+    time = "-" if rate is None else rounded_time(part.seconds(rate))
+    sizes = rounded_bytes(part.peak), rounded_bytes(part.disk)
+    work = rounded_flop(part.flops)
+    return f"{name:<12}{rounded_count(part.tokens):>10}{steps:>8}{work:>14}{time:>11}{sizes[0]:>12}{sizes[1]:>12}"

@@ -26,7 +26,7 @@ from ..training.loggers import check_loggers
 from ..training.optimizer_8bit import check_optimizer
 from .devices import card_for, device_memory, expected_time
 from .fit_flops import calibration_flops
-from .flops import training_flops
+from .flops import flops_per_token
 from .memory import Memory, checkpoint_bytes
 from .stage_memory import stage_memory, trained_bytes
 
@@ -221,8 +221,8 @@ def _stage_lines(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, 
         lines.append(f"  data      {describe(plan.run.data, plan.settings.data)}")
     details = layer_lines(model, plan.layers) + plan.stage.summary(model, plan, kind)
     teacher = meta_online_teacher(plan) if kind is TeacherKind.ONLINE else None
-    if plan.stage.trains:
-        flops = training_flops(model, plan, kind, teacher).total
+    if not plan.stage.fits:
+        flops = flops_per_token(model, plan, kind, teacher)
         total = flops * plan.length.total_tokens
         details.append(f"work      {rounded_flop(flops)} a token, {rounded_flop(total)} in all")
     else:

@@ -92,6 +92,11 @@ class Stage(ABC):
         return self.backward is not Backward.NOTHING
 
     @property
+    def fits(self) -> bool:
+        """Whether it computes mixers from activations, in closed form."""
+        return not self.trains and not self.chooses_layers
+
+    @property
     def recomputes_layers(self) -> bool:
         """Whether activation checkpointing is the model's own.
 

@@ -30,11 +30,23 @@ def test_totals_are_those_of_the_stages(teacher):
     found = expected(teacher, "stages.align.tokens=600k", "stages.distill.tokens=1M", "student.attention_layers=[0]")
     assert [stage.name for stage in found.stages] == ["calibrate", "align", "distill"]
     assert found.tokens == sum(stage.tokens for stage in found.stages) == 1_600_000 + found.stages[0].tokens
-    assert found.flops == sum(s.flops_per_token * s.tokens for s in found.stages) and found.stages[0].flops == 0
+    calibrate, *training = found.stages
+    assert found.flops == sum(s.flops_per_token * s.tokens for s in training) + calibrate.fitting_flops
+    assert calibrate.fitting_flops > 0 == calibrate.flops_per_token and not any(s.fitting_flops for s in training)
     assert found.disk == sum(stage.disk for stage in found.stages)
     assert found.peak == max(stage.peak for stage in found.stages)
     assert [layer["kind"] for layer in found.layers] == ["attention", "rwkv", "rwkv", "rwkv"]
     assert json.loads(json.dumps(found.to_dict()))["total"]["tokens"] == found.tokens
+
+
+def test_a_choice_takes_a_forward_for_each_layer_and_a_calibration_its_time_in_fp32(teacher):
+    found = expected(teacher, "student.attention_layers={choose: restore, keep: 1}")
+    calibrate, align, choose, distill = found.stages
+    assert choose.name == "choose" and align.flops_per_token < choose.flops_per_token
+    slow = Rate(1e9, 1e6, "")
+    assert calibrate.seconds(slow) == calibrate.fitting_flops / 1e6
+    assert found.seconds(slow) == sum(stage.seconds(slow) for stage in found.stages)
+    assert distill.seconds(slow) == distill.flops / 1e9
 
 
 def test_what_is_left_after_a_stage(teacher):
@@ -60,7 +72,7 @@ def test_the_verdict_comes_first(teacher, monkeypatch):
 
 def test_time_cost_and_warnings(teacher):
     found = expected(teacher, *GPU, "student.preset=hxa079", ranks=4)
-    rate = Rate(found.flops / 7200, "as it was said")
+    rate = Rate(found.flops / 7200, found.flops / 7200, "as it was said")
     lines = forecast_text(found, rate, price=2.5).splitlines()
     assert "; about 2 h; 8 GPU hours; cost 20.00" in lines[0]
     assert any(line.startswith("time: ") and "as it was said" in line for line in lines)
