@@ -139,7 +139,7 @@ def test_recall_and_what_models_write_are_shown_and_saved(run, val, tmp_path, ca
     assert {(s["task"], s["length"]) for s in scores["teacher"]} == {
         (task, length) for task in ("passkey", "needle", "pairs") for length in (320, 400)
     }
-    assert scores["student"] != scores["teacher"] or scores["student"] != scores["no recurrence"]
+    assert all(s["answers"] >= 1 and 0 <= s["exact"] <= 1 for found in scores.values() for s in found)
     assert 0 <= result["writing"]["same_tokens"] <= 6 and result["writing"]["prompts"] == 2
     for text in ("pass key", "needle", "pairs", "2 greedy texts", "no recurrence: the student"):
         assert text in said
