@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import NoReturn
@@ -44,7 +45,9 @@ class _Recorder(ArgumentParser):
     """A parser that ends where it would parse."""
 
     def parse(self, argv: Sequence[str]) -> NoReturn:
-        flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+        flags = [
+            flag for action in self._actions for flag in action.option_strings if re.fullmatch("--[a-z0-9-]+", flag)
+        ]
         raise _Recorded(flags, self.commands)
 
 

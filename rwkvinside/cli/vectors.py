@@ -288,7 +288,7 @@ def demo(parser: ArgumentParser, argv: Sequence[str]) -> int:
 
 
 def _add_text_arguments(parser: ArgumentParser) -> None:
-    from ..vectors.settings import EMBEDDERS
+    from ..vectors.names import EMBEDDERS
 
     parser.add_argument("--source", default="stories", metavar="TEXT", help="stories, stdlib, or files as for --data")
     parser.add_argument(

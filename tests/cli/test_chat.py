@@ -67,6 +67,7 @@ def test_a_talk_on_a_terminal(model):
     terminal.type("\x03")  # ends the reply, not the talk
     terminal.wait_for("tokens/s")
     terminal.wait_for("> ")
+    time.sleep(0.5)  # until the line can be edited
     terminal.type("\x03")
     terminal.wait_for("Ctrl-D ends the talk")
     terminal.type("\x04")

@@ -70,7 +70,12 @@ def test_every_teacher_plans_with_every_recipe(name):
 def test_every_recipe_plans_with_every_variant(recipe):
     for variant in VARIANTS:
         config = load_config(teacher="Qwen3-8B", recipe=recipe, variant=[variant], overrides=GPU)
-        assert plan_text(resolve(config, ranks=8 if variant == "multi-card" else 1), config)
+        plan = resolve(config, ranks=8 if variant == "multi-card" else 1)
+        if recipe == "simultaneous" and variant in ("one-card", "quantized", "small-machine"):
+            with pytest.raises(UserError, match="'attention' sets the rate of nothing"):  # which they freeze
+                plan_text(plan, config)
+        else:
+            assert plan_text(plan, config)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -34,7 +34,12 @@ def hybrid():
 def bytes_model(rwkv_layers):
     model = build(rwkv_layers=rwkv_layers)
     torch.manual_seed(1)
-    model.resize_token_embeddings(len(tokenizer()))
+    words = tokenizer()
+    model.resize_token_embeddings(len(words))
+    # no reply has half a character, which its text could not say
+    halves = [i for i in range(len(words)) if "\ufffd" in words.decode([i])]
+    head = model.lm_head.weight.data
+    head[halves] = head[min(set(range(len(words))) - set(halves))] / 2
     return model
 
 

@@ -4,17 +4,20 @@ from toy_training import SETTINGS, Losses, Source, ToyStep, local_engine, model,
 
 from rwkvinside.errors import UserError
 from rwkvinside.training.deepspeed_engine import DeepSpeedEngine, LocalEngine
-from rwkvinside.training.optimizer import build_optimizer, fresh_state, trainable
+from rwkvinside.training.optimizer import build_optimizer, decays, fresh_state, trainable
 from rwkvinside.training.process_group import Distributed
 from rwkvinside.training.settings import OptimConfig
 
 
-def test_weight_decay_spares_vectors():
-    optimizer = build_optimizer(model().groups(), SETTINGS)
-    for group in optimizer.param_groups:
-        assert {p.dim() >= 2 for p in group["params"]} == {group["weight_decay"] > 0}
-    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(trainable(model().groups()))
+def test_weight_decay_is_for_weights_of_layers_and_embeddings():
+    groups = model().groups()
+    optimizer = build_optimizer(groups, SETTINGS)
+    names = {id(p): name for name, p in trainable(groups).items()}
+    decayed = {names[id(p)] for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
+    assert decayed == {"embed.weight", "mixer.weight", "head.weight"}  # not `rare`, a table that is no layer's weight
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(trainable(groups))
     assert {g["group"] for g in optimizer.param_groups} == {"mixer", "rest"}
+    assert not decays("w0", torch.zeros(1, 1, 8)) and decays("experts.down_proj", torch.zeros(2, 4, 8))
 
 
 def test_one_step_is_adamw_on_the_clipped_mean():
@@ -29,8 +32,8 @@ def test_one_step_is_adamw_on_the_clipped_mean():
     (sum(step(plain, b)[0] for b in batches) / count).backward()
     norm = torch.nn.utils.clip_grad_norm_([p for p in plain.parameters() if p.grad is not None], SETTINGS.clip)
     for group, rate in (("mixer", 0.1), ("rest", 0.01)):
-        for parameter in plain.groups()[group].values():
-            decay = SETTINGS.weight_decay if parameter.dim() > 1 else 0.0
+        for name, parameter in plain.groups()[group].items():
+            decay = SETTINGS.weight_decay if decays(name, parameter) else 0.0
             torch.optim.AdamW([parameter], lr=rate, betas=(0.9, 0.95), eps=1e-8, weight_decay=decay).step()
     assert norm > SETTINGS.clip and result.grad_norm == pytest.approx(float(norm), rel=1e-5)
     for name, value in engine.full_parameters().items():

@@ -22,6 +22,7 @@ from toy_training import (
 from rwkvinside.errors import UserError
 from rwkvinside.training.checkpoint import Checkpointer
 from rwkvinside.training.deepspeed_engine import LocalEngine
+from rwkvinside.training.optimizer import decays
 from rwkvinside.training.process_group import Distributed
 
 in_this_process = partial(LocalEngine, settings=SETTINGS, world=Distributed("cpu"))
@@ -35,7 +36,7 @@ def by_hand(steps=STEPS):
         groups = phase_groups(toy, number > BOUNDARY)
         for name in groups.keys() - optimizers.keys():
             parts = [
-                {"params": [p for p in groups[name].values() if (p.dim() > 1) == matrix], "weight_decay": decay}
+                {"params": [p for key, p in groups[name].items() if decays(key, p) == matrix], "weight_decay": decay}
                 for matrix, decay in ((True, SETTINGS.weight_decay), (False, 0.0))
             ]
             optimizers[name] = torch.optim.AdamW(parts, betas=SETTINGS.betas, eps=SETTINGS.eps, fused=True)
