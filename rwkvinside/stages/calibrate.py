@@ -7,27 +7,23 @@ share of this that brings the student closest to its teacher (`shares`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from ..support.settings import problem
 from ..support.text import rounded_count
-from .base import Backward, Stage, StageSize
+from .base import StageSize
+from .untrained import UntrainedStage
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from ..data.batch import Batch
     from ..hybrid.model import HybridModel
     from ..teacher.kinds import TeacherKind
-    from ..teacher.signals import Teacher
     from .plan import StagePlan
-    from .settings import StageConfig
 
 FP32 = 4
 
 
-class Calibrate(Stage):
+class Calibrate(UntrainedStage):
     """Start of the mixers: each layer is fitted by search and least squares.
 
     Nothing trains.
@@ -36,21 +32,6 @@ class Calibrate(Stage):
     objective = "calibrate"
     small = StageSize("4k", 512, 4096)
     large = StageSize("16k", 2048, 16384)
-    backward = Backward.NOTHING
-    needs_attention = True
-    reads_targets = False
-
-    @classmethod
-    def learning_rates(cls, width: int) -> dict[str, float]:
-        """Return none: nothing trains."""
-        return {}
-
-    @classmethod
-    def check_settings(cls, settings: StageConfig) -> None:
-        """Refuse settings of training."""
-        if settings.optim is not None or settings.train or settings.unfreeze:
-            raise problem("objective calibrate does not train: leave out optim, train and unfreeze")
-        super().check_settings(settings)
 
     def check(self, student: HybridModel, plan: StagePlan) -> None:
         """Refuse quantized mixers, too."""
@@ -60,12 +41,6 @@ class Calibrate(Stage):
                 f"objective calibrate fits the mixers, but {min(fitted)} is quantized",
                 f"set stages.{plan.name}.quantize of this stage to groups without mixers",
             )
-
-    def step(
-        self, model: nn.Module, teacher: Teacher | None, plan: StagePlan, sample: Callable[[int], list[Batch]]
-    ) -> NoReturn:
-        """Raise an error: calibration has no optimizer steps."""
-        raise TypeError("calibration has no optimizer steps: call fit")
 
     def fit(self, student: HybridModel, batches: list[Batch], progress: Callable[[int], None]) -> dict:
         """Fit every mixer in place.

@@ -5,25 +5,19 @@ The stage that turns this student into the hybrid that later stages train. How l
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from ..support.settings import problem
-from .base import Backward, Stage, StageSize
+from .base import StageSize
+from .untrained import UntrainedStage
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from ..data.batch import Batch
     from ..hybrid.model import HybridModel
     from ..teacher.kinds import TeacherKind
-    from ..teacher.signals import Teacher
     from .plan import StagePlan
-    from .settings import StageConfig
 
 
-class ChooseLayers(Stage):
+class ChooseLayers(UntrainedStage):
     """Layers that keep attention, by the method of `student.attention_layers`.
 
     Nothing trains. Its tokens are those of the validation documents that it measures on at most.
@@ -32,27 +26,12 @@ class ChooseLayers(Stage):
     objective = "choose"
     small = StageSize("50k", 512, 4096)
     large = StageSize("64k", 2048, 16384)
-    backward = Backward.NOTHING
-    needs_attention = True
-    reads_targets = False
     chooses_layers = True
 
     @classmethod
     def defaults(cls, width: int, max_positions: int) -> dict:
         """Return default settings: nothing is quantized, so that the mixers meet the teacher itself."""
         return super().defaults(width, max_positions) | {"quantize": []}
-
-    @classmethod
-    def learning_rates(cls, width: int) -> dict[str, float]:
-        """Return none: nothing trains."""
-        return {}
-
-    @classmethod
-    def check_settings(cls, settings: StageConfig) -> None:
-        """Refuse settings of training."""
-        if settings.optim is not None or settings.train or settings.unfreeze:
-            raise problem("objective choose does not train: leave out optim, train and unfreeze")
-        super().check_settings(settings)
 
     def check(self, student: HybridModel, plan: StagePlan) -> None:
         """Refuse quantized layers and adapters, and a student that has nothing to choose from."""
@@ -67,12 +46,6 @@ class ChooseLayers(Stage):
                 f"stage {plan.name} chooses among all layers, but some keep their attention already",
                 "let one stage choose them, or name them",
             )
-
-    def step(
-        self, model: nn.Module, teacher: Teacher | None, plan: StagePlan, sample: Callable[[int], list[Batch]]
-    ) -> NoReturn:
-        """Raise an error: there are no optimizer steps."""
-        raise TypeError("choosing layers has no optimizer steps")
 
     def summary(self, student: HybridModel, plan: StagePlan, kind: TeacherKind | None) -> list[str]:
         """Return what is chosen, how, and on how much text."""
