@@ -11,7 +11,7 @@ from importlib import import_module
 for _package in ("evaluate", "export"):
     import_module(f".{_package}", __name__)
 
-from .api import evaluate, export, plan, verify  # noqa: E402
+from .api import evaluate, export, layers, plan, verify  # noqa: E402
 from .errors import UserError  # noqa: E402
 
 _LAZY = {
@@ -29,7 +29,7 @@ _LAZY = {
     "wkv7": ".modeling.wkv7",
 }
 
-__all__ = ["UserError", "__version__", "evaluate", "export", "plan", "verify", *_LAZY]
+__all__ = ["UserError", "__version__", "evaluate", "export", "layers", "plan", "verify", *_LAZY]
 __version__ = "0.1.0"
 
 

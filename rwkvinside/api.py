@@ -79,6 +79,32 @@ def verify(directory: str | Path, against: str | Path) -> dict:
     return compare(directory, against)
 
 
+def layers(run: str | Path, keep: int, *, choose: str = "restore", tokens: int = 64_000, **limits: int) -> dict:
+    """Measure which layers of a run's student should keep attention, and choose.
+
+        found = rw.layers("run", keep=9)
+        print(found["layers"])  # for student.attention_layers
+
+    Args:
+        run: directory of a run whose layers are all RWKV in its last stage that trained nothing but mixers.
+        keep: layers that keep attention.
+        choose: "error", "restore", "swap" or "greedy", see docs/layers.md.
+        tokens: of the run's validation data, at most.
+        **limits: `max_gap` and `max_run`, most RWKV and most attention layers in a row.
+
+    Returns:
+        "layers", ascending; "scores", one for each layer; "tokens" that were measured; "base", the KL with RWKV in all
+        layers (None where the method has none).
+
+    Raises:
+        UserError: no such student, an unknown method, a choice that cannot be fulfilled.
+    """
+    from .conversion.choose import layers_of_run
+
+    kept, scores = layers_of_run(Path(run), {"choose": choose, "keep": keep, **limits}, tokens)
+    return {"layers": list(kept), "scores": scores.layers, "tokens": scores.tokens, "base": scores.base}
+
+
 def evaluate(
     student: str | Path,
     teacher: str | Path | None = None,

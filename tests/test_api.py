@@ -83,6 +83,15 @@ def test_export_verify_evaluate(run, material, capsys):
         rw.evaluate(material / "student", data=val)
 
 
+def test_layers_are_scored_and_chosen(run, capsys):
+    found = rw.layers(run, keep=1, tokens=200)
+    (layer,) = found["layers"]
+    assert found["scores"][layer] == max(found["scores"]) and found["base"] > 0 and found["tokens"] > 0
+    assert rw.layers(run, keep=1, choose="error", tokens=200)["base"] is None
+    with pytest.raises(rw.UserError, match="best"):
+        rw.layers(run, keep=1, choose="best")
+
+
 def test_an_unknown_format_names_the_nearest(tmp_path):
     with pytest.raises(rw.UserError) as caught:
         rw.export("run", tmp_path / "out", to="hff")
