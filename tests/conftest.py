@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import tempfile
 from pathlib import Path
 
@@ -20,6 +21,10 @@ for name, value in {
     "OMP_NUM_THREADS": "1",
 }.items():
     os.environ.setdefault(name, value)
+
+# Shells let what they start in the background ignore Ctrl-C, and processes hand that on to what they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Code of exported models: one folder for each process of tests, as transformers imports it from the first that it has.
 MODULES = tempfile.TemporaryDirectory(prefix="hf_modules-")

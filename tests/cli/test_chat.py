@@ -37,7 +37,6 @@ class Terminal:
         self.pid, self._file = pty.fork()
         if not self.pid:
             os.chdir(ROOT)
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # shells let what they start in the background ignore it
             os.execv(sys.executable, [sys.executable, "-m", "rwkvinside", *command])
         fcntl.ioctl(self._file, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
         self.text = self._unseen = ""
@@ -55,11 +54,25 @@ class Terminal:
     def type(self, text):
         os.write(self._file, text.encode())
 
-    def exit_code(self):
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+    def end_by(self, key, seconds=60):
+        """Type a key until the process has ended, and return its exit code.
+
+        A key that comes before the line can be edited is not what it is to the editor.
+        """
+        for _ in range(seconds):
+            self.type(key)
+            time.sleep(1)
+            while select.select([self._file], [], [], 0)[0]:
+                try:
+                    os.read(self._file, 4096)
+                except OSError:  # nobody is at the other end
+                    break
+            if (ended := os.waitpid(self.pid, os.WNOHANG))[0]:
+                return os.waitstatus_to_exitcode(ended[1])
+        os.kill(self.pid, signal.SIGKILL)
+        raise AssertionError(f"{key!r} does not end {self.text!r}")
 
 
-@pytest.mark.skip(reason="Ctrl-C at the prompt is not always seen on a pseudo-terminal: to be found out")
 def test_a_talk_on_a_terminal(model):
     terminal = Terminal("chat", str(model), "--max-tokens", "1M", "--teacher", str(model))
     terminal.wait_for("> ")
@@ -73,8 +86,7 @@ def test_a_talk_on_a_terminal(model):
     time.sleep(0.5)  # until the line can be edited
     terminal.type("\x03")
     terminal.wait_for("Ctrl-D ends the talk")
-    terminal.type("\x04")
-    assert terminal.exit_code() == 0
+    assert terminal.end_by("\x04") == 0
 
 
 def test_piped_lines(model):
