@@ -20,6 +20,7 @@ from ..lm.cost import measured, timed
 from ..lm.session import StatefulModel
 from ..lm.state_report import layer_bytes
 from .generation import random_models
+from .shapes import qwen3_shape
 
 WARM_TOKENS = 2  # generated before those that are measured
 
@@ -115,16 +116,7 @@ def equal_models(
     Returns:
         name -> model in eval mode. Their numbers of parameters differ by less than one column of all MLPs.
     """
-    config = Qwen3Config(
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=max(1, heads // 2),
-        head_dim=head_size,
-        hidden_size=heads * head_size,
-        intermediate_size=4 * heads * head_size,
-        vocab_size=vocab,
-        tie_word_embeddings=True,
-    )
+    config = qwen3_shape(layers, heads, head_size, feed_forward=4, vocab=vocab, tied=True)
     build = partial(random_models, preset="cxa079", dtype=dtype)
     column = 3 * config.hidden_size * layers  # of gate, up and down projections
     models = {"attention": build(config, {}, device=device)["teacher"]}

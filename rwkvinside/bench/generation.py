@@ -17,6 +17,7 @@ from ..modeling.hybrid_base import FP32_PARAMETERS
 from ..modeling.mixer_presets import TimeMixerConfig
 from ..modeling.recurrent_cache import is_recurrent
 from ..modeling.registry import hybrid_class
+from .shapes import qwen3_shape
 
 GREEDY = TokenChoice(LogitsProcessorList())
 
@@ -183,14 +184,6 @@ def random_hybrids(
     layers: int, heads: int, head_size: int, *, dtype: torch.dtype, device: str
 ) -> dict[str, PreTrainedModel]:
     """Return `random_models` of a shape like that of the training benchmark: all layers RWKV, and every fourth kept."""
-    config = Qwen3Config(
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=max(1, heads // 2),
-        head_dim=head_size,
-        hidden_size=heads * head_size,
-        intermediate_size=3 * heads * head_size,
-        vocab_size=4096,
-    )
+    config = qwen3_shape(layers, heads, head_size)
     kept = {"all RWKV": range(0), "every fourth kept": range(3, layers, 4)}
     return random_models(config, kept, preset="cxa079", dtype=dtype, device=device)

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
 
 from ..data.batch import Batch
 from ..errors import UserError
@@ -19,6 +19,7 @@ from ..hybrid.settings import StudentConfig
 from ..modeling.wkv7 import BACKENDS
 from ..stages.steps import AlignStep, DistillStep
 from ..teacher.signals import OnlineTeacher, TeacherModel
+from .shapes import qwen3_shape
 
 
 def training_speed(
@@ -118,15 +119,7 @@ def random_teacher(layers: int, heads: int, head_size: int, seed: int = 0) -> nn
     It has half as many key/value heads, a feed-forward three times as wide as the residual stream, and 4096 token ids.
     """
     torch.manual_seed(seed)
-    config = Qwen3Config(
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=max(1, heads // 2),
-        head_dim=head_size,
-        hidden_size=heads * head_size,
-        intermediate_size=3 * heads * head_size,
-        vocab_size=4096,
-    )
+    config = qwen3_shape(layers, heads, head_size)
     return Qwen3ForCausalLM(config)
 
 

@@ -208,15 +208,20 @@ def loss_figure(rows: Sequence[dict]) -> "Figure | None":
     names = stages(rows, "train")
     if not names:
         return None
-    lines = -(-len(names) // PANELS)
-    figure = new_figure(WIDTH, 3.2 * lines)
-    panels = figure.subplots(lines, min(len(names), PANELS), squeeze=False).flat
-    for ax, stage in itertools.zip_longest(panels, names):
-        if stage is None:
-            ax.set_visible(False)
-        else:
-            draw_loss(ax, rows, stage)
+    figure, panels = _panels(len(names), 3.2)
+    for ax, stage in zip(panels, names, strict=True):
+        draw_loss(ax, rows, stage)
     return figure
+
+
+def _panels(count: int, height: float) -> "tuple[Figure, list[Axes]]":
+    """Return a figure of so many panels, at most `PANELS` beside each other, in lines of a height in inches."""
+    lines = -(-count // PANELS)
+    figure = new_figure(WIDTH, height * lines)
+    panels = figure.subplots(lines, min(count, PANELS), squeeze=False).flatten()
+    for ax in panels[count:]:
+        ax.set_visible(False)
+    return figure, list(panels[:count])
 
 
 def alignment_figure(rows: Sequence[dict]) -> "Figure | None":
@@ -276,13 +281,8 @@ def runs_loss_figure(runs: Mapping[str, Sequence[dict]]) -> "Figure | None":
     names = list(dict.fromkeys(stage for rows in runs.values() for stage in stages(rows, "train")))
     if not names:
         return None
-    lines = -(-len(names) // PANELS)
-    figure = new_figure(WIDTH, 3.4 * lines)
-    panels = figure.subplots(lines, min(len(names), PANELS), squeeze=False).flat
-    for ax, stage in itertools.zip_longest(panels, names):
-        if stage is None:
-            ax.set_visible(False)
-            continue
+    figure, panels = _panels(len(names), 3.4)
+    for ax, stage in zip(panels, names, strict=True):
         losses = []
         for (label, rows), color in zip(runs.items(), itertools.cycle(RUN_COLORS)):
             train = of_kind(rows, "train", stage)
