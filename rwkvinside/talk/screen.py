@@ -121,7 +121,7 @@ class Screen:
                 self._stream(next(iter(replies.values())))
             else:
                 self._columns(replies)
-        self._status()
+            self._status()  # a Ctrl-C that comes too late for the reply does not end the talk
         return signals.received != signal.SIGTERM
 
     def _stream(self, pieces: Iterator[str]) -> None:
