@@ -47,7 +47,15 @@ MAY_IMPORT = {
         *("modeling", "data", "hybrid", "losses", "teacher", "training", "stages", "layer_choice"),
         *("config", "runs", "planning", "evaluate", "report"),
     },
-    "vectors": {"modeling", "training", "config", "data", "runs", "demo"},  # demo: the text of the standard library
+    "vectors": {
+        "modeling",
+        "training",
+        "config",
+        "data",
+        "runs",
+        "report",
+        "demo",
+    },  # demo: the text of the standard library
     "demo": {"data", "teacher", "config", "runs", "conversion", "evaluate", "export", "report"},
     "cli": {
         *("kernels", "data", "teacher", "training", "config", "planning"),
