@@ -33,11 +33,11 @@ unit: $(STAMP)
 	$(PYTEST) -m unit $(ARGS)
 
 # All that is damaged, killed or mistyped on purpose, with a table by kind; under a quarter of an hour on two cores.
-# SEED=7 chooses other faults, FAULTS=small those of `make test`.
+# SEED=7 chooses other faults, FAULTS=small those of `make test`. Their folder is named so that its table is printed.
 test-faults: export SEED ?= 0
 test-faults: export FAULTS ?= full
 test-faults: $(STAMP)
-	$(PYTEST) -m faults $(ARGS)
+	$(PYTEST) -m faults tests/faults $(ARGS)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
