@@ -17,6 +17,9 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     parser.add_argument(
         "--choose", default="restore", metavar="METHOD", help="error, restore, swap or greedy (default: restore)"
     )
+    parser.add_argument(
+        "--distill", type=count, metavar="N", help="of restore: train each candidate on so many tokens first, at most"
+    )
     parser.add_argument("--max-gap", type=at_least(1), metavar="N", help="most RWKV layers in a row")
     parser.add_argument("--max-run", type=at_least(1), metavar="N", help="most attention layers in a row")
     parser.add_argument(
@@ -30,7 +33,7 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     run = _run(args)
     from ..conversion.choose import layers_of_run
 
-    wanted = {name: getattr(args, name) for name in ("choose", "keep", "max_gap", "max_run")}
+    wanted = {name: getattr(args, name) for name in ("choose", "keep", "max_gap", "max_run", "distill")}
     wanted = {name: value for name, value in wanted.items() if value is not None}
     if args.teacher is not None:
         from ..config.load import load_config

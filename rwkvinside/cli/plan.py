@@ -38,6 +38,6 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
         print(f"\n{plan_text(plan, config)}", end="")
     if args.json is not None:
         speed = None if rate is None else {"flops": rate.flops, "origin": rate.origin}
-        hours = None if rate is None else found.flops / rate.flops / 3600
+        hours = None if rate is None else found.seconds(rate) / 3600
         write_json(args.json, found.to_dict() | {"rate": speed, "hours": hours})
     return 0

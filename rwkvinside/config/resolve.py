@@ -16,11 +16,13 @@ from ..stages.phases import phases_of
 from ..stages.plan import RunPlan, RunSettings, StagePlan
 from ..stages.registry import stage_class
 from ..stages.settings import StageConfig
-from ..teacher.settings import TeacherConfig
+from ..teacher.settings import TeacherConfig, TeacherModelConfig
 from ..training.batching import StepShape
 from .precision import frozen_dtype, resolve_device, resolve_precision, teacher_dtype
 from .schema import Config
 from .teacher_lookup import find_teacher
+
+TRIAL = "distill"  # the stage whose settings short distillations have
 
 
 def resolve(
@@ -64,10 +66,42 @@ def resolve(
         endless_tokens=endless_tokens(config.data, longest),
         choice=choice,
     )
-    plans = tuple(_stage_plan(name, config, settings) for name in order)
+    plans = tuple(_stage_plan(name, config.stages[name], config, settings) for name in order)
     if choice is not None:
+        trials = trial_plans(config, settings, choice)
+        plans = tuple(replace(plan, trials=trials) if plan.stage.chooses_layers else plan for plan in plans)
         plans = _with_choice(plans, choice, kept)
     return RunPlan(settings, plans, selected)
+
+
+def trial_plans(config: Config, run: RunSettings, choice: LayerChoice) -> tuple[StagePlan, ...]:
+    """Return the rounds of a choice by short distillations, () where none distills.
+
+    They are the stage `distill` with mixers alone, on fewer tokens, and with the student itself as teacher.
+
+    Args:
+        config: of the run.
+        run: from `resolve`.
+        choice: how layers are chosen.
+    """
+    if choice.distill is None:
+        return ()
+    distill, rounds = config.stages[TRIAL], []
+    stage = stage_class(TRIAL, distill.objective)
+    if not stage.follows_teacher or distill.optim is None or distill.optim.warmup_steps is None:
+        raise UserError(
+            f"a choice with `distill` trains as stages.{TRIAL} says, whose objective is {distill.objective}",
+            f"leave stages.{TRIAL} its own objective, and name other stages differently",
+        )
+    run = replace(run, ranks=1, endless_tokens=max(run.endless_tokens, endless_tokens(config.data, choice.distill)))
+    for tokens in choice.rounds:
+        steps = replace(distill.length, total_tokens=tokens).steps
+        warmup = min(distill.optim.warmup_steps, stage.warmup_steps(steps))
+        optim = distill.optim.model_copy(update={"warmup_steps": warmup, "rates": {}})
+        own = {"tokens": tokens, "train": ["mixer"], "unfreeze": [], "optim": optim}
+        own |= {"teacher": "auto", "teacher_model": TeacherModelConfig(), "teacher_cache": None}
+        rounds.append(_stage_plan(TRIAL, distill.model_copy(update=own), config, run))
+    return tuple(rounds)
 
 
 def _with_choice(
@@ -87,8 +121,7 @@ def _with_choice(
     return tuple(resolved)
 
 
-def _stage_plan(name: str, config: Config, run: RunSettings) -> StagePlan:
-    settings = config.stages[name]
+def _stage_plan(name: str, settings: StageConfig, config: Config, run: RunSettings) -> StagePlan:
     length, stage = settings.length, stage_class(name, settings.objective)()
     ranks = run.ranks if stage.trains else 1  # a stage that does not train runs in one process
     return StagePlan(

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..config.resolve import resolve
+from ..config.resolve import resolve, trial_plans
 from ..config.schema import Config
 from ..data.batch import IGNORE, Batch
 from ..data.sources import close, tokens_of
@@ -23,14 +23,17 @@ from ..hybrid.model import HybridModel
 from ..layer_choice.scores import Scores, forwards, measure
 from ..report.figures import layers_figure, save_figure
 from ..runs.directory import RunDirectory
-from ..runs.layer_scores import PICTURE, Scored, read_scores, write_scores
+from ..runs.layer_scores import FILE, PICTURE, LayerScores, Scored, read_scores, write_scores
 from ..runs.trained import TrainedRun, at_stage, check_teacher
+from ..stages.choose import trial_lines
+from ..stages.plan import StagePlan
 from ..stages.rows import validation_batches
 from ..support.lock import locked
 from ..support.progress import Progress
 from ..teacher.load import open_tokenizer
 from ..training.precision import precision_context
 from ..training.process_group import Distributed
+from .trials import Trials, TrialSetup, trial_setup
 
 RECALL_LENGTH, RECALL_TEXTS = 256, 16  # tokens of a text, and how many
 LAYERS = "attention_layers"  # in the state of the checkpoint of a stage that has chosen
@@ -43,6 +46,7 @@ def choose_layers(
     batches: Sequence[Batch],
     choice: LayerChoice,
     tokenizer: PreTrainedTokenizerBase,
+    trials: tuple[StagePlan, ...],
     say: Callable[[str], None],
 ) -> tuple[tuple[int, ...], Scores]:
     """Return the layers that keep attention, and the scores that say so.
@@ -56,26 +60,53 @@ def choose_layers(
         batches: of held-out text, where the student is.
         choice: how many, by which method, and what they must fulfill.
         tokenizer: of the teacher.
+        trials: how candidates are distilled first, `StagePlan.trials`.
         say: prints a line.
     """
     record = directory.records.finished(before)
     of = Scored(record.run, record.digest, str(record.checkpoint), _digest(batches))
-    known = {method: Scores(**fields) for method, fields in read_scores(directory.path, of).items()}
-    scores = known.get(choice.choose)
-    if scores is not None and scores.serves(choice):
-        say(f"{choice.choose}: scores of {directory.path / 'layers.json'} are used again")
-    else:
-        total = forwards(choice, len(student.rwkv_layers), len(batches))
-        with Progress(choice.choose, total, unit="forwards", stream=sys.stdout) as progress:
-            scores = measure(student, batches, choice, partial(recall_rows, tokenizer), progress.advance)
-        known[choice.choose] = scores
-        write_scores(directory.path, of, {method: asdict(found) for method, found in known.items()})
+    known, method = read_scores(directory.path, of), choice.method
+    save = partial(write_scores, directory.path, of, known)
+    with trial_setup(trials, tokenizer, student.lm.config.vocab_size) as setup:
+        # scores of short distillations are of what these train with; they are put together again from single trials
+        scores = Scores(**known.scores[method]) if method in known.scores and setup is None else None
+        if scores is not None and scores.serves(choice):
+            say(f"{method}: scores of {directory.path / FILE} are used again")
+        else:
+            recall = partial(recall_rows, tokenizer)
+            scores = _measured(student, batches, choice, recall, setup, known, save, say)
+            known.scores[method] = asdict(scores)
+            save()
     if scores.warning:
-        say(f"warning: {choice.choose} says little here: {scores.warning}")
+        say(f"warning: {method} says little here: {scores.warning}")
     kept = scores.select(choice)
-    figure = layers_figure({method: found.layers for method, found in known.items()}, choice.choose, kept)
+    figure = layers_figure({name: found["layers"] for name, found in known.scores.items()}, method, kept)
     save_figure(figure, directory.path / PICTURE)
     return kept, scores
+
+
+def _measured(
+    student: HybridModel,
+    batches: Sequence[Batch],
+    choice: LayerChoice,
+    recall: Callable[[], Batch],
+    setup: TrialSetup | None,
+    known: LayerScores,
+    save: Callable[[], None],
+    say: Callable[[str], None],
+) -> Scores:
+    """Return new scores, while a bar shows how far they are; arguments as of `choose_layers`."""
+    layers = len(student.rwkv_layers)
+    if setup is None:
+        total = forwards(choice, layers, len(batches))
+        with Progress(choice.method, total, unit="forwards", stream=sys.stdout) as progress:
+            return measure(student, batches, choice, recall, progress.advance)
+    results = known.trials.setdefault(setup.identity, {})
+    if results:
+        say(f"{choice.method}: {len(results)} trials of {FILE} are used again")
+    with Progress(choice.method, (layers + 1) * setup.steps, unit="steps", stream=sys.stdout) as progress:
+        trial = Trials(student, setup, results, save, progress.advance)
+        return measure(student, batches, choice, recall, progress.advance, trial)
 
 
 def recall_rows(tokenizer: PreTrainedTokenizerBase) -> Batch:
@@ -132,6 +163,9 @@ def layers_of_run(run: Path, wanted: dict, tokens: int) -> tuple[tuple[int, ...]
             kept = sorted(set(range(count)) - set(student.rwkv_layers))
             cause = f"the student of {run} keeps attention in layers {kept} already"
             raise UserError(cause, "choose on a run with student.attention_layers=none")
+        trials = trial_plans(config, plan.settings, choice)
+        for line in trial_lines(trials, count):
+            print(line)
         tokenizer, world = open_tokenizer(config.teacher), Distributed(plan.settings.device)
         vocab = student.lm.config.vocab_size
         data, val = tokens_of(plan.settings.data, stage.settings.data, 0, tokenizer, vocab, world)
@@ -139,7 +173,8 @@ def layers_of_run(run: Path, wanted: dict, tokens: int) -> tuple[tuple[int, ...]
         held = validation_batches(stage, val, student.lm.config.max_position_embeddings)
         batches = held_out(held, tokens, device)
         with precision_context(plan.settings.precision, device):
-            return choose_layers(directory, trained.stage, student.to(device), batches, choice, tokenizer, print)
+            student = student.to(device)
+            return choose_layers(directory, trained.stage, student, batches, choice, tokenizer, trials, print)
 
 
 def _aligned(directory: RunDirectory) -> tuple[TrainedRun, Config]:

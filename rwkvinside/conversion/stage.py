@@ -255,8 +255,9 @@ def _choose(run: Run, plan: StagePlan, student: HybridModel, batches: list[Batch
     before, choice = run.stage_before(plan.name), plan.run.choice
     if before is None or choice is None:
         raise RuntimeError(f"stage {plan.name} has no student, or nothing, to choose from")
-    kept, scores = choose_layers(run.directory, before, student, batches, choice, run.tokenizer, run.say)
-    run.say(f"{plan.name}: layers {spans(kept)} keep their attention, by {choice.choose}")
+    of_student = run.directory, before, student
+    kept, scores = choose_layers(*of_student, batches, choice, run.tokenizer, plan.trials, run.say)
+    run.say(f"{plan.name}: layers {spans(kept)} keep their attention, by {choice.method}")
     student.keep_attention(kept)
     return {"kept": list(kept), "scores": {str(i): score for i, score in enumerate(scores.layers)}}
 

@@ -5,7 +5,8 @@
     ranges in it, or one alone  "4-11", [0, "4-11", "-2"]: both ends belong to a range
     rules, together their union {every: 4, first: 2, last: 2, layers: [17]}
     a pattern                   {pattern: block, keep: 12, size: 3}, or its name alone
-    a count                     {choose: uniform, keep: 9}, or by measurement: {choose: restore, keep: 9, max_gap: 6}
+    a count                     {choose: uniform, keep: 9}, or by measurement: {choose: restore, keep: 9, max_gap: 6},
+                                {choose: restore, keep: 9, distill: 10M}
 
 `every: N` keeps the last of each group of N layers, as Qwen3-Next and Kimi Linear do: 3, 7, 11, ... for 4; what is
 left at the end of a model that N does not divide is recurrent. Patterns are those of models trained from nothing, which
@@ -26,12 +27,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic_core import PydanticCustomError
+
+from ..support.settings import parse_count
 from ..support.text import did_you_mean, spans
 
 MEASURED = ("error", "restore", "swap", "greedy")  # in `layer_choice/scores.py`
 METHODS = ("uniform", *MEASURED)
 RULES = ("every", "first", "last", "layers")
 CONSTRAINTS = ("max_gap", "max_run")
+DISTILLED = "restore"  # the method that can distill each candidate before it is scored
+ROUNDS = 4  # of such distillations at most, each of twice the tokens of the one before
 FORMS = "layers ([0, -1]), ranges (4-11), {every: 4}, {first: 2}, {last: 2}, {choose: restore, keep: 9}, or none"
 
 
@@ -44,12 +50,24 @@ class LayerChoice:
         keep: how many layers keep attention.
         max_gap: most recurrent layers in a row, at the ends of the model too; None: any number.
         max_run: most attention layers in a row; None: any number.
+        distill: tokens on which each candidate is distilled at most before it is scored; None: none is.
     """
 
     choose: str
     keep: int
     max_gap: int | None = None
     max_run: int | None = None
+    distill: int | None = None
+
+    @property
+    def method(self) -> str:
+        """The name under which its scores are kept and shown."""
+        return self.choose if self.distill is None else f"{self.choose}+distill"
+
+    @property
+    def rounds(self) -> tuple[int, ...]:
+        """Tokens of the rounds of short distillations, the last one `distill`; () where there are none."""
+        return () if self.distill is None else tuple(-(-self.distill // 2**i) for i in reversed(range(ROUNDS)))
 
 
 Layout = tuple[int, ...] | LayerChoice
@@ -193,14 +211,17 @@ def _choice(fields: Mapping, count: int | None) -> Layout:
     if method not in METHODS:
         raise ValueError(f"has choose {method!r}; there are {', '.join(METHODS)}{did_you_mean(str(method), METHODS)}")
     measured = method in MEASURED
-    _known(fields, ("choose", "keep", *(CONSTRAINTS if measured else ())))
-    if fields.get("keep") is None:
+    fields = {name: value for name, value in fields.items() if value is not None}
+    own = (*(CONSTRAINTS if measured else ()), *(("distill",) if method == DISTILLED else ()))
+    _known(fields, ("choose", "keep", *own))
+    if "keep" not in fields:
         raise ValueError(f"has choose {method} without keep, the number of layers that keep attention")
     keep = _number("keep", fields["keep"], count)
     if count is not None and not measured:
         return uniform_layers(count, keep)
-    limits = {name: _number(name, fields[name], None) for name in CONSTRAINTS if fields.get(name) is not None}
-    choice = LayerChoice(method, keep, **limits)
+    limits = {name: _number(name, fields[name], None) for name in CONSTRAINTS if name in fields}
+    distill = _tokens("distill", fields["distill"]) if "distill" in fields else None
+    choice = LayerChoice(method, keep, **limits, distill=distill)
     if count is not None and not _can_be_fulfilled(choice, count):
         said = ", ".join(f"{name} {value}" for name, value in limits.items())
         raise ValueError(f"keeps {keep} of {count} layers, which {said} rules out")
@@ -226,6 +247,13 @@ def _number(name: str, value: Any, count: int | None) -> int:
         allowed = "1 or more" if count is None else f"a number from 1 to {count}, the layers of the model"
         raise ValueError(f"has {name} = {value!r}: it must be {allowed}")
     return value
+
+
+def _tokens(name: str, value: Any) -> int:
+    try:
+        return parse_count(value)
+    except PydanticCustomError as error:
+        raise ValueError(f"has {name} = {value!r}: it {error.message()}") from None
 
 
 def _sequence(name: str, value: object) -> Sequence[object]:

@@ -2,7 +2,7 @@
 
     error     relative error of the layer's mixer on the teacher's own stream: free, one forward over the text
     restore   KL of the student less KL of the student with this layer's attention put back: KL-guided layer selection
-              (arXiv 2512.20569)
+              (arXiv 2512.20569); with `distill`, of students whose mixers were trained for a moment before
     swap      what the teacher loses in recall, relative to what it loses in likelihood, when this layer's mixer runs in
               place of its attention: the importance of HALO (arXiv 2601.22156)
     greedy    as restore, one layer after the other, each next to those that have their attention back already
@@ -15,6 +15,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Protocol
 
 import torch
 
@@ -23,12 +25,14 @@ from ..hybrid.layouts import LayerChoice
 from ..hybrid.model import HybridModel
 from ..losses.distillation import DistillationLoss
 from ..losses.next_token import NextTokenLoss
+from ..support.text import short_count
 from ..teacher.signals import SelfTeacher
 from .select import best_layers, greedy_layers
 
 Advance = Callable[[], object]  # called after every forward over a batch
 
 FLOOR = 0.1  # of the mean loss of likelihood: a layer that costs nothing is not important for that
+STABLE = 3  # rounds in succession that choose the same layers: there is no need for longer distillations
 
 
 @dataclass(frozen=True)
@@ -36,13 +40,13 @@ class Scores:
     """Scores of all layers by one method.
 
     Attributes:
-        method: see the head of this file.
+        method: see the head of this file; `LayerChoice.method`.
         layers: score of each layer, in order; the larger, the more its attention is worth.
         tokens: of the text that were measured.
         base: KL of the all-RWKV student, of restore and greedy.
         details: what the scores were made of, one value a layer by name.
         order: of greedy, the layers as they were chosen.
-        choice: of greedy, what was to be fulfilled.
+        choice: what was to be fulfilled, of greedy and of a restore that distills: it decided how much was measured.
         warning: why they say little; "": nothing speaks against them.
     """
 
@@ -57,7 +61,7 @@ class Scores:
 
     def serves(self, choice: LayerChoice) -> bool:
         """Return whether these scores decide a choice."""
-        return self.method == choice.choose and self.choice in (None, asdict(choice))
+        return self.method == choice.method and self.choice in (None, asdict(choice))
 
     def select(self, choice: LayerChoice) -> tuple[int, ...]:
         """Return the layers that keep attention, ascending."""
@@ -69,9 +73,27 @@ class Scores:
         return layers
 
 
+class Trial(Protocol):
+    """A short distillation of the student that keeps the attention of some layers."""
+
+    def __call__(self, kept: tuple[int, ...], tokens: int, score: Callable[[], float]) -> float:
+        """Return a score of the model, with mixers that were trained on so many tokens; leave it as it was.
+
+        Args:
+            kept: layers that have their attention back.
+            tokens: one of `LayerChoice.rounds`, or 0.
+            score: called while the model has these mixers, unless its result is known.
+        """
+
+
 @torch.no_grad()
 def measure(
-    model: HybridModel, batches: Sequence[Batch], choice: LayerChoice, recall: Callable[[], Batch], advance: Advance
+    model: HybridModel,
+    batches: Sequence[Batch],
+    choice: LayerChoice,
+    recall: Callable[[], Batch],
+    advance: Advance,
+    trial: Trial | None = None,
 ) -> Scores:
     """Return the scores that a choice needs.
 
@@ -80,8 +102,13 @@ def measure(
         batches: of held-out text, on the model's device.
         choice: names the method; restore stops once more text does not change what it chooses.
         recall: makes rows whose labels are what has to be recalled, for swap.
-        advance: called `forwards` times at most.
+        advance: called `forwards` times at most; not by a restore that distills, whose work are its trials.
+        trial: for a restore that distills.
     """
+    if choice.distill is not None:
+        if trial is None:
+            raise TypeError(f"{choice} needs a trial")
+        return _restore_distilled(model, batches, choice, trial)
     measures: dict[str, Callable[[], Scores]] = {
         "error": lambda: _error(model, batches, advance),
         "restore": lambda: _restore(model, batches, choice, advance),
@@ -126,6 +153,30 @@ def _restore(model: HybridModel, batches: Sequence[Batch], choice: LayerChoice, 
             before = chosen
     kl = [value / tokens for value in kl]
     return Scores("restore", [base / tokens - value for value in kl], tokens, base / tokens, {"kl": kl})
+
+
+def candidates(layers: Sequence[int]) -> list[tuple[int, ...]]:
+    """Return what a restore that distills tries in each round: no layer, and each alone."""
+    return [(), *((i,) for i in layers)]
+
+
+def _restore_distilled(model: HybridModel, batches: Sequence[Batch], choice: LayerChoice, trial: Trial) -> Scores:
+    tokens = _tokens(batches)
+
+    def divergence(kept: tuple[int, ...]) -> float:
+        total = sum(_divergence(model, batch, SelfTeacher().signal(model, batch), kept) for batch in batches)
+        return total / tokens
+
+    details: dict[str, list[float]] = {}
+    base, kl, chosen = 0.0, [], []
+    for length in (0, *choice.rounds):
+        base, *kl = (trial(kept, length, partial(divergence, kept)) for kept in candidates(model.rwkv_layers))
+        details[f"kl@{short_count(length)}"] = kl
+        chosen.append(best_layers([-value for value in kl], choice))
+        if len(chosen) >= STABLE and len(set(chosen[-STABLE:])) == 1:
+            break
+    scores = [base - value for value in kl]
+    return Scores(choice.method, scores, tokens, base, details, choice=asdict(choice))
 
 
 def _swap(model: HybridModel, batches: Sequence[Batch], recall: Batch, advance: Advance) -> Scores:

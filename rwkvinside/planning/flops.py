@@ -69,8 +69,22 @@ def flops_per_token(
     """Return the operations of a token of a stage that trains or chooses layers; arguments as of `training_flops`."""
     flops = training_flops(student, plan, kind, teacher)
     if plan.stage.chooses_layers:  # forwards of the student, then one with each layer's attention
-        return sum(flops.forward.values()) * (1 + len(student.rwkv_layers))
+        measuring = sum(flops.forward.values()) * (1 + len(student.rwkv_layers))
+        return measuring + trial_flops(student, plan) / plan.length.total_tokens
     return flops.total
+
+
+def trial_flops(student: HybridModel, plan: StagePlan) -> float:
+    """Return the operations of all short distillations of a stage that chooses layers, at most.
+
+    Every candidate counts as the student whose layers are all RWKV; arguments as of `training_flops`.
+    """
+    total = 0.0
+    for trial in plan.trials:
+        with trial.marked(student):
+            of_token = training_flops(student, trial, TeacherKind.SELF).total
+        total += of_token * trial.length.tokens_read * (1 + len(student.rwkv_layers))
+    return total
 
 
 def training_flops(

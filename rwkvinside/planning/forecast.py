@@ -35,6 +35,7 @@ class StageForecast:
     Attributes:
         name: of the stage.
         tokens, steps, seq_len: its length; steps 1 of a stage that is computed at once.
+        ranks: processes that share the work.
         flops_per_token: operations of a token, forward and backward; 0 of a calibration.
         fitting_flops: operations of a calibration in all, in fp32; 0 of other stages.
         memory: bytes on the device of a rank by purpose, at the largest moment of a step.
@@ -47,6 +48,7 @@ class StageForecast:
     tokens: int
     steps: int
     seq_len: int
+    ranks: int
     flops_per_token: float
     fitting_flops: float
     memory: dict[str, int]
@@ -61,7 +63,8 @@ class StageForecast:
 
     def seconds(self, rate: Rate) -> float:
         """Return how long it takes on a machine."""
-        return self.flops_per_token * self.tokens / rate.flops + self.fitting_flops / rate.fp32_flops
+        flops = rate.flops * self.ranks / rate.ranks
+        return self.flops_per_token * self.tokens / flops + self.fitting_flops / rate.fp32_flops
 
 
 @dataclass(frozen=True)
@@ -148,11 +151,13 @@ class Rate:
         flops: operations in a second that all ranks together do.
         fp32_flops: the same in fp32, of one rank: a calibration runs on one.
         origin: where the numbers are from, for people.
+        ranks: of them all.
     """
 
     flops: float
     fp32_flops: float
     origin: str
+    ranks: int = 1
 
 
 def forecast(plan: RunPlan, config: Config) -> Forecast:
@@ -207,6 +212,7 @@ def _stage(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, keep: 
         tokens=plan.length.total_tokens,
         steps=plan.length.steps if trains else 1,
         seq_len=plan.length.seq_len,
+        ranks=plan.shape.ranks,
         flops_per_token=0.0 if plan.stage.fits else flops_per_token(model, plan, kind, teacher),
         fitting_flops=sum(calibration_flops(model, plan).values()) if plan.stage.fits else 0.0,
         memory={name: size for name, size in memory.device.items() if size},
@@ -243,7 +249,7 @@ def expected_rate(found: Forecast, gpu: str | None = None, mfu: float | None = N
         fp32 = peak if found.precision == "fp32" else peak_flops(torch.device(found.device), "fp32")[0]
         origin = "the peak of this machine" + (" as measured now" if source == "measured" else " by its data sheet")
     ranks = f", {found.ranks} ranks" if found.ranks > 1 else ""
-    return Rate(peak * found.ranks * mfu, fp32 * mfu, f"{100 * mfu:g} % of {origin}{ranks}")
+    return Rate(peak * found.ranks * mfu, fp32 * mfu, f"{100 * mfu:g} % of {origin}{ranks}", found.ranks)
 
 
 def forecast_text(found: Forecast, rate: Rate | None = None, price: float | None = None) -> str:

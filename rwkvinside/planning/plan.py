@@ -26,7 +26,7 @@ from ..training.loggers import check_loggers
 from ..training.optimizer_8bit import check_optimizer
 from .devices import card_for, device_memory, expected_time
 from .fit_flops import calibration_flops
-from .flops import flops_per_token
+from .flops import flops_per_token, trial_flops
 from .memory import Memory, checkpoint_bytes
 from .stage_memory import stage_memory, trained_bytes
 
@@ -170,10 +170,10 @@ def _choice_lines(plan: RunPlan, model: HybridModel) -> list[str]:
         return []
     stage = next((stage.name for stage in plan.stages if stage.stage.chooses_layers), None)
     if plan.settings.student.attention_layers:
-        return [f"          chosen in stage {stage} by {choice.choose}; stages before it had RWKV in all layers"]
+        return [f"          chosen in stage {stage} by {choice.method}; stages before it had RWKV in all layers"]
     later = next((p.run.student.attention_layers for p in plan.stages if p.run.student.attention_layers), ())
     return [
-        f"          until stage {stage}: then {choice.keep} keep attention, chosen by {choice.choose}",
+        f"          until stage {stage}: then {choice.keep} keep attention, chosen by {choice.method}",
         *([f"          memory and work of later stages are shown for layers {spans(later)}"] if later else []),
     ]
 
@@ -224,7 +224,11 @@ def _stage_lines(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, 
     if not plan.stage.fits:
         flops = flops_per_token(model, plan, kind, teacher)
         total = flops * plan.length.total_tokens
-        details.append(f"work      {rounded_flop(flops)} a token, {rounded_flop(total)} in all")
+        trials = trial_flops(model, plan)
+        if trials:
+            details.append(f"work      {rounded_flop(total)} at most, {rounded_flop(trials)} of it for trials")
+        else:
+            details.append(f"work      {rounded_flop(flops)} a token, {rounded_flop(total)} in all")
     else:
         flops = sum(calibration_flops(model, plan).values())
         details.append(f"work      {rounded_flop(flops)} in all: {expected_time(flops, plan.run.device)}")

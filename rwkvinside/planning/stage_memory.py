@@ -37,6 +37,13 @@ def stage_memory(
         kind: where the teacher's side comes from, as `Stage.prepare` said.
         teacher: the shapes of an online teacher.
     """
+    if plan.trials:  # one after the other; where they start from stays in the host's memory
+        with plan.trials[-1].marked(model):
+            memory = stage_memory(plan.trials[-1], model, TeacherKind.SELF, None)
+            start = FP32 * trained_bytes(model)[1]
+        if plan.run.device == "cpu":
+            return replace(memory, device=memory.device | {"start": start}, evaluating=memory.evaluating + start)
+        return replace(memory, offloaded=memory.offloaded + start, gathered=0)
     run = plan.run
     cpu, bf16, zero = run.device == "cpu", run.precision == "bf16", settle(run.zero)
     launched = run.ranks > 1 and plan.stage.trains  # otherwise one process works with the whole model

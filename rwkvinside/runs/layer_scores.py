@@ -1,12 +1,12 @@
 """RUN/layers.json: scores of the layers of a run's student, so that they are measured once.
 
-Sealed as records are, and of one student on one text: of another one nothing is read.
+Sealed as records are, and of one student on one text: of another one nothing is read. Results of single trials are
+there as soon as they are known, so that an interrupted choice goes on where it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ..errors import UserError
@@ -33,8 +33,21 @@ class Scored:
     text: str
 
 
-def read_scores(run: Path, of: Scored) -> dict[str, dict]:
-    """Return the scores by method, as plain values; {} where there are none of this student and text.
+@dataclass
+class LayerScores:
+    """What was measured of a student on a text, as plain values.
+
+    Attributes:
+        scores: by method.
+        trials: KL by candidate and tokens, by the identity of what short distillations train with.
+    """
+
+    scores: dict[str, dict] = field(default_factory=dict)
+    trials: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+def read_scores(run: Path, of: Scored) -> LayerScores:
+    """Return what is known of this student on this text.
 
     Args:
         run: directory of the run.
@@ -45,14 +58,16 @@ def read_scores(run: Path, of: Scored) -> dict[str, dict]:
     """
     file = run / FILE
     if not file.exists():
-        return {}
+        return LayerScores()
     try:
         content, _ = read_sealed(file)
     except ValueError as error:
         raise UserError(f"{run / str(error)}", f"remove {file}: the scores are measured again") from error
-    return dict(content["scores"]) if content.get("of") == asdict(of) else {}
+    if content.get("of") != asdict(of):
+        return LayerScores()
+    return LayerScores(content["scores"], content.get("trials", {}))
 
 
-def write_scores(run: Path, of: Scored, scores: Mapping[str, Mapping]) -> None:
-    """Write the scores by method, in place of those that are there."""
-    write_json(run / FILE, sealed({"of": asdict(of), "scores": dict(scores)}))
+def write_scores(run: Path, of: Scored, measured: LayerScores) -> None:
+    """Write what was measured, in place of what is there."""
+    write_json(run / FILE, sealed({"of": asdict(of)} | asdict(measured)))

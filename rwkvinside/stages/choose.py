@@ -5,9 +5,11 @@ The stage that turns this student into the hybrid that later stages train. How l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
+from ..support.text import rounded_count, short_count
 from .base import StageSize
 from .untrained import UntrainedStage
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 class ChooseLayers(UntrainedStage):
     """Layers that keep attention, by the method of `student.attention_layers`.
 
-    Nothing trains. Its tokens are those of the validation documents that it measures on at most.
+    Nothing trains that is kept. Its tokens are those of the validation documents that it measures on at most.
     """
 
     objective = "choose"
@@ -55,6 +57,28 @@ class ChooseLayers(UntrainedStage):
         limits = {"max_gap": "RWKV", "max_run": "attention"}
         rules = [f", at most {n} {of} layers in a row" for name, of in limits.items() if (n := getattr(choice, name))]
         return [
-            f"chooses   {choice.keep} of {len(student.rwkv_layers)} layers that keep attention, by {choice.choose}"
-            f"{''.join(rules)}"
+            f"chooses   {choice.keep} of {len(student.rwkv_layers)} layers that keep attention, by {choice.method}"
+            f"{''.join(rules)}",
+            *trial_lines(plan.trials, len(student.rwkv_layers)),
         ]
+
+
+def trial_lines(trials: Sequence[StagePlan], layers: int) -> list[str]:
+    """Return what short distillations of every candidate are, and how many; none where there are none.
+
+    Args:
+        trials: the rounds.
+        layers: to choose from.
+    """
+    if not trials:
+        return []
+    rounds = ", ".join(short_count(trial.length.total_tokens) for trial in trials)
+    read = sum(trial.length.tokens_read for trial in trials)
+    rates = trials[-1].rates
+    return [
+        f"trials    mixers train with each layer's attention back, and with none, on {rounds} tokens, each time from "
+        "the same start,",
+        "          until three rounds in succession (the first one trains nothing) choose the same layers",
+        f"          rate {rates.lr:.3g} as in stage {trials[-1].name}; {layers + 1} x {rounded_count(read)} = "
+        f"{rounded_count((layers + 1) * read)} tokens at most, in one process",
+    ]

@@ -5,7 +5,8 @@ Planning prints these objects, the conversion runs them; nobody asks the configu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..hybrid.layouts import LayerChoice
+    from ..hybrid.model import HybridModel
     from ..hybrid.settings import LayerSpec, StudentConfig
     from .param_groups import RateGroup
 
@@ -92,6 +94,8 @@ class StagePlan:
         phases: what trains from which step on; one where nothing unfreezes.
         layers: quantized layers and adapters.
         signal_teacher: the model that teacher distributions come from.
+        trials: of a stage that chooses layers by short distillations: how each candidate is trained in each round,
+            in this process alone. They train on the rows of the stage `distill`, and mixers only.
     """
 
     name: str
@@ -103,6 +107,7 @@ class StagePlan:
     phases: tuple[Phase, ...]
     layers: LayerSpec
     signal_teacher: TeacherConfig
+    trials: tuple[StagePlan, ...] = ()
 
     @property
     def title(self) -> str:
@@ -139,6 +144,15 @@ class StagePlan:
         if self.settings.loss is None:
             raise RuntimeError(f"stage {self.name} has a fixed loss")
         return self.settings.loss
+
+    @contextmanager
+    def marked(self, student: HybridModel) -> Iterator[None]:
+        """Have as trainable, in the block, what the first phase trains of a student of which nothing trains."""
+        student.set_trainable(self.phases[0].train)
+        try:
+            yield
+        finally:
+            student.set_trainable(())
 
     @property
     def row_count(self) -> int:

@@ -5,7 +5,9 @@ The trainer divides by the global count.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from torch import Tensor, nn
 
@@ -52,10 +54,12 @@ class DistillStep:
     Attributes:
         teacher: where the distributions to follow come from.
         config: what is compared, and how.
+        layers: modes of the student's layers that differ, see `HybridModel.forward`.
     """
 
     teacher: Teacher
     config: DistillLossConfig = DistillLossConfig()
+    layers: Mapping[int, str] = field(default_factory=dict)
 
     def count(self, batch: Batch) -> int:
         """Return the labeled positions of a batch."""
@@ -64,7 +68,7 @@ class DistillStep:
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the distillation loss and its metrics."""
         signal = self.teacher.signal(model, batch)
-        return student_loss(model, batch, DistillationLoss(signal, self.config), self.config.router)
+        return student_loss(model, batch, DistillationLoss(signal, self.config), self.config.router, self.layers)
 
 
 @dataclass
@@ -88,10 +92,12 @@ class SftStep:
         return student_loss(model, batch, self.loss, self.router)
 
 
-def student_loss(model: nn.Module, batch: Batch, task: ChunkedLoss, router: float) -> tuple[Tensor, dict[str, Tensor]]:
+def student_loss(
+    model: nn.Module, batch: Batch, task: ChunkedLoss, router: float, layers: Mapping[int, str] = MappingProxyType({})
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Return a loss of the student's logits, and the balance of experts as "router" where it has a weight."""
     if not router:
-        return model(batch, mode="student", task=task)
-    (loss, metrics), routing = model(batch, mode="student", task=task, routers=True)
+        return model(batch, mode="student", task=task, layers=layers)
+    (loss, metrics), routing = model(batch, mode="student", task=task, layers=layers, routers=True)
     balance = router_loss(routing, batch)
     return loss + router * balance, metrics | {"router": balance.detach()}

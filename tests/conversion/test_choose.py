@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 from tiny import byte_tokenizer, save_qwen3
 from transformers import AutoTokenizer
 
+import rwkvinside as rw
 import train_distill
 from rwkvinside.cli.main import main as rwkvinside
 from rwkvinside.conversion import choose
@@ -126,6 +128,54 @@ def test_layers_of_a_run_are_measured_once(material, whole, tmp_path, capsys):
     assert rwkvinside(["layers", str(whole), "--keep", "1"]) == 2
     assert "was changed after it was written" in capsys.readouterr().err
     (whole / "layers.json").write_text(text)
+
+
+def test_short_distillations_go_on_where_they_were(whole, tmp_path, monkeypatch, capsys):
+    runs = [shutil.copytree(whole, tmp_path / name) for name in ("stopped", "straight")]
+    command = ["--keep", "1", "--distill", "512", "--tokens", "200"]
+    with monkeypatch.context() as patch:
+        write, done = choose.write_scores, []
+
+        def power_cut(*arguments):
+            write(*arguments)
+            done.append(arguments)
+            if len(done) == 6:
+                raise RuntimeError("power cut")
+
+        patch.setattr(choose, "write_scores", power_cut)
+        with pytest.raises(RuntimeError, match="power cut"):
+            rwkvinside(["layers", str(runs[0]), *command])
+    for run in runs:
+        capsys.readouterr()
+        assert rwkvinside(["layers", str(run), *command]) == 0
+        printed = capsys.readouterr().out
+        assert ("6 trials of layers.json are used again" in printed) == (run is runs[0])
+        assert "on 64, 128, 256, 512 tokens" in printed and "kl@64" in printed
+        for stage in ("align", "choose", "distill"):
+            before, after = tensors(whole, stage), tensors(run, stage)
+            assert all(torch.equal(before[name], after[name]) for name in before)
+    first, second = (json.loads((run / "layers.json").read_text()) for run in runs)
+    assert first["scores"] == second["scores"] and first["trials"] == second["trials"]
+    assert first["scores"]["restore+distill"]["details"]["kl@0"] == pytest.approx(
+        first["scores"]["restore"]["details"]["kl"], rel=0.1
+    )
+    found = rw.layers(runs[0], keep=1, distill=512, tokens=200)
+    assert found["scores"] == first["scores"]["restore+distill"]["layers"]
+
+
+def test_a_run_chooses_by_short_distillations(material, tmp_path, capsys):
+    out, choice = tmp_path / "run", CHOICE.replace("keep: 1", "keep: 1, distill: 256")
+    settings = [choice, "run=[calibrate,choose]"]
+    assert train(material, out, *settings) == 0
+    printed = capsys.readouterr().out
+    (kept,) = RunDirectory(out).records.chosen_layers()
+    assert f"layers {kept} keep their attention, by restore+distill" in printed
+    plan = (out / "plan.txt").read_text()
+    assert "4 x 640 = 2.56 K tokens at most" in plan and "of it for trials" in plan and " + start " in plan
+    expected = {stage["name"]: stage for stage in json.loads((out / "plan.json").read_text())["stages"]}
+    assert expected["choose"]["memory"]["optimizer"] > 0
+    assert train(material, out, *settings, "stages.distill.objective=sft", "--resume", "--allow-changes") == 2
+    assert "trains as stages.distill says, whose objective is sft" in capsys.readouterr().err
 
 
 def test_rows_of_the_recall_ask_for_values_that_were_said(material):

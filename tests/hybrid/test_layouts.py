@@ -56,6 +56,14 @@ def test_forms(layout, layers):
         ({"choose": "restore", "keep": 31}, "has keep = 31"),
         ({"choose": "restore", "keep": 2, "first": 1}, "has the key first, allowed with these: choose, keep, max_gap"),
         ({"choose": "uniform", "keep": 2, "max_gap": 3}, "has the key max_gap"),
+        (
+            {"choose": "greedy", "keep": 2, "distill": "1M"},
+            "has the key distill, allowed with these",
+        ),
+        (
+            {"choose": "restore", "keep": 2, "distill": "much"},
+            "has distill = 'much': it must be a positive number",
+        ),
         ({"choose": "restore", "keep": 4, "max_gap": 3}, "keeps 4 of 30 layers, which max_gap 3 rules out"),
     ],
 )
@@ -77,6 +85,13 @@ def test_without_a_model_only_what_does_not_depend_on_it():
     for layout in ([-1], {"every": 4}, "4-11", {"choose": "uniform", "keep": 3}):
         with pytest.raises(ValueError, match="needs the number of layers"):
             resolve_layout(layout, None)
+
+
+def test_rounds_of_short_distillations_double():
+    choice = resolve_layout({"choose": "restore", "keep": 9, "distill": "100k"}, 30)
+    assert choice == LayerChoice("restore", 9, distill=100_000) == resolve_layout(choice, 30)
+    assert choice.rounds == (12_500, 25_000, 50_000, 100_000) and choice.method == "restore+distill"
+    assert LayerChoice("restore", 9).rounds == () and LayerChoice("restore", 9, distill=1).rounds == (1, 1, 1, 1)
 
 
 def test_uniform_layers_are_spread():

@@ -68,6 +68,44 @@ def test_restore_is_the_divergence_that_a_layer_saves(model, batches):
     assert greedy.details["kl"][greedy.order[1]] == pytest.approx(kl, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    "kl, rounds, chosen",
+    [
+        ({0: [4, 1, 3, 2], 1: [4, 1, 3, 2], 2: [4, 2, 3, 1]}, 3, (1, 3)),  # 1 and 3 each time
+        ({0: [4, 1, 3, 2], 1: [1, 4, 3, 2], 2: [1, 4, 3, 2], 4: [1, 4, 3, 2]}, 4, (0, 3)),  # changed once
+        (
+            {0: [1, 2, 3, 4], 1: [2, 1, 4, 3], 2: [4, 1, 2, 3], 4: [4, 1, 2, 3], 8: [4, 1, 3, 2]},
+            5,
+            (1, 3),
+        ),  # at the end
+    ],
+)
+def test_short_distillations_end_when_they_agree(model, batches, kl, rounds, chosen):
+    choice, asked = LayerChoice("restore", 2, distill=8), []
+
+    def trial(kept, tokens, score):
+        asked.append((kept, tokens))
+        return kl[tokens][kept[0]] if kept else 9 - tokens
+
+    scores = measure(model, batches[:1], choice, recall, lambda: None, trial)
+    last = sorted(kl)[rounds - 1]
+    assert asked == [(kept, n) for n in sorted(kl)[:rounds] for kept in ((), (0,), (1,), (2,), (3,))]
+    assert scores.select(choice) == chosen and scores.base == 9 - last
+    assert scores.layers == [9 - last - value for value in kl[last]]
+    assert scores.details == {f"kl@{n}": kl[n] for n in sorted(kl)[:rounds]}
+    assert scores.method == "restore+distill" and scores.serves(choice)
+    assert not scores.serves(LayerChoice("restore", 2)) and not scores.serves(LayerChoice("restore", 2, distill=16))
+
+
+def test_short_distillations_score_what_restore_does(model, batches):
+    untrained = measure(
+        model, batches, LayerChoice("restore", 1, distill=8), recall, lambda: None, lambda kept, tokens, score: score()
+    )
+    plain = measure(model, batches, LayerChoice("greedy", 1), recall, lambda: None)  # restore stops earlier
+    assert untrained.base == pytest.approx(plain.base, rel=1e-6)
+    assert untrained.details["kl@0"] == pytest.approx(plain.details["kl"], rel=1e-6)
+
+
 def test_greedy_scores_serve_their_own_choice_only(model, batches):
     choice = LayerChoice("greedy", 2)
     scores = measure(model, batches[:1], choice, recall, lambda: None)

@@ -72,7 +72,7 @@ def test_the_verdict_comes_first(teacher, monkeypatch):
 
 def test_time_cost_and_warnings(teacher):
     found = expected(teacher, *GPU, "student.preset=hxa079", ranks=4)
-    rate = Rate(found.flops / 7200, found.flops / 7200, "as it was said")
+    rate = Rate(found.flops / 7200, found.flops / 7200, "as it was said", found.ranks)
     lines = forecast_text(found, rate, price=2.5).splitlines()
     assert "; about 2 h; 8 GPU hours; cost 20.00" in lines[0]
     assert any(line.startswith("time: ") and "as it was said" in line for line in lines)
