@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import byte_tokenizer, save_qwen3
 
+import train_distill
 from rwkvinside.support.lock import locked
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -182,6 +183,28 @@ def test_two_deepspeed_ranks_are_one_process(straight, on_two_ranks):
     assert [row["step"] for row in one] == [row["step"] for row in two]
     for name in ("kl", "ce", "agreement"):
         assert [row[name] for row in two] == pytest.approx([row[name] for row in one], abs=1e-5)
+
+
+@pytest.mark.distributed
+def test_two_ranks_choose_layers_as_one_process(world):
+    choice = "student.attention_layers={choose: restore, keep: 1, distill: 512}"
+    settings = (choice, "run=[calibrate,choose,distill]", "stages.distill.tokens=512")
+    alone, both = world / "chosen", world / "chosen-by-two"
+    assert train_distill.main(arguments(world, alone, *settings)[1:]) == 0
+    command, environment = two_ranks("torchrun", world, both, *settings)
+    at = command.index("train_distill.py")
+    command = [*command[:at], "tests/helpers/writing_rank.py", *command[at + 1 :]]
+    for word in ("--stage", "distill", "--resume", "--allow-changes"):
+        command.remove(word)
+    done = run(*command, env=environment | {"PYTHONPATH": str(ROOT)})
+    assert done.stdout.count("keep their attention") == 1
+    one, two = (json.loads((out / "layers.json").read_text()) for out in (alone, both))
+    assert one["scores"] == two["scores"] and list(one["trials"].values()) == list(two["trials"].values())
+    kept = [json.loads((out / "stages/choose/stage.json").read_text())["attention_layers"] for out in (alone, both)]
+    assert kept[0] == kept[1] and len(kept[0]) == 1
+    a, b = (load_file(last_checkpoint(out, "choose") / "model.safetensors") for out in (alone, both))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert_same(alone, both, 1e-5, 1e-4)
 
 
 @pytest.mark.distributed
