@@ -33,7 +33,7 @@ from ..support.progress import Progress
 from ..teacher.load import open_tokenizer
 from ..training.precision import precision_context
 from ..training.process_group import Distributed
-from .trials import Trials, TrialSetup, trial_setup
+from .trials import SharedTrials, TrialSetup, trial_setup
 
 RECALL_LENGTH, RECALL_TEXTS = 256, 16  # tokens of a text, and how many
 LAYERS = "attention_layers"  # in the state of the checkpoint of a stage that has chosen
@@ -47,11 +47,13 @@ def choose_layers(
     choice: LayerChoice,
     tokenizer: PreTrainedTokenizerBase,
     trials: tuple[StagePlan, ...],
+    world: Distributed,
     say: Callable[[str], None],
 ) -> tuple[tuple[int, ...], Scores]:
     """Return the layers that keep attention, and the scores that say so.
 
-    Scores that the run has of this student and text are used again; new ones are written next to them, with a picture.
+    Scores that the run has of this student and text are used again; new ones are written next to them, with a picture,
+    on rank 0.
 
     Args:
         directory: of the run.
@@ -61,27 +63,39 @@ def choose_layers(
         choice: how many, by which method, and what they must fulfill.
         tokenizer: of the teacher.
         trials: how candidates are distilled first, `StagePlan.trials`.
-        say: prints a line.
+        world: the processes that are here: with trials all of them, else rank 0 alone.
+        say: prints a line, on rank 0.
     """
     record = directory.records.finished(before)
     of = Scored(record.run, record.digest, str(record.checkpoint), _digest(batches))
-    known, method = read_scores(directory.path, of), choice.method
-    save = partial(write_scores, directory.path, of, known)
-    with trial_setup(trials, tokenizer, student.lm.config.vocab_size) as setup:
+    known, method = read_scores(directory.path, of) if world.is_main else LayerScores(), choice.method
+
+    def save() -> None:
+        if world.is_main:
+            write_scores(directory.path, of, known)
+
+    with trial_setup(trials, tokenizer, student.lm.config.vocab_size, world) as setup:
         # scores of short distillations are of what these train with; they are put together again from single trials
         scores = Scores(**known.scores[method]) if method in known.scores and setup is None else None
         if scores is not None and scores.serves(choice):
             say(f"{method}: scores of {directory.path / FILE} are used again")
         else:
             recall = partial(recall_rows, tokenizer)
-            scores = _measured(student, batches, choice, recall, setup, known, save, say)
+            if setup is None:
+                scores = _measured(student, batches, choice, recall)
+            else:
+                results = known.trials.setdefault(setup.identity, {})
+                if results:
+                    say(f"{method}: {len(results)} trials of {directory.path / FILE} are used again")
+                scores = _tried(student, batches, choice, recall, setup, world, results, save)
             known.scores[method] = asdict(scores)
             save()
     if scores.warning:
         say(f"warning: {method} says little here: {scores.warning}")
     kept = scores.select(choice)
-    figure = layers_figure({name: found["layers"] for name, found in known.scores.items()}, method, kept)
-    save_figure(figure, directory.path / PICTURE)
+    if world.is_main:
+        figure = layers_figure({name: found["layers"] for name, found in known.scores.items()}, method, kept)
+        save_figure(figure, directory.path / PICTURE)
     return kept, scores
 
 
@@ -90,23 +104,40 @@ def _measured(
     batches: Sequence[Batch],
     choice: LayerChoice,
     recall: Callable[[], Batch],
-    setup: TrialSetup | None,
-    known: LayerScores,
-    save: Callable[[], None],
-    say: Callable[[str], None],
 ) -> Scores:
-    """Return new scores, while a bar shows how far they are; arguments as of `choose_layers`."""
-    layers = len(student.rwkv_layers)
-    if setup is None:
-        total = forwards(choice, layers, len(batches))
-        with Progress(choice.method, total, unit="forwards", stream=sys.stdout) as progress:
-            return measure(student, batches, choice, recall, progress.advance)
-    results = known.trials.setdefault(setup.identity, {})
-    if results:
-        say(f"{choice.method}: {len(results)} trials of {FILE} are used again")
-    with Progress(choice.method, (layers + 1) * setup.steps, unit="steps", stream=sys.stdout) as progress:
-        trial = Trials(student, setup, results, save, progress.advance)
-        return measure(student, batches, choice, recall, progress.advance, trial)
+    """Return new scores, while a bar shows how far they are."""
+    total = forwards(choice, len(student.rwkv_layers), len(batches))
+    with Progress(choice.method, total, unit="forwards", stream=sys.stdout) as progress:
+        return measure(student, batches, choice, recall, progress.advance)
+
+
+def _tried(
+    student: HybridModel,
+    batches: Sequence[Batch],
+    choice: LayerChoice,
+    recall: Callable[[], Batch],
+    setup: TrialSetup,
+    world: Distributed,
+    results: dict[str, float],
+    save: Callable[[], None],
+) -> Scores:
+    """Return new scores of short distillations, while a bar of rank 0 shows how far they are.
+
+    Args:
+        student, batches, choice, recall: as of `measure`.
+        setup, world, save: as of `SharedTrials`.
+        results: those that are known.
+    """
+    total = (1 + len(student.rwkv_layers)) * setup.steps
+    with Progress(choice.method, total, unit="steps", stream=sys.stdout) as progress:
+        advance = progress.advance if world.is_main else _ignore
+        return measure(
+            student, batches, choice, recall, advance, SharedTrials(student, setup, world, results, save, advance)
+        )
+
+
+def _ignore(count: int = 1) -> None:
+    """Show nothing."""
 
 
 def recall_rows(tokenizer: PreTrainedTokenizerBase) -> Batch:
@@ -164,7 +195,7 @@ def layers_of_run(run: Path, wanted: dict, tokens: int) -> tuple[tuple[int, ...]
             cause = f"the student of {run} keeps attention in layers {kept} already"
             raise UserError(cause, "choose on a run with student.attention_layers=none")
         trials = trial_plans(config, plan.settings, choice)
-        for line in trial_lines(trials, count):
+        for line in trial_lines(trials, count, 1):
             print(line)
         tokenizer, world = open_tokenizer(config.teacher), Distributed(plan.settings.device)
         vocab = student.lm.config.vocab_size
@@ -174,7 +205,7 @@ def layers_of_run(run: Path, wanted: dict, tokens: int) -> tuple[tuple[int, ...]
         batches = held_out(held, tokens, device)
         with precision_context(plan.settings.precision, device):
             student = student.to(device)
-            return choose_layers(directory, trained.stage, student, batches, choice, tokenizer, trials, print)
+            return choose_layers(directory, trained.stage, student, batches, choice, tokenizer, trials, world, print)
 
 
 def _aligned(directory: RunDirectory) -> tuple[TrainedRun, Config]:

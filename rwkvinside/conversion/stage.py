@@ -200,11 +200,15 @@ def _build_student(run: Run, plan: StagePlan, inputs: _Inputs, checkpoint: Check
 
 
 def _fit(run: Run, plan: StagePlan, models: _Models, inputs: _Inputs) -> dict:
-    """Fit and save on rank 0; the others go on with what it has saved."""
+    """Fit and save on rank 0; the others go on with what it has saved, and take their share of short distillations."""
+    device, student = run.world.device, models.student
     if not run.world.is_main:
+        if plan.trials:
+            batches = held_out(inputs.validation, plan.length.total_tokens, device)
+            with precision_context(plan.run.precision, device):
+                _choose(run, plan, student.to(device), batches)
         run.world.barrier()
         return {}
-    device, student = run.world.device, models.student
     judge = partial(_judge, run, plan, models, alone=True)
     metrics, console = MetricsWriter(run.directory.path, run.loggers), Console(plan.name, 1)
     metrics.begin(plan.name)
@@ -256,7 +260,8 @@ def _choose(run: Run, plan: StagePlan, student: HybridModel, batches: list[Batch
     if before is None or choice is None:
         raise RuntimeError(f"stage {plan.name} has no student, or nothing, to choose from")
     of_student = run.directory, before, student
-    kept, scores = choose_layers(*of_student, batches, choice, run.tokenizer, plan.trials, run.say)
+    world = run.world if plan.trials else Distributed(run.world.device)
+    kept, scores = choose_layers(*of_student, batches, choice, run.tokenizer, plan.trials, world, run.say)
     run.say(f"{plan.name}: layers {spans(kept)} keep their attention, by {choice.method}")
     student.keep_attention(kept)
     return {"kept": list(kept), "scores": {str(i): score for i, score in enumerate(scores.layers)}}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.sources import close, tokens_of
 from ..hybrid.model import HybridModel
+from ..layer_choice.scores import Kept
 from ..stages.param_groups import rate_groups
 from ..stages.plan import StagePlan
 from ..stages.rows import Rows, rows_of
@@ -47,20 +48,20 @@ class TrialSetup:
 
 @contextmanager
 def trial_setup(
-    plans: tuple[StagePlan, ...], tokenizer: PreTrainedTokenizerBase, vocab: int
+    plans: tuple[StagePlan, ...], tokenizer: PreTrainedTokenizerBase, vocab: int, world: Distributed
 ) -> Iterator[TrialSetup | None]:
-    """Read the data of short distillations, in this process alone, for the block; None where there are none.
+    """Read the data of short distillations for the block; None where there are none.
 
     Args:
         plans: of the rounds.
-        tokenizer, vocab: as of `tokens_of`.
+        tokenizer, vocab, world: as of `tokens_of`.
     """
     if not plans:
         yield None
         return
     last = plans[-1]
     run, settings = last.run, last.settings
-    tokens, _ = tokens_of(run.data, settings.data, run.endless_tokens, tokenizer, vocab, Distributed(run.device))
+    tokens, _ = tokens_of(run.data, settings.data, run.endless_tokens, tokenizer, vocab, world)
     try:
         decisive = settings.model_dump(mode="json", include={"data", "batch", "optim", "loss"})
         decisive["optim"].pop("warmup_steps")  # follows from the tokens
@@ -71,57 +72,70 @@ def trial_setup(
         close(tokens)
 
 
-class Trials:
-    """Trains a student with the attention of some layers put back, and has it scored; a `layer_choice` trial.
+class SharedTrials:
+    """Trains a student with the attention of some layers put back, and has it scored; `layer_choice` trials.
+
+    Each process takes some of the candidates, and trains them by itself.
 
     Args:
-        student: whose layers are all RWKV, on the device of the run.
+        student: whose layers are all RWKV, on the device of this process.
         setup: what it trains with.
-        known: results so far, by candidate and tokens; new ones are added.
-        save: called after each new result.
-        advance: told of every step, done now or before.
+        world: the processes, all of which ask for the same.
+        known: results so far, by candidate and tokens; new ones are added. Those of rank 0 count.
+        save: called when new results are known.
+        advance: told of steps, done now or before.
     """
 
     def __init__(
         self,
         student: HybridModel,
         setup: TrialSetup,
+        world: Distributed,
         known: MutableMapping[str, float],
         save: Callable[[], None],
         advance: Callable[[int], None],
     ):
-        self._student, self._rows, self._known = student, setup.rows, known
+        self._student, self._rows, self._world, self._known = student, setup.rows, world, known
         self._plans = {plan.length.total_tokens: plan for plan in setup.plans}
         self._save, self._advance = save, advance
 
-    def __call__(self, kept: tuple[int, ...], tokens: int, score: Callable[[], float]) -> float:
-        """Return a score of the student after a short distillation; see `layer_choice.scores.Trial`."""
-        key = f"{','.join(map(str, kept)) or 'none'} {tokens}"
-        if key in self._known:
-            self._advance(self._plans[tokens].length.steps if tokens else 0)
-        else:
-            self._known[key] = self._distilled(kept, self._plans[tokens], score) if tokens else score()
+    def __call__(self, candidates: Sequence[Kept], tokens: int, score: Callable[[Kept], float]) -> list[float]:
+        """Return scores of students after short distillations; see `layer_choice.scores.Trials`."""
+        world, known = self._world, self._known
+        names = {kept: f"{','.join(map(str, kept)) or 'none'} {tokens}" for kept in candidates}
+        shared = world.all_reduce_sum([float(world.is_main and name in known) for name in names.values()])
+        new = [kept for kept, is_known in zip(candidates, shared, strict=True) if not is_known]
+        steps = self._plans[tokens].length.steps if tokens else 0
+        self._advance(steps * (len(candidates) - len(new)))
+        mine = new[world.rank :: world.size]
+        for kept in mine:
+            known[names[kept]] = self._distilled(kept, self._plans[tokens], score) if tokens else score(kept)
             self._save()
-        return self._known[key]
+        values = world.all_reduce_sum([known[names[kept]] if kept in mine else 0.0 for kept in new])
+        known.update({names[kept]: value for kept, value in zip(new, values, strict=True)})
+        self._advance(steps * (len(new) - len(mine)))
+        if len(new) > len(mine):
+            self._save()
+        return world.all_reduce_sum([known[name] if world.is_main else 0.0 for name in names.values()])
 
-    def _distilled(self, kept: tuple[int, ...], plan: StagePlan, score: Callable[[], float]) -> float:
+    def _distilled(self, kept: Kept, plan: StagePlan, score: Callable[[Kept], float]) -> float:
         student = self._student
         with plan.marked(student):
             start = {n: p.detach().to("cpu", copy=True) for n, p in _trainable(student).items()}
             try:
                 with torch.enable_grad(), torch.autocast(plan.run.device, enabled=False):
                     self._train(kept, plan)
-                return score()
+                return score(kept)
             finally:
                 student.train(False)  # where the plan recomputes activations
                 with torch.no_grad():
                     for name, parameter in _trainable(student).items():
                         parameter.copy_(start[name])
 
-    def _train(self, kept: tuple[int, ...], plan: StagePlan) -> None:
+    def _train(self, kept: Kept, plan: StagePlan) -> None:
         student, (phase,) = self._student, plan.phases
         groups = rate_groups(student, plan, phase)
-        engine = make_engine(plan, phase, student, Distributed(plan.run.device))
+        engine = make_engine(plan, phase, student, Distributed(self._world.device))
         step = DistillStep(SelfTeacher(), plan.loss, dict.fromkeys(kept, "kept"))
         if plan.settings.activation_checkpointing:
             student.recompute_layers()

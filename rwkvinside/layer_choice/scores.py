@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import Protocol
 
 import torch
@@ -73,16 +72,19 @@ class Scores:
         return layers
 
 
-class Trial(Protocol):
-    """A short distillation of the student that keeps the attention of some layers."""
+Kept = tuple[int, ...]  # layers that have their attention back
 
-    def __call__(self, kept: tuple[int, ...], tokens: int, score: Callable[[], float]) -> float:
-        """Return a score of the model, with mixers that were trained on so many tokens; leave it as it was.
+
+class Trials(Protocol):
+    """Short distillations of the students that keep the attention of some layers."""
+
+    def __call__(self, candidates: Sequence[Kept], tokens: int, score: Callable[[Kept], float]) -> list[float]:
+        """Return a score of each candidate, whose mixers were trained on so many tokens; leave the model as it was.
 
         Args:
-            kept: layers that have their attention back.
+            candidates: students by the layers that they keep; several processes share them.
             tokens: one of `LayerChoice.rounds`, or 0.
-            score: called while the model has these mixers, unless its result is known.
+            score: called while the model has the candidate's mixers, unless its result is known.
         """
 
 
@@ -93,7 +95,7 @@ def measure(
     choice: LayerChoice,
     recall: Callable[[], Batch],
     advance: Advance,
-    trial: Trial | None = None,
+    trials: Trials | None = None,
 ) -> Scores:
     """Return the scores that a choice needs.
 
@@ -103,12 +105,12 @@ def measure(
         choice: names the method; restore stops once more text does not change what it chooses.
         recall: makes rows whose labels are what has to be recalled, for swap.
         advance: called `forwards` times at most; not by a restore that distills, whose work are its trials.
-        trial: for a restore that distills.
+        trials: for a restore that distills.
     """
     if choice.distill is not None:
-        if trial is None:
-            raise TypeError(f"{choice} needs a trial")
-        return _restore_distilled(model, batches, choice, trial)
+        if trials is None:
+            raise TypeError(f"{choice} needs trials")
+        return _restore_distilled(model, batches, choice, trials)
     measures: dict[str, Callable[[], Scores]] = {
         "error": lambda: _error(model, batches, advance),
         "restore": lambda: _restore(model, batches, choice, advance),
@@ -155,22 +157,17 @@ def _restore(model: HybridModel, batches: Sequence[Batch], choice: LayerChoice, 
     return Scores("restore", [base / tokens - value for value in kl], tokens, base / tokens, {"kl": kl})
 
 
-def candidates(layers: Sequence[int]) -> list[tuple[int, ...]]:
-    """Return what a restore that distills tries in each round: no layer, and each alone."""
-    return [(), *((i,) for i in layers)]
+def _restore_distilled(model: HybridModel, batches: Sequence[Batch], choice: LayerChoice, trials: Trials) -> Scores:
+    tokens, candidates = _tokens(batches), [(), *((i,) for i in model.rwkv_layers)]
 
-
-def _restore_distilled(model: HybridModel, batches: Sequence[Batch], choice: LayerChoice, trial: Trial) -> Scores:
-    tokens = _tokens(batches)
-
-    def divergence(kept: tuple[int, ...]) -> float:
+    def divergence(kept: Kept) -> float:
         total = sum(_divergence(model, batch, SelfTeacher().signal(model, batch), kept) for batch in batches)
         return total / tokens
 
     details: dict[str, list[float]] = {}
     base, kl, chosen = 0.0, [], []
     for length in (0, *choice.rounds):
-        base, *kl = (trial(kept, length, partial(divergence, kept)) for kept in candidates(model.rwkv_layers))
+        base, *kl = trials(candidates, length, divergence)
         details[f"kl@{short_count(length)}"] = kl
         chosen.append(best_layers([-value for value in kl], choice))
         if len(chosen) >= STABLE and len(set(chosen[-STABLE:])) == 1:

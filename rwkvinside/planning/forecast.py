@@ -212,7 +212,7 @@ def _stage(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, keep: 
         tokens=plan.length.total_tokens,
         steps=plan.length.steps if trains else 1,
         seq_len=plan.length.seq_len,
-        ranks=plan.shape.ranks,
+        ranks=min(plan.run.ranks, 1 + len(model.rwkv_layers)) if plan.trials else plan.shape.ranks,
         flops_per_token=0.0 if plan.stage.fits else flops_per_token(model, plan, kind, teacher),
         fitting_flops=sum(calibration_flops(model, plan).values()) if plan.stage.fits else 0.0,
         memory={name: size for name, size in memory.device.items() if size},

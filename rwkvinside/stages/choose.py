@@ -59,16 +59,17 @@ class ChooseLayers(UntrainedStage):
         return [
             f"chooses   {choice.keep} of {len(student.rwkv_layers)} layers that keep attention, by {choice.method}"
             f"{''.join(rules)}",
-            *trial_lines(plan.trials, len(student.rwkv_layers)),
+            *trial_lines(plan.trials, len(student.rwkv_layers), plan.run.ranks),
         ]
 
 
-def trial_lines(trials: Sequence[StagePlan], layers: int) -> list[str]:
+def trial_lines(trials: Sequence[StagePlan], layers: int, ranks: int) -> list[str]:
     """Return what short distillations of every candidate are, and how many; none where there are none.
 
     Args:
         trials: the rounds.
         layers: to choose from.
+        ranks: processes that share the candidates.
     """
     if not trials:
         return []
@@ -76,9 +77,8 @@ def trial_lines(trials: Sequence[StagePlan], layers: int) -> list[str]:
     read = sum(trial.length.tokens_read for trial in trials)
     rates = trials[-1].rates
     return [
-        f"trials    mixers train with each layer's attention back, and with none, on {rounds} tokens, each time from "
-        "the same start,",
-        "          until three rounds in succession (the first one trains nothing) choose the same layers",
+        "trials    mixers train with each layer's attention back, and with none, always from the same start,",
+        f"          on {rounds} tokens, until three rounds in succession (the first trains nothing) choose the same",
         f"          rate {rates.lr:.3g} as in stage {trials[-1].name}; {layers + 1} x {rounded_count(read)} = "
-        f"{rounded_count((layers + 1) * read)} tokens at most, in one process",
+        f"{rounded_count((layers + 1) * read)} tokens at most{', each on one rank' * (ranks > 1)}",
     ]

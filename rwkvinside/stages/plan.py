@@ -95,7 +95,7 @@ class StagePlan:
         layers: quantized layers and adapters.
         signal_teacher: the model that teacher distributions come from.
         trials: of a stage that chooses layers by short distillations: how each candidate is trained in each round,
-            in this process alone. They train on the rows of the stage `distill`, and mixers only.
+            by one process. They train on the rows of the stage `distill`, and mixers only.
     """
 
     name: str

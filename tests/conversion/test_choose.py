@@ -149,7 +149,7 @@ def test_short_distillations_go_on_where_they_were(whole, tmp_path, monkeypatch,
         capsys.readouterr()
         assert rwkvinside(["layers", str(run), *command]) == 0
         printed = capsys.readouterr().out
-        assert ("6 trials of layers.json are used again" in printed) == (run is runs[0])
+        assert (f"6 trials of {run / 'layers.json'} are used again" in printed) == (run is runs[0])
         assert "on 64, 128, 256, 512 tokens" in printed and "kl@64" in printed
         for stage in ("align", "choose", "distill"):
             before, after = tensors(whole, stage), tensors(run, stage)

@@ -8,7 +8,7 @@ from hybrid_cases import packed, teacher
 from plans import stage_plan
 
 from rwkvinside.conversion.build import make_engine
-from rwkvinside.conversion.trials import Trials, TrialSetup
+from rwkvinside.conversion.trials import SharedTrials, TrialSetup
 from rwkvinside.errors import UserError
 from rwkvinside.hybrid.model import HybridModel
 from rwkvinside.hybrid.settings import StudentConfig
@@ -57,19 +57,20 @@ def test_a_trial_is_the_distillation_of_the_hybrid_itself(plan, kept, checkpoint
     plan = replace(plan, settings=plan.settings.model_copy(update={"activation_checkpointing": checkpointing}))
     model, steps, known, saved = student(), [], {}, []
     before = {name: p.clone() for name, p in model.state_dict().items()}
-    trials = Trials(model, TrialSetup((plan,), Rows(), ""), known, lambda: saved.append(dict(known)), steps.append)
+    setup, save = TrialSetup((plan,), Rows(), ""), lambda: saved.append(dict(known))
+    trials = SharedTrials(model, setup, Distributed("cpu"), known, save, steps.append)
 
-    def score():
+    def score(kept):
         return divergence(model, dict.fromkeys(kept, "kept"))
 
     with torch.no_grad():  # as layers are measured
-        untrained, trained = trials(kept, 0, score), trials(kept, TOKENS, score)
-    assert untrained == score() and trained < untrained and sum(steps) == 3
+        (untrained,), (trained,) = trials([kept], 0, score), trials([kept], TOKENS, score)
+    assert untrained == score(kept) and trained < untrained and sum(steps) == 3
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
     assert not any(layer.training for layer in model.family.layers(model.lm))
     name = ",".join(map(str, kept)) or "none"
-    assert known == {f"{name} 0": untrained, f"{name} {TOKENS}": trained} == saved[-1] and len(saved) == 2
+    assert known == {f"{name} 0": untrained, f"{name} {TOKENS}": trained} == saved[-1]
 
     built = student()
     built.keep_attention(kept)
@@ -83,8 +84,9 @@ def test_a_trial_is_the_distillation_of_the_hybrid_itself(plan, kept, checkpoint
 
 def test_known_results_are_not_trained_again(plan):
     steps, known = [], {"1 192": 0.25}
-    trials = Trials(student(), TrialSetup((plan,), Rows(), ""), known, lambda: pytest.fail("nothing new"), steps.append)
-    assert trials((1,), TOKENS, lambda: pytest.fail("not measured again")) == 0.25 and steps == [3]
+    setup, fail = TrialSetup((plan,), Rows(), ""), lambda *_: pytest.fail("nothing is new")
+    trials = SharedTrials(student(), setup, Distributed("cpu"), known, fail, steps.append)
+    assert trials([(1,)], TOKENS, fail) == [0.25] and sum(steps) == 3
 
 
 def test_a_trial_that_fails_leaves_the_student_as_it_was(plan):
@@ -92,7 +94,8 @@ def test_a_trial_that_fails_leaves_the_student_as_it_was(plan):
     before = {name: p.clone() for name, p in model.state_dict().items()}
     optim = plan.optim.model_copy(update={"lr": 1e30})
     wild = replace(plan, settings=plan.settings.model_copy(update={"optim": optim}))
-    trials = Trials(model, TrialSetup((wild,), Rows(), ""), {}, lambda: None, lambda steps: None)
+    setup = TrialSetup((wild,), Rows(), "")
+    trials = SharedTrials(model, setup, Distributed("cpu"), {}, lambda: None, lambda steps: None)
     with pytest.raises(UserError, match="stage distill, step 2"):
-        trials((), TOKENS, lambda: 0.0)
+        trials([()], TOKENS, lambda kept: 0.0)
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())

@@ -83,13 +83,14 @@ def test_restore_is_the_divergence_that_a_layer_saves(model, batches):
 def test_short_distillations_end_when_they_agree(model, batches, kl, rounds, chosen):
     choice, asked = LayerChoice("restore", 2, distill=8), []
 
-    def trial(kept, tokens, score):
-        asked.append((kept, tokens))
-        return kl[tokens][kept[0]] if kept else 9 - tokens
+    def trials(candidates, tokens, score):
+        asked.append(tokens)
+        assert candidates == [(), (0,), (1,), (2,), (3,)]
+        return [9 - tokens, *kl[tokens]]
 
-    scores = measure(model, batches[:1], choice, recall, lambda: None, trial)
+    scores = measure(model, batches[:1], choice, recall, lambda: None, trials)
     last = sorted(kl)[rounds - 1]
-    assert asked == [(kept, n) for n in sorted(kl)[:rounds] for kept in ((), (0,), (1,), (2,), (3,))]
+    assert asked == sorted(kl)[:rounds]
     assert scores.select(choice) == chosen and scores.base == 9 - last
     assert scores.layers == [9 - last - value for value in kl[last]]
     assert scores.details == {f"kl@{n}": kl[n] for n in sorted(kl)[:rounds]}
@@ -98,9 +99,10 @@ def test_short_distillations_end_when_they_agree(model, batches, kl, rounds, cho
 
 
 def test_short_distillations_score_what_restore_does(model, batches):
-    untrained = measure(
-        model, batches, LayerChoice("restore", 1, distill=8), recall, lambda: None, lambda kept, tokens, score: score()
-    )
+    def trials(candidates, tokens, score):
+        return [score(kept) for kept in candidates]
+
+    untrained = measure(model, batches, LayerChoice("restore", 1, distill=8), recall, lambda: None, trials)
     plain = measure(model, batches, LayerChoice("greedy", 1), recall, lambda: None)  # restore stops earlier
     assert untrained.base == pytest.approx(plain.base, rel=1e-6)
     assert untrained.details["kl@0"] == pytest.approx(plain.details["kl"], rel=1e-6)
