@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -134,6 +135,10 @@ class StackedExperts(nn.Module):
 
     Args:
         experts: the family's module, which loses its weights.
+
+    Attributes:
+        recomputed: the layer's activations are made again in the backward, the weights among them. They are no matter
+            of this module then: hooks of its own would hide all that the experts keep from the checkpoint around it.
     """
 
     _z3_leaf = True  # read by DeepSpeed: weights are whole in the backward, too
@@ -143,6 +148,7 @@ class StackedExperts(nn.Module):
         for name in weights_of(experts):
             setattr(self, name, ExpertWeight(cast(nn.Parameter, experts._parameters.pop(name))))
         self.module = experts
+        self.recomputed = False
 
     @property
     def weights(self) -> dict[str, ExpertWeight]:
@@ -156,7 +162,7 @@ class StackedExperts(nn.Module):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
         made = {name: weight(dtype) for name, weight in self.weights.items()}
         again = _MadeAgain(self.weights, made, dtype)
-        with saved_tensors_hooks(again.pack, again.unpack):
+        with nullcontext() if self.recomputed else saved_tensors_hooks(again.pack, again.unpack):
             return functional_call(self.module, made, (hidden_states, *args))
 
 

@@ -29,7 +29,7 @@ from ..modeling.rwkv_attention import RWKVAttention, identity_rotation
 from .adapters import disabled, is_adapter, is_start, module_of
 from .attention_wrapper import AttentionWrapper
 from .document_attention import Window, attend_within_documents, backbone_outputs, kept_windows
-from .experts import expert_weights
+from .experts import StackedExperts, expert_weights
 from .freezing import GROUPS, canonical_name, group_of, weight_names
 from .layouts import LayerChoice, resolve_layout
 from .lm_head import Head, HeadTask, LMHeadLoss, shaped
@@ -179,12 +179,15 @@ class HybridModel(nn.Module):
         super().train(False)
         for layer in self.family.layers(self.lm):
             layer.training = mode
+        recomputes = mode and self.lm.is_activation_checkpointing
+        for experts in (module for module in self.lm.modules() if isinstance(module, StackedExperts)):
+            experts.recomputed = recomputes
         return self
 
     def recompute_layers(self) -> None:
         """Recompute decoder layers in the backward instead of keeping their activations."""
-        self.train()
         self.lm.activation_checkpointing_enable()
+        self.train()
 
     def context(
         self, batch: Batch, mode: str, checkpoint: bool = False, layers: Mapping[int, str] = MappingProxyType({})

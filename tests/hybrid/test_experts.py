@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from rwkvinside.errors import UserError
 from rwkvinside.export.build import build_hybrid
+from rwkvinside.hybrid import experts
 from rwkvinside.hybrid.adapters import write_peft
 from rwkvinside.hybrid.assemble import adapters_of, apply, assemble, frozen_weights_of, make_plain, take_adapters
 from rwkvinside.hybrid.experts import StackedExperts, expert_weights, flatten_experts
@@ -78,19 +79,41 @@ def test_values_and_gradients_are_those_of_plain_experts(quantized, adapters, im
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_a_graph_keeps_nothing_that_was_unpacked_or_added_up(implementation):
+def test_a_graph_keeps_nothing_that_was_unpacked_or_added_up(implementation, monkeypatch):
     model = student(("mlp",), (LORA,))
     model.lm.set_experts_implementation(implementation)
     model.set_trainable(["mixer", "adapters"])
-    stack, kept = model.lm.model.layers[2].mlp.experts, []
+    stack, kept, pack = model.lm.model.layers[2].mlp.experts, [], experts._MadeAgain.pack
+    monkeypatch.setattr(experts._MadeAgain, "pack", lambda *a: (kept.append(pack(*a)), kept[-1])[1])
     made = {w.shape.numel() for w in stack.weights.values()} | {w.shape[1:].numel() for w in stack.weights.values()}
     x = torch.randn(6, 32, requires_grad=True)
     choice, share = torch.tensor([[0, 1], [1, 2], [2, 3]] * 2), torch.rand(6, 2)
     with saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
         y = stack(x, choice, share)
-    assert not [t for t in kept if t.untyped_storage().nbytes() // t.element_size() in made]
+    tensors = [t for t in kept if isinstance(t, torch.Tensor)]
+    # the weights are named instead; batched_mm gathers rows of them for every token
+    assert (len(tensors) < len(kept)) == (implementation != "batched_mm")
+    assert not [t for t in tensors if t.untyped_storage().nbytes() // t.element_size() in made]
     y.sum().backward()
     assert x.grad.any() and all(p.grad.any() for p in stack.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_recomputed_layers_keep_nothing_of_their_experts(implementation, monkeypatch):
+    model, batch, gradients = student(("mlp",), (LORA,)), packed([9, 11], rows=2), []
+    model.lm.set_experts_implementation(implementation)
+    model.set_trainable(["mixer", "adapters"])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for recompute in (False, True):
+        if recompute:  # what experts keep is seen by the checkpoint, and not by hooks of their own
+            model.recompute_layers()
+            monkeypatch.setattr(experts._MadeAgain, "pack", lambda *_: pytest.fail("kept by the experts"))
+        loss, _ = DistillStep(SelfTeacher())(model, batch)
+        gradients.append(torch.autograd.grad(loss, trained, allow_unused=True))
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, again, rtol=1e-4, atol=1e-5)
+    model.train(False)
+    assert not any(m.recomputed for m in model.modules() if isinstance(m, experts.StackedExperts))
 
 
 @pytest.mark.parametrize("format", ["nf4", "int8"])
