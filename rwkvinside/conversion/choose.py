@@ -199,7 +199,9 @@ def layers_of_run(run: Path, wanted: dict, tokens: int) -> tuple[tuple[int, ...]
             print(line)
         tokenizer, world = open_tokenizer(config.teacher), Distributed(plan.settings.device)
         vocab = student.lm.config.vocab_size
-        data, val = tokens_of(plan.settings.data, stage.settings.data, 0, tokenizer, vocab, world)
+        # as much as the run has read, of which the same documents are held out
+        sources = plan.settings.data, stage.settings.data, plan.settings.endless_tokens
+        data, val = tokens_of(*sources, tokenizer, vocab, world)
         close(data)
         held = validation_batches(stage, val, student.lm.config.max_position_embeddings)
         batches = held_out(held, tokens, device)

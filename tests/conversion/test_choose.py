@@ -13,6 +13,8 @@ from transformers import AutoTokenizer
 import rwkvinside as rw
 import train_distill
 from rwkvinside.cli.main import main as rwkvinside
+from rwkvinside.config.resolve import resolve
+from rwkvinside.config.schema import Config
 from rwkvinside.conversion import choose
 from rwkvinside.data.batch import IGNORE
 from rwkvinside.errors import UserError
@@ -128,6 +130,14 @@ def test_layers_of_a_run_are_measured_once(material, whole, tmp_path, capsys):
     assert rwkvinside(["layers", str(whole), "--keep", "1"]) == 2
     assert "was changed after it was written" in capsys.readouterr().err
     (whole / "layers.json").write_text(text)
+
+
+def test_a_run_holds_out_the_same_text_of_data_without_an_end(whole, tmp_path, monkeypatch):
+    asked, read = [], choose.tokens_of
+    monkeypatch.setattr(choose, "tokens_of", lambda *arguments: asked.append(arguments[2]) or read(*arguments))
+    rw.layers(shutil.copytree(whole, tmp_path / "run"), keep=1)
+    plan = resolve(Config.model_validate(RunDirectory(whole).config()))
+    assert asked == [plan.settings.endless_tokens] and asked[0] > 0
 
 
 def test_short_distillations_go_on_where_they_were(whole, tmp_path, monkeypatch, capsys):
