@@ -79,7 +79,7 @@ def verify(directory: str | Path, against: str | Path) -> dict:
     return compare(directory, against)
 
 
-def layers(run: str | Path, keep: int, *, choose: str = "restore", tokens: int = 64_000, **limits: int) -> dict:
+def layers(run: str | Path, keep: int, *, choose: str = "restore", tokens: int = 64_000, **options: int) -> dict:
     """Measure which layers of a run's student should keep attention, and choose.
 
         found = rw.layers("run", keep=9)
@@ -90,7 +90,8 @@ def layers(run: str | Path, keep: int, *, choose: str = "restore", tokens: int =
         keep: layers that keep attention.
         choose: "error", "restore", "swap" or "greedy", see docs/layers.md.
         tokens: of the run's validation data, at most.
-        **limits: `max_gap` and `max_run`, most RWKV and most attention layers in a row.
+        **options: `max_gap` and `max_run`, most RWKV and most attention layers in a row; `distill`, tokens on which
+            restore trains each candidate at most before it is scored.
 
     Returns:
         "layers", ascending; "scores", one for each layer; "tokens" that were measured; "base", the KL with RWKV in all
@@ -101,7 +102,7 @@ def layers(run: str | Path, keep: int, *, choose: str = "restore", tokens: int =
     """
     from .conversion.choose import layers_of_run
 
-    kept, scores = layers_of_run(Path(run), {"choose": choose, "keep": keep, **limits}, tokens)
+    kept, scores = layers_of_run(Path(run), {"choose": choose, "keep": keep, **options}, tokens)
     return {"layers": list(kept), "scores": scores.layers, "tokens": scores.tokens, "base": scores.base}
 
 
