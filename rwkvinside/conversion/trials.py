@@ -111,10 +111,10 @@ class SharedTrials:
         for kept in mine:
             known[names[kept]] = self._distilled(kept, self._plans[tokens], score) if tokens else score(kept)
             self._save()
-        values = world.all_reduce_sum([known[names[kept]] if kept in mine else 0.0 for kept in new])
-        known.update({names[kept]: value for kept, value in zip(new, values, strict=True)})
-        self._advance(steps * (len(new) - len(mine)))
-        if len(new) > len(mine):
+        if new and world.size > 1:
+            values = world.all_reduce_sum([known[names[kept]] if kept in mine else 0.0 for kept in new])
+            known.update({names[kept]: value for kept, value in zip(new, values, strict=True)})
+            self._advance(steps * (len(new) - len(mine)))
             self._save()
         return world.all_reduce_sum([known[name] if world.is_main else 0.0 for name in names.values()])
 

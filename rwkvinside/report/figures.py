@@ -27,6 +27,7 @@ RUN_COLORS = (BLUE, ORANGE, GREEN, PINK, AMBER, GREY)
 LAYER_UNITS = {
     "error": "relative error of its mixer",
     "restore": "KL that its attention saves",
+    "restore+distill": "KL that its attention saves",
     "swap": "recall lost per likelihood lost",
     "greedy": "KL that its attention saves",
 }

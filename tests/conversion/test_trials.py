@@ -1,5 +1,7 @@
 """Short distillations: what a candidate learns is what a hybrid built with these layers would, and nothing is left."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -87,6 +89,46 @@ def test_known_results_are_not_trained_again(plan):
     setup, fail = TrialSetup((plan,), Rows(), ""), lambda *_: pytest.fail("nothing is new")
     trials = SharedTrials(student(), setup, Distributed("cpu"), known, fail, steps.append)
     assert trials([(1,)], TOKENS, fail) == [0.25] and sum(steps) == 3
+
+
+class Rank:
+    """One of several threads that play the ranks of a run."""
+
+    def __init__(self, rank, size, shares, barrier):
+        self.rank, self.size, self.is_main, self.device = rank, size, rank == 0, torch.device("cpu")
+        self._shares, self._barrier = shares, barrier
+
+    def all_reduce_sum(self, values):
+        self._barrier.wait()
+        self._shares[self.rank] = values
+        self._barrier.wait()
+        return [sum(column) for column in zip(*self._shares, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "known", [{}, {"none 0": 9.0, "0 0": 5.0}, {"none 0": 9.0, "0 0": 5.0, "1 0": 6.0, "2 0": 7.0}]
+)
+def test_ranks_share_what_rank_0_does_not_know(known):
+    size, candidates, asked, saved = 3, [(), (0,), (1,), (2,)], [], []
+    barrier, shares = threading.Barrier(size, timeout=20), [None] * size
+
+    def work(rank):
+        def score(kept):
+            asked.append(kept)
+            return kept[0] + 5.0 if kept else 9.0
+
+        own = dict(known) if rank == 0 else {"1 0": 100.0}  # of an earlier run on other ranks: it does not count
+        save = (lambda: saved.append(dict(own))) if rank == 0 else lambda: None
+        world = Rank(rank, size, shares, barrier)
+        trials = SharedTrials(None, TrialSetup((), Rows(), ""), world, own, save, lambda steps: None)
+        return trials(candidates, 0, score)
+
+    with ThreadPoolExecutor(size) as pool:
+        found = list(pool.map(work, range(size)))
+    assert found == [[9.0, 5.0, 6.0, 7.0]] * size
+    names = {(): "none 0", (0,): "0 0", (1,): "1 0", (2,): "2 0"}
+    assert sorted(asked) == [kept for kept in candidates if names[kept] not in known], "each by one of them"
+    assert len(known) == 4 or saved[-1] == {"none 0": 9.0, "0 0": 5.0, "1 0": 6.0, "2 0": 7.0}
 
 
 def test_a_trial_that_fails_leaves_the_student_as_it_was(plan):
