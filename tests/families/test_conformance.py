@@ -97,12 +97,17 @@ def _make(family, original, spec):
 
 def _export(case, folder):
     """The student as it is written to `folder` and read again."""
-    source = SimpleNamespace(teacher_config=lambda: case.original.config, teacher_id="tiny")
-    build_hybrid(copy.deepcopy(case.student), source, torch.float32, tie_embeddings=None).save_pretrained(folder)
-    model, info = case.family.hybrid_class.from_pretrained(folder, output_loading_info=True)
-    assert not any(info.values())
+    model = _read_back(case.student, case.original, case.family, folder)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
-    return doubled(model).eval()
+    return doubled(model)
+
+
+def _read_back(student, original, family, folder):
+    source = SimpleNamespace(teacher_config=lambda: original.config, teacher_id="tiny")
+    build_hybrid(copy.deepcopy(student), source, torch.float32, tie_embeddings=None).save_pretrained(folder)
+    model, info = family.hybrid_class.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values())
+    return model.eval()
 
 
 def test_registries_name_what_is_there():
@@ -130,6 +135,23 @@ def test_teacher_mode_is_the_original_bit_for_bit(case):
         expected = case.original(input_ids=batch.input_ids).logits
         assert torch.equal(logits(case.student, batch, "teacher"), expected)
         assert not torch.allclose(logits(case.student, batch, "student"), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_with_all_layers_kept_it_is_the_teacher_bit_for_bit(family, tmp_path):
+    original, everything = teacher(family), StudentConfig(attention_layers=(0, 1, 2))
+    student = HybridModel.from_teacher(copy.deepcopy(original), everything).eval()
+    batch = packed([20], rows=2)
+    expected = original(batch.input_ids).logits
+    assert all(torch.equal(logits(student, batch, mode), expected) for mode in ("student", "teacher", "control"))
+    exported = _read_back(student, original, find(family), tmp_path)
+    assert torch.equal(exported(batch.input_ids).logits, expected)
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    padded = F.pad(batch.input_ids, (3, 0)), F.pad(torch.ones_like(batch.input_ids), (3, 0))
+    for ids, mask in ((batch.input_ids, torch.ones_like(batch.input_ids)), padded):
+        found, wanted = (m.generate(ids, attention_mask=mask, **options) for m in (exported, original))
+        assert torch.equal(found, wanted)
 
 
 def test_the_mixer_starts_as_the_attention(case):
