@@ -212,6 +212,8 @@ def _choice(fields: Mapping, count: int | None) -> Layout:
         raise ValueError(f"has choose {method!r}; there are {', '.join(METHODS)}{did_you_mean(str(method), METHODS)}")
     measured = method in MEASURED
     fields = {name: value for name, value in fields.items() if value is not None}
+    if "distill" in fields and method != DISTILLED:
+        raise ValueError(f"has distill with choose {method}; only {DISTILLED} trains its candidates")
     own = (*(CONSTRAINTS if measured else ()), *(("distill",) if method == DISTILLED else ()))
     _known(fields, ("choose", "keep", *own))
     if "keep" not in fields:

@@ -58,7 +58,7 @@ def test_forms(layout, layers):
         ({"choose": "uniform", "keep": 2, "max_gap": 3}, "has the key max_gap"),
         (
             {"choose": "greedy", "keep": 2, "distill": "1M"},
-            "has the key distill, allowed with these",
+            "has distill with choose greedy; only restore trains",
         ),
         (
             {"choose": "restore", "keep": 2, "distill": "much"},
