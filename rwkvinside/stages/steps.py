@@ -6,8 +6,7 @@ The trainer divides by the global count.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -54,12 +53,12 @@ class DistillStep:
     Attributes:
         teacher: where the distributions to follow come from.
         config: what is compared, and how.
-        layers: modes of the student's layers that differ, see `HybridModel.forward`.
+        layers: modes of the student's layers that differ, see `HybridModel.forward`; None: none do.
     """
 
     teacher: Teacher
     config: DistillLossConfig = DistillLossConfig()
-    layers: Mapping[int, str] = field(default_factory=dict)
+    layers: Mapping[int, str] | None = None
 
     def count(self, batch: Batch) -> int:
         """Return the labeled positions of a batch."""
@@ -93,7 +92,7 @@ class SftStep:
 
 
 def student_loss(
-    model: nn.Module, batch: Batch, task: ChunkedLoss, router: float, layers: Mapping[int, str] = MappingProxyType({})
+    model: nn.Module, batch: Batch, task: ChunkedLoss, router: float, layers: Mapping[int, str] | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return a loss of the student's logits, and the balance of experts as "router" where it has a weight."""
     if not router:
