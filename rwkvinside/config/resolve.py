@@ -17,12 +17,8 @@ from ..stages.phases import phases_of
 from ..stages.plan import RunPlan, RunSettings, StagePlan
 from ..stages.registry import stage_class
 from ..stages.settings import StageConfig
-<<<<<<< HEAD
-from ..teacher.settings import TeacherConfig, TeacherModelConfig
-=======
 from ..support.extras import import_extra
-from ..teacher.settings import TeacherConfig
->>>>>>> main
+from ..teacher.settings import TeacherConfig, TeacherModelConfig
 from ..training.batching import StepShape
 from .precision import frozen_dtype, resolve_device, resolve_precision, teacher_dtype
 from .schema import Config
@@ -81,7 +77,6 @@ def resolve(
     return RunPlan(settings, plans, selected)
 
 
-<<<<<<< HEAD
 def trial_plans(config: Config, run: RunSettings, choice: LayerChoice) -> tuple[StagePlan, ...]:
     """Return the rounds of a choice by short distillations, () where none distills.
 
@@ -110,14 +105,14 @@ def trial_plans(config: Config, run: RunSettings, choice: LayerChoice) -> tuple[
         own |= {"teacher": "auto", "teacher_model": TeacherModelConfig(), "teacher_cache": None}
         rounds.append(_stage_plan(TRIAL, distill.model_copy(update=own), config, run))
     return tuple(rounds)
-=======
+
+
 def _fused_layers(setting: str | bool, device: str) -> bool:
     if setting is True:
         if device != "cuda":
             raise UserError(f"fused_layers on {device}: its kernels run on cuda only", "leave fused_layers as it is")
         import_extra(LIBRARY, "fused_layers")
     return device == "cuda" and installed() if setting == "auto" else bool(setting)
->>>>>>> main
 
 
 def _with_choice(

@@ -180,14 +180,8 @@ class _Input(NamedTuple):
         """
         heads = activations.heads.float()
         target = mixer.output(heads)
-<<<<<<< HEAD
         # on a GPU that computes in bf16 the teacher's weights and activations have it
         dtype = mixer.output.weight.dtype
-=======
-        dtype = (
-            mixer.output.weight.dtype
-        )  # on a GPU that computes in bf16 the teacher's weights and activations have it
->>>>>>> main
         first = None if own.first is None else FirstLayerKV(*(x if x is None else x.to(dtype) for x in own.first))
         own = own._replace(x=own.x.to(dtype), first=first)
         cos, sin = (x.to(dtype) for x in activations.rope)
