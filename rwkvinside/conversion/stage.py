@@ -18,11 +18,13 @@ from ..evaluate.in_training import continuation, evaluate_student, judging, shar
 from ..hybrid.document_attention import windows_of
 from ..hybrid.model import HybridModel
 from ..hybrid.quantized_linear import relative_error
+from ..hybrid.row_states import RowStates
 from ..runs.metrics_file import of_kind, read_metrics
 from ..stages.param_groups import joined, rate_groups
 from ..stages.phases import Phase
 from ..stages.plan import StagePlan
 from ..stages.rows import Rows, leading_text, report, rows_of, sample, validation_batches
+from ..stages.steps import StatefulStep
 from ..stages.summary import training_table
 from ..stages.teacher import build_teacher, teacher_formats, teacher_label
 from ..support.progress import Progress
@@ -145,7 +147,8 @@ def _load_inputs(run: Run, plan: StagePlan, before: str | None) -> _Inputs:
 
 def _settings(run: Run, plan: StagePlan, inputs: _Inputs) -> dict:
     """Return what a checkpoint of a stage must share with it, as JSON values."""
-    return {"seed": plan.run.seed, "data": inputs.data} | stage_settings(plan, run.directory)
+    shared = {"seed": plan.run.seed, "data": inputs.data} | stage_settings(plan, run.directory)
+    return shared | ({"stateful": True} if plan.settings.stateful else {})
 
 
 def _run_phase(run: Run, plan: StagePlan, phase: Phase, inputs: _Inputs, checkpoint: Checkpoint | None) -> dict:
@@ -275,14 +278,17 @@ def _train(
     engine = make_engine(plan, phase, student, world)
     try:
         judge = partial(_judge, run, plan, models)
+        states = RowStates(student, plan.length.rows_per_step) if plan.settings.stateful else None
+        step = watch_adapters(_step(plan, models, engine, inputs.rows), student)
         evaluation = _Evaluation(engine, judge, inputs.validation, plan.length.steps)
         trainer = Trainer(
             engine,
-            watch_adapters(_step(plan, models, engine, inputs.rows), student),
+            step if states is None else StatefulStep(step, states),
             inputs.rows,
             _training_plan(run, plan, plan.schedule(groups), student),
             checkpointer=run.checkpointer(plan.name),
             settings=_settings(run, plan, inputs),
+            carried=states,
             callbacks=[
                 Evaluate(evaluation),
                 SaveExtra(others),

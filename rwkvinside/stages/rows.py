@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..data.batch import Batch
 from ..data.mixture import MixedRows
-from ..data.rows import PackedRows, PaddedDocuments, WholeDocuments, document_batches
+from ..data.rows import ContinuedRows, DocumentRows, PackedRows, PaddedDocuments, document_batches
 from ..data.sources import Mixture, Tokens
 from ..data.stream import StreamedRows, TokenStream
 from ..data.token_store import TokenStore
@@ -23,22 +23,35 @@ ORDER_NAMES = {"distill": "distil"}
 JUDGED_TOKENS = 4096  # of a validation document
 JUDGED_BATCH = 8192  # tokens that are evaluated at a time
 
-Rows = PackedRows | WholeDocuments | StreamedRows | MixedRows
+Rows = DocumentRows | StreamedRows | MixedRows
 
 
 def rows_of(plan: StagePlan, tokens: Tokens) -> Rows:
-    """Return the rows that a stage trains on, in a random order."""
+    """Return the rows that a stage trains on, in a random order of documents.
+
+    Raises:
+        UserError: rows of a mixture that are to go on from step to step.
+    """
     seed = zlib.crc32(f"{plan.run.seed} {ORDER_NAMES.get(plan.name, plan.name)}".encode())
 
-    def of_documents(store: TokenStore, seed: int) -> PackedRows | WholeDocuments:
-        return plan.stage.documents(store, plan.length.seq_len, seed)
+    def of_documents(store: TokenStore, seed: int) -> DocumentRows:
+        rows = plan.stage.documents(store, plan.length.seq_len, seed)
+        if not plan.settings.stateful:
+            return rows
+        assert isinstance(rows, PackedRows), "only stages of packed rows are stateful"
+        return ContinuedRows(rows, plan.length.rows_per_step)
 
-    def of_source(source: TokenStore | TokenStream) -> PackedRows | WholeDocuments | StreamedRows:
+    def of_source(source: TokenStore | TokenStream) -> DocumentRows | StreamedRows:
         if isinstance(source, TokenStream):
             return StreamedRows(source, of_documents, seed)
         return of_documents(source, seed)
 
     if isinstance(tokens, Mixture):
+        if plan.settings.stateful:
+            raise UserError(
+                f"stages.{plan.name}.stateful: rows of a mixture do not go on from step to step",
+                "leave out weights, so that all sources are read as one",
+            )
         return MixedRows([of_source(source) for source in tokens.parts], tokens.weights, seed)
     return of_source(tokens)
 
