@@ -69,9 +69,8 @@ def test_a_document_in_rows_equals_the_document_whole(rows, name, micro_rows):
                 at = 0
                 for number, (document, start, stop) in enumerate(rows.pieces(row)):
                     text = rows.packed.tokens.piece(document, 0, 1000)[0]
-                    read = (
-                        0 if number else int(rows.row(row)["position_ids"][0])
-                    )  # of it by the stream, before this row
+                    # tokens of it that the stream has read in the rows before this one
+                    read = 0 if number else int(rows.row(row)["position_ids"][0])
                     whole = batch_of(torch.from_numpy(text[start - read : stop])[None])
                     size = min(stop, len(text)) - start
                     expected = logits(model, whole, "student")[0, read:]

@@ -94,7 +94,7 @@ def test_it_beats_a_bigram_model_of_the_same_text(texts, trained):
 
 
 def stopped_and_resumed(texts, out, steps, *more):
-    """The losses of a run that was told to stop once it had made so many steps, and then to go on; and its directory."""
+    """Losses and directory of a run that was told to stop once it had made so many steps, and then to go on."""
     run = texts / out / "words"
 
     def stop():
