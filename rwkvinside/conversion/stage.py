@@ -23,7 +23,7 @@ from ..runs.metrics_file import of_kind, read_metrics
 from ..stages.param_groups import joined, rate_groups
 from ..stages.phases import Phase
 from ..stages.plan import StagePlan
-from ..stages.rows import Rows, leading_text, report, rows_of, sample, validation_batches
+from ..stages.rows import Rows, judged_streams, leading_text, report, rows_of, sample, validation_batches
 from ..stages.steps import StatefulStep
 from ..stages.summary import training_table
 from ..stages.teacher import build_teacher, teacher_formats, teacher_label
@@ -280,7 +280,8 @@ def _train(
         judge = partial(_judge, run, plan, models)
         states = RowStates(student, plan.length.rows_per_step) if plan.settings.stateful else None
         step = watch_adapters(_step(plan, models, engine, inputs.rows), student)
-        evaluation = _Evaluation(engine, judge, inputs.validation, plan.length.steps)
+        judged_states = partial(RowStates, student, judged_streams(plan)) if states is not None else lambda: None
+        evaluation = _Evaluation(engine, judge, inputs.validation, plan.length.steps, judged_states)
         trainer = Trainer(
             engine,
             step if states is None else StatefulStep(step, states),
@@ -329,6 +330,7 @@ class _Evaluation:
     Args:
         judge: gives the teacher to compare with, see `_judge`.
         steps: after which the numbers are the last ones.
+        states: makes what rows begin with that go on from batch to batch; None where they begin anew.
 
     Attributes:
         last: the numbers of the last evaluation, {} before the first one.
@@ -340,7 +342,9 @@ class _Evaluation:
         judge: Callable[..., AbstractContextManager[tuple[Teacher | None, dict]]],
         batches: list[Batch],
         steps: int,
+        states: Callable[[], RowStates | None],
     ):
+        self._states = states
         self._engine, self._judge, self._world, self._steps = engine, judge, engine.world, steps
         self._batches = share(batches, self._world.rank, self._world.size)
         self.last: dict = {}
@@ -354,7 +358,7 @@ class _Evaluation:
         world = self._world
         with self._engine.autocast(), self._judge(final=done == self._steps) as (teacher, label):
             scores = evaluate_student(
-                self._engine.module, teacher, self._batches, world.device, world.all_reduce_sum, mode
+                self._engine.module, teacher, self._batches, world.device, world.all_reduce_sum, mode, self._states()
             )
         return numbers(scores, teacher) | label
 

@@ -23,13 +23,13 @@ from ..data.batch import Batch
 from ..errors import UserError
 from ..families.base import Family
 from ..families.registry import find
-from ..modeling.carried_rows import CarriedRows
 from ..modeling.first_layer import ForwardContext
 from ..modeling.kept_attention import is_cut
 from ..modeling.mixer_presets import TimeMixerConfig, check_first_layer
 from ..modeling.rwkv_attention import RWKVAttention, identity_rotation
 from .adapters import disabled, is_adapter, is_start, module_of
 from .attention_wrapper import AttentionWrapper
+from .carried_rows import CarriedRows
 from .document_attention import Window, attend_within_documents, backbone_outputs, kept_windows
 from .experts import expert_weights
 from .freezing import GROUPS, canonical_name, group_of, weight_names

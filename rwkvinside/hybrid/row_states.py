@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..data.batch import Batch
-from ..modeling.carried_rows import CarriedRows, State, stacked
 from ..modeling.time_mixer import MixerState
 from ..modeling.window_attention import WindowState
+from .carried_rows import CarriedRows, State, stacked
 from .model import HybridModel
 
 

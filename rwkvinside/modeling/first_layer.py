@@ -9,14 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from .carried_rows import CarriedRows
 
 
 class FirstLayerKV(NamedTuple):
@@ -127,7 +124,8 @@ class ForwardContext:
         layer_modes: modes of single layers in place of `mode`; "kept" is "teacher" as a hybrid keeps attention.
         provider: the layer whose own value and key are the first ones of this call, where the first RWKV layer runs its
             attention; None: that layer.
-        carried: states that the rows of this call begin with and leave, in training; None: rows begin anew.
+        carried: in training, what gives each layer the states that rows begin with, and takes those that they leave
+            (`hybrid.carried_rows`, which exports do without); None: rows begin anew.
     """
 
     mode: str = "student"
@@ -138,4 +136,4 @@ class ForwardContext:
     first: VFirstHolder = field(default_factory=VFirstHolder)
     layer_modes: Mapping[int, str] = field(default_factory=dict)
     provider: int | None = None
-    carried: CarriedRows | None = None
+    carried: Any = None

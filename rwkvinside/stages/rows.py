@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..data.batch import Batch
+from ..data.batch import IGNORE, Batch
 from ..data.mixture import MixedRows
 from ..data.rows import ContinuedRows, DocumentRows, PackedRows, PaddedDocuments, document_batches
 from ..data.sources import Mixture, Tokens
@@ -142,11 +143,29 @@ def leading_text(rows: Rows, tokens: int) -> Batch:
 def validation_batches(plan: StagePlan, val: TokenStore, max_positions: int) -> list[Batch]:
     """Return batches of the validation documents.
 
-    Each is alone in its row and cut to the model's context, or all are in packed rows as the stage trains on.
+    Each is alone in its row and cut to the model's context, or all are in packed rows as the stage trains on. Of a
+    stateful stage these go on from batch to batch of the same rank: every `plan.run.ranks`-th is one rank's.
     """
+    if plan.settings.stateful:
+        streams = judged_streams(plan)
+        rows = ContinuedRows(PackedRows(val, plan.length.seq_len, seed=0), streams)
+        size = streams // plan.run.ranks
+        return [_once(rows, range(i, i + size)) for i in range(0, rows.rows_per_epoch, size)]
     if plan.stage.packs_validation:
         packed = PackedRows(val, plan.length.seq_len, seed=0)
         size = max(1, JUDGED_BATCH // packed.seq_len)
-        rows = range(packed.rows_per_epoch)
-        return [packed.batch(rows[i : i + size]) for i in range(0, len(rows), size)]
+        numbers = range(packed.rows_per_epoch)
+        return [packed.batch(numbers[i : i + size]) for i in range(0, len(numbers), size)]
     return list(document_batches(PaddedDocuments(val, min(JUDGED_TOKENS, max_positions)), batch_tokens=JUDGED_BATCH))
+
+
+def judged_streams(plan: StagePlan) -> int:
+    """Return in how many streams all ranks read the validation text of a stateful stage: few, so that they are long."""
+    size = min(plan.length.rows_per_step, max(1, JUDGED_BATCH // plan.length.seq_len))
+    return size * plan.run.ranks
+
+
+def _once(rows: ContinuedRows, numbers: range) -> Batch:
+    """Return a batch in which rows that came before have no targets."""
+    batch, first = rows.batch(numbers), torch.from_numpy(rows.first_time(numbers))
+    return batch if first.all() else replace(batch, labels=batch.labels.where(first[:, None], IGNORE))

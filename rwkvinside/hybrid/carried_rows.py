@@ -1,7 +1,6 @@
 """The states that the rows of a packed batch begin with and leave, when rows go on from one step to the next.
 
-In the forward of a model they travel in the `ForwardContext`. This file travels with exported models: torch only, no
-I/O.
+In the forward of a model they travel in the `ForwardContext`.
 """
 
 from __future__ import annotations
@@ -12,8 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .time_mixer import MixerState
-from .window_attention import WindowState
+from ..modeling.time_mixer import MixerState
+from ..modeling.window_attention import WindowState
 
 State = MixerState | WindowState
 
