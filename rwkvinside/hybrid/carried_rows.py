@@ -48,6 +48,12 @@ class CarriedRows:
 
         return _map_but_window(state, spread)
 
+    def of_window(self, layer: int) -> WindowState:
+        """Return what the rows begin with in a layer that keeps attention, cut to a window: (B, ...)."""
+        state = self.before[layer]
+        assert isinstance(state, WindowState)
+        return state
+
     def leave(self, layer: int, state: State) -> None:
         """Keep what a layer returns after its documents."""
         if isinstance(state, MixerState) and self.last is not None:

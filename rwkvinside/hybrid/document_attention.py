@@ -30,7 +30,8 @@ from ..families.registry import find
 from ..modeling.first_layer import ForwardContext
 from ..modeling.kept_attention import grown, is_cut
 from ..modeling.mixer_presets import TimeMixerConfig
-from ..modeling.window_attention import WindowState, window_attention
+from ..modeling.window_attention import window_attention
+from .carried_rows import CarriedRows
 
 IMPLEMENTATION = "rwkvinside_documents"
 QUERIES = 512  # of a block that meets its keys under a mask of its own
@@ -191,13 +192,8 @@ def document_attention(
         form = _Form(scaling, None, softcap, dropout)
         return _capped(query, key, value, attention_mask, form).transpose(1, 2), None
     if window is not None:
-        context: ForwardContext | None = kwargs.get("forward_context")
-        carried = None if context is None else context.carried
-        state = None if carried is None else carried.before[module.layer_idx]
-        output, state = _cut(query, key, value, documents, window, _Form(scaling, None, softcap, 0.0), state)
-        if carried is not None:
-            carried.leave(module.layer_idx, state)
-        return output, None
+        form, context = _Form(scaling, None, softcap, 0.0), kwargs.get("forward_context")
+        return _cut(module, (query, key, value), documents, window, form, context), None
     sliding = None if sliding_window is None or sliding_window >= documents.longest else sliding_window
     form, dtype = _Form(scaling, sliding, softcap, dropout), _flash_dtype(query)
     flash = dtype is not None and softcap is None and not dropout
@@ -218,26 +214,31 @@ class _Form(NamedTuple):
 
 
 def _cut(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    module: nn.Module,
+    qkv: tuple[Tensor, Tensor, Tensor],
     documents: Documents,
     window: Window,
     form: _Form,
-    state: WindowState | None,
-) -> tuple[Tensor, WindowState | None]:
-    """Attend to a window and the first tokens of each document; (B, heads, T, N) in, (B, T, heads, N) out.
-
-    `state` and the one that is returned are as of `window_attention`.
-    """
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    context: ForwardContext | None,
+) -> Tensor:
+    """Attend to a window and the first tokens of each document; (B, heads, T, N) in, (B, T, heads, N) out."""
+    query, key, value = (x.transpose(1, 2) for x in qkv)
     if not window.tokens:
-        return torch.zeros_like(query), state
+        return torch.zeros_like(query)
     if form.scaling is not None:
         query = query * (form.scaling * query.shape[-1] ** 0.5)
-    bounds, (tokens, sinks) = documents.cu_seqlens.to(query.device), window
-    options = {"window": tokens, "sinks": sinks, "softcap": form.softcap, "state": state}
-    return window_attention(query, key, value, cu_seqlens=bounds, **options)
+    carried: CarriedRows | None = None if context is None else context.carried
+    output, state = window_attention(
+        *(query, key, value),
+        window=window.tokens,
+        sinks=window.sinks,
+        softcap=form.softcap,
+        state=None if carried is None else carried.of_window(module.layer_idx),
+        cu_seqlens=documents.cu_seqlens.to(query.device),
+    )
+    if carried is not None and state is not None:
+        carried.leave(module.layer_idx, state)
+    return output
 
 
 def _flash_dtype(query: Tensor) -> torch.dtype | None:
