@@ -89,17 +89,19 @@ class PackedRows:
 class ContinuedRows:
     """The rows of `PackedRows` in another order, in which row i + R goes on where row i ends.
 
-    So a step of R rows reads R streams. In each lap, which is about an epoch, every stream reads its own stretch of
-    S = ceil(packed rows / R) packed rows; a lap begins where the one before ended, and no token comes twice before all
-    have come. Positions run on in a row that goes on with a document, counted from where the stream began to read it.
+    So a step of R rows reads R streams, not one stretch of a long document. In each lap, which is about an epoch, every
+    stream reads its own stretch of S = ceil(packed rows / R) packed rows; a lap begins where the one before ended, and
+    no token comes twice before all have come.
 
     Args:
         packed: the rows.
         streams: R, rows of a step.
+        run_on: positions run on in a row that goes on with a document, counted from where the stream began to read it;
+            False: they restart, as in `PackedRows`.
     """
 
-    def __init__(self, packed: PackedRows, streams: int):
-        self.packed, self.streams, self.seq_len = packed, streams, packed.seq_len
+    def __init__(self, packed: PackedRows, streams: int, run_on: bool):
+        self.packed, self.streams, self.run_on, self.seq_len = packed, streams, run_on, packed.seq_len
         self.stretch = -(-packed.rows_per_epoch // streams)
         self.rows_per_epoch = self.stretch * streams
 
@@ -126,7 +128,7 @@ class ContinuedRows:
         """Return the arrays of row i, see `PackedRows.row`."""
         number, begin = self._place(i)
         row = self.packed.row(number)
-        if number > begin:
+        if self.run_on and number > begin:
             document, start, stop = self.packed.pieces(number)[0]
             row["position_ids"][: stop - start] += start - self._offset(document, number, begin)
         return row

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 class Pretrain(SupervisedFineTuning):
-    """Cross-entropy as in sft, on packed rows.
+    """Cross-entropy as in sft, on packed rows in streams, so that a step reads many documents however long they are.
 
-    A long document goes on in the next row, whose state starts anew, or is that of the row before (`stateful`).
+    A document goes on in the next step's row, whose state starts anew, or is that of the row before (`stateful`).
     """
 
     objective = "pretrain"
@@ -28,7 +28,7 @@ class Pretrain(SupervisedFineTuning):
     large = StageSize("20B", 4096, 524288)
     cuts_documents = False
     packs_validation = True
-    can_be_stateful = True
+    in_streams = True
 
     @classmethod
     def defaults(cls, width: int, max_positions: int) -> dict:

@@ -37,10 +37,10 @@ def rows_of(plan: StagePlan, tokens: Tokens) -> Rows:
 
     def of_documents(store: TokenStore, seed: int) -> DocumentRows:
         rows = plan.stage.documents(store, plan.length.seq_len, seed)
-        if not plan.settings.stateful:
+        if not plan.stage.in_streams:
             return rows
-        assert isinstance(rows, PackedRows), "only stages of packed rows are stateful"
-        return ContinuedRows(rows, plan.length.rows_per_step)
+        assert isinstance(rows, PackedRows), "streams are of packed rows"
+        return ContinuedRows(rows, plan.length.rows_per_step, run_on=plan.settings.stateful)
 
     def of_source(source: TokenStore | TokenStream) -> DocumentRows | StreamedRows:
         if isinstance(source, TokenStream):
@@ -148,7 +148,7 @@ def validation_batches(plan: StagePlan, val: TokenStore, max_positions: int) -> 
     """
     if plan.settings.stateful:
         streams = judged_streams(plan)
-        rows = ContinuedRows(PackedRows(val, plan.length.seq_len, seed=0), streams)
+        rows = ContinuedRows(PackedRows(val, plan.length.seq_len, seed=0), streams, run_on=True)
         size = streams // plan.run.ranks
         return [_once(rows, range(i, i + size)) for i in range(0, rows.rows_per_epoch, size)]
     if plan.stage.packs_validation:

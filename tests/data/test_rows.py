@@ -169,11 +169,12 @@ def test_rows_of_one_token_are_refused(make, make_store):
 @pytest.mark.parametrize("seq_len", [7, 16, 64])
 def test_streams_read_their_stretch_of_the_packed_rows_in_order(make_store, seq_len, streams):
     packed = PackedRows(make_store(documents()), seq_len=seq_len, seed=5)
-    rows = ContinuedRows(packed, streams)
+    rows = ContinuedRows(packed, streams, run_on=False)
     laps = 3
     read = [rows.row(i)["input_ids"] for i in range(laps * rows.rows_per_epoch)]
     order = [packed.row(i)["input_ids"].tolist() for i in range(laps * rows.rows_per_epoch)]
     assert sorted(ids.tolist() for ids in read) == sorted(order), "each packed row once"
+    assert not any(rows.row(i)["position_ids"][0] for i in range(rows.rows_per_epoch))
     for lap in range(laps):
         for stream in range(streams):
             begin = lap * rows.rows_per_epoch + stream
@@ -187,7 +188,7 @@ def test_streams_read_their_stretch_of_the_packed_rows_in_order(make_store, seq_
 @pytest.mark.parametrize("seq_len", [5, 16])
 def test_positions_run_on_in_a_document_from_where_the_stream_began_it(make_store, seq_len):
     owner = {token: n for n, d in enumerate(documents()) for token in d}
-    rows = ContinuedRows(PackedRows(make_store(documents()), seq_len=seq_len, seed=5), streams=4)
+    rows = ContinuedRows(PackedRows(make_store(documents()), seq_len=seq_len, seed=5), streams=4, run_on=True)
     ran_on = 0
     for stream in range(4):
         before = None

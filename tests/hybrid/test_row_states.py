@@ -47,7 +47,7 @@ def rows():
         fingerprint="test",
         max_id=VOCAB - 1,
     )
-    return ContinuedRows(PackedRows(store, seq_len=12, seed=2), STREAMS)
+    return ContinuedRows(PackedRows(store, seq_len=12, seed=2), STREAMS, run_on=True)
 
 
 def carry(states, model, batch):
@@ -113,7 +113,7 @@ def test_states_go_on_from_their_tensors_bit_for_bit(rows, name):
 
 def test_rows_that_go_on_are_scored_as_whole_documents(rows):
     model = student("with attention cut to a window", torch.float32)
-    one = ContinuedRows(rows.packed, streams=1)
+    one = ContinuedRows(rows.packed, streams=1, run_on=True)
     in_order = [one.batch([i]) for i in range(one.rows_per_epoch)]
     lengths = [len(rows.packed.tokens.piece(i, 0, 1000)[0]) for i in range(rows.packed.tokens.num_documents)]
     whole = PaddedDocuments(rows.packed.tokens, max(lengths))

@@ -31,16 +31,20 @@ def store():
     )
 
 
-def plan(ranks=1, **settings):
+def plan(ranks=1, stateful=True, **settings):
     optim = {"lr": 1e-3, "lr_rest": 1e-3, "lr_final": 1e-4, "warmup_steps": 1}
     shape = {"data": {"seq_len": SEQ_LEN}, "batch": {"tokens": STEP_ROWS * SEQ_LEN}, "loss": {"kl": 0, "ce": 1}}
-    made = stage_plan(objective="pretrain", tokens=96, train=[".*"], optim=optim, stateful=True, **shape | settings)
+    made = stage_plan(objective="pretrain", tokens=96, train=[".*"], optim=optim, stateful=stateful, **shape | settings)
     return replace(made, run=replace(made.run, ranks=ranks))
 
 
 def test_the_streams_of_a_step_are_its_rows(store):
     rows = rows_of(plan(), store)
     assert isinstance(rows, ContinuedRows) and rows.streams == STEP_ROWS
+    anew = rows_of(plan(stateful=False), store)
+    for i in range(3 * STEP_ROWS):  # the same tokens
+        assert anew.row(i)["input_ids"].tolist() == rows.row(i)["input_ids"].tolist()
+        assert anew.row(i)["position_ids"][0] == 0 and bool(rows.row(i)["position_ids"][0]) == (i >= STEP_ROWS)
     with pytest.raises(UserError, match="rows of a mixture do not go on"):
         rows_of(plan(), Mixture(("a", "b"), (store, store), (0.5, 0.5)))
 
