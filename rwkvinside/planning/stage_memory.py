@@ -141,7 +141,7 @@ def _work(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, teacher
     trained_stream = f"{model.family.embedding_path}.weight" in model.trained
     stream = FP32 if trained_stream or not bf16 else frozen.itemsize
     vocab = c.vocab_size
-    judged = min(plan.run.data.val_tokens, JUDGED_BATCH)
+    judged = min(plan.run.data.val_tokens, max(JUDGED_BATCH, plan.length.seq_len * stage.packs_validation))
     common = dict(
         # both models' logits and what they are compared by; a layer of a forward without a backward
         judged=FP32 * 8 * min(judged, chunk_tokens(vocab)) * vocab
