@@ -21,6 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import train_rwkv
 from rwkvinside.cli.main import main
 from rwkvinside.evaluate.load import load_run
+from rwkvinside.report.facts import run_facts
+from rwkvinside.report.screen import end_screen
 from rwkvinside.runs.trained import open_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,6 +93,7 @@ def test_it_beats_a_bigram_model_of_the_same_text(texts, trained):
     )
     assert 0.2 < model < baseline - 0.3  # the words are random: nothing gets to 0
     assert "kl" not in rows(trained, "eval")[-1] and open_run(trained).teacher is None
+    assert "KL" not in end_screen(run_facts(trained)), "nothing to be compared with"
 
 
 def stopped_and_resumed(texts, out, steps, *more):
