@@ -138,9 +138,9 @@ class ContinuedRows:
         rows = tuple(rows)
         return collate([self.row(i) for i in rows], rows)
 
-    def first_time(self, rows: Iterable[int]) -> np.ndarray:
-        """Return which of these rows (bool) are of the first epoch of the packed rows: a lap may reach further."""
-        return np.array([self._place(i)[0] < self.packed.rows_per_epoch for i in rows])
+    def is_first(self, i: int) -> bool:
+        """Return whether row i is of the first epoch of the packed rows, beyond which the first lap may reach."""
+        return self._place(i)[0] < self.packed.rows_per_epoch
 
     def _place(self, i: int) -> tuple[int, int]:
         """Return the packed row of row i, and the one with which its stream began the lap."""

@@ -149,8 +149,8 @@ def validation_batches(plan: StagePlan, val: TokenStore, max_positions: int) -> 
     if plan.settings.stateful:
         streams = judged_streams(plan)
         rows = ContinuedRows(PackedRows(val, plan.length.seq_len, seed=0), streams, run_on=True)
-        size = streams // plan.run.ranks
-        return [_once(rows, range(i, i + size)) for i in range(0, rows.rows_per_epoch, size)]
+        steps = (range(first, first + streams) for first in range(0, rows.rows_per_epoch, streams))
+        return [_once(rows, step, rank, plan.run.ranks) for step in steps for rank in range(plan.run.ranks)]
     if plan.stage.packs_validation:
         packed = PackedRows(val, plan.length.seq_len, seed=0)
         size = max(1, JUDGED_BATCH // packed.seq_len)
@@ -161,11 +161,12 @@ def validation_batches(plan: StagePlan, val: TokenStore, max_positions: int) -> 
 
 def judged_streams(plan: StagePlan) -> int:
     """Return in how many streams all ranks read the validation text of a stateful stage: few, so that they are long."""
-    size = min(plan.length.rows_per_step, max(1, JUDGED_BATCH // plan.length.seq_len))
-    return size * plan.run.ranks
+    return min(plan.length.rows_per_step, max(1, JUDGED_BATCH // plan.length.seq_len))
 
 
-def _once(rows: ContinuedRows, numbers: range) -> Batch:
-    """Return a batch in which rows that came before have no targets."""
-    batch, first = rows.batch(numbers), torch.from_numpy(rows.first_time(numbers))
-    return batch if first.all() else replace(batch, labels=batch.labels.where(first[:, None], IGNORE))
+def _once(rows: ContinuedRows, step: range, rank: int, ranks: int) -> Batch:
+    """Return a rank's share of a step's rows, or one that fills up; that and what has come before have no targets."""
+    own = step[rank::ranks]
+    batch = rows.batch(own or step[:1])
+    counts = torch.tensor([bool(own) and rows.is_first(i) for i in batch.rows])
+    return batch if counts.all() else replace(batch, labels=batch.labels.where(counts[:, None], IGNORE))
