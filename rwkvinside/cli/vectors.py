@@ -60,11 +60,11 @@ def train(parser: ArgumentParser, argv: Sequence[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any field, as in model.arch=gru")
     add_output_arguments(parser)
     args = parser.parse(argv)
-    from ..vectors.settings import load_run_config
+    from ..vectors.settings import RunConfig, load_config
     from ..vectors.train import train as run
 
     more = {"out": args.out, "data": args.data and {"source": args.data}}
-    result = run(load_run_config(args.config, args.overrides, **more))
+    result = run(load_config(RunConfig, args.config, args.overrides, **more))
     _show(f"{result['arch']} on {result['data']['source']}", {"validation": result["metrics"]})
     return _write(args, result)
 

@@ -17,7 +17,7 @@ from .leaderboard import read_baselines, read_rows, write_leaderboard
 from .metrics import predict
 from .page import html_page
 from .run import load_predictor, read_result
-from .settings import checked
+from .settings import RunConfig, checked
 from .store import embed, read_store
 
 PLAN, QUICK = ("vectors", "demo.yaml"), {"steps": 2, "evaluate_every": 0}
@@ -47,7 +47,7 @@ def demo(out: Path, source: str, spec: str, quick: bool, say: Callable[[str], No
         else embed(source, spec, store, QUICK_SENTENCES if quick else None)
     )
     say(f"{store}: {len(data.vectors):,} sentences of {data.card['source']}, {data.card['space']}")
-    settings = {"data": {"source": str(store)}, "model": {"d_in": data.vectors.shape[1]}}
+    settings = {"data": {"source": str(store)}}
     with as_file(files("rwkvinside.recipes").joinpath(*PLAN)) as plan:
         runs = read_plan(plan, [settings, *([QUICK] if quick else [])])
     write_baselines(runs, out / "runs", say)
@@ -100,5 +100,5 @@ def decoded_examples(
 
 
 def _split_of(runs: list[PlannedRun]) -> Split:
-    config = checked(runs[0].settings).data
+    config = checked(RunConfig, runs[0].settings).data
     return split(load_data(config), config)

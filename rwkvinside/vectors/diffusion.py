@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from .mixers.base import Shared
 from .model import Prediction, build_blocks
-from .settings import ModelConfig
+from .settings import WIDTH, ModelConfig
 
 IQR_OF_NORMAL = 1.349  # a normal distribution's interquartile range, in standard deviations
 
@@ -97,20 +97,20 @@ class LatentDiffusion(nn.Module):
             )
         self.config, d = config, config.diffusion
         self.steps, self.guidance, self.seed = d.steps, d.guidance, 0
-        D = config.d_model
-        self.normalizer = RobustNormalizer(config.d_in)
-        self.project = nn.Linear(config.d_in, D)
+        D, d_in = config.d_model, config.d_in or WIDTH
+        self.normalizer = RobustNormalizer(d_in)
+        self.project = nn.Linear(d_in, D)
         self.blocks = nn.ModuleList(build_blocks(config))
         if not all(block.mixer.causal for block in self.blocks):
             raise UserError(f"model.pattern={config.pattern!r} looks ahead", "read the context with causal mixers")
         self.norm = nn.LayerNorm(D)
-        self.noisy = nn.Linear(config.d_in, D)
+        self.noisy = nn.Linear(d_in, D)
         self.time = nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, D))
         self.nothing = nn.Parameter(torch.randn(D) * 0.02)  # in place of the context, for guidance
         heads = max(1, D // 64)
         count = d.denoiser_layers if d.towers == "two" else 0
         self.denoiser = nn.ModuleList(DenoiserBlock(D, heads) for _ in range(count))
-        self.head = nn.Linear(D, config.d_in)
+        self.head = nn.Linear(D, d_in)
         self.register_buffer("levels", signal_levels(d.train_steps), persistent=False)
 
     def forward(self, x: Tensor, *, tmd: Tensor | None = None) -> Prediction:

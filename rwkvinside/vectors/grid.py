@@ -223,7 +223,7 @@ def _make(run: PlannedRun, folder: Path, settings: dict, outcome: Outcome) -> No
         if read_result(folder) is None:
             write_ensemble(folder, _members(run, outcome), run.weighted)
         return
-    config: RunConfig = checked(settings | {"out": str(folder)})
+    config = checked(RunConfig, settings | {"out": str(folder)})
     train(config, lambda line: None)
 
 
@@ -259,7 +259,7 @@ def write_baselines(runs: Sequence[PlannedRun], out: Path, say: Callable[[str], 
     for run in runs:
         if run.kind != "train":
             continue
-        data = checked(run.settings).data
+        data = checked(RunConfig, run.settings).data
         key = digest_of(data.model_dump(mode="json", exclude={"limit"}))
         if key not in known:
             loaded = load_data(data)

@@ -18,7 +18,7 @@ from ..errors import UserError
 from . import tmd as tmd_codes
 from .mixers.base import Place, Shared, State, fp32
 from .mixers.registry import build_mixer, layer_options, mixer_class, parse_pattern
-from .settings import ModelConfig
+from .settings import WIDTH, ModelConfig
 
 
 class ModelState(NamedTuple):
@@ -108,7 +108,8 @@ class VectorModel(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        width = config.d_in + (tmd_codes.WIDTH if config.tmd == "concat" else 0)
+        d_in = config.d_in or WIDTH
+        width = d_in + (tmd_codes.WIDTH if config.tmd == "concat" else 0)
         adapter = config.adapter == "affine_ln"
         self.adapter = nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width)) if adapter else nn.Identity()
         self.quantizer = Quantizer(config.quantize, width) if config.quantize else None
@@ -117,7 +118,7 @@ class VectorModel(nn.Module):
         self.blocks = nn.ModuleList(build_blocks(config))
         self.norm = nn.LayerNorm(config.d_model) if config.block == "residual" else nn.Identity()
         self.score = nn.Linear(config.d_model, 1) if config.readout == "attention" else None
-        self.head = nn.Linear(config.d_model, config.d_in)
+        self.head = nn.Linear(config.d_model, d_in)
         self.lower = nn.ModuleList(nn.Linear(config.d_model, width) for width in config.resolutions)
         self.dropout = nn.Dropout(config.dropout)
         if config.residual == "context_mean":  # starts as the mean itself

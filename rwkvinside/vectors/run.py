@@ -27,11 +27,12 @@ from ..training.checkpoint import newest_checkpoint, open_checkpoint
 from .baselines import context_mean
 from .data import Split, VectorBatch, load_data, split
 from .diffusion import LatentDiffusion
+from .fitting import CONFIG, STAGES
 from .metrics import Predictor, cosines, predict, score
 from .model import build_model
-from .settings import RunConfig, load_run_config
+from .settings import RunConfig, load_config
 
-CONFIG, RESULT, ENSEMBLE, STAGES = "config.yaml", "result.json", "ensemble.json", "stages"
+RESULT, ENSEMBLE = "result.json", "ensemble.json"
 LATENCY_RUNS = 40
 
 
@@ -70,7 +71,7 @@ def read_config(run: Path) -> RunConfig:
     """Return the configuration of a run (`UserError`: it is none)."""
     if not (run / CONFIG).is_file():
         raise UserError(f"{run} is not a run of vector models: it has no {CONFIG}", "give the directory of a run")
-    return load_run_config([run / CONFIG])
+    return load_config(RunConfig, [run / CONFIG])
 
 
 def read_result(run: Path) -> dict | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import Field, model_validator
@@ -15,6 +15,7 @@ from ..support.settings import Fraction, NotNegative, Positive, Rate, Section, p
 from ..training.settings import OptimConfig
 
 REFERENCE = "all fields: rwkvinside vectors fields"
+WIDTH = 768  # of the study's vectors
 
 # name -> settings of the model that a configuration may override; the first twelve are the study's
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -56,7 +57,7 @@ class ModelConfig(Section):
     options: dict[str, dict[str, Any]] = Field(
         {}, description="Options by kind of layer; a list gives the layers of a kind their values in turn."
     )
-    d_in: Positive = Field(768, description="Width of the vectors.")
+    d_in: Positive | None = Field(None, description="Width of the vectors; null: the data's.")
     d_model: Positive = Field(512, description="Width of the layers.")
     layers: Positive = Field(6, description="Number of layers.")
     block: Literal["plain", "residual"] | None = Field(
@@ -81,8 +82,8 @@ class ModelConfig(Section):
     diffusion: DiffusionConfig | None = Field(None, description="Denoise the next vector; null: the architecture's.")
 
     def resolved(self) -> ModelConfig:
-        """Return the configuration with what its architecture says in place of null."""
-        values = {"pattern": None, "block": "residual", "diffusion": None} | ARCHITECTURES[self.arch]
+        """Return the configuration with what its architecture says in place of null; without data the study's width."""
+        values = {"pattern": None, "block": "residual", "diffusion": None, "d_in": WIDTH} | ARCHITECTURES[self.arch]
         if isinstance(values["diffusion"], dict):
             values["diffusion"] = DiffusionConfig(**values["diffusion"])
         missing = {name: value for name, value in values.items() if getattr(self, name) is None}
@@ -132,30 +133,46 @@ class PhaseConfig(Section):
     dropout: Fraction | None = Field(None, description="Dropout after the head.")
 
 
-class RunConfig(Section):
-    """A training run."""
+class TrainingConfig(Section):
+    """What all trainings here share."""
 
     out: str = Field("runs/vectors", description="Run directory.")
-    seed: int = Field(0, description="Of weights, order of windows, noise.")
+    seed: int = Field(0, description="Of weights, order of rows, noise.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to compute; auto: a GPU if there is one.")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="Arithmetic of training.")
     steps: Positive = Field(400, description="Optimizer steps of a phase.")
-    batch: Positive = Field(32, description="Windows of a step.")
+    batch: Positive = Field(32, description="Windows, or texts, of a step.")
     evaluate_every: NotNegative = Field(100, description="Steps between evaluations; 0: after the last only.")
     save_every: NotNegative = Field(0, description="Steps between checkpoints; 0: after the last only.")
     log_every: Positive = Field(100, description="Steps between lines on the console.")
-    minutes: Annotated[float, Field(gt=0)] | None = Field(None, description="Time limit of training; null: none.")
     loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field((), description="As for conversions.")
+    optim: OptimConfig = Field(
+        OptimConfig(lr=1e-3), description="AdamW; lr_rest, rates, layer_decay and 8-bit kinds do not apply."
+    )
+
+    @model_validator(mode="after")
+    def _plain_optimizer(self) -> Self:
+        optim = self.optim
+        if optim.lr_rest is not None or optim.rates or optim.kind != "adamw" or optim.layer_decay != 1:
+            raise problem("optim.lr_rest, rates, kind and layer_decay do not apply to vector models")
+        return self
+
+    def identity(self) -> dict:
+        """Return the settings that decide what is computed, as JSON values."""
+        return self.model_dump(mode="json", exclude={"out", "log_every", "minutes", "loggers"})
+
+
+class RunConfig(TrainingConfig):
+    """A training run."""
+
+    minutes: Annotated[float, Field(gt=0)] | None = Field(None, description="Time limit of training; null: none.")
     model: ModelConfig = Field(ModelConfig(), description="The model.")
     data: DataConfig = Field(DataConfig(), description="The data.")
     loss: LossConfig = Field(LossConfig(), description="The loss.")
-    optim: OptimConfig = Field(OptimConfig(lr=1e-3), description="AdamW; lr_rest, rates and 8-bit kinds do not apply.")
     phases: tuple[PhaseConfig, ...] = Field((), description="Phases in order; empty: one, called train.")
 
     @model_validator(mode="after")
     def _fits(self) -> RunConfig:
-        if self.optim.lr_rest is not None or self.optim.rates or self.optim.kind != "adamw":
-            raise problem("optim.lr_rest, optim.rates and optim.kind do not apply to vector models")
         names = [phase.name for phase in self.phases]
         if len(set(names)) < len(names):
             raise problem("phases are named {}: each needs a name of its own", ", ".join(names))
@@ -172,22 +189,57 @@ class RunConfig(Section):
         )
 
 
-def load_run_config(files: Sequence[str | os.PathLike] = (), overrides: Sequence[str] = (), **more: Any) -> RunConfig:
+class InverterConfig(TrainingConfig):
+    """A small model that writes the text of a vector, see `decoders.inverter`."""
+
+    out: str = Field("runs/inverter", description="Directory of the inverter.")
+    steps: Positive = Field(1500, description="Optimizer steps.")
+    source: str = Field("vectors/stories", description="Directory of `vectors embed`.")
+    val: Annotated[float, Field(gt=0, lt=1)] = Field(0.2, description="Part of the documents that validates.")
+    all_documents: bool = Field(False, description="Train on the documents that validate, too; then nothing does.")
+    d_model: Positive = Field(256, description="Width.")
+    heads: Positive = Field(4, description="Of attention.")
+    encoder_layers: Positive = Field(1, description="Layers that read the vector.")
+    layers: Positive = Field(3, description="Layers that write.")
+    slots: Positive = Field(8, description="Tokens that the vector becomes.")
+    vocab: Annotated[int, Field(ge=300)] = Field(2048, description="Size of the vocabulary, of the training texts.")
+    longest: Positive = Field(64, description="Tokens of a text; longer ones are cut.")
+    noise: Rate = Field(0.3, description="Length of the noise on training vectors, relative to theirs.")
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> InverterConfig:
+        if self.d_model % self.heads:
+            raise problem("heads={} does not divide d_model={}", self.heads, self.d_model)
+        return self
+
+
+Settings = TypeVar("Settings", bound=TrainingConfig)
+
+
+def load_config(
+    kind: type[Settings], files: Sequence[str | os.PathLike] = (), overrides: Sequence[str] = (), **more: Any
+) -> Settings:
     """Return the configuration that files, `key=value` overrides and further settings make together; later ones win.
+
+    Args:
+        kind: of the configuration.
+        files: YAML.
+        overrides: as on a command line.
+        more: further settings; None: not set.
 
     Raises:
         UserError: lists all problems.
     """
     layers = [*read_settings(files, overrides), {k: v for k, v in more.items() if v is not None}]
-    return checked(merge_settings(layers))
+    return checked(kind, merge_settings(layers))
 
 
-def checked(values: dict) -> RunConfig:
+def checked(kind: type[Settings], values: dict) -> Settings:
     """Return settings as a configuration (`UserError`: lists all problems)."""
-    return check_section(RunConfig, values, hint=REFERENCE)
+    return check_section(kind, values, hint=REFERENCE)
 
 
-def write_config(config: RunConfig, path: Path) -> None:
+def write_config(config: TrainingConfig, path: Path) -> None:
     """Write a configuration as YAML (`UserError`: it cannot be written)."""
     from ..support.files import write_text
 

@@ -8,7 +8,7 @@ from rwkvinside.errors import UserError
 from rwkvinside.vectors import grid
 from rwkvinside.vectors.grid import read_plan
 from rwkvinside.vectors.model import build_model
-from rwkvinside.vectors.settings import checked, load_run_config
+from rwkvinside.vectors.settings import RunConfig, checked, load_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "vectors"
 PLAN = """
@@ -42,10 +42,8 @@ def test_plan_100_is_the_study_s(capsys):
 def test_shipped_files_make_models(file):
     from torch._subclasses import FakeTensorMode
 
-    plan = "groups:" in file.read_text()
-    configs = (
-        [checked(run.settings) for run in read_plan(file) if run.kind == "train"] if plan else [load_run_config([file])]
-    )
+    runs = [run.settings for run in read_plan(file) if run.kind == "train"] if "groups:" in file.read_text() else None
+    configs = [load_config(RunConfig, [file])] if runs is None else [checked(RunConfig, settings) for settings in runs]
     for config in configs:
         with FakeTensorMode():  # sizes without memory
             shallow = config.model.model_copy(update={"layers": min(config.model.layers, 6)})

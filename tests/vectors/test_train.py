@@ -6,11 +6,12 @@ import torch
 from rwkvinside.cli.main import main as rwkvinside
 from rwkvinside.errors import UserError
 from rwkvinside.vectors.data import load_data, split
+from rwkvinside.vectors.fitting import groups_of
 from rwkvinside.vectors.run import evaluate, load_model, load_predictor, read_result, write_ensemble
-from rwkvinside.vectors.settings import load_run_config
+from rwkvinside.vectors.settings import RunConfig, load_config
 from rwkvinside.vectors.steps import Resolutions
 from rwkvinside.vectors.synthetic import synthetic
-from rwkvinside.vectors.train import groups_of, train
+from rwkvinside.vectors.train import train
 
 TINY = (
     "data.val=0.05",
@@ -24,7 +25,7 @@ TINY = (
 
 
 def config(out, *overrides):
-    return load_run_config(overrides=[*TINY, *overrides], out=str(out))
+    return load_config(RunConfig, overrides=[*TINY, *overrides], out=str(out))
 
 
 def quiet(_):
