@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..support.lock import entries
 from ..training.callbacks import Callback, ShowProgress, WriteMetrics
-from ..training.checkpoint import Checkpointer, newest_checkpoint, open_checkpoint
+from ..training.checkpoint import Checkpoint, Checkpointer, newest_checkpoint, open_checkpoint
 from ..training.local_engine import LocalEngine
 from ..training.metrics import Console, MetricsWriter
 from ..training.process_group import Distributed
@@ -50,8 +50,29 @@ class SaveBuffers(Callback):
         self._model = model
 
     def extra_tensors(self, trainer: Trainer) -> Mapping[str, Tensor]:
-        """Return buffers and frozen parameters."""
-        return {n: t for n, t in self._model.state_dict().items() if n not in trainer.engine.trainable}
+        """Return buffers and frozen parameters; what is tied to a weight that trains is not saved twice."""
+        trained = {parameter.data_ptr() for parameter in trainer.engine.trainable.values()}
+        state = self._model.state_dict().items()
+        return {n: t for n, t in state if n not in trainer.engine.trainable and t.data_ptr() not in trained}
+
+
+def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Load all weights of a model from a checkpoint, see `load_tensors`."""
+    load_tensors(model, checkpoint.tensors(), checkpoint.path)
+
+
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Load all weights of a model; of tied ones one is enough.
+
+    Raises:
+        UserError: some are missing, or are not the model's.
+    """
+    state = model.state_dict()
+    loaded = {state[name].data_ptr() for name in tensors if name in state}
+    absent, unknown = model.load_state_dict(tensors, strict=False)
+    lost = [name for name in absent if state[name].data_ptr() not in loaded]
+    if lost or unknown:
+        raise UserError(f"{source} has weights of another model: {', '.join([*lost, *unknown][:3])}", "see its source")
 
 
 def groups_of(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
@@ -114,7 +135,7 @@ def fit_phase(
     checkpointer = Checkpointer(folder, config.identity().get("model", {}), keep=1)
     newest = newest_checkpoint(folder)
     if newest is not None and open_checkpoint(newest).state["finished"]:
-        model.load_state_dict(open_checkpoint(newest).tensors())
+        load_weights(model, open_checkpoint(newest))
         model.eval()
         return
     items = config.batch * width

@@ -20,13 +20,15 @@ from .mixers.base import Place, Shared, State, fp32
 from .mixers.registry import build_mixer, layer_options, mixer_class, parse_pattern
 from .settings import WIDTH, ModelConfig
 
+RECENT = 1.0  # recent_mean begins with the factor sigmoid(1) = 0.73 per vector
+
 
 class ModelState(NamedTuple):
     """What a causal model carries from vector to vector.
 
     Attributes:
         layers: the state of every layer.
-        total, count: sum (B, d) and number (B,) of all vectors, for `residual: context_mean`.
+        total, count: sum (B, d) and number (B,) of all vectors, for `residual`; weighted where that is recent_mean.
         pooled: numerator (B, D) and denominator (B, 1) of the readout, () without.
     """
 
@@ -121,7 +123,8 @@ class VectorModel(nn.Module):
         self.head = nn.Linear(config.d_model, d_in)
         self.lower = nn.ModuleList(nn.Linear(config.d_model, width) for width in config.resolutions)
         self.dropout = nn.Dropout(config.dropout)
-        if config.residual == "context_mean":  # starts as the mean itself
+        self.age = nn.Parameter(torch.tensor(RECENT)) if config.residual == "recent_mean" else None
+        if config.residual != "none":  # starts as the mean itself
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)
         if self.film is not None:  # starts as the identity
@@ -182,12 +185,17 @@ class VectorModel(nn.Module):
         self, x: Tensor, y: Tensor, mask: Tensor | None, state: ModelState | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the prediction, and the sum and number of all vectors so far."""
-        real = x.new_ones(x.shape[:2]) if mask is None else mask.to(x.dtype)
-        totals, counts = (fp32(x) * real[..., None]).cumsum(1), real.cumsum(1)
+        real = fp32(x.new_ones(x.shape[:2]) if mask is None else mask.to(x.dtype))
+        log_factor = real.new_zeros(()) if self.age is None else F.logsigmoid(fp32(self.age))
+        ages = real.cumsum(1)  # of the state's vectors, after each one
+        apart = ages[:, :, None] - ages[:, None]  # (B, T, T) real vectors between the latter and the former
+        weights = torch.exp(log_factor * apart.clamp(min=0)).tril() * real[:, None]
+        totals, counts = weights @ fp32(x), weights.sum(-1)
         if state is not None:
-            totals, counts = totals + state.total[:, None], counts + state.count[:, None]
-        if self.config.residual == "context_mean":
-            y = (totals / counts.clamp(min=1)[..., None]).to(y.dtype) + y
+            left = torch.exp(log_factor * ages)
+            totals, counts = totals + left[..., None] * state.total[:, None], counts + left * state.count[:, None]
+        if self.config.residual != "none":
+            y = (totals / counts.clamp(min=1e-9)[..., None]).to(y.dtype) + y
         if self.config.normalize:
             y = F.normalize(y, dim=-1)
         return y, totals[:, -1], counts[:, -1]

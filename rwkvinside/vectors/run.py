@@ -27,7 +27,7 @@ from ..training.checkpoint import newest_checkpoint, open_checkpoint
 from .baselines import context_mean
 from .data import Split, VectorBatch, load_data, split
 from .diffusion import LatentDiffusion
-from .fitting import CONFIG, STAGES
+from .fitting import CONFIG, STAGES, load_weights
 from .metrics import Predictor, cosines, predict, score
 from .model import build_model
 from .settings import RunConfig, load_config
@@ -63,7 +63,7 @@ def load_model(run: Path) -> TrainedModel:
     if checkpoint is None:
         raise UserError(f"{run} has no checkpoint of its last phase", "finish it: rwkvinside vectors train -c ...")
     model = build_model(config.model)
-    model.load_state_dict(open_checkpoint(checkpoint).tensors())
+    load_weights(model, open_checkpoint(checkpoint))
     return TrainedModel(config, model.eval())
 
 

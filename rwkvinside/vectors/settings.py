@@ -67,8 +67,10 @@ class ModelConfig(Section):
     ffn: Rate = Field(4.0, description="Width of the feed-forward layers times d_model; 0: none.")
     adapter: Literal["affine_ln", "none"] = Field("affine_ln", description="Linear and LayerNorm before the layers.")
     dropout: Fraction = Field(0.1, description="Dropout after the head.")
-    residual: Literal["none", "context_mean"] = Field(
-        "none", description="What the head predicts: the vector, or what to add to the mean of the context."
+    residual: Literal["none", "context_mean", "recent_mean"] = Field(
+        "none",
+        description="What the head predicts: the vector, or what to add to the mean of the context, "
+        "or to a mean in which vectors count less with age, by a learned factor.",
     )
     normalize: bool = Field(True, description="L2-normalize the prediction.")
     readout: Literal["last", "attention"] = Field(
@@ -193,14 +195,14 @@ class InverterConfig(TrainingConfig):
     """A small model that writes the text of a vector, see `decoders.inverter`."""
 
     out: str = Field("runs/inverter", description="Directory of the inverter.")
-    steps: Positive = Field(1500, description="Optimizer steps.")
+    steps: Positive = Field(800, description="Optimizer steps.")
     source: str = Field("vectors/stories", description="Directory of `vectors embed`.")
     val: Annotated[float, Field(gt=0, lt=1)] = Field(0.2, description="Part of the documents that validates.")
     all_documents: bool = Field(False, description="Train on the documents that validate, too; then nothing does.")
-    d_model: Positive = Field(256, description="Width.")
+    d_model: Positive = Field(192, description="Width.")
     heads: Positive = Field(4, description="Of attention.")
     encoder_layers: Positive = Field(1, description="Layers that read the vector.")
-    layers: Positive = Field(3, description="Layers that write.")
+    layers: Positive = Field(2, description="Layers that write.")
     slots: Positive = Field(8, description="Tokens that the vector becomes.")
     vocab: Annotated[int, Field(ge=300)] = Field(2048, description="Size of the vocabulary, of the training texts.")
     longest: Positive = Field(64, description="Tokens of a text; longer ones are cut.")

@@ -148,7 +148,7 @@ def _step(config: RunConfig, phase: PhaseConfig, model: nn.Module, windows: Wind
 
 def _evaluation(trained: TrainedModel, both: Split, done: int) -> dict[str, float]:
     """Return a few numbers on validation windows."""
-    some = both.val.select(torch.arange(len(both.val)) % -(-len(both.val) // EVALUATED) == 0)
+    some = both.val.evenly(EVALUATED)
     training = trained.model.training
     trained.model.eval()
     numbers = score(predict(trained, some), some)

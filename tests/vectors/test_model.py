@@ -58,6 +58,7 @@ def test_streams_as_it_reads_the_whole_context(arch):
     "options",
     [
         {"residual": "context_mean"},
+        {"residual": "recent_mean"},
         {"readout": "attention"},
         {"quantize": 16},
         {"skip_every": 1, "block": "plain"},

@@ -8,8 +8,10 @@ import torch.nn.functional as F
 
 from rwkvinside.cli.main import main as rwkvinside
 from rwkvinside.errors import UserError
+from rwkvinside.vectors.converter import Converter
 from rwkvinside.vectors.corpora import documents_of, flat, sentences
-from rwkvinside.vectors.decoders import Converter, Retrieval, build_decoder
+from rwkvinside.vectors.decoders.registry import build_decoder
+from rwkvinside.vectors.decoders.retrieval import Retrieval
 from rwkvinside.vectors.embedders import MINILM_SHA256, embedder, hashed
 from rwkvinside.vectors.store import embed, read_store
 
