@@ -113,6 +113,10 @@ class LatentDiffusion(nn.Module):
         self.head = nn.Linear(D, d_in)
         self.register_buffer("levels", signal_levels(d.train_steps), persistent=False)
 
+    def fit(self, x: Tensor, target: Tensor) -> None:
+        """Fit the normalizer on training targets (N, d)."""
+        self.normalizer.fit(target)
+
     def forward(self, x: Tensor, *, tmd: Tensor | None = None) -> Prediction:
         """Sample the next vector after the last one of x (B, T, d); the other positions of y are 0."""
         y = self.sample(x)

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from . import tmd as tmd_codes
+from .baselines import best_recent_mean
 from .mixers.base import Place, Shared, State, fp32
 from .mixers.registry import build_mixer, layer_options, mixer_class, parse_pattern
 from .settings import WIDTH, ModelConfig
-
-RECENT = 1.0  # recent_mean begins with the factor sigmoid(1) = 0.73 per vector
 
 
 class ModelState(NamedTuple):
@@ -123,7 +122,7 @@ class VectorModel(nn.Module):
         self.head = nn.Linear(config.d_model, d_in)
         self.lower = nn.ModuleList(nn.Linear(config.d_model, width) for width in config.resolutions)
         self.dropout = nn.Dropout(config.dropout)
-        self.age = nn.Parameter(torch.tensor(RECENT)) if config.residual == "recent_mean" else None
+        self.age = nn.Parameter(torch.tensor(1.0)) if config.residual == "recent_mean" else None
         if config.residual != "none":  # starts as the mean itself
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)
@@ -167,6 +166,20 @@ class VectorModel(nn.Module):
         y, total, count = self._finish(x, y, mask, state)
         after = ModelState(tuple(states), total, count, pooled) if self.causal else None
         return Prediction(y, after, lower, extra)
+
+    @torch.no_grad()
+    def fit(self, x: Tensor, target: Tensor) -> None:
+        """Start `residual: recent_mean` as that baseline.
+
+        Args:
+            x: (N, T, d) training contexts.
+            target: (N, d).
+        """
+        if self.age is None:
+            return
+        factor, shift = best_recent_mean(x, target)
+        self.age.fill_(torch.logit(torch.tensor(factor)))
+        self.head.bias.copy_(shift)
 
     def embed(self, x: Tensor, tmd: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the input of the first layer (B, T, D), and the quantizer's loss."""

@@ -69,8 +69,8 @@ class ModelConfig(Section):
     dropout: Fraction = Field(0.1, description="Dropout after the head.")
     residual: Literal["none", "context_mean", "recent_mean"] = Field(
         "none",
-        description="What the head predicts: the vector, or what to add to the mean of the context, "
-        "or to a mean in which vectors count less with age, by a learned factor.",
+        description="What the head predicts: the vector; what to add to the mean of the context; or to a mean in which "
+        "vectors count less with age, started as the best such mean of the training data.",
     )
     normalize: bool = Field(True, description="L2-normalize the prediction.")
     readout: Literal["last", "attention"] = Field(
@@ -196,6 +196,7 @@ class InverterConfig(TrainingConfig):
 
     out: str = Field("runs/inverter", description="Directory of the inverter.")
     steps: Positive = Field(800, description="Optimizer steps.")
+    optim: OptimConfig = Field(OptimConfig(lr=3e-3), description="As for the other models.")
     source: str = Field("vectors/stories", description="Directory of `vectors embed`.")
     val: Annotated[float, Field(gt=0, lt=1)] = Field(0.2, description="Part of the documents that validates.")
     all_documents: bool = Field(False, description="Train on the documents that validate, too; then nothing does.")

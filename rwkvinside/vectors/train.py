@@ -31,6 +31,7 @@ from .settings import PhaseConfig, RunConfig, write_config
 from .steps import DiffusionStep, VectorStep
 
 EVALUATED = 1024  # windows of an evaluation during training
+FITTED = 20_000  # windows that a model's start is fitted on
 
 
 def train(config: RunConfig, say: Callable[[str], None] = print) -> dict:
@@ -55,8 +56,8 @@ def train(config: RunConfig, say: Callable[[str], None] = print) -> dict:
         both = split(data, config.data)
         torch.manual_seed(config.seed)
         model = build_model(config.model)
-        if isinstance(model, LatentDiffusion):
-            model.normalizer.fit(data.vectors[both.train.targets])
+        some = both.train.evenly(FITTED)
+        model.fit(data.vectors[some.starts[:, None] + torch.arange(some.context)], data.vectors[some.targets])
         write_config(config, out / CONFIG)
         params = sum(p.numel() for p in model.parameters() if p.requires_grad)
         counts = f"{len(both.train):,} windows to train, {len(both.val):,} to validate"

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 
 from rwkvinside.errors import UserError
 from rwkvinside.vectors import tmd
+from rwkvinside.vectors.baselines import best_recent_mean, weighted_by_age
 from rwkvinside.vectors.diffusion import LatentDiffusion, RobustNormalizer, signal_levels
 from rwkvinside.vectors.losses import cosine, infonce, mse
 from rwkvinside.vectors.model import ModelState, VectorModel, build_model
@@ -88,6 +89,26 @@ def test_context_mean_is_where_training_starts():
     x = torch.randn(2, 5, 48)
     torch.testing.assert_close(model(x).y[:, -1], F.normalize(x.mean(1), dim=-1))
     assert isinstance(model(x).state, ModelState)
+
+
+def test_recent_mean_is_where_training_starts():
+    x, target = torch.randn(64, 5, 48), torch.randn(64, 48) + 1
+    model = small("gru", residual="recent_mean").eval()
+    model.fit(x, target)
+    factor, shift = best_recent_mean(x, target)
+    expected = F.normalize(weighted_by_age(x, factor) + shift, dim=-1)
+    torch.testing.assert_close(model(x).y[:, -1], expected, rtol=0, atol=1e-5)
+    model(x).y.sum().backward()
+    assert model.age.grad is not None and model.age.grad != 0
+
+
+def test_deep_layers_still_tell_inputs_apart():
+    """Six plain layers of the flow chart's recurrence begin with as much of their input as they need to learn."""
+    model = build_model(ModelConfig(arch="rwkv_gru", d_in=48, d_model=64)).eval()
+    seen = {}
+    model.norm.register_forward_pre_hook(lambda module, args: seen.update(h=args[0]))
+    model(F.normalize(torch.randn(32, 5, 48), dim=-1))
+    assert seen["h"][:, -1].std(0).mean() > 0.1
 
 
 def test_losses_are_their_definitions():
