@@ -249,6 +249,7 @@ def grid(parser: ArgumentParser, argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/grid"), metavar="DIR", help="directory of all runs")
     parser.add_argument("--dry-run", action="store_true", help="list the runs and train nothing")
     parser.add_argument("--max-runs", type=at_least(1), metavar="N", help="stop after so many")
+    parser.add_argument("--jobs", type=at_least(1), default=1, metavar="N", help="runs at once (default: 1)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any field, for all runs")
     args = parser.parse(argv)
     from ..config.load import read_settings
@@ -264,7 +265,7 @@ def grid(parser: ArgumentParser, argv: Sequence[str]) -> int:
         print(f"{len(runs)} runs: {', '.join(counts)}")
         return 0
     write_baselines(runs, args.out, print)
-    outcome = run_plan(runs, args.out, print, args.max_runs)
+    outcome = run_plan(runs, args.out, print, args.max_runs, args.jobs)
     print(f"{len(outcome.finished)} of {len(runs)} runs are finished, {len(outcome.failed)} have failed")
     for path in write_leaderboard(args.out):
         print(f"wrote {path}")

@@ -10,6 +10,7 @@ RUN/ensemble.json                in place of all of these: its members
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -150,18 +151,19 @@ def write_ensemble(out: Path, runs: Sequence[Path], weighted: bool = False) -> d
     if len(digests) != 1:
         raise UserError(f"the members {', '.join(map(str, runs))} were trained on different data", "use the same data")
     weights = [result["metrics"]["cosine"] if weighted else 1.0 for result in results]
-    manifest = {"members": [str(run) for run in runs], "weights": weights}
+    members = [os.path.relpath(run.resolve(), out.resolve()) for run in runs]  # so that all of them can move together
+    manifest = {"members": members, "weights": weights}
     write_json(out / ENSEMBLE, manifest)
     config = read_config(runs[0])
     both = split(load_data(config.data), config.data)
     predictor = load_predictor(out)
-    members = [result["metrics"]["cosine"] for result in results]
+    alone = [result["metrics"]["cosine"] for result in results]
     values = results[0] | {
         "arch": "ensemble",
         "pattern": " + ".join(result["arch"] for result in results),
         "params": sum(result["params"] for result in results),
         "metrics": evaluate(predictor, both) | latency(predictor, both),
-        "members_mean_cosine": sum(members) / len(members),
+        "members_mean_cosine": sum(alone) / len(alone),
         "train_minutes": sum(result["train_minutes"] for result in results),
         "minutes_per_epoch": sum(result["minutes_per_epoch"] for result in results),
     }
@@ -177,14 +179,20 @@ def load_predictor(run: Path) -> Predictor:
     """
     if not (run / ENSEMBLE).is_file():
         return load_model(run)
-    manifest = json.loads((run / ENSEMBLE).read_text(encoding="utf-8"))
-    return Ensemble([load_predictor(Path(member)) for member in manifest["members"]], manifest["weights"])
+    members, weights = _manifest(run)
+    return Ensemble([load_predictor(member) for member in members], weights)
+
+
+def _manifest(ensemble: Path) -> tuple[list[Path], list[float]]:
+    """Return the members of an ensemble and their weights."""
+    manifest = json.loads((ensemble / ENSEMBLE).read_text(encoding="utf-8"))
+    return [(ensemble / member).resolve() for member in manifest["members"]], manifest["weights"]
 
 
 def data_of(run: Path) -> RunConfig:
     """Return the configuration that names the data of a run or of an ensemble's first member."""
     if (run / ENSEMBLE).is_file():
-        return data_of(Path(json.loads((run / ENSEMBLE).read_text(encoding="utf-8"))["members"][0]))
+        return data_of(_manifest(run)[0][0])
     return read_config(run)
 
 

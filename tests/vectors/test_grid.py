@@ -76,8 +76,13 @@ def test_killed_grid_resumes_without_repeating(tmp_path, monkeypatch, capsys):
     rows = json.loads(files[2].read_text())
     assert len(rows) == 6 and {row["arch"] for row in rows} == {"gru", "lstm", "ensemble"}
     assert {row["seed"] for row in rows if row["run"].startswith("best")} == {5}
-    page = tmp_path / "page.html"
     capsys.readouterr()
+    several = tmp_path / "several"
+    assert rwkvinside(["vectors", "grid", str(plan), "--out", str(several), "--jobs", "2", *OVERRIDES]) == 0
+    assert "[6/6] second: vote" in capsys.readouterr().out
+    same = json.loads((several / "leaderboard.json").read_text())
+    assert [(row["run"], row["cosine"]) for row in same] == [(row["run"], row["cosine"]) for row in rows]
+    page = tmp_path / "page.html"
     assert rwkvinside(["vectors", "leaderboard", str(out), "--html", str(page)]) == 0
     said = capsys.readouterr().out
     assert "FAIL      cosine > 0.85" in said and "no texts  decode accuracy > 50 %" in said

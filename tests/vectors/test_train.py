@@ -144,6 +144,8 @@ def test_ensemble_is_no_worse_than_its_members_on_average(tmp_path):
     batch = split(load_data(config(tmp_path).data), config(tmp_path).data).val.batch(torch.tensor([0, 1]))
     vote = load_predictor(tmp_path / "voteFalse")(batch)
     torch.testing.assert_close(vote.norm(dim=-1), torch.ones(2))
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    torch.testing.assert_close(load_predictor(moved / "voteFalse")(batch), vote)
 
 
 def test_bad_input_is_one_line(tmp_path, capsys):

@@ -128,9 +128,9 @@ class Inverter(nn.Module):
                 dropout_rate=0.1,
                 pad_token_id=2,  # ids of `train_tokenizer`
                 eos_token_id=1,
-                decoder_start_token_id=0,
             )
         )
+        self.t5.config.decoder_start_token_id = self.t5.generation_config.decoder_start_token_id = 0
 
     def forward(self, vectors: Tensor, ids: Tensor) -> Tensor:
         """Return the summed cross-entropy of texts (B, S) given their vectors (B, d); with noise in training."""

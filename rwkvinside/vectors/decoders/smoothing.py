@@ -40,10 +40,10 @@ class Smoother:
         prompt = " ".join(texts)
         if self._tokenizer.chat_template:
             message = [{"role": "user", "content": f"{REQUEST}\n\n{prompt}"}]
-            prompt = self._tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+            prompt = str(self._tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
         ids = self._tokenizer(prompt, return_tensors="pt")["input_ids"]
         room = getattr(self._model.config, "max_position_embeddings", ids.shape[1] + self._new_tokens)
         ids = ids[:, -max(1, room - self._new_tokens) :]
         with torch.no_grad():
             out = self._model.generate(ids, max_new_tokens=self._new_tokens, do_sample=False)
-        return self._tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        return str(self._tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
