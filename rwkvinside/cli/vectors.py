@@ -67,6 +67,8 @@ def train(parser: ArgumentParser, argv: Sequence[str]) -> int:
     more = {"out": args.out, "data": args.data and {"source": args.data}}
     result = run(load_config(RunConfig, args.config, args.overrides, **more))
     _show(f"{result['arch']} on {result['data']['source']}", {"validation": result["metrics"]})
+    for weights in result["mixtures"]:
+        print(f"  a layer of several mixers: {', '.join(f'{100 * weight:.0f} %' for weight in weights)}")
     return _write(args, result)
 
 

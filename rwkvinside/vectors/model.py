@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from ..errors import UserError
 from . import tmd as tmd_codes
 from .baselines import best_recent_mean
-from .mixers.base import Place, Shared, State, fp32
-from .mixers.registry import build_mixer, layer_options, mixer_class, parse_pattern
+from .mixers.base import Mixer, Place, Shared, State, fp32
+from .mixers.mixture import Mixture
+from .mixers.registry import MIXERS, build_mixer, layer_options, mixer_class, parse_pattern
 from .settings import WIDTH, ModelConfig
 
 
@@ -56,9 +57,9 @@ class Prediction(NamedTuple):
 class Block(nn.Module):
     """A mixer with norm, residual and feed-forward layer, or alone."""
 
-    def __init__(self, kind: str, config: ModelConfig, place: Place, options: dict):
+    def __init__(self, mixer: Mixer, config: ModelConfig):
         super().__init__()
-        self.mixer = build_mixer(kind, config.d_model, place, **options)
+        self.mixer = mixer
         self.plain = config.block == "plain" or self.mixer.standalone
         if not self.plain:
             self.norm = nn.LayerNorm(config.d_model)
@@ -116,7 +117,7 @@ class VectorModel(nn.Module):
         self.quantizer = Quantizer(config.quantize, width) if config.quantize else None
         self.project = nn.Linear(width, config.d_model) if width != config.d_model else nn.Identity()
         self.film = nn.Linear(tmd_codes.WIDTH, 2 * config.d_model) if config.tmd == "film" else None
-        self.blocks = nn.ModuleList(build_blocks(config))
+        self.blocks = nn.ModuleList(block for _ in range(config.streams) for block in build_blocks(config))
         self.norm = nn.LayerNorm(config.d_model) if config.block == "residual" else nn.Identity()
         self.score = nn.Linear(config.d_model, 1) if config.readout == "attention" else None
         self.head = nn.Linear(config.d_model, d_in)
@@ -153,13 +154,17 @@ class VectorModel(nn.Module):
                 "use data with codes and model.tmd: concat, film or mixer, or neither",
             )
         h, extra = self.embed(x, tmd)
-        shared, states = Shared(tmd=tmd), []
-        skip, every = h, self.config.skip_every
-        for i, block in enumerate(self.blocks):
-            h, after = block(h, None if state is None else state.layers[i], mask, shared)
-            states.append(after)
-            if every and (i + 1) % every == 0:
-                h = skip = h + skip
+        outputs, states = [], []
+        depth, every = len(self.blocks) // self.config.streams, self.config.skip_every
+        for start in range(0, len(self.blocks), depth):
+            shared, stream, skip = Shared(tmd=tmd), h, h
+            for i in range(start, start + depth):
+                stream, after = self.blocks[i](stream, None if state is None else state.layers[i], mask, shared)
+                states.append(after)
+                if every and (i - start + 1) % every == 0:
+                    stream = skip = stream + skip
+            outputs.append(stream)
+        h = outputs[0] if len(outputs) == 1 else torch.stack(outputs).mean(0)
         h, pooled = self._read(self.norm(h), mask, state)
         y = self.dropout(self.head(h))
         lower = tuple(F.normalize(head(h), dim=-1) for head in self.lower)
@@ -232,24 +237,29 @@ def build_blocks(config: ModelConfig) -> list[Block]:
         UserError: unknown kinds or options, options of a kind that the pattern has not, or `tmd: mixer` without a mixer
             that takes codes.
     """
-    kinds = parse_pattern(config.pattern or "", config.layers)
+    layers = [layer.split("|") for layer in parse_pattern(config.pattern or "", config.layers)]
+    kinds = [kind for layer in layers for kind in layer]
     if mixer_class(kinds[0]).standalone:
         if len(set(kinds)) > 1:
             raise UserError(f"model.pattern={config.pattern!r}", f"{kinds[0]} is a whole stack: use it alone")
-        kinds = kinds[:1]
+        layers = layers[:1]
     for kind in config.options:
         if kind not in kinds:
             raise UserError(f"model.options.{kind}: no layer is of that kind", f"there are: {', '.join(set(kinds))}")
-    takes_codes = {"mamba2", "retnet"}
-    if config.tmd == "mixer" and not takes_codes & set(kinds):
-        raise UserError(f"model.tmd=mixer with {config.pattern}", "only mamba2 and retnet take codes: use film")
+    routes = any(len(layer) > 1 for layer in layers)
+    takes = [kind for kind in MIXERS if mixer_class(kind).takes_codes]
+    if config.tmd == "mixer" and not routes and not set(takes) & set(kinds):
+        raise UserError(f"model.tmd=mixer with {config.pattern}", f"only {', '.join(takes)} take codes: use film")
+    d_tmd = tmd_codes.WIDTH if config.tmd == "mixer" else 0
     blocks = []
-    for i, kind in enumerate(kinds):
-        nth = kinds[:i].count(kind)
-        options = layer_options(config.options.get(kind, {}), nth)
-        if config.tmd == "mixer" and kind in takes_codes:
-            options["d_tmd"] = tmd_codes.WIDTH
-        blocks.append(Block(kind, config, Place(i, config.layers, nth == 0), options))
+    for i, layer in enumerate(layers):
+        mixers = []
+        for kind in layer:
+            nth = sum(kind in before for before in layers[:i])
+            options = layer_options(config.options.get(kind, {}), nth)
+            options |= {"d_tmd": d_tmd} if d_tmd and kind in takes else {}
+            mixers.append(build_mixer(kind, config.d_model, Place(i, config.layers, nth == 0), **options))
+        blocks.append(Block(mixers[0] if len(mixers) == 1 else Mixture(mixers, config.d_model, d_tmd), config))
     return blocks
 
 

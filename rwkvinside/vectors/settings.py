@@ -53,7 +53,11 @@ class ModelConfig(Section):
     """A latent vector model."""
 
     arch: Literal[tuple(ARCHITECTURES)] = Field("rwkv7", description="Architecture by name.")  # type: ignore[valid-type]
-    pattern: str | None = Field(None, description="Kinds of layers as in mamba2*5,attention; null: the architecture's.")
+    pattern: str | None = Field(
+        None,
+        description="Kinds of layers as in mamba2*5,attention; with a bar between them they share a layer, as in "
+        "mamba2|attention; null: the architecture's.",
+    )
     options: dict[str, dict[str, Any]] = Field(
         {}, description="Options by kind of layer; a list gives the layers of a kind their values in turn."
     )
@@ -63,6 +67,7 @@ class ModelConfig(Section):
     block: Literal["plain", "residual"] | None = Field(
         None, description="Layers alone, or with norm, residual and feed-forward layer; null: the architecture's."
     )
+    streams: Positive = Field(1, description="Stacks of layers side by side; their outputs are averaged.")
     skip_every: NotNegative = Field(0, description="Plain layers: a skip connection over so many; 0: none.")
     ffn: Rate = Field(4.0, description="Width of the feed-forward layers times d_model; 0: none.")
     adapter: Literal["affine_ln", "none"] = Field("affine_ln", description="Linear and LayerNorm before the layers.")
@@ -77,7 +82,7 @@ class ModelConfig(Section):
         "last", description="Head of the last hidden state, or of it and a weighted sum of all before it."
     )
     tmd: Literal["none", "concat", "film", "mixer"] = Field(
-        "none", description="TMD codes: not, 16 more inputs, scale and shift, or within Mamba-2 and RetNet."
+        "none", description="TMD codes: not, 16 more inputs, scale and shift (of a denoiser: its step), or in mixers."
     )
     quantize: NotNegative = Field(0, description="Codes of a vector quantizer after the adapter; 0: none.")
     resolutions: tuple[Positive, ...] = Field((), description="Widths of further heads on PCA-compressed targets.")

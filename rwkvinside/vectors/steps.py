@@ -110,7 +110,8 @@ class DiffusionStep:
     def __call__(self, model: nn.Module, batch: VectorBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and metrics, summed over the windows."""
         target = batch.y[:, -1]
-        denoising, estimate = cast(LatentDiffusion, model).denoising_loss(batch.x, target)
+        diffusion = cast(LatentDiffusion, model)
+        denoising, estimate = diffusion.denoising_loss(batch.x, target, None if diffusion.tmd is None else batch.tmd)
         cosine, mse = losses.cosine(estimate, target), losses.mse(estimate, target)
         total = denoising + (self.loss.cosine * cosine + self.loss.mse * mse).sum()
         return total, {"denoising": denoising.detach(), "train_cosine": (1 - cosine).detach().sum()}

@@ -25,6 +25,7 @@ from .data import Split, VectorData, WindowRows, Windows, load_data, split
 from .diffusion import LatentDiffusion
 from .fitting import CONFIG, TimeLimit, claim, device_of, fit_phase
 from .metrics import predict, score
+from .mixers.mixture import Mixture
 from .model import build_model
 from .run import TrainedModel, evaluate, latency, read_result, write_result
 from .settings import PhaseConfig, RunConfig, write_config
@@ -169,6 +170,11 @@ def _result(config: RunConfig, model: nn.Module, both: Split, params: int, out: 
         "params": params,
         "seed": config.seed,
         "settings": digest_of(config.identity()),
+        "mixtures": [
+            [round(weight, 4) for weight in module.weights().tolist()]
+            for module in model.modules()
+            if isinstance(module, Mixture)
+        ],
         "phases": [phase.name for phase in config.all_phases()],
         "data": {"source": config.data.source, "digest": data.digest, "space": data.card["space"]}
         | {"train": len(both.train), "val": len(both.val), "dim": config.model.d_in},

@@ -1,3 +1,4 @@
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -61,6 +62,7 @@ def test_streams_as_it_reads_the_whole_context(arch):
         {"residual": "context_mean"},
         {"residual": "recent_mean"},
         {"readout": "attention"},
+        {"streams": 3},
         {"quantize": 16},
         {"skip_every": 1, "block": "plain"},
         {"resolutions": (24, 12)},
@@ -149,7 +151,10 @@ def test_tmd_reaches_the_model_where_it_says_so():
     assert (mixer(x, tmd=code).y - mixer(x, tmd=code.flip(0)).y).abs().max() > 1e-6
     with pytest.raises(UserError, match="no TMD codes are given"):
         film(x)
-    with pytest.raises(UserError, match=r"only mamba2 and retnet"):
+    routed = small("hybrid", pattern="gru|lstm", tmd="mixer", options={}).eval()
+    torch.nn.init.normal_(routed.blocks[0].mixer.tmd_route.weight)
+    assert (routed(x, tmd=code).y - routed(x, tmd=code.flip(0)).y).abs().max() > 1e-6
+    with pytest.raises(UserError, match=r"only mamba2, retnet, linformer take codes"):
         small("gru", tmd="mixer")
 
 
@@ -184,15 +189,46 @@ def test_diffusion(towers):
     assert not [n for n, p in model.named_parameters() if p.grad is None and n not in ("nothing",)]
 
 
+def test_sampling_finds_what_the_denoiser_knows(monkeypatch):
+    """Without noise a vector is itself, and a denoiser that is right leads there in any number of steps."""
+    model = small("lcm_two").eval()
+    x, target = F.normalize(torch.randn(3, 5, 48), dim=-1), torch.randn(3, 48)
+    model.fit(x, torch.randn(200, 48) * 2 + 1)
+    clean = model.normalizer(target)
+    none, all_steps = torch.zeros(3, dtype=torch.long), torch.full((3,), 100)
+    noise = torch.randn(3, 48)
+    torch.testing.assert_close(model.add_noise(clean, none, noise), clean)
+    torch.testing.assert_close(model.add_noise(clean, all_steps, noise), noise, rtol=0, atol=0.02)
+    monkeypatch.setattr(model, "denoise", lambda *args: clean)
+    for steps in (1, 5, 20):
+        model.steps = steps
+        torch.testing.assert_close(model.sample(x), target, rtol=0, atol=1e-4)
+
+
+def test_codes_guide_denoising():
+    x, code = F.normalize(torch.randn(2, 5, 48), dim=-1), tmd.vectors(torch.tensor([3, 20_000]))
+    model = small("lcm_two", tmd="film").eval()
+    assert torch.equal(model(x, tmd=code).y, model(x, tmd=code.flip(0)).y)  # at its start they say nothing
+    torch.nn.init.normal_(model.tmd.weight)
+    torch.nn.init.normal_(model.denoiser[0].modulate.weight)
+    assert (model(x, tmd=code).y - model(x, tmd=code.flip(0)).y).abs().max() > 1e-4
+    loss, _ = model.denoising_loss(x, x[:, -1], code)
+    loss.backward()
+    assert model.tmd.weight.grad.abs().max() > 0
+    with pytest.raises(UserError, match="no TMD codes are given"):
+        model(x)
+    with pytest.raises(UserError, match="with such a head there is no"):
+        small("lcm_two", residual="context_mean")
+
+
 def test_noise_schedule_and_normalizer():
     levels = signal_levels(100)
     assert levels[0] == 1 and (levels.diff() < 0).all() and levels[-1] < 1e-3
     vectors = torch.randn(501, 7) * torch.arange(1, 8) + 3
     normalizer = RobustNormalizer(7)
     normalizer.fit(vectors)
-    numpy = pytest.importorskip("numpy")
-    low, middle, high = numpy.percentile(vectors.numpy(), [25, 50, 75], axis=0)
-    expected = (vectors.numpy() - middle) / (high - low) * 1.349  # sklearn's RobustScaler(unit_variance=True)
+    preprocessing = pytest.importorskip("sklearn.preprocessing")
+    expected = preprocessing.RobustScaler(unit_variance=True).fit_transform(vectors.numpy())
     numpy.testing.assert_allclose(normalizer(vectors).numpy(), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(normalizer.inverse(normalizer(vectors)), vectors)
 
