@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import Interrupted, UserError
 from ..support.lock import entries
 from ..training.callbacks import Callback, ShowProgress, WriteMetrics
 from ..training.checkpoint import Checkpoint, Checkpointer, newest_checkpoint, open_checkpoint
 from ..training.local_engine import LocalEngine
+from ..training.loggers import Loggers
 from ..training.metrics import Console, MetricsWriter
 from ..training.process_group import Distributed
 from ..training.protocols import AnyBatch, RowSource, Step
@@ -105,6 +107,20 @@ def claim(out: Path, config: TrainingConfig) -> None:
             raise UserError(f"{out} holds a run with other settings", "use another --out, or remove it")
     elif entries(out):
         raise UserError(f"{out} is not empty and not a run of vector models", "use another --out")
+
+
+@contextmanager
+def metrics_of(config: TrainingConfig) -> Iterator[MetricsWriter]:
+    """Yield what writes the metrics of a training, to its loggers too; and say of an interrupted one how it goes on."""
+    out = Path(config.out)
+    loggers = Loggers(config.loggers, out, config.model_dump(mode="json"))
+    loggers.open()
+    try:
+        yield MetricsWriter(out, loggers)
+    except Interrupted as stopped:
+        raise Interrupted(stopped.cause, "the same command goes on from there") from stopped
+    finally:
+        loggers.close()
 
 
 def fit_phase(

@@ -14,16 +14,15 @@ import torch
 from torch import nn
 
 from .. import __version__
-from ..errors import Interrupted, UserError
+from ..errors import UserError
 from ..runs.metrics_file import of_kind, read_metrics
 from ..support.lock import locked
 from ..support.sealed import digest_of
 from ..training.callbacks import Evaluate
-from ..training.loggers import Loggers
 from ..training.metrics import MetricsWriter
 from .data import Split, VectorData, WindowRows, Windows, load_data, split
 from .diffusion import LatentDiffusion
-from .fitting import CONFIG, TimeLimit, claim, device_of, fit_phase
+from .fitting import CONFIG, TimeLimit, claim, device_of, fit_phase, metrics_of
 from .metrics import predict, score
 from .mixers.mixture import Mixture
 from .model import build_model
@@ -63,16 +62,9 @@ def train(config: RunConfig, say: Callable[[str], None] = print) -> dict:
         params = sum(p.numel() for p in model.parameters() if p.requires_grad)
         counts = f"{len(both.train):,} windows to train, {len(both.val):,} to validate"
         say(f"{config.model.arch}: {params:,} parameters; {counts}")
-        loggers = Loggers(config.loggers, out, config.model_dump(mode="json"))
-        loggers.open()
-        try:
-            writer = MetricsWriter(out, loggers)
+        with metrics_of(config) as writer:
             for phase in config.all_phases():
                 _run_phase(config, phase, model, both, writer, say)
-        except Interrupted as stopped:
-            raise Interrupted(stopped.cause, "the same command goes on from there") from stopped
-        finally:
-            loggers.close()
         result = _result(config, model, both, params, out)
         write_result(out, result)
     return result

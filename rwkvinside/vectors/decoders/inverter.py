@@ -22,17 +22,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from ...demo.tokenizer import train_tokenizer
-from ...errors import Interrupted, UserError
+from ...errors import UserError
 from ...support.files import write_json
 from ...support.lock import locked
 from ...support.progress import Progress
 from ...support.sealed import read_sealed, sealed
 from ...training.callbacks import Evaluate
 from ...training.checkpoint import newest_checkpoint, open_checkpoint
-from ...training.loggers import Loggers
-from ...training.metrics import MetricsWriter
-from ..data import EpochOrder, evenly, validating
-from ..fitting import CONFIG, STAGES, claim, fit_phase, load_weights
+from ..data import EpochOrder, VectorData, evenly, validating
+from ..fitting import CONFIG, STAGES, claim, fit_phase, load_weights, metrics_of
 from ..settings import InverterConfig, PhaseConfig, load_config, write_config
 from ..store import read_store
 from .scoring import agreement
@@ -199,30 +197,15 @@ def train_inverter(config: InverterConfig, say: Callable[[str], None] = print) -
         if (out / RESULT).is_file():
             return _read_result(out)
         data = read_store(config.source)
-        if data.texts is None:
-            raise UserError(f"{config.source} has no texts to learn from", "embed text: rwkvinside vectors embed")
-        held = validating(data, config.val)[data.documents]
-        trains = torch.ones_like(held) if config.all_documents else ~held
-        texts = [text for text, own in zip(data.texts, trains.tolist(), strict=True) if own]
-        tokenizer = train_tokenizer(texts, config.vocab)
+        read, unread, tokenizer = _rows(data, config)
         write_config(config, out / CONFIG)
         tokenizer.backend_tokenizer.save(str(out / TOKENIZER))
         torch.manual_seed(config.seed)
         model = Inverter(config, data.vectors.shape[1], len(tokenizer))
         trained = TrainedInverter(model, tokenizer, config.longest)
         params = sum(p.numel() for p in model.parameters())
-        say(
-            f"inverter: {params:,} parameters; {len(texts):,} texts to train, {len(data.texts) - len(texts):,} held out"
-        )
-
-        def rows(mask: Tensor) -> TextRows:
-            chosen = [text for text, own in zip(data.texts or [], mask.tolist(), strict=True) if own]
-            return TextRows(data.vectors[mask], chosen, tokenizer, config.longest, config.seed)
-
-        read, unread = rows(trains), rows(~trains)
-        loggers = Loggers(config.loggers, out, config.model_dump(mode="json"))
-        loggers.open()
-        try:
+        say(f"inverter: {params:,} parameters; {len(read):,} texts to train, {len(unread):,} held out")
+        with metrics_of(config) as writer:
             fit_phase(
                 model,
                 InverterStep(),
@@ -230,14 +213,10 @@ def train_inverter(config: InverterConfig, say: Callable[[str], None] = print) -
                 config,
                 PhaseConfig(name=PHASE, steps=config.steps),
                 config.longest,
-                MetricsWriter(out, loggers),
+                writer,
                 {"seed": config.seed, "data": data.digest},
                 [Evaluate(lambda done: {"cross_entropy": _cross_entropy(model, unread)})] if len(unread) else [],
             )
-        except Interrupted as stopped:
-            raise Interrupted(stopped.cause, "the same command goes on from there") from stopped
-        finally:
-            loggers.close()
         values = {
             "space": data.card["space"],
             "dim": data.vectors.shape[1],
@@ -249,6 +228,23 @@ def train_inverter(config: InverterConfig, say: Callable[[str], None] = print) -
         }
         write_json(out / RESULT, sealed(values))
     return values
+
+
+def _rows(data: VectorData, config: InverterConfig) -> tuple[TextRows, TextRows, PreTrainedTokenizerFast]:
+    """Return texts to train on and those held out, and the tokenizer that is trained on the former."""
+    texts = data.texts
+    if texts is None:
+        raise UserError(f"{config.source} has no texts to learn from", "embed text: rwkvinside vectors embed")
+    held = validating(data, config.val)[data.documents] & (not config.all_documents)
+    read, unread = (
+        [text for text, is_held in zip(texts, held.tolist(), strict=True) if is_held == own] for own in (False, True)
+    )
+    tokenizer = train_tokenizer(read, config.vocab)
+    return (
+        TextRows(data.vectors[~held], read, tokenizer, config.longest, config.seed),
+        TextRows(data.vectors[held], unread, tokenizer, config.longest),
+        tokenizer,
+    )
 
 
 def _cross_entropy(model: Inverter, rows: TextRows) -> float:
