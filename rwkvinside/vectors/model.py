@@ -8,7 +8,7 @@ said to map sentence-transformers' vectors to those of vec2text; it can learn th
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,9 @@ from .mixers.base import Mixer, Place, Shared, State, fp32
 from .mixers.mixture import Mixture
 from .mixers.registry import MIXERS, build_mixer, layer_options, mixer_class, parse_pattern
 from .settings import WIDTH, ModelConfig
+
+if TYPE_CHECKING:
+    from .diffusion import LatentDiffusion
 
 
 class ModelState(NamedTuple):
@@ -263,7 +266,7 @@ def build_blocks(config: ModelConfig) -> list[Block]:
     return blocks
 
 
-def build_model(config: ModelConfig) -> nn.Module:
+def build_model(config: ModelConfig) -> VectorModel | LatentDiffusion:
     """Return the model of a configuration: a `VectorModel`, or a `LatentDiffusion` where it denoises."""
     config = config.resolved()
     if config.diffusion is None:

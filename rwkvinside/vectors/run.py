@@ -150,6 +150,12 @@ def write_ensemble(out: Path, runs: Sequence[Path], weighted: bool = False) -> d
     digests = {result["data"]["digest"] for result in results}
     if len(digests) != 1:
         raise UserError(f"the members {', '.join(map(str, runs))} were trained on different data", "use the same data")
+    windows = [read_config(run).data.model_dump(include={"context", "val", "reverse"}) for run in runs]
+    if differs := next((i for i, each in enumerate(windows) if each != windows[0]), None):
+        raise UserError(
+            f"members {runs[0]} and {runs[differs]} have windows of their own: {windows[0]} and {windows[differs]}",
+            "vote with runs of the same data.context, data.val and data.reverse",
+        )
     weights = [result["metrics"]["cosine"] if weighted else 1.0 for result in results]
     members = [os.path.relpath(run.resolve(), out.resolve()) for run in runs]  # so that all of them can move together
     manifest = {"members": members, "weights": weights}

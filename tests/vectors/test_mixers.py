@@ -8,7 +8,6 @@ from rwkvinside.vectors.mixers.base import Place, Shared
 from rwkvinside.vectors.mixers.mixture import Mixture
 from rwkvinside.vectors.mixers.registry import MIXERS, build_mixer, layer_options, mixer_class, parse_pattern
 from rwkvinside.vectors.mixers.retnet import RetNet
-from rwkvinside.vectors.mixers.s4 import recurrence
 
 D, T, B = 32, 11, 3
 SMALL = {
@@ -199,6 +198,19 @@ def test_s4_convolution_is_its_recurrence(init):
     mixer.output.register_forward_pre_hook(lambda module, args: seen.update(y=args[0]))
     mixer(x)
     torch.testing.assert_close(seen["y"], torch.nn.functional.gelu(recurrence(x, mixer)), rtol=0, atol=1e-10)
+
+
+def recurrence(u, mixer):
+    """y (B, T, D) of an S4 before its output layer, token by token, for u (B, T, D): its definition."""
+    a = torch.complex(-mixer.log_a.exp(), mixer.a_imag)
+    dt_a = a * mixer.log_dt.exp()[:, None]
+    c = torch.view_as_complex(mixer.C) * (dt_a.exp() - 1) / a
+    h = torch.zeros(len(u), *a.shape, dtype=dt_a.dtype)
+    outputs = []
+    for t in range(u.shape[1]):
+        h = h * dt_a.exp() + u[:, t, :, None]
+        outputs.append(2 * (h * c).sum(-1).real + u[:, t] * mixer.D)
+    return torch.stack(outputs, 1)
 
 
 def test_performer_estimates_softmax():

@@ -144,6 +144,9 @@ def test_ensemble_is_no_worse_than_its_members_on_average(tmp_path):
     batch = split(load_data(config(tmp_path).data), config(tmp_path).data).val.batch(torch.tensor([0, 1]))
     vote = load_predictor(tmp_path / "voteFalse")(batch)
     torch.testing.assert_close(vote.norm(dim=-1), torch.ones(2))
+    train(config(tmp_path / "short", "data.context=4"), quiet)
+    with pytest.raises(UserError, match=r"have windows of their own: .*'context': 5.*'context': 4"):
+        write_ensemble(tmp_path / "vote", [*runs, tmp_path / "short"])
     moved = tmp_path.rename(tmp_path.with_name("moved"))
     torch.testing.assert_close(load_predictor(moved / "voteFalse")(batch), vote)
 
