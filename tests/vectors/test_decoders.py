@@ -22,7 +22,7 @@ from rwkvinside.vectors.decoders.smoothing import REQUEST, Smoother
 from rwkvinside.vectors.settings import InverterConfig, load_config
 from rwkvinside.vectors.store import embed, read_store, write_store
 
-SMALL = ("d_model=64", "heads=2", "layers=1", "slots=4", "vocab=600", "evaluate_every=0", "noise=0.1", "optim.lr=1e-2")
+SMALL = ("d_model=64", "heads=2", "layers=2", "slots=4", "vocab=600", "evaluate_every=0", "noise=0.1", "optim.lr=1e-2")
 
 
 def quiet(_):

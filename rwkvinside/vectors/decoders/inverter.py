@@ -19,7 +19,13 @@ from typing import Self, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from ...demo.tokenizer import train_tokenizer
 from ...errors import UserError
@@ -142,8 +148,13 @@ class Inverter(nn.Module):
     @torch.no_grad()
     def write(self, vectors: Tensor, longest: int) -> Tensor:
         """Return token ids (B, S) of the likeliest next tokens, up to so many."""
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())  # its own is as deep as the encoder
         return self.t5.generate(
-            inputs_embeds=self._tokens(vectors), max_new_tokens=longest, do_sample=False, num_beams=1
+            inputs_embeds=self._tokens(vectors),
+            max_new_tokens=longest,
+            do_sample=False,
+            num_beams=1,
+            past_key_values=cache,
         )
 
     def _tokens(self, vectors: Tensor) -> Tensor:

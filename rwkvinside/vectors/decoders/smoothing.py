@@ -30,7 +30,9 @@ class Smoother:
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder} holds no model: it has no config.json", "give the directory of a causal model")
         from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
         self._model = AutoModelForCausalLM.from_pretrained(folder).eval()
         self._new_tokens = new_tokens
@@ -46,4 +48,4 @@ class Smoother:
         ids = ids[:, -max(1, room - self._new_tokens) :]
         with torch.no_grad():
             out = self._model.generate(ids, max_new_tokens=self._new_tokens, do_sample=False)
-        return str(self._tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+        return str(self._tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip()
