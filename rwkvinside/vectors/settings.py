@@ -107,6 +107,7 @@ class LossConfig(Section):
     consistency: Rate = Field(0.1, description="Heads of lower resolution against the compressed prediction.")
     positions: Literal["all", "last"] = Field("all", description="Predict after every vector, or the last one only.")
     loop_every: NotNegative = Field(0, description="Decoder in the loop every so many steps; 0: never.")
+    loop_decoder: str = Field("retrieval", description="Decoder in the loop, as of `vectors decode`.")
     loop: Rate = Field(0.1, description="Weight of the distance to what was decoded and encoded again.")
 
     @model_validator(mode="after")

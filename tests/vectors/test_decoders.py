@@ -13,13 +13,15 @@ from torch import nn
 from rwkvinside.cli.main import main as rwkvinside
 from rwkvinside.errors import UserError
 from rwkvinside.vectors.converter import Converter
-from rwkvinside.vectors.data import VectorData
+from rwkvinside.vectors.data import VectorData, split
 from rwkvinside.vectors.decoders.inverter import load_inverter, train_inverter
 from rwkvinside.vectors.decoders.registry import Through, build_decoder
 from rwkvinside.vectors.decoders.retrieval import Retrieval
 from rwkvinside.vectors.decoders.scoring import agreement
 from rwkvinside.vectors.decoders.smoothing import REQUEST, Smoother
-from rwkvinside.vectors.settings import InverterConfig, load_config
+from rwkvinside.vectors.embedders import hashed
+from rwkvinside.vectors.settings import DataConfig, InverterConfig, load_config
+from rwkvinside.vectors.steps import read_again
 from rwkvinside.vectors.store import embed, read_store, write_store
 
 SMALL = ("d_model=64", "heads=2", "layers=2", "slots=4", "vocab=600", "evaluate_every=0", "noise=0.1", "optim.lr=1e-2")
@@ -107,6 +109,23 @@ def test_decode_command(run, inverter, store, tmp_path, capsys):
     ):
         assert rwkvinside([*words, "--decoder", decoder]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_decoder_in_the_loop(store, inverter, tmp_path):
+    """Predictions are pulled to the vector of the text that they are decoded to."""
+    data = read_store(store)
+    train = split(data, DataConfig(source=str(store), val=0.4)).train
+    texts = load_inverter(inverter[0], "hash768").decode(data.vectors[:3])
+    again = read_again(f"inverter:{inverter[0]}", train)(data.vectors[:3])
+    torch.testing.assert_close(again, torch.stack([hashed(text) for text in texts]))
+    retrieved = read_again("retrieval", train)(data.vectors[train.targets[:3]] + 0.01)
+    torch.testing.assert_close(retrieved, data.vectors[train.targets[:3]])
+    small = ["model.d_model=32", "model.layers=1", "steps=2", "batch=2", "model.arch=gru", "evaluate_every=0"]
+    loop = ["data.val=0.4", "loss.loop_every=2", f"loss.loop_decoder=inverter:{inverter[0]}"]
+    words = ["vectors", "train", "--data", str(store), "--out", str(tmp_path / "run"), *small, *loop]
+    assert rwkvinside(words) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["loop"] > 0 for row in rows if row["kind"] == "train"] == [True, False]
 
 
 def test_through_another_space():
