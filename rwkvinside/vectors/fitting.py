@@ -20,9 +20,8 @@ from ..training.metrics import Console, MetricsWriter
 from ..training.process_group import Distributed
 from ..training.protocols import AnyBatch, RowSource, Step
 from ..training.schedule import Schedule, StageLength
-from ..training.settings import OptimConfig
 from ..training.trainer import Trainer, TrainingPlan
-from .settings import PhaseConfig, TrainingConfig, load_config
+from .settings import AdamWConfig, PhaseConfig, TrainingConfig, load_config
 
 CONFIG, STAGES = "config.yaml", "stages"
 WARMUP = 0.1  # part of a phase, unless optim.warmup_steps says otherwise
@@ -157,7 +156,9 @@ def fit_phase(
     items = config.batch * width
     length = StageLength(steps * items, items, width)
     groups = groups_of(model)
-    engine = LocalEngine(model.train(), groups, config.optim, Distributed(device_of(config.device)), config.precision)
+    engine = LocalEngine(
+        model.train(), groups, config.optim.for_engine(), Distributed(device_of(config.device)), config.precision
+    )
     trainer: Trainer[AnyBatch] = Trainer(
         engine,
         step,
@@ -185,9 +186,9 @@ def fit_phase(
     model.to("cpu").eval()
 
 
-def _schedule(optim: OptimConfig, phase: PhaseConfig, groups: Sequence[str]) -> Schedule:
+def _schedule(optim: AdamWConfig, phase: PhaseConfig, groups: Sequence[str]) -> Schedule:
     """Return the learning rates of a phase; that of `dynamics` is a tenth."""
-    rate = (optim.lr or 1e-3) if phase.lr is None else phase.lr
+    rate = optim.lr if phase.lr is None else phase.lr
     final = 0.1 * rate if optim.lr_final is None else optim.lr_final
     peaks = {"all": rate, "dynamics": 0.1 * rate}
     return Schedule(

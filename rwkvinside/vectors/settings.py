@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import Field, model_validator
 
 from ..config.load import check_section, merge_settings, read_settings
 from ..support.settings import Fraction, NotNegative, Positive, Rate, Section, problem
-from ..training.settings import OptimConfig
+from ..training.settings import DecayConfig, OptimConfig
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
 REFERENCE = "all fields: rwkvinside vectors fields"
 WIDTH = 768  # of the study's vectors
 
@@ -141,6 +142,23 @@ class PhaseConfig(Section):
     dropout: Fraction | None = Field(None, description="Dropout after the head.")
 
 
+class AdamWConfig(Section):
+    """The optimizer: AdamW with fp32 states."""
+
+    lr: Rate = Field(1e-3, description="Learning rate.")
+    lr_final: Rate | None = Field(None, description="Learning rate after the decay; null: a tenth.")
+    warmup_steps: NotNegative | None = Field(None, description="Steps of linear warm-up; null: a tenth.")
+    decay: DecayConfig = Field(DecayConfig(), description="Decay of the learning rate.")
+    clip: Rate = Field(1.0, description="Largest norm of the gradient; 0: no limit.")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="Adam's two decay rates.")
+    eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="Adam's epsilon.")
+    weight_decay: Rate = Field(0.0, description="Weight decay of linear layers and embeddings; all else has none.")
+
+    def for_engine(self) -> OptimConfig:
+        """Return what the engine reads of it."""
+        return OptimConfig(**self.model_dump())
+
+
 class TrainingConfig(Section):
     """What all trainings here share."""
 
@@ -154,16 +172,7 @@ class TrainingConfig(Section):
     save_every: NotNegative = Field(0, description="Steps between checkpoints; 0: after the last only.")
     log_every: Positive = Field(100, description="Steps between lines on the console.")
     loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field((), description="As for conversions.")
-    optim: OptimConfig = Field(
-        OptimConfig(lr=1e-3), description="AdamW; lr_rest, rates, layer_decay and 8-bit kinds do not apply."
-    )
-
-    @model_validator(mode="after")
-    def _plain_optimizer(self) -> Self:
-        optim = self.optim
-        if optim.lr_rest is not None or optim.rates or optim.kind != "adamw" or optim.layer_decay != 1:
-            raise problem("optim.lr_rest, rates, kind and layer_decay do not apply to vector models")
-        return self
+    optim: AdamWConfig = Field(AdamWConfig(), description="The optimizer.")
 
     def identity(self) -> dict:
         """Return the settings that decide what is computed, as JSON values."""
@@ -188,7 +197,7 @@ class RunConfig(TrainingConfig):
 
     def all_phases(self) -> tuple[PhaseConfig, ...]:
         """Return the phases, with the settings of the run in place of null."""
-        defaults = {"steps": self.steps, "lr": self.optim.lr or 1e-3, "limit": self.data.limit, "loss": self.loss}
+        defaults = {"steps": self.steps, "lr": self.optim.lr, "limit": self.data.limit, "loss": self.loss}
         defaults["dropout"] = self.model.dropout
         phases = self.phases or (PhaseConfig(name="train"),)
         return tuple(
@@ -197,12 +206,18 @@ class RunConfig(TrainingConfig):
         )
 
 
+class InverterAdamWConfig(AdamWConfig):
+    """The optimizer of an inverter."""
+
+    lr: Rate = Field(3e-3, description="Learning rate.")
+
+
 class InverterConfig(TrainingConfig):
     """A small model that writes the text of a vector, see `decoders.inverter`."""
 
     out: str = Field("runs/inverter", description="Directory of the inverter.")
     steps: Positive = Field(800, description="Optimizer steps.")
-    optim: OptimConfig = Field(OptimConfig(lr=3e-3), description="As for the other models.")
+    optim: InverterAdamWConfig = Field(InverterAdamWConfig(), description="The optimizer.")
     source: str = Field("vectors/stories", description="Directory of `vectors embed`.")
     val: Annotated[float, Field(gt=0, lt=1)] = Field(0.2, description="Part of the documents that validates.")
     all_documents: bool = Field(False, description="Train on the documents that validate, too; then nothing does.")

@@ -158,7 +158,7 @@ def test_bad_input_is_one_line(tmp_path, capsys):
         (["train", "--out", out, "model.d_in=96"], "synthetic:rotor-lin has vectors of 768"),
         (["train", "--out", out, "--data", str(tmp_path)], "holds no vectors"),
         (["train", "--out", out, "model.tmd=film"], "has no TMD codes"),
-        (["train", "--out", out, "optim.kind=adamw8bit"], "do not apply to vector models"),
+        (["train", "--out", out, "optim.kind=adamw8bit"], "optim.kind"),
         (["train", "--out", out, "loss.cosine=0"], "nothing to train on"),
         (["eval", str(tmp_path)], "is not a run of vector models"),
         (["leaderboard", str(tmp_path)], "has no finished run"),
