@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import random
-import signal
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import groupby, product
 from pathlib import Path
@@ -233,7 +234,7 @@ def run_plan(
 def _made(
     tasks: Sequence[Task], jobs: int, begin: Callable[[PlannedRun], None]
 ) -> Iterator[tuple[Task, Failure | None]]:
-    """Make runs and yield each with what went wrong, in their order."""
+    """Make runs and yield each with what went wrong; `begin` is called with each of them."""
     if jobs == 1 or len(tasks) < 2 or tasks[0].run.kind == "ensemble":
         for task in tasks:
             begin(task.run)
@@ -241,20 +242,21 @@ def _made(
         return
     threads = max(1, torch.get_num_threads() // jobs)
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin_process, (threads,))
-    with pool:
-        try:
-            made = [pool.submit(_make, task) for task in tasks]
-            for task, each in zip(tasks, made, strict=True):
-                begin(task.run)
-                yield task, each.result()
-        except BaseException:  # those that train have been told, too, and save what they have
-            pool.shutdown(cancel_futures=True)
-            raise
+    waiting, running = list(tasks), {}
+    with pool:  # at an interrupt it waits for those that train, which have been told, too, and save what they have
+        while waiting or running:
+            while waiting and len(running) < jobs:  # no more than that: what the pool has taken in cannot be stopped
+                task = waiting.pop(0)
+                running[pool.submit(_make, task)] = task
+            for each in wait(running, return_when=FIRST_COMPLETED).done:
+                task, failure = running.pop(each), each.result()
+                begin(task.run)  # told when it is made: which ones are at work says little
+                yield task, failure
 
 
 def _begin_process(threads: int) -> None:
-    """Prepare a process of the pool: Ctrl-C is for whoever trains, which says so itself."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Prepare a process of the pool; lines of several runs would be mixed, so they are dropped."""
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
     torch.set_num_threads(threads)
 
 
