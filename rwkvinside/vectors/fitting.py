@@ -163,14 +163,7 @@ def fit_phase(
         engine,
         step,
         rows,
-        TrainingPlan(
-            phase.name,
-            length,
-            _schedule(config.optim, phase, list(groups)),
-            config.batch,
-            config.evaluate_every,
-            config.save_every,
-        ),
+        TrainingPlan(phase.name, length, schedule, config.batch, config.evaluate_every, config.save_every),
         checkpointer=checkpointer,
         settings=settings,
         callbacks=[
