@@ -156,6 +156,7 @@ def fit_phase(
     items = config.batch * width
     length = StageLength(steps * items, items, width)
     groups = groups_of(model)
+    schedule = _schedule(config.optim, phase, list(groups))
     engine = LocalEngine(
         model.train(), groups, config.optim.for_engine(), Distributed(device_of(config.device)), config.precision
     )
