@@ -56,6 +56,7 @@ TIERS = {
     "test_api.py": "integration",
     "test_docs.py": "integration",
     "test_packaging.py": "integration",
+    "vectors/test_decoders.py": "integration",
     "vectors/test_grid.py": "integration",
     "vectors/test_text.py": "integration",
     "vectors/test_train.py": "integration",

@@ -59,6 +59,9 @@ SMALLER = {
     "rwkvinside vectors train": [
         *("model.d_model=32", "model.layers=1", "steps=2", "batch=4", "evaluate_every=0"),
     ],
+    "rwkvinside vectors inverter": [
+        *("d_model=32", "heads=2", "layers=1", "steps=2", "vocab=400", "longest=8", "evaluate_every=0"),
+    ],
     "rwkvinside vectors bench": ["--d-model", "64", "--layers", "1", "--repeats", "2"],
     "rwkvinside eval": ["--samples", "1", "--depths", "2", "--write-tokens", "4"],
     "rwkvinside generate": ["--max-tokens", "4"],

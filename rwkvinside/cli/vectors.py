@@ -21,6 +21,7 @@ COMMANDS = {
     "eval": ("vectors:evaluate", "score a trained model or an ensemble on validation data"),
     "baselines": ("vectors:baselines", "what predictors without a sequence model reach on data"),
     "decode": ("vectors:decode", "predicted vectors as text"),
+    "inverter": ("vectors:inverter", "train a small model that writes the text of a vector"),
     "ensemble": ("vectors:ensemble", "several runs that vote"),
     "bench": ("vectors:bench", "parameters and speed of the architectures"),
     "grid": ("vectors:grid", "all runs of a plan, resumed where they were stopped"),
@@ -60,12 +61,14 @@ def train(parser: ArgumentParser, argv: Sequence[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any field, as in model.arch=gru")
     add_output_arguments(parser)
     args = parser.parse(argv)
-    from ..vectors.settings import load_run_config
+    from ..vectors.settings import RunConfig, load_config
     from ..vectors.train import train as run
 
     more = {"out": args.out, "data": args.data and {"source": args.data}}
-    result = run(load_run_config(args.config, args.overrides, **more))
+    result = run(load_config(RunConfig, args.config, args.overrides, **more))
     _show(f"{result['arch']} on {result['data']['source']}", {"validation": result["metrics"]})
+    for weights in result["mixtures"]:
+        print(f"  a layer of several mixers: {', '.join(f'{100 * weight:.0f} %' for weight in weights)}")
     return _write(args, result)
 
 
@@ -112,36 +115,72 @@ def baselines(parser: ArgumentParser, argv: Sequence[str]) -> int:
 
 def decode(parser: ArgumentParser, argv: Sequence[str]) -> int:
     """Show contexts, predictions as text, and true next sentences."""
+    from ..vectors.names import DECODERS
+
     parser.add_argument("run", type=Path, metavar="RUN", help="run, or ensemble")
-    parser.add_argument("--decoder", default="retrieval", metavar="NAME", help="retrieval (default), or vec2text")
+    parser.add_argument(
+        "--decoder", default="retrieval", metavar="NAME", help=f"{', '.join(DECODERS)} (default: retrieval)"
+    )
+    parser.add_argument("--through", metavar="DIR", help="vectors of the same texts in the decoder's space")
     parser.add_argument("--count", type=at_least(1), default=4, metavar="N", help="examples (default: 4)")
+    parser.add_argument(
+        "--score", type=at_least(0), default=256, metavar="N", help="predictions that are scored (default: 256)"
+    )
     parser.add_argument("--smooth", type=Path, metavar="DIR", help="a local causal model writes on from the texts")
     add_output_arguments(parser)
     args = parser.parse(argv)
     from ..vectors.data import load_data, split
-    from ..vectors.decoders import build_decoder, smooth
-    from ..vectors.demo import decoded_examples
-    from ..vectors.metrics import decode_accuracy, predict
+    from ..vectors.decoders.registry import Through, build_decoder
+    from ..vectors.decoders.scoring import decoded_examples, decoding_score
+    from ..vectors.decoders.smoothing import Smoother
     from ..vectors.run import data_of, load_predictor
+    from ..vectors.store import read_store
 
     settings = data_of(args.run).data
     both = split(load_data(settings), settings)
-    build_decoder(args.decoder, both.val.data)  # refuses before any work
-    examples = decoded_examples({"decoded": args.run}, both, args.decoder, args.count)
+    predictor, numbers = load_predictor(args.run), {}
+    if args.through is None:
+        decoder = build_decoder(args.decoder, both.val.data)
+    else:
+        decoder = through = Through(args.decoder, both.val.data, read_store(args.through))
+        numbers["r2"] = through.r2
+        print(f"a linear map explains {100 * through.r2:.1f} % of the variance of held-out vectors in {args.through}\n")
+    smoother = None if args.smooth is None else Smoother(args.smooth)
+    examples = decoded_examples({"decoded": predictor}, both, decoder, args.count)
     for example in examples:
         for text in example["context"]:
             print(f"          {text}")
         print(f"true      {example['target']}\ndecoded   {example['decoded']['decoded']}")
-        if args.smooth is not None:
-            example["smoothed"] = smooth([*example["context"], example["decoded"]["decoded"]], args.smooth)
+        if smoother is not None:
+            example["smoothed"] = smoother([*example["context"], example["decoded"]["decoded"]])
             print(f"smoothed  {example['smoothed']}")
         print()
-    numbers: dict = {"examples": examples}
-    if args.decoder == "retrieval":
-        accuracy = decode_accuracy(predict(load_predictor(args.run), both.val), both.val.data, both.val.targets)
-        numbers["decode"] = accuracy
-        print(f"{100 * accuracy:.1f} % of {len(both.val):,} validation predictions decode to the true next sentence")
-    return _write(args, numbers)
+    if args.score:
+        some = both.val.evenly(args.score)
+        numbers |= {"scored": len(some)} | decoding_score(predictor, some, decoder)
+        same = f"{100 * numbers['decode']:.1f} % of {len(some):,} validation predictions"
+        print(f"{same} decode to the true next sentence; F1 of the words {numbers['words']:.3f}")
+    return _write(args, numbers | {"examples": examples})
+
+
+def inverter(parser: ArgumentParser, argv: Sequence[str]) -> int:
+    """Train an inverter, or finish it."""
+    parser.add_argument("-c", "--config", action="append", default=[], metavar="FILE", help="YAML file; may repeat")
+    parser.add_argument("--data", metavar="DIR", help="vectors with their texts")
+    parser.add_argument("--out", metavar="DIR", help="directory of the inverter")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any field, as in steps=3000")
+    add_output_arguments(parser)
+    args = parser.parse(argv)
+    from ..vectors.decoders.inverter import train_inverter
+    from ..vectors.settings import InverterConfig, load_config
+
+    config = load_config(InverterConfig, args.config, args.overrides, out=args.out, source=args.data)
+    result = train_inverter(config)
+    for name, numbers in (("texts it has read", result["train"]), ("held-out texts", result["held_out"])):
+        if numbers is not None:
+            print(f"{name + ':':<19} {100 * numbers['decode']:.1f} % exactly, F1 of the words {numbers['words']:.3f}")
+    print(f"use it: rwkvinside vectors decode RUN --decoder inverter:{config.out}")
+    return _write(args, result)
 
 
 def ensemble(parser: ArgumentParser, argv: Sequence[str]) -> int:
@@ -212,6 +251,7 @@ def grid(parser: ArgumentParser, argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/grid"), metavar="DIR", help="directory of all runs")
     parser.add_argument("--dry-run", action="store_true", help="list the runs and train nothing")
     parser.add_argument("--max-runs", type=at_least(1), metavar="N", help="stop after so many")
+    parser.add_argument("--jobs", type=at_least(1), default=1, metavar="N", help="runs at once (default: 1)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any field, for all runs")
     args = parser.parse(argv)
     from ..config.load import read_settings
@@ -227,7 +267,7 @@ def grid(parser: ArgumentParser, argv: Sequence[str]) -> int:
         print(f"{len(runs)} runs: {', '.join(counts)}")
         return 0
     write_baselines(runs, args.out, print)
-    outcome = run_plan(runs, args.out, print, args.max_runs)
+    outcome = run_plan(runs, args.out, print, args.max_runs, args.jobs)
     print(f"{len(outcome.finished)} of {len(runs)} runs are finished, {len(outcome.failed)} have failed")
     for path in write_leaderboard(args.out):
         print(f"wrote {path}")
@@ -261,11 +301,14 @@ def leaderboard(parser: ArgumentParser, argv: Sequence[str]) -> int:
 
 def fields(parser: ArgumentParser, argv: Sequence[str]) -> int:
     """List all fields."""
-    parser.parse(argv)
+    parser.add_argument(
+        "of", nargs="?", choices=("train", "inverter"), default="train", help="command (default: train)"
+    )
+    args = parser.parse(argv)
     from ..config.show import describe
-    from ..vectors.settings import RunConfig
+    from ..vectors.settings import InverterConfig, RunConfig
 
-    for path, default, text in describe(RunConfig):
+    for path, default, text in describe(RunConfig if args.of == "train" else InverterConfig):
         print(f"{path:<30} {default:<20} {text}")
     return 0
 

@@ -6,6 +6,7 @@
 | train_mean | the mean of all training targets |
 | copy_last | the last vector of the context |
 | context_mean | the mean of the context |
+| recent_mean | a mean in which vectors count less with age, and a share of the mean of all training targets |
 | nn | the target of the training window whose context is nearest |
 | linear | ridge regression on the whole context, its strength chosen on the last tenth of the training windows |
 | mlp | one hidden layer on the whole context |
@@ -24,7 +25,9 @@ from .data import Split, VectorBatch, Windows
 from .losses import cosine
 from .metrics import Predictor, cosines, predict, score
 
-NAMES = ("random", "train_mean", "copy_last", "context_mean", "nn", "linear", "mlp", "oracle_nn")
+NAMES = ("random", "train_mean", "copy_last", "context_mean", "recent_mean", "nn", "linear", "mlp", "oracle_nn")
+# tried for recent_mean: factors per vector of age, and shares
+FACTORS, SHARES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.99), (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 MOST_ROWS = 20_000  # that are fitted on
 HIDDEN, MLP_STEPS, MLP_ROWS = 256, 300, 64
@@ -33,6 +36,28 @@ HIDDEN, MLP_STEPS, MLP_ROWS = 256, 300, 64
 def context_mean(batch: VectorBatch) -> Tensor:
     """Return the mean of the context."""
     return batch.x.mean(1)
+
+
+def weighted_by_age(x: Tensor, factor: float) -> Tensor:
+    """Return the mean (B, d) of contexts (B, T, d) in which a vector counts `factor` times the one after it."""
+    weights = factor ** torch.arange(x.shape[1] - 1, -1, -1, device=x.device)
+    return torch.einsum("t,btd->bd", weights / weights.sum(), x)
+
+
+def best_recent_mean(x: Tensor, target: Tensor) -> tuple[float, Tensor]:
+    """Return the factor, and the vector (d,) to add, of the `recent_mean` with the best cosine.
+
+    Args:
+        x: (N, T, d) contexts.
+        target: (N, d).
+    """
+    mean, found = target.mean(0), {}
+    for factor in FACTORS:
+        recent = weighted_by_age(x, factor)
+        for share in SHARES:
+            found[factor, share] = float(F.cosine_similarity(recent + share * mean, target, dim=-1).mean())
+    factor, share = max(found, key=lambda pair: found[pair])
+    return factor, share * mean
 
 
 def baseline(name: str, train: Windows) -> Predictor:
@@ -48,6 +73,9 @@ def baseline(name: str, train: Windows) -> Predictor:
     if name == "context_mean":
         return context_mean
     x, y = _contexts(train)
+    if name == "recent_mean":
+        factor, shift = best_recent_mean(x.unflatten(1, (train.context, -1)), y)
+        return lambda batch: weighted_by_age(batch.x, factor) + shift
     if name == "linear":
         return _linear(x, y)
     if name == "mlp":

@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..support.text import did_you_mean
 from .diffusion import LatentDiffusion
 from .model import build_model
-from .settings import ARCHITECTURES, ModelConfig
+from .settings import ARCHITECTURES, WIDTH, ModelConfig
 
 ROWS = 8  # of the forward and backward pass
 
@@ -83,11 +83,12 @@ def measure(
         repeats: predictions that are timed, at least 2.
         clock: seconds; `time.process_time` on a machine that others use too.
     """
+    d_in = config.d_in or WIDTH
     for name in names:
         model = build_model(config.model_copy(update={"arch": name, "options": {}})).to(device)
-        train_ms = _training(model, config.d_in, context, device, clock)
+        train_ms = _training(model, d_in, context, device, clock)
         model.eval()
-        x = F.normalize(torch.randn(1, context, config.d_in, device=device), dim=-1)
+        x = F.normalize(torch.randn(1, context, d_in, device=device), dim=-1)
         times = [_timed(partial(model, x), device, clock) for _ in range(repeats + 2)][2:]
         cuts = quantiles(times, n=20)
         with torch.no_grad():

@@ -115,6 +115,10 @@ class Windows:
         """Return the windows where a mask (M,) is True."""
         return replace(self, starts=self.starts[mask])
 
+    def evenly(self, most: int) -> Windows:
+        """Return at most so many windows, evenly spaced."""
+        return replace(self, starts=self.starts[evenly(len(self), most)])
+
     def first(self, limit: int | None) -> Windows:
         """Return at most so many windows, the first ones of whole documents."""
         return self if limit is None else replace(self, starts=self.starts[:limit])
@@ -133,23 +137,35 @@ class Split:
     val: Windows
 
 
+class EpochOrder:
+    """The place of every global row number: each epoch in an order of its own, a function of seed and number alone.
+
+    Args:
+        count: places.
+        seed: of the orders.
+    """
+
+    def __init__(self, count: int, seed: int):
+        self._count, self._seed = count, seed
+        self._epoch, self._order = -1, torch.empty(0)
+
+    def __getitem__(self, row: int) -> int:
+        epoch, at = divmod(row, self._count)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(hash((self._seed, epoch)) % 2**63)
+            self._epoch, self._order = epoch, torch.randperm(self._count, generator=generator)
+        return int(self._order[at])
+
+
 class WindowRows:
-    """Windows by global row number: each epoch in an order of its own, a function of seed and number alone."""
+    """Windows by global row number, see `EpochOrder`."""
 
     def __init__(self, windows: Windows, seed: int):
-        self.windows, self._seed = windows, seed
-        self._epoch, self._order = -1, torch.empty(0)
+        self._windows, self._order = windows, EpochOrder(len(windows), seed)
 
     def batch(self, rows: Sequence[int]) -> VectorBatch:
         """Return the windows with these numbers, any >= 0."""
-        return self.windows.batch(torch.tensor([self._place(row) for row in rows]), rows)
-
-    def _place(self, row: int) -> int:
-        epoch, at = divmod(row, len(self.windows))
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(hash((self._seed, epoch)) % 2**63)
-            self._epoch, self._order = epoch, torch.randperm(len(self.windows), generator=generator)
-        return int(self._order[at])
+        return self._windows.batch(torch.tensor([self._order[row] for row in rows]), rows)
 
 
 def load_data(settings: DataConfig) -> VectorData:
@@ -171,7 +187,7 @@ def load_data(settings: DataConfig) -> VectorData:
 
 
 def split(data: VectorData, settings: DataConfig) -> Split:
-    """Return training and validation windows, of different documents: those with the lowest hashes validate.
+    """Return training and validation windows, of different documents, see `validating`.
 
     Raises:
         UserError: no document is long enough, or one of both has no window.
@@ -179,19 +195,30 @@ def split(data: VectorData, settings: DataConfig) -> Split:
     documents, context = data.documents, settings.context
     starts = torch.arange(len(documents) - context) if len(documents) > context else torch.empty(0, dtype=torch.long)
     starts = starts[documents[starts] == documents[starts + context]]
-    count = int(documents[-1]) + 1 if len(documents) else 0
-    order = sorted(range(count), key=_hash)
-    validates = torch.zeros(count, dtype=torch.bool)
-    validates[order[: max(1, round(settings.val * count))]] = True
+    validates = validating(data, settings.val)
     val = validates[documents[starts]]
     both = Split(Windows(data, starts[~val], context), Windows(data, starts[val], context))
     if not len(both.train) or not len(both.val):
         raise UserError(
             f"{len(both.train)} windows of {context} + 1 vectors to train on and {len(both.val)} to validate, "
-            f"in {count} documents of data.source={settings.source}",
+            f"in {len(validates)} documents of data.source={settings.source}",
             "use more or longer documents, or a smaller data.context",
         )
     return replace(both, train=both.train.first(settings.limit))
+
+
+def validating(data: VectorData, part: float) -> Tensor:
+    """Return for every document (D,) whether it validates: the part of them whose numbers have the lowest hashes."""
+    count = int(data.documents[-1]) + 1 if len(data.documents) else 0
+    order = sorted(range(count), key=_hash)
+    chosen = torch.zeros(count, dtype=torch.bool)
+    chosen[order[: max(1, round(part * count))]] = True
+    return chosen
+
+
+def evenly(count: int, most: int) -> Tensor:
+    """Return at most `most` of `count` places, evenly spaced."""
+    return torch.linspace(0, count - 1, min(count, most)).round().long()
 
 
 def shuffled_codes(data: VectorData) -> VectorData:

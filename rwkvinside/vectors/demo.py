@@ -6,18 +6,16 @@ from collections.abc import Callable
 from importlib.resources import as_file, files
 from pathlib import Path
 
-import torch
-
 from ..errors import UserError
 from ..support.files import write_text
 from .data import Split, load_data, split
-from .decoders import build_decoder
+from .decoders.registry import build_decoder
+from .decoders.scoring import decoded_examples
 from .grid import Outcome, PlannedRun, read_plan, run_plan, write_baselines
 from .leaderboard import read_baselines, read_rows, write_leaderboard
-from .metrics import predict
 from .page import html_page
 from .run import load_predictor, read_result
-from .settings import checked
+from .settings import RunConfig, checked
 from .store import embed, read_store
 
 PLAN, QUICK = ("vectors", "demo.yaml"), {"steps": 2, "evaluate_every": 0}
@@ -47,7 +45,7 @@ def demo(out: Path, source: str, spec: str, quick: bool, say: Callable[[str], No
         else embed(source, spec, store, QUICK_SENTENCES if quick else None)
     )
     say(f"{store}: {len(data.vectors):,} sentences of {data.card['source']}, {data.card['space']}")
-    settings = {"data": {"source": str(store)}, "model": {"d_in": data.vectors.shape[1]}}
+    settings = {"data": {"source": str(store)}}
     with as_file(files("rwkvinside.recipes").joinpath(*PLAN)) as plan:
         runs = read_plan(plan, [settings, *([QUICK] if quick else [])])
     write_baselines(runs, out / "runs", say)
@@ -58,7 +56,8 @@ def demo(out: Path, source: str, spec: str, quick: bool, say: Callable[[str], No
         say(f"wrote {path}")
     both = _split_of(runs)
     page = out / "leaderboard.html"
-    samples = decoded_examples(best_runs(outcome), both)
+    best = {name: load_predictor(path) for name, path in best_runs(outcome).items()}
+    samples = decoded_examples(best, both, build_decoder("retrieval", both.val.data), SAMPLES)
     rows, baselines = read_rows(out / "runs"), read_baselines(out / "runs")
     write_text(page, html_page("Latent vector models", rows, baselines, samples))
     return page
@@ -72,33 +71,6 @@ def best_runs(outcome: Outcome) -> dict[str, Path]:
     return {name: outcome.finished[name] for name in names}
 
 
-def decoded_examples(
-    runs: dict[str, Path], both: Split, decoder: str = "retrieval", count: int = SAMPLES
-) -> list[dict]:
-    """Return contexts, true next sentences and what runs predict, as texts.
-
-    Args:
-        runs: directories by name.
-        both: windows to take examples from, those of validation.
-        decoder: see `decoders`.
-        count: of examples, evenly spaced.
-    """
-    data = both.val.data
-    texts = data.texts or []
-    decode = build_decoder(decoder, data).decode
-    chosen = torch.linspace(0, len(both.val) - 1, min(count, len(both.val))).long()
-    some = both.val.select(torch.isin(torch.arange(len(both.val)), chosen))
-    decoded = {name: decode(predict(load_predictor(path), some)) for name, path in runs.items()}
-    return [
-        {
-            "context": texts[start : start + some.context],
-            "target": texts[start + some.context],
-            "decoded": {name: lines[i] for name, lines in decoded.items()},
-        }
-        for i, start in enumerate(some.starts.tolist())
-    ]
-
-
 def _split_of(runs: list[PlannedRun]) -> Split:
-    config = checked(runs[0].settings).data
+    config = checked(RunConfig, runs[0].settings).data
     return split(load_data(config), config)

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
+from . import tmd as tmd_codes
 from .mixers.base import Shared
 from .model import Prediction, build_blocks
-from .settings import ModelConfig
+from .settings import WIDTH, ModelConfig
 
 IQR_OF_NORMAL = 1.349  # a normal distribution's interquartile range, in standard deviations
 
@@ -90,46 +91,63 @@ class LatentDiffusion(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        if config.diffusion is None or config.tmd != "none" or config.resolutions or config.quantize:
-            raise UserError(
-                f"model.arch={config.arch} with tmd={config.tmd}",
-                "a diffusion head takes no tmd, resolutions, quantize",
-            )
+        refused = {"resolutions": config.resolutions, "quantize": config.quantize, "streams": config.streams > 1}
+        refused |= {"residual": config.residual != "none", "readout": config.readout != "last"}
+        if config.tmd not in ("none", "film") or any(refused.values()) or config.diffusion is None:
+            names = ", ".join(["tmd: concat or mixer", *refused])
+            raise UserError(f"model.arch={config.arch} denoises", f"with such a head there is no {names}")
         self.config, d = config, config.diffusion
         self.steps, self.guidance, self.seed = d.steps, d.guidance, 0
-        D = config.d_model
-        self.normalizer = RobustNormalizer(config.d_in)
-        self.project = nn.Linear(config.d_in, D)
+        D, d_in = config.d_model, config.d_in or WIDTH
+        self.normalizer = RobustNormalizer(d_in)
+        self.project = nn.Linear(d_in, D)
         self.blocks = nn.ModuleList(build_blocks(config))
         if not all(block.mixer.causal for block in self.blocks):
             raise UserError(f"model.pattern={config.pattern!r} looks ahead", "read the context with causal mixers")
         self.norm = nn.LayerNorm(D)
-        self.noisy = nn.Linear(config.d_in, D)
+        self.noisy = nn.Linear(d_in, D)
         self.time = nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, D))
+        self.tmd = nn.Linear(tmd_codes.WIDTH, D, bias=False) if config.tmd == "film" else None
+        if self.tmd is not None:  # starts as a head without codes
+            nn.init.zeros_(self.tmd.weight)
         self.nothing = nn.Parameter(torch.randn(D) * 0.02)  # in place of the context, for guidance
         heads = max(1, D // 64)
         count = d.denoiser_layers if d.towers == "two" else 0
         self.denoiser = nn.ModuleList(DenoiserBlock(D, heads) for _ in range(count))
-        self.head = nn.Linear(D, config.d_in)
+        self.head = nn.Linear(D, d_in)
         self.register_buffer("levels", signal_levels(d.train_steps), persistent=False)
+
+    def fit(self, x: Tensor, target: Tensor) -> None:
+        """Fit the normalizer on training targets (N, d)."""
+        self.normalizer.fit(target)
 
     def forward(self, x: Tensor, *, tmd: Tensor | None = None) -> Prediction:
         """Sample the next vector after the last one of x (B, T, d); the other positions of y are 0."""
-        y = self.sample(x)
+        y = self.sample(x, tmd)
         if self.config.normalize:
             y = F.normalize(y, dim=-1)
         return Prediction(F.pad(y[:, None], (0, 0, x.shape[1] - 1, 0)), None, (), x.new_zeros(()))
 
-    def denoise(self, x: Tensor, noisy: Tensor, t: Tensor, drop: Tensor | None = None) -> Tensor:
+    def denoise(
+        self, x: Tensor, noisy: Tensor, t: Tensor, tmd: Tensor | None = None, drop: Tensor | None = None
+    ) -> Tensor:
         """Return the estimate of the clean normalized next vector, (B, d).
 
         Args:
             x: (B, T, d) normalized context.
             noisy: (B, d).
             t: (B,) step of the noise.
+            tmd: (B, 16) codes that guide beside the step, needed with `tmd: film`.
             drop: (B,) bool, True: without the context.
         """
+        if (tmd is None) != (self.tmd is None):
+            raise UserError(
+                f"model.tmd={self.config.tmd} and {'no ' if tmd is None else ''}TMD codes are given",
+                "use data with codes and model.tmd=film, or neither",
+            )
         h, time = self.project(x), self.time(_sinusoid(t, self.config.d_model))[:, None]
+        if self.tmd is not None and tmd is not None:
+            time = time + self.tmd(tmd.to(time.dtype))[:, None]
         if drop is not None:
             h = torch.where(drop[:, None, None], self.nothing.expand_as(h), h)
         target = self.noisy(noisy)[:, None] + time
@@ -140,23 +158,28 @@ class LatentDiffusion(nn.Module):
             target = block(target, context, None, time)
         return self.head(target[:, 0])
 
-    def denoising_loss(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def denoising_loss(self, x: Tensor, target: Tensor, tmd: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the summed squared error of the estimate, and the estimates (B, d), denormalized.
 
         Args:
             x: (B, T, d).
             target: (B, d).
+            tmd: (B, 16), see `denoise`.
         """
         d = self.config.diffusion
         x, clean = self.normalizer(x), self.normalizer(target)
         t = torch.randint(1, d.train_steps + 1, (len(x),), device=x.device)
-        level = self.levels[t][:, None]
-        noisy = level.sqrt() * clean + (1 - level).sqrt() * torch.randn_like(clean)
-        estimate = self.denoise(x, noisy, t, torch.rand(len(x), device=x.device) < d.drop)
+        noisy = self.add_noise(clean, t, torch.randn_like(clean))
+        estimate = self.denoise(x, noisy, t, tmd, torch.rand(len(x), device=x.device) < d.drop)
         return (estimate - clean).pow(2).mean(-1).sum(), self.normalizer.inverse(estimate)
 
+    def add_noise(self, clean: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Return clean vectors (B, d) after t (B,) steps of noise (B, d); after none as they were."""
+        level = self.levels[t][:, None]
+        return level.sqrt() * clean + (1 - level).sqrt() * noise
+
     @torch.no_grad()
-    def sample(self, x: Tensor) -> Tensor:
+    def sample(self, x: Tensor, tmd: Tensor | None = None) -> Tensor:
         """Return vectors (B, d) by DDIM (Song et al. 2021), the same for the same seed and inputs."""
         d = self.config.diffusion
         x = self.normalizer(x)
@@ -166,9 +189,9 @@ class LatentDiffusion(nn.Module):
         clean = noisy
         for now, then in zip(times, times[1:], strict=False):
             t = torch.full((len(x),), now, device=x.device)
-            clean = self.denoise(x, noisy, t)
+            clean = self.denoise(x, noisy, t, tmd)
             if self.guidance != 1:
-                without = self.denoise(x, noisy, t, torch.ones(len(x), dtype=torch.bool, device=x.device))
+                without = self.denoise(x, noisy, t, tmd, torch.ones(len(x), dtype=torch.bool, device=x.device))
                 clean = without + self.guidance * (clean - without)
             a, b = self.levels[now], self.levels[then]
             noise = (noisy - a.sqrt() * clean) / (1 - a).sqrt()

@@ -116,16 +116,18 @@ def _mean(folder: Path) -> Embedder:
 
 def _sentence_transformer(folder: Path) -> Embedder:
     if find_spec("sentence_transformers") is None:
-        raise UserError(f"embedder st:{folder} needs sentence-transformers", "pip install .[embed]")
+        raise UserError(
+            f"embedder st:{folder} needs sentence-transformers", "pip install .[embed], or use mean:DIR or hash768"
+        )
     _check_folder(folder)
     from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(str(folder))
-    dim = model.get_sentence_embedding_dimension()
+    model = SentenceTransformer(str(folder), device="cpu")
 
     def encode(texts: Sequence[str]) -> Tensor:
         return model.encode(list(texts), convert_to_tensor=True, show_progress_bar=False)
 
+    dim = encode(["."]).shape[-1]
     return Embedder(f"st:{folder}", f"st:{folder.resolve().name}", dim, _weights_digest(folder), encode)
 
 

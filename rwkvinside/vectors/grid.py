@@ -1,4 +1,4 @@
-"""Many runs from one plan: a deterministic list, run one after the other, resumed where it was stopped.
+"""Many runs from one plan: a deterministic list, run in order or several at once, resumed where it was stopped.
 
 A plan is a YAML file: `settings` of all runs, and groups of entries. An entry has settings of its own and
 
@@ -12,14 +12,19 @@ A plan is a YAML file: `settings` of all runs, and groups of entries. An entry h
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import random
+import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import Field
 
 from ..config.load import check_section, merge_settings, read_settings
@@ -167,7 +172,32 @@ def _nested(layers: Sequence[Mapping]) -> dict:
     return merge_settings(sections)
 
 
-def run_plan(runs: Sequence[PlannedRun], out: Path, say: Callable[[str], None], most: int | None = None) -> Outcome:
+@dataclass(frozen=True)
+class Task:
+    """A run that is to be made.
+
+    Attributes:
+        run: of the plan.
+        folder: where.
+        settings: of the run; of an ensemble its members.
+    """
+
+    run: PlannedRun
+    folder: Path
+    settings: dict
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What went wrong with a run."""
+
+    error: str
+    traceback: str
+
+
+def run_plan(
+    runs: Sequence[PlannedRun], out: Path, say: Callable[[str], None], most: int | None = None, jobs: int = 1
+) -> Outcome:
     """Run what is not finished yet.
 
     A run that fails is recorded with its traceback, and tried again the next time.
@@ -177,31 +207,88 @@ def run_plan(runs: Sequence[PlannedRun], out: Path, say: Callable[[str], None], 
         out: directory of all runs.
         say: where lines for people go.
         most: runs that are made; None: all.
+        jobs: runs that are made at once, each in a process with its share of the threads.
     """
-    outcome, made = Outcome(), 0
-    for number, run in enumerate(runs, 1):
-        if most is not None and made >= most:
-            break
-        try:
-            folder, settings = _place(run, out, outcome)
-            done = read_result(folder) is not None
-            made += not done
-            if not done:
-                say(f"[{number}/{len(runs)}] {run.group}: {run.name}")
-            _make(run, folder, settings, outcome)
-            outcome.finished[run.name] = folder
-            if run.kind == "train":
-                outcome.trained[run.name] = folder
-        except Interrupted:
-            raise
-        except Exception as error:  # the other runs of the plan are worth having
-            outcome.failed[run.name] = str(error).splitlines()[0] if str(error) else type(error).__name__
-            record = {"run": run.name, "error": outcome.failed[run.name], "traceback": traceback.format_exc()}
-            write_json(out / f"{run.name}-{FAILED}", record)
-            say(f"{run.name} FAILED: {outcome.failed[run.name]}")
-        else:
-            (out / f"{run.name}-{FAILED}").unlink(missing_ok=True)
+    outcome, left = Outcome(), len(runs) if most is None else most
+    numbers = {run.name: f"[{number}/{len(runs)}] {run.group}: {run.name}" for number, run in enumerate(runs, 1)}
+    for _, together in groupby(runs, key=lambda run: run.kind):  # what selects or votes needs the runs before it
+        tasks = []
+        for run in together:
+            try:
+                task = Task(run, *_place(run, out, outcome))
+                if read_result(task.folder) is not None:
+                    _finished(task, out, outcome)
+                elif left > 0:
+                    tasks.append(task)
+                    left -= 1
+            except UserError as error:
+                _failed(run, Failure(str(error), traceback.format_exc()), out, outcome, say)
+        for task, failure in _made(tasks, jobs, lambda run: say(numbers[run.name])):
+            if failure is None:
+                _finished(task, out, outcome)
+            else:
+                _failed(task.run, failure, out, outcome, say)
     return outcome
+
+
+def _made(
+    tasks: Sequence[Task], jobs: int, begin: Callable[[PlannedRun], None]
+) -> Iterator[tuple[Task, Failure | None]]:
+    """Make runs and yield each with what went wrong; `begin` is called with each of them."""
+    if jobs == 1 or len(tasks) < 2 or tasks[0].run.kind == "ensemble":
+        for task in tasks:
+            begin(task.run)
+            yield task, _make(task)
+        return
+    threads = max(1, torch.get_num_threads() // jobs)
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin_process, (threads,))
+    waiting, running = list(tasks), {}
+    with pool:  # at an interrupt it waits for those that train, which have been told, too, and save what they have
+        while waiting or running:
+            while waiting and len(running) < jobs:  # no more than that: what the pool has taken in cannot be stopped
+                task = waiting.pop(0)
+                running[pool.submit(_make, task)] = task
+            for each in wait(running, return_when=FIRST_COMPLETED).done:
+                task, failure = running.pop(each), each.result()
+                begin(task.run)  # told when it is made: which ones are at work says little
+                yield task, failure
+
+
+def _begin_process(threads: int) -> None:
+    """Prepare a process of the pool; lines of several runs would be mixed, so they are dropped."""
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
+    torch.set_num_threads(threads)
+
+
+def _make(task: Task) -> Failure | None:
+    """Make a run, and return what went wrong (`Interrupted`: it was asked to stop)."""
+    try:
+        if task.run.kind == "ensemble":
+            members = [task.folder.parent / name for name in task.settings["members"]]
+            write_ensemble(task.folder, members, task.run.weighted)
+        else:
+            train(checked(RunConfig, task.settings | {"out": str(task.folder)}), lambda line: None)
+    except Interrupted:
+        raise
+    except Exception as error:  # the other runs of the plan are worth having
+        return Failure(str(error), traceback.format_exc())
+    return None
+
+
+def _finished(task: Task, out: Path, outcome: Outcome) -> None:
+    name = task.run.name
+    outcome.finished[name] = task.folder
+    if task.run.kind == "train":
+        outcome.trained[name] = task.folder
+    (out / f"{name}-{FAILED}").unlink(missing_ok=True)
+
+
+def _failed(run: PlannedRun, failure: Failure, out: Path, outcome: Outcome, say: Callable[[str], None]) -> None:
+    first = failure.error.splitlines()[0] if failure.error else failure.traceback.splitlines()[-1]
+    outcome.failed[run.name] = first
+    record = {"run": run.name, "error": first, "traceback": failure.traceback}
+    write_json(out / f"{run.name}-{FAILED}", record)
+    say(f"{run.name} FAILED: {first}")
 
 
 def _place(run: PlannedRun, out: Path, outcome: Outcome) -> tuple[Path, dict]:
@@ -213,18 +300,9 @@ def _place(run: PlannedRun, out: Path, outcome: Outcome) -> tuple[Path, dict]:
             raise UserError(f"{run.name} needs the best {run.place + 1} architectures, {len(best)} are finished")
         settings = read_config(best[run.place]).model_dump(mode="json") | run.settings
     if run.kind == "ensemble":
-        settings = {"members": [str(path) for path in _members(run, outcome)], "weighted": run.weighted}
+        settings = {"members": [path.name for path in _members(run, outcome)], "weighted": run.weighted}
     identity = digest_of({key: value for key, value in settings.items() if key != "out"})
     return out / f"{run.name}-{identity[:8]}", settings
-
-
-def _make(run: PlannedRun, folder: Path, settings: dict, outcome: Outcome) -> None:
-    if run.kind == "ensemble":
-        if read_result(folder) is None:
-            write_ensemble(folder, _members(run, outcome), run.weighted)
-        return
-    config: RunConfig = checked(settings | {"out": str(folder)})
-    train(config, lambda line: None)
 
 
 def _members(run: PlannedRun, outcome: Outcome) -> list[Path]:
@@ -259,7 +337,7 @@ def write_baselines(runs: Sequence[PlannedRun], out: Path, say: Callable[[str], 
     for run in runs:
         if run.kind != "train":
             continue
-        data = checked(run.settings).data
+        data = checked(RunConfig, run.settings).data
         key = digest_of(data.model_dump(mode="json", exclude={"limit"}))
         if key not in known:
             loaded = load_data(data)

@@ -8,7 +8,7 @@ said to map sentence-transformers' vectors to those of vec2text; it can learn th
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,14 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from . import tmd as tmd_codes
-from .mixers.base import Place, Shared, State, fp32
-from .mixers.registry import build_mixer, layer_options, mixer_class, parse_pattern
-from .settings import ModelConfig
+from .baselines import best_recent_mean
+from .mixers.base import Mixer, Place, Shared, State, fp32
+from .mixers.mixture import Mixture
+from .mixers.registry import MIXERS, build_mixer, layer_options, mixer_class, parse_pattern
+from .settings import WIDTH, ModelConfig
+
+if TYPE_CHECKING:
+    from .diffusion import LatentDiffusion
 
 
 class ModelState(NamedTuple):
@@ -26,7 +31,7 @@ class ModelState(NamedTuple):
 
     Attributes:
         layers: the state of every layer.
-        total, count: sum (B, d) and number (B,) of all vectors, for `residual: context_mean`.
+        total, count: sum (B, d) and number (B,) of all vectors, for `residual`; weighted where that is recent_mean.
         pooled: numerator (B, D) and denominator (B, 1) of the readout, () without.
     """
 
@@ -55,9 +60,9 @@ class Prediction(NamedTuple):
 class Block(nn.Module):
     """A mixer with norm, residual and feed-forward layer, or alone."""
 
-    def __init__(self, kind: str, config: ModelConfig, place: Place, options: dict):
+    def __init__(self, mixer: Mixer, config: ModelConfig):
         super().__init__()
-        self.mixer = build_mixer(kind, config.d_model, place, **options)
+        self.mixer = mixer
         self.plain = config.block == "plain" or self.mixer.standalone
         if not self.plain:
             self.norm = nn.LayerNorm(config.d_model)
@@ -108,19 +113,21 @@ class VectorModel(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        width = config.d_in + (tmd_codes.WIDTH if config.tmd == "concat" else 0)
+        d_in = config.d_in or WIDTH
+        width = d_in + (tmd_codes.WIDTH if config.tmd == "concat" else 0)
         adapter = config.adapter == "affine_ln"
         self.adapter = nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width)) if adapter else nn.Identity()
         self.quantizer = Quantizer(config.quantize, width) if config.quantize else None
         self.project = nn.Linear(width, config.d_model) if width != config.d_model else nn.Identity()
         self.film = nn.Linear(tmd_codes.WIDTH, 2 * config.d_model) if config.tmd == "film" else None
-        self.blocks = nn.ModuleList(build_blocks(config))
+        self.blocks = nn.ModuleList(block for _ in range(config.streams) for block in build_blocks(config))
         self.norm = nn.LayerNorm(config.d_model) if config.block == "residual" else nn.Identity()
         self.score = nn.Linear(config.d_model, 1) if config.readout == "attention" else None
-        self.head = nn.Linear(config.d_model, config.d_in)
+        self.head = nn.Linear(config.d_model, d_in)
         self.lower = nn.ModuleList(nn.Linear(config.d_model, width) for width in config.resolutions)
         self.dropout = nn.Dropout(config.dropout)
-        if config.residual == "context_mean":  # starts as the mean itself
+        self.age = nn.Parameter(torch.tensor(1.0)) if config.residual == "recent_mean" else None
+        if config.residual != "none":  # starts as the mean itself
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)
         if self.film is not None:  # starts as the identity
@@ -150,19 +157,37 @@ class VectorModel(nn.Module):
                 "use data with codes and model.tmd: concat, film or mixer, or neither",
             )
         h, extra = self.embed(x, tmd)
-        shared, states = Shared(tmd=tmd), []
-        skip, every = h, self.config.skip_every
-        for i, block in enumerate(self.blocks):
-            h, after = block(h, None if state is None else state.layers[i], mask, shared)
-            states.append(after)
-            if every and (i + 1) % every == 0:
-                h = skip = h + skip
+        outputs, states = [], []
+        depth, every = len(self.blocks) // self.config.streams, self.config.skip_every
+        for start in range(0, len(self.blocks), depth):
+            shared, stream, skip = Shared(tmd=tmd), h, h
+            for i in range(start, start + depth):
+                stream, after = self.blocks[i](stream, None if state is None else state.layers[i], mask, shared)
+                states.append(after)
+                if every and (i - start + 1) % every == 0:
+                    stream = skip = stream + skip
+            outputs.append(stream)
+        h = outputs[0] if len(outputs) == 1 else torch.stack(outputs).mean(0)
         h, pooled = self._read(self.norm(h), mask, state)
         y = self.dropout(self.head(h))
         lower = tuple(F.normalize(head(h), dim=-1) for head in self.lower)
         y, total, count = self._finish(x, y, mask, state)
         after = ModelState(tuple(states), total, count, pooled) if self.causal else None
         return Prediction(y, after, lower, extra)
+
+    @torch.no_grad()
+    def fit(self, x: Tensor, target: Tensor) -> None:
+        """Start `residual: recent_mean` as that baseline.
+
+        Args:
+            x: (N, T, d) training contexts.
+            target: (N, d).
+        """
+        if self.age is None:
+            return
+        factor, shift = best_recent_mean(x, target)
+        self.age.fill_(torch.logit(torch.tensor(factor)))
+        self.head.bias.copy_(shift)
 
     def embed(self, x: Tensor, tmd: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the input of the first layer (B, T, D), and the quantizer's loss."""
@@ -181,12 +206,17 @@ class VectorModel(nn.Module):
         self, x: Tensor, y: Tensor, mask: Tensor | None, state: ModelState | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the prediction, and the sum and number of all vectors so far."""
-        real = x.new_ones(x.shape[:2]) if mask is None else mask.to(x.dtype)
-        totals, counts = (fp32(x) * real[..., None]).cumsum(1), real.cumsum(1)
+        real = fp32(x.new_ones(x.shape[:2]) if mask is None else mask.to(x.dtype))
+        log_factor = real.new_zeros(()) if self.age is None else F.logsigmoid(fp32(self.age))
+        ages = real.cumsum(1)  # of the state's vectors, after each one
+        apart = ages[:, :, None] - ages[:, None]  # (B, T, T) real vectors between the latter and the former
+        weights = torch.exp(log_factor * apart.clamp(min=0)).tril() * real[:, None]
+        totals, counts = weights @ fp32(x), weights.sum(-1)
         if state is not None:
-            totals, counts = totals + state.total[:, None], counts + state.count[:, None]
-        if self.config.residual == "context_mean":
-            y = (totals / counts.clamp(min=1)[..., None]).to(y.dtype) + y
+            left = torch.exp(log_factor * ages)
+            totals, counts = totals + left[..., None] * state.total[:, None], counts + left * state.count[:, None]
+        if self.config.residual != "none":
+            y = (totals / counts.clamp(min=1e-9)[..., None]).to(y.dtype) + y
         if self.config.normalize:
             y = F.normalize(y, dim=-1)
         return y, totals[:, -1], counts[:, -1]
@@ -210,28 +240,33 @@ def build_blocks(config: ModelConfig) -> list[Block]:
         UserError: unknown kinds or options, options of a kind that the pattern has not, or `tmd: mixer` without a mixer
             that takes codes.
     """
-    kinds = parse_pattern(config.pattern or "", config.layers)
+    layers = [layer.split("|") for layer in parse_pattern(config.pattern or "", config.layers)]
+    kinds = [kind for layer in layers for kind in layer]
     if mixer_class(kinds[0]).standalone:
         if len(set(kinds)) > 1:
             raise UserError(f"model.pattern={config.pattern!r}", f"{kinds[0]} is a whole stack: use it alone")
-        kinds = kinds[:1]
+        layers = layers[:1]
     for kind in config.options:
         if kind not in kinds:
             raise UserError(f"model.options.{kind}: no layer is of that kind", f"there are: {', '.join(set(kinds))}")
-    takes_codes = {"mamba2", "retnet"}
-    if config.tmd == "mixer" and not takes_codes & set(kinds):
-        raise UserError(f"model.tmd=mixer with {config.pattern}", "only mamba2 and retnet take codes: use film")
+    routes = any(len(layer) > 1 for layer in layers)
+    takes = [kind for kind in MIXERS if mixer_class(kind).takes_codes]
+    if config.tmd == "mixer" and not routes and not set(takes) & set(kinds):
+        raise UserError(f"model.tmd=mixer with {config.pattern}", f"only {', '.join(takes)} take codes: use film")
+    d_tmd = tmd_codes.WIDTH if config.tmd == "mixer" else 0
     blocks = []
-    for i, kind in enumerate(kinds):
-        nth = kinds[:i].count(kind)
-        options = layer_options(config.options.get(kind, {}), nth)
-        if config.tmd == "mixer" and kind in takes_codes:
-            options["d_tmd"] = tmd_codes.WIDTH
-        blocks.append(Block(kind, config, Place(i, config.layers, nth == 0), options))
+    for i, layer in enumerate(layers):
+        mixers = []
+        for kind in layer:
+            nth = sum(kind in before for before in layers[:i])
+            options = layer_options(config.options.get(kind, {}), nth)
+            options |= {"d_tmd": d_tmd} if d_tmd and kind in takes else {}
+            mixers.append(build_mixer(kind, config.d_model, Place(i, config.layers, nth == 0), **options))
+        blocks.append(Block(mixers[0] if len(mixers) == 1 else Mixture(mixers, config.d_model, d_tmd), config))
     return blocks
 
 
-def build_model(config: ModelConfig) -> nn.Module:
+def build_model(config: ModelConfig) -> VectorModel | LatentDiffusion:
     """Return the model of a configuration: a `VectorModel`, or a `LatentDiffusion` where it denoises."""
     config = config.resolved()
     if config.diffusion is None:

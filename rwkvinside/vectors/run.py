@@ -10,6 +10,7 @@ RUN/ensemble.json                in place of all of these: its members
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,11 +28,12 @@ from ..training.checkpoint import newest_checkpoint, open_checkpoint
 from .baselines import context_mean
 from .data import Split, VectorBatch, load_data, split
 from .diffusion import LatentDiffusion
+from .fitting import CONFIG, STAGES, load_weights
 from .metrics import Predictor, cosines, predict, score
 from .model import build_model
-from .settings import RunConfig, load_run_config
+from .settings import RunConfig, load_config
 
-CONFIG, RESULT, ENSEMBLE, STAGES = "config.yaml", "result.json", "ensemble.json", "stages"
+RESULT, ENSEMBLE = "result.json", "ensemble.json"
 LATENCY_RUNS = 40
 
 
@@ -62,7 +64,7 @@ def load_model(run: Path) -> TrainedModel:
     if checkpoint is None:
         raise UserError(f"{run} has no checkpoint of its last phase", "finish it: rwkvinside vectors train -c ...")
     model = build_model(config.model)
-    model.load_state_dict(open_checkpoint(checkpoint).tensors())
+    load_weights(model, open_checkpoint(checkpoint))
     return TrainedModel(config, model.eval())
 
 
@@ -70,7 +72,7 @@ def read_config(run: Path) -> RunConfig:
     """Return the configuration of a run (`UserError`: it is none)."""
     if not (run / CONFIG).is_file():
         raise UserError(f"{run} is not a run of vector models: it has no {CONFIG}", "give the directory of a run")
-    return load_run_config([run / CONFIG])
+    return load_config(RunConfig, [run / CONFIG])
 
 
 def read_result(run: Path) -> dict | None:
@@ -148,19 +150,26 @@ def write_ensemble(out: Path, runs: Sequence[Path], weighted: bool = False) -> d
     digests = {result["data"]["digest"] for result in results}
     if len(digests) != 1:
         raise UserError(f"the members {', '.join(map(str, runs))} were trained on different data", "use the same data")
+    windows = [read_config(run).data.model_dump(include={"context", "val", "reverse"}) for run in runs]
+    if differs := next((i for i, each in enumerate(windows) if each != windows[0]), None):
+        raise UserError(
+            f"members {runs[0]} and {runs[differs]} have windows of their own: {windows[0]} and {windows[differs]}",
+            "vote with runs of the same data.context, data.val and data.reverse",
+        )
     weights = [result["metrics"]["cosine"] if weighted else 1.0 for result in results]
-    manifest = {"members": [str(run) for run in runs], "weights": weights}
+    members = [os.path.relpath(run.resolve(), out.resolve()) for run in runs]  # so that all of them can move together
+    manifest = {"members": members, "weights": weights}
     write_json(out / ENSEMBLE, manifest)
     config = read_config(runs[0])
     both = split(load_data(config.data), config.data)
     predictor = load_predictor(out)
-    members = [result["metrics"]["cosine"] for result in results]
+    alone = [result["metrics"]["cosine"] for result in results]
     values = results[0] | {
         "arch": "ensemble",
         "pattern": " + ".join(result["arch"] for result in results),
         "params": sum(result["params"] for result in results),
         "metrics": evaluate(predictor, both) | latency(predictor, both),
-        "members_mean_cosine": sum(members) / len(members),
+        "members_mean_cosine": sum(alone) / len(alone),
         "train_minutes": sum(result["train_minutes"] for result in results),
         "minutes_per_epoch": sum(result["minutes_per_epoch"] for result in results),
     }
@@ -176,14 +185,20 @@ def load_predictor(run: Path) -> Predictor:
     """
     if not (run / ENSEMBLE).is_file():
         return load_model(run)
-    manifest = json.loads((run / ENSEMBLE).read_text(encoding="utf-8"))
-    return Ensemble([load_predictor(Path(member)) for member in manifest["members"]], manifest["weights"])
+    members, weights = _manifest(run)
+    return Ensemble([load_predictor(member) for member in members], weights)
+
+
+def _manifest(ensemble: Path) -> tuple[list[Path], list[float]]:
+    """Return the members of an ensemble and their weights."""
+    manifest = json.loads((ensemble / ENSEMBLE).read_text(encoding="utf-8"))
+    return [(ensemble / member).resolve() for member in manifest["members"]], manifest["weights"]
 
 
 def data_of(run: Path) -> RunConfig:
     """Return the configuration that names the data of a run or of an ensemble's first member."""
     if (run / ENSEMBLE).is_file():
-        return data_of(Path(json.loads((run / ENSEMBLE).read_text(encoding="utf-8"))["members"][0]))
+        return data_of(_manifest(run)[0][0])
     return read_config(run)
 
 

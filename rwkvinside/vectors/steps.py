@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 
 from . import losses
 from .data import VectorBatch, Windows
+from .decoders.registry import build_decoder
 from .diffusion import LatentDiffusion
+from .embedders import embedder
 from .model import VectorModel
 from .settings import LossConfig
 
@@ -51,7 +54,7 @@ class VectorStep:
         self.loss, self._rows = loss, rows_per_step
         vectors = train.data.vectors[train.targets]
         self._resolutions = Resolutions(vectors, resolutions) if resolutions else None
-        self._stored = F.normalize(vectors, dim=-1) if loss.loop_every else None
+        self._decode_and_encode = read_again(loss.loop_decoder, train) if loss.loop_every else None
 
     def count(self, batch: VectorBatch) -> int:
         """Return the number of predictions; of a model that looks ahead the last position counts T times."""
@@ -77,24 +80,32 @@ class VectorStep:
                 apart = losses.cosine(part, compressed)
                 total = total + losses.cosine(part, goal) + self.loss.consistency * apart
                 metrics["consistency"] = metrics.get("consistency", 0) + apart / len(lower)
-        if self._stored is not None:
-            loop = self._loop(y, batch)
+        if self._decode_and_encode is not None:
+            due = batch.rows[0] // self._rows % self.loss.loop_every == 0
+            loop = losses.cosine(y, self._decode_and_encode(y.detach())) if due else y.new_zeros(len(y))
             total, metrics["loop"] = total + self.loss.loop * loop, loop
         sums = {name: scale * part.detach().sum() for name, part in metrics.items()}
         return scale * total.sum() + self.count(batch) * prediction.extra, sums
 
-    def _loop(self, y: Tensor, batch: VectorBatch) -> Tensor:
-        """Return the distance (N,) to what the prediction decodes to and encodes to again; 0 in steps without a loop.
 
-        Retrieval decodes to the nearest stored text, whose vector is the stored one. Decoding has no gradient: the
-        prediction is pulled to a constant.
-        """
-        assert self._stored is not None
-        if batch.rows[0] // self._rows % self.loss.loop_every:
-            return y.new_zeros(len(y))
-        stored = self._stored.to(y)
-        nearest = (F.normalize(y.detach(), dim=-1) @ stored.T).argmax(1)
-        return losses.cosine(y, stored[nearest])
+def read_again(spec: str, train: Windows) -> Callable[[Tensor], Tensor]:
+    """Return a function that decodes vectors (N, d) to texts and encodes these again.
+
+    It has no gradient: predictions are pulled to constants. Retrieval needs no embedder, as the vector of a stored text
+    is the stored one.
+
+    Args:
+        spec: of the decoder.
+        train: windows; retrieval finds their targets alone.
+
+    Raises:
+        UserError: see `build_decoder` and `embedder`.
+    """
+    if spec == "retrieval":
+        stored = F.normalize(train.data.vectors[train.targets], dim=-1)
+        return lambda y: stored.to(y)[(F.normalize(y, dim=-1) @ stored.to(y).T).argmax(1)]
+    decoder, encoder = build_decoder(spec, train.data), embedder(str(train.data.card.get("embedder")))
+    return lambda y: encoder.encode(decoder.decode(y.cpu())).to(y)
 
 
 class DiffusionStep:
@@ -110,7 +121,8 @@ class DiffusionStep:
     def __call__(self, model: nn.Module, batch: VectorBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and metrics, summed over the windows."""
         target = batch.y[:, -1]
-        denoising, estimate = cast(LatentDiffusion, model).denoising_loss(batch.x, target)
+        diffusion = cast(LatentDiffusion, model)
+        denoising, estimate = diffusion.denoising_loss(batch.x, target, None if diffusion.tmd is None else batch.tmd)
         cosine, mse = losses.cosine(estimate, target), losses.mse(estimate, target)
         total = denoising + (self.loss.cosine * cosine + self.loss.mse * mse).sum()
         return total, {"denoising": denoising.detach(), "train_cosine": (1 - cosine).detach().sum()}

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from rwkvinside.errors import UserError
-from rwkvinside.vectors.baselines import NAMES, baseline, evaluate_baselines
+from rwkvinside.vectors.baselines import NAMES, baseline, best_recent_mean, evaluate_baselines, weighted_by_age
 from rwkvinside.vectors.data import VectorData, WindowRows, load_data, shuffled_codes, split
 from rwkvinside.vectors.metrics import cosines, predict, score
 from rwkvinside.vectors.settings import DataConfig
@@ -106,6 +106,17 @@ def test_baselines(rotor):
     expected = F.cosine_similarity(rotor.val.data.vectors[at - 1], rotor.val.data.vectors[at], dim=-1)
     assert found["copy_last"]["cosine"] == pytest.approx(float(expected.mean()), abs=1e-5)
     torch.testing.assert_close(last, rotor.val.data.vectors[at - 1])
+
+
+def test_recent_mean_is_fitted():
+    """Targets are a mean that forgets, and something constant."""
+    x = torch.randn(300, 4, 8, generator=torch.Generator().manual_seed(0))
+    constant = F.one_hot(torch.tensor(0), 8).float()
+    target = weighted_by_age(x, 0.6) + 0.5 * constant
+    factor, shift = best_recent_mean(x, target)
+    assert factor == 0.6
+    torch.testing.assert_close(shift, 1.0 * target.mean(0))
+    torch.testing.assert_close(weighted_by_age(x, 1.0), x.mean(1))
 
 
 def test_synthetic_names():

@@ -6,9 +6,10 @@ import pytest
 from rwkvinside.cli.main import main as rwkvinside
 from rwkvinside.errors import UserError
 from rwkvinside.vectors import grid
+from rwkvinside.vectors.baselines import NAMES
 from rwkvinside.vectors.grid import read_plan
 from rwkvinside.vectors.model import build_model
-from rwkvinside.vectors.settings import checked, load_run_config
+from rwkvinside.vectors.settings import RunConfig, checked, load_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "vectors"
 PLAN = """
@@ -42,10 +43,8 @@ def test_plan_100_is_the_study_s(capsys):
 def test_shipped_files_make_models(file):
     from torch._subclasses import FakeTensorMode
 
-    plan = "groups:" in file.read_text()
-    configs = (
-        [checked(run.settings) for run in read_plan(file) if run.kind == "train"] if plan else [load_run_config([file])]
-    )
+    runs = [run.settings for run in read_plan(file) if run.kind == "train"] if "groups:" in file.read_text() else None
+    configs = [load_config(RunConfig, [file])] if runs is None else [checked(RunConfig, settings) for settings in runs]
     for config in configs:
         with FakeTensorMode():  # sizes without memory
             shallow = config.model.model_copy(update={"layers": min(config.model.layers, 6)})
@@ -77,13 +76,18 @@ def test_killed_grid_resumes_without_repeating(tmp_path, monkeypatch, capsys):
     rows = json.loads(files[2].read_text())
     assert len(rows) == 6 and {row["arch"] for row in rows} == {"gru", "lstm", "ensemble"}
     assert {row["seed"] for row in rows if row["run"].startswith("best")} == {5}
-    page = tmp_path / "page.html"
     capsys.readouterr()
+    several = tmp_path / "several"
+    assert rwkvinside(["vectors", "grid", str(plan), "--out", str(several), "--jobs", "2", *OVERRIDES]) == 0
+    assert "[6/6] second: vote" in capsys.readouterr().out
+    same = json.loads((several / "leaderboard.json").read_text())
+    assert [(row["run"], row["cosine"]) for row in same] == [(row["run"], row["cosine"]) for row in rows]
+    page = tmp_path / "page.html"
     assert rwkvinside(["vectors", "leaderboard", str(out), "--html", str(page)]) == 0
     said = capsys.readouterr().out
     assert "FAIL      cosine > 0.85" in said and "no texts  decode accuracy > 50 %" in said
     assert "PASS      latency (p95) < 100 ms" in said or "FAIL      latency (p95) < 100 ms" in said
-    assert page.read_text().count("<tr class=") == 6 + 8 and "http" not in page.read_text()
+    assert page.read_text().count("<tr class=") == 6 + len(NAMES) and "http" not in page.read_text()
 
 
 def test_failed_runs_are_recorded_and_the_others_made(tmp_path, capsys):

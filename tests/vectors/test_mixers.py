@@ -5,9 +5,9 @@ import torch
 
 from rwkvinside.errors import UserError
 from rwkvinside.vectors.mixers.base import Place, Shared
-from rwkvinside.vectors.mixers.registry import MIXERS, build_mixer, layer_options, parse_pattern
+from rwkvinside.vectors.mixers.mixture import Mixture
+from rwkvinside.vectors.mixers.registry import MIXERS, build_mixer, layer_options, mixer_class, parse_pattern
 from rwkvinside.vectors.mixers.retnet import RetNet
-from rwkvinside.vectors.mixers.s4 import recurrence
 
 D, T, B = 32, 11, 3
 SMALL = {
@@ -26,16 +26,22 @@ VARIANTS = {
     "attention top_k": ("attention", {"heads": 2, "top_k": 2}),
     "hyena order 3": ("hyena", {"l_max": 80, "order": 3, "filter_width": 16}),
     "s4 legs": ("s4", {"d_state": 8, "init": "legs"}),
+    "hyena reach": ("hyena", {"l_max": 80, "filter_width": 16, "reach": 0.05}),
+    "gru|attention": ("gru|attention", {"heads": 2}),
     "mamba2 groups": ("mamba2", {"d_state": 8, "head_size": 8, "groups": 2}),
     **{kind: (kind, SMALL.get(kind, {})) for kind in MIXERS},
 }
 CAUSAL = [name for name in VARIANTS if name != "linformer"]
-FFT = ("hyena", "hyena order 3", "s4", "s4 legs")
+FFT = ("hyena", "hyena order 3", "hyena reach", "s4", "s4 legs")
 
 
 def make(name, dtype=torch.float64, **more):
     kind, options = VARIANTS[name]
-    mixer = build_mixer(kind, D, Place(0, 2, True), **options, **more).to(dtype).eval()
+    if kind == "gru|attention":
+        mixer = Mixture([build_mixer("gru", D), build_mixer("attention", D, **options)], D)
+    else:
+        mixer = build_mixer(kind, D, Place(0, 2, True), **options, **more)
+    mixer = mixer.to(dtype).eval()
     with torch.no_grad():
         for parameter in mixer.parameters():  # low-rank maps start at 0, which would hide what reaches them
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -194,6 +200,19 @@ def test_s4_convolution_is_its_recurrence(init):
     torch.testing.assert_close(seen["y"], torch.nn.functional.gelu(recurrence(x, mixer)), rtol=0, atol=1e-10)
 
 
+def recurrence(u, mixer):
+    """y (B, T, D) of an S4 before its output layer, token by token, for u (B, T, D): its definition."""
+    a = torch.complex(-mixer.log_a.exp(), mixer.a_imag)
+    dt_a = a * mixer.log_dt.exp()[:, None]
+    c = torch.view_as_complex(mixer.C) * (dt_a.exp() - 1) / a
+    h = torch.zeros(len(u), *a.shape, dtype=dt_a.dtype)
+    outputs = []
+    for t in range(u.shape[1]):
+        h = h * dt_a.exp() + u[:, t, :, None]
+        outputs.append(2 * (h * c).sum(-1).real + u[:, t] * mixer.D)
+    return torch.stack(outputs, 1)
+
+
 def test_performer_estimates_softmax():
     x, seen, errors = inputs(), {}, []
     for features in (64, 16384):
@@ -213,9 +232,23 @@ def _distance_to_softmax(mixer, x, y):
 
 def test_tmd_moves_what_listens_to_it():
     x, tmd = inputs(), torch.randn(B, 16, dtype=torch.float64)
-    for kind in ("mamba2", "retnet"):
+    for kind in (kind for kind in MIXERS if mixer_class(kind).takes_codes):
         mixer = make(kind, d_tmd=16)
         assert (mixer(x, shared=Shared(tmd=tmd))[0] - mixer(x)[0]).abs().max() > 1e-4
+
+
+def test_mixture_begins_as_its_first_mixer_and_is_routed_by_codes():
+    gru, attention = (build_mixer(kind, D) for kind in ("gru", "attention"))
+    mixer, x = Mixture([gru, attention], D, d_tmd=16), inputs(torch.float32)
+    torch.testing.assert_close(mixer.weights(), torch.tensor([0.9526, 0.0474]), rtol=0, atol=1e-4)
+    torch.testing.assert_close(mixer(x)[0], 0.95257 * gru(x)[0] + 0.04743 * attention(x)[0], rtol=0, atol=1e-4)
+    torch.nn.init.normal_(mixer.tmd_route.weight)
+    tmd = torch.randn(B, 16)
+    weights = mixer.weights(tmd)
+    expected = weights[:, :1, None] * gru(x)[0] + weights[:, 1:, None] * attention(x)[0]
+    torch.testing.assert_close(mixer(x, shared=Shared(tmd=tmd))[0], expected, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="whole stack"):
+        Mixture([gru, build_mixer("gpt2", D)], D)
 
 
 def test_rwkv7_has_as_many_heads_as_fit():
@@ -235,6 +268,10 @@ def test_names_and_options_are_checked():
     with pytest.raises(ValueError, match="l_max=4"):
         build_mixer("hyena", D, l_max=4)(inputs(torch.float32))
     assert parse_pattern("mamba2*2,attention", 5) == ["mamba2", "mamba2", "attention", "mamba2", "mamba2"]
-    with pytest.raises(UserError, match=r"model\.pattern"):
-        parse_pattern("mamba2*,attention", 5)
+    assert parse_pattern("mamba2|attention*2,gru", 4) == ["mamba2|attention", "mamba2|attention", "gru"] + [
+        "mamba2|attention"
+    ]
+    for wrong in ("mamba2*,attention", "mamba2|", "|gru"):
+        with pytest.raises(UserError, match=r"model\.pattern"):
+            parse_pattern(wrong, 5)
     assert layer_options({"d_state": [16, 64], "expand": 2}, 3) == {"d_state": 64, "expand": 2}

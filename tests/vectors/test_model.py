@@ -1,9 +1,11 @@
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
 
 from rwkvinside.errors import UserError
 from rwkvinside.vectors import tmd
+from rwkvinside.vectors.baselines import best_recent_mean, weighted_by_age
 from rwkvinside.vectors.diffusion import LatentDiffusion, RobustNormalizer, signal_levels
 from rwkvinside.vectors.losses import cosine, infonce, mse
 from rwkvinside.vectors.model import ModelState, VectorModel, build_model
@@ -58,7 +60,9 @@ def test_streams_as_it_reads_the_whole_context(arch):
     "options",
     [
         {"residual": "context_mean"},
+        {"residual": "recent_mean"},
         {"readout": "attention"},
+        {"streams": 3},
         {"quantize": 16},
         {"skip_every": 1, "block": "plain"},
         {"resolutions": (24, 12)},
@@ -87,6 +91,26 @@ def test_context_mean_is_where_training_starts():
     x = torch.randn(2, 5, 48)
     torch.testing.assert_close(model(x).y[:, -1], F.normalize(x.mean(1), dim=-1))
     assert isinstance(model(x).state, ModelState)
+
+
+def test_recent_mean_is_where_training_starts():
+    x, target = torch.randn(64, 5, 48), torch.randn(64, 48) + 1
+    model = small("gru", residual="recent_mean").eval()
+    model.fit(x, target)
+    factor, shift = best_recent_mean(x, target)
+    expected = F.normalize(weighted_by_age(x, factor) + shift, dim=-1)
+    torch.testing.assert_close(model(x).y[:, -1], expected, rtol=0, atol=1e-5)
+    model(x).y.sum().backward()
+    assert model.age.grad is not None and model.age.grad != 0
+
+
+def test_deep_layers_still_tell_inputs_apart():
+    """Six plain layers of the flow chart's recurrence begin with as much of their input as they need to learn."""
+    model = build_model(ModelConfig(arch="rwkv_gru", d_in=48, d_model=64)).eval()
+    seen = {}
+    model.norm.register_forward_pre_hook(lambda module, args: seen.update(h=args[0]))
+    model(F.normalize(torch.randn(32, 5, 48), dim=-1))
+    assert seen["h"][:, -1].std(0).mean() > 0.1
 
 
 def test_losses_are_their_definitions():
@@ -127,7 +151,10 @@ def test_tmd_reaches_the_model_where_it_says_so():
     assert (mixer(x, tmd=code).y - mixer(x, tmd=code.flip(0)).y).abs().max() > 1e-6
     with pytest.raises(UserError, match="no TMD codes are given"):
         film(x)
-    with pytest.raises(UserError, match=r"only mamba2 and retnet"):
+    routed = small("hybrid", pattern="gru|lstm", tmd="mixer", options={}).eval()
+    torch.nn.init.normal_(routed.blocks[0].mixer.tmd_route.weight)
+    assert (routed(x, tmd=code).y - routed(x, tmd=code.flip(0)).y).abs().max() > 1e-6
+    with pytest.raises(UserError, match=r"only mamba2, retnet, linformer take codes"):
         small("gru", tmd="mixer")
 
 
@@ -162,15 +189,46 @@ def test_diffusion(towers):
     assert not [n for n, p in model.named_parameters() if p.grad is None and n not in ("nothing",)]
 
 
+def test_sampling_finds_what_the_denoiser_knows(monkeypatch):
+    """Without noise a vector is itself, and a denoiser that is right leads there in any number of steps."""
+    model = small("lcm_two").eval()
+    x, target = F.normalize(torch.randn(3, 5, 48), dim=-1), torch.randn(3, 48)
+    model.fit(x, torch.randn(200, 48) * 2 + 1)
+    clean = model.normalizer(target)
+    none, all_steps = torch.zeros(3, dtype=torch.long), torch.full((3,), 100)
+    noise = torch.randn(3, 48)
+    torch.testing.assert_close(model.add_noise(clean, none, noise), clean)
+    torch.testing.assert_close(model.add_noise(clean, all_steps, noise), noise, rtol=0, atol=0.02)
+    monkeypatch.setattr(model, "denoise", lambda *args: clean)
+    for steps in (1, 5, 20):
+        model.steps = steps
+        torch.testing.assert_close(model.sample(x), target, rtol=0, atol=1e-4)
+
+
+def test_codes_guide_denoising():
+    x, code = F.normalize(torch.randn(2, 5, 48), dim=-1), tmd.vectors(torch.tensor([3, 20_000]))
+    model = small("lcm_two", tmd="film").eval()
+    assert torch.equal(model(x, tmd=code).y, model(x, tmd=code.flip(0)).y)  # at its start they say nothing
+    torch.nn.init.normal_(model.tmd.weight)
+    torch.nn.init.normal_(model.denoiser[0].modulate.weight)
+    assert (model(x, tmd=code).y - model(x, tmd=code.flip(0)).y).abs().max() > 1e-4
+    loss, _ = model.denoising_loss(x, x[:, -1], code)
+    loss.backward()
+    assert model.tmd.weight.grad.abs().max() > 0
+    with pytest.raises(UserError, match="no TMD codes are given"):
+        model(x)
+    with pytest.raises(UserError, match="with such a head there is no"):
+        small("lcm_two", residual="context_mean")
+
+
 def test_noise_schedule_and_normalizer():
     levels = signal_levels(100)
     assert levels[0] == 1 and (levels.diff() < 0).all() and levels[-1] < 1e-3
     vectors = torch.randn(501, 7) * torch.arange(1, 8) + 3
     normalizer = RobustNormalizer(7)
     normalizer.fit(vectors)
-    numpy = pytest.importorskip("numpy")
-    low, middle, high = numpy.percentile(vectors.numpy(), [25, 50, 75], axis=0)
-    expected = (vectors.numpy() - middle) / (high - low) * 1.349  # sklearn's RobustScaler(unit_variance=True)
+    preprocessing = pytest.importorskip("sklearn.preprocessing")
+    expected = preprocessing.RobustScaler(unit_variance=True).fit_transform(vectors.numpy())
     numpy.testing.assert_allclose(normalizer(vectors).numpy(), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(normalizer.inverse(normalizer(vectors)), vectors)
 

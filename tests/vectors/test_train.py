@@ -6,11 +6,12 @@ import torch
 from rwkvinside.cli.main import main as rwkvinside
 from rwkvinside.errors import UserError
 from rwkvinside.vectors.data import load_data, split
+from rwkvinside.vectors.fitting import groups_of
 from rwkvinside.vectors.run import evaluate, load_model, load_predictor, read_result, write_ensemble
-from rwkvinside.vectors.settings import load_run_config
+from rwkvinside.vectors.settings import RunConfig, load_config
 from rwkvinside.vectors.steps import Resolutions
 from rwkvinside.vectors.synthetic import synthetic
-from rwkvinside.vectors.train import groups_of, train
+from rwkvinside.vectors.train import train
 
 TINY = (
     "data.val=0.05",
@@ -24,7 +25,7 @@ TINY = (
 
 
 def config(out, *overrides):
-    return load_run_config(overrides=[*TINY, *overrides], out=str(out))
+    return load_config(RunConfig, overrides=[*TINY, *overrides], out=str(out))
 
 
 def quiet(_):
@@ -143,6 +144,11 @@ def test_ensemble_is_no_worse_than_its_members_on_average(tmp_path):
     batch = split(load_data(config(tmp_path).data), config(tmp_path).data).val.batch(torch.tensor([0, 1]))
     vote = load_predictor(tmp_path / "voteFalse")(batch)
     torch.testing.assert_close(vote.norm(dim=-1), torch.ones(2))
+    train(config(tmp_path / "short", "data.context=4"), quiet)
+    with pytest.raises(UserError, match=r"have windows of their own: .*'context': 5.*'context': 4"):
+        write_ensemble(tmp_path / "vote", [*runs, tmp_path / "short"])
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    torch.testing.assert_close(load_predictor(moved / "voteFalse")(batch), vote)
 
 
 def test_bad_input_is_one_line(tmp_path, capsys):
@@ -152,7 +158,7 @@ def test_bad_input_is_one_line(tmp_path, capsys):
         (["train", "--out", out, "model.d_in=96"], "synthetic:rotor-lin has vectors of 768"),
         (["train", "--out", out, "--data", str(tmp_path)], "holds no vectors"),
         (["train", "--out", out, "model.tmd=film"], "has no TMD codes"),
-        (["train", "--out", out, "optim.kind=adamw8bit"], "do not apply to vector models"),
+        (["train", "--out", out, "optim.kind=adamw8bit"], "optim.kind"),
         (["train", "--out", out, "loss.cosine=0"], "nothing to train on"),
         (["eval", str(tmp_path)], "is not a run of vector models"),
         (["leaderboard", str(tmp_path)], "has no finished run"),

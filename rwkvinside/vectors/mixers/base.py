@@ -48,6 +48,7 @@ class Mixer(nn.Module):
         causal: no output depends on later inputs. Others predict from the last position only and have no state.
         recurrent: the state's size does not depend on the number of tokens.
         standalone: a whole stack with norms and feed-forward layers of its own.
+        takes_codes: it has an option d_tmd, the width of the codes in `Shared.tmd`.
         dynamics: ends of the names of parameters that want a smaller learning rate and no weight decay.
     """
 
@@ -55,6 +56,7 @@ class Mixer(nn.Module):
     causal: bool = True
     recurrent: bool = True
     standalone: ClassVar[bool] = False
+    takes_codes: ClassVar[bool] = False
     dynamics: ClassVar[tuple[str, ...]] = ()
 
     def forward(

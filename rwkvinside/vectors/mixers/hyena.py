@@ -20,6 +20,7 @@ class Hyena(HistoryMixer):
         l_max: longest sequence; longer ones are refused, not cut.
         filter_width: of the network that describes the filters.
         bands: frequencies of its input.
+        reach: part of l_max that the filters fade over; a list of them gives every layer a scale of its own.
     """
 
     kind = "hyena"
@@ -33,10 +34,11 @@ class Hyena(HistoryMixer):
         l_max: int = 1024,
         filter_width: int = 64,
         bands: int = 4,
+        reach: float = 1.0,
     ):
         super().__init__()
-        if order < 2:
-            raise ValueError(f"order={order}: at least 2")
+        if order < 2 or reach <= 0:
+            raise ValueError(f"order={order}, reach={reach}: order is at least 2, reach more than 0")
         self.order, self.l_max, self.width = order, l_max, d_model
         self.inputs = nn.Linear(d_model, (order + 1) * d_model)
         self.short = nn.Conv1d((order + 1) * d_model, (order + 1) * d_model, 3, groups=(order + 1) * d_model)
@@ -50,7 +52,7 @@ class Hyena(HistoryMixer):
         turns = 2 * math.pi * torch.linspace(1e-4, bands - 1, bands, dtype=torch.float64) * t[:, None]
         self.register_buffer("positions", torch.cat([t[:, None], turns.cos(), -turns.sin()], 1), persistent=False)
         rates = torch.linspace(math.log(1e-2) / 1.5, math.log(1e-2) / 0.3, d_model, dtype=torch.float64)
-        self.register_buffer("window", torch.exp(rates * t[:, None]), persistent=False)  # (l_max, D)
+        self.register_buffer("window", torch.exp(rates / reach * t[:, None]), persistent=False)  # (l_max, D)
 
     def run(self, x: Tensor) -> Tensor:
         """Run gates and convolutions over whole rows."""

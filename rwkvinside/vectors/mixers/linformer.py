@@ -17,14 +17,24 @@ class Linformer(Mixer):
         k: mixtures, at most max_len.
         max_len: longest sequence; longer ones are refused.
         learned: train the projection; otherwise it stays random.
+        d_tmd: width of the codes that scale the mixtures ("concept-aware projection"); 0: none.
     """
 
     kind = "linformer"
+    takes_codes = True
     causal = False
     recurrent = False
 
     def __init__(
-        self, d_model: int, place: Place, *, heads: int = 8, k: int = 16, max_len: int = 64, learned: bool = True
+        self,
+        d_model: int,
+        place: Place,
+        *,
+        heads: int = 8,
+        k: int = 16,
+        max_len: int = 64,
+        learned: bool = True,
+        d_tmd: int = 0,
     ):
         super().__init__()
         check_heads(d_model, heads)
@@ -33,6 +43,9 @@ class Linformer(Mixer):
         self.heads, self.max_len = heads, max_len
         self.query, self.key, self.value, self.output = (nn.Linear(d_model, d_model, bias=False) for _ in range(4))
         self.project = nn.Parameter(torch.randn(k, max_len) * k**-0.5, requires_grad=learned)
+        self.tmd_scale = nn.Linear(d_tmd, k, bias=False) if d_tmd else None
+        if self.tmd_scale is not None:
+            nn.init.zeros_(self.tmd_scale.weight)
         self.positions = nn.Parameter(torch.randn(max_len, d_model) * 0.02)
 
     def mix(self, x: Tensor, state: State | None, lengths: Tensor | None, shared: Shared) -> tuple[Tensor, None]:
@@ -46,5 +59,8 @@ class Linformer(Mixer):
             counts = real(lengths, T)[..., None].to(x.dtype)
             k, v = k * counts, v * counts
         k, v = (torch.einsum("kt,btd->bkd", self.project[:, :T], part) for part in (k, v))
+        if self.tmd_scale is not None and shared.tmd is not None:
+            scale = 1 + self.tmd_scale(shared.tmd.to(x.dtype))[..., None]
+            k, v = k * scale, v * scale
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))
         return self.output(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)), None

@@ -40,6 +40,7 @@ class Mamba2(Mixer):
     """
 
     kind = "mamba2"
+    takes_codes = True
     dynamics = ("A_log", "dt_bias")
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Mixers by name, and patterns of layers such as `mamba2*5,attention`."""
+"""Mixers by name, and patterns of layers such as `mamba2*5,attention` or `mamba2|attention`."""
 
 from __future__ import annotations
 
@@ -69,15 +69,20 @@ def build_mixer(kind: str, d_model: int, place: Place = Place(), **options: Any)
 def parse_pattern(pattern: str, layers: int) -> list[str]:
     """Return the kind of every layer: `mamba2*5,attention` over 12 layers is that pattern twice.
 
+    Kinds with a bar between them share a layer, see `mixture`.
+
     Raises:
         UserError: not a pattern, or an unknown kind.
     """
     kinds: list[str] = []
     for part in pattern.split(","):
-        match = re.fullmatch(r"\s*(\w+)\s*(?:\*\s*([1-9]\d*))?\s*", part)
+        match = re.fullmatch(r"\s*(\w+(?:\|\w+)*)\s*(?:\*\s*([1-9]\d*))?\s*", part)
         if match is None:
-            raise UserError(f"model.pattern={pattern!r}", "kinds and counts as in mamba2*5,attention")
-        mixer_class(match[1])
+            raise UserError(
+                f"model.pattern={pattern!r}", "kinds and counts as in mamba2*5,attention or mamba2|attention*2"
+            )
+        for kind in match[1].split("|"):
+            mixer_class(kind)
         kinds += [match[1]] * int(match[2] or 1)
     return [kinds[i % len(kinds)] for i in range(layers)]
 

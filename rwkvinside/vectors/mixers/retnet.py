@@ -23,6 +23,7 @@ class RetNet(Mixer):
     """
 
     kind = "retnet"
+    takes_codes = True
 
     def __init__(self, d_model: int, place: Place, *, heads: int = 8, d_tmd: int = 0):
         super().__init__()

@@ -49,10 +49,12 @@ class GRU(_Cells):
 
 
 class RWKVGRU(Mixer):
-    """A GRU with RWKV's two habits: token shift before it, a receptance gate after it.
+    """A GRU with RWKV's three habits: token shift before it, a receptance gate after it, and x added to the outcome.
 
     The reading of "GRU-based recurrence with custom recurrence tweaks" in the flow chart of the RWKV LVM:
-    x'_t = x_t + mu (x_{t-1} - x_t), h = GRU(x'), y = W_o (sigmoid(W_r x') h). State: h and the last input, (B, D) each.
+    x'_t = x_t + mu (x_{t-1} - x_t), h = GRU(x'), y = x + W_o (sigmoid(W_r x') h). Without the sum every layer would
+    begin by shrinking what tells two inputs apart to a tenth, and six of them learn nothing. State: h and the last
+    input, (B, D) each.
     """
 
     kind = "rwkv_gru"
@@ -73,7 +75,7 @@ class RWKVGRU(Mixer):
         h, after = run_cells(self.rnn, mixed, state and state[:1], lengths)
         at = x.shape[1] if lengths is None else lengths
         newest = history[torch.arange(len(x), device=x.device), at]
-        return self.output(torch.sigmoid(self.receptance(mixed)) * h), (*after, fp32(newest))
+        return x + self.output(torch.sigmoid(self.receptance(mixed)) * h), (*after, fp32(newest))
 
 
 def run_cells(rnn: nn.RNNBase, x: Tensor, state: State | None, lengths: Tensor | None) -> tuple[Tensor, State]:

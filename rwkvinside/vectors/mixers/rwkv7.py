@@ -17,7 +17,7 @@ class RWKV7(Mixer):
     Args:
         head_size: N.
         preset: of `mixer_presets`, one that does not rotate.
-        init: see `init_mixer`.
+        init: see `init_mixer`; nothing is copied from a teacher here, so scratch.
         backend: of the recurrence, see `wkv7`.
     """
 
@@ -30,7 +30,7 @@ class RWKV7(Mixer):
         *,
         head_size: int = 64,
         preset: str = "x070",
-        init: str = "calibrated",
+        init: str = "scratch",
         backend: str = "auto",
     ):
         super().__init__()

@@ -102,21 +102,3 @@ def fft_conv(u: Tensor, kernel: Tensor) -> Tensor:
     T = u.shape[-1]
     product = torch.fft.rfft(fp32(u), n=2 * T) * torch.fft.rfft(fp32(kernel), n=2 * T)
     return torch.fft.irfft(product, n=2 * T)[..., :T].to(u.dtype)
-
-
-def recurrence(u: Tensor, mixer: S4) -> Tensor:
-    """Return y of an S4 before its output layer, token by token: the definition, to test the convolution with.
-
-    Args:
-        u: (B, T, D).
-        mixer: its parameters.
-    """
-    a = torch.complex(-mixer.log_a.exp(), mixer.a_imag)
-    dt_a = a * mixer.log_dt.exp()[:, None]
-    c = torch.view_as_complex(mixer.C) * (dt_a.exp() - 1) / a
-    h = torch.zeros(len(u), *a.shape, dtype=dt_a.dtype)
-    outputs = []
-    for t in range(u.shape[1]):
-        h = h * dt_a.exp() + u[:, t, :, None]
-        outputs.append(2 * (h * c).sum(-1).real + u[:, t] * mixer.D)
-    return torch.stack(outputs, 1)
