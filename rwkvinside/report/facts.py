@@ -124,6 +124,14 @@ class RunFacts:
         """The student after the last stage that was measured."""
         return self.scores[-1] if self.scores else None
 
+    @property
+    def early_ends(self) -> list[str]:
+        """A sentence for each stage that ended before its last step."""
+        return [
+            f"{name} ended early, at step {end['step']:,} of {end['steps']:,}: {end['reason']}"
+            for name, end in self.conversion.get("early_ends", {}).items()
+        ]
+
     @cached_property
     def costs(self) -> list[StageCost]:
         """What each stage took, in the order of the run."""

@@ -29,6 +29,8 @@ def end_screen(facts: RunFacts) -> str:
             f"{name:<16}{_number(row.kl, '.4f'):>9}{_number(row.ce, '.4f'):>9}"
             f"{_number(row.agreement, '.1%'):>12}{took}".rstrip()
         )
+    for text in facts.early_ends:
+        lines += ["", *textwrap.wrap(text, WIDTH)]
     for sample in facts.samples[:1]:
         lines.append("")
         lines += _wrapped("prompt", sample["prompt"])
