@@ -57,7 +57,6 @@ class Wheel(bdist_wheel):
         return "py3", "none", platform if any(Path(self.bdist_dir).rglob("_wkv7.so")) else "any"
 
 
-
 setup(
     packages=[
         *find_packages(include=["rwkvinside", "rwkvinside.*"]),

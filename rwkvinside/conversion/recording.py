@@ -13,7 +13,7 @@ from ..runs.records import StageRecord
 from ..stages.plan import StagePlan
 from ..support.files import file_digest
 from ..training.checkpoint import STATE, best_checkpoint, open_checkpoint, read_score
-from ..training.early_stop import EarlyEnd
+from ..training.schedule import EarlyEnd
 from .build import fingerprint, save_frozen_weights, write_adapters
 from .choose import LAYERS
 

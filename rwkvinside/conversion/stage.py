@@ -42,12 +42,11 @@ from ..training.callbacks import (
 )
 from ..training.checkpoint import Checkpoint, checkpoint_directories, read_score
 from ..training.deepspeed_engine import Engine
-from ..training.early_stop import EarlyEnd
 from ..training.metrics import Console, MetricsWriter, Score
 from ..training.precision import precision_context
 from ..training.process_group import Distributed
 from ..training.protocols import Step
-from ..training.schedule import Schedule
+from ..training.schedule import EarlyEnd, Schedule
 from ..training.trainer import Trainer, TrainingPlan, check_resumable
 from .build import (
     check_adapters,

@@ -1,4 +1,4 @@
-"""What operating systems do differently, in one place.
+"""What operating systems and machines do differently, in one place.
 
 Imports on every system. Uses the standard library only, because the installation and the kernels need it too.
 """
@@ -9,12 +9,15 @@ import os
 import signal
 import time
 
+from ..errors import UserError
+
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
 WINDOWS = os.name == "nt"
+NO_MPS = "no support for Apple's GPUs, as the recurrence has no kernel for them; use cpu"
 FAR = 2**30  # where a byte is locked on Windows, whose locks keep others from reading it
 
 
@@ -47,6 +50,16 @@ def lock_file(descriptor: int, *, wait: bool) -> None:
             time.sleep(0.1)
     finally:
         os.lseek(descriptor, at, os.SEEK_SET)
+
+
+def check_device(name: str) -> None:
+    """Refuse a device on which nothing here runs.
+
+    Raises:
+        UserError: it is one of Apple's GPUs.
+    """
+    if name.split(":")[0] == "mps":
+        raise UserError(f"device {name}: {NO_MPS}")
 
 
 def signals(*names: str) -> tuple[signal.Signals, ...]:

@@ -22,12 +22,11 @@ from ..errors import CONTINUE, Interrupted, UserError
 from .callbacks import Callback
 from .checkpoint import Checkpoint, Checkpointer
 from .deepspeed_engine import Engine
-from .early_stop import EarlyEnd, EarlyStop
 from .metrics import Score
 from .nan_probe import find_nonfinite
 from .protocols import AnyBatch, RowSource, Step, StepResult
 from .rng import rng_state, set_rng_state
-from .schedule import Schedule, StageLength
+from .schedule import EarlyEnd, EarlyStop, Schedule, StageLength
 from .settings import EarlyStopConfig
 from .stop_signal import StopSignal
 from .throughput import Throughput, memory_mb

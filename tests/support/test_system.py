@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 import rwkvinside
+from rwkvinside.cli.main import main as rwkvinside_command
+from rwkvinside.errors import UserError
 from rwkvinside.support.system import lock_file, signals
 
 # What CPython for Windows does not have, of what this package might use. Other packages are imported before it goes.
@@ -108,3 +110,22 @@ def test_locks_of_files_and_names_of_signals(tmp_path):
         lock_file(second.fileno(), wait=True)
     assert [number.name for number in signals("SIGTERM", "SIGNOWHERE")] == ["SIGTERM"]
     assert os.name != "nt" or not signals("SIGHUP")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["plan", "--teacher", "Qwen3-0.6B", "device=mps"],
+        ["eval", "DIR", "--device", "mps"],
+        ["chat", "DIR", "--device", "mps"],
+        ["vectors", "bench", "--device", "mps"],
+    ],
+    ids=" ".join,
+)
+def test_gpus_of_apple_are_refused_in_one_line(words, capsys):
+    assert rwkvinside_command(words) == 2
+    first, *others = capsys.readouterr().err.splitlines()
+    assert first.endswith("no support for Apple's GPUs, as the recurrence has no kernel for them; use cpu")
+    assert len(others) <= 1 and "mps" in first
+    with pytest.raises(UserError, match="device mps: no support"):
+        rwkvinside.evaluate("DIR", "TEACHER", data=["val.jsonl"], device="mps")

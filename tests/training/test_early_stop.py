@@ -8,8 +8,8 @@ from toy_training import STEPS, Losses, local_engine, trainer
 
 from rwkvinside.stages.settings import StageConfig
 from rwkvinside.training.checkpoint import Checkpointer
-from rwkvinside.training.early_stop import EarlyStop
 from rwkvinside.training.metrics import Console, Score
+from rwkvinside.training.schedule import EarlyStop
 from rwkvinside.training.settings import EarlyStopConfig
 
 FALLING = [1.0, 0.8, 0.79, 0.78, 0.77, 0.5, 0.5, 0.5]  # after each of the toy's steps
