@@ -51,12 +51,9 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     add_output_arguments(parser, png="perplexity and KL by position, and recall by length and depth,")
     add_device_argument(parser, "where the models run")
     args = parser.parse(argv)
-    from transformers.utils.logging import disable_progress_bar
-
     from ..evaluate.compare import evaluate_saved
     from ..evaluate.samples import show_samples
 
-    disable_progress_bar()  # of transformers, for the loading of weights
     console = Console()
     comparison = evaluate_saved(
         args.student, args.teacher, _measures(args), device=args.device, notes=Console(stderr=True)

@@ -24,6 +24,7 @@ from .flops import flops_per_token
 from .plan import disk_bytes, meta_student, prepared_stages, run_warnings, teacher_parameters
 from .stage_memory import stage_memory
 
+LONG = 14 * 24 * 3600  # seconds that nobody waits for
 NODE = 8  # ranks that share a host, at most
 MFU = {"cpu": 0.2, "cuda": 0.15}  # share of the peak that is assumed: docs/benchmarks.md has measured ones
 
@@ -289,6 +290,8 @@ def forecast_text(found: Forecast, rate: Rate | None = None, price: float | None
         lines.append(f"host: up to {rounded_bytes(found.host_per_node)} of the memory of a machine{shared}")
     if found.may_end_early:
         lines.append(f"early stop: {', '.join(found.may_end_early)} may end before all tokens are read")
+    if rate is not None and found.device == "cpu" and found.seconds(rate) > LONG:
+        lines.append("warning: too long for a CPU; device=cuda --gpu H100 plans it for a GPU")
     lines += [f"warning: {text}" for text in found.warnings]
     return "\n".join(lines) + "\n"
 
