@@ -90,6 +90,12 @@ class RunFacts:
         return self.conversion.get("teacher") or self.config.get("teacher", {}).get("path", "")
 
     @property
+    def teacher_identity(self) -> str:
+        """What tells the teacher from another one, wherever it lies; its path where an earlier version made the run."""
+        identity = RunDirectory(self.path).records.identity()
+        return self.teacher if identity is None else json.dumps(identity.teacher, sort_keys=True)
+
+    @property
     def settings(self) -> str:
         """The whole configuration as YAML."""
         return yaml.safe_dump(self.config, sort_keys=False) if self.config else ""

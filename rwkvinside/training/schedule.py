@@ -89,7 +89,7 @@ class EarlyEnd:
         if self.best is None:
             return f"no number to compare in {once}"
         best = f"best {self.best.value:.4g} at step {self.best.step}"
-        return f"validation {self.best.measure} has not improved{by} in {once}; {best}"
+        return f"validation {self.best.measure.upper()} has not improved{by} in {once}; {best}"
 
 
 class EarlyStop:

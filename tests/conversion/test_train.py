@@ -581,7 +581,7 @@ def test_a_stage_ends_early_and_the_run_goes_on(material, tmp_path, monkeypatch,
     )
     first, second = rows(out, "eval", "still")
     assert second["ce"] == first["ce"] and [row["step"] for row in rows(out, "train", "still")] == [1, 2]
-    why = f"validation ce has not improved by 0.01 in the last evaluation; best {first['ce']:.4g} at step 1"
+    why = f"validation CE has not improved by 0.01 in the last evaluation; best {first['ce']:.4g} at step 1"
     assert f"still 2/3  STOPS EARLY: {why}" in said
     ends = json.loads((out / "conversion.json").read_text())["early_ends"]
     assert ends.keys() == {"still"} and (ends["still"]["step"], ends["still"]["steps"]) == (2, 3)

@@ -49,7 +49,7 @@ def test_a_stage_ends_early_says_so_and_saves(tmp_path):
     toy.fit()
     assert (toy.done, toy.finished, toy.early_end.step, toy.early_end.steps) == (4, True, 4, STEPS)
     assert toy.early_end.best == Score(2, 0.8, "kl")
-    said = f"toy 4/{STEPS}  STOPS EARLY: validation kl has not improved by 0.05 in 2 evaluations; best 0.8 at step 2"
+    said = f"toy 4/{STEPS}  STOPS EARLY: validation KL has not improved by 0.05 in 2 evaluations; best 0.8 at step 2"
     assert said in stream.getvalue()
     saved = checkpointer.load()
     assert (saved.step, saved.state["finished"]) == (4, True)
