@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batch import Batch
+from ..modeling.first_layer import FirstLayerKV
 from ..modeling.time_mixer import DECAY_SCALE, ProjectedInputs, TimeMixer, times_shared
 from .gptq import refit
 from .layerwise_teacher import AttentionActivations, LayerwiseStudent, LayerwiseTeacher, MixerInputs
@@ -179,6 +180,10 @@ class _Input(NamedTuple):
         """
         heads = activations.heads.float()
         target = mixer.output(heads)
+        dtype = mixer.output.weight.dtype  # on a GPU that computes in bf16 the teacher's weights and activations have it
+        first = None if own.first is None else FirstLayerKV(*(x if x is None else x.to(dtype) for x in own.first))
+        own = own._replace(x=own.x.to(dtype), first=first)
+        cos, sin = (x.to(dtype) for x in activations.rope)
         if scale is None:
             size = target.square().mean(-1)
         else:
@@ -189,7 +194,7 @@ class _Input(NamedTuple):
         weight = batch.mask / size.clamp_min(torch.finfo(torch.float32).tiny)
         target = target if mixer.output.bias is None else target - mixer.output.bias
         return cls(
-            batch, own, activations.rope, heads.unflatten(-1, (-1, mixer.mixer_config.head_size)), target, weight
+            batch, own, (cos, sin), heads.unflatten(-1, (-1, mixer.mixer_config.head_size)), target, weight
         )
 
 
