@@ -180,7 +180,8 @@ class _Input(NamedTuple):
         """
         heads = activations.heads.float()
         target = mixer.output(heads)
-        dtype = mixer.output.weight.dtype  # on a GPU that computes in bf16 the teacher's weights and activations have it
+        # on a GPU that computes in bf16 the teacher's weights and activations have it
+        dtype = mixer.output.weight.dtype
         first = None if own.first is None else FirstLayerKV(*(x if x is None else x.to(dtype) for x in own.first))
         own = own._replace(x=own.x.to(dtype), first=first)
         cos, sin = (x.to(dtype) for x in activations.rope)
@@ -193,9 +194,7 @@ class _Input(NamedTuple):
             target = (after - before) / scale
         weight = batch.mask / size.clamp_min(torch.finfo(torch.float32).tiny)
         target = target if mixer.output.bias is None else target - mixer.output.bias
-        return cls(
-            batch, own, (cos, sin), heads.unflatten(-1, (-1, mixer.mixer_config.head_size)), target, weight
-        )
+        return cls(batch, own, (cos, sin), heads.unflatten(-1, (-1, mixer.mixer_config.head_size)), target, weight)
 
 
 def _fit(mixer: TimeMixer, inputs: list[_Input]) -> LayerFit:

@@ -48,10 +48,11 @@ def _early_stop_lines(plan: StagePlan) -> list[str]:
         return []
     by = f" by {stop.min_delta:g} nats" if stop.min_delta else ""
     joined = ", once all has joined" if len(plan.phases) > 1 else ""
+    steps = plan.length.steps_for(every)
     counted = "1 evaluation" if stop.patience == 1 else f"{stop.patience} evaluations"
     return [
         f"end       early, when validation has not improved{by} in {counted}{joined}; there is one "
-        f"every {plan.length.steps_for(every)} steps and at checkpoints"
+        f"after every {'step' if steps == 1 else f'{steps} steps'} and at checkpoints"
     ]
 
 
