@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "talk": {"teacher", "training", "config", "runs", "evaluate", "lm"},
     "report": {"runs"},
     "bench": {
-        *("kernels", "data", "modeling", "hybrid", "losses", "teacher", "training", "stages"),
+        *("kernels", "data", "modeling", "families", "hybrid", "losses", "teacher", "training", "stages"),
         *("config", "planning", "conversion", "demo", "lm"),
     },
     "conversion": {

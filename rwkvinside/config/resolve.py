@@ -10,12 +10,14 @@ from dataclasses import replace
 
 from ..data.sources import endless_tokens
 from ..errors import UserError
+from ..families.fused_layers import LIBRARY, installed
 from ..hybrid.layouts import LayerChoice, uniform_layers
 from ..hybrid.settings import LayerSpec
 from ..stages.phases import phases_of
 from ..stages.plan import RunPlan, RunSettings, StagePlan
 from ..stages.registry import stage_class
 from ..stages.settings import StageConfig
+from ..support.extras import import_extra
 from ..teacher.settings import TeacherConfig
 from ..training.batching import StepShape
 from .precision import frozen_dtype, resolve_device, resolve_precision, teacher_dtype
@@ -63,11 +65,20 @@ def resolve(
         zero=config.deepspeed,
         endless_tokens=endless_tokens(config.data, longest),
         choice=choice,
+        fused_layers=_fused_layers(config.fused_layers, device),
     )
     plans = tuple(_stage_plan(name, config, settings) for name in order)
     if choice is not None:
         plans = _with_choice(plans, choice, kept)
     return RunPlan(settings, plans, selected)
+
+
+def _fused_layers(setting: str | bool, device: str) -> bool:
+    if setting is True:
+        if device != "cuda":
+            raise UserError(f"fused_layers on {device}: its kernels run on cuda only", "leave fused_layers as it is")
+        import_extra(LIBRARY, "fused_layers")
+    return device == "cuda" and installed() if setting == "auto" else bool(setting)
 
 
 def _with_choice(

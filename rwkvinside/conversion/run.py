@@ -268,7 +268,12 @@ def _check_backend(backend: str, device: str, shapes: HybridModel) -> None:
 
 
 def kernels_of(settings: RunSettings, shapes: HybridModel) -> str:
-    """Return who runs the recurrence in training, and for Triton in which precision mode (docs/wkv7.md)."""
+    """Return who runs the recurrence in training, for Triton in which precision mode (docs/wkv7.md), and the norms."""
+    layers = "; norms and MLPs: Liger Kernel" if settings.fused_layers else ""
+    return _recurrence_of(settings, shapes) + layers
+
+
+def _recurrence_of(settings: RunSettings, shapes: HybridModel) -> str:
     backend, precision = settings.student.backend, settings.student.precision
     sizes = {mixer.head_size for mixer in shapes.mixer_configs.values()}
     if backend == "auto":

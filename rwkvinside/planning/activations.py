@@ -16,6 +16,7 @@ from torch import nn
 
 from .. import kernels
 from ..families.base import Family
+from ..families.fused_layers import is_gated, norm_form
 from ..hybrid.model import HybridModel
 from ..modeling.mixer_presets import TimeMixerConfig
 from ..modeling.time_mixer import TimeMixer
@@ -24,7 +25,9 @@ from ..modeling.window_attention import block_size
 FP32 = 4
 
 
-def kept_bytes(model: HybridModel, *, align: bool, low: int, stream: int, fused: bool = False) -> list[int]:
+def kept_bytes(
+    model: HybridModel, *, align: bool, low: int, stream: int, fused: bool = False, fused_layers: bool = False
+) -> list[int]:
     """Return the bytes that each layer keeps for one token.
 
     In the order of the layers; what trains is read from the model.
@@ -34,13 +37,14 @@ def kept_bytes(model: HybridModel, *, align: bool, low: int, stream: int, fused:
         align: only the mixers have a backward pass, each on its own.
         low, stream: see the notation.
         fused: the mixers run on the Triton kernels.
+        fused_layers: norms and gated MLPs run on Liger's.
     """
     count = model.lm.config.num_hidden_layers
     mixers = {i: _fused_mixer(m, low) if fused else _mixer(m, low, stream) for i, m in model.mixers.items()}
     if align:
         return [mixers[i] + FP32 * model.lm.config.hidden_size if i in mixers else 0 for i in range(count)]
     first = _first_trained(model)
-    return [_layer(model, i, low, stream, mixers.get(i)) if i >= first else 0 for i in range(count)]
+    return [_layer(model, i, low, stream, mixers.get(i), fused_layers) if i >= first else 0 for i in range(count)]
 
 
 def edge_bytes(model: HybridModel, *, align: bool, checkpointing: bool, stream: int) -> tuple[int, int]:
@@ -77,12 +81,12 @@ def _first_trained(model: HybridModel) -> int:
     return next(trained, len(layers))
 
 
-def _layer(model: HybridModel, index: int, low: int, stream: int, mixer: int | None) -> int:
+def _layer(model: HybridModel, index: int, low: int, stream: int, mixer: int | None, fused: bool) -> int:
     family = model.family
     layer = family.layers(model.lm)[index]
     places = (family.attention_input, family.attention_post_norm, family.mlp_input, family.mlp_post_norm)
-    total = sum(_norm(norm, stream) for norm in (place(layer) for place in places) if not isinstance(norm, nn.Identity))
-    total += _mlp(family, layer, low, stream)
+    norms = [norm for norm in (place(layer) for place in places) if not isinstance(norm, nn.Identity)]
+    total = sum(_norm(norm, stream, fused) for norm in norms) + _mlp(family, layer, low, stream, fused)
     if mixer is not None:
         return total + mixer
     # attention: query, key and value for every head, the output, and norms of query and key over fp32
@@ -99,23 +103,25 @@ def _layer(model: HybridModel, index: int, low: int, stream: int, mixer: int | N
     return total + (2 * FP32 * (q + k) if heads["qk_norm"] else 0)
 
 
-def _mlp(family: Family, layer: nn.Module, low: int, stream: int) -> int:
+def _mlp(family: Family, layer: nn.Module, low: int, stream: int, fused: bool) -> int:
     experts = family.experts(family.mlp(layer))
     if experts is not None:
         # for each chosen expert its input and output, gate, silu of it, up, and their product; weights of the choice
         count, width, inner = experts.output.shape
         return experts.chosen * low * (2 * width + 4 * inner) + FP32 * (2 * count + 4 * experts.chosen)
     mlp = family.mlp_linears(layer)
-    # gate, silu of it, up
-    return _inputs(mlp.inputs, low, stream) + _inputs([mlp.output], low, low) + 3 * low * mlp.output.in_features
+    between = 2 if fused and is_gated(family.mlp(layer)) else 3  # gate and up; where PyTorch computes, silu of the gate
+    return _inputs(mlp.inputs, low, stream) + _inputs([mlp.output], low, low) + between * low * mlp.output.in_features
 
 
-def _norm(norm: nn.Module, stream: int) -> int:
+def _norm(norm: nn.Module, stream: int, fused: bool) -> int:
     """Return the bytes that a norm keeps.
 
-    They are its input in fp32, and the normed value where the weight trains.
+    They are its input in fp32, and the normed value where the weight trains; of a fused one its input as it is.
     """
     width = norm.weight.numel()
+    if fused and norm_form(type(norm)):
+        return stream * width + FP32
     return FP32 * (width + 1) + (stream * width if norm.weight.requires_grad else 0)
 
 

@@ -160,7 +160,9 @@ def _work(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, teacher
     return StepMemory(
         tokens=tokens,
         micro_batches=shape.micro_batches,
-        kept=kept_bytes(model, align=align, low=low, stream=stream, fused=_fused(plan)),
+        kept=kept_bytes(
+            model, align=align, low=low, stream=stream, fused=_fused(plan), fused_layers=plan.run.fused_layers
+        ),
         inputs=inputs,
         edges=edges,
         transient=transient_bytes(model, align=align, low=low),

@@ -45,6 +45,7 @@ class RunSettings:
         zero: how DeepSpeed shards where a launcher starts the run.
         endless_tokens: tokens that are read of a source without an end (see `data.sources`).
         choice: how the run decides which layers keep attention; None: that is given.
+        fused_layers: norms and gated MLPs run on Liger's kernels.
     """
 
     teacher: TeacherConfig
@@ -59,6 +60,7 @@ class RunSettings:
     zero: DeepSpeedConfig
     endless_tokens: int
     choice: LayerChoice | None = None
+    fused_layers: bool = False
 
 
 @dataclass(frozen=True)

@@ -32,3 +32,10 @@ def test_the_slow_path_says_why(monkeypatch):
     monkeypatch.setattr(kernels, "why_unavailable", lambda backend: f"no {backend} here")
     shapes = HybridModel.from_teacher(teacher(), StudentConfig())
     assert kernels_of(run_settings(device="cuda"), shapes) == "chunked, in PyTorch: no triton here"
+
+
+def test_fused_layers_are_said():
+    settings = run_settings(device="cuda", fused_layers=True)
+    assert kernels_of(settings, HybridModel.from_teacher(teacher(), StudentConfig())).endswith(
+        "; norms and MLPs: Liger Kernel"
+    )

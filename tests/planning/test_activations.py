@@ -51,6 +51,20 @@ def test_activations_are_those_that_autograd_keeps(mode, train, bf16, made):
     assert expected == pytest.approx(found, rel=0.03)
 
 
+@pytest.mark.parametrize("low, stream", [(2, 4), (4, 4), (2, 2)])
+def test_fused_norms_keep_their_input_and_fused_mlps_no_silu(low, stream):
+    """The sum of a step is compared with a GPU's peak by `rwkvinside bench gpu` (docs/benchmarks.md: within 1 %)."""
+    model = student(family="llama")
+    model.set_trainable([".*"])
+    plain, fused = (kept_bytes(model, align=False, low=low, stream=stream, fused_layers=f) for f in (False, True))
+    width, inner = SIZES["hidden_size"], SIZES["intermediate_size"]
+    # two norms: fp32 copies of their inputs, and the normed values for their weights
+    assert [a - b for a, b in zip(plain, fused, strict=True)] == [2 * 4 * width + low * inner] * len(plain)
+    assert kept_bytes(model, align=True, low=low, stream=stream, fused_layers=True) == kept_bytes(
+        model, align=True, low=low, stream=stream
+    )
+
+
 @pytest.mark.parametrize("mode", ["align", "distill"])
 def test_layers_that_are_recomputed_keep_their_input(mode):
     model = student()

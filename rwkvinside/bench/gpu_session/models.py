@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ...config.load import load_config
 from ...config.resolve import resolve
 from ...data.batch import IGNORE, Batch
+from ...families.fused_layers import fuse_layers
 from ...modeling.hybrid_base import FP32_PARAMETERS, mixer_fields
 from ...modeling.hybrid_qwen3 import HybridQwen3Config, HybridQwen3ForCausalLM
 from ...planning.plan import meta_student
@@ -52,6 +53,7 @@ class Shape:
 SMALL = Shape("0.6B", 28, 1024, 16, 8, 128, 3072, 151936)
 LARGE = Shape("1.7B", 28, 2048, 16, 8, 128, 6144, 151936)
 TINY = Shape("tiny", 2, 64, 2, 1, 32, 128, 256)
+WINDOW, SINKS = 64, 4  # tokens, of the recipe `windowed`
 
 
 def stage_plan(
@@ -63,6 +65,8 @@ def stage_plan(
     device: str,
     micro_rows: int | None = None,
     attention_layers: tuple[int, ...] = (),
+    window: int = 0,
+    fused: bool = True,
     checkpointing: bool = False,
 ) -> StagePlan:
     """Return what a user's configuration resolves to: bf16, all else by default.
@@ -74,6 +78,8 @@ def stage_plan(
         device: "cuda" or "cpu".
         micro_rows: rows of a forward; None: about 4096 tokens.
         attention_layers: that are kept.
+        window: tokens that every mixer attends to, and to the first of a document; 0: none.
+        fused: norms and MLPs by Liger where it is installed.
         checkpointing: recompute activations.
     """
     stage = f"stages.{objective}"
@@ -84,8 +90,11 @@ def stage_plan(
         overrides=[
             f"teacher.config={json.dumps(shape.fields())}",
             f"student.attention_layers={json.dumps(attention_layers)}",
+            f"student.window={window}",
+            f"student.sinks={SINKS if window else 0}",
             f"run=[{objective}]",
             f"device={device}",
+            f"fused_layers={'auto' if fused else 'false'}",
             "precision=bf16",
             f"{stage}.data.seq_len={seq_len}",
             f"{stage}.batch.tokens={rows * seq_len}",
@@ -100,7 +109,10 @@ def stage_plan(
 def random_teacher(run: RunSettings) -> PreTrainedModel:
     """Return a teacher with random weights in its type, in evaluation mode."""
     with torch.device(run.device):
-        return AutoModelForCausalLM.from_config(teacher_config(run.teacher), dtype=run.teacher_dtype).eval()
+        lm = AutoModelForCausalLM.from_config(teacher_config(run.teacher), dtype=run.teacher_dtype).eval()
+    if run.fused_layers:
+        fuse_layers(lm)
+    return lm
 
 
 def random_hybrid(run: RunSettings, dtype: torch.dtype) -> PreTrainedModel:

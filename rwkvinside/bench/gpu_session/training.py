@@ -32,7 +32,8 @@ from ...training.process_group import Distributed
 from ...training.protocols import Step, StepResult
 from .distillation import compare_losses
 from .end_to_end import compare
-from .models import LARGE, SMALL, TINY, random_batch, random_teacher, stage_plan
+from .fused_layers import compare_layers
+from .models import LARGE, SMALL, TINY, WINDOW, random_batch, random_teacher, stage_plan
 from .profiling import kernels_of
 from .timing import synchronize
 
@@ -44,37 +45,39 @@ GIB = 2**30
 
 
 def run(stage: Stage) -> None:
-    """Measure, the most informative first."""
+    """Measure, what is least known first."""
     small, large = (TINY, TINY) if stage.dry else (SMALL, LARGE)
     (rows, short), long, document = ((4, 16), 32, 12) if stage.dry else ((32, 512), 4096, 700)
     plan = partial(stage_plan, device=stage.device)
 
-    losses = partial(compare_losses, long, small.vocab, small.hidden, stage.device)
-    stage.attempt(f"distillation loss {long} x {small.vocab}", losses, needs=6)
-    # 16384 tokens at a time keep a GPU busy; with 4096 it waits for Python
-    case = Case(plan(small, "align", rows, short, micro_rows=rows))
-    stage.attempt(f"align {case.name}", case.speed, needs=10)
-    stage.attempt("align: inputs of the recurrence", case.recurrence_inputs)
-    stage.attempt("align: kernels of a micro-batch", case.profile, needs=5)
-    case = Case(plan(small, "distill", 8, long, micro_rows=4))
-    stage.attempt(f"distill {case.name}", case.speed, needs=10)
-    stage.attempt("distill: inputs of the recurrence", case.recurrence_inputs)
-    stage.attempt("distill: kernels of a micro-batch", case.profile, needs=5)
-    tuning = FineTuning(plan(small, "distill", 8, long, micro_rows=4))
-    case = None  # its models
-    stage.attempt(f"fine-tuning {tuning.name}", tuning.speed, needs=8)
-    for objective, shape, *size, options in (
-        ("align", large, rows, short, {"micro_rows": rows}),
-        ("distill", large, 4, long, {"micro_rows": 4, "checkpointing": True}),
+    full, some = {"micro_rows": rows}, {"micro_rows": 4}  # 16384 tokens at a time; with fewer a GPU waits for Python
+    cases = (  # objective, shape, rows and tokens of a step, more of the plan
+        ("align", small, rows, short, full),
+        ("align", small, rows, short, full | {"fused": False}),
+        ("distill", small, 8, long, some),
+        ("distill", small, 8, long, some | {"fused": False}),
+        ("distill", small, 8, long, some | {"window": WINDOW}),
+        ("align", large, rows, short, full),
+        ("distill", large, 4, long, some | {"checkpointing": True}),
+        ("align", small, rows, short, full | {"window": WINDOW}),
+        ("distill", small, 8, long, some | {"document": document}),
+        ("distill", small, 8, long, {"micro_rows": 8, "checkpointing": True}),
         ("align", small, rows, short, {}),
         ("distill", small, 4, long, {}),
-        ("distill", small, 8, long, {"micro_rows": 4, "document": document}),
-        ("distill", small, 8, long, {"micro_rows": 8, "checkpointing": True}),
-    ):
+    )
+    stage.attempt("norms and MLPs fused", partial(compare_layers, rows * short, stage.device), needs=4)
+    for objective, shape, *size, options in cases:
         packed = options.pop("document", None)
         case = Case(plan(shape, objective, *size, **options), packed)
-        stage.attempt(f"{objective} {case.name}", case.speed, needs=10)
-    case = None
+        fused = options.get("fused", True)
+        if stage.attempt(f"{objective} {case.name}", case.speed, needs=10) and fused and not packed:
+            stage.attempt(f"{objective} {case.name}: inputs of the recurrence", case.recurrence_inputs)
+            stage.attempt(f"{objective} {case.name}: kernels of a micro-batch", case.profile, needs=5)
+        case = None  # its models, before those of the next one
+    tuning = FineTuning(plan(small, "distill", 8, long, micro_rows=4))
+    stage.attempt(f"fine-tuning {tuning.name}", tuning.speed, needs=8)
+    losses = partial(compare_losses, long, small.vocab, small.hidden, stage.device)
+    stage.attempt(f"distillation loss {long} x {small.vocab}", losses, needs=6)
     stage.attempt("conversion end to end", partial(compare, stage.device), needs=15)
 
 
@@ -117,6 +120,8 @@ class Case:
     def name(self) -> str:
         """Shape of the teacher and of a step."""
         more = ", recomputed" if self.plan.settings.activation_checkpointing else ""
+        more += ", window" if self.plan.run.student.window else ""
+        more += ", fused" if self.plan.run.fused_layers else ""
         return step_name(self.plan) + more + (", packed" if self.document else "")
 
     @cached_property
