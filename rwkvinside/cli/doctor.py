@@ -15,7 +15,15 @@ if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
 MISSING = "missing"
-EXTRAS = ("deepspeed", "quantize", "eval", "tensorboard", "wandb", "trackio")  # asked for where they are needed
+EXTRAS = (
+    "deepspeed",
+    "quantize",
+    "fused",
+    "eval",
+    "tensorboard",
+    "wandb",
+    "trackio",
+)  # asked for where needed
 
 
 def main(parser: ArgumentParser, argv: Sequence[str]) -> int:

@@ -18,11 +18,13 @@ from ..evaluate.in_training import continuation, evaluate_student, judging, shar
 from ..hybrid.document_attention import windows_of
 from ..hybrid.model import HybridModel
 from ..hybrid.quantized_linear import relative_error
+from ..hybrid.row_states import RowStates
 from ..runs.metrics_file import of_kind, read_metrics
 from ..stages.param_groups import joined, rate_groups
 from ..stages.phases import Phase
 from ..stages.plan import StagePlan
-from ..stages.rows import Rows, leading_text, report, rows_of, sample, validation_batches
+from ..stages.rows import Rows, judged_streams, leading_text, report, rows_of, sample, validation_batches
+from ..stages.steps import StatefulStep
 from ..stages.summary import training_table
 from ..stages.teacher import build_teacher, teacher_formats, teacher_label
 from ..support.progress import Progress
@@ -158,7 +160,8 @@ def _load_inputs(run: Run, plan: StagePlan, before: str | None) -> _Inputs:
 
 def _settings(run: Run, plan: StagePlan, inputs: _Inputs) -> dict:
     """Return what a checkpoint of a stage must share with it, as JSON values."""
-    return {"seed": plan.run.seed, "data": inputs.data} | stage_settings(plan, run.directory)
+    shared = {"seed": plan.run.seed, "data": inputs.data} | stage_settings(plan, run.directory)
+    return shared | ({"stateful": True} if plan.settings.stateful else {})
 
 
 def _run_phase(run: Run, plan: StagePlan, phase: Phase, inputs: _Inputs, checkpoint: Checkpoint | None) -> _Result:
@@ -285,14 +288,18 @@ def _train(
     engine = make_engine(plan, phase, student, world)
     try:
         judge = partial(_judge, run, plan, models)
-        evaluation = _Evaluation(engine, judge, inputs.validation, plan.length.steps)
+        states = RowStates(student, plan.length.rows_per_step) if plan.settings.stateful else None
+        step = watch_adapters(_step(plan, models, engine, inputs.rows), student)
+        judged_states = partial(RowStates, student, judged_streams(plan)) if states is not None else lambda: None
+        evaluation = _Evaluation(engine, judge, inputs.validation, plan.length.steps, judged_states)
         trainer = Trainer(
             engine,
-            watch_adapters(_step(plan, models, engine, inputs.rows), student),
+            step if states is None else StatefulStep(step, states),
             inputs.rows,
             _training_plan(run, plan, phase, plan.schedule(groups), student),
             checkpointer=run.checkpointer(plan.name),
             settings=_settings(run, plan, inputs),
+            carried=states,
             callbacks=[
                 Evaluate(evaluation),
                 SaveExtra(others),
@@ -333,6 +340,7 @@ class _Evaluation:
     Args:
         judge: gives the teacher to compare with, see `_judge`.
         steps: after which the numbers are the last ones.
+        states: makes what rows begin with that go on from batch to batch; None where they begin anew.
 
     Attributes:
         last: the numbers of the last evaluation, {} before the first one.
@@ -344,7 +352,9 @@ class _Evaluation:
         judge: Callable[..., AbstractContextManager[tuple[Teacher | None, dict]]],
         batches: list[Batch],
         steps: int,
+        states: Callable[[], RowStates | None],
     ):
+        self._states = states
         self._engine, self._judge, self._world, self._steps = engine, judge, engine.world, steps
         self._batches = share(batches, self._world.rank, self._world.size)
         self.last: dict = {}
@@ -358,7 +368,7 @@ class _Evaluation:
         world = self._world
         with self._engine.autocast(), self._judge(final=done == self._steps) as (teacher, label):
             scores = evaluate_student(
-                self._engine.module, teacher, self._batches, world.device, world.all_reduce_sum, mode
+                self._engine.module, teacher, self._batches, world.device, world.all_reduce_sum, mode, self._states()
             )
         return numbers(scores, teacher) | label
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -65,10 +65,12 @@ class Batch:
     Attributes:
         input_ids: (B, T) int64.
         labels: (B, T) int64, already shifted: labels[t] is the target predicted at t; -100 = no loss.
-        position_ids: (B, T) int64, restarting at 0 in each document.
+        position_ids: (B, T) int64, restarting at 0 in each document; a row that goes on with a document from where
+            another row has left it begins with a larger one.
         segment_ids: (B, T) int32, 0 = padding, 1, 2, ... = documents of the row.
         rows: global row numbers, for reports.
         documents: where the documents lie.
+        goes_on: (B,) bool on the CPU, which rows go on with a document.
         num_tokens: number of real tokens.
         num_targets: number of tokens to predict.
     """
@@ -79,12 +81,14 @@ class Batch:
     segment_ids: Tensor
     rows: tuple[int, ...]
     documents: Documents = field(init=False, repr=False)
+    goes_on: Tensor = field(init=False, repr=False)
     num_tokens: int = field(init=False, repr=False)
     num_targets: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         vars(self).update(
             documents=Documents.of(self.segment_ids),
+            goes_on=(self.position_ids[:, 0] > 0).cpu(),
             num_tokens=int(self.mask.sum()),
             num_targets=int((self.labels != IGNORE).sum()),
         )
@@ -106,4 +110,4 @@ class Batch:
         return self.segment_ids > 0
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name != "rows"}

@@ -86,6 +86,76 @@ class PackedRows:
         return collate([self.row(i) for i in rows], rows)
 
 
+class ContinuedRows:
+    """The rows of `PackedRows` in another order, in which row i + R goes on where row i ends.
+
+    So a step of R rows reads R streams, not one stretch of a long document. In each lap, which is about an epoch, every
+    stream reads its own stretch of S = ceil(packed rows / R) packed rows; a lap begins where the one before ended, and
+    no token comes twice before all have come.
+
+    Args:
+        packed: the rows.
+        streams: R, rows of a step.
+        run_on: positions run on in a row that goes on with a document, counted from where the stream began to read it;
+            False: they restart, as in `PackedRows`.
+    """
+
+    def __init__(self, packed: PackedRows, streams: int, run_on: bool):
+        self.packed, self.streams, self.run_on, self.seq_len = packed, streams, run_on, packed.seq_len
+        self.stretch = -(-packed.rows_per_epoch // streams)
+        self.rows_per_epoch = self.stretch * streams
+
+    @property
+    def tokens_per_row(self) -> float:
+        """Mean tokens of a row, without padding."""
+        return self.packed.tokens_per_row
+
+    def tokens_in(self, rows: int) -> int:
+        """Return the tokens of the first `rows` rows."""
+        laps, rest = divmod(rows, self.rows_per_epoch)
+        total = self.packed.tokens_in(laps * self.rows_per_epoch)
+        for stream in range(self.streams):
+            begin = self._place(laps * self.rows_per_epoch + stream)[0]
+            read = -(-(rest - stream) // self.streams)
+            total += self.packed.tokens_in(begin + read) - self.packed.tokens_in(begin)
+        return total
+
+    def pieces(self, i: int) -> list[Piece]:
+        """Return the pieces of row i, in order."""
+        return self.packed.pieces(self._place(i)[0])
+
+    def row(self, i: int) -> Row:
+        """Return the arrays of row i, see `PackedRows.row`."""
+        number, begin = self._place(i)
+        row = self.packed.row(number)
+        if self.run_on and number > begin:
+            document, start, stop = self.packed.pieces(number)[0]
+            row["position_ids"][: stop - start] += start - self._offset(document, number, begin)
+        return row
+
+    def batch(self, rows: Iterable[int]) -> Batch:
+        """Return the rows with these numbers, (len(rows), seq_len)."""
+        rows = tuple(rows)
+        return collate([self.row(i) for i in rows], rows)
+
+    def is_first(self, i: int) -> bool:
+        """Return whether row i is of the first epoch of the packed rows, beyond which the first lap may reach."""
+        return self._place(i)[0] < self.packed.rows_per_epoch
+
+    def _place(self, i: int) -> tuple[int, int]:
+        """Return the packed row of row i, and the one with which its stream began the lap."""
+        step, stream = divmod(i, self.streams)
+        lap, place = divmod(step, self.stretch)
+        begin = lap * self.rows_per_epoch + stream * self.stretch
+        return begin + place, begin
+
+    def _offset(self, document: int, number: int, begin: int) -> int:
+        """Return the first token of a document that the stream has read."""
+        epoch = self.packed.rows_per_epoch
+        first, start, _ = self.packed.pieces(begin)[0]
+        return start if document == first and number // epoch == begin // epoch else 0
+
+
 class WholeDocuments:
     """Rows of several whole documents each, for sft, whose documents must not be cut where they can be kept whole.
 
@@ -130,6 +200,9 @@ class WholeDocuments:
         """Return the rows with these numbers, padded to the longest of them."""
         rows = tuple(rows)
         return collate([self.row(i) for i in rows], rows)
+
+
+DocumentRows = PackedRows | ContinuedRows | WholeDocuments
 
 
 def whole_rows(lengths: np.ndarray, seq_len: int) -> list[list[int]]:

@@ -94,7 +94,10 @@ def tokens_of(
     """
     sources, weights = mixture_of(data, stage)
     if not sources:
-        raise UserError("no training data is given", "name files or directories with --data, or set data.train")
+        raise UserError(
+            "no training data is given",
+            "name files or directories with --data (train_rwkv.py: --train_file), or set data.train",
+        )
     if not world.is_main:
         world.barrier()
     loader = _Loader(data, stage, endless_tokens, tokenizer, vocab)

@@ -28,7 +28,7 @@ from .batch import Batch
 from .defaults import MAX_LINE_BYTES
 from .encode import Encoder, chunks
 from .readers import DocumentReader, name_skipped
-from .rows import PackedRows, Row, WholeDocuments, collate
+from .rows import DocumentRows, Row, collate
 from .token_store import StoreWriter, TokenStore, entry_key, is_whole, open_store, read_meta, writing
 from .tokenize import source_identity
 
@@ -262,7 +262,12 @@ class StreamedRows:
 
     rows_per_epoch = float("inf")
 
-    def __init__(self, stream: TokenStream, make: Callable[[TokenStore, int], PackedRows | WholeDocuments], seed: int):
+    def __init__(
+        self,
+        stream: TokenStream,
+        make: Callable[[TokenStore, int], DocumentRows],
+        seed: int,
+    ):
         self.stream, self.seed = stream, seed
         self._make = make
         self._rows = lru_cache(maxsize=4)(self._rows_of)
@@ -275,13 +280,13 @@ class StreamedRows:
             )
         self.tokens_per_row, self.seq_len = first.tokens_per_row, first.seq_len
 
-    def _rows_of(self, block: int) -> PackedRows | WholeDocuments | None:
+    def _rows_of(self, block: int) -> DocumentRows | None:
         """Return the rows of a block, None if all its documents are held out."""
         store = self.stream.training(block)
         seed = zlib.crc32(f"{self.seed} {block}".encode())
         return self._make(store, seed) if store.num_documents else None
 
-    def _place(self, i: int) -> tuple[PackedRows | WholeDocuments, int]:
+    def _place(self, i: int) -> tuple[DocumentRows, int]:
         """Return the rows of the block that contains row i, and its number there."""
         while not self._whole and i >= self._starts[-1]:
             block = len(self._starts) - 1

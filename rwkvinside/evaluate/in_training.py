@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batch import IGNORE, Batch
+from ..hybrid.carried_rows import CarriedRows
 from ..hybrid.lm_head import Head, logits_function
+from ..hybrid.row_states import RowStates
 from ..losses.chunked import TeacherChunk, TeacherSignal, chunk_slices, chunk_tokens, open_chunks
 from ..teacher.signals import Teacher
 from .quality import Scores, Totals, means, token_scores
@@ -50,6 +52,7 @@ def evaluate_student(
     device: torch.device,
     total: Callable[[Sequence[float]], list[float]] = list,
     mode: str = "student",
+    states: RowStates | None = None,
 ) -> Scores:
     """Compare a student with its teacher on whole documents.
 
@@ -60,6 +63,7 @@ def evaluate_student(
         device: where the model is.
         total: sums over processes.
         mode: of the model; "control" compares the student's control in its place.
+        states: the rows go on from batch to batch, from these; None: they begin anew.
 
     Raises:
         UserError: there is no token to predict.
@@ -67,14 +71,28 @@ def evaluate_student(
     totals = Totals()
     with judging(model):
         for batch in batches:
-            _add(totals, model, teacher, batch.to(device), mode)
+            batch = batch.to(device)
+            if states is None:
+                _add(totals, model, teacher, batch, mode)
+            else:
+                carried = states.enter(batch)
+                _add(totals, model, teacher, batch, mode, carried)
+                states.leave(batch, carried)
     return means(total(totals.sums.sum(1).tolist()))
 
 
-def _add(totals: Totals, model: nn.Module, teacher: Teacher | None, batch: Batch, mode: str) -> None:
+def _add(
+    totals: Totals,
+    model: nn.Module,
+    teacher: Teacher | None,
+    batch: Batch,
+    mode: str,
+    carried: CarriedRows | None = None,
+) -> None:
     context = (batch.labels != IGNORE).nonzero()[:, 1] + 1
     signal = None if teacher is None else teacher.signal(model, batch)
-    totals.add(model(batch, mode=mode, task=TokenScores(signal)).cpu().numpy(), context.cpu().numpy())
+    scores = model(batch, mode=mode, task=TokenScores(signal), carried=carried)
+    totals.add(scores.cpu().numpy(), context.cpu().numpy())
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,11 @@ from transformers.utils import ModelOutput
 
 from ..data.batch import Batch, Documents
 from ..families.registry import find
+from ..modeling.first_layer import ForwardContext
 from ..modeling.kept_attention import grown, is_cut
 from ..modeling.mixer_presets import TimeMixerConfig
 from ..modeling.window_attention import window_attention
+from .carried_rows import CarriedRows
 
 IMPLEMENTATION = "rwkvinside_documents"
 QUERIES = 512  # of a block that meets its keys under a mask of its own
@@ -165,7 +167,8 @@ def document_attention(
         scaling: of the scores; None is 1 / sqrt(N).
         documents: of the batch; None: attend as "sdpa".
         sliding_window: tokens that a token sees, itself included; None: all before it. In masks already.
-        window: what each token is cut to; None: all tokens before it.
+        window: what each token is cut to; None: all tokens before it. Where rows go on from a step to the next, their
+            `forward_context` has the keys and values before them, and takes those after.
         kwargs: what "sdpa" takes, and `softcap`, the c of scores c * tanh(score / c); `log_base` lets scores grow with
             `position_ids`, see `modeling.kept_attention.grown`.
 
@@ -189,7 +192,8 @@ def document_attention(
         form = _Form(scaling, None, softcap, dropout)
         return _capped(query, key, value, attention_mask, form).transpose(1, 2), None
     if window is not None:
-        return _cut(query, key, value, documents, window, _Form(scaling, None, softcap, 0.0)), None
+        form, context = _Form(scaling, None, softcap, 0.0), kwargs.get("forward_context")
+        return _cut(module, (query, key, value), documents, window, form, context), None
     sliding = None if sliding_window is None or sliding_window >= documents.longest else sliding_window
     form, dtype = _Form(scaling, sliding, softcap, dropout), _flash_dtype(query)
     flash = dtype is not None and softcap is None and not dropout
@@ -209,16 +213,32 @@ class _Form(NamedTuple):
     dropout: float
 
 
-def _cut(query: Tensor, key: Tensor, value: Tensor, documents: Documents, window: Window, form: _Form) -> Tensor:
+def _cut(
+    module: nn.Module,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    documents: Documents,
+    window: Window,
+    form: _Form,
+    context: ForwardContext | None,
+) -> Tensor:
     """Attend to a window and the first tokens of each document; (B, heads, T, N) in, (B, T, heads, N) out."""
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    query, key, value = (x.transpose(1, 2) for x in qkv)
     if not window.tokens:
         return torch.zeros_like(query)
     if form.scaling is not None:
         query = query * (form.scaling * query.shape[-1] ** 0.5)
-    bounds, (tokens, sinks) = documents.cu_seqlens.to(query.device), window
-    options = {"window": tokens, "sinks": sinks, "softcap": form.softcap}
-    return window_attention(query, key, value, cu_seqlens=bounds, **options)[0]
+    carried: CarriedRows | None = None if context is None else context.carried
+    output, state = window_attention(
+        *(query, key, value),
+        window=window.tokens,
+        sinks=window.sinks,
+        softcap=form.softcap,
+        state=None if carried is None else carried.of_window(module.layer_idx),
+        cu_seqlens=documents.cu_seqlens.to(query.device),
+    )
+    if carried is not None and state is not None:
+        carried.leave(module.layer_idx, state)
+    return output
 
 
 def _flash_dtype(query: Tensor) -> torch.dtype | None:

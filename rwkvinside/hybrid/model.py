@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple
@@ -28,6 +29,7 @@ from ..modeling.mixer_presets import TimeMixerConfig, check_first_layer
 from ..modeling.rwkv_attention import RWKVAttention, identity_rotation
 from .adapters import disabled, is_adapter, is_start, module_of
 from .attention_wrapper import AttentionWrapper
+from .carried_rows import CarriedRows
 from .document_attention import Window, attend_within_documents, backbone_outputs, kept_windows
 from .experts import expert_weights
 from .freezing import GROUPS, canonical_name, group_of, weight_names
@@ -137,6 +139,7 @@ class HybridModel(nn.Module):
         checkpoint: bool = False,
         layers: Mapping[int, str] | None = None,
         routers: bool = False,
+        carried: CarriedRows | None = None,
     ):
         """Run a packed batch.
 
@@ -152,13 +155,15 @@ class HybridModel(nn.Module):
             layers: modes of converted layers that differ from `mode`: "student", "teacher", or "kept", which in mode
                 "student" is the student that keeps this layer's attention, see `keep_attention`.
             routers: return what the routers say, too, of a model with experts.
+            carried: what the rows begin with, and where the layers leave what they end with; mode "student" only, and
+                the student's attention must be cut to windows. None: rows begin anew.
 
         Returns:
             "align": {layer: (squared error, squared norm of the teacher)}, 0-d fp32 sums over real tokens;
             otherwise the task's result, or without a task the final hidden states (B, T, D); with `routers` a pair of
             this and a `Routing`.
         """
-        call = self.context(batch, mode, checkpoint, layers or {})
+        call = replace(self.context(batch, mode, checkpoint, layers or {}), carried=carried)
         adapters = nullcontext() if mode == "student" else disabled(self.lm, but=".student_attn.")
         with torch.set_grad_enabled(torch.is_grad_enabled() and mode not in ("teacher", "control")), adapters:
             asked = {"output_router_logits": True} if routers else {}

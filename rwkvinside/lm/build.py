@@ -57,7 +57,7 @@ def load_lm_config(
     user = merge_settings([_read(config), flags, *read_settings((), overrides)])
     own = {name: user.pop(name) for name in LanguageModelConfig.model_fields if name in user}
     lm = check_section(LanguageModelConfig, own)
-    layers = [run_settings(lm, user), user]
+    layers = [_run_settings(lm, user), user]
     if not lm.use_rwkv:
         layers.append({"student": {"attention_layers": list(range(lm.model.num_hidden_layers))}})
     loaded = load_config(layers)
@@ -66,7 +66,7 @@ def load_lm_config(
     return loaded
 
 
-def run_settings(lm: LanguageModelConfig, user: dict) -> dict:
+def _run_settings(lm: LanguageModelConfig, user: dict) -> dict:
     """Return the settings of a run that follow from those of a language model.
 
     Args:
@@ -79,7 +79,7 @@ def run_settings(lm: LanguageModelConfig, user: dict) -> dict:
     student = user.get("student")
     preset = student.get("preset", "x070") if isinstance(student, dict) else "x070"
     longest = _longest_row(lm.model, user)
-    fields = model_fields(lm, longest)
+    fields = _model_fields(lm, longest)
     defaults = Pretrain.defaults(fields["hidden_size"], fields["max_position_embeddings"])
     # RWKV-7's own training code gives the decay's bias twice the rate
     decaying = lm.use_rwkv and not lm.rwkv_use_linear_att
@@ -98,7 +98,7 @@ def run_settings(lm: LanguageModelConfig, user: dict) -> dict:
     }
 
 
-def model_fields(lm: LanguageModelConfig, longest: int) -> dict:
+def _model_fields(lm: LanguageModelConfig, longest: int) -> dict:
     """Return the fields of the model's Hugging Face configuration.
 
     Args:
@@ -175,7 +175,7 @@ def _longest_row(shape: ModelShape, user: dict) -> int:
 
 
 def _knobs(lm: LanguageModelConfig, preset: object) -> dict:
-    """Return the student's settings of the rwkv_* knobs.
+    """Return the student's settings of the rwkv_* knobs; a model of attention alone is read in chunks, too.
 
     Raises:
         UserError: a knob that would change nothing: there is no RWKV layer, or its mixer has no such part.
@@ -193,4 +193,4 @@ def _knobs(lm: LanguageModelConfig, preset: object) -> dict:
         if part and preset != "x070":
             raise UserError(f"{name}={value}: mixer {preset} has no {part}", "use student.preset=x070, or leave it out")
     settings = {field: value for field, value, _, _ in knobs.values()}
-    return settings | {"chunk_size": lm.rwkv_chunk_size if lm.use_rwkv else None}
+    return settings | {"chunk_size": lm.rwkv_chunk_size}

@@ -61,19 +61,20 @@ class HybridModelConfigurator:
     ) -> Self:
         """Choose layers by their indices; with one of the two lists the other layers are of the other kind.
 
+        With neither they alternate again, as in the beginning.
+
         Raises:
             UserError: names the layers that are in both lists, in none, twice in one, or not in the model; nothing has
                 changed.
         """
-        rwkv, attention = self._indices("rwkv_layer_indices", rwkv_layer_indices), None
-        if transformer_layer_indices is not None or rwkv_layer_indices is None:
-            attention = self._indices("transformer_layer_indices", transformer_layer_indices)
         if rwkv_layer_indices is None and transformer_layer_indices is None:
             return self.configure_pattern("alternating")
+        rwkv = self._indices("rwkv_layer_indices", rwkv_layer_indices)
+        attention = self._indices("transformer_layer_indices", transformer_layer_indices)
         layers = set(range(self.num_layers))
-        if attention is None:
+        if transformer_layer_indices is None:
             attention = layers - rwkv
-        elif rwkv_layer_indices is None:
+        if rwkv_layer_indices is None:
             rwkv = layers - attention
         if both := sorted(rwkv & attention):
             raise UserError(f"layers {spans(both)} are RWKV and attention", "name each layer in one list")

@@ -42,16 +42,12 @@ class LayerBytes:
 
 def layer_bytes(state: Cache) -> list[LayerBytes]:
     """Return the bytes of every layer of a state, in which counters of a few bytes are included."""
-    found = []
-    for i in range(len(state.layers)):
-        sizes = {"recurrent": 0, "window": 0, "attention": 0}
-        for name, x in named_parts(state):
-            layer, *rest = name.split(".")
-            if int(layer) == i:
-                kind = KINDS.get(rest[1], "attention") if rest[0] == "state" else "attention"
-                sizes[kind] += x.nbytes
-        found.append(LayerBytes(i, **sizes))
-    return found
+    sizes = [{"recurrent": 0, "window": 0, "attention": 0} for _ in state.layers]
+    for name, x in named_parts(state):
+        layer, *rest = name.split(".")
+        kind = KINDS.get(rest[1], "attention") if rest[0] == "state" else "attention"
+        sizes[int(layer)][kind] += x.nbytes
+    return [LayerBytes(i, **of_layer) for i, of_layer in enumerate(sizes)]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What crosses layers within one forward call: v_first, k_first and its settings.
+"""What crosses layers within one forward call: v_first, k_first, its settings, and states that rows go on from.
 
 A new object is made for every forward call of the whole model and handed to each layer as the keyword argument
 `forward_context` (Hugging Face decoder layers pass unknown keyword arguments on to their attention). Nothing is kept
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -124,6 +124,8 @@ class ForwardContext:
         layer_modes: modes of single layers in place of `mode`; "kept" is "teacher" as a hybrid keeps attention.
         provider: the layer whose own value and key are the first ones of this call, where the first RWKV layer runs its
             attention; None: that layer.
+        carried: in training, what gives each layer the states that rows begin with, and takes those that they leave
+            (`hybrid.carried_rows`, which exports do without); None: rows begin anew.
     """
 
     mode: str = "student"
@@ -134,3 +136,4 @@ class ForwardContext:
     first: VFirstHolder = field(default_factory=VFirstHolder)
     layer_modes: Mapping[int, str] = field(default_factory=dict)
     provider: int | None = None
+    carried: Any = None

@@ -56,9 +56,9 @@ class RWKVAttention(TimeMixer):
     ) -> tuple[Tensor, None]:
         """Mix (B, T, D) over time.
 
-        Continues from the state in `past_key_values` and leaves the new one there. `attention_mask` is the attention
-        layers' (B, 1, Q, K) mask and is not read: padding is `forward_context.mask`, (B, T) for the current tokens
-        only. Keyword arguments meant for other attention implementations are ignored.
+        Continues from the state in `past_key_values`, or in `forward_context.carried`, and leaves the new one there.
+        `attention_mask` is the attention layers' (B, 1, Q, K) mask and is not read: padding is `forward_context.mask`,
+        (B, T) for the current tokens only. Keyword arguments meant for other attention implementations are ignored.
 
         Returns:
             (output (B, T, D), None): a recurrence has no attention weights.
@@ -74,7 +74,9 @@ class RWKVAttention(TimeMixer):
         if not self.is_first:
             v, k = forward_context.first.read()
             first = FirstLayerKV(v.to(hidden_states.device), _to(k, hidden_states))
-        before = read_state(past_key_values, self.layer_idx)
+        carried = forward_context.carried
+        layer = self.layer_idx
+        before = read_state(past_key_values, layer) if carried is None else carried.of_documents(layer)
         assert before is None or isinstance(before, MixerState)
         output, first, state = super().forward(
             hidden_states,
@@ -83,12 +85,14 @@ class RWKVAttention(TimeMixer):
             rope=position_embeddings,
             mask=_to(forward_context.mask, hidden_states),
             cu_seqlens=_to(forward_context.cu_seqlens, hidden_states),
-            inplace=before is not None and can_overwrite(before),  # what the cache held is replaced below
+            inplace=carried is None and before is not None and can_overwrite(before),  # the cache's is replaced below
         )
         if self.is_first:
             forward_context.first.write(first)
+        if carried is not None:
+            carried.leave(layer, state)
         if past_key_values is not None:
-            write_state(past_key_values, self.layer_idx, state, tokens=hidden_states.shape[1])
+            write_state(past_key_values, layer, state, tokens=hidden_states.shape[1])
         return output, None
 
 

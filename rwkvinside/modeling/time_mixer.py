@@ -43,10 +43,12 @@ class MixerState(NamedTuple):
         return [x for x in (self.wkv, self.shift, *(self.window or ())) if x is not None]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> MixerState:
-        """Return the state whose tensors are changed ones of this."""
-        shift = None if self.shift is None else change(self.shift)
-        window = None if self.window is None else self.window.map(change)
-        return MixerState(change(self.wkv), shift, window)
+        """Return the state whose tensors are changed ones of this, which `change` sees in the order of `tensors`."""
+        return MixerState(
+            change(self.wkv),
+            None if self.shift is None else change(self.shift),
+            None if self.window is None else self.window.map(change),
+        )
 
 
 class RecurrenceInputs(NamedTuple):
@@ -184,7 +186,8 @@ class TimeMixer(nn.Module):
         Args:
             x: (B, T, D), the output of the layer's input norm.
             first: v_first and k_first of the first RWKV layer; None exactly when this is that layer.
-            state: what the previous tokens left, None at the start of a document.
+            state: what the previous tokens left, None at the start of a document; (S, ...) with cu_seqlens, but of a
+                window (B, ...), on which the first document of a row goes on.
             rope: cos and sin, (B or 1, T, R), of the teacher's rotation, see `full_rotation`; None when the mixer does
                 not rotate.
             mask: (B, T) bool, True = real token; padding leaves the state as it is.
@@ -193,7 +196,7 @@ class TimeMixer(nn.Module):
 
         Returns:
             y (B, T, D), the FirstLayerKV to hand to later layers, and the state after the last token, (S, ...) with
-            cu_seqlens, and then without that of a window.
+            cu_seqlens; the window's is then (B, ...), of the last documents, and only where `state` has one.
 
         Raises:
             ValueError: a mixer that rotates was given no `rope`.

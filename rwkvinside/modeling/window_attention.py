@@ -40,7 +40,7 @@ class WindowState(NamedTuple):
         return list(self)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> WindowState:
-        """Return the state whose tensors are changed ones of this."""
+        """Return the state whose tensors are changed ones of this, which `change` sees in the order of `tensors`."""
         return WindowState(*(change(x) for x in self))
 
 
@@ -64,20 +64,15 @@ def window_attention(
         k, v: (B, T, G, N), head h reads h // (H / G).
         window, sinks: W >= 1 and S >= 0.
         softcap: the c of scores c * tanh(score / c); None: scores as they are.
-        state: of the tokens before; None at the start of a document.
+        state: of the tokens before, of each row, whose first document goes on from it; None at the start of documents.
         mask: (B, T) bool, True = real token, wherever the padding is; it is attended by nobody and gets zeros.
         cu_seqlens: (documents + 1,) bounds over the flattened B * T tokens, row ends included; None: a row each.
         inplace: a single token may be written into the memory of `state`.
 
     Returns:
-        (B, T, H, N) in the dtype of v, and the state after the last token; None with cu_seqlens, whose documents may be
-        many and shorter than a window.
-
-    Raises:
-        ValueError: a state and cu_seqlens.
+        (B, T, H, N) in the dtype of v, and the state of each row after the last token, which is of its last document;
+        None with cu_seqlens and without a state, where no row goes on.
     """
-    if state is not None and cu_seqlens is not None:
-        raise ValueError("packed documents start anew: a window cannot continue from a state with cu_seqlens")
     q, k = q.to(v.dtype), k.to(v.dtype)
     if mask is not None:  # nothing behind the padding may come through, NaN times zero included
         q, k, v = (x.masked_fill(~mask[..., None, None], 0) for x in (q, k, v))
@@ -95,9 +90,11 @@ def window_attention(
         torch.cat([earlier_k.to(k.dtype), k], 1),
         torch.cat([earlier_v.to(v.dtype), v], 1),
         joined,
-        None,
+        None if cu_seqlens is None else _behind(cu_seqlens, past, *q.shape[:2]),
         form,
     )
+    if cu_seqlens is not None:
+        state, mask = _of_last_documents(state, cu_seqlens, mask, *q.shape[:2])
     return out[:, past:], _advance(state, k, v, mask, window, sinks)
 
 
@@ -278,6 +275,24 @@ def _in_order(state: WindowState, window: int, sinks: int) -> tuple[Tensor, Tens
     slots = torch.cat([torch.arange(sinks, device=ring.device).expand(ring.shape[0], -1), ring], 1)
     rows = torch.arange(slots.shape[0], device=slots.device)[:, None]
     return state.k[rows, :, slots], state.v[rows, :, slots], slots < state.seen[:, None]
+
+
+def _behind(cu_seqlens: Tensor, past: int, B: int, T: int) -> Tensor:
+    """Return the bounds of documents in B rows of `past` + T tokens: the former belong to a row's first document."""
+    bounds = cu_seqlens.long()
+    row, at = bounds // T, bounds % T
+    return row * (past + T) + torch.where(at > 0, past + at, 0)
+
+
+def _of_last_documents(
+    state: WindowState, cu_seqlens: Tensor, mask: Tensor | None, B: int, T: int
+) -> tuple[WindowState, Tensor]:
+    """Return what the last document of each row goes on from, and which tokens (B, T) are its own."""
+    bounds, row = cu_seqlens.long(), torch.arange(B, device=cu_seqlens.device) * T
+    start = bounds[torch.searchsorted(bounds, row + T) - 1] - row  # of the last document, within its row
+    own = torch.arange(T, device=start.device) >= start[:, None]
+    seen = torch.where(start > 0, 0, state.seen)
+    return state._replace(seen=seen), own if mask is None else own & mask
 
 
 def _advance(state: WindowState, k: Tensor, v: Tensor, mask: Tensor | None, window: int, sinks: int) -> WindowState:

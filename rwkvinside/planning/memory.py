@@ -13,6 +13,7 @@ With t trainable parameters (fp32 masters), f bytes of the student's other weigh
                  layer; calibrate: hidden states and targets of all its tokens
     logits       a chunk of the student's and one of the teacher's, four blocks of them in fp32 (five with a
                  cross-entropy; none where a GPU compares them in place), and the head's weights in bf16
+    row states   of a stateful stage: those that rows begin with, and those that they leave
     teacher      the bytes of a second model; sharded: 1 / W and what is whole at a time
     file pages   on a CPU, of weights in the type of their file: those that were read to be quantized; the system takes
                  them back when it has to
@@ -77,6 +78,7 @@ class StepMemory:
         head_copy: weights of the head of which autocast makes a bf16 copy.
         teacher: bytes of a second model, teacher_whole: those of its largest layer or head.
         held: bytes that calibration holds.
+        carried: bytes of the states that rows of a step begin with and leave.
         judged: bytes of the logits that an evaluation has at a time, and what they are compared with.
         original: bytes of the original of a quantized teacher, which the last evaluation is against.
     """
@@ -92,6 +94,7 @@ class StepMemory:
     teacher: int = 0
     teacher_whole: int = 0
     held: int = 0
+    carried: int = 0
     judged: int = 0
     original: int = 0
 
@@ -169,6 +172,8 @@ def memory_of(weights: StudentMemory, work: StepMemory, engine: EngineSpec, *, c
     teacher = work.teacher // W + work.teacher_whole if engine.shard_teacher else work.teacher
     if teacher:
         sizes["teacher"] = teacher
+    if work.carried:
+        sizes["row states"] = work.carried
     if weights.mapped:
         sizes["file pages"] = weights.mapped
     offloaded = 0
@@ -238,9 +243,9 @@ def moment_bytes(kind: str) -> float:
     return 8.0 if kind == "adamw" else 2 + 2 * FP32 / 256
 
 
-def checkpoint_bytes(saved: int, trainable: int) -> int:
+def checkpoint_bytes(saved: int, trainable: int, carried: int = 0) -> int:
     """Return the bytes of one checkpoint on disk.
 
-    It has `saved` parameters in fp32 and two Adam states of the trainable ones.
+    It has `saved` parameters in fp32, two Adam states of the trainable ones, and `carried` bytes of row states.
     """
-    return FP32 * saved + 8 * trainable
+    return FP32 * saved + 8 * trainable + carried

@@ -14,6 +14,7 @@ from ..config.schema import Config
 from ..data.sources import describe
 from ..hybrid.assemble import apply, layer_lines
 from ..hybrid.model import HybridModel
+from ..hybrid.row_states import row_bytes
 from ..hybrid.settings import StudentConfig
 from ..modeling.mixer_presets import TimeMixerConfig
 from ..stages.plan import RunPlan, RunSettings, StagePlan
@@ -95,7 +96,12 @@ def disk_bytes(plan: StagePlan, model: HybridModel, keep: int) -> int:
     One more than is kept is on the disk while it is written, and quantized weights once.
     """
     frozen = sum(layer.nbytes for layer in model.quantized.values())
-    return (keep + _keeps_best(plan) + 1) * checkpoint_bytes(*trained_bytes(model)) + frozen
+    return (keep + _keeps_best(plan) + 1) * _checkpoint_bytes(plan, model) + frozen
+
+
+def _checkpoint_bytes(plan: StagePlan, model: HybridModel) -> int:
+    carried = plan.length.rows_per_step * row_bytes(model) if plan.settings.stateful else 0
+    return checkpoint_bytes(*trained_bytes(model), carried)
 
 
 def _keeps_best(plan: StagePlan) -> bool:
@@ -230,8 +236,7 @@ def _stage_lines(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, 
         details.append(f"work      {rounded_flop(flops)} in all: {expected_time(flops, plan.run.device)}")
     lines += [f"  {line}" for line in details]
     lines += _memory_lines(stage_memory(plan, model, kind, teacher), plan.run.device)
-    saved, trainable = trained_bytes(model)
-    size = checkpoint_bytes(saved, trainable)
+    size = _checkpoint_bytes(plan, model)
     frozen = sum(layer.nbytes for layer in model.quantized.values())
     more = f", and {rounded_bytes(frozen)} of quantized weights once" if frozen else ""
     lines.append(

@@ -13,6 +13,7 @@ from ..hybrid.experts import StackedExperts
 from ..hybrid.freezing import TEACHER
 from ..hybrid.model import HybridModel
 from ..hybrid.quantized_linear import QuantizedLinear
+from ..hybrid.row_states import row_bytes
 from ..losses.chunked import BLOCK_ELEMENTS, chunk_tokens
 from ..stages.base import Backward
 from ..stages.plan import StagePlan
@@ -140,7 +141,7 @@ def _work(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, teacher
     trained_stream = f"{model.family.embedding_path}.weight" in model.trained
     stream = FP32 if trained_stream or not bf16 else frozen.itemsize
     vocab = c.vocab_size
-    judged = min(plan.run.data.val_tokens, JUDGED_BATCH)
+    judged = min(plan.run.data.val_tokens, max(JUDGED_BATCH, plan.length.seq_len * stage.packs_validation))
     common = dict(
         # both models' logits and what they are compared by; a layer of a forward without a backward
         judged=FP32 * 8 * min(judged, chunk_tokens(vocab)) * vocab
@@ -156,6 +157,7 @@ def _work(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, teacher
     if plan.settings.loss is not None and plan.settings.loss.router:  # logits of all routers, and their softmax
         mlps = (model.family.experts(model.family.mlp(layer)) for layer in model.family.layers(model.lm))
         edges += sum((low + FP32) * experts.router.shape[0] for experts in mlps if experts is not None)
+    rows_of_rank = -(-plan.length.rows_per_step // shape.ranks)
     whole, largest = (0, 0) if teacher is None else _teacher_bytes(teacher, frozen)
     return StepMemory(
         tokens=tokens,
@@ -170,6 +172,7 @@ def _work(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, teacher
         head_copy=vocab * c.hidden_size if models else 0,
         teacher=whole,
         teacher_whole=largest,
+        carried=2 * rows_of_rank * row_bytes(model) if plan.settings.stateful else 0,
         **common,
     )
 

@@ -173,16 +173,18 @@ def draw_validation(ax: "Axes", rows: Sequence[dict], name: str, unit: str, *, l
     measured = _trained(of_kind(rows, "eval"))
     tokens = column(measured, "tokens") + np.array([before[row["stage"]] for row in measured])
     values = column(measured, name)
+    teacher = column(measured, "ce_teacher")
+    compared = bool(np.isfinite(teacher).any())  # a model from nothing has no teacher
     ax.plot(tokens, values, color=BLUE, marker="o", markersize=4, linewidth=1.5, label="student")
     if len(measured):
         _end_value(ax, tokens[-1], values[-1], BLUE, ".3f")
-    if name == "ce":
-        ax.plot(tokens, column(measured, "ce_teacher"), color=ORANGE, linestyle="--", linewidth=1.5, label="teacher")
+    if name == "ce" and compared:
+        ax.plot(tokens, teacher, color=ORANGE, linestyle="--", linewidth=1.5, label="teacher")
     if controls := of_kind(rows, "control"):
         label = "control: teacher cut to windows"
         ax.axhline(controls[-1][name], color=GREY, linestyle="-.", linewidth=1.5, label=label)
         values = np.append(values, controls[-1][name])  # within the axis, too
-    if name == "ce" or controls:
+    if (name == "ce" and compared) or controls:
         ax.legend(frameon=False, fontsize=8)
     if log:
         _plain_log(ax, values)
@@ -201,6 +203,11 @@ VALIDATION = (
     ("ce", "nats per token", False),
     ("agreement", "share of tokens", False),
 )
+
+
+def _measured(rows: Sequence[dict]) -> list[tuple[str, str, bool]]:
+    """Return those of `VALIDATION` that some evaluation has."""
+    return [score for score in VALIDATION if any(score[0] in row for row in of_kind(rows, "eval"))]
 
 
 def loss_figure(rows: Sequence[dict]) -> "Figure | None":
@@ -237,11 +244,12 @@ def alignment_figure(rows: Sequence[dict]) -> "Figure | None":
 
 
 def validation_figure(rows: Sequence[dict]) -> "Figure | None":
-    """Draw KL, cross entropies and agreement over the run; None without evaluations."""
-    if not of_kind(rows, "eval"):
+    """Draw KL, cross entropies and agreement over the run, as far as there are any; None without evaluations."""
+    scores = _measured(rows)
+    if not scores:
         return None
     figure = new_figure(WIDTH, 3.0)
-    for ax, (name, unit, log) in zip(figure.subplots(1, 3), VALIDATION, strict=True):
+    for ax, (name, unit, log) in zip(figure.subplots(1, len(scores), squeeze=False)[0], scores, strict=True):
         draw_validation(ax, rows, name, unit, log=log)
     return figure
 
@@ -255,8 +263,9 @@ def runs_validation_figure(runs: Mapping[str, Sequence[dict]]) -> "Figure | None
     measured = {name: rows for name, rows in runs.items() if of_kind(rows, "eval")}
     if not measured:
         return None
+    scores = _measured([row for rows in measured.values() for row in rows])
     figure = new_figure(WIDTH, 3.4)
-    for ax, (name, unit, log) in zip(figure.subplots(1, 3), VALIDATION, strict=True):
+    for ax, (name, unit, log) in zip(figure.subplots(1, len(scores), squeeze=False)[0], scores, strict=True):
         values = []
         for (label, rows), color in zip(measured.items(), itertools.cycle(RUN_COLORS)):
             before, points = tokens_before(rows), _trained(of_kind(rows, "eval"))
@@ -317,7 +326,7 @@ def overview_figure(rows: Sequence[dict]) -> "Figure | None":
         [lambda ax, stage=stage: draw_alignment(ax, rows, stage) for stage in aligned],
         [
             lambda ax, name=name, unit=unit, log=log: draw_validation(ax, rows, name, unit, log=log)
-            for name, unit, log in (VALIDATION if of_kind(rows, "eval") else ())
+            for name, unit, log in _measured(rows)
         ],
     ]
     bands = [band for band in bands if band]

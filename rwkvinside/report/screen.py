@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from typing import NamedTuple
 
 from ..support.progress import clock
 from ..support.text import rounded_bytes, rounded_count
@@ -11,9 +12,24 @@ from .facts import RunFacts
 WIDTH = 79
 
 
+class _Score(NamedTuple):
+    """A column of scores."""
+
+    title: str
+    field: str
+    form: str
+    width: int
+
+
+SCORES = (_Score("KL", "kl", ".4f", 9), _Score("CE", "ce", ".4f", 9), _Score("agreement", "agreement", ".1%", 12))
+
+
 def end_screen(facts: RunFacts) -> str:
     """Return what a user sees when a run is done."""
-    lines = ["", f"{'':<16}{'KL':>9}{'CE':>9}{'agreement':>12}{'tokens':>10}{'time':>10}{'memory':>12}"]
+    # a model from nothing has no teacher to be compared with
+    shown = [column for column in SCORES if any(getattr(row, column.field) is not None for row in facts.scores)]
+    titles = "".join(f"{column.title:>{column.width}}" for column in shown)
+    lines = ["", f"{'':<16}{titles}{'tokens':>10}{'time':>10}{'memory':>12}"]
     costs = {cost.name: cost for cost in facts.costs}
     for row in facts.scores:
         cost = costs.get(row.name)
@@ -25,10 +41,8 @@ def end_screen(facts: RunFacts) -> str:
             else ""
         )
         name = row.name if cost is None else f"after {row.name}"
-        lines.append(
-            f"{name:<16}{_number(row.kl, '.4f'):>9}{_number(row.ce, '.4f'):>9}"
-            f"{_number(row.agreement, '.1%'):>12}{took}".rstrip()
-        )
+        scores = "".join(f"{_number(getattr(row, c.field), c.form):>{c.width}}" for c in shown)
+        lines.append(f"{name:<16}{scores}{took}".rstrip())
     for text in facts.early_ends:
         lines += ["", *textwrap.wrap(text, WIDTH)]
     for sample in facts.samples[:1]:

@@ -71,6 +71,7 @@ class Stage(ABC):
         reads_targets: trains on the tokens that the data wants predicted.
         cuts_documents: does not go on with a long document in the next row.
         packs_validation: is judged on such rows too, so that a validation text of any length counts as a whole.
+        in_streams: the rows of a step are of as many places in the text, and each goes on in the next step.
         chooses_layers: decides which layers keep attention in the stages after it.
     """
 
@@ -84,6 +85,7 @@ class Stage(ABC):
     reads_targets: ClassVar[bool] = True
     cuts_documents: ClassVar[bool] = False
     packs_validation: ClassVar[bool] = False
+    in_streams: ClassVar[bool] = False
     chooses_layers: ClassVar[bool] = False
 
     @property
@@ -160,6 +162,8 @@ class Stage(ABC):
             raise problem("loss is null; leave it out for the defaults")
         if settings.loss is not None:
             cls.check_loss(settings.loss)
+        if settings.stateful and not cls.in_streams:
+            raise problem("objective {} begins every row anew: leave out stateful", cls.objective)
         if not cls.follows_teacher and settings.chooses_teacher:
             raise problem(
                 "objective {} has no choice of teacher: leave out teacher, teacher_model and teacher_cache",

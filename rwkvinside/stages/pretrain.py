@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
+from ..support.text import rounded_bytes, spans
 from .base import WHOLE_STAGE, Stage, StageSize
 from .sft import SupervisedFineTuning
 
@@ -17,13 +18,17 @@ if TYPE_CHECKING:
 
 
 class Pretrain(SupervisedFineTuning):
-    """Cross-entropy as in sft, on packed rows: a long document goes on in the next row, whose state starts anew."""
+    """Cross-entropy as in sft, on packed rows in streams, so that a step reads many documents however long they are.
+
+    A document goes on in the next step's row, whose state starts anew, or is that of the row before (`stateful`).
+    """
 
     objective = "pretrain"
     small = StageSize("3M", 256, 4096)
     large = StageSize("20B", 4096, 524288)
     cuts_documents = False
     packs_validation = True
+    in_streams = True
 
     @classmethod
     def defaults(cls, width: int, max_positions: int) -> dict:
@@ -51,13 +56,30 @@ class Pretrain(SupervisedFineTuning):
         return Stage.documents(self, store, seq_len, seed)
 
     def check(self, student: HybridModel, plan: StagePlan) -> None:
-        """Refuse a student that was made from a teacher."""
+        """Refuse a student that was made from a teacher, or whose rows cannot go on in constant memory."""
+        from ..hybrid.row_states import unbounded_layers
+
         if not student.spec.from_nothing:
             raise UserError(
                 f"stage {plan.name}: objective pretrain trains a model from nothing, and this one has a teacher",
                 "use objective distill with loss.ce, or sft; train_rwkv.py makes a model from nothing",
             )
+        if plan.settings.stateful and (layers := unbounded_layers(student)):
+            raise UserError(
+                f"stages.{plan.name}.stateful: attention of layers {spans(layers)} would keep all tokens of a document",
+                "cut it to a window (student.attention_window=512), or train RWKV layers alone",
+            )
 
     def teacher_kind(self, student: HybridModel, plan: StagePlan) -> TeacherKind | None:
         """Return None: there is no teacher."""
         return None
+
+    def summary(self, student: HybridModel, plan: StagePlan, kind: TeacherKind | None) -> list[str]:
+        """Return the lines of any training, and what goes from step to step."""
+        from ..hybrid.row_states import row_bytes
+
+        steps, *lines = super().summary(student, plan, kind)
+        if plan.settings.stateful:
+            streams, size = plan.length.rows_per_step, rounded_bytes(row_bytes(student))
+            lines.insert(0, f"state     goes on from step to step in {streams} streams, {size} each")
+        return [steps, *lines]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..data.batch import Batch
+from ..data.batch import IGNORE, Batch
 from ..data.mixture import MixedRows
-from ..data.rows import PackedRows, PaddedDocuments, WholeDocuments, document_batches
+from ..data.rows import ContinuedRows, DocumentRows, PackedRows, PaddedDocuments, document_batches
 from ..data.sources import Mixture, Tokens
 from ..data.stream import StreamedRows, TokenStream
 from ..data.token_store import TokenStore
@@ -23,22 +24,35 @@ ORDER_NAMES = {"distill": "distil"}
 JUDGED_TOKENS = 4096  # of a validation document
 JUDGED_BATCH = 8192  # tokens that are evaluated at a time
 
-Rows = PackedRows | WholeDocuments | StreamedRows | MixedRows
+Rows = DocumentRows | StreamedRows | MixedRows
 
 
 def rows_of(plan: StagePlan, tokens: Tokens) -> Rows:
-    """Return the rows that a stage trains on, in a random order."""
+    """Return the rows that a stage trains on, in a random order of documents.
+
+    Raises:
+        UserError: rows of a mixture that are to go on from step to step.
+    """
     seed = zlib.crc32(f"{plan.run.seed} {ORDER_NAMES.get(plan.name, plan.name)}".encode())
 
-    def of_documents(store: TokenStore, seed: int) -> PackedRows | WholeDocuments:
-        return plan.stage.documents(store, plan.length.seq_len, seed)
+    def of_documents(store: TokenStore, seed: int) -> DocumentRows:
+        rows = plan.stage.documents(store, plan.length.seq_len, seed)
+        if not plan.stage.in_streams:
+            return rows
+        assert isinstance(rows, PackedRows), "streams are of packed rows"
+        return ContinuedRows(rows, plan.length.rows_per_step, run_on=plan.settings.stateful)
 
-    def of_source(source: TokenStore | TokenStream) -> PackedRows | WholeDocuments | StreamedRows:
+    def of_source(source: TokenStore | TokenStream) -> DocumentRows | StreamedRows:
         if isinstance(source, TokenStream):
             return StreamedRows(source, of_documents, seed)
         return of_documents(source, seed)
 
     if isinstance(tokens, Mixture):
+        if plan.settings.stateful:
+            raise UserError(
+                f"stages.{plan.name}.stateful: rows of a mixture do not go on from step to step",
+                "leave out weights, so that all sources are read as one",
+            )
         return MixedRows([of_source(source) for source in tokens.parts], tokens.weights, seed)
     return of_source(tokens)
 
@@ -129,11 +143,30 @@ def leading_text(rows: Rows, tokens: int) -> Batch:
 def validation_batches(plan: StagePlan, val: TokenStore, max_positions: int) -> list[Batch]:
     """Return batches of the validation documents.
 
-    Each is alone in its row and cut to the model's context, or all are in packed rows as the stage trains on.
+    Each is alone in its row and cut to the model's context, or all are in packed rows as the stage trains on. Of a
+    stateful stage these go on from batch to batch of the same rank: every `plan.run.ranks`-th is one rank's.
     """
+    if plan.settings.stateful:
+        streams = judged_streams(plan)
+        rows = ContinuedRows(PackedRows(val, plan.length.seq_len, seed=0), streams, run_on=True)
+        steps = (range(first, first + streams) for first in range(0, rows.rows_per_epoch, streams))
+        return [_once(rows, step, rank, plan.run.ranks) for step in steps for rank in range(plan.run.ranks)]
     if plan.stage.packs_validation:
         packed = PackedRows(val, plan.length.seq_len, seed=0)
         size = max(1, JUDGED_BATCH // packed.seq_len)
-        rows = range(packed.rows_per_epoch)
-        return [packed.batch(rows[i : i + size]) for i in range(0, len(rows), size)]
+        numbers = range(packed.rows_per_epoch)
+        return [packed.batch(numbers[i : i + size]) for i in range(0, len(numbers), size)]
     return list(document_batches(PaddedDocuments(val, min(JUDGED_TOKENS, max_positions)), batch_tokens=JUDGED_BATCH))
+
+
+def judged_streams(plan: StagePlan) -> int:
+    """Return in how many streams all ranks read the validation text of a stateful stage: few, so that they are long."""
+    return min(plan.length.rows_per_step, max(1, JUDGED_BATCH // plan.length.seq_len))
+
+
+def _once(rows: ContinuedRows, step: range, rank: int, ranks: int) -> Batch:
+    """Return a rank's share of a step's rows, or one that fills up; that and what has come before have no targets."""
+    own = step[rank::ranks]
+    batch = rows.batch(own or step[:1])
+    counts = torch.tensor([bool(own) and rows.is_first(i) for i in batch.rows])
+    return batch if counts.all() else replace(batch, labels=batch.labels.where(counts[:, None], IGNORE))

@@ -44,6 +44,10 @@ class StageConfig(Section):
     )
     quantize: list[str] | None = Field(None, description="What this stage quantizes; null: quantize.groups.")
     unfreeze: list[UnfreezeConfig] = Field([], description="What starts to train later in the stage.")
+    stateful: bool = Field(
+        False,
+        description="Pretrain: rows go on from step to step, with the state in which a document was left.",
+    )
     activation_checkpointing: bool = Field(False, description="Recompute activations in the backward.")
     evaluate_every_tokens: Count | None = Field(None, description="Evaluate this often; null: at the end of the stage.")
     early_stop: EarlyStopConfig | None = Field(

@@ -6,10 +6,12 @@ The trainer divides by the global count.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 
 from ..data.batch import Batch
+from ..hybrid.row_states import RowStates
 from ..losses.alignment import alignment_loss
 from ..losses.chunked import ChunkedLoss
 from ..losses.distillation import DistillationLoss
@@ -17,6 +19,7 @@ from ..losses.next_token import NextTokenLoss
 from ..losses.router import router_loss
 from ..losses.settings import DistillLossConfig
 from ..teacher.signals import Teacher
+from ..training.protocols import Step
 
 
 @dataclass
@@ -86,6 +89,32 @@ class SftStep:
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the cross-entropy."""
         return student_loss(model, batch, self.loss, self.router)
+
+
+@dataclass
+class StatefulStep:
+    """A step whose rows begin with the states in which those of the step before have ended.
+
+    No gradient goes back over that border: truncated backpropagation through time, a row long.
+
+    Attributes:
+        step: what is computed.
+        states: of all streams of this process.
+    """
+
+    step: Step[Batch]
+    states: RowStates
+
+    def count(self, batch: Batch) -> int:
+        """Return the step's count."""
+        return self.step.count(batch)
+
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the step's loss and metrics."""
+        carried = self.states.enter(batch)
+        result = self.step(partial(model, carried=carried), batch)  # type: ignore[arg-type]  # called as the model is
+        self.states.leave(batch, carried)
+        return result
 
 
 def student_loss(model: nn.Module, batch: Batch, task: ChunkedLoss, router: float) -> tuple[Tensor, dict[str, Tensor]]:

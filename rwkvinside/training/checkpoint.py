@@ -4,6 +4,7 @@ They are checked by size and SHA-256 before they are used.
 
     step-00000150/model.safetensors        weights by name
                   optimizer.safetensors    moments by name (absent where a stage has no optimizer)
+                  carried.safetensors      what the rows of its last step leave for the next (only of stateful stages)
                   state.json               everything else, the digests of the files above, and where all this belongs
 
 Nothing is pickled. What the tensors and the state mean is up to the caller.
@@ -42,6 +43,7 @@ from .metrics import Score
 
 FORMAT = 1
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+CARRIED = "carried.safetensors"
 MARGIN = 16 * 2**20  # bytes for headers, state.json and what else grows in a run directory
 
 logger = logging.getLogger(__name__)
@@ -78,6 +80,10 @@ class Checkpoint:
         None where the stage had none.
         """
         return load_file(self.path / OPTIMIZER) if (self.path / OPTIMIZER).exists() else None
+
+    def carried(self) -> dict[str, Tensor]:
+        """Return what the rows of its last step leave for the next, by name, on the CPU; {} where rows begin anew."""
+        return load_file(self.path / CARRIED) if (self.path / CARRIED).exists() else {}
 
 
 class Checkpointer:
@@ -126,6 +132,7 @@ class Checkpointer:
         state: Mapping,
         required: bool = False,
         score: Score | None = None,
+        carried: Mapping[str, Tensor] | None = None,
     ) -> Path | None:
         """Write a checkpoint, then remove older ones beyond `keep`, but never the best one.
 
@@ -139,6 +146,7 @@ class Checkpointer:
             state: JSON values.
             required: raise when the disk is full even if `on_disk_full` is "continue".
             score: of these weights on validation data; None: they were not evaluated.
+            carried: what rows leave for the next step, by name; None: they begin anew.
 
         Returns:
             Its directory, or None when there was no space and training may go on.
@@ -146,7 +154,8 @@ class Checkpointer:
         Raises:
             UserError: there is no space, or the directory cannot be written.
         """
-        files = {MODEL: tensors} | ({} if optimizer is None else {OPTIMIZER: optimizer})
+        optional = {OPTIMIZER: optimizer, CARRIED: carried}
+        files = {MODEL: tensors} | {name: content for name, content in optional.items() if content is not None}
         needed = sum(t.numel() * t.element_size() for f in files.values() for t in f.values()) + MARGIN
         target = self.directory / f"step-{step:08d}"
         try:
@@ -301,7 +310,9 @@ def _read(path: Path, run: str | None) -> dict:
     """
     content = _read_state(path / STATE)
     _check_place(path, content.get("place"), run)
-    if more := [file for file in (MODEL, OPTIMIZER) if file not in content["files"] and (path / file).exists()]:
+    if more := [
+        file for file in (MODEL, OPTIMIZER, CARRIED) if file not in content["files"] and (path / file).exists()
+    ]:
         raise CorruptCheckpoint(f"checkpoint {path} is corrupt: {more[0]} was not written with it")
     for file, written in content["files"].items():
         if not is_name(file) or not (path / file).is_file():

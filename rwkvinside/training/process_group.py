@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ..errors import UserError
 
@@ -56,6 +57,18 @@ class Distributed:
         Every rank must call it.
         """
         return self.all_reduce_sum([value if rank == self.rank else 0.0 for rank in range(self.size)])
+
+    def gather_tensor(self, tensor: Tensor) -> list[Tensor]:
+        """Return the tensor of every rank, in their order, on the CPU of rank 0; empty on the others.
+
+        Every rank must call it, with the same shape and dtype.
+        """
+        if self._leave is None:
+            return [tensor.cpu()]
+        tensor = tensor.contiguous() if dist.get_backend() == "nccl" else tensor.cpu().contiguous()
+        found = [torch.empty_like(tensor) for _ in range(self.size)] if self.is_main else None
+        dist.gather(tensor, found)
+        return [one.cpu() for one in found or ()]
 
     def barrier(self) -> None:
         """Wait until all ranks are here."""

@@ -6,7 +6,7 @@ Protocols only. Objectives are in `stages.steps`, batches in `data.batch`; nothi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self, TypeVar
 
@@ -60,6 +60,16 @@ class RowSource(Protocol[BatchRead]):
 
     def batch(self, rows: Sequence[int]) -> BatchRead:
         """Return the rows with these numbers, any >= 0."""
+
+
+class Carried(Protocol):
+    """What the rows of a step leave for those of the next."""
+
+    def tensors(self, rows: range) -> Mapping[str, Tensor]:
+        """Return what rows left at their places in the step before, (len(rows), ...) by name."""
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what all rows of a step left, (rows of a step, ...) by name, on the CPU."""
 
 
 class Step(Protocol[BatchTaken]):

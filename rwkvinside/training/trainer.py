@@ -24,7 +24,7 @@ from .checkpoint import Checkpoint, Checkpointer
 from .deepspeed_engine import Engine
 from .metrics import Score
 from .nan_probe import find_nonfinite
-from .protocols import AnyBatch, RowSource, Step, StepResult
+from .protocols import AnyBatch, Carried, RowSource, Step, StepResult
 from .rng import rng_state, set_rng_state
 from .schedule import EarlyEnd, EarlyStop, Schedule, StageLength
 from .settings import EarlyStopConfig
@@ -74,6 +74,7 @@ class Trainer(Generic[AnyBatch]):
         checkpointer: of this stage. None: nothing is saved.
         settings: JSON values that a resumed run must share (seed, data identity, ...); batch size and row length are
             added here.
+        carried: what rows of a step leave for the next, saved with it; None: nothing.
         callbacks: told what happens, see `Callback`.
 
     Attributes:
@@ -94,11 +95,12 @@ class Trainer(Generic[AnyBatch]):
         *,
         checkpointer: Checkpointer | None = None,
         settings: Mapping | None = None,
+        carried: Carried | None = None,
         callbacks: Sequence[Callback] = (),
     ):
         self.engine, self.step, self.rows, self.plan = engine, step, rows, plan
         self.world = engine.world
-        self.checkpointer = checkpointer
+        self.checkpointer, self.carried = checkpointer, carried
         length = plan.length
         self.settings = _with_shape(settings or {}, length)
         self.callbacks = [callback for callback in callbacks if self.world.is_main or not callback.main_only]
@@ -140,6 +142,8 @@ class Trainer(Generic[AnyBatch]):
         trained = {n: t for n, t in checkpoint.tensors().items() if n in self.engine.trainable}
         self.engine.load_parameters(trained, absent=set(joined) - set(trained))
         self.engine.load_optimizer_state(optimizer, absent={n for n in joined if f"{n}/step" not in optimizer})
+        if self.carried is not None:
+            self.carried.load(checkpoint.carried())
         set_rng_state(checkpoint.state["rng"])
         self.done = self._saved = checkpoint.step
         self.tokens = checkpoint.state["tokens"]
@@ -184,6 +188,11 @@ class Trainer(Generic[AnyBatch]):
             if self.world.all_reduce_sum([self._ends(signal)])[0]:
                 self._interrupt()
 
+    @property
+    def _places(self) -> range:
+        """This rank's places among the rows of a step."""
+        return range(self.plan.length.rows_per_step)[self.world.rank :: self.world.size]
+
     def _micro_batches(self) -> tuple[list[AnyBatch], Step[AnyBatch], int]:
         """Return this rank's micro-batches, the step that trains on them, and their tokens.
 
@@ -194,7 +203,7 @@ class Trainer(Generic[AnyBatch]):
             key = f"{self.settings.get('seed', 0)} {self.plan.stage} {self.done} {world.rank}"
             torch.manual_seed(zlib.crc32(key.encode()))
         first = self.done * R
-        rows = range(first, first + R)[world.rank :: world.size]
+        rows = [first + place for place in self._places]
         batches = [self.rows.batch(rows[i : i + n]).to(world.device) for i in range(0, len(rows), n)]
         tokens = sum(batch.num_tokens for batch in batches)
         if len(batches) == math.ceil(math.ceil(R / world.size) / n):
@@ -281,21 +290,39 @@ class Trainer(Generic[AnyBatch]):
         if self.checkpointer is None or self._saved == self.done:
             return
         trained, optimizer = self.engine.full_parameters(), self.engine.optimizer_state()
+        carried = self._gather_carried()
         problem = None
         if self.world.is_main:
             try:
-                self._write(self.checkpointer, trained, optimizer, required)
+                self._write(self.checkpointer, trained, optimizer, carried, required)
             except UserError as error:
                 problem = error
         (failed,) = self.world.all_reduce_sum([problem is not None])
         if failed:
             raise problem or UserError("rank 0 could not write the checkpoint", "its own message says why")
 
+    def _gather_carried(self) -> dict[str, Tensor] | None:
+        """Return what all rows of the last step left, (rows of a step, ...) by name, on rank 0; None: nothing.
+
+        Every rank must call it.
+        """
+        if self.carried is None:
+            return None
+        R, world = self.plan.length.rows_per_step, self.world
+        most = math.ceil(R / world.size)
+        gathered = {}
+        for name, own in self.carried.tensors(self._places).items():
+            filled = torch.cat([own, own[:1].expand(most - len(own), *own.shape[1:])])
+            if found := world.gather_tensor(filled):
+                gathered[name] = torch.stack(found, 1).flatten(0, 1)[:R]
+        return gathered
+
     def _write(
         self,
         checkpointer: Checkpointer,
         trained: Mapping[str, Tensor],
         optimizer: Mapping[str, Tensor],
+        carried: Mapping[str, Tensor] | None,
         required: bool,
     ) -> None:
         """Write a checkpoint, on rank 0."""
@@ -315,7 +342,8 @@ class Trainer(Generic[AnyBatch]):
         }
         state |= {} if self._early_stop is None else {"early_stop": self._early_stop.state()}
         score = self.score if self.score is not None and self.score.step == self.done else None
-        if checkpointer.save(self.done, tensors | dict(trained), optimizer, state, required, score) is not None:
+        tensors |= trained
+        if checkpointer.save(self.done, tensors, optimizer, state, required, score, carried) is not None:
             self._saved = self.done
             return
         notice = f"{self.plan.stage} {self.done}/{length.steps}  NOT SAVED: the disk is full"

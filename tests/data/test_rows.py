@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from rwkvinside.data.rows import PackedRows, PaddedDocuments, WholeDocuments, document_order, whole_rows
+from rwkvinside.data.rows import ContinuedRows, PackedRows, PaddedDocuments, WholeDocuments, document_order, whole_rows
 
 ORDER_0_0 = [3, 2, 1, 6, 0, 7, 4, 5]
 
@@ -163,3 +163,44 @@ def test_whole_documents_fill_rows():
 def test_rows_of_one_token_are_refused(make, make_store):
     with pytest.raises(ValueError, match="leaves no token to predict"):
         make(make_store([[1, 2]]))
+
+
+@pytest.mark.parametrize("streams", [1, 3, 5, 40])
+@pytest.mark.parametrize("seq_len", [7, 16, 64])
+def test_streams_read_their_stretch_of_the_packed_rows_in_order(make_store, seq_len, streams):
+    packed = PackedRows(make_store(documents()), seq_len=seq_len, seed=5)
+    rows = ContinuedRows(packed, streams, run_on=False)
+    laps = 3
+    read = [rows.row(i)["input_ids"] for i in range(laps * rows.rows_per_epoch)]
+    order = [packed.row(i)["input_ids"].tolist() for i in range(laps * rows.rows_per_epoch)]
+    assert sorted(ids.tolist() for ids in read) == sorted(order), "each packed row once"
+    assert not any(rows.row(i)["position_ids"][0] for i in range(rows.rows_per_epoch))
+    for lap in range(laps):
+        for stream in range(streams):
+            begin = lap * rows.rows_per_epoch + stream
+            own = [ids.tolist() for ids in read[begin : begin + rows.rows_per_epoch : streams]]
+            at = lap * rows.rows_per_epoch + stream * len(own)
+            assert own == order[at : at + len(own)]
+    for count in (0, 1, streams, 2 * streams + 1, rows.rows_per_epoch - 1, rows.rows_per_epoch + 2):
+        assert rows.tokens_in(count) == sum(int((rows.row(i)["segment_ids"] > 0).sum()) for i in range(count))
+
+
+@pytest.mark.parametrize("seq_len", [5, 16])
+def test_positions_run_on_in_a_document_from_where_the_stream_began_it(make_store, seq_len):
+    owner = {token: n for n, d in enumerate(documents()) for token in d}
+    rows = ContinuedRows(PackedRows(make_store(documents()), seq_len=seq_len, seed=5), streams=4, run_on=True)
+    ran_on = 0
+    for stream in range(4):
+        before = None
+        for step in range(3 * rows.stretch):
+            row = rows.row(4 * step + stream)
+            for t in range(int((row["segment_ids"] > 0).sum())):
+                token, position = int(row["input_ids"][t]), int(row["position_ids"][t])
+                lap_begins = t == 0 and step % rows.stretch == 0
+                goes_on = not lap_begins and before is not None and before[0] == token - 1
+                goes_on = goes_on and owner[before[0]] == owner[token]
+                assert position == (before[1] + 1 if goes_on else 0)
+                ran_on += goes_on and t == 0
+                before = token, position
+            assert bool(rows.batch([4 * step + stream]).goes_on[0]) == (row["position_ids"][0] > 0)
+    assert ran_on > 20

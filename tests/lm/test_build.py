@@ -121,6 +121,16 @@ def test_unknown_models_are_named():
         load_lm_config("tinny")
 
 
+def test_rows_go_on_only_where_the_state_has_a_constant_size(capsys):
+    assert train_rwkv.main(["--config", "tiny", "--dry_run", "stages.pretrain.stateful=true"]) == 2
+    assert "attention of layers 1, 3 would keep all tokens" in capsys.readouterr().err
+    plan = plan_of(capsys, "--config", "tiny", "stages.pretrain.stateful=true", "student.attention_window=64")
+    # 16 rows of 2 x 4 heads of 32 x 32 numbers with the last input, and 2 x 2 x 64 keys and values of width 128, twice
+    assert "goes on from step to step in 16 streams, 161 KiB each" in plan and "row states 5.03 MiB" in plan
+    with pytest.raises(UserError, match="objective sft begins every row anew"):
+        load_lm_config("tiny", overrides=["run=[pretrain,sft]", "stages.sft.stateful=true"])
+
+
 @pytest.mark.parametrize("stage", ["calibrate", "align", "distill"])
 def test_stages_that_need_a_teacher_are_refused(stage):
     config = load_lm_config("tiny", overrides=[f"run=[pretrain,{stage}]"])

@@ -21,6 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import train_rwkv
 from rwkvinside.cli.main import main
 from rwkvinside.evaluate.load import load_run
+from rwkvinside.report.facts import run_facts
+from rwkvinside.report.screen import end_screen
 from rwkvinside.runs.trained import open_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,6 +35,7 @@ SMALL = [
     "checkpoint.every_steps=20",
     "data.val_tokens=4k",
 ]
+STATEFUL = ["stages.pretrain.stateful=true", "student.attention_window=40", "student.attention_sinks=2"]
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
@@ -70,10 +73,6 @@ def rows(run, kind):
     return [row for row in found if row["kind"] == kind]
 
 
-def weights(run):
-    return load_file(sorted((run / "stages" / "pretrain").glob("step-*"))[-1] / "model.safetensors")
-
-
 @pytest.fixture(scope="module")
 def trained(texts):
     assert train_rwkv.main(arguments(texts, texts / "out")) == 0
@@ -94,28 +93,56 @@ def test_it_beats_a_bigram_model_of_the_same_text(texts, trained):
     )
     assert 0.2 < model < baseline - 0.3  # the words are random: nothing gets to 0
     assert "kl" not in rows(trained, "eval")[-1] and open_run(trained).teacher is None
+    assert "KL" not in end_screen(run_facts(trained)), "nothing to be compared with"
 
 
-def test_an_interrupted_run_resumes_bit_for_bit(texts, trained):
-    run = texts / "again" / "words"
+def stopped_and_resumed(texts, out, steps, *more):
+    """Losses and directory of a run that was told to stop once it had made so many steps, and then to go on."""
+    run = texts / out / "words"
 
     def stop():
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
-            if (run / "metrics.jsonl").exists() and len(rows(run, "train")) >= 25:
+            if (run / "metrics.jsonl").exists() and len(rows(run, "train")) >= steps:
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
             time.sleep(0.01)
 
     watcher = threading.Thread(target=stop)
     watcher.start()
-    assert train_rwkv.main(arguments(texts, texts / "again")) == 75
+    assert train_rwkv.main(arguments(texts, texts / out, *more)) == 75
     watcher.join()
-    assert 25 <= len(rows(run, "train")) < len(rows(trained, "train"))
-    assert train_rwkv.main(arguments(texts, texts / "again", "--resume")) == 0
-    assert [row["loss"] for row in rows(run, "train")] == [row["loss"] for row in rows(trained, "train")]
-    one, two = weights(trained), weights(run)
-    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    made = len(rows(run, "train"))
+    assert train_rwkv.main(arguments(texts, texts / out, *more, "--resume")) == 0
+    losses = [row["loss"] for row in rows(run, "train")]
+    assert steps <= made < len(losses)
+    return losses, run
+
+
+def same_files(one, two, *names):
+    """Whether the last checkpoints of two runs have the same tensors."""
+    newest = [sorted((run / "stages" / "pretrain").glob("step-*"))[-1] for run in (one, two)]
+    for name in names:
+        a, b = (load_file(folder / name) for folder in newest)
+        if a.keys() != b.keys() or not all(torch.equal(a[key], b[key]) for key in a):
+            return False
+    return True
+
+
+def test_an_interrupted_run_resumes_bit_for_bit(texts, trained):
+    losses, run = stopped_and_resumed(texts, "again", 25)
+    assert losses == [row["loss"] for row in rows(trained, "train")]
+    assert same_files(run, trained, "model.safetensors", "optimizer.safetensors")
+
+
+def test_a_stateful_run_resumes_bit_for_bit(texts):
+    few = [*STATEFUL, "stages.pretrain.tokens=12k"]
+    assert train_rwkv.main(arguments(texts, texts / "stateful", *few)) == 0
+    whole = texts / "stateful" / "words"
+    losses, run = stopped_and_resumed(texts, "stateful-again", 4, *few)
+    assert losses == [row["loss"] for row in rows(whole, "train")]
+    assert same_files(run, whole, "model.safetensors", "optimizer.safetensors", "carried.safetensors")
+    assert "goes on from step to step in 8 streams" in (run / "plan.txt").read_text()
 
 
 def test_another_seed_is_another_model(texts, trained, capsys):
@@ -173,8 +200,8 @@ def test_a_pure_transformer_is_read_back_as_it_was_trained(texts):
 
 
 @pytest.mark.distributed
-def test_two_deepspeed_ranks_have_the_same_losses(texts):
-    few = ["stages.pretrain.tokens=6k", "stages.pretrain.batch.micro_rows=2", "--experiment_name"]
+def test_two_deepspeed_ranks_have_the_same_losses_and_leave_the_same_states(texts):
+    few = [*STATEFUL, "stages.pretrain.tokens=6k", "stages.pretrain.batch.micro_rows=2", "--experiment_name"]
     assert train_rwkv.main(arguments(texts, texts / "ranks", *few, "one")) == 0
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -189,3 +216,8 @@ def test_two_deepspeed_ranks_have_the_same_losses(texts):
     assert "2 ranks, DeepSpeed" in (two / "plan.txt").read_text()
     for kind, name in (("train", "loss"), ("eval", "ce")):
         assert [r[name] for r in rows(two, kind)] == pytest.approx([r[name] for r in rows(one, kind)], abs=1e-5)
+    states = [
+        load_file(next((run / "stages" / "pretrain").glob("step-*")) / "carried.safetensors") for run in (one, two)
+    ]
+    assert len(states[0]["0.wkv"]) == 8
+    torch.testing.assert_close(states[1], states[0], rtol=1e-3, atol=1e-4)

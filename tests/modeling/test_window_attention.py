@@ -235,7 +235,25 @@ def test_keys_take_the_dtype_of_the_values():
     assert (out.float() - exact).norm() / exact.norm() < 0.01
 
 
-def test_packed_documents_do_not_continue():
-    _, state = window_attention(*inputs(5), window=4, sinks=1)
-    with pytest.raises(ValueError, match="packed documents start anew"):
-        window_attention(*inputs(5), window=4, sinks=1, state=state, cu_seqlens=bounds_of(0, 10))
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("window, sinks", [(1, 0), (4, 0), (4, 2), (32, 4)])
+def test_the_first_document_of_a_row_goes_on_from_its_state(window, sinks, masked):
+    """Rows that are read in pieces, with documents across the borders, as if each document were read alone."""
+    q, k, v = inputs(60)
+    mask = torch.rand(B, 60, generator=torch.Generator().manual_seed(1)) < 0.8 if masked else None
+    starts = [(0, 3, 25, 26, 40), (0, 15, 45)]  # of the documents of each row
+    whole = bounds_of(*(60 * row + at for row, own in enumerate(starts) for at in own), 2 * 60)
+    expected = dense_window_attention(q, k, v, window=window, sinks=sinks, mask=mask, cu_seqlens=whole)
+    state, found = window_attention(*inputs(1), window=window, sinks=sinks)[1], []
+    state = state._replace(seen=torch.zeros_like(state.seen))
+    for begin, end in ((0, 20), (20, 30), (30, 60)):
+        size = end - begin
+        cuts = [[0, *(at - begin for at in own if begin < at < end)] for own in starts]
+        bounds = bounds_of(*(size * row + at for row, own in enumerate(cuts) for at in own), 2 * size)
+        anew = torch.tensor([begin in own for own in starts])
+        state = state._replace(seen=torch.where(anew, 0, state.seen))
+        part = [x[:, begin:end] for x in (q, k, v)]
+        options = {"mask": None if mask is None else mask[:, begin:end], "state": state, "cu_seqlens": bounds}
+        out, state = window_attention(*part, window=window, sinks=sinks, **options)
+        found.append(out)
+    assert (torch.cat(found, 1) - expected).abs().max() < 1e-12

@@ -12,6 +12,7 @@ from rwkvinside.report.figures import (
     alignment_figure,
     layers_figure,
     loss_figure,
+    overview_figure,
     position_figure,
     smooth,
     validation_figure,
@@ -71,6 +72,13 @@ def test_validation_runs_on_over_the_stages(rows):
     assert kl.lines[0].get_xdata().tolist() == [0, 300, 900]
     assert [line.get_label() for line in ce.lines[:2]] == ["student", "teacher"]
     assert agreement.lines[0].get_ydata().tolist() == [0, 0.5, 0.9]
+
+
+def test_a_model_from_nothing_has_its_own_cross_entropy_alone(rows):
+    alone = [{k: v for k, v in row.items() if k not in ("kl", "ce_teacher", "agreement")} for row in rows]
+    (ce,) = validation_figure(alone).axes
+    assert [line.get_label() for line in ce.lines[:1]] == ["student"] and ce.get_legend() is None
+    assert len(overview_figure(alone).axes) == len(overview_figure(rows).axes) - 2
 
 
 def test_validation_shows_the_control_of_a_windowed_student(rows):

@@ -66,13 +66,15 @@ def run(stage: Stage) -> None:
         ("distill", small, 4, long, {}),
     )
     stage.attempt("norms and MLPs fused", partial(compare_layers, rows * short, stage.device), needs=4)
+    profiled = set()
     for objective, shape, *size, options in cases:
         packed = options.pop("document", None)
+        kind = objective, shape, "window" in options
         case = Case(plan(shape, objective, *size, **options), packed)
-        fused = options.get("fused", True)
-        if stage.attempt(f"{objective} {case.name}", case.speed, needs=10) and fused and not packed:
+        if stage.attempt(f"{objective} {case.name}", case.speed, needs=10) and kind not in profiled:
             stage.attempt(f"{objective} {case.name}: inputs of the recurrence", case.recurrence_inputs)
             stage.attempt(f"{objective} {case.name}: kernels of a micro-batch", case.profile, needs=5)
+            profiled.add(kind)
         case = None  # its models, before those of the next one
     tuning = FineTuning(plan(small, "distill", 8, long, micro_rows=4))
     stage.attempt(f"fine-tuning {tuning.name}", tuning.speed, needs=8)
