@@ -74,6 +74,7 @@ ONLY_PARSED = {
     "rwkvinside eval DIR --teacher TEACHER --tasks": "downloads tasks; tests/evaluate runs some that are files",
     "rwkvinside eval RUN --ask": "the teacher here has no chat template; tests/demo asks one that has",
     "rwkvinside chat": "talks with whoever types; tests/cli/test_chat.py runs it",
+    "rwkvinside data generate --teacher SmolLM2-135M": "writes 650,000 tokens on a GPU; docs/training.md writes fewer",
     "rwkvinside layers --teacher SmolLM2-135M": "takes half an hour; docs/layers.md has the same with what is here",
     "rwkvinside demo": "trains for minutes; tests/demo runs it",
     "rwkvinside vectors demo": "trains for minutes; tests/vectors runs it",
