@@ -55,6 +55,7 @@ TIERS = {
     "modeling/test_graphed_decoding.py": "integration",
     "test_api.py": "integration",
     "test_docs.py": "integration",
+    "test_notebooks.py": "integration",
     "test_packaging.py": "integration",
     "vectors/test_decoders.py": "integration",
     "vectors/test_grid.py": "integration",

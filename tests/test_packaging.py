@@ -2,10 +2,12 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -97,9 +99,43 @@ def test_the_wheel_is_the_package_and_nothing_else(built, source):
 @pytest.mark.skipif(
     not os.environ.get("CXX") and not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler"
 )
-def test_the_wheel_has_the_kernel(built):
+def test_the_wheel_has_the_kernel_and_fits_all_pythons(built):
+    assert re.fullmatch(r"rwkvinside-[\d.]+-py3-none-(linux|macosx)_\w+\.whl", built[1].name)
     with zipfile.ZipFile(built[1]) as wheel:
-        assert [name for name in wheel.namelist() if name.startswith("rwkvinside/kernels/native/_wkv7")]
+        assert "rwkvinside/kernels/native/_wkv7.so" in wheel.namelist()
+
+
+def test_a_machine_without_a_compiler_gets_a_wheel_that_works(source, tmp_path):
+    """As on Windows; it says what is slower when it is built, and when it runs."""
+    environment = os.environ | {"CXX": "/none", "HOME": str(tmp_path), "PYTHONPATH": str(tmp_path / "unpacked")}
+    command = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", str(tmp_path), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "kernel was not built: CXX is '/none'" in done.stderr and "takes about four times as long" in done.stderr
+    [wheel] = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as content:
+        assert not [name for name in content.namelist() if name.endswith(".so")]
+        content.extractall(tmp_path / "unpacked")
+    code = (
+        "import rwkvinside as rw, rwkvinside.kernels as kernels, torch\n"
+        "x = [0.1 * torch.randn(1, 40, 2, 16) for _ in range(6)]\n"
+        "x[1] = -x[1].abs()\n"
+        "y, _ = rw.wkv7(*x)\n"
+        "print((y - rw.wkv7(*x, backend='reference')[0]).abs().max() < 1e-4, kernels.why_unavailable('native'))\n"
+        "print(rw.__file__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    works, place = done.stdout.splitlines()
+    assert works == "tensor(True) CXX is '/none', and no such program is found"
+    assert Path(place).is_relative_to(tmp_path)
+
+
+def test_wheels_are_built_for_the_platforms_that_have_the_kernel():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["cibuildwheel"]
+    assert {name.split("-")[1].split("_")[0] for name in settings["build"]} == {"manylinux", "macosx"}
+    assert settings["test-environment"]["CXX"] == "/none", "what is tested is the kernel in the wheel"
 
 
 def test_the_wheel_runs_without_the_repository(installed):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..data.defaults import DATE, MAX_LINE_BYTES
 from ..errors import UserError
+from ..support.system import NO_MPS
 from ..support.text import did_you_mean, short_count
 
 if TYPE_CHECKING:
@@ -187,6 +188,18 @@ def number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from error
 
 
+def add_device_argument(parser: ArgumentParser, text: str, default: str = "auto") -> None:
+    """Add --device, whose help is a text."""
+
+    def device(name: str) -> str:
+        if name == "mps":
+            raise argparse.ArgumentTypeError(f"{name}: {NO_MPS}")
+        return name
+
+    choices = ("auto", "cpu", "cuda") if default == "auto" else ("cpu", "cuda")
+    parser.add_argument("--device", type=device, choices=choices, default=default, help=text)
+
+
 def add_sampling_arguments(parser: ArgumentParser) -> None:
     """Add how a model writes, and where it runs, see `sampling_of`."""
     parser.add_argument("--plain", action="store_true", help="continue texts, even if there is a chat template")
@@ -196,7 +209,7 @@ def add_sampling_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--top-p", type=number, default=0.95, metavar="P", help="of the likeliest (default: 0.95)")
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="(default: 0)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the model runs")
+    add_device_argument(parser, "where the model runs")
 
 
 def sampling_of(args: argparse.Namespace, rows: int = 1) -> Sampling:

@@ -72,11 +72,10 @@ def training(parser: ArgumentParser, argv: Sequence[str]) -> int:
     )
     add_output_arguments(parser)
     args = parser.parse(argv)
-    from transformers.utils.logging import disable_progress_bar
-
     from ..bench.training import pretrained_teacher, random_teacher, training_speed
+    from ..support.quiet import quiet_libraries
 
-    disable_progress_bar()  # transformers' bars: every kind loads the teacher
+    quiet_libraries()
     load = partial(random_teacher, *args.random) if args.random else partial(pretrained_teacher, args.teacher)
     result = training_speed(load, rows=args.rows, seq_len=args.seq_len, repeats=args.repeats, backends=args.backend)
     table = Table(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .arguments import ArgumentParser, at_least, count, number
+from .arguments import ArgumentParser, add_device_argument, at_least, count, number
 
 
 def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
@@ -30,7 +30,7 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     )
     parser.add_argument("--rows", type=at_least(1), default=16, metavar="N", help="texts at a time (default: 16)")
     parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="(default: 0)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the teacher runs")
+    add_device_argument(parser, "where the teacher runs")
     args = parser.parse(argv)
     from ..conversion.generate import generate_text
     from ..teacher.sampling import Sampling

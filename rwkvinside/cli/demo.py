@@ -35,12 +35,12 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     if args.data or args.overrides:
         raise UserError("--data and key=value are for a teacher of yours", "name it with --teacher")
     import torch
-    from transformers.utils.logging import disable_progress_bar
 
     from ..demo.run import FULL, QUICK, Demo
     from ..demo.tables import MAX_CE_GAP
+    from ..support.quiet import quiet_libraries
 
-    disable_progress_bar()  # transformers' bars for loading weights
+    quiet_libraries()
     # With matrices this small a second thread gives a factor of 1.5 on an idle machine but costs a factor of ten as
     # soon as anything else runs, because OpenMP's threads spin while they wait for one that has no core.
     torch.set_num_threads(1)
@@ -56,11 +56,10 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
 
 def _llm(args: argparse.Namespace) -> int:
     """Convert a language model; with --quick as little of it as possible."""
-    from transformers.utils.logging import disable_progress_bar
-
     from ..demo.llm import FULL, QUICK, LlmDemo
+    from ..support.quiet import quiet_libraries
 
-    disable_progress_bar()
+    quiet_libraries()
     settings = QUICK if args.quick else FULL
     out = args.out or Path("demo-llm")
     LlmDemo(out, args.teacher, args.data, args.overrides, settings, Console(highlight=False)).run()

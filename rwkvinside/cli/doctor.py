@@ -45,7 +45,7 @@ def _machine() -> list[str]:
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(".")
     lines = [
         f"python {platform.python_version()} on {platform.platform()}",
-        f"{psutil.cpu_count(logical=False)} cores, torch uses {torch.get_num_threads()} threads",
+        f"{psutil.cpu_count(logical=False)} cores, threads of torch: {torch.get_num_threads()}",
         f"memory {rounded_bytes(memory.available)} of {rounded_bytes(memory.total)} free",
         f"disk here {rounded_bytes(disk.free)} of {rounded_bytes(disk.total)} free",
     ]
@@ -86,7 +86,9 @@ def _packages() -> tuple[list[str], list[str]]:
         installed, fits = _installed(requirement)
         if not fits:
             problems.append(f"'{requirement.name}{requirement.specifier}'")
-        lines.append(f"{'ok ' if fits else 'BAD'} {requirement.name} {installed} (needs {requirement.specifier})")
+        lines.append(
+            f"{'ok ' if fits else 'BAD'} {requirement.name} {installed} (needs {requirement.specifier or 'any'})"
+        )
     for extra in EXTRAS:
         for requirement in _requirements(extra):
             installed, fits = _installed(requirement)

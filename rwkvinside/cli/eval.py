@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from ..support.files import write_json
-from .arguments import ArgumentParser, add_output_arguments, add_reading_arguments, at_least, count, reading_options
+from .arguments import (
+    ArgumentParser,
+    add_device_argument,
+    add_output_arguments,
+    add_reading_arguments,
+    at_least,
+    count,
+    reading_options,
+)
 from .evaluation_tables import new_table, show_recall, show_tasks, show_writing
 
 CONTROL = "the teacher, untrained, its attention cut to the windows of the student"
@@ -41,14 +49,11 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     _add_recall_arguments(parser)
     _add_task_arguments(parser)
     add_output_arguments(parser, png="perplexity and KL by position, and recall by length and depth,")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the models run")
+    add_device_argument(parser, "where the models run")
     args = parser.parse(argv)
-    from transformers.utils.logging import disable_progress_bar
-
     from ..evaluate.compare import evaluate_saved
     from ..evaluate.samples import show_samples
 
-    disable_progress_bar()  # of transformers, for the loading of weights
     console = Console()
     comparison = evaluate_saved(
         args.student, args.teacher, _measures(args), device=args.device, notes=Console(stderr=True)

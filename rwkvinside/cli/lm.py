@@ -13,7 +13,7 @@ from rich.table import Table
 from ..support.files import write_json
 from ..support.progress import Progress
 from ..support.text import rounded_bytes, spans
-from .arguments import ArgumentParser, add_output_arguments, at_least, run_command
+from .arguments import ArgumentParser, add_device_argument, add_output_arguments, at_least, run_command
 
 if TYPE_CHECKING:
     from ..lm.state_report import CompressionCost, Growth
@@ -101,7 +101,7 @@ def _add_limits(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--max-documents", type=at_least(1), default=8, metavar="N", help="read the first N documents (default: 8)"
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the model runs")
+    add_device_argument(parser, "where the model runs")
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -10,7 +10,7 @@ from .arguments import ArgumentParser, run_command
 
 VERBS = {
     "train": ("train:main", "convert a teacher: calibrate, align, distill"),
-    "pretrain": ("pretrain:main", "train a language model of RWKV and attention layers from nothing"),
+    "pretrain": ("pretrain:main", "train a language model of RWKV and attention layers"),
     "plan": ("plan:main", "what a run would do, without loading weights"),
     "config": ("config:main", "the configuration that results, and all its fields"),
     "doctor": ("doctor:main", "what this machine and this installation offer"),
@@ -18,16 +18,16 @@ VERBS = {
     "eval": ("eval:main", "compare a student with its teacher on text"),
     "chat": ("chat:main", "talk to a model, or to a student and its teacher side by side"),
     "generate": ("generate:main", "what a model writes after prompts"),
-    "lm": ("lm:main", "language models processed by their state: long texts, memory, compression"),
+    "lm": ("lm:main", "models read by their state: long texts, memory, compression"),
     "layers": ("layers:main", "which layers should keep attention, by measurement"),
     "report": ("report:main", "a page of what a run has measured, and its figures"),
     "compare": ("compare:main", "runs beside each other: settings, curves, one table"),
     "bench": ("bench:main", "speed of the kernels and of training, memory of the loss"),
-    "export": ("export:main", "write the last finished stage of a run in another format, and verify it"),
+    "export": ("export:main", "write what a run has trained in another format, and verify it"),
     "verify": ("verify:main", "compare an exported directory with the run it was made from"),
     "vectors": ("vectors:main", "models of sentence vectors: embed, train, compare, decode"),
     "completion": ("completion:main", "a script that completes commands and flags in your shell"),
-    "demo": ("demo:main", "the whole path on this machine, from a tiny teacher to a hybrid that generates"),
+    "demo": ("demo:main", "the whole way on this machine: teacher, hybrid, report"),
 }
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ..support.files import write_json
 from ..support.text import rounded_bytes, rounded_count
-from .arguments import ArgumentParser, add_output_arguments, at_least, run_command
+from .arguments import ArgumentParser, add_device_argument, add_output_arguments, at_least, run_command
 
 COMMANDS = {
     "embed": ("vectors:embed", "text to vectors, stored with what they are"),
@@ -212,7 +212,7 @@ def bench(parser: ArgumentParser, argv: Sequence[str]) -> int:
         ("--repeats", 20, "predictions that are timed"),
     ):
         parser.add_argument(flag, type=at_least(1), default=default, metavar="N", help=f"{text} (default: {default})")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (default: cpu)")
+    add_device_argument(parser, "where (default: cpu)", default="cpu")
     parser.add_argument("--processor-time", action="store_true", help="of one thread, on a machine that is not idle")
     add_output_arguments(parser)
     args = parser.parse(argv)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from ..support.system import check_device
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -14,7 +16,11 @@ def resolve_device(setting: str) -> str:
     """Return the type of device to train on.
 
     A device that is named need not be present on this machine.
+
+    Raises:
+        UserError: nothing here runs on it.
     """
+    check_device(setting)
     if setting != "auto":
         return setting
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -11,6 +11,7 @@ from ..hybrid.settings import AdapterConfig, QuantizeConfig, StudentConfig
 from ..stages.settings import StageConfig
 from ..support.names import ALLOWED, is_name
 from ..support.settings import Positive, Section, problem
+from ..support.system import NO_MPS
 from ..teacher.settings import TeacherConfig
 from ..training.settings import CheckpointConfig, DeepSpeedConfig, SamplesConfig
 
@@ -45,6 +46,13 @@ class Config(Section):
     )
     samples: SamplesConfig = Field(SamplesConfig(), description="What the student writes while it is trained.")
     log_every: Positive = Field(10, description="Optimizer steps between lines on the console.")
+
+    @field_validator("device", mode="before")
+    @classmethod
+    def _no_mps(cls, device: object) -> object:
+        if device == "mps":
+            raise problem(NO_MPS)
+        return device
 
     @model_validator(mode="after")
     def _one_start(self) -> Config:

@@ -30,6 +30,7 @@ from ..stages.plan import StagePlan
 from ..stages.rows import validation_batches
 from ..support.lock import locked
 from ..support.progress import Progress
+from ..support.quiet import quiet_libraries
 from ..teacher.load import open_tokenizer
 from ..training.precision import precision_context
 from ..training.process_group import Distributed
@@ -176,6 +177,7 @@ def layers_of_run(run: Path, wanted: dict, tokens: int) -> tuple[tuple[int, ...]
     Raises:
         UserError: no such stage, a student with other layers, a choice that cannot be fulfilled.
     """
+    quiet_libraries()
     directory = RunDirectory(run)
     trained, config = _aligned(directory)
     plan = resolve(config, [trained.stage])

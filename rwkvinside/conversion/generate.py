@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar
 
 from ..config.precision import resolve_device, resolve_precision, teacher_dtype
 from ..config.teacher_lookup import find_teacher
@@ -22,6 +21,7 @@ from ..errors import Interrupted, UserError
 from ..support.digests import FileDigests
 from ..support.files import fsync, read_lines, replacing
 from ..support.progress import Progress
+from ..support.quiet import quiet_libraries
 from ..teacher.files import local_hashes
 from ..teacher.load import load_teacher, open_tokenizer
 from ..teacher.sampling import Sampling, UserTurn, encode, end_tokens, render_chat, sample, text_start
@@ -96,7 +96,7 @@ def generate_text(
 def _load(path: str, device: str) -> PreTrainedModel:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device is cuda, but PyTorch finds no CUDA device", "use --device cpu")
-    disable_progress_bar()
+    quiet_libraries()
     dtype = teacher_dtype("auto", device, resolve_precision("auto", device))
     return load_teacher(path, None, dtype).to(device)  # type: ignore[arg-type]  # of transformers
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from .. import __version__
@@ -13,6 +13,7 @@ from ..runs.records import StageRecord
 from ..stages.plan import StagePlan
 from ..support.files import file_digest
 from ..training.checkpoint import STATE, best_checkpoint, open_checkpoint, read_score
+from ..training.schedule import EarlyEnd
 from .build import fingerprint, save_frozen_weights, write_adapters
 from .choose import LAYERS
 
@@ -54,13 +55,14 @@ def begin_stage(run: Run, plan: StagePlan, before: str | None, data: Mapping, st
     run.loggers.open()
 
 
-def finish_stage(run: Run, plan: StagePlan, evaluation: Mapping) -> None:
+def finish_stage(run: Run, plan: StagePlan, evaluation: Mapping, early_end: EarlyEnd | None) -> None:
     """Write what says that a stage is finished; on rank 0.
 
     Args:
         run: of the stage.
         plan: of the stage.
         evaluation: its last one, {} if there was none.
+        early_end: where and why it ended early; None: it did not.
     """
     directory, records = run.directory, run.directory.records
     folder, record, checkpointer = directory.stage(plan.name), records.stage(plan.name), run.checkpointer(plan.name)
@@ -77,6 +79,9 @@ def finish_stage(run: Run, plan: StagePlan, evaluation: Mapping) -> None:
     finished = {"checkpoint": last, "best": best and best.name, "attention_layers": kept}
     records.write(replace(record, **finished, files=record.files | files))
     facts = {} if kept is None else {"student": fingerprint(run.shapes_after(plan.name))}
+    if early_end is not None:
+        end = asdict(early_end) | {"reason": early_end.reason}
+        facts["early_ends"] = directory.conversion().get("early_ends", {}) | {plan.name: end}
     directory.note(facts, finished=plan.name, evaluation=evaluation)
     if best is not None and (score := read_score(best)) is not None:
         run.say(

@@ -6,7 +6,6 @@ stage at a time and a resumed one take the same way.
 
 from __future__ import annotations
 
-import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,7 +13,6 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar
 
 from ..config.resolve import resolve
 from ..config.schema import Config
@@ -32,6 +30,7 @@ from ..stages.rows import check_targets
 from ..support.digests import FileDigests
 from ..support.lock import locked
 from ..support.process_memory import return_freed_memory
+from ..support.quiet import quiet_libraries
 from ..teacher.load import check_files, open_tokenizer
 from ..training.checkpoint import Checkpoint, Checkpointer, checkpoint_directories
 from ..training.deepspeed_engine import join_process_group
@@ -209,7 +208,7 @@ def _train(
     plan = resolve(config, selected, kept=kept)
     check_files(config.teacher)
     _check_device(plan.settings.device)
-    _quiet_libraries()
+    quiet_libraries()
     plan_text(plan, config)  # what is wrong with the student shows before anything is loaded
     shapes = meta_student(plan.settings)
     return_freed_memory(sum(p.numel() for p in shapes.parameters()))
@@ -258,11 +257,6 @@ def _run(run: Run, resume_from: str | None) -> None:
 def _check_device(device: str) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device is cuda, but PyTorch finds no CUDA device", "use device=cpu, or see rwkvinside doctor")
-
-
-def _quiet_libraries() -> None:
-    disable_progress_bar()  # of transformers, for the loading of weights
-    warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")  # norms are meant to stay fp32 in bf16
 
 
 def _check_backend(backend: str, device: str, shapes: HybridModel) -> None:

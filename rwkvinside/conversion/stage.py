@@ -48,7 +48,7 @@ from ..training.metrics import Console, MetricsWriter, Score
 from ..training.precision import precision_context
 from ..training.process_group import Distributed
 from ..training.protocols import Step
-from ..training.schedule import Schedule
+from ..training.schedule import EarlyEnd, Schedule
 from ..training.trainer import Trainer, TrainingPlan, check_resumable
 from .build import (
     check_adapters,
@@ -105,6 +105,19 @@ class _Models:
     teacher: Teacher | None
 
 
+@dataclass(frozen=True)
+class _Result:
+    """What a phase ends with, besides its checkpoint.
+
+    Attributes:
+        evaluation: the last one, {} where there was none.
+        early_end: where and why it ended the stage early; None: it did not.
+    """
+
+    evaluation: dict
+    early_end: EarlyEnd | None = None
+
+
 def run_stage(run: Run, plan: StagePlan, resume_from: str | None) -> None:
     """Run a stage to its end.
 
@@ -127,9 +140,9 @@ def run_stage(run: Run, plan: StagePlan, resume_from: str | None) -> None:
     for phase in plan.phases:
         last = phase is plan.phases[-1]
         if checkpoint is None or checkpoint.step < phase.until or last:
-            evaluation = _run_phase(run, plan, phase, inputs, checkpoint)
+            result = _run_phase(run, plan, phase, inputs, checkpoint)
             checkpoint = None if last else run.checkpointer(plan.name).load()
-    run.world.on_main(lambda: finish_stage(run, plan, evaluation))
+    run.world.on_main(lambda: finish_stage(run, plan, result.evaluation, result.early_end))
 
 
 def _load_inputs(run: Run, plan: StagePlan, before: str | None) -> _Inputs:
@@ -151,13 +164,10 @@ def _settings(run: Run, plan: StagePlan, inputs: _Inputs) -> dict:
     return shared | ({"stateful": True} if plan.settings.stateful else {})
 
 
-def _run_phase(run: Run, plan: StagePlan, phase: Phase, inputs: _Inputs, checkpoint: Checkpoint | None) -> dict:
+def _run_phase(run: Run, plan: StagePlan, phase: Phase, inputs: _Inputs, checkpoint: Checkpoint | None) -> _Result:
     """Run one phase, with a student built for it.
 
     So a stage that unfreezes takes the same way as a resumed one.
-
-    Returns:
-        The last evaluation, {} where there was none.
     """
     gc.collect()  # DeepSpeed's engines are in cycles: the last one, with its model, must go before the next comes
     student = _build_student(run, plan, inputs, checkpoint)
@@ -202,7 +212,7 @@ def _build_student(run: Run, plan: StagePlan, inputs: _Inputs, checkpoint: Check
     return student
 
 
-def _fit(run: Run, plan: StagePlan, models: _Models, inputs: _Inputs) -> dict:
+def _fit(run: Run, plan: StagePlan, models: _Models, inputs: _Inputs) -> _Result:
     """Fit and save on rank 0; the others go on with what it has saved, and take their share of short distillations."""
     device, student = run.world.device, models.student
     if not run.world.is_main:
@@ -211,7 +221,7 @@ def _fit(run: Run, plan: StagePlan, models: _Models, inputs: _Inputs) -> dict:
             with precision_context(plan.run.precision, device):
                 _choose(run, plan, student.to(device), batches)
         run.world.barrier()
-        return {}
+        return _Result({})
     judge = partial(_judge, run, plan, models, alone=True)
     metrics, console = MetricsWriter(run.directory.path, run.loggers), Console(plan.name, 1)
     metrics.begin(plan.name)
@@ -248,7 +258,7 @@ def _fit(run: Run, plan: StagePlan, models: _Models, inputs: _Inputs) -> dict:
     score = Score.of(1, evaluation)
     run.checkpointer(plan.name, student).save(1, student.student_state_dict(), None, state, required=True, score=score)
     run.world.barrier()
-    return evaluation
+    return _Result(evaluation)
 
 
 def _calibrate(run: Run, plan: StagePlan, student: HybridModel, batches: list[Batch]) -> dict:
@@ -272,7 +282,7 @@ def _choose(run: Run, plan: StagePlan, student: HybridModel, batches: list[Batch
 
 def _train(
     run: Run, plan: StagePlan, phase: Phase, models: _Models, inputs: _Inputs, checkpoint: Checkpoint | None
-) -> dict:
+) -> _Result:
     student, world = models.student, run.world
     trainable = {n for n, p in student.canonical_parameters().items() if p.requires_grad}
     # an engine of several processes may round or cut what it does not train; one process keeps and saves it
@@ -292,7 +302,7 @@ def _train(
             engine,
             step if states is None else StatefulStep(step, states),
             inputs.rows,
-            _training_plan(run, plan, plan.schedule(groups), student),
+            _training_plan(run, plan, phase, plan.schedule(groups), student),
             checkpointer=run.checkpointer(plan.name),
             settings=_settings(run, plan, inputs),
             carried=states,
@@ -306,17 +316,17 @@ def _train(
         if checkpoint is not None:
             trainer.restore(checkpoint, joined=new_names if checkpoint.step == phase.first else ())
         trainer.fit(until=phase.until)
-        if not evaluation.last and phase.until == plan.length.steps:
-            evaluation(phase.until)  # killed between the last checkpoint and the end of the stage
-        if phase.until == plan.length.steps and _needs_control(run, models):
-            row = {"kind": "control", "stage": plan.name, "step": phase.until, "tokens": plan.length.total_tokens}
-            row |= evaluation.numbers("control", phase.until) | {"time": time.time()}
+        if not evaluation.last and trainer.finished:
+            evaluation(trainer.done)  # killed between the last checkpoint and the end of the stage
+        if trainer.finished and _needs_control(run, models):
+            row = {"kind": "control", "stage": plan.name, "step": trainer.done, "tokens": trainer.tokens}
+            row |= evaluation.numbers("control", trainer.done) | {"time": time.time()}
             if world.is_main:
                 MetricsWriter(run.directory.path, run.loggers).write(row)
                 Console(plan.name, plan.length.steps).evaluation(row)
     finally:
         engine.close()
-    return evaluation.last
+    return _Result(evaluation.last, trainer.early_end)
 
 
 def _needs_control(run: Run, models: _Models) -> bool:
@@ -408,7 +418,7 @@ def _step(plan: StagePlan, models: _Models, engine: Engine, rows: Rows) -> Step[
     return step
 
 
-def _training_plan(run: Run, plan: StagePlan, schedule: Schedule, student: HybridModel) -> TrainingPlan:
+def _training_plan(run: Run, plan: StagePlan, phase: Phase, schedule: Schedule, student: HybridModel) -> TrainingPlan:
     every = plan.settings.evaluate_every_tokens
     return TrainingPlan(
         plan.name,
@@ -417,6 +427,7 @@ def _training_plan(run: Run, plan: StagePlan, schedule: Schedule, student: Hybri
         plan.shape.micro_rows,
         evaluate_every=plan.length.steps_for(every) if every else 0,
         save_every=run.config.checkpoint.every_steps,
+        early_stop=plan.settings.early_stop if phase is plan.phases[-1] else None,  # what joins later is to train first
         labels={"layers": student.rwkv_layers},
     )
 
@@ -471,7 +482,7 @@ def _samples(run: Run, plan: StagePlan, models: _Models, inputs: _Inputs, engine
                 found.append(sample)
         return found
 
-    return [WriteSamples(write, plan.length.steps_for(every) if every else 0, plan.length.steps if last else None)]
+    return [WriteSamples(write, plan.length.steps_for(every) if every else 0, last)]
 
 
 def _beginnings(validation: list[Batch]) -> list[list[int]]:

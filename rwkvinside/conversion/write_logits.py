@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers.utils.logging import disable_progress_bar
 
 from ..config.resolve import resolve
 from ..config.schema import Config
@@ -28,6 +27,7 @@ from ..support.digests import FileDigests
 from ..support.files import free_bytes
 from ..support.lock import locked
 from ..support.progress import Progress
+from ..support.quiet import quiet_libraries
 from ..support.text import rounded_bytes
 from ..teacher.load import open_tokenizer
 from ..teacher.logits_store import SHARD_BYTES, LogitsWriter, position_bytes, row_digests
@@ -69,7 +69,7 @@ def write_logits(plan: StagePlan, out: Path, k: int, shard_bytes: int = SHARD_BY
 
 def _write(plan: StagePlan, out: Path, k: int, shard_bytes: int) -> None:
     """Write what is missing, into a directory that no other process writes to."""
-    disable_progress_bar()
+    quiet_libraries()
     device = plan.run.device
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device is cuda, but PyTorch finds no CUDA device", "use device=cpu, or see rwkvinside doctor")

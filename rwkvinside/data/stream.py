@@ -23,6 +23,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..support.sealed import sealed_text, unsealed
+from ..support.system import lock_file
 from .batch import Batch
 from .defaults import MAX_LINE_BYTES
 from .encode import Encoder, chunks
@@ -227,13 +228,11 @@ class _BlockWriter:
 @contextmanager
 def _locked(directory: Path) -> Iterator[bool]:
     """Yield whether this process holds the directory's lock, until it leaves or dies."""
-    import fcntl
-
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with (directory / "lock").open("w") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock_file(file.fileno(), wait=False)
             except BlockingIOError:
                 yield False
             else:

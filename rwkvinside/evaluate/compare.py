@@ -21,6 +21,7 @@ from ..export.manifest import CONVERSION, read_export
 from ..runs.directory import RunDirectory
 from ..runs.trained import open_run
 from ..support.progress import Progress
+from ..support.system import check_device
 from ..teacher.sampling import end_tokens
 from .controls import CutTeacher
 from .generation import GenerationComparison, compare_generation
@@ -166,7 +167,7 @@ def evaluate_saved(
         teacher, source = _named_teacher(student, needed=bool(measures.data))
     if teacher is None and measures.writing is not None:
         raise UserError("what a model writes is compared with a teacher's, and none is given", "give one: --teacher")
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    device = _resolved(device)
     student_model = load_student(student, device, notes)
     teacher_model = None if teacher is None else load_pretrained(teacher, device)
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=source == student)
@@ -268,6 +269,12 @@ def _beginnings(documents: PaddedDocuments, writing: Writing) -> list[list[int]]
         f"{writing.prompt_tokens} tokens",
         "write fewer texts, or give more data",
     )
+
+
+def _resolved(device: str) -> str:
+    """Return where models run: what "auto" means on this machine."""
+    check_device(device)
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 def _named_teacher(path: Path, needed: bool) -> tuple[str | None, str | Path]:

@@ -10,6 +10,7 @@ from ..errors import UserError
 from ..export.huggingface import build_hybrid
 from ..runs.directory import RunDirectory
 from ..runs.trained import at_stage, open_run
+from ..support.quiet import quiet_libraries
 from ..support.weight_index import check_shards
 
 
@@ -29,6 +30,7 @@ def load_pretrained(path: str | Path, device: str, *, trust_remote_code: bool = 
     Raises:
         UserError: it cannot be loaded, or its weights do not match its configuration exactly.
     """
+    quiet_libraries()
     check_shards(Path(path))
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -52,6 +54,7 @@ def load_run(path: Path, device: str, stage: str | None = None) -> PreTrainedMod
         device: where to put the model.
         stage: take the newest checkpoint of this stage; None is the last finished stage.
     """
+    quiet_libraries()
     run = open_run(path)
     if stage is not None:
         run = at_stage(run.directory, stage)

@@ -22,6 +22,7 @@ from ..hybrid.model import HybridModel
 from ..hybrid.quantized_linear import relative_error
 from ..runs.trained import TrainedRun, open_run, public_name
 from ..support.files import free_bytes, replacing
+from ..support.quiet import quiet_libraries
 from ..support.sealed import sealed_text
 from ..support.text import rounded_bytes
 from ..teacher.settings import TeacherConfig
@@ -70,6 +71,7 @@ def export_hf(
             are no adapters to keep separate, not enough disk, or a file cannot be written.
         VerificationError: the reloaded model does not reproduce the trained one. Nothing is left at `out`.
     """
+    quiet_libraries()
     run, out = open_run(run, checkpoint), Path(out)
     _check_options(run, out, dtype, adapters)
     with _failures_told(out), replacing(out) as partial:

@@ -34,6 +34,7 @@ from ..hybrid.lm_head import Logits
 from ..hybrid.model import HybridModel
 from ..runs.trained import TrainedRun, at_stage, open_run
 from ..support.names import ALLOWED, is_name
+from ..support.quiet import quiet_libraries
 from ..support.weight_index import check_shards
 from .build import build_hybrid, write_files
 from .manifest import CONVERSION, check_files, files_of, read_export
@@ -94,6 +95,7 @@ def verify(folder: str | Path, against: str | Path) -> dict:
         VerificationError: a file is damaged, or is not what this version writes for this run; the directory does not
             load on its own; a difference exceeds its tolerance.
     """
+    quiet_libraries()
     folder = Path(folder)
     conversion = read_export(folder)
     check_files(folder, conversion["files"])

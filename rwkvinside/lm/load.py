@@ -10,7 +10,6 @@ import torch
 from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar
 
 from ..config.precision import resolve_device
 from ..errors import UserError
@@ -35,7 +34,6 @@ def load_model(path: str | Path, device: str, notes: Console) -> tuple[PreTraine
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device is cuda, but PyTorch finds no CUDA device", "use --device cpu")
-    disable_progress_bar()  # of transformers
     model, is_run = load_student(Path(path), resolve_device(device), notes), RunDirectory(path).is_run
     words = open_run(path).base if is_run else TeacherConfig(path=str(path), trust_remote_code=True)
     return model, open_tokenizer(words)

@@ -24,6 +24,7 @@ from .flops import flops_per_token
 from .plan import disk_bytes, meta_student, prepared_stages, run_warnings, teacher_parameters
 from .stage_memory import stage_memory
 
+LONG = 14 * 24 * 3600  # seconds that nobody waits for
 NODE = 8  # ranks that share a host, at most
 MFU = {"cpu": 0.2, "cuda": 0.15}  # share of the peak that is assumed: docs/benchmarks.md has measured ones
 
@@ -42,6 +43,7 @@ class StageForecast:
         peak: bytes on the device of a rank at the largest moment of all.
         host: bytes in the memory of a host in addition, when its devices have their own: of all ranks on it.
         disk: bytes of its checkpoints, at most.
+        may_end_early: whether it stops where validation does not improve any more.
     """
 
     name: str
@@ -55,6 +57,7 @@ class StageForecast:
     peak: int
     host: int
     disk: int
+    may_end_early: bool
 
     @property
     def flops(self) -> float:
@@ -116,6 +119,11 @@ class Forecast:
     def disk(self) -> int:
         """Bytes of all checkpoints, at most."""
         return sum(stage.disk for stage in self.stages)
+
+    @property
+    def may_end_early(self) -> list[str]:
+        """Names of stages that stop where validation does not improve any more."""
+        return [stage.name for stage in self.stages if stage.may_end_early]
 
     @property
     def tokens(self) -> int:
@@ -219,6 +227,7 @@ def _stage(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, keep: 
         peak=memory.peak,
         host=memory.host(min(plan.run.ranks, NODE)),
         disk=disk_bytes(plan, model, keep),
+        may_end_early=plan.settings.early_stop is not None,
     )
 
 
@@ -285,6 +294,10 @@ def forecast_text(found: Forecast, rate: Rate | None = None, price: float | None
     if found.host_per_node:
         shared = f" that {min(found.ranks, NODE)} ranks share" if found.ranks > 1 else ""
         lines.append(f"host: up to {rounded_bytes(found.host_per_node)} of the memory of a machine{shared}")
+    if found.may_end_early:
+        lines.append(f"early stop: {', '.join(found.may_end_early)} may end before all tokens are read")
+    if rate is not None and found.device == "cpu" and found.seconds(rate) > LONG:
+        lines.append("warning: too long for a CPU; device=cuda --gpu H100 plans it for a GPU")
     lines += [f"warning: {text}" for text in found.warnings]
     return "\n".join(lines) + "\n"
 
@@ -302,7 +315,7 @@ def _verdict(found: Forecast, rate: Rate | None, price: float | None) -> str:
     parts = [verdict]
     if rate is not None:
         seconds = found.seconds(rate)
-        parts.append(f"about {rounded_time(seconds)}")
+        parts.append(f"{'at most ' * bool(found.may_end_early)}about {rounded_time(seconds)}")
         hours = seconds / 3600 * found.ranks
         if found.device == "cuda":
             parts.append(f"{hours:.3g} GPU hours")

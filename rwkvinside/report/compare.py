@@ -44,8 +44,8 @@ class Comparison:
     def warnings(self) -> list[str]:
         """What makes scores of the runs not comparable."""
         found = []
-        if len({facts.teacher for facts in self.runs.values()}) > 1:
-            found.append("the runs have different teachers: a KL is to the own one")
+        if len({facts.teacher_identity for facts in self.runs.values()}) > 1:
+            found.append("the runs have different teachers: each KL is to the run's own one")
         judged = ("data.val", "data.val_tokens", "data.val_fraction")
         if any(key in judged for key, _ in self.differences):
             found.append("the runs were validated on different data: their scores say little about each other")

@@ -90,6 +90,12 @@ class RunFacts:
         return self.conversion.get("teacher") or self.config.get("teacher", {}).get("path", "")
 
     @property
+    def teacher_identity(self) -> str:
+        """What tells the teacher from another one, wherever it lies; its path where an earlier version made the run."""
+        identity = RunDirectory(self.path).records.identity()
+        return self.teacher if identity is None else json.dumps(identity.teacher, sort_keys=True)
+
+    @property
     def settings(self) -> str:
         """The whole configuration as YAML."""
         return yaml.safe_dump(self.config, sort_keys=False) if self.config else ""
@@ -123,6 +129,14 @@ class RunFacts:
     def final(self) -> ScoreRow | None:
         """The student after the last stage that was measured."""
         return self.scores[-1] if self.scores else None
+
+    @property
+    def early_ends(self) -> list[str]:
+        """A sentence for each stage that ended before its last step."""
+        return [
+            f"{name} ended early, at step {end['step']:,} of {end['steps']:,}: {end['reason']}"
+            for name, end in self.conversion.get("early_ends", {}).items()
+        ]
 
     @cached_property
     def costs(self) -> list[StageCost]:

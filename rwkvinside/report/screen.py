@@ -43,6 +43,8 @@ def end_screen(facts: RunFacts) -> str:
         name = row.name if cost is None else f"after {row.name}"
         scores = "".join(f"{_number(getattr(row, c.field), c.form):>{c.width}}" for c in shown)
         lines.append(f"{name:<16}{scores}{took}".rstrip())
+    for text in facts.early_ends:
+        lines += ["", *textwrap.wrap(text, WIDTH)]
     for sample in facts.samples[:1]:
         lines.append("")
         lines += _wrapped("prompt", sample["prompt"])

@@ -62,7 +62,7 @@ def report(plan: StagePlan, tokens: Tokens, rows: Rows, val: TokenStore) -> tupl
 
     It tells tokens, epochs, and the realized shares of a mixture.
     """
-    validation = f"{val.num_tokens:,} to validate"
+    validation = f"{val.num_tokens:,} tokens to validate"
     if plan.stage.chooses_layers:
         return [f"{validation}, on which layers are measured"], {"tokens": 0}
     if isinstance(tokens, Mixture) and isinstance(rows, MixedRows):

@@ -11,7 +11,7 @@ from ..losses.settings import DistillLossConfig
 from ..support.settings import Count, Section, problem
 from ..teacher.settings import TeacherModelConfig
 from ..training.schedule import StageLength
-from ..training.settings import BatchConfig, OptimConfig
+from ..training.settings import BatchConfig, EarlyStopConfig, OptimConfig
 from .registry import OBJECTIVES, objective_class
 
 
@@ -50,6 +50,9 @@ class StageConfig(Section):
     )
     activation_checkpointing: bool = Field(False, description="Recompute activations in the backward.")
     evaluate_every_tokens: Count | None = Field(None, description="Evaluate this often; null: at the end of the stage.")
+    early_stop: EarlyStopConfig | None = Field(
+        None, description="End the stage once evaluations stop to improve; null: train on all tokens."
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> StageConfig:
@@ -58,6 +61,8 @@ class StageConfig(Section):
         if self.objective not in OBJECTIVES:
             raise problem("objective {} is unknown; allowed: {}", self.objective, ", ".join(OBJECTIVES))
         objective_class(self.objective).check_settings(self)
+        if self.early_stop is not None and self.evaluate_every_tokens is None:
+            raise problem("early_stop counts evaluations, but there are none: set evaluate_every_tokens")
         last = (self.length.steps - 1) * self.length.tokens_per_step
         if late := [entry.at_tokens for entry in self.unfreeze if entry.at_tokens > last]:
             raise problem("unfreeze.at_tokens {} is after {}, where the last step begins", late[0], last)

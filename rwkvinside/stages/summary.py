@@ -35,8 +35,24 @@ def training_lines(student: HybridModel, plan: StagePlan, loss: list[str]) -> li
         f"steps     {length.steps} of {length.rows_per_step} rows ({length.tokens_per_step} tokens), "
         f"{plan.shape.micro_rows} rows at a time on each rank",
         f"rates     {kind}{peaks}; warm-up {plan.rates.warmup_steps} steps, {decay}, clip {optim.clip:g}",
+        *_early_stop_lines(plan),
         *loss,
         *training_table(student, plan, plan.phases[0]),
+    ]
+
+
+def _early_stop_lines(plan: StagePlan) -> list[str]:
+    """Return that the stage may end before its last step, where it may."""
+    stop, every = plan.settings.early_stop, plan.settings.evaluate_every_tokens
+    if stop is None or every is None:
+        return []
+    by = f" by {stop.min_delta:g} nats" if stop.min_delta else ""
+    joined = ", once all has joined" if len(plan.phases) > 1 else ""
+    steps = plan.length.steps_for(every)
+    counted = "1 evaluation" if stop.patience == 1 else f"{stop.patience} evaluations"
+    return [
+        f"end       early, when validation has not improved{by} in {counted}{joined}; there is one "
+        f"after every {'step' if steps == 1 else f'{steps} steps'} and at checkpoints"
     ]
 
 

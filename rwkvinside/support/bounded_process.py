@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
 from threading import Lock
+
+from .system import signals
+
+LATE = 124  # exit code of a script that has measured itself that its time is over
 
 
 class OutOfBounds(Exception):
@@ -24,8 +27,8 @@ class BoundedProcess:
 
     Args:
         script: run as `python SCRIPT SECONDS BYTES`; it sets these bounds for itself, for each answer.
-        seconds: of processor time, so that a busy or a suspended machine changes nothing.
-        memory: bytes, in addition to what the script takes by itself.
+        seconds: of processor time, so that a busy or a suspended machine changes nothing; on Windows by the clock.
+        memory: bytes, in addition to what the script takes by itself; Windows sets no bound.
     """
 
     def __init__(self, script: Path, seconds: float, memory: int):
@@ -67,9 +70,9 @@ class BoundedProcess:
         )
 
     def _reason(self, code: int) -> str:
-        if code == -signal.SIGPROF:
+        if code == LATE or -code in signals("SIGPROF"):
             return f"does not end within {self.seconds:g} seconds"
-        if code == -signal.SIGKILL:
+        if -code in signals("SIGKILL"):
             return f"needs more than {self.memory / 2**30:g} GiB of memory"
         raise RuntimeError(f"{self.script} has ended with {code}")
 

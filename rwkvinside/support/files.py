@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import UserError
+from .system import WINDOWS
 
 MOST_TEXT = 10 * 10**6  # bytes of a text that a person has written
 UNFINISHED = ".unfinished"  # the end of every temporary name, which begins with a dot
@@ -165,9 +166,11 @@ def free_bytes(directory: Path) -> int:
 def fsync(path: Path) -> None:
     """Flush a file or the entries of a directory to the disk.
 
-    After a power cut no half of it is left.
+    After a power cut no half of it is left. Windows flushes files that may be written to, and no directories.
     """
-    descriptor = os.open(path, os.O_RDONLY)
+    if WINDOWS and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -1,6 +1,6 @@
 """A directory that one process at a time may write to.
 
-The lock is the operating system's (flock): it ends with the process, so a killed one leaves nothing to clean up.
+The lock is the operating system's: it ends with the process, so a killed one leaves nothing to clean up.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import UserError
+from .system import lock_file
 
-LOCK = ".lock"  # says who holds it; gone when nobody does, except after a kill
+LOCK = ".lock"  # says who holds it; gone when nobody does, except after a kill and on Windows
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,8 @@ def locked(directory: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        (directory / LOCK).unlink(missing_ok=True)  # still held: whoever opened this file looks for the next one
+        with suppress(PermissionError):  # Windows: nobody can remove an open file
+            (directory / LOCK).unlink(missing_ok=True)  # still held: whoever opened this file looks for the next one
         os.close(descriptor)
         with suppress(OSError):  # something is in it
             for path in made:
@@ -69,10 +71,8 @@ def _acquire(directory: Path) -> int:
 
 
 def _lock(descriptor: int, directory: Path) -> None:
-    import fcntl
-
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_file(descriptor, wait=False)
     except BlockingIOError as error:
         holder = os.read(descriptor, 300).decode(errors="replace").strip() or "another process"
         raise UserError(f"{directory} is in use by {holder}", "wait until it has ended, or stop it") from error

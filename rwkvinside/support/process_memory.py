@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import platform
 import re
-import resource
 import sys
 from pathlib import Path
 
@@ -33,10 +32,16 @@ def peak_bytes() -> int:
     """Return the most bytes that were in RAM at once.
 
     Counted since the process started or since `forget_peak`. On Linux this is VmHWM, because getrusage carries the peak
-    of the process that started this one through exec; elsewhere it is getrusage.
+    of the process that started this one through exec; elsewhere it is getrusage, on Windows the peak working set.
     """
     if _STATUS.exists() and (match := re.search(rb"VmHWM:\s+(\d+) kB", _STATUS.read_bytes())):  # gVisor has none
         return 1024 * int(match[1])
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024)
 

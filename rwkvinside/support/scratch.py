@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .files import UNFINISHED
+from .system import WINDOWS, lock_file
 
 
 @contextmanager
@@ -17,7 +18,7 @@ def scratch(target: Path) -> Iterator[Path]:
     """Yield an empty directory next to `target`, of this process alone; it is removed at the end.
 
     What killed processes left there for the same target is removed first. A process holds a lock on its directory as
-    long as it lives, which ends with it, on whatever machine it is.
+    long as it lives, which ends with it, on whatever machine it is. Windows locks no directories: what is left stays.
 
     Args:
         target: what is to be prepared. The directories above it are made.
@@ -33,14 +34,17 @@ def scratch(target: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+        if lock is not None:
+            os.close(lock)
 
 
-def _locked_directory(target: Path) -> tuple[Path, int]:
-    """Return a new directory and the descriptor that holds its lock."""
+def _locked_directory(target: Path) -> tuple[Path, int | None]:
+    """Return a new directory and the descriptor that holds its lock, None where there are no such locks."""
     while True:
         folder = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}{UNFINISHED}")
         folder.mkdir()
+        if WINDOWS:
+            return folder, None
         try:
             descriptor = os.open(folder, os.O_RDONLY)
         except FileNotFoundError:  # another process took it for abandoned before it was locked
@@ -55,7 +59,7 @@ def _remove_abandoned(path: Path) -> None:
     """Remove what no living process holds."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
-    except OSError:  # its process has just finished
+    except OSError:  # its process has just finished; Windows: it cannot be known
         return
     try:
         if not _lock(descriptor, wait=False):
@@ -70,10 +74,8 @@ def _remove_abandoned(path: Path) -> None:
 
 def _lock(descriptor: int, *, wait: bool) -> bool:
     """Return whether a descriptor's file is locked now; False: another process holds it, or nobody knows."""
-    import fcntl  # not on Windows, where modules that need no lock have to be importable
-
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        lock_file(descriptor, wait=wait)
     except OSError:  # held, or a file system without locks
         return False
     return True

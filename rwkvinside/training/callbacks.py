@@ -69,6 +69,9 @@ class Callback:
             row: of metrics.
         """
 
+    def finish(self, trainer: Trainer) -> None:
+        """Note that the stage is at its end, before its last checkpoint is written."""
+
     def extra_tensors(self, trainer: Trainer) -> Mapping[str, Tensor]:
         """Return weights to save in addition to those that train.
 
@@ -175,19 +178,30 @@ class WriteSamples(Callback):
     Args:
         function: returns texts, {"prompt", "student"} each, and "teacher" where there is one.
         every: steps between samples; 0: none.
-        at: the step after which there is one in any case; None: none.
+        last: whether there is one at the end of the stage in any case.
     """
 
-    def __init__(self, function: Callable[[], list[dict[str, str]]], every: int, at: int | None):
-        self.function, self.every, self.at = function, every, at
+    def __init__(self, function: Callable[[], list[dict[str, str]]], every: int, last: bool):
+        self.function, self.every, self.last = function, every, last
 
     def step(self, trainer: Trainer, row: dict) -> None:
-        """Make a sample where one is due, and tell the others of it."""
-        if trainer.done != self.at and not (self.every and trainer.done % self.every == 0):
-            return
+        """Make a sample where one is due."""
+        if self._due(trainer):
+            self._write(trainer)
+
+    def finish(self, trainer: Trainer) -> None:
+        """Make a sample at the end, if there is none of this step."""
+        if self.last and not self._due(trainer):
+            self._write(trainer)
+
+    def _due(self, trainer: Trainer) -> bool:
+        return self.every > 0 and trainer.done % self.every == 0
+
+    def _write(self, trainer: Trainer) -> None:
+        """Make a sample, and tell the others of it."""
         if not (samples := self.function()):
             return
-        place = {"kind": "sample", "stage": row["stage"], "step": row["step"], "tokens": row["tokens"]}
+        place = {"kind": "sample", "stage": trainer.plan.stage, "step": trainer.done, "tokens": trainer.tokens}
         for callback in trainer.callbacks:
             callback.sample(trainer, place | {"samples": samples, "time": time.time()})
 
@@ -260,14 +274,6 @@ class SaveExtra(Callback):
 
     def __init__(self, tensors: Mapping[str, Tensor]):
         self.tensors = tensors
-
-    def sample(self, trainer: Trainer, row: Mapping) -> None:
-        """Note that a sample was made.
-
-        Args:
-            trainer: whose model made it.
-            row: of metrics.
-        """
 
     def extra_tensors(self, trainer: Trainer) -> Mapping[str, Tensor]:
         """Return the tensors."""

@@ -80,6 +80,15 @@ class CheckpointConfig(Section):
     )
 
 
+class EarlyStopConfig(Section):
+    """When a stage ends before its tokens are used up."""
+
+    patience: Positive = Field(description="Evaluations in a row without improvement after which the stage ends.")
+    min_delta: Rate = Field(
+        0.0, description="Nats by which validation KL (without a teacher cross-entropy) must fall to count as improved."
+    )
+
+
 class SamplesConfig(Section):
     """What the student writes while it is trained, the likeliest tokens."""
 

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from ..support.system import signals
+
 Handler = Callable[[int, FrameType | None], object] | int | None
-ENDING = (signal.SIGTERM, signal.SIGHUP)  # of a scheduler, and of a terminal that was closed
+ENDING = signals("SIGTERM", "SIGHUP")  # of a scheduler, and of a terminal that was closed
 
 
 @contextmanager

@@ -26,7 +26,8 @@ from .metrics import Score
 from .nan_probe import find_nonfinite
 from .protocols import AnyBatch, Carried, RowSource, Step, StepResult
 from .rng import rng_state, set_rng_state
-from .schedule import Schedule, StageLength
+from .schedule import EarlyEnd, EarlyStop, Schedule, StageLength
+from .settings import EarlyStopConfig
 from .stop_signal import StopSignal
 from .throughput import Throughput, memory_mb
 
@@ -42,6 +43,7 @@ class TrainingPlan:
         evaluate_every: steps between evaluations, to which those of checkpoints are added; 0: only after the last
             step.
         save_every: steps between checkpoints, 0: only after the last step.
+        early_stop: when it ends before its last step; None: never.
         labels: names of the entries of 1-d metrics, {"layers": [0, 1, 3]}; default 0, 1, 2, ...
     """
 
@@ -51,6 +53,7 @@ class TrainingPlan:
     micro_rows: int
     evaluate_every: int = 0
     save_every: int = 0
+    early_stop: EarlyStopConfig | None = None
     labels: Mapping[str, Sequence[int | str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -80,6 +83,7 @@ class Trainer(Generic[AnyBatch]):
         seconds_left: estimate for the rest of the stage.
         seconds_per_step: of the steps so far, the later ones counting more.
         score: of the last evaluation; None: there was none since training began or went on.
+        early_end: where and why the stage ended early; None: it has not.
     """
 
     def __init__(
@@ -103,6 +107,8 @@ class Trainer(Generic[AnyBatch]):
         self.done = self.tokens = 0
         self.seconds_left, self.seconds_per_step = math.inf, 0.0
         self.score: Score | None = None
+        self.early_end: EarlyEnd | None = None
+        self._early_stop = EarlyStop(plan.early_stop) if plan.early_stop is not None else None
         self._saved: int | None = None
         self._unprinted: OSError | None = None
         if length.rows_per_step < self.world.size:
@@ -110,6 +116,11 @@ class Trainer(Generic[AnyBatch]):
                 f"stages.{plan.stage}: {length.rows_per_step} rows a step are too few for {self.world.size} processes",
                 f"raise batch.tokens to at least {self.world.size} x data.seq_len={length.seq_len}",
             )
+
+    @property
+    def finished(self) -> bool:
+        """Whether the stage is at its end."""
+        return self.done == self.plan.length.steps or self.early_end is not None
 
     def restore(self, checkpoint: Checkpoint, joined: Collection[str] = ()) -> None:
         """Continue from a checkpoint of this stage.
@@ -136,9 +147,12 @@ class Trainer(Generic[AnyBatch]):
         set_rng_state(checkpoint.state["rng"])
         self.done = self._saved = checkpoint.step
         self.tokens = checkpoint.state["tokens"]
+        if self._early_stop is not None and (counted := checkpoint.state.get("early_stop")):
+            self._early_stop.restore(counted)
+            self._end_early(self._early_stop.due)
 
     def fit(self, until: int | None = None) -> None:
-        """Train to the end of the stage, evaluate and save.
+        """Train to the end of the stage, which may come early, evaluate and save.
 
         Args:
             until: stop after this step instead, and save.
@@ -153,7 +167,7 @@ class Trainer(Generic[AnyBatch]):
         end = steps if until is None else min(until, steps)
         with StopSignal() as signal, self._callbacks_told():
             throughput = Throughput()
-            while self.done < end:
+            while self.done < end and self.early_end is None:
                 throughput.mark()
                 with self._heard():
                     batches, step, read = self._micro_batches()
@@ -166,8 +180,10 @@ class Trainer(Generic[AnyBatch]):
                 saves = self.done == end or _due(self.done, plan.save_every)
                 if self.done == steps or _due(self.done, plan.evaluate_every) or (saves and plan.evaluate_every):
                     self._evaluate()
-                if saves:
-                    self._save(required=self.done == end)
+                if self.finished:
+                    self._tell(lambda callback: callback.finish(self))
+                if saves or self.finished:
+                    self._save(required=self.done == end or self.finished)
             # a signal during the last step must not be lost: more stages may follow
             if self.world.all_reduce_sum([self._ends(signal)])[0]:
                 self._interrupt()
@@ -237,6 +253,21 @@ class Trainer(Generic[AnyBatch]):
         if numbers:
             row = {**self._row("eval"), **numbers, "time": time.time()}
             self._tell(lambda callback: callback.evaluation(self, row))
+            if self._early_stop is not None:
+                self._early_stop.note(self.score)
+        if self._early_stop is None:
+            return
+        # what rank 0 has counted holds for all
+        self._end_early(bool(self.world.all_reduce_sum([self.world.is_main and self._early_stop.due])[0]))
+        if self.early_end is not None:
+            notice = f"{self.plan.stage} {self.done}/{self.plan.length.steps}  STOPS EARLY: {self.early_end.reason}"
+            self._tell(lambda callback: callback.notice(self, notice))
+
+    def _end_early(self, due: bool) -> None:
+        """End the stage here if that is due, and before its last step."""
+        steps = self.plan.length.steps
+        if self._early_stop is not None and due and self.done < steps:
+            self.early_end = self._early_stop.end(self.done, steps)
 
     def _tell(self, what: Callable[[Callback], object]) -> None:
         """Tell the callbacks, in their order; where one cannot print what it is told, the run ends once it is saved."""
@@ -304,11 +335,12 @@ class Trainer(Generic[AnyBatch]):
             "step": self.done,
             "tokens": self.tokens,
             "rows": self.done * length.rows_per_step,
-            "finished": self.done == length.steps,
+            "finished": self.finished,
             "world_size": self.world.size,
             "settings": self.settings,
             "rng": rng_state(),
         }
+        state |= {} if self._early_stop is None else {"early_stop": self._early_stop.state()}
         score = self.score if self.score is not None and self.score.step == self.done else None
         tensors |= trained
         if checkpointer.save(self.done, tensors, optimizer, state, required, score, carried) is not None:

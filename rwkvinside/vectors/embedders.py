@@ -135,9 +135,10 @@ def _encoder(folder: Path) -> tuple[Callable[[Sequence[str]], Tensor], int]:
     """Return the mean-pooled last hidden states of a local encoder, and their width."""
     _check_folder(folder)
     from transformers import AutoConfig, AutoModel, AutoTokenizer, T5EncoderModel
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
+    from ..support.quiet import quiet_libraries
+
+    quiet_libraries()
     config = AutoConfig.from_pretrained(folder)
     kind: Any = T5EncoderModel if config.model_type == "t5" else AutoModel
     model = kind.from_pretrained(folder).eval()

@@ -101,7 +101,7 @@ def test_models_run_dry_from_a_bare_tree(tmp_path):
     (losses,) = (line for line in found if line["what"].startswith("distillation loss"))
     assert all(value < 1e-5 for name, value in losses.items() if "differ" in name)
     profiles = [line for line in found if "kernels_ms" in line]
-    assert len(profiles) == 2 and all(0 < len(line["top"]) <= 25 for line in profiles)
+    assert len(profiles) == 4 and all(0 < len(line["top"]) <= 25 for line in profiles)
     (whole,) = (line for line in found if line["what"] == "conversion end to end")
     assert whole["cpu fp32 losses"] == 0 < whole["cpu bf16 losses"] < 0.05  # the same run again, and a rounded one
     assert whole["cpu fp32 calibration"] == 0 < whole["cpu bf16 calibration"] < 0.05

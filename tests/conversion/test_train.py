@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 from contextlib import redirect_stdout
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from rwkvinside.api import evaluate
 from rwkvinside.config.load import load_config
 from rwkvinside.config.resolve import resolve
 from rwkvinside.conversion import run as conversion
+from rwkvinside.conversion import stage as stage_module
 from rwkvinside.errors import UserError
 from rwkvinside.export.card import measurements, table
 from rwkvinside.export.huggingface import export_hf
@@ -558,6 +560,37 @@ def test_the_last_numbers_are_against_the_original(material, tmp_path, more, lab
     assert found["kl"] == pytest.approx(final["kl"], rel=1e-3)
     assert found["ce_teacher"] == pytest.approx(final["ce_teacher"], rel=1e-5)
     assert (before["ce_teacher"] == pytest.approx(final["ce_teacher"], rel=1e-5)) == (last is not None)
+
+
+def test_a_stage_ends_early_and_the_run_goes_on(material, tmp_path, monkeypatch, capsys):
+    """Nothing is learned at rate 0; cut off after its last checkpoint, it does not train any more."""
+    out = tmp_path / "run"
+    still = "stages.still={objective: sft, tokens: 384, data: {seq_len: 32}, batch: {tokens: 128}, %s: 128, %s, %s}"
+    still %= "evaluate_every_tokens", "early_stop: {patience: 1, min_delta: 0.01}", "optim: {lr: 0, lr_rest: 0}"
+    more = [still, "run=[still, distill]", "samples.every_tokens=128"]
+    with monkeypatch.context() as patch:
+        patch.setattr(stage_module, "finish_stage", fail := Mock(side_effect=RuntimeError("power cut")))
+        with pytest.raises(RuntimeError, match="power cut"):
+            train(material, out, *more)
+    assert fail.call_count == 1
+    assert train(material, out, "--resume", *more) == 0
+    said = capsys.readouterr().out
+    assert "early stop: still may end before all tokens are read" in said and "at most about" in said
+    assert "end       early, when validation has not improved by 0.01 nats in 1 evaluation" in (
+        (out / "plan.txt").read_text()
+    )
+    first, second = rows(out, "eval", "still")
+    assert second["ce"] == first["ce"] and [row["step"] for row in rows(out, "train", "still")] == [1, 2]
+    why = f"validation CE has not improved by 0.01 in the last evaluation; best {first['ce']:.4g} at step 1"
+    assert f"still 2/3  STOPS EARLY: {why}" in said
+    ends = json.loads((out / "conversion.json").read_text())["early_ends"]
+    assert ends.keys() == {"still"} and (ends["still"]["step"], ends["still"]["steps"]) == (2, 3)
+    assert ends["still"]["best"]["step"] == 1
+    screen = " ".join(said.split())
+    assert f"still ended early, at step 2 of 3: {why}" in screen, "at the end of the run"
+    assert json.loads((out / "stages" / "still" / "stage.json").read_text())["checkpoint"] == "step-00000002"
+    assert [row["step"] for row in rows(out, "sample", "still")] == [1, 2]
+    assert [row["step"] for row in rows(out, "train", "distill")] == [1, 2, 3]
 
 
 def test_a_stage_that_gets_worse_keeps_its_best_checkpoint(material, whole, tmp_path, capsys):

@@ -96,7 +96,7 @@ def test_weights_are_shares_of_the_tokens(load, configure, data, tokenizer, stre
     assert share_of(tokenizer, rows, "y") == pytest.approx(0.75, abs=0.02)
     lines, facts = stage_rows.report(resolve(configure(data[:2], *options)).stage("align"), tokens, rows, val)
     assert [one["share"] for one in facts["sources"]] == pytest.approx([0.25, 0.75], abs=0.03)
-    assert lines[0].endswith(f" tokens of 2 sources, {val.num_tokens:,} to validate")
+    assert lines[0].endswith(f" tokens of 2 sources, {val.num_tokens:,} tokens to validate")
     assert "(asked for 75.00%)" in lines[2] and ("streamed" in lines[2] if stream else "epochs of" in lines[2])
     held = {tokenizer.decode(val.piece(i)[0]) for i in range(val.num_documents)}
     seen = {tokenizer.decode(row["input_ids"][row["segment_ids"] == 1]) for row in (rows.row(i) for i in range(900))}

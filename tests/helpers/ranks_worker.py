@@ -21,7 +21,7 @@ from rwkvinside.evaluate.in_training import evaluate_student, share
 from rwkvinside.training.batching import StepShape
 from rwkvinside.training.checkpoint import Checkpointer
 from rwkvinside.training.deepspeed_engine import DeepSpeedEngine, inference_engine, join_process_group
-from rwkvinside.training.settings import DeepSpeedConfig
+from rwkvinside.training.settings import DeepSpeedConfig, EarlyStopConfig
 
 parser = argparse.ArgumentParser()
 parser.add_argument("out", type=Path)
@@ -112,6 +112,10 @@ def toy_on_two_ranks():
     for stage in (0, 2, 3):
         run(f"nan-zero{stage}", engine_of(stage), step=PoisonStep(19))  # row 3 of step 3: on the last rank
         run(f"inf-zero{stage}", engine_of(stage), step=PoisonStep(19, "gradient"), save_every=1)
+
+    kl = [1.0, 0.9, 0.9, 0.8, 0.9, 0.9, 0.9, 0.9] if world.is_main else [1 / (1 + step) for step in range(8)]
+    stop = {"evaluate": lambda done: {"kl": kl[done - 1]}, "early_stop": EarlyStopConfig(patience=2)}
+    run("early-end", engine_of(2), evaluate_every=1, **stop)
 
     for stage in (0, 1, 2, 3):
         unfreezing(stage)

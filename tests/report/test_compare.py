@@ -10,6 +10,7 @@ from measured_run import Reader, save_run
 from rwkvinside.cli.main import main
 from rwkvinside.errors import UserError
 from rwkvinside.report.compare import compare_runs, latex, write_comparison
+from rwkvinside.runs.records import Records
 
 
 @pytest.fixture
@@ -34,6 +35,10 @@ def test_runs_that_cannot_be_compared_are_warned_of(runs):
     (runs[0] / "conversion.json").write_text(json.dumps({"teacher": "another"}))
     teachers, data = compare_runs(runs).warnings
     assert "different teachers" in teachers and "different data" in data
+    for path in runs:  # the same files, now known, lie elsewhere
+        Records(path).make_identity({"weights": "0a1b"})
+    [data] = compare_runs(runs).warnings
+    assert "different data" in data
 
 
 def test_page_table_and_curves(runs, tmp_path, capsys):

@@ -131,6 +131,18 @@ def test_the_end_of_a_run_fits_80_columns(run):
     assert "student   a time & so on" in text.replace("student  a", "student   a")
 
 
+def test_a_stage_that_ended_early_is_named(run, tmp_path):
+    early = shutil.copytree(run, tmp_path / "early")
+    end = {"step": 12, "steps": 40, "reason": "validation KL has not improved in 3 evaluations; best 0.25 at step 4"}
+    (early / "conversion.json").write_text(json.dumps({"early_ends": {"distill": end}}))
+    sentence = f"distill ended early, at step 12 of 40: {end['reason']}"
+    facts = run_facts(early)
+    lines = end_screen(facts).splitlines()
+    assert sentence in " ".join(" ".join(lines).split())
+    assert max(len(line) for line in lines if str(early) not in line) < 80
+    assert f"<p>{sentence}.</p>" in report_page(facts, {})
+
+
 @pytest.mark.parametrize("mode", ["light", "dark", "print"])
 def test_a_browser_shows_it(run, tmp_path, mode):
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)

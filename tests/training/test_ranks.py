@@ -216,6 +216,12 @@ def test_a_signal_to_one_rank_stops_both(two):
     assert Checkpointer(two[0] / "stop", {}).names() == ["step-00000002"]
 
 
+def test_ranks_end_early_by_what_the_first_has_counted(two):
+    """The second one counts improvements alone; had it gone on, it would wait for the first for ever."""
+    assert Checkpointer(two[0] / "early-end", {}).names() == ["step-00000006"]
+    assert len(two[1]["losses"]["early-end"]) == 6
+
+
 @pytest.mark.parametrize("zero", ["zero0", "zero2", "zero3"])
 def test_nan_on_one_rank_stops_both_and_names_its_rows(two, zero):
     messages = two[1]["messages"]

@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 from rwkvinside.support.files import file_digest, replacing
+from rwkvinside.support.system import WINDOWS
 
 HERE = Path(__file__).parent
 SOURCES = ("kernels.cpp", "dispatch.cpp", "wkv7.h")
@@ -49,8 +50,10 @@ def find_compiler() -> list[str]:
     """Return the command of the compiler: CXX, which may have arguments or begin with ccache, or the first found.
 
     Raises:
-        CompileError: there is none, or CXX names none.
+        CompileError: there is none, CXX names none, or the system is Windows.
     """
+    if WINDOWS:
+        raise CompileError("the CPU kernel is for Linux and macOS, in WSL too")
     given = os.environ.get("CXX", "").strip()
     if not given:
         found = next(filter(shutil.which, ("c++", "g++", "clang++")), None)

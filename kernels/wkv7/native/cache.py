@@ -11,6 +11,7 @@ import subprocess
 from pathlib import Path
 
 from rwkvinside.support.files import file_digest, remove_unfinished, write_text
+from rwkvinside.support.system import lock_file
 
 from .build import CompileError, compile_library, find_compiler, source_hash
 
@@ -30,8 +31,9 @@ def cached_library() -> Path:
     except RuntimeError as error:
         raise CompileError(f"there is no place for the compiled kernel: {error}") from error
     try:
+        name = f"wkv7-{platform.machine()}-{_build_hash()}.so"  # first of all: there may be no compiler
         _claim(folder)
-        target = folder / f"wkv7-{platform.machine()}-{_build_hash()}.so"
+        target = folder / name
         if _is_whole(target):
             return target
         return _build(target)
@@ -40,10 +42,8 @@ def cached_library() -> Path:
 
 
 def _build(target: Path) -> Path:
-    import fcntl  # not on Windows, where this module still has to be importable
-
     with open(target.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock_file(lock.fileno(), wait=True)
         if not _is_whole(target):  # another process may have built it meanwhile
             if target.exists():
                 log.warning("the compiled kernel %s is not what was compiled and is made again", target)

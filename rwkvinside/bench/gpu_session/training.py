@@ -66,14 +66,18 @@ def run(stage: Stage) -> None:
         ("distill", small, 4, long, {}),
     )
     stage.attempt("norms and MLPs fused", partial(compare_layers, rows * short, stage.device), needs=4)
-    profiled = set()
+    names, profiled = set(), set()
     for objective, shape, *size, options in cases:
         packed = options.pop("document", None)
         kind = objective, shape, "window" in options
         case = Case(plan(shape, objective, *size, **options), packed)
-        if stage.attempt(f"{objective} {case.name}", case.speed, needs=10) and kind not in profiled:
-            stage.attempt(f"{objective} {case.name}: inputs of the recurrence", case.recurrence_inputs)
-            stage.attempt(f"{objective} {case.name}: kernels of a micro-batch", case.profile, needs=5)
+        name = f"{objective} {case.name}"
+        if name in names:  # without Liger's kernels
+            continue
+        names.add(name)
+        if stage.attempt(name, case.speed, needs=10) and kind not in profiled:
+            stage.attempt(f"{name}: inputs of the recurrence", case.recurrence_inputs)
+            stage.attempt(f"{name}: kernels of a micro-batch", case.profile, needs=5)
             profiled.add(kind)
         case = None  # its models, before those of the next one
     tuning = FineTuning(plan(small, "distill", 8, long, micro_rows=4))
