@@ -13,6 +13,8 @@ from rwkvinside.hybrid.layerwise_teacher import AttentionActivations, LayerwiseS
 from rwkvinside.hybrid.model import HybridModel
 from rwkvinside.hybrid.settings import StudentConfig
 
+NO_ROPE = torch.empty(0), torch.empty(0)  # nothing is projected
+
 
 def padded(batch, count):
     pad = torch.zeros(len(batch.input_ids), count, dtype=torch.long)
@@ -64,7 +66,7 @@ def test_the_target_takes_the_stream_to_the_teachers(scale):
     theirs, ours = torch.randn(*shape, D), torch.randn(*shape, D)
     theirs[0, 2], ours[1, 3] = 1e4 * theirs[0, 2], 1e4 * ours[1, 3]
     heads = torch.randn(*shape, mixer.output.in_features)
-    given = _Input.of(mixer, scale, batch, AttentionActivations(theirs, None, heads), MixerInputs(ours, ours, None))
+    given = _Input.of(mixer, scale, batch, AttentionActivations(theirs, NO_ROPE, heads), MixerInputs(ours, ours, None))
     behind = theirs + scale * mixer.output(heads)
     torch.testing.assert_close(ours + scale * given.target, behind, rtol=1e-5, atol=1e-3)
     size = ours.square().mean(-1) + behind.square().mean(-1)
@@ -80,7 +82,7 @@ def test_before_a_norm_the_target_is_the_attentions_output():
     heads[0, 2] *= 1e4
     streams = torch.randn(2, *batch.input_ids.shape, D)
     own = MixerInputs(streams[1], streams[1], None)
-    given = _Input.of(mixer, None, batch, AttentionActivations(streams[0], None, heads), own)
+    given = _Input.of(mixer, None, batch, AttentionActivations(streams[0], NO_ROPE, heads), own)
     assert torch.equal(given.target, mixer.output(heads))
     torch.testing.assert_close(given.weight * given.target.square().mean(-1), batch.mask.float())
 

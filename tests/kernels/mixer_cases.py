@@ -132,25 +132,33 @@ def tokens(B, T):
 
 @pytest.mark.usefixtures("no_recurrence")
 @pytest.mark.parametrize("preset", sorted(PRESETS))
-@pytest.mark.parametrize("is_first", [True, False], ids=["first", "later"])
-@pytest.mark.parametrize("kv_heads", [2, 4], ids=["GQA", "MHA"])
+@pytest.mark.parametrize("is_first, kv_heads", [(True, 4), (False, 2)], ids=["first-MHA", "later-GQA"])
 def test_every_preset(preset, is_first, kv_heads):
     mixer, reference = make(preset, kv_heads=kv_heads, is_first=is_first)
     compare(mixer, reference, tokens(2, 35), first_for(mixer, 2, 35), rope_of(16, 35))
 
 
 @pytest.mark.usefixtures("no_recurrence")
-@pytest.mark.parametrize("N, T", [(8, 3), (16, 65), (40, 11), (64, 33), (128, 3), (128, 9), (128, 37), (256, 3)])
-@pytest.mark.parametrize("preset", ["cxa079", "cxa078"])
+@pytest.mark.parametrize(
+    "preset, N, T",
+    [
+        *(("cxa079", 8, 3), ("cxa079", 40, 11), ("cxa079", 64, 33), ("cxa079", 128, 9), ("cxa079", 256, 3)),
+        *(("cxa078", 16, 65), ("cxa078", 64, 3), ("cxa078", 128, 37), ("cxa078", 256, 3)),
+    ],
+)
 def test_every_head_size_and_ragged_lengths(preset, N, T):
     mixer, reference = make(preset, N=N)
     compare(mixer, reference, tokens(1, T), first_for(mixer, 1, T), rope_of(N, T))
 
 
 @pytest.mark.usefixtures("no_recurrence")
-@pytest.mark.parametrize("rope", [True, False])
-@pytest.mark.parametrize("qk_norm", [True, False])
-@pytest.mark.parametrize("key_scale", ["decay", "log", "k_a"])
+@pytest.mark.parametrize(
+    "rope, qk_norm, key_scale",  # every two of them together
+    [
+        *((True, True, "log"), (True, False, "decay"), (True, False, "k_a")),
+        *((False, True, "decay"), (False, True, "k_a"), (False, False, "log")),
+    ],
+)
 def test_what_may_be_absent(rope, qk_norm, key_scale):
     mixer, reference = make("cxa079", rope=rope, qk_norm=qk_norm, key_scale=key_scale)
     compare(mixer, reference, tokens(2, 17), first_for(mixer, 2, 17), rope_of(16, 17, batch=2) if rope else None)
@@ -205,8 +213,7 @@ def test_with_the_recurrence(preset):
 
 
 @pytest.mark.usefixtures("no_recurrence")
-@pytest.mark.parametrize("preset", sorted(PRESETS))
-@pytest.mark.parametrize("is_first", [True, False], ids=["first", "later"])
+@pytest.mark.parametrize("preset, is_first", [("cxa079", True), *((preset, False) for preset in sorted(PRESETS))])
 def test_windows(preset, is_first):
     mixer, reference = make(preset, is_first=is_first, window=6, sinks=2)
     compare(mixer, reference, tokens(2, 35), first_for(mixer, 2, 35), rope_of(16, 35))
@@ -241,8 +248,7 @@ def test_masks_and_packed_documents(preset, window):
 
 
 @pytest.mark.parametrize("preset", ["cxa079", "hxa07b", "rad"])
-@pytest.mark.parametrize("is_first", [True, False], ids=["first", "later"])
-@pytest.mark.parametrize("window", [{}, {"window": 6, "sinks": 2}], ids=["", "window"])
+@pytest.mark.parametrize("is_first, window", [(True, {}), (False, {"window": 6, "sinks": 2})], ids=["first", "window"])
 @pytest.mark.usefixtures("no_recurrence")
 def test_bf16_is_no_further_off_than_pytorch(preset, is_first, window):
     mixer, reference = make(preset, is_first=is_first, **window)

@@ -42,7 +42,7 @@ def test_a_new_objective_is_one_file_and_one_line(monkeypatch, tmp_path):
     assert config.stages["mine"].length.steps == 2 and config.stages["mine"].optim.lr == 1e-3
     train(config)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["kind"] for row in rows] == ["train", "train", "sample", "eval"] and rows[0]["loss"] > 1
+    assert [row["kind"] for row in rows] == ["train", "train", "eval", "sample"] and rows[0]["loss"] > 1
     assert "mine (echo): 256 tokens in rows of 32" in (tmp_path / "run" / "plan.txt").read_text()
 
 
