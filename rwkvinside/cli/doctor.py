@@ -15,15 +15,8 @@ if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
 MISSING = "missing"
-EXTRAS = (
-    "deepspeed",
-    "quantize",
-    "fused",
-    "eval",
-    "tensorboard",
-    "wandb",
-    "trackio",
-)  # asked for where needed
+# asked for where they are needed
+EXTRAS = ("deepspeed", "quantize", "fused", "eval", "tensorboard", "wandb", "trackio")
 
 
 def main(parser: ArgumentParser, argv: Sequence[str]) -> int:

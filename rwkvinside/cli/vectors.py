@@ -55,11 +55,7 @@ def embed(parser: ArgumentParser, argv: Sequence[str]) -> int:
 
 def train(parser: ArgumentParser, argv: Sequence[str]) -> int:
     """Train a run, or finish it."""
-    parser.add_argument("-c", "--config", action="append", default=[], metavar="FILE", help="YAML file; may repeat")
-    parser.add_argument("--data", metavar="DIR", help="vectors, or synthetic:NAME")
-    parser.add_argument("--out", metavar="DIR", help="run directory")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any field, as in model.arch=gru")
-    add_output_arguments(parser)
+    _add_settings(parser, data="vectors, or synthetic:NAME", out="run directory", field="model.arch=gru")
     args = parser.parse(argv)
     from ..vectors.settings import RunConfig, load_config
     from ..vectors.train import train as run
@@ -165,11 +161,7 @@ def decode(parser: ArgumentParser, argv: Sequence[str]) -> int:
 
 def inverter(parser: ArgumentParser, argv: Sequence[str]) -> int:
     """Train an inverter, or finish it."""
-    parser.add_argument("-c", "--config", action="append", default=[], metavar="FILE", help="YAML file; may repeat")
-    parser.add_argument("--data", metavar="DIR", help="vectors with their texts")
-    parser.add_argument("--out", metavar="DIR", help="directory of the inverter")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any field, as in steps=3000")
-    add_output_arguments(parser)
+    _add_settings(parser, data="vectors with their texts", out="directory of the inverter", field="steps=3000")
     args = parser.parse(argv)
     from ..vectors.decoders.inverter import train_inverter
     from ..vectors.settings import InverterConfig, load_config
@@ -379,6 +371,21 @@ def _console() -> Console:
 
 def _cells(row: Mapping, columns: Iterable[str]) -> list[str]:
     return ["" if row.get(name) is None else f"{row[name]:.{1 if name == 'p95_ms' else 4}f}" for name in columns]
+
+
+def _add_settings(parser: ArgumentParser, *, data: str, out: str, field: str) -> None:
+    """Add what a command that trains reads its settings from.
+
+    Args:
+        parser: of the command.
+        data, out: what these flags are.
+        field: of the settings, as an example.
+    """
+    parser.add_argument("-c", "--config", action="append", default=[], metavar="FILE", help="YAML file; may repeat")
+    parser.add_argument("--data", metavar="DIR", help=data)
+    parser.add_argument("--out", metavar="DIR", help=out)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"any field, as in {field}")
+    add_output_arguments(parser)
 
 
 def _write(args: argparse.Namespace, numbers: dict) -> int:

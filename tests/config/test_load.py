@@ -1,6 +1,7 @@
 """Configurations: what wins over what, which defaults a teacher gets, and that every problem is named at once."""
 
 import json
+import sys
 import typing
 from importlib.resources import files
 
@@ -9,6 +10,7 @@ import yaml
 from tiny import save_configuration
 
 from rwkvinside.cli.main import main
+from rwkvinside.config import resolve as resolving
 from rwkvinside.config.load import DEFAULT_DATA, load_config
 from rwkvinside.config.resolve import resolve
 from rwkvinside.config.show import describe, to_yaml
@@ -430,3 +432,32 @@ def test_presets_hold_only_what_differs():
             assert bare["stages"][stage] != plain.model_dump(mode="json"), (
                 f"{name}: stages.{stage} = {settings} is the default"
             )
+
+
+@pytest.mark.parametrize(
+    "device, setting, installed, fused",
+    [
+        *(("cuda", "auto", True, True), ("cuda", "auto", False, False), ("cpu", "auto", True, False)),
+        *(("cuda", "false", True, False), ("cpu", "false", False, False), ("cuda", "true", True, True)),
+    ],
+)
+def test_fused_layers_are_for_a_gpu_with_the_library(teacher, monkeypatch, device, setting, installed, fused):
+    monkeypatch.setattr(resolving, "installed", lambda: installed)
+    monkeypatch.setattr(resolving, "import_extra", lambda *words: None)
+    config = load_config(
+        teacher=str(teacher), data=["x"], out="run", overrides=[f"device={device}", f"fused_layers={setting}"]
+    )
+    assert resolve(config).settings.fused_layers is fused
+
+
+def test_fused_layers_that_cannot_be_are_refused(teacher, monkeypatch):
+    def config(device):
+        return load_config(
+            teacher=str(teacher), data=["x"], out="run", overrides=[f"device={device}", "fused_layers=true"]
+        )
+
+    with pytest.raises(UserError, match="fused_layers on cpu: its kernels run on cuda only"):
+        resolve(config("cpu"))
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)  # as where it is not installed
+    with pytest.raises(UserError, match="fused_layers needs liger_kernel"):
+        resolve(config("cuda"))

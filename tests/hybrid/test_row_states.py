@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 from hybrid_cases import VOCAB, batch_of, logits, teacher
+from stores import token_store
 
 from rwkvinside.data.rows import ContinuedRows, PackedRows, PaddedDocuments
-from rwkvinside.data.token_store import TokenStore
 from rwkvinside.evaluate.in_training import evaluate_student
 from rwkvinside.hybrid.lm_head import Logits
 from rwkvinside.hybrid.model import HybridModel
@@ -38,15 +38,7 @@ def student(name, dtype=torch.float64):
 def rows():
     draw = np.random.default_rng(1)
     texts = [draw.integers(3, VOCAB, n).astype(np.uint32) for n in (41, 3, 70, 9, 17, 1, 55, 26)]
-    store = TokenStore(
-        tokens=np.concatenate(texts),
-        offsets=np.cumsum([0, *map(len, texts)]),
-        hashes=np.arange(len(texts), dtype=np.uint64),
-        loss=None,
-        selected=np.arange(len(texts)),
-        fingerprint="test",
-        max_id=VOCAB - 1,
-    )
+    store = token_store(texts, VOCAB - 1)
     return ContinuedRows(PackedRows(store, seq_len=12, seed=2), STREAMS, run_on=True)
 
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from plans import stage_plan
+from stores import token_store
 
 from rwkvinside.data.rows import ContinuedRows
 from rwkvinside.data.sources import Mixture
-from rwkvinside.data.token_store import TokenStore
 from rwkvinside.errors import UserError
 from rwkvinside.evaluate.in_training import share
 from rwkvinside.stages.rows import judged_streams, rows_of, validation_batches
@@ -20,15 +20,7 @@ SEQ_LEN, STEP_ROWS = 8, 3
 @pytest.fixture
 def store():
     texts = [np.arange(begin, end, dtype=np.uint32) for begin, end in ((0, 70), (70, 75), (75, 133), (133, 150))]
-    return TokenStore(
-        tokens=np.concatenate(texts),
-        offsets=np.cumsum([0, *map(len, texts)]),
-        hashes=np.arange(len(texts), dtype=np.uint64),
-        loss=None,
-        selected=np.arange(len(texts)),
-        fingerprint="test",
-        max_id=149,
-    )
+    return token_store(texts, 149)
 
 
 def plan(ranks=1, stateful=True, **settings):
