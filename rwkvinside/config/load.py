@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from io import StringIO
 from typing import TypeVar, cast, get_origin
@@ -16,7 +17,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from ..errors import UserError
 from ..hybrid.layouts import MEASURED, LayerChoice
@@ -24,6 +25,7 @@ from ..stages.base import Stage
 from ..stages.registry import OBJECTIVES, RUN, STAGES, find_stage_class, stage_class
 from ..stages.settings import StageConfig
 from ..support.files import read_text
+from ..support.settings import parse_count
 from ..support.text import did_you_mean
 from .recipes import recipe_layers
 from .schema import Config
@@ -224,6 +226,7 @@ def _with_stage_defaults(configured: object, teacher: TeacherInfo) -> tuple[dict
             problems[path] = f"stages.{name} = {_show(section)}: must be a mapping of settings"
         elif stage is not None:
             section = merge_settings([stage.defaults(teacher.hidden_size, teacher.max_positions), section])
+            section = merge_settings([{"batch": {"tokens": _step_tokens(stage, section, teacher)}}, section])
         elif objective is None:
             problems[path] = f"stages.{name}: a stage of your own needs an objective{did_you_mean(name, STAGES)}"
         else:
@@ -231,6 +234,19 @@ def _with_stage_defaults(configured: object, teacher: TeacherInfo) -> tuple[dict
             problems[path] = f"stages.{name}.objective = {_show(objective)}: allowed: {', '.join(OBJECTIVES)}{near}"
         stages[name] = section
     return stages, problems
+
+
+def _step_tokens(stage: type[Stage], section: dict, teacher: TeacherInfo) -> int:
+    """Return the default tokens of a stage's step; counts that validation will refuse do not count."""
+
+    def count(value: object, otherwise: int) -> int:
+        try:
+            return parse_count(value)
+        except PydanticCustomError:
+            return otherwise
+
+    tokens, seq_len = section.get("tokens"), _mapping(section.get("data")).get("seq_len")
+    return stage.step_tokens(teacher.hidden_size, count(tokens, sys.maxsize), count(seq_len, 1))
 
 
 def _validate(merged: dict, teacher: TeacherInfo, refused: dict[tuple[str, ...], str], stage: str | None) -> Config:

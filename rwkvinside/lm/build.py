@@ -86,7 +86,6 @@ def _run_settings(lm: LanguageModelConfig, user: dict) -> dict:
     stage = {
         "objective": Pretrain.objective,
         "data": {"seq_len": min(longest, defaults["data"]["seq_len"])},
-        "batch": {"tokens": max(longest, defaults["batch"]["tokens"])},
         "optim": {"rates": {r".*\.w0": "2x"}} if decaying else {},
     }
     return {

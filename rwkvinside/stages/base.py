@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .settings import StageConfig
 
 SMALL = 1024  # narrower teachers are for laptops: short rows, small steps, budgets in minutes
+ENOUGH_STEPS = 250  # fewer, and smaller steps leave a student closer to its teacher (docs/benchmarks.md)
 
 WHOLE_STAGE = {"shape": "cosine", "start": 0.0, "end": 1.0}
 LATE = {"shape": "cosine", "start": 0.833, "end": 0.875}
@@ -50,7 +51,7 @@ class StageSize:
     Attributes:
         tokens: of the stage, as written in a configuration.
         seq_len: tokens of a row.
-        step_tokens: tokens of an optimizer step.
+        step_tokens: tokens of an optimizer step, of a stage that is not short.
     """
 
     tokens: str
@@ -123,8 +124,19 @@ class Stage(ABC):
             "objective": cls.objective,
             "tokens": size.tokens,
             "data": {"seq_len": min(size.seq_len, max_positions)},
-            "batch": {"tokens": size.step_tokens},
         }
+
+    @classmethod
+    def step_tokens(cls, width: int, tokens: int, seq_len: int) -> int:
+        """Return the default tokens of an optimizer step.
+
+        Args:
+            width: the teacher's hidden size.
+            tokens: of the stage.
+            seq_len: tokens of a row; a step has one at least.
+        """
+        size = cls.small if width < SMALL else cls.large
+        return max(size.step_tokens, seq_len)
 
     @classmethod
     @abstractmethod
@@ -286,6 +298,19 @@ def language_model_defaults(width: int, *, kl: float, ce: float) -> dict:
     """
     decay = WHOLE_STAGE if width < SMALL else LATE
     return {"train": [".*"], "optim": {"decay": dict(decay)}, "loss": {"kl": kl, "ce": ce}}
+
+
+def halved_step(step: int, tokens: int, seq_len: int) -> int:
+    """Return the tokens of a step of a short stage: halved until there are `ENOUGH_STEPS`, or it is one row.
+
+    Args:
+        step: tokens of a step of a long stage.
+        tokens: of the stage.
+        seq_len: tokens of a row.
+    """
+    while tokens < ENOUGH_STEPS * step and step >= 2 * seq_len:
+        step //= 2
+    return step
 
 
 def narrow_rate(rate: float, exponent: float, width: int) -> float:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ..errors import UserError
 from ..support.settings import problem
 from ..teacher.kinds import TeacherKind
-from .base import SMALL, Stage, StageSize, language_model_defaults, narrow_rate
+from .base import SMALL, Stage, StageSize, halved_step, language_model_defaults, narrow_rate
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,6 +44,11 @@ class Distill(Stage):
     def defaults(cls, width: int, max_positions: int) -> dict:
         """Return default settings: everything trains."""
         return super().defaults(width, max_positions) | language_model_defaults(width, kl=1.0, ce=cls.ce)
+
+    @classmethod
+    def step_tokens(cls, width: int, tokens: int, seq_len: int) -> int:
+        """Return the default tokens of an optimizer step, fewer in a short stage."""
+        return halved_step(super().step_tokens(width, tokens, seq_len), tokens, seq_len)
 
     @classmethod
     def learning_rates(cls, width: int) -> dict[str, float]:

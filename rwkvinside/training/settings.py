@@ -12,7 +12,9 @@ from ..support.settings import Count, Fraction, Positive, Rate, Section, problem
 class BatchConfig(Section):
     """Size of an optimizer step."""
 
-    tokens: Count = Field(description="Tokens of an optimizer step over all ranks.")
+    tokens: Count = Field(
+        description="Tokens of an optimizer step over all ranks; left out: by width, fewer in a short align or distill."
+    )
     micro_rows: Positive | None = Field(
         None,
         description="Rows that run at a time on a rank; null: about 4096 tokens, up to 32768 where a GPU has room.",

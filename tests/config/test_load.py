@@ -138,14 +138,36 @@ def test_rates_fall_with_width():
 
 def test_short_stages_have_short_warm_up(teacher):
     config = load_config(teacher=teacher, overrides=["stages.align.tokens=600k", "stages.sft.tokens=600k"])
-    assert config.stages["align"].length.steps == 147
-    assert config.stages["align"].optim.warmup_steps == 36
+    assert config.stages["align"].optim.warmup_steps == 50  # of 293 steps
     assert config.stages["sft"].optim.warmup_steps == 4
     tiny = load_config(teacher=teacher, overrides=["stages.align.tokens=50k", "stages.distill.tokens=20k"])
-    assert tiny.stages["align"].optim.warmup_steps == 20  # of 13 steps: it never reaches the full rate
-    assert tiny.stages["distill"].optim.warmup_steps == tiny.stages["distill"].length.steps == 5
+    assert tiny.stages["align"].optim.warmup_steps == 24  # of 98 steps
+    assert tiny.stages["distill"].optim.warmup_steps == 10  # of 40 steps
+    few = load_config(teacher=teacher, overrides=["stages.align.tokens=5k", "stages.distill.tokens=3k"])
+    assert few.stages["align"].optim.warmup_steps == 20  # of 10 steps: it never reaches the full rate
+    assert few.stages["distill"].optim.warmup_steps == few.stages["distill"].length.steps == 6
     given = load_config(teacher=teacher, overrides=["stages.align.optim.warmup_steps=0"])
     assert given.stages["align"].optim.warmup_steps == 0
+
+
+@pytest.mark.parametrize("stage", ["align", "distill", "long"])
+def test_short_stages_have_small_steps(teacher, stage):
+    def step(tokens: str, *settings: str) -> int:
+        overrides = [f"stages.{stage}.tokens={tokens}", *(f"stages.{stage}.{setting}" for setting in settings)]
+        return load_config(teacher=teacher, overrides=overrides).stages[stage].batch.tokens
+
+    whole = step("1B")
+    assert step(str(250 * whole)) == whole  # as many steps as are enough
+    assert step(str(250 * whole - 1)) == step(str(125 * whole)) == whole // 2
+    assert step("10k") == step("10k", "batch.micro_rows=1") == 512  # a row at least
+    assert step("10k", "data.seq_len=300") == 512  # half of it would be less than a row
+    assert step("10k", "batch.tokens=2048") == 2048
+    assert load_config(teacher=teacher, overrides=["stages.sft.tokens=10k"]).stages["sft"].batch.tokens == 4096
+
+
+def test_a_step_has_a_row_however_long_it_is():
+    long_rows = load_config(teacher="SmolLM2-135M", overrides=["stages.align.data.seq_len=8192"])
+    assert long_rows.stages["align"].batch.tokens == 8192
 
 
 @pytest.mark.parametrize(
