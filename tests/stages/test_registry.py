@@ -48,7 +48,8 @@ def test_a_new_objective_is_one_file_and_one_line(monkeypatch, tmp_path):
 
 def test_plans_are_resolved_once(tmp_path):
     teacher = save_configuration(tmp_path / "tiny")
-    config = load_config(teacher=teacher, overrides=["stages.align.tokens=10k", "device=cpu"])
+    overrides = ["stages.align.tokens=10k", "stages.align.batch.tokens=4096", "device=cpu"]
+    config = load_config(teacher=teacher, overrides=overrides)
     run = resolve(config, ["sft"], ranks=4)
     assert [plan.name for plan in run.stages] == ["calibrate", "align", "distill", "sft"] and run.selected == ("sft",)
     align, calibrate = run.stage("align"), run.stage("calibrate")
