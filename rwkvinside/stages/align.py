@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from .base import WHOLE_STAGE, Backward, Stage, StageSize, halved_step, narrow_rate
+from .base import WHOLE_STAGE, Backward, Stage, StageSize, narrow_rate
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,16 +33,12 @@ class Align(Stage):
     backward = Backward.MIXERS
     needs_attention = True
     reads_targets = False
+    shrinks_steps = True
 
     @classmethod
     def defaults(cls, width: int, max_positions: int) -> dict:
         """Return default settings: mixers train, with a decay over the whole stage."""
         return super().defaults(width, max_positions) | {"train": ["mixer"], "optim": {"decay": dict(WHOLE_STAGE)}}
-
-    @classmethod
-    def step_tokens(cls, width: int, tokens: int, seq_len: int) -> int:
-        """Return the default tokens of an optimizer step, fewer in a short stage."""
-        return halved_step(super().step_tokens(width, tokens, seq_len), tokens, seq_len)
 
     @classmethod
     def learning_rates(cls, width: int) -> dict[str, float]:

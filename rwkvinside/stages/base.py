@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .settings import StageConfig
 
 SMALL = 1024  # narrower teachers are for laptops: short rows, small steps, budgets in minutes
-ENOUGH_STEPS = 250  # fewer, and smaller steps leave a student closer to its teacher (docs/benchmarks.md)
+ENOUGH_STEPS = 400  # fewer, and smaller steps leave a student closer to its teacher (docs/benchmarks.md)
 
 WHOLE_STAGE = {"shape": "cosine", "start": 0.0, "end": 1.0}
 LATE = {"shape": "cosine", "start": 0.833, "end": 0.875}
@@ -74,6 +74,7 @@ class Stage(ABC):
         packs_validation: is judged on such rows too, so that a validation text of any length counts as a whole.
         in_streams: the rows of a step are of as many places in the text, and each goes on in the next step.
         chooses_layers: decides which layers keep attention in the stages after it.
+        shrinks_steps: has smaller steps where it is short.
     """
 
     objective: ClassVar[str]
@@ -88,6 +89,7 @@ class Stage(ABC):
     packs_validation: ClassVar[bool] = False
     in_streams: ClassVar[bool] = False
     chooses_layers: ClassVar[bool] = False
+    shrinks_steps: ClassVar[bool] = False
 
     @property
     def trains(self) -> bool:
@@ -130,13 +132,18 @@ class Stage(ABC):
     def step_tokens(cls, width: int, tokens: int, seq_len: int) -> int:
         """Return the default tokens of an optimizer step.
 
+        They are halved in a stage that `shrinks_steps` until it has `ENOUGH_STEPS`, or a step is one row.
+
         Args:
             width: the teacher's hidden size.
             tokens: of the stage.
             seq_len: tokens of a row; a step has one at least.
         """
         size = cls.small if width < SMALL else cls.large
-        return max(size.step_tokens, seq_len)
+        step = max(size.step_tokens, seq_len)
+        while cls.shrinks_steps and tokens < ENOUGH_STEPS * step and step >= 2 * seq_len:
+            step //= 2
+        return step
 
     @classmethod
     @abstractmethod
@@ -298,19 +305,6 @@ def language_model_defaults(width: int, *, kl: float, ce: float) -> dict:
     """
     decay = WHOLE_STAGE if width < SMALL else LATE
     return {"train": [".*"], "optim": {"decay": dict(decay)}, "loss": {"kl": kl, "ce": ce}}
-
-
-def halved_step(step: int, tokens: int, seq_len: int) -> int:
-    """Return the tokens of a step of a short stage: halved until there are `ENOUGH_STEPS`, or it is one row.
-
-    Args:
-        step: tokens of a step of a long stage.
-        tokens: of the stage.
-        seq_len: tokens of a row.
-    """
-    while tokens < ENOUGH_STEPS * step and step >= 2 * seq_len:
-        step //= 2
-    return step
 
 
 def narrow_rate(rate: float, exponent: float, width: int) -> float:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ..errors import UserError
 from ..support.settings import problem
 from ..teacher.kinds import TeacherKind
-from .base import SMALL, Stage, StageSize, halved_step, language_model_defaults, narrow_rate
+from .base import SMALL, Stage, StageSize, language_model_defaults, narrow_rate
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,17 +38,13 @@ class Distill(Stage):
     large = StageSize("1B", 4096, 131072)
     follows_teacher = True
     has_loss = True
+    shrinks_steps = True
     ce = 0.0
 
     @classmethod
     def defaults(cls, width: int, max_positions: int) -> dict:
         """Return default settings: everything trains."""
         return super().defaults(width, max_positions) | language_model_defaults(width, kl=1.0, ce=cls.ce)
-
-    @classmethod
-    def step_tokens(cls, width: int, tokens: int, seq_len: int) -> int:
-        """Return the default tokens of an optimizer step, fewer in a short stage."""
-        return halved_step(super().step_tokens(width, tokens, seq_len), tokens, seq_len)
 
     @classmethod
     def learning_rates(cls, width: int) -> dict[str, float]:
@@ -137,6 +133,7 @@ class LongContext(Distill):
 
     small = StageSize("1M", 1024, 16384)
     large = StageSize("100M", 16384, 1572864)
+    shrinks_steps = False  # at its gentle rate
     ce = 0.1
 
     @classmethod

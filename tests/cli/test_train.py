@@ -43,7 +43,7 @@ def test_dry_run_shows_the_whole_plan(teacher, capsys, tmp_path):
     assert not out.exists()
     assert "layers    ARAR   (2 R = RWKV, 2 A = attention: 0, 2)" in plan
     assert "run       calibrate -> align -> distill" in plan
-    assert plan.count("steps     293 of 8 rows") == 2
+    assert plan.count("steps     586 of 4 rows") == 2
     # layer 3 of the two mixers has residual mixes, layer 1 has none: both are counted in one group
     align = plan[plan.index("\nalign:") : plan.index("\ndistill:")]
     states = {
