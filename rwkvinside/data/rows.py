@@ -156,6 +156,51 @@ class ContinuedRows:
         return start if document == first and number // epoch == begin // epoch else 0
 
 
+class ShuffledRows:
+    """The rows of `PackedRows`, those of an epoch in an order drawn from (seed, epoch).
+
+    So neighboring steps do not read one stretch of a long document.
+
+    Args:
+        packed: the rows.
+    """
+
+    def __init__(self, packed: PackedRows):
+        self.packed, self.seq_len, self.rows_per_epoch = packed, packed.seq_len, packed.rows_per_epoch
+        # another seed than that of the documents' order
+        self._order = lru_cache(maxsize=2)(lambda epoch: document_order(packed.seed + 1, epoch, packed.rows_per_epoch))
+
+    @property
+    def tokens_per_row(self) -> float:
+        """Mean tokens of a row, without padding."""
+        return self.packed.tokens_per_row
+
+    def tokens_in(self, rows: int) -> int:
+        """Return the tokens of the first `rows` rows, of which each epoch's shortest comes anywhere in it."""
+        epochs, rest = divmod(rows, self.rows_per_epoch)
+        padding = self.rows_per_epoch * self.seq_len - self.packed.tokens.num_tokens
+        short = self.rows_per_epoch - 1 in self._order(epochs)[:rest]
+        return epochs * self.packed.tokens.num_tokens + rest * self.seq_len - short * padding
+
+    def pieces(self, i: int) -> list[Piece]:
+        """Return the pieces of row i, in order."""
+        return self.packed.pieces(self._place(i))
+
+    def row(self, i: int) -> Row:
+        """Return the arrays of row i, see `PackedRows.row`."""
+        return self.packed.row(self._place(i))
+
+    def batch(self, rows: Iterable[int]) -> Batch:
+        """Return the rows with these numbers, (len(rows), seq_len)."""
+        rows = tuple(rows)
+        return collate([self.row(i) for i in rows], rows)
+
+    def _place(self, i: int) -> int:
+        """Return the packed row of row i."""
+        epoch, place = divmod(i, self.rows_per_epoch)
+        return epoch * self.rows_per_epoch + int(self._order(epoch)[place])
+
+
 class WholeDocuments:
     """Rows of several whole documents each, for sft, whose documents must not be cut where they can be kept whole.
 
@@ -202,7 +247,7 @@ class WholeDocuments:
         return collate([self.row(i) for i in rows], rows)
 
 
-DocumentRows = PackedRows | ContinuedRows | WholeDocuments
+DocumentRows = PackedRows | ContinuedRows | ShuffledRows | WholeDocuments
 
 
 def whole_rows(lengths: np.ndarray, seq_len: int) -> list[list[int]]:

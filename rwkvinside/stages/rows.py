@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..data.batch import IGNORE, Batch
 from ..data.mixture import MixedRows
-from ..data.rows import ContinuedRows, DocumentRows, PackedRows, PaddedDocuments, document_batches
+from ..data.rows import ContinuedRows, DocumentRows, PackedRows, PaddedDocuments, ShuffledRows, document_batches
 from ..data.sources import Mixture, Tokens
 from ..data.stream import StreamedRows, TokenStream
 from ..data.token_store import TokenStore
@@ -28,7 +28,7 @@ Rows = DocumentRows | StreamedRows | MixedRows
 
 
 def rows_of(plan: StagePlan, tokens: Tokens) -> Rows:
-    """Return the rows that a stage trains on, in a random order of documents.
+    """Return the rows that a stage reads, in a random order of documents; what trains gets them in a random order, too.
 
     Raises:
         UserError: rows of a mixture that are to go on from step to step.
@@ -37,9 +37,10 @@ def rows_of(plan: StagePlan, tokens: Tokens) -> Rows:
 
     def of_documents(store: TokenStore, seed: int) -> DocumentRows:
         rows = plan.stage.documents(store, plan.length.seq_len, seed)
-        if not plan.stage.in_streams:
+        if not isinstance(rows, PackedRows) or not plan.stage.trains:
             return rows
-        assert isinstance(rows, PackedRows), "streams are of packed rows"
+        if not plan.stage.in_streams:
+            return ShuffledRows(rows)
         return ContinuedRows(rows, plan.length.rows_per_step, run_on=plan.settings.stateful)
 
     def of_source(source: TokenStore | TokenStream) -> DocumentRows | StreamedRows:

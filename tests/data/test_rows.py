@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from rwkvinside.data.rows import ContinuedRows, PackedRows, PaddedDocuments, WholeDocuments, document_order, whole_rows
+from rwkvinside.data.rows import (
+    ContinuedRows,
+    PackedRows,
+    PaddedDocuments,
+    ShuffledRows,
+    WholeDocuments,
+    document_order,
+    whole_rows,
+)
 
 ORDER_0_0 = [3, 2, 1, 6, 0, 7, 4, 5]
 
@@ -163,6 +171,23 @@ def test_whole_documents_fill_rows():
 def test_rows_of_one_token_are_refused(make, make_store):
     with pytest.raises(ValueError, match="leaves no token to predict"):
         make(make_store([[1, 2]]))
+
+
+@pytest.mark.parametrize("seq_len", [2, 7, 16, 5000])
+def test_shuffled_rows_are_the_packed_rows_of_each_epoch_in_another_order(make_store, seq_len):
+    packed = PackedRows(make_store(documents()), seq_len=seq_len, seed=5)
+    rows, size = ShuffledRows(packed), packed.rows_per_epoch
+    epochs = [[rows.row(i)["input_ids"].tolist() for i in range(e * size, (e + 1) * size)] for e in range(3)]
+    for epoch, read in enumerate(epochs):
+        plain = [packed.row(i)["input_ids"].tolist() for i in range(epoch * size, (epoch + 1) * size)]
+        assert sorted(read) == sorted(plain) and (size < 5 or read != plain)
+        order = [plain.index(ids) for ids in read]
+        assert size < 50 or np.mean(np.abs(np.diff(order)) == 1) < 0.1, "neighbors are apart"
+    for count in (0, 1, size // 2, size - 1, size, size + 2, 3 * size - 1):
+        assert rows.tokens_in(count) == sum(int((rows.row(i)["segment_ids"] > 0).sum()) for i in range(count))
+    batch = rows.batch(range(size - 1, size + 1))
+    assert batch.rows == (size - 1, size) and batch.input_ids[0].tolist() == epochs[0][-1]
+    assert ShuffledRows(packed).pieces(size) == rows.pieces(size)  # of nothing but seed and number
 
 
 @pytest.mark.parametrize("streams", [1, 3, 5, 40])
