@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import copy
 from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,6 +56,41 @@ class Documents:
         return replace(self, cu_seqlens=self.cu_seqlens.to(device))
 
 
+class Targets(NamedTuple):
+    """The positions of a batch that have a label, in row-major order.
+
+    How many they are is known without asking a device, which a boolean index would wait for.
+
+    Attributes:
+        positions: (N,) int64 in the flattened B * T tokens.
+        labels: (N,) int64.
+        real: (N,) bool, False where a position only fills up a fixed number, see `Batch.fixed`; None: all are.
+    """
+
+    positions: Tensor
+    labels: Tensor
+    real: Tensor | None = None
+
+    @classmethod
+    def of(cls, labels: Tensor) -> Targets:
+        """Return the targets of `Batch.labels`."""
+        labels = labels.flatten()
+        positions = (labels != IGNORE).nonzero().flatten()
+        return cls(positions, labels[positions])
+
+    def take(self, x: Tensor) -> Tensor:
+        """Return the rows (N, D) of x (B, T, D) at the positions."""
+        return x.flatten(0, 1).index_select(0, self.positions)
+
+    def part(self, which: slice) -> Targets:
+        """Return some of them."""
+        return Targets(*(x if x is None else x[which] for x in self))
+
+    def to(self, device) -> Targets:
+        """Return the same targets on another device."""
+        return Targets(*(x if x is None else x.to(device) for x in self))
+
+
 @dataclass(frozen=True)
 class Batch:
     """Rows of tokens, each with one or more documents.
@@ -70,6 +106,7 @@ class Batch:
         segment_ids: (B, T) int32, 0 = padding, 1, 2, ... = documents of the row.
         rows: global row numbers, for reports.
         documents: where the documents lie.
+        targets: the positions with a label.
         goes_on: (B,) bool on the CPU, which rows go on with a document.
         num_tokens: number of real tokens.
         num_targets: number of tokens to predict.
@@ -81,23 +118,26 @@ class Batch:
     segment_ids: Tensor
     rows: tuple[int, ...]
     documents: Documents = field(init=False, repr=False)
+    targets: Targets = field(init=False, repr=False)
     goes_on: Tensor = field(init=False, repr=False)
     num_tokens: int = field(init=False, repr=False)
     num_targets: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        targets = Targets.of(self.labels)
         vars(self).update(
             documents=Documents.of(self.segment_ids),
+            targets=targets,
             goes_on=(self.position_ids[:, 0] > 0).cpu(),
             num_tokens=int(self.mask.sum()),
-            num_targets=int((self.labels != IGNORE).sum()),
+            num_targets=len(targets.positions),
         )
 
     def to(self, device) -> Batch:
         """Return the same batch on another device."""
         moved = copy(self)  # not made anew, which would count on that device
         vars(moved).update({name: tensor.to(device) for name, tensor in self._tensors().items()})
-        vars(moved).update(documents=self.documents.to(device))
+        vars(moved).update(documents=self.documents.to(device), targets=self.targets.to(device))
         return moved
 
     def twice(self) -> Batch:

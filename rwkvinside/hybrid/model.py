@@ -172,7 +172,7 @@ class HybridModel(nn.Module):
                 return call.errors
             result = outputs.last_hidden_state
             if task is not None:  # DeepSpeed warns of positional objects
-                result = self.lm_head_loss(result, labels=batch.labels, task=task)
+                result = self.lm_head_loss(result, targets=batch.targets, task=task)
             return (result, Routing(outputs.router_logits, self.experts_of_a_token)) if routers else result
 
     def train(self, mode: bool = True) -> HybridModel:

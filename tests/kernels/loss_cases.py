@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from head_problem import Adapted, distill, gradients, problem, teacher_signal
 from torch import nn
 
+from rwkvinside.data.batch import Targets
 from rwkvinside.families.base import LogitShape
 from rwkvinside.hybrid.lm_head import LMHeadLoss, shape_logits
 from rwkvinside.kernels.gpu import kernels, losses
@@ -169,7 +170,9 @@ def test_logits_that_are_divided_or_capped(shape, backend):
     wanted = F.cross_entropy(
         shape_logits(head(hidden), shape).flatten(0, -2), labels.flatten(), ignore_index=-100, reduction="sum"
     )
-    loss, _ = LMHeadLoss(head, shape)(hidden, labels=labels, task=NextTokenLoss(chunk_tokens=8, backend=backend))
+    loss, _ = LMHeadLoss(head, shape)(
+        hidden, targets=Targets.of(labels), task=NextTokenLoss(chunk_tokens=8, backend=backend)
+    )
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-6)
     trained = [hidden, head.weight]
     for got, want in zip(torch.autograd.grad(loss, trained), torch.autograd.grad(wanted, trained), strict=True):
@@ -188,7 +191,7 @@ def test_a_loss_under_autocast(low):
             NextTokenLoss(8, backend),
         ):
             with torch.autocast(DEVICE, dtype=low):
-                value, sums = LMHeadLoss(head)(hidden, labels, loss)
+                value, sums = LMHeadLoss(head)(hidden, Targets.of(labels), loss)
             both.append((value, *sums.values(), *gradients(value, hidden, head)))
     for want, got in zip(both[:2], both[2:], strict=True):
         assert got[0].dtype == torch.float32
@@ -242,7 +245,7 @@ def test_what_the_kernel_does_not_compare_stays_with_pytorch(monkeypatch):
         with pytest.raises(RuntimeError, match="compares all logits"):
             distill(hidden, head, labels, signal, config, backend="triton")
     with pytest.raises(RuntimeError, match="float64"):
-        LMHeadLoss(copy.deepcopy(head).double())(hidden.double(), labels, NextTokenLoss(backend="triton"))
+        LMHeadLoss(copy.deepcopy(head).double())(hidden.double(), Targets.of(labels), NextTokenLoss(backend="triton"))
     assert not launched
     distill(hidden, head, labels, teacher)
     assert len(launched) == (DEVICE == "cuda")

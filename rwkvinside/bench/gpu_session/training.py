@@ -230,7 +230,7 @@ class FineTuningStep:
         hidden = model.base_model(
             input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
         ).last_hidden_state
-        return self.loss.run(model.get_output_embeddings(), hidden, batch.labels)
+        return self.loss.run(model.get_output_embeddings(), hidden, batch.targets)
 
 
 def take_step(training: Training) -> StepResult:
