@@ -7,9 +7,11 @@ from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100
+FIXED_PARTS = 8  # of the tokens of a batch: its fixed form has a whole number of them as targets
 
 
 @dataclass(frozen=True)
@@ -26,9 +28,12 @@ class Documents:
             recurrence that starts anew in every row, keep such documents apart by themselves.
         padded: there is padding.
         cu_seqlens: bounds, (S + 1,) int32.
+
+    What a `fixed` batch has is true of every batch of its key: `lengths` are then None unless documents are alone,
+    `longest` is the length of a row, and bounds end with empty documents.
     """
 
-    lengths: tuple[int, ...]
+    lengths: tuple[int, ...] | None
     longest: int
     alone: bool
     padded: bool
@@ -50,6 +55,15 @@ class Documents:
             padded=not bool(real.all()),
             cu_seqlens=cu_seqlens.int(),
         )
+
+    def fixed(self, row: int) -> Documents:
+        """Return the documents of rows of so many tokens as a `fixed` batch has them: a power of two of them."""
+        if self.alone:
+            return self
+        count = len(self.cu_seqlens) - 1
+        more = (1 << (count - 1).bit_length()) - count
+        cu_seqlens = torch.cat([self.cu_seqlens, self.cu_seqlens[-1:].expand(more)])
+        return replace(self, lengths=None, longest=row, cu_seqlens=cu_seqlens)
 
     def to(self, device) -> Documents:
         """Return the same documents with their bounds on another device."""
@@ -81,6 +95,12 @@ class Targets(NamedTuple):
     def take(self, x: Tensor) -> Tensor:
         """Return the rows (N, D) of x (B, T, D) at the positions."""
         return x.flatten(0, 1).index_select(0, self.positions)
+
+    def fixed(self, count: int) -> Targets:
+        """Return so many targets, the last of which are not real."""
+        more = count - len(self.positions)
+        positions, labels = (F.pad(x, (0, more)) for x in (self.positions, self.labels))
+        return Targets(positions, labels, torch.arange(count, device=labels.device) < len(self.positions))
 
     def part(self, which: slice) -> Targets:
         """Return some of them."""
@@ -135,10 +155,46 @@ class Batch:
 
     def to(self, device) -> Batch:
         """Return the same batch on another device."""
-        moved = copy(self)  # not made anew, which would count on that device
-        vars(moved).update({name: tensor.to(device) for name, tensor in self._tensors().items()})
-        vars(moved).update(documents=self.documents.to(device), targets=self.targets.to(device))
-        return moved
+        tensors = {name: tensor.to(device) for name, tensor in self._tensors().items()}
+        return self._with(**tensors, documents=self.documents.to(device), targets=self.targets.to(device))
+
+    @property
+    def key(self) -> tuple[tuple[int, ...], int, int]:
+        """Shape, number of bounds of documents (0: each is alone in its row), number of targets."""
+        bounds = 0 if self.documents.alone else len(self.documents.cu_seqlens)
+        return tuple(self.input_ids.shape), bounds, len(self.targets.positions)
+
+    def fixed(self) -> Batch | None:
+        """Return the same batch so that all that the host knows follows from its `key`, for a CUDA graph.
+
+        Documents are filled up to a power of two by empty ones, targets to eighths of the tokens by such that are not
+        real. `num_tokens` and `num_targets` stay those of this batch. None: there is padding.
+        """
+        if self.documents.padded:
+            return None
+        rows, length = self.input_ids.shape
+        part = -(-rows * length // FIXED_PARTS)
+        targets = self.targets.fixed(max(1, -(-len(self.targets.positions) // part)) * part)
+        return self._with(documents=self.documents.fixed(length), targets=targets)
+
+    def twin(self) -> Batch:
+        """Return the same batch in memory of its own."""
+        documents = replace(self.documents, cu_seqlens=self.documents.cu_seqlens.clone())
+        targets = Targets(*(x if x is None else x.clone() for x in self.targets))
+        return self._with(**{n: x.clone() for n, x in self._tensors().items()}, documents=documents, targets=targets)
+
+    def overwrite(self, other: Batch) -> None:
+        """Take the tensors of another batch of this `key`, in place; what the host counts stays."""
+        mine, theirs = ([*b._tensors().values(), b.documents.cu_seqlens, *b.targets] for b in (self, other))
+        for x, y in zip(mine, theirs, strict=True):
+            if x is not None and y is not None:
+                x.copy_(y)
+
+    def _with(self, **changes: object) -> Batch:
+        """Return a copy with other contents, which is not counted anew."""
+        changed = copy(self)
+        vars(changed).update(changes)
+        return changed
 
     def twice(self) -> Batch:
         """Return all rows, followed by the same rows again."""
