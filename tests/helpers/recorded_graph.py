@@ -32,15 +32,17 @@ class RecordedGraph:
 class Capture(TorchDispatchMode):
     """Takes the place of `torch.cuda.graph`."""
 
-    def __init__(self, graph):
+    def __init__(self, graph, strict=False):
         super().__init__()
-        self.graph, self.before, self.random = graph, [], torch.get_rng_state()
+        self.graph, self.strict, self.before, self.random = graph, strict, [], torch.get_rng_state()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
         assert name not in HOST_WAITS, f"{name} waits for the GPU, which a capture forbids"
         given = tensors((args, kwargs))
+        made = self.strict and name == "lift_fresh"  # also where an item is set to a number, which is no copy
+        assert not made, "a tensor is made of numbers of the host, which a capture cannot copy"
         looks = name in INDEX and any(x.dtype == torch.bool for x in tensors(args[1]))
         assert not looks, f"{name} by booleans waits for the GPU, which a capture forbids"
         written = [
@@ -82,7 +84,7 @@ class Recorder:
 
     def record(self, work):
         self.graphs.append(RecordedGraph())
-        with Capture(self.graphs[-1]):
+        with Capture(self.graphs[-1], strict=True):
             result = work()
         return self.graphs[-1].replay, result
 

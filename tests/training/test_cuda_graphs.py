@@ -4,48 +4,18 @@ What it replays is fixed as a CUDA graph is: had the host decided anything by a 
 what the loss is divided by, later steps would be those of the recorded batch. It refuses what waits for the device.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
-from hybrid_cases import VOCAB, teacher
+from graphed_training import LENGTH, STEPS, batch, trained
 from recorded_graph import Recorder
 
-from rwkvinside.data.batch import IGNORE, Batch
 from rwkvinside.hybrid import document_attention
-from rwkvinside.hybrid.calibration import teacher_norms
-from rwkvinside.hybrid.model import HybridModel
-from rwkvinside.hybrid.settings import StudentConfig
 from rwkvinside.losses import chunked
 from rwkvinside.modeling import time_mixer
 from rwkvinside.modeling.wkv7 import wkv7
-from rwkvinside.stages.steps import AlignStep, DistillStep
-from rwkvinside.teacher.signals import OnlineTeacher, TeacherModel
-from rwkvinside.training.local_engine import LocalEngine
-from rwkvinside.training.process_group import Distributed
-from rwkvinside.training.settings import OptimConfig
-
-LENGTH, STEPS = 12, 4
-
-
-def batch(seed, rows, packed):
-    """Rows of random tokens; packed ones have documents of other lengths, and so other targets, for every seed."""
-    g = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, VOCAB, (rows, LENGTH), generator=g)
-    segments = torch.ones_like(ids, dtype=torch.int32)
-    if packed:
-        for row, count in enumerate([2 + seed % 2, 2][:rows]):
-            segments[row, 1 + torch.randperm(LENGTH - 1, generator=g)[:count]] += 1
-        segments = segments.sub(1).cumsum(1).add(1).int()
-    place = torch.arange(LENGTH).expand_as(ids)
-    starts = segments != segments.roll(1, 1)
-    starts[:, 0] = True
-    positions = place - place.where(starts, 0).cummax(1).values
-    labels = ids.roll(-1, 1).masked_fill(starts.roll(-1, 1), IGNORE)
-    return Batch(ids, labels, positions, segments, tuple(range(rows)))
-
-
-def step_batches(number, packed):
-    """Micro-batches of a step, the last of which is shorter."""
-    return [batch(10 * number + i, rows, packed) for i, rows in enumerate((2, 2, 1))]
+from rwkvinside.training.cuda_graphs import MOST, WARM_RUNS, MicroBatchGraphs, Sums
 
 
 class Rows:
@@ -100,28 +70,6 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(time_mixer, "wkv7", recurrence)
 
 
-def trained(objective, family, packed, recorder, precision="fp32", **spec):
-    """Losses, norms and weights of a few steps."""
-    student = HybridModel.from_teacher(teacher(family, layers=2), StudentConfig(**spec))
-    student.set_trainable(["mixer"] if objective == "align" else ["mixer", "mlp", "embed", "head"])
-    trainable = {id(p): (name, p) for name, p in student.canonical_parameters().items() if p.requires_grad}
-    engine = LocalEngine(
-        student, {"all": dict(trainable.values())}, OptimConfig(), Distributed("cpu"), precision, recorder
-    )
-    if objective == "align":
-        with engine.autocast():
-            step = AlignStep(teacher_norms(student, [batch(0, 2, packed)])[0])
-    else:
-        step = DistillStep(OnlineTeacher(TeacherModel(teacher(family, layers=2))))
-        student.release_teacher()
-    results = []
-    for number in range(STEPS):
-        engine.set_rates({"all": 1e-2 / (1 + number)})
-        batches = step_batches(number, packed)
-        results.append(engine.train_step(batches, step, sum(map(step.count, batches))))
-    return results, engine.full_parameters()
-
-
 CASES = [
     ("align", "llama", False, {}),
     ("align", "qwen3", True, {"window": 3, "sinks": 1}),
@@ -140,3 +88,42 @@ def test_steps_are_those_without_graphs(objective, family, packed, options, as_o
     assert sum(graph.replays for graph in recorder.graphs) >= STEPS
     assert found == wanted
     assert all(torch.equal(x, same[name]) for name, x in weights.items())
+
+
+def sums(batch, step, scale):
+    """A micro-batch's work, without a model."""
+    return Sums(torch.stack([batch.input_ids.sum() * scale]), {})
+
+
+def test_a_few_shapes_have_graphs_at_a_time_and_padding_has_none():
+    recorder = Recorder()
+    graphs = MicroBatchGraphs(sums, recorder)
+    step = object()
+
+    def run(rows, seed=0, scale=1.0):
+        given = batch(seed, rows, False)
+        found = graphs(given, step, torch.tensor(scale))
+        assert found.row == given.input_ids.sum() * scale
+        return found
+
+    for seed in range(WARM_RUNS + 2):
+        run(1, seed, 1 + seed)
+    assert [graph.replays for graph in recorder.graphs] == [2]
+    for rows in range(2, 2 + MOST):  # so many shapes that the first one is forgotten
+        run(rows)
+    run(1)
+    assert len(recorder.graphs) == 1
+    for _ in range(WARM_RUNS):
+        run(1)
+    assert len(recorder.graphs) == 2
+    padded = replace(batch(5, 1, False), segment_ids=torch.tensor([[1] * (LENGTH - 1) + [0]], dtype=torch.int32))
+    assert padded.fixed() is None
+    graphs(padded, step, torch.tensor(1.0))
+    run(1)  # the memory of the graphs was given back
+    assert len(recorder.graphs) == 2
+
+
+def test_a_result_outlives_the_next_run():
+    graphs, step = MicroBatchGraphs(sums, Recorder()), object()
+    found = [graphs(batch(seed, 1, False), step, torch.tensor(1.0)).row for seed in range(WARM_RUNS + 3)]
+    assert torch.cat(found).tolist() == [batch(seed, 1, False).input_ids.sum() for seed in range(WARM_RUNS + 3)]
