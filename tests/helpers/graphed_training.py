@@ -1,4 +1,4 @@
-"""A few steps of tiny students by graphs or without, over micro-batches that differ in all that a graph must not fix."""
+"""A few steps of tiny students, by graphs or without, over micro-batches that differ in all that no graph may fix."""
 
 import torch
 from hybrid_cases import VOCAB, teacher
