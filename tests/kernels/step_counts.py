@@ -1,4 +1,4 @@
-"""What an optimizer step of align and of distill dispatches, by origin. Run by test_training_steps.py, or directly:
+"""What an optimizer step of align and of distill dispatches, by origin. Run by test_mixer.py, or directly:
 
     TRITON_INTERPRET=1 python tests/kernels/step_counts.py
 

@@ -25,8 +25,3 @@ def test_steps_on_a_gpu():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_graphs_on_a_gpu():
     run_cases("graph_cases.py", interpret=False)
-
-
-@pytest.mark.integration
-def test_what_a_step_costs():
-    run_cases("step_counts.py", interpret=True)
