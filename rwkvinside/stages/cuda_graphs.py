@@ -9,6 +9,8 @@ from ..errors import UserError
 from ..teacher.kinds import TeacherKind
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from ..hybrid.model import HybridModel
     from .plan import StagePlan
 
@@ -46,18 +48,30 @@ def _obstacles(student: HybridModel, plan: StagePlan) -> Iterator[str]:
         yield "the student has adapters"
     if student.quantized or settings.teacher_model.quantize:
         yield "layers are quantized"
-    if student.experts_of_a_token:
-        yield "the model has experts, and how many tokens each gets differs"
     if settings.activation_checkpointing:
         yield "activations are recomputed (activation_checkpointing), which saves the state of random numbers"
     if plan.asked_teacher is TeacherKind.OFFLINE:
         yield "the teacher's side is read from disk"
     if loss is not None and loss.top_k is not None:
         yield "loss.top_k is compared by PyTorch code, at positions that all count"
-    config = student.lm.config
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if getattr(config, "attn_logit_softcapping", None) or size % 8 or size > LARGEST_HEAD:
-        yield "flash attention does not take the teacher's heads, so documents go one after the other"
+    yield from _in_model(student.lm.config)
+    if settings.teacher_model.path is not None:
+        from ..teacher.load import teacher_config
+
+        yield from _in_model(teacher_config(plan.signal_teacher))
     bias = getattr(student.family.head(student.lm), "bias", None)
     if bias is not None and bias.requires_grad:
         yield "the head's bias trains"
+
+
+def _in_model(config: PretrainedConfig) -> Iterator[str]:
+    """Yield what of a teacher's architecture depends on the tokens of a batch."""
+    if getattr(config, "num_experts", None):
+        yield f"{config.model_type} has experts, and how many tokens each gets differs"
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if getattr(config, "attn_logit_softcapping", None) or size % 8 or size > LARGEST_HEAD:
+        yield f"flash attention does not take the heads of {config.model_type}, so documents go one after the other"
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
+    if kinds & {"dynamic", "longrope"}:
+        yield f"the rotation of {config.model_type} asks the GPU for the longest position"

@@ -101,7 +101,7 @@ class MicroBatchGraphs(Generic[AnyBatch]):
         """Run a micro-batch; arguments and result are those of `run`."""
         fixed = batch.fixed()
         if step is not self._step or fixed is None:
-            self._made.clear()
+            self.release()
             self._step = step
         if fixed is None:
             return self._run(batch, step, scale)
@@ -119,6 +119,10 @@ class MicroBatchGraphs(Generic[AnyBatch]):
             graph.replay, graph.result = self._recorder.record(work)
         graph.replay()
         return replace(graph.result, row=graph.result.row.clone())
+
+    def release(self) -> None:
+        """Give the memory of all graphs back."""
+        self._made.clear()
 
 
 @dataclass

@@ -122,6 +122,8 @@ class LocalEngine:
 
         Hooks can look at it.
         """
+        if self._graphs is not None:
+            self._graphs.release()  # what runs by itself needs as much
         self._accumulate([micro_batch], step, 1, self._micro_batch)
 
     def full_parameters(self) -> dict[str, Tensor]:
@@ -166,7 +168,9 @@ class LocalEngine:
         return precision_context(self.precision, self.world.device)
 
     def close(self) -> None:
-        """Release nothing: what there is belongs to torch."""
+        """Release graphs; all else belongs to torch."""
+        if self._graphs is not None:
+            self._graphs.release()
 
     def _accumulate(
         self, micro_batches: Sequence[AnyBatch], step: Step[AnyBatch], denominator: int, run: Callable[..., Sums]

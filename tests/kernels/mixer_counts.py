@@ -150,7 +150,7 @@ def recurrence_kept():
 def test_a_layer_in_align():
     """Limits a little above what was counted when this was written."""
     found = summary(fused=True)
-    assert found["operations"] <= 40
+    assert found["operations"] <= 50  # of which 10 are casts that the ops would make 20 of
     assert found["bytes"] <= 500e3
     # in bf16 vectors of the hidden size: what the recurrence itself keeps, and all else
     inputs, states = (kept / (2 * D) for kept in recurrence_kept())

@@ -61,11 +61,17 @@ def test_adapters_are_refused(student):
 
 
 @pytest.mark.parametrize(
-    "family, why", [("gemma2", "flash attention does not take"), ("qwen3_moe", "the model has experts")]
+    "family, why", [("gemma2", "flash attention does not take"), ("qwen3_moe", "qwen3_moe has experts")]
 )
 def test_models_whose_work_depends_on_the_text_are_refused(family, why):
     with pytest.raises(UserError, match=why):
         check_cuda_graphs(HybridModel.from_teacher(teacher(family), StudentConfig()), plan())
+
+
+def test_a_rotation_that_depends_on_the_longest_position_is_refused(student, monkeypatch):
+    monkeypatch.setattr(student.lm.config, "rope_parameters", {"rope_type": "longrope"})
+    with pytest.raises(UserError, match="the rotation of qwen3 asks the GPU"):
+        check_cuda_graphs(student, plan())
 
 
 def test_every_stage_that_is_prepared_is_checked(student):

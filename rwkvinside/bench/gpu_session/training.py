@@ -77,9 +77,9 @@ def run(stage: Stage) -> None:
     names, profiled = set(), set()
     for objective, shape, *size, options in cases:
         packed = options.pop("document", None)
-        graphed = bool(options.get("graphs"))
-        kind = objective, shape, "window" in options, graphed
         case = Case(plan(shape, objective, *size, **options), packed)
+        graphed = case.plan.settings.cuda_graphs
+        kind = objective, shape, "window" in options, graphed
         name = f"{objective} {case.name}"
         if name in names:  # without Liger's kernels
             continue
