@@ -13,7 +13,7 @@ from rwkvinside.training.local_engine import LocalEngine
 from rwkvinside.training.process_group import Distributed
 from rwkvinside.training.settings import OptimConfig
 
-LENGTH, STEPS = 12, 4
+LENGTH, STEPS = 12, 3
 
 
 def batch(seed, rows, packed):
@@ -38,8 +38,8 @@ def step_batches(number, packed):
     return [batch(10 * number + i, rows, packed) for i, rows in enumerate((2, 2, 1))]
 
 
-def trained(objective, family, packed, recorder, precision="fp32", device="cpu", **spec):
-    """Losses, norms and weights of a few steps."""
+def training(objective, family, packed, recorder, precision="fp32", device="cpu", **spec):
+    """An engine and its step."""
     student = HybridModel.from_teacher(teacher(family, layers=2), StudentConfig(**spec))
     student.set_trainable(["mixer"] if objective == "align" else ["mixer", "mlp", "embed", "head"])
     trainable = {id(p): (name, p) for name, p in student.canonical_parameters().items() if p.requires_grad}
@@ -48,13 +48,19 @@ def trained(objective, family, packed, recorder, precision="fp32", device="cpu",
     )
     if objective == "align":
         with engine.autocast():
-            step = AlignStep(teacher_norms(student, [batch(0, 2, packed).to(device)])[0])
-    else:
-        step = DistillStep(OnlineTeacher(TeacherModel(teacher(family, layers=2).to(device))))
-        student.release_teacher()
-    results = []
-    for number in range(STEPS):
-        engine.set_rates({"all": 1e-2 / (1 + number)})
-        batches = [one.to(device) for one in step_batches(number, packed)]
-        results.append(engine.train_step(batches, step, sum(map(step.count, batches))))
+            return engine, AlignStep(teacher_norms(student, [batch(0, 2, packed).to(device)])[0])
+    student.release_teacher()
+    return engine, DistillStep(OnlineTeacher(TeacherModel(teacher(family, layers=2).to(device))))
+
+
+def take_step(engine, step, number, packed, device="cpu"):
+    engine.set_rates({"all": 1e-2 / (1 + number)})
+    batches = [one.to(device) for one in step_batches(number, packed)]
+    return engine.train_step(batches, step, sum(map(step.count, batches)))
+
+
+def trained(objective, family, packed, recorder, precision="fp32", device="cpu", **spec):
+    """Losses, norms and weights of a few steps."""
+    engine, step = training(objective, family, packed, recorder, precision, device, **spec)
+    results = [take_step(engine, step, number, packed, device) for number in range(STEPS)]
     return results, engine.full_parameters()

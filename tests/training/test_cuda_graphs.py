@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from graphed_training import LENGTH, STEPS, batch, trained
+from graphed_training import LENGTH, STEPS, batch, take_step, trained, training
 from recorded_graph import Recorder
 
 from rwkvinside.hybrid import document_attention
@@ -127,3 +127,20 @@ def test_a_result_outlives_the_next_run():
     graphs, step = MicroBatchGraphs(sums, Recorder()), object()
     found = [graphs(batch(seed, 1, False), step, torch.tensor(1.0)).row for seed in range(WARM_RUNS + 3)]
     assert torch.cat(found).tolist() == [batch(seed, 1, False).input_ids.sum() for seed in range(WARM_RUNS + 3)]
+
+
+def test_a_run_that_hooks_look_at_has_no_graph():
+    """As in the search for what is not finite; steps after it begin with ordinary runs."""
+    recorder = Recorder()
+    engine, step = training("align", "llama", False, recorder)
+    for number in range(2):
+        take_step(engine, step, number, False)
+    seen, before = [], len(recorder.graphs)
+    assert before == 1
+    engine.model.lm.model.norm.register_forward_hook(lambda *call: seen.append(call))
+    engine.backward(batch(0, 2, False), step)
+    assert len(seen) == 1
+    take_step(engine, step, 2, False)
+    assert len(seen) == 4 and len(recorder.graphs) == before
+    take_step(engine, step, 3, False)
+    assert len(recorder.graphs) > before
