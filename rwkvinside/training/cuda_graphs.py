@@ -7,10 +7,12 @@ their `fixed` form, gradients add up in memory that stays, and the divisor of th
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Generic, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -62,8 +64,8 @@ class CudaRecorder:
     """
 
     def __init__(self, device: torch.device):
-        # one stream for all: libraries make their handles and memory for each
-        self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)  # one for all: libraries make their handles and memory for each
+        self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
 
     def warm(self, work: Work) -> Sums:
         """Run something on the stream that records; its result is ready on the current one."""
@@ -75,9 +77,12 @@ class CudaRecorder:
 
     def record(self, work: Work) -> tuple[Callable[[], None], Sums]:
         """Record something, see `Recorder`."""
+        gc.collect()  # what waits for it would hold memory, and be freed in the middle of the graph
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        pool = next((other.pool() for other in self._graphs), None)  # PyTorch takes no pool without a living graph
+        with torch.cuda.graph(graph, pool=pool, stream=self._stream):
             result = work()
+        self._graphs.add(graph)
         return graph.replay, result
 
 

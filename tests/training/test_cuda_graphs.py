@@ -4,6 +4,7 @@ What it replays is fixed as a CUDA graph is: had the host decided anything by a 
 what the loss is divided by, later steps would be those of the recorded batch. It refuses what waits for the device.
 """
 
+import contextlib
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,7 @@ from rwkvinside.hybrid import document_attention
 from rwkvinside.losses import chunked
 from rwkvinside.modeling import time_mixer
 from rwkvinside.modeling.wkv7 import wkv7
-from rwkvinside.training.cuda_graphs import MOST, WARM_RUNS, MicroBatchGraphs, Sums
+from rwkvinside.training.cuda_graphs import MOST, WARM_RUNS, CudaRecorder, MicroBatchGraphs, Sums
 
 
 class Rows:
@@ -144,3 +145,34 @@ def test_a_run_that_hooks_look_at_has_no_graph():
     assert len(seen) == 4 and len(recorder.graphs) == before
     take_step(engine, step, 3, False)
     assert len(recorder.graphs) > before
+
+
+class FakeGraph:
+    def pool(self):
+        return id(self)
+
+    def replay(self):
+        pass
+
+
+def test_graphs_share_the_memory_of_those_that_live(monkeypatch):
+    """What a GPU is asked for; whether it does that is for a machine with one (tests/kernels/graph_cases.py)."""
+    asked = []
+
+    @contextlib.contextmanager
+    def capture(graph, pool, stream):
+        asked.append(pool)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: "stream")
+    recorder = CudaRecorder(torch.device("cuda"))
+    one, other = (recorder.record(lambda: "result") for _ in range(2))
+    assert asked == [None, one[0].__self__.pool()] and other[1] == "result"
+    del one
+    recorder.record(lambda: "result")
+    assert asked[2] == other[0].__self__.pool()
+    del other
+    recorder.record(lambda: "result")
+    assert asked[3] is None
