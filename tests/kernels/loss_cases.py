@@ -11,7 +11,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from head_problem import Adapted, distill, gradients, problem, teacher_signal
+from head_problem import Adapted, distill, gradients, linear, problem, teacher_signal
 from torch import nn
 
 from rwkvinside.data.batch import Targets
@@ -229,6 +229,23 @@ def test_few_positions(labeled):
         with evaluated:
             frozen, _ = distill(hidden.detach(), head.requires_grad_(False), labels, teacher, backend="triton")
         assert frozen.item() == loss.item() and not frozen.requires_grad
+
+
+def test_positions_that_are_not_real_count_nowhere():
+    """What fills labeled positions up to a fixed number: no loss, no metric, no gradient of anything."""
+    hidden, head, labels, *teacher = (x.to(DEVICE) for x in problem())
+    targets, teacher_hidden, weight = Targets.of(labels), teacher[0], teacher[1].to(DEVICE)
+    found = []
+    for given in (targets, targets.fixed(len(targets.positions) + 3)):
+        signal = HeadSignal(given.take(teacher_hidden), linear(weight))
+        config = DistillLossConfig(ce=0.3, chunk_tokens=len(targets.positions))
+        own = hidden.clone().requires_grad_()
+        loss, sums = LMHeadLoss(head)(own, given, DistillationLoss(signal, config, "triton"))
+        found.append([loss, *sums.values(), *torch.autograd.grad(loss, [own, *head.parameters()])])
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+    filled = targets.fixed(len(targets.positions) + 3)
+    with pytest.raises(RuntimeError, match="positions that all count"):
+        LMHeadLoss(head)(hidden, filled, NextTokenLoss(backend="torch"))
 
 
 def test_what_the_kernel_does_not_compare_stays_with_pytorch(monkeypatch):
