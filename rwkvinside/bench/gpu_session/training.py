@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .stage import Stage
 
 WARMUP, STEPS = 2, 5
+GRAPHED = ("align", "distill")  # objectives whose graphs are compared with steps without
 GRAPHS_APART = 1e-2  # of losses in bf16: flash attention adds its gradients up in any order
 GIB = 2**30
 
@@ -70,7 +71,7 @@ def run(stage: Stage) -> None:
         ("distill", small, 4, long, {}),
     )
     few = replace(small, layers=min(small.layers, 4))
-    for objective in ("align", "distill"):
+    for objective in GRAPHED:
         graphed = plan(few, objective, rows, short, micro_rows=max(1, rows // 4), graphs=True)
         stage.attempt(f"graphs: losses of {objective} {step_name(graphed)}", partial(compare_graphs, graphed), needs=10)
     stage.attempt("norms and MLPs fused", partial(compare_layers, rows * short, stage.device), needs=4)
