@@ -68,7 +68,6 @@ def stage_plan(
     window: int = 0,
     fused: bool = True,
     checkpointing: bool = False,
-    graphs: bool = False,
 ) -> StagePlan:
     """Return what a user's configuration resolves to: bf16, all else by default.
 
@@ -82,7 +81,6 @@ def stage_plan(
         window: tokens that every mixer attends to, and to the first of a document; 0: none.
         fused: norms and MLPs by Liger where it is installed.
         checkpointing: recompute activations.
-        graphs: micro-batches run as CUDA graphs; not on a CPU.
     """
     stage = f"stages.{objective}"
     config = load_config(
@@ -103,7 +101,6 @@ def stage_plan(
             f"{stage}.batch.micro_rows={json.dumps(micro_rows)}",
             f"{stage}.tokens={1000 * rows * seq_len}",
             f"{stage}.activation_checkpointing={json.dumps(checkpointing)}",
-            f"{stage}.cuda_graphs={json.dumps(graphs and device == 'cuda')}",
         ],
     )
     return resolve(config).stage(objective)

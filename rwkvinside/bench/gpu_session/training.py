@@ -72,13 +72,14 @@ def run(stage: Stage) -> None:
     )
     few = replace(small, layers=min(small.layers, 4))
     for objective in GRAPHED:
-        graphed = plan(few, objective, rows, short, micro_rows=max(1, rows // 4), graphs=True)
-        stage.attempt(f"graphs: losses of {objective} {step_name(graphed)}", partial(compare_graphs, graphed), needs=10)
+        compared = plan(few, objective, rows, short, micro_rows=max(1, rows // 4))
+        what = f"graphs: losses of {objective} {step_name(compared)}"
+        stage.attempt(what, partial(compare_graphs, compared), needs=10)
     stage.attempt("norms and MLPs fused", partial(compare_layers, rows * short, stage.device), needs=4)
     names, profiled = set(), set()
     for objective, shape, *size, options in cases:
-        packed = options.pop("document", None)
-        case = Case(plan(shape, objective, *size, **options), packed)
+        packed, graphs = options.pop("document", None), options.pop("graphs", False)
+        case = Case(with_graphs(plan(shape, objective, *size, **options), graphs), packed)
         graphed = case.plan.settings.cuda_graphs
         kind = objective, shape, "window" in options, graphed
         name = f"{objective} {case.name}"
@@ -193,22 +194,27 @@ class Case:
         return {"tokens": training.tokens, "ms": ms} | kernels_of(lambda: take_step(training), self.plan.run.device)
 
 
+def with_graphs(plan: StagePlan, wanted: bool) -> StagePlan:
+    """Return a plan whose micro-batches run as CUDA graphs, or not; on a CPU there are none."""
+    cuda_graphs = wanted and plan.run.device == "cuda"
+    return replace(plan, settings=plan.settings.model_copy(update={"cuda_graphs": cuda_graphs}))
+
+
 def compare_graphs(plan: StagePlan) -> dict:
     """Return how far the losses of a few steps by graphs are from those of steps without, on packed documents.
 
     Every step has documents of other lengths. On a CPU there are no graphs, and nothing differs.
 
     Args:
-        plan: of the stage, with graphs.
+        plan: of the stage.
     """
-    plain = replace(plan, settings=plan.settings.model_copy(update={"cuda_graphs": False}))
     losses = []
-    for one in (plan, plain):
+    for one in (with_graphs(plan, True), with_graphs(plan, False)):
         torch.manual_seed(0)
         training = Case(one).training
         found = []
         for number in range(STEPS):
-            batches = step_batches(one, max(2, one.length.seq_len * (2 + number) // 10), first=100 * number)
+            batches = step_batches(one, one.length.seq_len * (60 + number) // 200, first=100 * number)  # four in a row
             found += take_step(replace(training, batches=batches)).losses
         losses.append(torch.tensor(found, dtype=torch.float64))
         del training
