@@ -34,6 +34,7 @@ class Align(Stage):
     needs_attention = True
     reads_targets = False
     shrinks_steps = True
+    has_graphs = True
 
     @classmethod
     def defaults(cls, width: int, max_positions: int) -> dict:

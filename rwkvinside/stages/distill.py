@@ -39,6 +39,7 @@ class Distill(Stage):
     follows_teacher = True
     has_loss = True
     shrinks_steps = True
+    has_graphs = True
     ce = 0.0
 
     @classmethod
