@@ -9,7 +9,7 @@ from rwkvinside.config.load import load_config
 from rwkvinside.config.resolve import resolve
 from rwkvinside.data import sources
 from rwkvinside.data.mixture import MixedRows
-from rwkvinside.data.rows import PackedRows, WholeDocuments
+from rwkvinside.data.rows import ShuffledRows, WholeDocuments
 from rwkvinside.data.stream import StreamedRows
 from rwkvinside.data.token_pack import write_pack
 from rwkvinside.data.token_store import TokenStore
@@ -84,7 +84,7 @@ def share_of(tokenizer, rows, letter, wanted=600):
 
 def test_one_pool_without_weights(load, data):
     tokens, val, rows = load(data[:2])
-    assert isinstance(tokens, TokenStore) and isinstance(rows, PackedRows)
+    assert isinstance(tokens, TokenStore) and isinstance(rows, ShuffledRows)
     assert tokens.num_documents + val.num_documents == 1212
 
 
@@ -92,7 +92,7 @@ def test_one_pool_without_weights(load, data):
 def test_weights_are_shares_of_the_tokens(load, configure, data, tokenizer, stream):
     options = ["data.weights=[1,3]", f"data.stream={str(stream).lower()}", "data.val_fraction=0.1"]
     tokens, val, rows = load(data[:2], *options)
-    assert isinstance(rows, MixedRows) and isinstance(rows.parts[1], StreamedRows if stream else PackedRows)
+    assert isinstance(rows, MixedRows) and isinstance(rows.parts[1], StreamedRows if stream else ShuffledRows)
     assert share_of(tokenizer, rows, "y") == pytest.approx(0.75, abs=0.02)
     lines, facts = stage_rows.report(resolve(configure(data[:2], *options)).stage("align"), tokens, rows, val)
     assert [one["share"] for one in facts["sources"]] == pytest.approx([0.25, 0.75], abs=0.03)
