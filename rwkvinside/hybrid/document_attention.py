@@ -228,7 +228,7 @@ def _cut(
     if form.scaling is not None:
         query = query * (form.scaling * query.shape[-1] ** 0.5)
     carried: CarriedRows | None = None if context is None else context.carried
-    output, state = window_attention(
+    attended, state = window_attention(
         *(query, key, value),
         window=window.tokens,
         sinks=window.sinks,
@@ -238,7 +238,7 @@ def _cut(
     )
     if carried is not None and state is not None:
         carried.leave(module.layer_idx, state)
-    return output
+    return attended.values
 
 
 def _flash_dtype(query: Tensor) -> torch.dtype | None:

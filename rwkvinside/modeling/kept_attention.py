@@ -147,7 +147,7 @@ def _attend_to_window(
     before = read_state(ring, module.layer_idx)
     assert before is None or isinstance(before, WindowState)
     mask, bounds = forward_context.mask, forward_context.cu_seqlens
-    output, state = window_attention(
+    attended, state = window_attention(
         *(x.transpose(1, 2) for x in (query, key, value)),
         window=module.window,
         sinks=module.sinks,
@@ -159,7 +159,7 @@ def _attend_to_window(
     )
     if ring is not None and state is not None:
         write_state(ring, module.layer_idx, state, tokens=query.shape[2])
-    return output
+    return attended.values
 
 
 def _of_the_family(module: KeptAttention) -> Callable:
