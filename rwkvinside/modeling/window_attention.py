@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCKS = (64, 128)  # queries of a block: as many as the window has keys, within these, which measured fastest
+SCORE_CHANNELS = 8  # of a score in a query: it needs two, kernels for GPUs want multiples of 8
 NOTHING = -1000.0  # score of what lies beyond the window where nothing does; a bf16 or fp16 takes it, times sqrt(N)
 
 
@@ -161,8 +162,7 @@ def _with_score(q: Tensor, score: Tensor) -> Tensor:
     score = score * N**0.5
     high = score.to(q.dtype)
     low = (score - high.to(score.dtype)).detach().to(q.dtype)
-    extra = 8 if q.is_cuda else 2  # kernels for GPUs want multiples of 8
-    return torch.cat([q, torch.stack([high, low], -1), q.new_zeros(*q.shape[:-1], extra - 2)], -1)
+    return torch.cat([q, torch.stack([high, low], -1), q.new_zeros(*q.shape[:-1], SCORE_CHANNELS - 2)], -1)
 
 
 def _starts(like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
