@@ -59,3 +59,12 @@ def test_twice():
     twice = batch.twice()
     assert twice.input_ids.shape == (8, 7) and twice.rows == 2 * batch.rows
     assert twice.documents.lengths == 2 * batch.documents.lengths and twice.num_targets == 32
+
+
+def test_joined_rows_are_one_document_each():
+    batch = make_batch(SEGMENTS)
+    joined = batch.joined()
+    assert torch.equal(joined.segment_ids, torch.tensor(SEGMENTS).clamp(max=1).int())
+    assert torch.equal(joined.position_ids, torch.arange(7).expand(4, -1)) and joined.rows == batch.rows
+    assert torch.equal(joined.labels, batch.labels) and joined.documents.lengths == (5, 2, 7, 4, 3, 7)
+    assert not joined.goes_on.any()

@@ -10,6 +10,7 @@ from rwkvinside.data.batch import Batch
 from rwkvinside.hybrid.calibration import Calibrated, calibrate
 from rwkvinside.hybrid.model import HybridModel
 from rwkvinside.hybrid.settings import StudentConfig
+from rwkvinside.stages.calibrate import Calibrate
 from rwkvinside.stages.shares import SHARES, choose_shares, split_rows
 
 
@@ -115,3 +116,15 @@ def test_few_rows_of_many_tokens_are_enough_and_one_row_is_both():
     assert [len(batch.rows) for batch in split_rows(rows(20, width=2048))[1]] == [2]
     (one,) = rows(1)
     assert split_rows([one]) == ([one], [one])
+
+
+@pytest.mark.parametrize("lengths, joined", [((60, 4), False), ((16, 16, 16, 16), False), ((15, 17, 16, 10, 6), True)])
+def test_short_documents_are_read_as_one_where_mixers_have_windows(lengths, joined, monkeypatch):
+    seen = []
+    monkeypatch.setattr("rwkvinside.hybrid.calibration.calibrate", lambda model, batches, progress: seen.extend(batches))
+    for window in (0, 4):
+        model = HybridModel.from_teacher(teacher("llama"), StudentConfig(window=window))
+        with pytest.raises(AttributeError):  # nothing was fitted
+            Calibrate().fit(model, [packed(lengths, rows=3)], lambda layer: None)
+    plain, windowed = (max(int(batch.segment_ids.max()) for batch in part) for part in (seen[:1], seen[1:]))
+    assert plain == len(lengths) and windowed == (1 if joined else len(lengths))
