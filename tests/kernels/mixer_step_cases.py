@@ -230,7 +230,9 @@ def test_windows(window_mix, window, sinks, preset, is_first, launched, attended
 
 @pytest.mark.parametrize("heads, kv_heads, N", [(3, 3, 40), (6, 1, 8), (2, 1, 128)])
 def test_windows_of_other_heads(heads, kv_heads, N):
-    fast, slow = make("cxa079", heads=heads, kv_heads=kv_heads, N=N, qk_norm=False, window=4, sinks=1, window_mix="softmax")
+    fast, slow = make(
+        "cxa079", heads=heads, kv_heads=kv_heads, N=N, qk_norm=False, window=4, sinks=1, window_mix="softmax"
+    )
     assert error(windowed(fast, 7)[0], windowed(slow, 7)[0]) < 1e-6
 
 
@@ -405,7 +407,9 @@ def test_refusals(change, message):
         mixer_step(**arguments(**change))
 
 
-@pytest.mark.parametrize("window", [{}, {"window": 5, "sinks": 2, "window_mix": "softmax"}], ids=["recurrence", "window"])
+@pytest.mark.parametrize(
+    "window", [{}, {"window": 5, "sinks": 2, "window_mix": "softmax"}], ids=["recurrence", "window"]
+)
 @pytest.mark.parametrize("layout", ["all-rwkv", "mixed"])
 def test_generation_by_a_graph_gives_the_tokens_of_the_slow_path(layout, window, launched, attended, monkeypatch):
     """A real graph on a GPU; on a CPU a recorded one. The prompt is left-padded."""

@@ -121,7 +121,9 @@ def test_few_rows_of_many_tokens_are_enough_and_one_row_is_both():
 @pytest.mark.parametrize("lengths, joined", [((60, 4), False), ((16, 16, 16, 16), False), ((15, 17, 16, 10, 6), True)])
 def test_short_documents_are_read_as_one_where_mixers_have_windows(lengths, joined, monkeypatch):
     seen = []
-    monkeypatch.setattr("rwkvinside.hybrid.calibration.calibrate", lambda model, batches, progress: seen.extend(batches))
+    monkeypatch.setattr(
+        "rwkvinside.hybrid.calibration.calibrate", lambda model, batches, progress: seen.extend(batches)
+    )
     for window in (0, 4):
         model = HybridModel.from_teacher(teacher("llama"), StudentConfig(window=window))
         with pytest.raises(AttributeError):  # nothing was fitted
