@@ -96,7 +96,7 @@ class StudentConfig(Section):
     sinks: ByLayer = Field(0, description="First tokens of a document that stay in that window; as window.")
     window_mix: Literal["softmax", "sum"] = Field(
         "softmax",
-        description="How window and recurrence are added: softmax, the recurrence as the value of one more key, or sum.",
+        description="How window and recurrence are joined: softmax, the recurrence as one more key's value, or sum.",
     )
     shift_ratio: Fraction = Field(
         1.0, description="Of init scratch: share of the token shift at the start; 0: each token sees itself alone."

@@ -32,8 +32,7 @@ def init_mixer(
     | v0, k0 | 0.73: 67.5 % of the first layer | -4: 1.8 % | 0.73 - 0.4 lin |
     | r_k | -0.04 | 0 | -0.04 |
     | k_k, k_a | 0.85, 1 | the same | 0.71 - 0.1 lin, 1.02 |
-    | mix_recurrence, mix_window of a sum | 1, 0 | 1, 0 | 1, 1 |
-    | the same within a softmax | 1, 1 | 1, 1 | 1, 1 |
+    | mix_recurrence, mix_window | 1, 0 (softmax: 1, 1) | 1, 0 (1, 1) | 1, 1 |
     | far_key, far_bias, far_growth | 0, 0, 1 | 0, 0, 1 | 0, 0, 1 |
     | w1, a1, v1, k1, g1 | 0 | 0 | 0 |
     | w2, a2, v2, k2 | orthogonal, gain 0.1 max(1, sqrt(rows / cols)) | the same | the same |

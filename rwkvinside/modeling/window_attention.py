@@ -106,8 +106,8 @@ def window_attention(
         inplace: a single token may be written into the memory of `state`.
 
     Returns:
-        What was attended to, in the dtype of v, and the state of each row after the last token, which is of its last document;
-        None with cu_seqlens and without a state, where no row goes on.
+        What was attended to, in the dtype of v, and the state of each row after the last token, which is of its last
+        document; None with cu_seqlens and without a state, where no row goes on.
     """
     q, k = q.to(v.dtype), k.to(v.dtype)
     if mask is not None:  # nothing behind the padding may come through, NaN times zero included
