@@ -68,7 +68,7 @@ def init_mixer(
             channel = torch.arange(parameter.numel()) / parameter.numel()
             mixed = 1 - channel ** (SHIFT_EXPONENTS[name] * (1 - layer / num_layers))
             parameter.copy_((shift_ratio * scratch * mixed).view_as(parameter))
-        elif name in ("w1", "a1", "v1", "k1", "g1"):
+        elif name in ("w1", "a1", "v1", "k1", "g1") or scratch and name.endswith(".bias"):
             parameter.zero_()
         elif name in ("w2", "a2", "v2", "k2", "g2"):
             rows, cols = parameter.shape
@@ -78,8 +78,6 @@ def init_mixer(
             parameter.copy_(fresh)
         elif scratch and name in GAINS:
             parameter.copy_(orthogonal(parameter.shape[0], parameter.shape[1], GAINS[name]))
-        elif scratch and name.endswith(".bias"):
-            parameter.zero_()
 
 
 def _constants(config: TimeMixerConfig, layer: int, num_layers: int, init: str) -> dict[str, Tensor | float]:

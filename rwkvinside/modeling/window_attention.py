@@ -39,7 +39,8 @@ class Beyond(NamedTuple):
         """Return the score (B, T, H), in fp32 at least, of `count` (B, T) tokens."""
         score = self.score if self.score.dtype == torch.float64 else self.score.float()
         count = count[..., None].to(score.dtype)
-        return torch.where(count > 0, score + self.growth.to(score.dtype) * count.clamp(min=1).log(), NOTHING)
+        score = score + self.growth.to(score.dtype) * count.clamp(min=1).log()
+        return score.masked_fill(count <= 0, NOTHING)
 
 
 class Attended(NamedTuple):
