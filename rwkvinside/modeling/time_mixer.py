@@ -19,7 +19,7 @@ from .fused_mixer import is_fused_sequence, mix_fused
 from .mixer_init import init_mixer
 from .mixer_presets import TimeMixerConfig
 from .mixer_step import is_fused, mixer_step
-from .window_attention import Attended, Beyond, WindowState, window_attention
+from .window_attention import Attended, Beyond, Form, WindowState, window_attention
 from .wkv7 import wkv7
 
 DECAY_SCALE = math.exp(-0.5)  # log_decay = -DECAY_SCALE * sigmoid(z) lies in (-0.6065, 0)
@@ -448,9 +448,7 @@ class TimeMixer(nn.Module):
             q,
             k,
             v,
-            window=c.window,
-            sinks=c.sinks,
-            softcap=c.softcap,
+            Form(c.window, c.sinks, c.softcap),
             beyond=self.beyond(q),
             state=state,
             mask=mask,

@@ -79,27 +79,58 @@ class WindowState(NamedTuple):
         return WindowState(*(change(x) for x in self))
 
 
+class Form(NamedTuple):
+    """How to attend.
+
+    Attributes:
+        window, sinks: W >= 1 and S >= 0.
+        softcap: the c of scores c * tanh(score / c); None: scores as they are.
+    """
+
+    window: int
+    sinks: int
+    softcap: float | None = None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
+        """Return softmax attention of q (..., queries, N) to the keys that are allowed, (..., keys, N).
+
+        Where q has more channels than keys, these are the score of one more key, and so is the output's: its weight,
+        zeros.
+        """
+        N = k.shape[-1]
+        if (extra := q.shape[-1] - N) > 0:
+            k, v, allowed = F.pad(k, (0, extra, 0, 1)), F.pad(v, (0, extra, 0, 1)), F.pad(allowed, (0, 1), value=True)
+            k[..., -1, N : N + 2].fill_(1)
+            v[..., -1, N].fill_(1)
+        if self.softcap is None:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=N**-0.5)
+        # no kernel of PyTorch has a soft cap
+        scores = q @ k.mT * N**-0.5
+        scores = scores if scores.dtype == torch.float64 else scores.float()
+        capped = self.softcap * torch.tanh(scores / self.softcap)
+        scores = torch.cat([capped[..., :-1], scores[..., -1:]], -1) if extra > 0 else capped
+        weights = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(-1)
+        return weights.to(v.dtype) @ v
+
+
 def window_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    form: Form,
     *,
-    window: int,
-    sinks: int,
-    softcap: float | None = None,
     beyond: Beyond | None = None,
     state: WindowState | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     inplace: bool = False,
 ) -> tuple[Attended, WindowState | None]:
-    """Attend to the last `window` tokens, the own one included, and to the first `sinks`.
+    """Attend to the last tokens of a window, the own one included, and to the first of the document.
 
     Args:
         q: (B, T, H, N). It and k are cast to the dtype of v, in which everything is kept; softmax in fp32 at least.
         k, v: (B, T, G, N), head h reads h // (H / G).
-        window, sinks: W >= 1 and S >= 0.
-        softcap: the c of scores c * tanh(score / c); None: scores as they are.
+        form: see there.
         beyond: score of what lies beyond the window, without a soft cap; None: that has no part in the softmax.
         state: of the tokens before, of each row, whose first document goes on from it; None at the start of documents.
         mask: (B, T) bool, True = real token, wherever the padding is; it is attended by nobody and gets zeros.
@@ -114,9 +145,9 @@ def window_attention(
     if mask is not None:  # nothing behind the padding may come through, NaN times zero included
         q, k, v = (x.masked_fill(~mask[..., None, None], 0) for x in (q, k, v))
     if beyond is not None:
-        count = _seen(q, state, mask, cu_seqlens) - window - sinks
+        count = _seen(q, state, mask, cu_seqlens) - form.window - form.sinks
         q = _with_score(q, beyond.total(count if mask is None else count.masked_fill(~mask, 0)))
-    out, state = _window(q, k, v, _Form(window, sinks, softcap), state, mask, cu_seqlens, inplace)
+    out, state = _window(q, k, v, form, state, mask, cu_seqlens, inplace)
     N = v.shape[-1]
     return Attended(out[..., :N], None if beyond is None else out[..., N : N + 1]), state
 
@@ -125,7 +156,7 @@ def _window(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    form: _Form,
+    form: Form,
     state: WindowState | None,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
@@ -155,7 +186,7 @@ def _window(
 
 
 def _with_score(q: Tensor, score: Tensor) -> Tensor:
-    """Return q with the score (B, T, H) of one more key in more channels, for `_Form.attend`.
+    """Return q with the score (B, T, H) of one more key in more channels, for `Form.attend`.
 
     Where q has few bits, the second of them has what the first one rounds off.
     """
@@ -193,15 +224,14 @@ def dense_window_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    form: Form,
     *,
-    window: int,
-    sinks: int,
-    softcap: float | None = None,
     beyond: Beyond | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Attended:
     """Return what `window_attention` does, from all (B T)^2 scores: the reference, arguments as there."""
+    window, sinks, softcap = form
     (B, T, H, N), device = q.shape, q.device
     index = torch.arange(B * T, device=device)
     document = index // T if cu_seqlens is None else torch.searchsorted(cu_seqlens.long(), index, right=True)
@@ -224,36 +254,7 @@ def dense_window_attention(
     return Attended(values, None if beyond is None else weights[..., B * T :].transpose(0, 1).unflatten(0, (B, T)))
 
 
-class _Form(NamedTuple):
-    """How to attend; see `window_attention`."""
-
-    window: int
-    sinks: int
-    softcap: float | None
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
-        """Return softmax attention of q (..., queries, N) to the keys that are allowed, (..., keys, N).
-
-        Where q has more channels than keys, these are the score of one more key, and so is the output's: its weight,
-        zeros.
-        """
-        N = k.shape[-1]
-        if (extra := q.shape[-1] - N) > 0:
-            k, v, allowed = F.pad(k, (0, extra, 0, 1)), F.pad(v, (0, extra, 0, 1)), F.pad(allowed, (0, 1), value=True)
-            k[..., -1, N : N + 2] = 1
-            v[..., -1, N] = 1
-        if self.softcap is None:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=N**-0.5)
-        # no kernel of PyTorch has a soft cap
-        scores = q @ k.mT * N**-0.5
-        scores = scores if scores.dtype == torch.float64 else scores.float()
-        capped = self.softcap * torch.tanh(scores / self.softcap)
-        scores = torch.cat([capped[..., :-1], scores[..., -1:]], -1) if extra > 0 else capped
-        weights = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(-1)
-        return weights.to(v.dtype) @ v
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, form: _Form) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, form: Form) -> Tensor:
     """Attend in one sequence of all B * T tokens, real ones first, each of which knows where its document starts."""
     B, T = q.shape[:2]
     start = _starts(q, cu_seqlens)
@@ -275,14 +276,14 @@ def block_size(window: int) -> int:
     return min(max(window, BLOCKS[0]), BLOCKS[1])
 
 
-def _blocks(q: Tensor, k: Tensor, v: Tensor, start: Tensor, form: _Form) -> Tensor:
+def _blocks(q: Tensor, k: Tensor, v: Tensor, start: Tensor, form: Form) -> Tensor:
     """Attend in blocks of queries to the keys of the block, of the W tokens before it, and of the sinks before those.
 
     A block has one document at most that began before its keys: that of its first query. Only that one's first tokens
     have to be fetched.
 
     Args:
-        q, k, v: (tokens, heads, N), documents side by side; q may have more channels, see `_Form.attend`.
+        q, k, v: (tokens, heads, N), documents side by side; q may have more channels, see `Form.attend`.
         start: (tokens,) index of the first token of each one's document.
         form: how to attend.
     """
@@ -333,7 +334,7 @@ def _step(
     v: Tensor,
     state: WindowState,
     mask: Tensor | None,
-    form: _Form,
+    form: Form,
     inplace: bool,
 ) -> tuple[Tensor, WindowState]:
     """Attend with one token of each row, which first takes its slot."""

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rwkvinside.modeling import window_attention as window_module
-from rwkvinside.modeling.window_attention import Beyond, WindowState
+from rwkvinside.modeling.window_attention import Beyond, Form, WindowState
 
 B, H, G, N = 2, 4, 2, 8
 # windows, sinks, and whether what lies beyond has a score; T is at most 150
@@ -32,13 +32,15 @@ def joined(attended):
     return attended.values if attended.beyond is None else torch.cat(attended, -1)
 
 
-def window_attention(q, k, v, *score, growth=GROWTH, **options):
-    attended, state = window_module.window_attention(q, k, v, **beyond_of(score, growth), **options)
+def window_attention(q, k, v, *score, window, sinks, softcap=None, growth=GROWTH, **options):
+    form = Form(window, sinks, softcap)
+    attended, state = window_module.window_attention(q, k, v, form, **beyond_of(score, growth), **options)
     return joined(attended), state
 
 
-def dense_window_attention(q, k, v, *score, growth=GROWTH, **options):
-    return joined(window_module.dense_window_attention(q, k, v, **beyond_of(score, growth), **options))
+def dense_window_attention(q, k, v, *score, window, sinks, softcap=None, growth=GROWTH, **options):
+    form = Form(window, sinks, softcap)
+    return joined(window_module.dense_window_attention(q, k, v, form, **beyond_of(score, growth), **options))
 
 
 def bounds_of(*cuts):
