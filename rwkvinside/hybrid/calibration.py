@@ -41,7 +41,6 @@ HALF_LIVES = tuple(2**e for e in (0.5, 1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12))
 RATES = (0.0005, 0.01, 0.05, 0.15, 0.3, 0.5, 0.7, 0.9)
 ROUNDS = 2  # decay, rate, then both again with the other one's value
 STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)  # of a ridge, in units of the mean second moment
-FAR_SHIFTS = (0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0)  # candidates for each head, of logarithms of odds
 LEAST_ODDS = 0.1  # that a share of zero leaves to what lies beyond a window
 SEARCHED_TOKENS = 4096  # are enough for two numbers a head; the regressions go over all tokens
 
@@ -217,8 +216,6 @@ def _fit(mixer: TimeMixer, inputs: list[_Input]) -> LayerFit:
     searched = _leading(inputs, SEARCHED_TOKENS)
     far_share = _fit_far(mixer, searched) if c.window_mix == "softmax" else []
     error_before = _search(mixer, searched)
-    if far_share:
-        _shift_far(mixer, searched)
     ((weights, error),) = _regress(mixer, inputs)
 
     scale = weights[:, 0]
@@ -302,20 +299,6 @@ def _terms(mixer: TimeMixer, projected: ProjectedInputs, layer_input: _Input) ->
     if mixer.mixer_config.bonus:
         terms.append(times_shared((s.r * s.k).sum(-1, keepdim=True), s.v))
     return [term.float() for term in terms]
-
-
-def _shift_far(mixer: TimeMixer, inputs: list[_Input]) -> None:
-    """Lower the odds of what lies beyond the window as far as suits each head.
-
-    They were fitted to what the teacher gives for it, which the recurrence gives only in part.
-    """
-    fitted, best, error = mixer.far_bias.clone(), mixer.far_bias.clone(), torch.tensor(torch.inf)
-    for shift in FAR_SHIFTS:
-        mixer.far_bias.copy_(fitted + shift)
-        ((_, candidate),) = _regress(mixer, inputs)
-        best = torch.where(candidate < error, mixer.far_bias, best)
-        error = torch.minimum(error.to(candidate), candidate)
-    mixer.far_bias.copy_(best)
 
 
 def _window(mixer: TimeMixer, projected: ProjectedInputs, layer_input: _Input) -> Attended | None:

@@ -6,7 +6,7 @@ head are not: they are products of elements.
 
 from __future__ import annotations
 
-from ..hybrid.calibration import FAR_SHIFTS, HALF_LIVES, RATES, ROUNDS, SEARCHED_TOKENS, STRENGTHS
+from ..hybrid.calibration import HALF_LIVES, RATES, ROUNDS, SEARCHED_TOKENS, STRENGTHS
 from ..hybrid.model import HybridModel
 from ..stages.plan import StagePlan
 from ..stages.shares import held_rows, most_trials
@@ -44,11 +44,10 @@ def calibration_flops(student: HybridModel, plan: StagePlan) -> dict[str, float]
     # the target, its difference, products, each strength tried on a half, what is left; and moments
     regressions = outputs * (4 + len(STRENGTHS) / 2) + sum(2 * C * C for C in widths)
     scored = any(mixer.window and mixer.window_mix == "softmax" for mixer in mixers)
-    shifts = len(FAR_SHIFTS) * scored
     parts = {
         "layers": fitted * (WALKS * (teacher - head) + own - head),
-        "projections": ((SEARCHES + shifts + scored) * searched + 2 * fitted) * before,
-        "recurrence": ((CANDIDATES + shifts) * searched + 2 * fitted) * forward["recurrence"],
+        "projections": ((SEARCHES + scored) * searched + 2 * fitted) * before,
+        "recurrence": (CANDIDATES * searched + 2 * fitted) * forward["recurrence"],
         "output": fitted * regressions,
         "solving": sum((1 + len(STRENGTHS)) * (C**3 / 3 + 2 * C * C * D) for C in widths),
     }
