@@ -37,7 +37,7 @@ LIKELIHOOD = 0.02  # weight of the logarithm of a hypothesis' likelihood beside 
 ROUNDS = 10  # of changes
 REPLACEMENTS, ADDITIONS = 32, 4  # that are embedded for a text in a round; the latter in every gap
 SHARE = 0.5  # of a word's own vector in that of a text, for the estimate
-STEP = 1e-4  # by which a change must bring the vectors closer
+STEP = 0.02  # part of what is missing to a cosine of 1 that a change must bring
 EARLY = 2  # rounds after which only vectors go on whose text is close: others are hardly those of a text
 MET, CLOSE, SAME = 0.95, 0.9, 0.9995  # cosines: the text is found; it is worth looking further; nothing is left to do
 ROWS = 32
@@ -142,7 +142,7 @@ class _Search:
         near = (vectors * self.goals[[i for i, _ in proposals]]).sum(-1).tolist()
         moved = set()
         for (i, text), vector, cosine in zip(proposals, vectors, near, strict=True):
-            if cosine > self.near[i] + STEP:
+            if cosine > self.near[i] + STEP * (1 - self.near[i]):
                 self.texts[i], self.vectors[i], self.near[i] = text, vector, cosine
                 moved.add(i)
         return moved
