@@ -5,7 +5,8 @@
 Operations are what PyTorch dispatches; an op of ours is one. Bytes are those of the inputs and outputs of everything
 that is not a view: of PyTorch's operations, those inside the mixer's ops too, and of the mixer's launches; the ops of
 the recurrence count with their inputs and outputs, not with what they hand from launch to launch. Per token means the
-slope between two lengths: weights and their casts, which many tokens share, drop out.
+slope between two lengths: weights and their casts, which many tokens share, drop out. Launches are counted, not run:
+what they compute is in mixer_cases.py.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rwkvinside.kernels.gpu import mixer as ops
+from rwkvinside.kernels.gpu.launch import Launch
 from rwkvinside.kernels.gpu.op import plan_forward
 from rwkvinside.modeling import time_mixer
 from rwkvinside.modeling.first_layer import FirstLayerKV
@@ -59,7 +61,6 @@ class Count(TorchDispatchMode):
 
         def run(launches, device):
             for launch in launches:
-                launch.run()
                 self.add(f"  {launch.kernel.__name__}", tensors(list(launch.args.values())))
                 self.add("  sums of blocks", tensors([launch.args.get(f"d{name}_") for name in ops.PARAMETERS]))
 
@@ -118,11 +119,13 @@ def measure(fused, T, is_first=False):
         return tensor
 
     hooks, autocast = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16)
-    with Count() as forward, hooks, autocast, mock.patch.object(time_mixer, "is_fused_sequence", return_value=fused):
-        y, *_ = mixer(x, first=None if is_first else first, rope=rope)
-    dy = torch.randn_like(y)
-    with Count() as backward:
-        y.backward(dy)
+    fusion = mock.patch.object(time_mixer, "is_fused_sequence", return_value=fused)
+    with mock.patch.object(Launch, "run"):
+        with Count() as forward, hooks, autocast, fusion:
+            y, *_ = mixer(x, first=None if is_first else first, rope=rope)
+        dy = torch.randn_like(y)
+        with Count() as backward:
+            y.backward(dy)
     return forward, backward, sum(kept.values())
 
 
