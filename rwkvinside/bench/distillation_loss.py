@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data.batch import Targets
 from ..hybrid.lm_head import LMHeadLoss
 from ..losses.chunked import chunk_tokens
 from ..losses.distillation import DistillationLoss
@@ -95,7 +96,7 @@ def _chunks(
     backend: Backend, hidden: Tensor, head: nn.Module, labels: Tensor, teacher_hidden: Tensor, teacher: nn.Module
 ) -> Tensor:
     loss = DistillationLoss(HeadSignal(teacher_hidden[0], teacher), backend=backend)
-    return LMHeadLoss(head)(hidden, labels, loss)[0]
+    return LMHeadLoss(head)(hidden, Targets.of(labels), loss)[0]
 
 
 def _peak_bytes(device: torch.device) -> int:

@@ -101,7 +101,7 @@ def trial_plans(config: Config, run: RunSettings, choice: LayerChoice) -> tuple[
         steps = replace(distill.length, total_tokens=tokens).steps
         warmup = min(distill.optim.warmup_steps, stage.warmup_steps(steps))
         optim = distill.optim.model_copy(update={"warmup_steps": warmup, "rates": {}})
-        own = {"tokens": tokens, "train": ["mixer"], "unfreeze": [], "optim": optim}
+        own = {"tokens": tokens, "train": ["mixer"], "unfreeze": [], "optim": optim, "cuda_graphs": False}
         own |= {"teacher": "auto", "teacher_model": TeacherModelConfig(), "teacher_cache": None}
         rounds.append(_stage_plan(TRIAL, distill.model_copy(update=own), config, run))
     return tuple(rounds)

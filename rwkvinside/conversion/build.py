@@ -31,6 +31,7 @@ from ..support.text import rounded_bytes
 from ..teacher.kinds import TeacherKind
 from ..teacher.load import load_base
 from ..teacher.signals import OfflineTeacher, OnlineTeacher, Teacher
+from ..training.cuda_graphs import CudaRecorder
 from ..training.deepspeed_engine import DeepSpeedEngine
 from ..training.frozen_weights import NAME, read_frozen_weights, write_frozen_weights
 from ..training.gradient_watch import GradientWatch
@@ -193,7 +194,11 @@ def make_engine(
     """
     groups = {name: group.parameters for name, group in rate_groups(student, plan, phase).items()}
     common = student, groups, plan.optim, world, plan.run.precision
-    return DeepSpeedEngine(*common, plan.run.zero, plan.shape) if world.launched else LocalEngine(*common)
+    if not world.launched:
+        return LocalEngine(*common, CudaRecorder(world.device) if plan.settings.cuda_graphs else None)
+    if plan.settings.cuda_graphs:
+        raise UserError(f"stages.{plan.name}.cuda_graphs cannot be true: DeepSpeed trains", "leave it out")
+    return DeepSpeedEngine(*common, plan.run.zero, plan.shape)
 
 
 def work_of(plan: StagePlan, student: HybridModel, kind: TeacherKind | None, teacher: Teacher | None) -> float:

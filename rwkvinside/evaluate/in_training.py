@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..data.batch import IGNORE, Batch
+from ..data.batch import IGNORE, Batch, Targets
 from ..hybrid.carried_rows import CarriedRows
 from ..hybrid.lm_head import Head, logits_function
 from ..hybrid.row_states import RowStates
@@ -89,7 +89,7 @@ def _add(
     mode: str,
     carried: CarriedRows | None = None,
 ) -> None:
-    context = (batch.labels != IGNORE).nonzero()[:, 1] + 1
+    context = batch.targets.positions % batch.labels.shape[1] + 1
     signal = None if teacher is None else teacher.signal(model, batch)
     scores = model(batch, mode=mode, task=TokenScores(signal), carried=carried)
     totals.add(scores.cpu().numpy(), context.cpu().numpy())
@@ -105,16 +105,15 @@ class TokenScores:
 
     signal: TeacherSignal | None
 
-    def run(self, head: Head, hidden: Tensor, labels: Tensor) -> Tensor:
+    def run(self, head: Head, hidden: Tensor, targets: Targets) -> Tensor:
         """Return the scores of the N labeled positions, (4, N), chunk by chunk."""
-        labeled = labels != IGNORE
-        hidden, labels, logits_of = hidden[labeled], labels[labeled], logits_function(head)
+        hidden, logits_of = targets.take(hidden), logits_function(head)
         size, scores = chunk_tokens(head.out_features), []
         with open_chunks(self.signal, size) as chunks:
             for positions in chunk_slices(len(hidden), size):
                 logits = logits_of(hidden[positions])
                 teacher = logits if self.signal is None else _log_probs(next(chunks), head.out_features)
-                scores.append(token_scores(logits[:, : teacher.shape[1]], teacher, labels[positions]))
+                scores.append(token_scores(logits[:, : teacher.shape[1]], teacher, targets.labels[positions]))
         return torch.cat(scores, 1)
 
 
@@ -165,10 +164,10 @@ class Likeliest:
 
     signal: TeacherSignal | None
 
-    def run(self, head: Head, hidden: Tensor, labels: Tensor) -> Tensor:
+    def run(self, head: Head, hidden: Tensor, targets: Targets) -> Tensor:
         """Return the tokens (N,) of the N labeled positions, few enough for one chunk."""
         if self.signal is None:
-            return logits_function(head)(hidden[labels != IGNORE]).argmax(-1)
+            return logits_function(head)(targets.take(hidden)).argmax(-1)
         with open_chunks(self.signal, chunk_tokens(head.out_features)) as chunks:
             return _log_probs(next(chunks), head.out_features).argmax(-1)
 

@@ -37,7 +37,8 @@ class AttentionWrapper(nn.Module):
         """Return output (B, T, D) and attention weights or None, as transformers does.
 
         Mode "align" returns the teacher's output, so that every layer sees the teacher's own activations, and leaves
-        the squared error and the teacher's squared norm (sums over real tokens, fp32) in `forward_context.errors`.
+        the squared error and the teacher's squared norm (sums over real tokens, fp32), where that is asked for, in
+        `forward_context.errors`.
         """
         mode = forward_context.layer_modes.get(self.student_attn.layer_idx, forward_context.mode)
         if mode == "student":
@@ -56,9 +57,10 @@ class AttentionWrapper(nn.Module):
         with torch.no_grad():
             target, weights = self.teacher_attn(hidden_states, **kwargs)
         if forward_context.checkpoint:
-            error, norm = checkpoint(self._error, hidden_states, target, forward_context, kwargs, use_reentrant=False)
+            error = checkpoint(self._error, hidden_states, target, forward_context, kwargs, use_reentrant=False)
         else:
-            error, norm = self._error(hidden_states, target, forward_context, kwargs)
+            error = self._error(hidden_states, target, forward_context, kwargs)
+        norm = _squares(target.float(), forward_context.mask) if forward_context.norms else None
         forward_context.errors[self.student_attn.layer_idx] = (error, norm)
         return target, weights
 
@@ -70,13 +72,12 @@ class AttentionWrapper(nn.Module):
             cu_seqlens=forward_context.cu_seqlens,
         )
 
-    def _error(
-        self, hidden_states: Tensor, target: Tensor, forward_context: ForwardContext, kwargs: dict
-    ) -> tuple[Tensor, Tensor]:
+    def _error(self, hidden_states: Tensor, target: Tensor, forward_context: ForwardContext, kwargs: dict) -> Tensor:
         output, _ = self.student_attn(hidden_states, forward_context=forward_context, **kwargs)
-        target = target.float()
-        error, norm = (output.float() - target).square().sum(-1), target.square().sum(-1)
-        if forward_context.mask is not None:
-            padding = ~forward_context.mask
-            error, norm = error.masked_fill(padding, 0), norm.masked_fill(padding, 0)
-        return error.sum(), norm.sum()
+        return _squares(output.float() - target, forward_context.mask)  # of types that differ: no copy of the target
+
+
+def _squares(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the sum of squares over real tokens of x (B, T, D)."""
+    squares = x.square().sum(-1)
+    return (squares if mask is None else squares.masked_fill(~mask, 0)).sum()

@@ -264,6 +264,8 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, documents: Documents, form
 
 def _one_by_one(query: Tensor, key: Tensor, value: Tensor, documents: Documents, form: _Form) -> Tensor:
     """Attend in one document after the other; (B * T, heads, N) in and out."""
+    if documents.lengths is None:
+        raise RuntimeError("attention in one document after the other needs their lengths, which a CUDA graph has not")
     # split, not slices: the backward of each slice is a full-size zero tensor
     parts = zip(*(x.split(documents.lengths) for x in (query, key, value)), strict=True)
     outputs = [_causal(*(x.transpose(0, 1).unsqueeze(0) for x in part), form) for part in parts]

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data.batch import Targets
 from ..families.base import LogitShape
 
 PLAIN = LogitShape()  # logits are the head's output
@@ -57,14 +58,14 @@ class HeadTask(Protocol):
     Its fields are plain data.
     """
 
-    def run(self, head: Head, hidden: Tensor, labels: Tensor):
+    def run(self, head: Head, hidden: Tensor, targets: Targets):
         """Return the task's result.
 
         Args:
             head: (..., D) -> logits (..., V), with `out_features` = V; to be called by `head.forward`, see
                 `LMHeadLoss`.
             hidden: (B, T, D) final hidden states.
-            labels: (B, T), already shifted; positions with -100 count nowhere.
+            targets: of the batch; other positions count nowhere.
         """
         ...
 
@@ -73,7 +74,7 @@ class HeadTask(Protocol):
 class Logits:
     """All logits of a small batch at once, (B, T, V)."""
 
-    def run(self, head: Head, hidden: Tensor, labels: Tensor) -> Tensor:
+    def run(self, head: Head, hidden: Tensor, targets: Targets) -> Tensor:
         """Return the logits."""
         return head.forward(hidden)
 
@@ -96,9 +97,9 @@ class LMHeadLoss(nn.Module):
         super().__init__()
         self.head, self.shape = head, shape
 
-    def forward(self, hidden: Tensor, labels: Tensor, task: HeadTask):
+    def forward(self, hidden: Tensor, targets: Targets, task: HeadTask):
         """Return the result of the task; arguments as of `HeadTask.run`."""
-        return task.run(shaped(self.head, self.shape), hidden, labels)
+        return task.run(shaped(self.head, self.shape), hidden, targets)
 
 
 def logits_function(head: Head) -> Callable[[Tensor], Tensor]:

@@ -140,6 +140,7 @@ class HybridModel(nn.Module):
         layers: Mapping[int, str] | None = None,
         routers: bool = False,
         carried: CarriedRows | None = None,
+        norms: bool = True,
     ):
         """Run a packed batch.
 
@@ -157,13 +158,14 @@ class HybridModel(nn.Module):
             routers: return what the routers say, too, of a model with experts.
             carried: what the rows begin with, and where the layers leave what they end with; mode "student" only, and
                 the student's attention must be cut to windows. None: rows begin anew.
+            norms: align only: return the norms of the teacher, too.
 
         Returns:
-            "align": {layer: (squared error, squared norm of the teacher)}, 0-d fp32 sums over real tokens;
+            "align": {layer: (squared error, squared norm of the teacher or None)}, 0-d fp32 sums over real tokens;
             otherwise the task's result, or without a task the final hidden states (B, T, D); with `routers` a pair of
             this and a `Routing`.
         """
-        call = replace(self.context(batch, mode, checkpoint, layers or {}), carried=carried)
+        call = replace(self.context(batch, mode, checkpoint, layers or {}), carried=carried, norms=norms)
         adapters = nullcontext() if mode == "student" else disabled(self.lm, but=".student_attn.")
         with torch.set_grad_enabled(torch.is_grad_enabled() and mode not in ("teacher", "control")), adapters:
             asked = {"output_router_logits": True} if routers else {}
@@ -172,7 +174,7 @@ class HybridModel(nn.Module):
                 return call.errors
             result = outputs.last_hidden_state
             if task is not None:  # DeepSpeed warns of positional objects
-                result = self.lm_head_loss(result, labels=batch.labels, task=task)
+                result = self.lm_head_loss(result, targets=batch.targets, task=task)
             return (result, Routing(outputs.router_logits, self.experts_of_a_token)) if routers else result
 
     def train(self, mode: bool = True) -> HybridModel:

@@ -57,6 +57,7 @@ class RowStates:
         if documents.alone:
             return CarriedRows(before, None, None, len(rows))
         # by what the host knows: no device is asked
+        assert documents.lengths is not None, "rows that go on do not run by graphs"
         ends = torch.tensor(documents.lengths).cumsum(0)
         row_ends = torch.arange(1, len(rows) + 1) * batch.input_ids.shape[1]
         last = torch.searchsorted(ends, row_ends)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..data.batch import IGNORE
+from ..data.batch import Targets
 from ..hybrid.lm_head import Head, OpenHead, open_head, wide
 from .divergence import TeacherDistribution
 from .fused import Backend, Comparison, fused_form
@@ -123,29 +123,30 @@ class ChunkedLoss(ABC):
             The loss and then the metrics, 0-d; the gradient (n, at most V) of the first ids, that of the others is 0.
         """
 
-    def run(self, head: Head, hidden: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def run(self, head: Head, hidden: Tensor, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss sum (0-d) and detached metric sums over the same positions.
 
         Arguments as of `HeadTask.run`.
         """
-        labeled = labels != IGNORE
-        hidden, labels, opened = hidden[labeled], labels[labeled], open_head(head)
+        hidden, opened = targets.take(hidden), open_head(head)
+        if targets.real is not None:  # zeros have no part in the gradient of a weight, and get none
+            hidden = hidden.masked_fill(~targets.real[:, None], 0)
         if torch.is_grad_enabled():
-            loss, sums = _Prepared.apply(hidden, labels, self, opened, *opened.parameters)
+            loss, sums = _Prepared.apply(hidden, targets, self, opened, *opened.parameters)
         else:
-            loss, sums, _ = self.over_chunks(hidden, labels, opened, inputs=False, parameters=False)
+            loss, sums, _ = self.over_chunks(hidden, targets, opened, inputs=False, parameters=False)
         return loss, dict(zip(self.metrics, sums.unbind(), strict=True))
 
     def over_chunks(
-        self, hidden: Tensor, labels: Tensor, head: OpenHead, inputs: bool, parameters: bool
+        self, hidden: Tensor, targets: Targets, head: OpenHead, inputs: bool, parameters: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return sums and gradient of one pass over the positions.
 
         Gradients of the head's parameters add up in `head`.
 
         Args:
-            hidden: (N, D) at the positions with a label.
-            labels: (N,) int64.
+            hidden: (N, D) at the positions with a label, zeros where these are not real.
+            targets: of the batch.
             head: from `open_head`.
             inputs, parameters: whether gradients of `hidden` and of the head's parameters are needed.
 
@@ -158,7 +159,7 @@ class ChunkedLoss(ABC):
         with open_chunks(self.signal, size) as chunks:
             for positions in chunk_slices(len(hidden), size):
                 logits = head.forward(hidden[positions])
-                sums += self._chunk(logits, labels[positions], next(chunks), need_grad)
+                sums += self._chunk(logits, targets.part(positions), next(chunks), need_grad)
                 grad = head.backward(logits, inputs) if need_grad else None
                 if grad is not None:
                     grads.append(grad)
@@ -169,14 +170,18 @@ class ChunkedLoss(ABC):
     def _zeros(self, device: torch.device) -> Tensor:
         return torch.zeros(1 + len(self.metrics), dtype=torch.float64, device=device)
 
-    def _chunk(self, logits: Tensor, labels: Tensor, chunk: TeacherChunk | None, need_grad: bool) -> Tensor:
+    def _chunk(self, logits: Tensor, targets: Targets, chunk: TeacherChunk | None, need_grad: bool) -> Tensor:
         """Return the sums of a chunk (1-d, fp64).
 
         Its logits become their own gradient where it is needed.
         """
-        comparison = fused_form(self.backend, self.comparison(chunk), logits)
+        comparison, labels = fused_form(self.backend, self.comparison(chunk), logits), targets.labels
         if comparison is not None:
-            return comparison.rows(logits, labels, need_grad).sum(0, dtype=torch.float64)
+            rows = comparison.rows(logits, labels, need_grad)
+            rows = rows if targets.real is None else rows.masked_fill(~targets.real[:, None], 0)
+            return rows.sum(0, dtype=torch.float64)
+        if targets.real is not None:
+            raise RuntimeError("PyTorch code compares logits at positions that all count: give it no fixed number")
         size = max(1, BLOCK_ELEMENTS[logits.device.type] // logits.shape[1])
         sums = self._zeros(logits.device)
         for block in chunk_slices(len(logits), size):
@@ -195,13 +200,13 @@ class _Prepared(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        labels: Tensor,
+        targets: Targets,
         loss: ChunkedLoss,
         head: OpenHead,
         *parameters: nn.Parameter,
     ) -> tuple[Tensor, Tensor]:
         inputs, _, _, _, *of_head = ctx.needs_input_grad
-        value, sums, grad = loss.over_chunks(hidden, labels, head, inputs, any(of_head))
+        value, sums, grad = loss.over_chunks(hidden, targets, head, inputs, any(of_head))
         of_parameters = [g.to(p.dtype) for g, p in zip(head.gradients, parameters, strict=True)]
         ctx.grads = [grad, None, None, None, *of_parameters]
         ctx.mark_non_differentiable(sums)

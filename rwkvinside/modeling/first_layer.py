@@ -118,8 +118,9 @@ class ForwardContext:
         cu_seqlens: (S + 1,) int32 document boundaries over the flattened B*T tokens, rows included; None when every
             row is one document.
         checkpoint: align only: recompute each mixer in the backward instead of keeping its activations.
+        norms: align only: the norms of the teacher are asked for.
         errors: align only, written per layer: squared error and squared norm of the teacher, both 0-d sums over real
-            tokens.
+            tokens; the latter None where nobody asks for it.
         first: v_first and k_first of this call.
         layer_modes: modes of single layers in place of `mode`; "kept" is "teacher" as a hybrid keeps attention.
         provider: the layer whose own value and key are the first ones of this call, where the first RWKV layer runs its
@@ -132,7 +133,8 @@ class ForwardContext:
     mask: Tensor | None = None
     cu_seqlens: Tensor | None = None
     checkpoint: bool = False
-    errors: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    norms: bool = True
+    errors: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     first: VFirstHolder = field(default_factory=VFirstHolder)
     layer_modes: Mapping[int, str] = field(default_factory=dict)
     provider: int | None = None

@@ -136,7 +136,8 @@ def _low_rank(mixer: TimeMixer, inputs: dict[str, Tensor]) -> dict[str, Factors]
         parts = list((inputs["r"] @ _SideBySide.apply(*downs)).split([down.shape[1] for down in downs], -1))
     low = dict(zip(names, parts, strict=True))
     low["w"], low["g"] = torch.tanh(low["w"]), torch.sigmoid(low["g"])
-    return {name: (part, getattr(mixer, f"{name}2")) for name, part in low.items()}
+    # cast here, once: the op would cast them in its forward and twice in its backward, and their gradients back
+    return {name: (part, getattr(mixer, f"{name}2").to(part.dtype)) for name, part in low.items()}
 
 
 class _SideBySide(torch.autograd.Function):

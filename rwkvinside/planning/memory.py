@@ -19,7 +19,8 @@ With t trainable parameters (fp32 masters), f bytes of the student's other weigh
                  them back when it has to
 
 The peak is the larger of two moments of a step: when the forward of the last layer is done (of one micro-batch a step,
-no gradients are there yet), and when the backward of the first one is (no activations are left). Next to the step there
+no gradients are there yet), and when the backward of the first one is (no activations are left). CUDA graphs keep the
+gradients and all that a micro-batch needs, also while the student is evaluated. Next to the step there
 are saving (DeepSpeed gathers masters and moments on the first rank's host, 12 t; one process writes those that it has)
 and evaluating (a chunk of both models' logits; the last time also the original of a quantized teacher, where memory is
 left for it).
@@ -112,6 +113,7 @@ class EngineSpec:
         offload_optimizer, offload_parameters: to the host's memory.
         shard_teacher: a second model is sharded over the ranks.
         moment_bytes: of the optimizer's states, for each trainable parameter.
+        graphs: micro-batches run as CUDA graphs.
     """
 
     launched: bool = False
@@ -123,6 +125,7 @@ class EngineSpec:
     offload_parameters: bool = False
     shard_teacher: bool = False
     moment_bytes: float = 8.0
+    graphs: bool = False
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,7 @@ def memory_of(weights: StudentMemory, work: StepMemory, engine: EngineSpec, *, c
         sizes["weights"] = weights.whole
     resident = sum(sizes.values())
 
-    gradients, several = _gradients(t, engine, zero), work.micro_batches > 1
+    gradients, several = _gradients(t, engine, zero), work.micro_batches > 1 or engine.graphs
     kept = work.inputs * len(work.kept) + max(work.kept, default=0) if work.inputs else sum(work.kept)
     layer = work.transient * work.tokens + (2 if engine.bf16 else FP32) * weights.unpacked
     chunk = work.chunk + 2 * work.head_copy * engine.bf16
@@ -206,7 +209,7 @@ def memory_of(weights: StudentMemory, work: StepMemory, engine: EngineSpec, *, c
     return Memory(
         device=sizes,
         saving=resident + (gathered if cpu else 0),
-        evaluating=resident + work.judged,
+        evaluating=resident + work.judged + engine.graphs * sum(int(size) for size in step.values()),
         original=work.original,
         offloaded=offloaded,
         loaded=0 if cpu else max(weights.others + FP32 * t + work.teacher, work.original),

@@ -58,6 +58,7 @@ def stage_memory(
         offload_parameters=zero.offload_parameters,
         shard_teacher=plan.settings.teacher_model.shard and launched,
         moment_bytes=moment_bytes(plan.optim.kind) if plan.stage.trains else 0,
+        graphs=plan.settings.cuda_graphs,
     )
     with_attention = kind is TeacherKind.SELF or plan.stage.needs_attention
     in_file = str(model.lm.config.dtype).removeprefix("torch.") == str(run.frozen_dtype).removeprefix("torch.")

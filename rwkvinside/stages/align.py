@@ -33,6 +33,7 @@ class Align(Stage):
     backward = Backward.MIXERS
     needs_attention = True
     reads_targets = False
+    has_graphs = True
 
     @classmethod
     def defaults(cls, width: int, max_positions: int) -> dict:

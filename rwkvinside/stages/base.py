@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 from ..errors import UserError
 from ..support.settings import problem
 from ..teacher.kinds import TeacherKind
+from .cuda_graphs import check_cuda_graphs
 
 if TYPE_CHECKING:
     from torch import nn
@@ -73,6 +74,7 @@ class Stage(ABC):
         packs_validation: is judged on such rows too, so that a validation text of any length counts as a whole.
         in_streams: the rows of a step are of as many places in the text, and each goes on in the next step.
         chooses_layers: decides which layers keep attention in the stages after it.
+        has_graphs: its micro-batches can run as CUDA graphs.
     """
 
     objective: ClassVar[str]
@@ -87,6 +89,7 @@ class Stage(ABC):
     packs_validation: ClassVar[bool] = False
     in_streams: ClassVar[bool] = False
     chooses_layers: ClassVar[bool] = False
+    has_graphs: ClassVar[bool] = False
 
     @property
     def trains(self) -> bool:
@@ -198,6 +201,8 @@ class Stage(ABC):
         """
         student.set_trainable(train)
         self.check(student, plan)
+        if plan.settings.cuda_graphs:
+            check_cuda_graphs(student, plan)
         return self.teacher_kind(student, plan)
 
     def check(self, student: HybridModel, plan: StagePlan) -> None:

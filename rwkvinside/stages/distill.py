@@ -38,6 +38,7 @@ class Distill(Stage):
     large = StageSize("1B", 4096, 131072)
     follows_teacher = True
     has_loss = True
+    has_graphs = True
     ce = 0.0
 
     @classmethod

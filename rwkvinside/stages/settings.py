@@ -49,6 +49,9 @@ class StageConfig(Section):
         description="Pretrain: rows go on from step to step, with the state in which a document was left.",
     )
     activation_checkpointing: bool = Field(False, description="Recompute activations in the backward.")
+    cuda_graphs: bool = Field(
+        False, description="Launch forward and backward as one CUDA graph; align and distill on one GPU in bf16."
+    )
     evaluate_every_tokens: Count | None = Field(None, description="Evaluate this often; null: at the end of the stage.")
     early_stop: EarlyStopConfig | None = Field(
         None, description="End the stage once evaluations stop to improve; null: train on all tokens."

@@ -6,9 +6,10 @@ The trainer divides by the global count.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from ..data.batch import Batch
@@ -36,6 +37,7 @@ class AlignStep:
 
     norms: dict[int, float]
     checkpoint: bool = False
+    _placed: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
     def count(self, batch: Batch) -> int:
         """Return the tokens of a batch."""
@@ -43,8 +45,15 @@ class AlignStep:
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the alignment loss, and by layer under "layers"."""
-        loss, layers = alignment_loss(model(batch, mode="align", checkpoint=self.checkpoint), self.norms)
+        errors = model(batch, mode="align", checkpoint=self.checkpoint, norms=False)
+        loss, layers = alignment_loss(errors, self._norms_on(batch.input_ids.device))
         return loss, {"layers": layers}
+
+    def _norms_on(self, device: torch.device) -> Tensor:
+        """Return the norms in the order of the layers, copied to a device once: a copy waits for it."""
+        if self._placed is None or self._placed.device != device:
+            self._placed = torch.tensor([self.norms[i] for i in sorted(self.norms)], device=device)
+        return self._placed
 
 
 @dataclass

@@ -33,7 +33,7 @@ def training_lines(student: HybridModel, plan: StagePlan, loss: list[str]) -> li
     kind = "" if optim.kind == "adamw" else f"{optim.kind}; "
     return [
         f"steps     {length.steps} of {length.rows_per_step} rows ({length.tokens_per_step} tokens), "
-        f"{plan.shape.micro_rows} rows at a time on each rank",
+        f"{plan.shape.micro_rows} rows at a time on each rank{', as CUDA graphs' * plan.settings.cuda_graphs}",
         f"rates     {kind}{peaks}; warm-up {plan.rates.warmup_steps} steps, {decay}, clip {optim.clip:g}",
         *_early_stop_lines(plan),
         *loss,

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..data.batch import IGNORE, Batch
+from ..data.batch import Batch
 from ..families.registry import find
 from ..hybrid.document_attention import attend_within_documents, run_backbone
 from ..hybrid.lm_head import Head, logits_function, shaped, wide
@@ -51,7 +51,7 @@ class SelfTeacher(Teacher):
 
     def signal(self, model: nn.Module | None, batch: Batch) -> TeacherSignal:
         """Return the distributions of mode "teacher", without adapters."""
-        return HeadSignal(model(batch, mode="teacher")[batch.labels != IGNORE], model.teacher_head)
+        return HeadSignal(batch.targets.take(model(batch, mode="teacher")), model.teacher_head)
 
 
 class OnlineTeacher(Teacher):
@@ -79,7 +79,7 @@ class OnlineTeacher(Teacher):
     @torch.no_grad()
     def signal(self, model: nn.Module | None, batch: Batch) -> TeacherSignal:
         """Return the distributions of the second model."""
-        return HeadSignal(self.module(batch)[batch.labels != IGNORE], self.module.head, self._gathered)
+        return HeadSignal(batch.targets.take(self.module(batch)), self.module.head, self._gathered)
 
 
 class OfflineTeacher(Teacher):

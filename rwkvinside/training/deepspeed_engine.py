@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..support.extras import import_extra
 from .batching import StepShape
+from .cuda_graphs import Sums
 from .deepspeed_config import deepspeed_config, offloads
 from .local_engine import LocalEngine, MetricSums
 from .optimizer import (
@@ -248,7 +249,7 @@ class DeepSpeedEngine:
                 loss, metrics = step(self.module, batch)
             # DeepSpeed averages gradients over the ranks, the loss needs their sum
             self.module.backward(loss * (self.world.size / denominator), scale_wrt_gas=False)
-            sums.add(loss, metrics)
+            sums.add(Sums.of(loss, metrics))
         return sums
 
     def _flats(self) -> Iterator[tuple[str, Tensor]]:

@@ -6,12 +6,14 @@ Training in several processes is in `deepspeed_engine`.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .cuda_graphs import MicroBatchGraphs, Recorder, Sums
 from .optimizer import Groups, build_optimizer, check_names, load_plain_state, plain_state, set_rates, trainable
 from .precision import check_precision, precision_context
 from .process_group import Distributed
@@ -27,13 +29,12 @@ class MetricSums:
 
     def __init__(self) -> None:
         self._rows: list[Tensor] = []
-        self._shapes: dict[str, torch.Size] = {}
+        self._shapes: Mapping[str, torch.Size] = {}
 
-    def add(self, loss: Tensor, metrics: Mapping[str, Tensor]) -> None:
+    def add(self, sums: Sums) -> None:
         """Add the sums of a micro-batch."""
-        self._shapes = {name: metrics[name].shape for name in sorted(metrics)}
-        sums = [loss.detach(), *(metrics[name].detach() for name in self._shapes)]
-        self._rows.append(torch.cat([value.float().reshape(-1) for value in sums]))
+        self._shapes = sums.shapes
+        self._rows.append(sums.row)
 
     def reduce(self, world: Distributed, denominator: int) -> tuple[float, dict[str, float | list[float]], list[float]]:
         """Return the sums over micro-batches and ranks, divided.
@@ -59,6 +60,7 @@ class LocalEngine:
         settings: of AdamW and clipping.
         world: a single process.
         precision: "fp32", or "bf16": forward and loss under `torch.autocast`.
+        recorder: makes the graphs by which micro-batches run (`cuda_graphs`); None: they run without.
 
     Attributes:
         model: the model itself.
@@ -67,7 +69,13 @@ class LocalEngine:
     """
 
     def __init__(
-        self, model: nn.Module, groups: Groups, settings: OptimConfig, world: Distributed, precision: str = "fp32"
+        self,
+        model: nn.Module,
+        groups: Groups,
+        settings: OptimConfig,
+        world: Distributed,
+        precision: str = "fp32",
+        recorder: Recorder | None = None,
     ):
         check_precision(precision)
         self.world = world
@@ -78,6 +86,10 @@ class LocalEngine:
             parameter.data = parameter.data.float()
         self.model = self.module = model.to(world.device)
         self._optimizer = build_optimizer(groups, settings)
+        graphs: MicroBatchGraphs[Any] | None = (
+            None if recorder is None else MicroBatchGraphs(self._micro_batch, recorder)
+        )
+        self._graphs = graphs
 
     def set_rates(self, rates: Mapping[str, float]) -> None:
         """Set the learning rate per group for the next step."""
@@ -93,15 +105,16 @@ class LocalEngine:
             step: the objective.
             denominator: what the loss sum is divided by: the count over all micro-batches and ranks.
         """
-        loss, metrics, losses = self._accumulate(micro_batches, step, denominator).reduce(self.world, denominator)
-        for parameter in self.trainable.values():
-            if parameter.grad is None:  # DeepSpeed updates unused parameters too, so that moments decay alike
-                parameter.grad = torch.zeros_like(parameter)
+        if self._graphs is not None:
+            self._make_gradients()  # a graph adds to those that there are
+        sums = self._accumulate(micro_batches, step, denominator, self._graphs or self._micro_batch)
+        loss, metrics, losses = sums.reduce(self.world, denominator)
+        self._make_gradients()  # DeepSpeed updates unused parameters too, so that moments decay alike
         norm = nn.utils.clip_grad_norm_(self.trainable.values(), self._clip or math.inf)
         result = StepResult(loss, metrics, float(norm), losses)
         if result.finite:
             self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.zero_grad(set_to_none=self._graphs is None)
         return result
 
     def backward(self, micro_batch: AnyBatch, step: Step[AnyBatch]) -> None:
@@ -109,7 +122,9 @@ class LocalEngine:
 
         Hooks can look at it.
         """
-        self._accumulate([micro_batch], step, 1)
+        if self._graphs is not None:
+            self._graphs.release()  # what runs by itself needs as much
+        self._accumulate([micro_batch], step, 1, self._micro_batch)
 
     def full_parameters(self) -> dict[str, Tensor]:
         """Return the trainable parameters by name, fp32 on the CPU.
@@ -153,13 +168,31 @@ class LocalEngine:
         return precision_context(self.precision, self.world.device)
 
     def close(self) -> None:
-        """Release nothing: what there is belongs to torch."""
+        """Release graphs; all else belongs to torch."""
+        if self._graphs is not None:
+            self._graphs.release()
 
-    def _accumulate(self, micro_batches: Sequence[AnyBatch], step: Step[AnyBatch], denominator: int) -> MetricSums:
-        sums = MetricSums()
+    def _accumulate(
+        self, micro_batches: Sequence[AnyBatch], step: Step[AnyBatch], denominator: int, run: Callable[..., Sums]
+    ) -> MetricSums:
+        sums, scale = MetricSums(), torch.full((), 1 / denominator, device=self.world.device)
         for batch in micro_batches:
-            with self.autocast():
-                loss, metrics = step(self.module, batch)
-            (loss / denominator).backward()
-            sums.add(loss, metrics)
+            sums.add(run(batch, step, scale))
         return sums
+
+    def _micro_batch(self, batch: AnyBatch, step: Step[AnyBatch], scale: Tensor) -> Sums:
+        """Run forward and backward of a micro-batch.
+
+        Args:
+            batch, step: as of `train_step`.
+            scale: the gradient of the loss, 0-d.
+        """
+        with self.autocast():
+            loss, metrics = step(self.module, batch)
+        loss.backward(scale.to(loss.dtype))
+        return Sums.of(loss, metrics)
+
+    def _make_gradients(self) -> None:
+        for parameter in self.trainable.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)

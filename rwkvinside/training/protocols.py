@@ -6,7 +6,7 @@ Protocols only. Objectives are in `stages.steps`, batches in `data.batch`; nothi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self, TypeVar
 
@@ -48,6 +48,22 @@ class TrainingBatch(Protocol):
 
     def to(self, device: torch.device) -> Self:
         """Return the same batch on another device."""
+
+    @property
+    def key(self) -> Hashable:
+        """All that the host knows of a `fixed` batch."""
+
+    def fixed(self) -> Self | None:
+        """Return the same batch so that the host knows little more of it than its shape; None: there is no such form.
+
+        All that a step asks of it, without asking a device, is the same for batches of one `key`.
+        """
+
+    def twin(self) -> Self:
+        """Return the same batch in memory of its own."""
+
+    def overwrite(self, other: Self) -> None:
+        """Take the contents of another batch of this `key`, in place."""
 
 
 AnyBatch = TypeVar("AnyBatch", bound=TrainingBatch)

@@ -20,12 +20,11 @@ from torch import Tensor, nn
 
 from ..errors import CONTINUE, Interrupted, UserError
 from .callbacks import Callback
-from .checkpoint import Checkpoint, Checkpointer
+from .checkpoint import Checkpoint, Checkpointer, rng_state, set_rng_state
 from .deepspeed_engine import Engine
 from .metrics import Score
 from .nan_probe import find_nonfinite
 from .protocols import AnyBatch, Carried, RowSource, Step, StepResult
-from .rng import rng_state, set_rng_state
 from .schedule import EarlyEnd, EarlyStop, Schedule, StageLength
 from .settings import EarlyStopConfig
 from .stop_signal import StopSignal

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -59,3 +61,36 @@ def test_twice():
     twice = batch.twice()
     assert twice.input_ids.shape == (8, 7) and twice.rows == 2 * batch.rows
     assert twice.documents.lengths == 2 * batch.documents.lengths and twice.num_targets == 32
+
+
+def test_a_fixed_batch_is_the_same_with_numbers_that_many_share():
+    """Documents end with empty ones, a power of two of them; targets with such that are not real, in eighths."""
+    batch = make_batch([[1, 1, 1, 2, 3, 3, 4, 4]] * 2)
+    batch = replace(batch, labels=batch.labels.index_fill(1, torch.tensor([0]), -100))
+    other = make_batch([[1, 2, 2, 2, 2, 3, 4, 5], [1] * 4 + [2] * 4])
+    other = replace(other, labels=other.labels.flatten().index_fill(0, torch.tensor([0, 5, 9]), -100).view(2, 8))
+    fixed = batch.fixed()
+    assert fixed.key == other.fixed().key == ((2, 8), 9, 14)
+    assert fixed.documents.cu_seqlens.tolist() == [0, 3, 4, 6, 8, 11, 12, 14, 16]
+    assert other.fixed().documents.cu_seqlens.tolist() == [0, 1, 5, 6, 7, 8, 12, 16, 16]
+    assert fixed.documents.lengths is None and fixed.documents.longest == 8
+    assert fixed.targets.real.all() and other.fixed().targets.real.tolist() == [True] * 13 + [False]
+    assert torch.equal(other.fixed().targets.positions[:13], other.targets.positions)
+    hidden = torch.arange(16.0).view(2, 8, 1)
+    assert torch.equal(other.targets.take(hidden)[:, 0], hidden.flatten()[(other.labels != -100).flatten()])
+
+
+def test_one_document_a_row_has_no_table():
+    fixed = make_batch([[1] * 8] * 3).fixed()
+    assert fixed.key == ((3, 8), 0, 24) and fixed.documents.lengths == (8, 8, 8)
+    assert make_batch([[1, 1, 0]]).fixed() is None
+
+
+def test_a_twin_takes_the_contents_of_others_in_its_own_memory():
+    batch, other = make_batch([[1, 1, 1, 2]]).fixed(), make_batch([[1, 2, 2, 2]]).fixed()
+    twin = batch.twin()
+    places = [x.data_ptr() for x in (twin.input_ids, twin.documents.cu_seqlens, *twin.targets)]
+    twin.overwrite(other)
+    assert [x.data_ptr() for x in (twin.input_ids, twin.documents.cu_seqlens, *twin.targets)] == places
+    assert twin.documents.cu_seqlens.tolist() == [0, 1, 4] and batch.documents.cu_seqlens.tolist() == [0, 3, 4]
+    assert torch.equal(twin.segment_ids, other.segment_ids)

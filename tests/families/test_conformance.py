@@ -400,7 +400,7 @@ def test_losses_are_of_the_models_own_logits(family):
         _own_logits(lm, hidden).flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE, reduction="sum"
     )
     found = hidden.detach().requires_grad_()
-    loss, _ = student.lm_head_loss(found, labels=batch.labels, task=NextTokenLoss(chunk_tokens=7))
+    loss, _ = student.lm_head_loss(found, targets=batch.targets, task=NextTokenLoss(chunk_tokens=7))
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     loss.backward()
     expected.backward()

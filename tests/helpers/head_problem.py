@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from rwkvinside.data.batch import Targets
 from rwkvinside.hybrid.lm_head import LMHeadLoss
 from rwkvinside.losses.distillation import DistillationLoss
 from rwkvinside.losses.settings import DistillLossConfig
@@ -44,7 +45,9 @@ def teacher_signal(labels, hidden, weight, bias=None):
 def distill(hidden, head, labels, teacher, config=None, backend="auto"):
     """Loss and metric sums; `teacher` is what `teacher_signal` takes after the labels, or a signal."""
     signal = teacher_signal(labels, *teacher) if isinstance(teacher, list | tuple) else teacher
-    return LMHeadLoss(head)(hidden, labels, DistillationLoss(signal, config or DistillLossConfig(), backend))
+    return LMHeadLoss(head)(
+        hidden, Targets.of(labels), DistillationLoss(signal, config or DistillLossConfig(), backend)
+    )
 
 
 def gradients(loss, hidden, head):

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 HOST_WAITS = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select", "_unique2", "unique_dim")
+INDEX = ("index", "index_put", "index_put_", "_index_put_impl_")  # by booleans they look for their places first
 
 
 class RecordedGraph:
@@ -18,26 +19,32 @@ class RecordedGraph:
         self.calls = []
         self.replays = 0
 
+    @torch.no_grad()
     def replay(self):
         self.replays += 1
         for func, args, kwargs, outputs in self.calls:
             for kept, new in zip(outputs, tensors(func(*args, **kwargs)), strict=True):
                 if kept is not new:
+                    assert kept.shape == new.shape, f"{func} gives other shapes for other values"
                     kept.copy_(new)
 
 
 class Capture(TorchDispatchMode):
     """Takes the place of `torch.cuda.graph`."""
 
-    def __init__(self, graph):
+    def __init__(self, graph, strict=False):
         super().__init__()
-        self.graph, self.before, self.random = graph, [], torch.get_rng_state()
+        self.graph, self.strict, self.before, self.random = graph, strict, [], torch.get_rng_state()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
         assert name not in HOST_WAITS, f"{name} waits for the GPU, which a capture forbids"
         given = tensors((args, kwargs))
+        made = self.strict and name == "lift_fresh"  # also where an item is set to a number, which is no copy
+        assert not made, "a tensor is made of numbers of the host, which a capture cannot copy"
+        looks = name in INDEX and any(x.dtype == torch.bool for x in tensors(args[1]))
+        assert not looks, f"{name} by booleans waits for the GPU, which a capture forbids"
         written = [
             x for x, a in zip(args, func._schema.arguments, strict=False) if a.alias_info and a.alias_info.is_write
         ]
@@ -60,6 +67,26 @@ class Capture(TorchDispatchMode):
         torch.set_rng_state(self.random)
         for x, content in reversed(self.before):
             x.copy_(content)
+
+
+class Recorder:
+    """Takes the place of `training.cuda_graphs.CudaRecorder`.
+
+    Attributes:
+        graphs: that were made.
+    """
+
+    def __init__(self):
+        self.graphs = []
+
+    def warm(self, work):
+        return work()
+
+    def record(self, work):
+        self.graphs.append(RecordedGraph())
+        with Capture(self.graphs[-1], strict=True):
+            result = work()
+        return self.graphs[-1].replay, result
 
 
 def tensors(values):

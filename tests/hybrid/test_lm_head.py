@@ -5,6 +5,7 @@ import torch
 from head_problem import Adapted, linear, problem
 from torch import nn
 
+from rwkvinside.data.batch import Targets
 from rwkvinside.hybrid.lm_head import LMHeadLoss, Logits, logits_function, open_head
 
 
@@ -30,7 +31,7 @@ def test_logits_without_gradients_are_those_of_the_head(head):
     hidden, head, labels, *_ = problem(head=head)
     with torch.no_grad():
         assert torch.equal(logits_function(head)(hidden), head(hidden))
-        assert torch.equal(LMHeadLoss(head)(hidden, labels, Logits()), head(hidden))
+        assert torch.equal(LMHeadLoss(head)(hidden, Targets.of(labels), Logits()), head(hidden))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             found = logits_function(head)(hidden)
             assert found.dtype == torch.bfloat16 and torch.equal(found, head(hidden))

@@ -11,9 +11,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from head_problem import Adapted, distill, gradients, problem, teacher_signal
+from head_problem import Adapted, distill, gradients, linear, problem, teacher_signal
 from torch import nn
 
+from rwkvinside.data.batch import Targets
 from rwkvinside.families.base import LogitShape
 from rwkvinside.hybrid.lm_head import LMHeadLoss, shape_logits
 from rwkvinside.kernels.gpu import kernels, losses
@@ -169,7 +170,9 @@ def test_logits_that_are_divided_or_capped(shape, backend):
     wanted = F.cross_entropy(
         shape_logits(head(hidden), shape).flatten(0, -2), labels.flatten(), ignore_index=-100, reduction="sum"
     )
-    loss, _ = LMHeadLoss(head, shape)(hidden, labels=labels, task=NextTokenLoss(chunk_tokens=8, backend=backend))
+    loss, _ = LMHeadLoss(head, shape)(
+        hidden, targets=Targets.of(labels), task=NextTokenLoss(chunk_tokens=8, backend=backend)
+    )
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-6)
     trained = [hidden, head.weight]
     for got, want in zip(torch.autograd.grad(loss, trained), torch.autograd.grad(wanted, trained), strict=True):
@@ -188,7 +191,7 @@ def test_a_loss_under_autocast(low):
             NextTokenLoss(8, backend),
         ):
             with torch.autocast(DEVICE, dtype=low):
-                value, sums = LMHeadLoss(head)(hidden, labels, loss)
+                value, sums = LMHeadLoss(head)(hidden, Targets.of(labels), loss)
             both.append((value, *sums.values(), *gradients(value, hidden, head)))
     for want, got in zip(both[:2], both[2:], strict=True):
         assert got[0].dtype == torch.float32
@@ -228,6 +231,23 @@ def test_few_positions(labeled):
         assert frozen.item() == loss.item() and not frozen.requires_grad
 
 
+def test_positions_that_are_not_real_count_nowhere():
+    """What fills labeled positions up to a fixed number: no loss, no metric, no gradient of anything."""
+    hidden, head, labels, *teacher = (x.to(DEVICE) for x in problem())
+    targets, teacher_hidden, weight = Targets.of(labels), teacher[0], teacher[1].to(DEVICE)
+    found = []
+    for given in (targets, targets.fixed(len(targets.positions) + 3)):
+        signal = HeadSignal(given.take(teacher_hidden), linear(weight))
+        config = DistillLossConfig(ce=0.3, chunk_tokens=len(targets.positions))
+        own = hidden.clone().requires_grad_()
+        loss, sums = LMHeadLoss(head)(own, given, DistillationLoss(signal, config, "triton"))
+        found.append([loss, *sums.values(), *torch.autograd.grad(loss, [own, *head.parameters()])])
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+    filled = targets.fixed(len(targets.positions) + 3)
+    with pytest.raises(RuntimeError, match="positions that all count"):
+        LMHeadLoss(head)(hidden, filled, NextTokenLoss(backend="torch"))
+
+
 def test_what_the_kernel_does_not_compare_stays_with_pytorch(monkeypatch):
     """By name it is refused; by itself the choice is the device's, and of what is asked."""
     launched = []
@@ -242,7 +262,7 @@ def test_what_the_kernel_does_not_compare_stays_with_pytorch(monkeypatch):
         with pytest.raises(RuntimeError, match="compares all logits"):
             distill(hidden, head, labels, signal, config, backend="triton")
     with pytest.raises(RuntimeError, match="float64"):
-        LMHeadLoss(copy.deepcopy(head).double())(hidden.double(), labels, NextTokenLoss(backend="triton"))
+        LMHeadLoss(copy.deepcopy(head).double())(hidden.double(), Targets.of(labels), NextTokenLoss(backend="triton"))
     assert not launched
     distill(hidden, head, labels, teacher)
     assert len(launched) == (DEVICE == "cuda")

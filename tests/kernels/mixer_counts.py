@@ -142,21 +142,23 @@ def summary(fused, **options):
 
 
 def recurrence_kept():
-    """Return the bytes a token that the recurrence keeps for its backward: inputs, states, rows that b writes."""
+    """Return the bytes a token that the recurrence keeps for its backward: inputs; states and rows that b writes."""
     full, shared = (torch.empty(1, 1, heads, N, dtype=torch.bfloat16, device="meta") for heads in (H, G))
     inputs = (full, full.float(), full, shared, shared, full)
     _, (_, _, starts, u) = plan_forward(*inputs, precision="balanced", capability=None)
     length = u.shape[2]
-    return sum(x.numel() * x.element_size() for x in inputs) + (starts.nbytes + u.nbytes) / length
+    return sum(x.numel() * x.element_size() for x in inputs), (starts.nbytes + u.nbytes) / length
 
 
 def test_a_layer_in_align():
     """Limits a little above what was counted when this was written."""
     found = summary(fused=True)
-    assert found["operations"] <= 40
+    assert found["operations"] <= 50  # of which 10 are casts that the ops would make 20 of
     assert found["bytes"] <= 500e3
-    # in bf16 vectors of the hidden size, outside of what the recurrence itself keeps
-    assert (found["kept"] - recurrence_kept()) / (2 * D) <= 13
+    # in bf16 vectors of the hidden size: what the recurrence itself keeps, and all else
+    inputs, states = (kept / (2 * D) for kept in recurrence_kept())
+    others = found["kept"] / (2 * D) - inputs - states
+    assert (inputs, states) == (12, 18) and others <= 13  # to compute one of them again would leave more than 20
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import torch
 from head_problem import distill, problem
 from triton_worker import run_cases
 
+from rwkvinside.data.batch import Targets
 from rwkvinside.hybrid.lm_head import LMHeadLoss
 from rwkvinside.losses.fused import fused_form
 from rwkvinside.losses.next_token import NextTokenLoss
@@ -31,7 +32,7 @@ def test_a_machine_without_triton_trains_on_its_cpu(monkeypatch):
     assert distill(hidden, head, labels, teacher)[0] > 0
     for run in (
         lambda: distill(hidden, head, labels, teacher, backend="triton"),
-        lambda: LMHeadLoss(head)(hidden, labels, NextTokenLoss(backend="triton")),
+        lambda: LMHeadLoss(head)(hidden, Targets.of(labels), NextTokenLoss(backend="triton")),
     ):
         with pytest.raises(RuntimeError, match="triton is not installed"):
             run()

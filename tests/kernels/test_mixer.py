@@ -15,8 +15,8 @@ def test_properties_in_the_interpreter():
 
 
 @pytest.mark.integration
-def test_what_a_layer_costs():
-    run_cases("mixer_counts.py", interpret=True)
+def test_what_a_layer_and_a_step_cost():
+    run_cases("mixer_counts.py", "step_counts.py", interpret=True)
 
 
 @pytest.mark.gpu

@@ -19,3 +19,9 @@ def test_kept_memory_in_the_interpreter():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_steps_on_a_gpu():
     run_cases("training_cases.py", interpret=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_graphs_on_a_gpu():
+    run_cases("graph_cases.py", interpret=False)

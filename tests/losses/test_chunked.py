@@ -7,6 +7,7 @@ import torch
 from head_problem import Adapted, distill, gradients, linear, problem
 from torch import nn
 
+from rwkvinside.data.batch import Targets
 from rwkvinside.hybrid.lm_head import LinearHead, LMHeadLoss, open_head
 from rwkvinside.losses.chunked import chunk_slices, chunk_tokens, open_chunks
 from rwkvinside.losses.next_token import NextTokenLoss
@@ -56,7 +57,7 @@ def test_gradients_of_a_bf16_head_add_up_in_fp32():
     head = nn.Linear(1, 2, bias=False).bfloat16()
     nn.init.zeros_(head.weight)
     hidden = torch.ones(1, 4096, 1, dtype=torch.bfloat16)
-    loss, _ = LMHeadLoss(head)(hidden, torch.zeros(1, 4096).long(), NextTokenLoss(chunk_tokens=1))
+    loss, _ = LMHeadLoss(head)(hidden, Targets.of(torch.zeros(1, 4096).long()), NextTokenLoss(chunk_tokens=1))
     (grad,) = torch.autograd.grad(loss, [head.weight])
     assert grad.dtype == torch.bfloat16 and grad.flatten().tolist() == [-2048, 2048]
 
@@ -133,5 +134,5 @@ def test_one_chunk_of_logits_a_model_is_in_memory_at_a_time(head, monkeypatch):
     distill(hidden.requires_grad_(), head, labels, teacher, DistillLossConfig(chunk_tokens=8))
     assert len(made) == 2 * 5 and max(alive) == 2  # of 35 positions with a label, of student and teacher
     made.clear(), alive.clear()
-    LMHeadLoss(head)(hidden, labels, NextTokenLoss(8))
+    LMHeadLoss(head)(hidden, Targets.of(labels), NextTokenLoss(8))
     assert len(made) == 5 and max(alive) == 1

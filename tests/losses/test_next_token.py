@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from head_problem import gradients, problem
 
+from rwkvinside.data.batch import Targets
 from rwkvinside.hybrid.lm_head import LMHeadLoss
 from rwkvinside.losses.next_token import NextTokenLoss
 
@@ -15,7 +16,7 @@ def test_cross_entropy_alone(dtype, tolerance):
     hidden.requires_grad_()
     expected = F.cross_entropy(head(hidden)[0], labels[0], reduction="sum")
     for size in (None, 1, 7, 1000):
-        loss, sums = LMHeadLoss(head)(hidden, labels, NextTokenLoss(size))
+        loss, sums = LMHeadLoss(head)(hidden, Targets.of(labels), NextTokenLoss(size))
         assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
         assert sums == {"ce": loss.detach()} and not sums["ce"].requires_grad
         want = torch.autograd.grad(expected, [hidden, head.weight], retain_graph=True)

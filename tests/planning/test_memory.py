@@ -190,3 +190,13 @@ def test_layers_that_are_recomputed_keep_no_bf16_copies_under_zero_3():
 
 def test_cards():
     assert [card_for(size * 10**9) for size in (1, 6.9, 22.9, 23, 78, 500)] == [8, 8, 24, 32, 80, None]
+
+
+def test_graphs_keep_gradients_and_a_micro_batch():
+    """While activations are there, and while the student is evaluated."""
+    weights = StudentMemory(trainable=100, others=50, parameters=150, cast=0, whole=0, unpacked=0, head=0)
+    work = StepMemory(tokens=100, kept=[7, 7], judged=1000)
+    plain, graphed = (memory_of(weights, work, EngineSpec(graphs=graphs), cpu=False) for graphs in (False, True))
+    assert plain.device["activations"] == graphed.device["activations"] == 1400
+    assert "gradients" not in plain.device and graphed.device["gradients"] == 400
+    assert graphed.evaluating - plain.evaluating == 1400 + 400

@@ -64,4 +64,4 @@ def test_align_divides_each_layers_error_by_its_norm():
     errors = hybrid(batch, mode="align")
     assert loss.item() == pytest.approx((errors[0][0] / 2 + errors[2][0] * 2).item() / 2, rel=1e-6)  # sums are fp32
     assert metrics["layers"].tolist() == pytest.approx([errors[0][0].item() / 2, errors[2][0].item() * 2], rel=1e-6)
-    assert torch.equal(loss, alignment_loss(errors, norms)[0])
+    assert torch.equal(loss, alignment_loss(errors, torch.tensor([2.0, 0.5]))[0])

@@ -24,11 +24,10 @@ from toy_training import (
 from rwkvinside.errors import Interrupted, UserError
 from rwkvinside.training import checkpoint as checkpoint_module
 from rwkvinside.training.callbacks import Callback
-from rwkvinside.training.checkpoint import Checkpointer
+from rwkvinside.training.checkpoint import Checkpointer, rng_state, set_rng_state
 from rwkvinside.training.local_engine import LocalEngine
 from rwkvinside.training.metrics import MetricsWriter
 from rwkvinside.training.process_group import Distributed
-from rwkvinside.training.rng import rng_state, set_rng_state
 from rwkvinside.training.schedule import StageLength
 from rwkvinside.training.stop_signal import sigterm_interrupts
 

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ...data.batch import Targets
 from ...hybrid.lm_head import LMHeadLoss
 from ...kernels.gpu.launch import run
 from ...kernels.gpu.losses import plan_compare
@@ -66,14 +67,14 @@ class Case:
         teacher.weight.lerp_(student.weight, 0.8)
         self.device, self.head, self.teacher = device, LMHeadLoss(student), teacher
         self.hidden = 4 * torch.randn(1, tokens, width, device=device)
-        self.labels = torch.randint(0, vocab, (1, tokens), device=device)
+        self.targets = Targets.of(torch.randint(0, vocab, (1, tokens), device=device))
 
     def result(self, backend: Backend, config: DistillLossConfig) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Return loss, metrics and the gradient of the hidden states."""
         hidden = self.hidden.clone().requires_grad_()
         with torch.autocast(self.device, dtype=torch.bfloat16):
             signal = HeadSignal(self.hidden[0], self.teacher)
-            loss, sums = self.head(hidden, self.labels, DistillationLoss(signal, config, backend))
+            loss, sums = self.head(hidden, self.targets, DistillationLoss(signal, config, backend))
         return loss.detach(), sums, torch.autograd.grad(loss, hidden)[0]
 
 

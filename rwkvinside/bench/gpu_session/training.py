@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from .stage import Stage
 
 WARMUP, STEPS = 2, 5
+GRAPHED = ("align", "distill")  # objectives whose graphs are compared with steps without
+GRAPHS_APART = 1e-2  # of losses in bf16: flash attention adds its gradients up in any order
 GIB = 2**30
 
 
@@ -52,31 +54,41 @@ def run(stage: Stage) -> None:
 
     full, some = {"micro_rows": rows}, {"micro_rows": 4}  # 16384 tokens at a time; with fewer a GPU waits for Python
     cases = (  # objective, shape, rows and tokens of a step, more of the plan
+        ("align", small, rows, short, full | {"graphs": True}),
         ("align", small, rows, short, full),
-        ("align", small, rows, short, full | {"fused": False}),
+        ("distill", small, 8, long, some | {"graphs": True}),
         ("distill", small, 8, long, some),
+        ("align", small, rows, short, full | {"fused": False}),
         ("distill", small, 8, long, some | {"fused": False}),
         ("distill", small, 8, long, some | {"window": WINDOW}),
         ("align", large, rows, short, full),
         ("distill", large, 4, long, some | {"checkpointing": True}),
         ("align", small, rows, short, full | {"window": WINDOW}),
+        ("distill", small, 8, long, some | {"document": document, "graphs": True}),
         ("distill", small, 8, long, some | {"document": document}),
         ("distill", small, 8, long, {"micro_rows": 8, "checkpointing": True}),
         ("align", small, rows, short, {}),
         ("distill", small, 4, long, {}),
     )
+    few = replace(small, layers=min(small.layers, 4))
+    for objective in GRAPHED:
+        compared = plan(few, objective, rows, short, micro_rows=max(1, rows // 4))
+        what = f"graphs: losses of {objective} {step_name(compared)}"
+        stage.attempt(what, partial(compare_graphs, compared), needs=10)
     stage.attempt("norms and MLPs fused", partial(compare_layers, rows * short, stage.device), needs=4)
     names, profiled = set(), set()
     for objective, shape, *size, options in cases:
-        packed = options.pop("document", None)
-        kind = objective, shape, "window" in options
-        case = Case(plan(shape, objective, *size, **options), packed)
+        packed, graphs = options.pop("document", None), options.pop("graphs", False)
+        case = Case(with_graphs(plan(shape, objective, *size, **options), graphs), packed)
+        graphed = case.plan.settings.cuda_graphs
+        kind = objective, shape, "window" in options, graphed
         name = f"{objective} {case.name}"
         if name in names:  # without Liger's kernels
             continue
         names.add(name)
         if stage.attempt(name, case.speed, needs=10) and kind not in profiled:
-            stage.attempt(f"{name}: inputs of the recurrence", case.recurrence_inputs)
+            if not graphed:  # whose Python runs no more
+                stage.attempt(f"{name}: inputs of the recurrence", case.recurrence_inputs)
             stage.attempt(f"{name}: kernels of a micro-batch", case.profile, needs=5)
             profiled.add(kind)
         case = None  # its models, before those of the next one
@@ -128,6 +140,7 @@ class Case:
         more = ", recomputed" if self.plan.settings.activation_checkpointing else ""
         more += ", window" if self.plan.run.student.window else ""
         more += ", fused" if self.plan.run.fused_layers else ""
+        more += ", graphed" if self.plan.settings.cuda_graphs else ""
         return step_name(self.plan) + more + (", packed" if self.document else "")
 
     @cached_property
@@ -181,6 +194,35 @@ class Case:
         return {"tokens": training.tokens, "ms": ms} | kernels_of(lambda: take_step(training), self.plan.run.device)
 
 
+def with_graphs(plan: StagePlan, wanted: bool) -> StagePlan:
+    """Return a plan whose micro-batches run as CUDA graphs, or not; on a CPU there are none."""
+    cuda_graphs = wanted and plan.run.device == "cuda"
+    return replace(plan, settings=plan.settings.model_copy(update={"cuda_graphs": cuda_graphs}))
+
+
+def compare_graphs(plan: StagePlan) -> dict:
+    """Return how far the losses of a few steps by graphs are from those of steps without, on packed documents.
+
+    Every step has documents of other lengths. On a CPU there are no graphs, and nothing differs.
+
+    Args:
+        plan: of the stage.
+    """
+    losses = []
+    for one in (with_graphs(plan, True), with_graphs(plan, False)):
+        torch.manual_seed(0)
+        training = Case(one).training
+        found = []
+        for number in range(STEPS):
+            batches = step_batches(one, one.length.seq_len * (60 + number) // 200, first=100 * number)  # four in a row
+            found += take_step(replace(training, batches=batches)).losses
+        losses.append(torch.tensor(found, dtype=torch.float64))
+        del training
+    graphed, wanted = losses
+    worst = ((graphed - wanted) / wanted).abs().max().item()
+    return {"worst": worst, "limit": GRAPHS_APART, "ok": worst <= GRAPHS_APART, "losses": wanted[-1].item()}
+
+
 class FineTuning:
     """Cross-entropy of the teacher itself, the yardstick: the same engine, precision, batch and loop over the head.
 
@@ -230,7 +272,7 @@ class FineTuningStep:
         hidden = model.base_model(
             input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
         ).last_hidden_state
-        return self.loss.run(model.get_output_embeddings(), hidden, batch.labels)
+        return self.loss.run(model.get_output_embeddings(), hidden, batch.targets)
 
 
 def take_step(training: Training) -> StepResult:
@@ -289,11 +331,11 @@ def _predicted(plan: StagePlan) -> dict[str, int]:
     return stage_memory(plan, shapes, kind, teacher).device
 
 
-def step_batches(plan: StagePlan, document: int | None = None) -> list[Batch]:
-    """Return the micro-batches of a step; see `random_batch`."""
+def step_batches(plan: StagePlan, document: int | None = None, first: int = 0) -> list[Batch]:
+    """Return the micro-batches of a step, from a first seed on; see `random_batch`."""
     vocab, shape = (plan.run.teacher.config or {})["vocab_size"], plan.shape
     size = vocab, shape.micro_rows, plan.length.seq_len
-    return [random_batch(*size, plan.run.device, document, seed) for seed in range(shape.micro_batches)]
+    return [random_batch(*size, plan.run.device, document, first + i) for i in range(shape.micro_batches)]
 
 
 def step_name(plan: StagePlan) -> str:

@@ -1,0 +1,77 @@
+"""Where the micro-batches of a stage can run as CUDA graphs (`training/cuda_graphs.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from ..errors import UserError
+from ..teacher.kinds import TeacherKind
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from ..hybrid.model import HybridModel
+    from .plan import StagePlan
+
+LARGEST_HEAD = 256  # of flash attention, which reads where documents end on the GPU
+
+
+def check_cuda_graphs(student: HybridModel, plan: StagePlan) -> None:
+    """Refuse graphs where something that a micro-batch does cannot be recorded, or is not known to be.
+
+    Args:
+        student: whose shapes suffice, with all that the stage trains marked as trainable.
+        plan: of the stage.
+
+    Raises:
+        UserError: says what.
+    """
+    why = next(_obstacles(student, plan), None)
+    if why is not None:
+        raise UserError(f"stages.{plan.name}.cuda_graphs cannot be true: {why}", "leave it out")
+
+
+def _obstacles(student: HybridModel, plan: StagePlan) -> Iterator[str]:
+    run, settings, loss = plan.run, plan.settings, plan.settings.loss
+    if not plan.stage.has_graphs:
+        yield f"it is for align and distill, the objective is {plan.stage.objective}"
+    if run.device != "cuda":
+        yield f"the device is {run.device}"
+    if run.precision != "bf16":
+        yield f"precision is {run.precision}, and only bf16 has kernels that read where documents end on the GPU"
+    if run.ranks > 1:
+        yield f"{run.ranks} processes train, by DeepSpeed"
+    if run.student.backend not in ("auto", "triton"):
+        yield f"student.backend {run.student.backend} asks the GPU where documents end"
+    if plan.layers.adapters:
+        yield "the student has adapters"
+    if student.quantized or settings.teacher_model.quantize:
+        yield "layers are quantized"
+    if settings.activation_checkpointing:
+        yield "activations are recomputed (activation_checkpointing), which saves the state of random numbers"
+    if plan.asked_teacher is TeacherKind.OFFLINE:
+        yield "the teacher's side is read from disk"
+    if loss is not None and loss.top_k is not None:
+        yield "loss.top_k is compared by PyTorch code, at positions that all count"
+    yield from _in_model(student.lm.config)
+    if settings.teacher_model.path is not None:
+        from ..teacher.load import teacher_config
+
+        yield from _in_model(teacher_config(plan.signal_teacher))
+    bias = getattr(student.family.head(student.lm), "bias", None)
+    if bias is not None and bias.requires_grad:
+        yield "the head's bias trains"
+
+
+def _in_model(config: PretrainedConfig) -> Iterator[str]:
+    """Yield what of a teacher's architecture depends on the tokens of a batch."""
+    if getattr(config, "num_experts", None):
+        yield f"{config.model_type} has experts, and how many tokens each gets differs"
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if getattr(config, "attn_logit_softcapping", None) or size % 8 or size > LARGEST_HEAD:
+        yield f"flash attention does not take the heads of {config.model_type}, so documents go one after the other"
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
+    if kinds & {"dynamic", "longrope"}:
+        yield f"the rotation of {config.model_type} asks the GPU for the longest position"
