@@ -153,16 +153,23 @@ def decode(parser: ArgumentParser, argv: Sequence[str]) -> int:
         print()
     if args.score:
         some = both.val.evenly(args.score)
-        numbers |= {"scored": len(some)} | decoding_score(predictor, some, decoder)
+        numbers |= {"scored": len(some)} | decoding_score(predictor, some, decoder, getattr(decoder, "encoder", None))
         same = f"{100 * numbers['decode']:.1f} % of {len(some):,} validation predictions"
         print(f"{same} decode to the true next sentence; F1 of the words {numbers['words']:.3f}")
+        if "nearer" in numbers:
+            nearer = f"{100 * numbers['nearer']:.1f} % lie nearer to the prediction than the true sentence"
+            print(f"of the others {nearer}")
     return _write(args, numbers | {"examples": examples})
 
 
 def inverter(parser: ArgumentParser, argv: Sequence[str]) -> int:
     """Train an inverter, or finish it."""
     _add_settings(parser, data="vectors with their texts", out="directory of the inverter", field="steps=3000")
+    parser.add_argument(
+        "--correct", type=at_least(1), metavar="N", help="see how well N texts of each kind are corrected"
+    )
     args = parser.parse(argv)
+    from ..vectors.decoders.corrector import correction_score
     from ..vectors.decoders.inverter import train_inverter
     from ..vectors.settings import InverterConfig, load_config
 
@@ -170,9 +177,20 @@ def inverter(parser: ArgumentParser, argv: Sequence[str]) -> int:
     result = train_inverter(config)
     for name, numbers in (("texts it has read", result["train"]), ("held-out texts", result["held_out"])):
         if numbers is not None:
-            print(f"{name + ':':<19} {100 * numbers['decode']:.1f} % exactly, F1 of the words {numbers['words']:.3f}")
-    print(f"use it: rwkvinside vectors decode RUN --decoder inverter:{config.out}")
+            print(f"{name + ':':<19} {_agreement(numbers)}")
+    if args.correct:
+        result |= {"correction": (scores := correction_score(Path(config.out), args.correct))}
+        for kind, numbers in scores.items():
+            print(f"{kind.replace('_', ' ') + ':':<19} {_agreement(numbers)}")
+    print(f"use it: rwkvinside vectors decode RUN --decoder inverter:{config.out}, or corrector:{config.out}")
     return _write(args, result)
+
+
+def _agreement(numbers: Mapping[str, float]) -> str:
+    line = f"{100 * numbers['decode']:.1f} % exactly, F1 of the words {numbers['words']:.3f}"
+    if "seconds" in numbers:
+        line += f", cosine {numbers['cosine']:.3f}, {numbers['seconds']:.2f} s each"
+    return line
 
 
 def ensemble(parser: ArgumentParser, argv: Sequence[str]) -> int:

@@ -200,6 +200,14 @@ class Batch:
         """Return all rows, followed by the same rows again."""
         return Batch(**{name: torch.cat([x, x]) for name, x in self._tensors().items()}, rows=2 * self.rows)
 
+    def joined(self) -> Batch:
+        """Return the rows as one document each; labels stay what they are."""
+        return replace(
+            self,
+            position_ids=torch.arange(self.input_ids.shape[1], device=self.input_ids.device).expand_as(self.input_ids),
+            segment_ids=(self.segment_ids > 0).to(self.segment_ids.dtype),
+        )
+
     @property
     def mask(self) -> Tensor:
         """Real tokens as (B, T) bool, False = padding."""

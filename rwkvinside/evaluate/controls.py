@@ -65,11 +65,12 @@ def without_recurrence(student: PreTrainedModel) -> Iterator[int]:
     mixers = [module for module in student.modules() if _is_mixer(module)]
     for mixer in mixers:
         mixer.recur = _silent(mixer)  # type: ignore[assignment]
+        mixer.beyond = lambda q: None  # type: ignore[assignment]  # else a zero would take its share of the softmax
     try:
         yield len(mixers)
     finally:
         for mixer in mixers:
-            del mixer.recur
+            del mixer.recur, mixer.beyond
 
 
 def _is_mixer(module: nn.Module) -> bool:

@@ -30,6 +30,8 @@ from torch import Tensor, nn
 from ..data.batch import Batch
 from ..modeling.first_layer import FirstLayerKV
 from ..modeling.time_mixer import DECAY_SCALE, ProjectedInputs, TimeMixer, times_shared
+from ..modeling.window_attention import Attended
+from .far_scores import Attention, fit_far_scores
 from .gptq import refit
 from .layerwise_teacher import AttentionActivations, LayerwiseStudent, LayerwiseTeacher, MixerInputs
 from .model import HybridModel
@@ -39,6 +41,7 @@ HALF_LIVES = tuple(2**e for e in (0.5, 1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12))
 RATES = (0.0005, 0.01, 0.05, 0.15, 0.3, 0.5, 0.7, 0.9)
 ROUNDS = 2  # decay, rate, then both again with the other one's value
 STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)  # of a ridge, in units of the mean second moment
+LEAST_ODDS = 0.1  # that a share of zero leaves to what lies beyond a window
 SEARCHED_TOKENS = 4096  # are enough for two numbers a head; the regressions go over all tokens
 
 
@@ -54,6 +57,7 @@ class LayerFit:
         rate: in-context learning rate.
         scale: factor of the head's output.
         bonus: weight of the current token.
+        far_share: of the attention to what lies beyond the window, where that has a score.
     """
 
     error: float
@@ -63,6 +67,7 @@ class LayerFit:
     rate: list[float]
     scale: list[float]
     bonus: list[float]
+    far_share: list[float]
 
 
 @dataclass(frozen=True)
@@ -72,25 +77,31 @@ class Calibrated:
     Attributes:
         mixer: the mixer.
         projection: its output projection before the fit, the teacher's; on the CPU, where a GPU has no room for it.
-        fitted: mix_recurrence, mix_window and output projection after it; there, too.
+        fitted: mix_recurrence, mix_window, output projection, and the bias of the score of what lies beyond the window,
+            after it; there, too.
     """
 
     mixer: TimeMixer
     projection: Tensor
-    fitted: tuple[Tensor, Tensor, Tensor]
+    fitted: tuple[Tensor, Tensor, Tensor, Tensor | None]
 
     @classmethod
     def of(cls, mixer: TimeMixer, projection: Tensor) -> Calibrated:
         """Return a mixer as it is, fitted, with its output projection before the fit."""
         tensors = mixer.mix_recurrence, mixer.mix_window, mixer.output.weight
         recurrence, window, output = (x.detach().to("cpu", copy=True) for x in tensors)
-        return cls(mixer, projection, (recurrence, window, output))
+        in_softmax = mixer.mixer_config.window_mix == "softmax"
+        bias = mixer.far_bias.detach().to("cpu", copy=True) if in_softmax else None
+        return cls(mixer, projection, (recurrence, window, output, bias))
 
     @torch.no_grad()
     def keep(self, share: float) -> None:
-        """Give the mixer this share of the fit: at 0 it is its window alone."""
-        recurrence, window, output = self.fitted
-        self.mixer.mix_recurrence.copy_(share * recurrence)
+        """Give the mixer this share of the fit: at 0 it is its window alone, of a softmax nearly so."""
+        recurrence, window, output, bias = self.fitted
+        if bias is None:
+            self.mixer.mix_recurrence.copy_(share * recurrence)
+        else:  # the odds of what lies beyond the window; none at all would leave nothing to learn from
+            self.mixer.far_bias.copy_(bias + math.log(max(share, LEAST_ODDS)))
         self.mixer.mix_window.copy_(1 + share * (window - 1))
         self.mixer.output.weight.copy_(self.projection + share * (output - self.projection))
 
@@ -202,7 +213,9 @@ def _fit(mixer: TimeMixer, inputs: list[_Input]) -> LayerFit:
     H, N = c.num_heads, c.head_size
     if c.bonus:
         mixer.r_k.zero_()  # the recurrence alone; the bonus is a separate term of the regressions
-    error_before = _search(mixer, _leading(inputs, SEARCHED_TOKENS))
+    searched = _leading(inputs, SEARCHED_TOKENS)
+    far_share = _fit_far(mixer, searched) if c.window_mix == "softmax" else []
+    error_before = _search(mixer, searched)
     ((weights, error),) = _regress(mixer, inputs)
 
     scale = weights[:, 0]
@@ -223,7 +236,23 @@ def _fit(mixer: TimeMixer, inputs: list[_Input]) -> LayerFit:
         rate=torch.sigmoid(mixer.a0.view(H, N)).mean(-1).tolist(),
         scale=scale.tolist(),
         bonus=bonus.tolist(),
+        far_share=far_share,
     )
+
+
+def _fit_far(mixer: TimeMixer, inputs: list[_Input]) -> list[float]:
+    """Fit the score of what lies beyond the window; return the share of attention that goes there, by head."""
+    rows = []
+    for layer_input in inputs:
+        projected, batch = _project(mixer, layer_input), layer_input.batch
+        q, k, v = (x.float() for x in (projected.r, projected.key, projected.value))
+        rows.append(Attention(q, k, v, batch.segment_ids, layer_input.weight.float()))
+    score = fit_far_scores(mixer.mixer_config, rows)
+    if score is None:
+        return []
+    for name, value in (("far_key", score.key), ("far_bias", score.bias), ("far_growth", score.growth)):
+        getattr(mixer, name).copy_(value)
+    return score.share.tolist()
 
 
 def _leading(inputs: list[_Input], tokens: int) -> list[_Input]:
@@ -272,12 +301,13 @@ def _terms(mixer: TimeMixer, projected: ProjectedInputs, layer_input: _Input) ->
     return [term.float() for term in terms]
 
 
-def _window(mixer: TimeMixer, projected: ProjectedInputs, layer_input: _Input) -> list[Tensor]:
-    """Return what the window adds to a head's output, no term for a mixer without one; (B, T, H, N) fp32."""
+def _window(mixer: TimeMixer, projected: ProjectedInputs, layer_input: _Input) -> Attended | None:
+    """Return what the window adds to a head's output, in fp32; None for a mixer without one."""
     if not mixer.mixer_config.window:
-        return []
+        return None
     q, k, v = projected.r, projected.key, projected.value
-    return [mixer.window_features(q, k, v, cu_seqlens=layer_input.batch.documents.cu_seqlens)[0].float()]
+    window, _ = mixer.window_features(q, k, v, cu_seqlens=layer_input.batch.documents.cu_seqlens)
+    return Attended(*(None if x is None else x.float() for x in window))
 
 
 def _regress(
@@ -301,11 +331,13 @@ def _regress(
     for layer_input in inputs:
         projected = _project(mixer, layer_input)
         window = _window(mixer, projected, layer_input)
+        exact = [] if window is None else [window.values]
+        weight = projected.gate if window is None or window.beyond is None else projected.gate * window.beyond
         for value, total in zip(values, sums, strict=True):
             if name is not None:
                 getattr(mixer, name).fill_(float(value))
-            terms = [term * projected.gate for term in _terms(mixer, projected, layer_input)]
-            total.add(terms + window, layer_input.heads, layer_input.weight)
+            terms = [term * weight for term in _terms(mixer, projected, layer_input)]
+            total.add(terms + exact, layer_input.heads, layer_input.weight)
     return [total.solve() for total in sums]
 
 
@@ -318,7 +350,7 @@ def _fit_output(mixer: TimeMixer, inputs: list[_Input]) -> float:
             mixer.recurrence_inputs(projected), None, None, layer_input.batch.documents.cu_seqlens
         )
         output = y * projected.gate
-        for window in _window(mixer, projected, layer_input):
+        if (window := _window(mixer, projected, layer_input)) is not None:
             output = mixer.mixed(output, window)
         root = layer_input.weight.sqrt()[..., None]
         features.append((output.flatten(2).float() * root).flatten(0, 1))

@@ -30,6 +30,7 @@ from ..families.registry import find
 from ..modeling.first_layer import ForwardContext
 from ..modeling.kept_attention import grown, is_cut
 from ..modeling.mixer_presets import TimeMixerConfig
+from ..modeling.window_attention import Form as WindowForm
 from ..modeling.window_attention import window_attention
 from .carried_rows import CarriedRows
 
@@ -228,17 +229,17 @@ def _cut(
     if form.scaling is not None:
         query = query * (form.scaling * query.shape[-1] ** 0.5)
     carried: CarriedRows | None = None if context is None else context.carried
-    output, state = window_attention(
-        *(query, key, value),
-        window=window.tokens,
-        sinks=window.sinks,
-        softcap=form.softcap,
+    attended, state = window_attention(
+        query,
+        key,
+        value,
+        WindowForm(window.tokens, window.sinks, form.softcap),
         state=None if carried is None else carried.of_window(module.layer_idx),
         cu_seqlens=documents.cu_seqlens.to(query.device),
     )
     if carried is not None and state is not None:
         carried.leave(module.layer_idx, state)
-    return output
+    return attended.values
 
 
 def _flash_dtype(query: Tensor) -> torch.dtype | None:

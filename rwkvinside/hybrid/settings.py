@@ -94,6 +94,10 @@ class StudentConfig(Section):
         "{0: 64, 1-11: 32, default: 0}: by layer.",
     )
     sinks: ByLayer = Field(0, description="First tokens of a document that stay in that window; as window.")
+    window_mix: Literal["softmax", "sum"] = Field(
+        "softmax",
+        description="How window and recurrence are joined: softmax, the recurrence as one more key's value, or sum.",
+    )
     shift_ratio: Fraction = Field(
         1.0, description="Of init scratch: share of the token shift at the start; 0: each token sees itself alone."
     )
@@ -211,6 +215,7 @@ class StudentConfig(Section):
         values = {name: getattr(self, name) for name in ("detach_first", "backend", "precision")}
         # a number of first tokens is meant for the layers that have a window
         values |= {"window": window, "sinks": at_layer(self.sinks, layer) if window else 0}
+        values |= {"window_mix": self.window_mix} if window else {}
         # the stock mixer's k_a form is a matter of its equations, not a choice
         values |= {} if self.key_scale is None or self.preset == "x070" else {"key_scale": self.key_scale}
         values |= {} if self.key_residual is None else {"key_residual": self.key_residual}

@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .first_layer import ForwardContext
 from .recurrent_cache import can_overwrite, read_state, write_state
 from .rwkv_attention import identity_rotation
-from .window_attention import WindowState, window_attention
+from .window_attention import Form, WindowState, window_attention
 
 IMPLEMENTATION = __name__  # an export that is loaded next to others finds its own function
 
@@ -147,11 +147,12 @@ def _attend_to_window(
     before = read_state(ring, module.layer_idx)
     assert before is None or isinstance(before, WindowState)
     mask, bounds = forward_context.mask, forward_context.cu_seqlens
-    output, state = window_attention(
-        *(x.transpose(1, 2) for x in (query, key, value)),
-        window=module.window,
-        sinks=module.sinks,
-        softcap=softcap,
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    attended, state = window_attention(
+        q,
+        k,
+        v,
+        Form(module.window, module.sinks, softcap),
         state=before,
         mask=None if mask is None else mask.to(query.device),
         cu_seqlens=None if bounds is None else bounds.to(query.device),
@@ -159,7 +160,7 @@ def _attend_to_window(
     )
     if ring is not None and state is not None:
         write_state(ring, module.layer_idx, state, tokens=query.shape[2])
-    return output
+    return attended.values
 
 
 def _of_the_family(module: KeptAttention) -> Callable:

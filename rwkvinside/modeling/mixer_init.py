@@ -32,7 +32,8 @@ def init_mixer(
     | v0, k0 | 0.73: 67.5 % of the first layer | -4: 1.8 % | 0.73 - 0.4 lin |
     | r_k | -0.04 | 0 | -0.04 |
     | k_k, k_a | 0.85, 1 | the same | 0.71 - 0.1 lin, 1.02 |
-    | mix_recurrence, mix_window | 1, 0 | 1, 0 | 1, 1 |
+    | mix_recurrence, mix_window | 1, 0 (softmax: 1, 1) | 1, 0 (1, 1) | 1, 1 |
+    | far_key, far_bias, far_growth | 0, 0, 1 | 0, 0, 1 | 0, 0, 1 |
     | w1, a1, v1, k1, g1 | 0 | 0 | 0 |
     | w2, a2, v2, k2 | orthogonal, gain 0.1 max(1, sqrt(rows / cols)) | the same | the same |
     | g2 | the same orthogonal | and its columns sum to 2, so that the gate starts at 1 | as published |
@@ -67,7 +68,7 @@ def init_mixer(
             channel = torch.arange(parameter.numel()) / parameter.numel()
             mixed = 1 - channel ** (SHIFT_EXPONENTS[name] * (1 - layer / num_layers))
             parameter.copy_((shift_ratio * scratch * mixed).view_as(parameter))
-        elif name in ("w1", "a1", "v1", "k1", "g1"):
+        elif name in ("w1", "a1", "v1", "k1", "g1") or scratch and name.endswith(".bias"):
             parameter.zero_()
         elif name in ("w2", "a2", "v2", "k2", "g2"):
             rows, cols = parameter.shape
@@ -77,8 +78,6 @@ def init_mixer(
             parameter.copy_(fresh)
         elif scratch and name in GAINS:
             parameter.copy_(orthogonal(parameter.shape[0], parameter.shape[1], GAINS[name]))
-        elif scratch and name.endswith(".bias"):
-            parameter.zero_()
 
 
 def _constants(config: TimeMixerConfig, layer: int, num_layers: int, init: str) -> dict[str, Tensor | float]:
@@ -96,7 +95,10 @@ def _constants(config: TimeMixerConfig, layer: int, num_layers: int, init: str) 
         "k_k": 0.71 - 0.1 * _ramp(C) if scratch else 0.85,
         "k_a": 1.02 if scratch else 1.0,
         "mix_recurrence": 1.0,
-        "mix_window": 1.0 if scratch else 0.0,
+        "mix_window": 1.0 if scratch or config.window_mix == "softmax" else 0.0,
+        "far_key": 0.0,
+        "far_bias": 0.0,
+        "far_growth": 1.0,
         "ln_x.weight": ((layer + 1) / num_layers) ** 0.7 if scratch else 1.0,
         "ln_x.bias": 0.0,
         "r_norm.weight": 1.0,

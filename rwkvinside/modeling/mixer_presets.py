@@ -63,6 +63,8 @@ class TimeMixerConfig:
         qkv_bias, output_bias: biases copied from the teacher.
         window, sinks: attend exactly to the last `window` tokens and the first `sinks` of the document, beside the
             recurrence (`window_attention`); 0 and 0: not at all.
+        window_mix: how the window and the recurrence are added: "sum", each with its own weight, or "softmax", in which
+            the recurrence's output is the value of one more key, with a score for all that lies beyond the window.
         softcap: of the scores in that window, where the teacher's have one.
         detach_first: no gradient from later layers into v_first and k_first.
         backend, precision: see `wkv7`.
@@ -93,6 +95,7 @@ class TimeMixerConfig:
     output_bias: bool = False
     window: int = 0
     sinks: int = 0
+    window_mix: str = "sum"
     softcap: float | None = None
     detach_first: bool = False
     backend: str = "auto"
@@ -103,6 +106,7 @@ class TimeMixerConfig:
             ("value_path", self.value_path, ("plain", "residual_kv", "residual_full", "additive")),
             ("key_scale", self.key_scale, ("decay", "log", "k_a")),
             ("norm_over", self.norm_over, ("head", "heads")),
+            ("window_mix", self.window_mix, ("sum", "softmax")),
         ):
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}, allowed: {', '.join(allowed)}")

@@ -111,7 +111,9 @@ def _attend(
     elif not inplace:
         state = WindowState(*(x.clone() for x in state))
     held_k, held_v, seen = state
-    y = kernels.window_step(q, k, v, y, held_k, held_v, seen, mixer.mix_recurrence, mixer.mix_window, c.sinks, mask)
+    weights = mixer.mix_recurrence, mixer.mix_window
+    far = (mixer.far_key, mixer.far_bias, mixer.far_growth) if c.window_mix == "softmax" else ()
+    y = kernels.window_step(q, k, v, y, held_k, held_v, seen, *weights, c.sinks, mask, *far)
     seen.add_(1 if mask is None else mask)
     return y, state
 

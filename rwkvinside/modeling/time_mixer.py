@@ -19,7 +19,7 @@ from .fused_mixer import is_fused_sequence, mix_fused
 from .mixer_init import init_mixer
 from .mixer_presets import TimeMixerConfig
 from .mixer_step import is_fused, mixer_step
-from .window_attention import WindowState, window_attention
+from .window_attention import Attended, Beyond, Form, WindowState, window_attention
 from .wkv7 import wkv7
 
 DECAY_SCALE = math.exp(-0.5)  # log_decay = -DECAY_SCALE * sigmoid(z) lies in (-0.6065, 0)
@@ -162,6 +162,10 @@ class TimeMixer(nn.Module):
         if config.window:
             self.mix_recurrence = nn.Parameter(torch.empty(H, N))  # weights of the gated recurrence and of the window
             self.mix_window = nn.Parameter(torch.empty(H, N))
+            if config.window_mix == "softmax":  # the score of what lies beyond the window
+                self.far_key = nn.Parameter(torch.empty(H, N))
+                self.far_bias = nn.Parameter(torch.empty(H))
+                self.far_growth = nn.Parameter(torch.empty(H))
         if not self.g1.is_meta:
             init_mixer(self, layer, num_layers, init, shift_ratio)
 
@@ -428,7 +432,7 @@ class TimeMixer(nn.Module):
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         inplace: bool = False,
-    ) -> tuple[Tensor, WindowState | None]:
+    ) -> tuple[Attended, WindowState | None]:
         """Attend exactly to the tokens of the window and to the sinks.
 
         Args:
@@ -437,30 +441,37 @@ class TimeMixer(nn.Module):
             mask, cu_seqlens, inplace: as of `forward`.
 
         Returns:
-            (B, T, H, N) for `mixed`, and the window's state; None with cu_seqlens.
+            What `mixed` adds to the recurrence, and the window's state; None with cu_seqlens.
         """
         c = self.mixer_config
         return window_attention(
             q,
             k,
             v,
-            window=c.window,
-            sinks=c.sinks,
-            softcap=c.softcap,
+            Form(c.window, c.sinks, c.softcap),
+            beyond=self.beyond(q),
             state=state,
             mask=mask,
             cu_seqlens=cu_seqlens,
             inplace=inplace,
         )
 
+    def beyond(self, q: Tensor) -> Beyond | None:
+        """Return the score of what lies beyond the window for queries (B, T, H, N); None: the sum has none."""
+        if self.mixer_config.window_mix == "sum":
+            return None
+        return Beyond((_fp32(q) * _fp32(self.far_key)).sum(-1) + _fp32(self.far_bias), _fp32(self.far_growth))
+
     def projected(self, y: Tensor) -> Tensor:
         """Return the layer's output (B, T, D) from what the heads give, (B, T, H * N)."""
         scale = self.mixer_config.output_scale
         return self.output(y if scale == 1 else scale * y)
 
-    def mixed(self, y: Tensor, a: Tensor) -> Tensor:
-        """Return the weighed sum of gated recurrence and window, (B, T, H, N) each."""
-        return self.mix_recurrence.to(y.dtype) * y + self.mix_window.to(a.dtype) * a
+    def mixed(self, y: Tensor, window: Attended) -> Tensor:
+        """Return the weighed sum of gated recurrence (B, T, H, N) and window."""
+        if window.beyond is not None:
+            y = y * window.beyond.to(y.dtype)
+        return self.mix_recurrence.to(y.dtype) * y + self.mix_window.to(window.values.dtype) * window.values
 
     def _low_rank_sigmoid(self, x: Tensor, name: str) -> Tensor:
         bias, down, up = (getattr(self, f"{name}{i}") for i in range(3))

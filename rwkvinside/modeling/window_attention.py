@@ -2,8 +2,10 @@
 
     a_t = softmax over { j : t - W < j <= t, or j < S } of q_t . k_j / sqrt(N), times v_j
 
-j and t count the real tokens of one document; a score may have a soft cap, as Gemma 2's have. `window_attention` is the
-door: sequences go in blocks of queries, in O(T (W + S)) time and memory; single tokens read a ring of constant size.
+j and t count the real tokens of one document; a score may have a soft cap, as Gemma 2's have. What lies beyond the
+window may take part in that softmax as one more key, with a score of its own (`Beyond`) and without a value: the
+window's values then weigh less, and its weight is handed to whoever has a value for it. `window_attention` is the door:
+sequences go in blocks of queries, in O(T (W + S)) time and memory; single tokens read a ring of constant size.
 `dense_window_attention` is the reference. Nothing here asks the device for a number. This file travels with exported
 models: torch only, no I/O.
 """
@@ -18,6 +20,39 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCKS = (64, 128)  # queries of a block: as many as the window has keys, within these, which measured fastest
+SCORE_CHANNELS = 8  # of a score in a query: it needs two, kernels for GPUs want multiples of 8
+NOTHING = -1000.0  # score of what lies beyond the window where nothing does; a bf16 or fp16 takes it, times sqrt(N)
+
+
+class Beyond(NamedTuple):
+    """The score of what lies beyond the window: score + growth * log(number of these tokens).
+
+    Attributes:
+        score: (B, T, H).
+        growth: (H,).
+    """
+
+    score: Tensor
+    growth: Tensor
+
+    def total(self, count: Tensor) -> Tensor:
+        """Return the score (B, T, H), in fp32 at least, of `count` (B, T) tokens."""
+        score = self.score if self.score.dtype == torch.float64 else self.score.float()
+        count = count[..., None].to(score.dtype)
+        score = score + self.growth.to(score.dtype) * count.clamp(min=1).log()
+        return score.masked_fill(count <= 0, NOTHING)
+
+
+class Attended(NamedTuple):
+    """What a window gives.
+
+    Attributes:
+        values: (B, T, H, N), in the dtype of the values, weighed.
+        beyond: (B, T, H, 1), the weight of what lies beyond the window; None where that has no score.
+    """
+
+    values: Tensor
+    beyond: Tensor | None
 
 
 class WindowState(NamedTuple):
@@ -44,39 +79,91 @@ class WindowState(NamedTuple):
         return WindowState(*(change(x) for x in self))
 
 
+class Form(NamedTuple):
+    """How to attend.
+
+    Attributes:
+        window, sinks: W >= 1 and S >= 0.
+        softcap: the c of scores c * tanh(score / c); None: scores as they are.
+    """
+
+    window: int
+    sinks: int
+    softcap: float | None = None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
+        """Return softmax attention of q (..., queries, N) to the keys that are allowed, (..., keys, N).
+
+        Where q has more channels than keys, these are the score of one more key, and so is the output's: its weight,
+        zeros.
+        """
+        N = k.shape[-1]
+        if (extra := q.shape[-1] - N) > 0:
+            k, v, allowed = F.pad(k, (0, extra, 0, 1)), F.pad(v, (0, extra, 0, 1)), F.pad(allowed, (0, 1), value=True)
+            k[..., -1, N : N + 2].fill_(1)
+            v[..., -1, N].fill_(1)
+        if self.softcap is None:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=N**-0.5)
+        # no kernel of PyTorch has a soft cap
+        scores = q @ k.mT * N**-0.5
+        scores = scores if scores.dtype == torch.float64 else scores.float()
+        capped = self.softcap * torch.tanh(scores / self.softcap)
+        scores = torch.cat([capped[..., :-1], scores[..., -1:]], -1) if extra > 0 else capped
+        weights = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(-1)
+        return weights.to(v.dtype) @ v
+
+
 def window_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    form: Form,
     *,
-    window: int,
-    sinks: int,
-    softcap: float | None = None,
+    beyond: Beyond | None = None,
     state: WindowState | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     inplace: bool = False,
-) -> tuple[Tensor, WindowState | None]:
-    """Attend to the last `window` tokens, the own one included, and to the first `sinks`.
+) -> tuple[Attended, WindowState | None]:
+    """Attend to the last tokens of a window, the own one included, and to the first of the document.
 
     Args:
         q: (B, T, H, N). It and k are cast to the dtype of v, in which everything is kept; softmax in fp32 at least.
         k, v: (B, T, G, N), head h reads h // (H / G).
-        window, sinks: W >= 1 and S >= 0.
-        softcap: the c of scores c * tanh(score / c); None: scores as they are.
+        form: see there.
+        beyond: score of what lies beyond the window, without a soft cap; None: that has no part in the softmax.
         state: of the tokens before, of each row, whose first document goes on from it; None at the start of documents.
         mask: (B, T) bool, True = real token, wherever the padding is; it is attended by nobody and gets zeros.
         cu_seqlens: (documents + 1,) bounds over the flattened B * T tokens, row ends included; None: a row each.
         inplace: a single token may be written into the memory of `state`.
 
     Returns:
-        (B, T, H, N) in the dtype of v, and the state of each row after the last token, which is of its last document;
-        None with cu_seqlens and without a state, where no row goes on.
+        What was attended to, in the dtype of v, and the state of each row after the last token, which is of its last
+        document; None with cu_seqlens and without a state, where no row goes on.
     """
     q, k = q.to(v.dtype), k.to(v.dtype)
     if mask is not None:  # nothing behind the padding may come through, NaN times zero included
         q, k, v = (x.masked_fill(~mask[..., None, None], 0) for x in (q, k, v))
-    form = _Form(window, sinks, softcap)
+    if beyond is not None:
+        count = _seen(q, state, mask, cu_seqlens) - form.window - form.sinks
+        q = _with_score(q, beyond.total(count if mask is None else count.masked_fill(~mask, 0)))
+    out, state = _window(q, k, v, form, state, mask, cu_seqlens, inplace)
+    N = v.shape[-1]
+    return Attended(out[..., :N], None if beyond is None else out[..., N : N + 1]), state
+
+
+def _window(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    form: Form,
+    state: WindowState | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    inplace: bool,
+) -> tuple[Tensor, WindowState | None]:
+    """Attend as `window_attention` does; q may have more channels, see `_with_score`."""
+    window, sinks, _ = form
     if q.shape[1] == 1 and cu_seqlens is None:
         return _step(q, k, v, state or empty_state(k, window + sinks), mask, form, inplace)
     if state is None:
@@ -98,18 +185,53 @@ def window_attention(
     return out[:, past:], _advance(state, k, v, mask, window, sinks)
 
 
+def _with_score(q: Tensor, score: Tensor) -> Tensor:
+    """Return q with the score (B, T, H) of one more key in more channels, for `Form.attend`.
+
+    Where q has few bits, the second of them has what the first one rounds off.
+    """
+    N = q.shape[-1]
+    score = score * N**0.5
+    high = score.to(q.dtype)
+    low = (score - high.to(score.dtype)).detach().to(q.dtype)
+    return torch.cat([q, torch.stack([high, low], -1), q.new_zeros(*q.shape[:-1], SCORE_CHANNELS - 2)], -1)
+
+
+def _starts(like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Return the flattened index of the first token of each one's document, (B * T,), for rows like (B, T, ...)."""
+    B, T = like.shape[:2]
+    index = torch.arange(B * T, device=like.device)
+    if cu_seqlens is None:
+        return index // T * T
+    bounds = cu_seqlens.long()
+    return bounds[torch.searchsorted(bounds, index, right=True) - 1]
+
+
+def _seen(like: Tensor, state: WindowState | None, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """Return how many tokens of its document each token (B, T) has seen, itself included."""
+    B, T = like.shape[:2]
+    start = _starts(like, cu_seqlens)
+    real = torch.ones_like(start) if mask is None else mask.flatten().long()
+    count = real.cumsum(0)
+    seen = (count - (count - real)[start]).view(B, T)
+    if state is not None:  # the first document of a row began before it
+        row = torch.arange(B, device=start.device)[:, None] * T
+        seen = seen + torch.where(start.view(B, T) == row, state.seen[:, None], 0)
+    return seen
+
+
 def dense_window_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    form: Form,
     *,
-    window: int,
-    sinks: int,
-    softcap: float | None = None,
+    beyond: Beyond | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-) -> Tensor:
+) -> Attended:
     """Return what `window_attention` does, from all (B T)^2 scores: the reference, arguments as there."""
+    window, sinks, softcap = form
     (B, T, H, N), device = q.shape, q.device
     index = torch.arange(B * T, device=device)
     document = index // T if cu_seqlens is None else torch.searchsorted(cu_seqlens.long(), index, right=True)
@@ -124,42 +246,22 @@ def dense_window_attention(
     scores = q @ k.mT * N**-0.5
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~allowed, -torch.inf)
+    if beyond is not None:
+        count = (position - window - sinks).clamp(min=0).view(B, T)
+        scores = torch.cat([scores, beyond.total(count).flatten(0, 1).t()[..., None].to(scores.dtype)], -1)
     weights = scores.softmax(-1).masked_fill(~real[:, None], 0)  # padding has nothing to attend to
-    return (weights @ v).transpose(0, 1).unflatten(0, (B, T))
+    values = (weights[..., : B * T] @ v).transpose(0, 1).unflatten(0, (B, T))
+    return Attended(values, None if beyond is None else weights[..., B * T :].transpose(0, 1).unflatten(0, (B, T)))
 
 
-class _Form(NamedTuple):
-    """How to attend; see `window_attention`."""
-
-    window: int
-    sinks: int
-    softcap: float | None
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
-        """Return softmax attention of q (..., queries, N) to the keys that are allowed, (..., keys, N)."""
-        if self.softcap is None:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
-        # no kernel of PyTorch has a soft cap
-        scores = q @ k.mT * q.shape[-1] ** -0.5
-        scores = scores if scores.dtype == torch.float64 else scores.float()
-        scores = self.softcap * torch.tanh(scores / self.softcap)
-        weights = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(-1)
-        return weights.to(v.dtype) @ v
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, form: _Form) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, form: Form) -> Tensor:
     """Attend in one sequence of all B * T tokens, real ones first, each of which knows where its document starts."""
     B, T = q.shape[:2]
-    index = torch.arange(B * T, device=q.device)
-    if cu_seqlens is None:
-        start = index // T * T
-    else:
-        bounds = cu_seqlens.long()
-        start = bounds[torch.searchsorted(bounds, index, right=True) - 1]
+    start = _starts(q, cu_seqlens)
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     if mask is None:
         return _blocks(q, k, v, start, form).unflatten(0, (B, T))
-    real = mask.flatten()
+    real, index = mask.flatten(), torch.arange(B * T, device=q.device)
     count = real.cumsum(0)
     place = torch.where(real, count - 1, count[-1] + index - count)  # padding goes to the end
     start = torch.where(real, (count - real.long())[start], place)  # where it attends to itself alone
@@ -174,18 +276,18 @@ def block_size(window: int) -> int:
     return min(max(window, BLOCKS[0]), BLOCKS[1])
 
 
-def _blocks(q: Tensor, k: Tensor, v: Tensor, start: Tensor, form: _Form) -> Tensor:
+def _blocks(q: Tensor, k: Tensor, v: Tensor, start: Tensor, form: Form) -> Tensor:
     """Attend in blocks of queries to the keys of the block, of the W tokens before it, and of the sinks before those.
 
     A block has one document at most that began before its keys: that of its first query. Only that one's first tokens
     have to be fetched.
 
     Args:
-        q, k, v: (tokens, heads, N), documents side by side.
+        q, k, v: (tokens, heads, N), documents side by side; q may have more channels, see `Form.attend`.
         start: (tokens,) index of the first token of each one's document.
         form: how to attend.
     """
-    (tokens, H, N), (window, sinks, _) = q.shape, form
+    (tokens, H, channels), (window, sinks, _) = q.shape, form
     G = k.shape[1]
     size = block_size(window)
     blocks = -(-tokens // size)
@@ -199,10 +301,10 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, start: Tensor, form: _Form) -> Tens
         return local if sinks == 0 else torch.cat([local, x[first.clamp(max=tokens - 1)].transpose(1, 2)], 2)
 
     # the heads that share keys are more queries of the same keys: no kernel has to know of groups
-    q = F.pad(q, (0, 0, 0, 0, 0, more)).view(blocks, size, G, H // G, N).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    q = F.pad(q, (0, 0, 0, 0, 0, more)).view(blocks, size, G, H // G, channels).permute(0, 2, 3, 1, 4).flatten(2, 3)
     allowed = allowed[:, None].expand(-1, H // G, -1, -1).flatten(1, 2)[:, None]
     out = form.attend(q, keys(k), keys(v), allowed)
-    return out.unflatten(2, (H // G, size)).permute(0, 3, 1, 2, 4).reshape(-1, H, N)[:tokens]
+    return out.unflatten(2, (H // G, size)).permute(0, 3, 1, 2, 4).reshape(-1, H, channels)[:tokens]
 
 
 def _allowed(start: Tensor, window: int, sinks: int) -> Tensor:
@@ -232,13 +334,13 @@ def _step(
     v: Tensor,
     state: WindowState,
     mask: Tensor | None,
-    form: _Form,
+    form: Form,
     inplace: bool,
 ) -> tuple[Tensor, WindowState]:
     """Attend with one token of each row, which first takes its slot."""
     window, sinks, _ = form
-    B, _, H, N = q.shape
-    G, slots = state.k.shape[1:3]
+    B, _, H, channels = q.shape
+    G, slots, N = state.k.shape[1:]
     seen = state.seen
     slot = torch.where(seen < sinks, seen, sinks + (seen - sinks) % window)
     at = slot.view(B, 1, 1, 1).expand(B, G, 1, N)
@@ -253,8 +355,8 @@ def _step(
     state = WindowState(put(state.k, k), put(state.v, v), seen.add_(more) if inplace else seen + more)
     filled = torch.arange(slots, device=q.device) < state.seen.clamp(min=1)[:, None]
     out = form.attend(
-        q.reshape(B, G, H // G, N), state.k.to(q.dtype), state.v.to(q.dtype), filled[:, None, None]
-    ).reshape(B, 1, H, N)
+        q.reshape(B, G, H // G, channels), state.k.to(q.dtype), state.v.to(q.dtype), filled[:, None, None]
+    ).reshape(B, 1, H, channels)
     return out if mask is None else out.masked_fill(~mask[..., None, None], 0), state
 
 

@@ -20,7 +20,7 @@ from ..families.fused_layers import is_gated, norm_form
 from ..hybrid.model import HybridModel
 from ..modeling.mixer_presets import TimeMixerConfig
 from ..modeling.time_mixer import TimeMixer
-from ..modeling.window_attention import block_size
+from ..modeling.window_attention import SCORE_CHANNELS, block_size
 
 FP32 = 4
 
@@ -168,7 +168,7 @@ def _mixer(mixer: TimeMixer, low: int, stream: int) -> int:
     total += k_residual * (FP32 + turned) * K
     total += (turned if c.bonus else low) * C + low * 2 * C  # y, the gate, and their product
     total += FP32 * (C + 2 * H) * c.group_norm
-    return int(total + (_window(c, low, turned if c.bonus else low) if c.window else 0))
+    return int(total + (_window(c, low, turned if c.bonus else low, turned) if c.window else 0))
 
 
 def _fused_mixer(mixer: TimeMixer, low: int) -> int:
@@ -192,24 +192,34 @@ def _fused_mixer(mixer: TimeMixer, low: int) -> int:
     total += H * kernels.kept_beside_inputs(N, bf16=low != FP32)
     total += low * C + FP32 * H * c.bonus + low * C  # its output, the bonus, and the input of the output projection
     total += (low * C + FP32 * 2 * H) * c.group_norm
-    return int(total + (_window(c, low, low) if c.window else 0))
+    return int(total + (_window(c, low, low, low) if c.window else 0))
 
 
-def _window(c: TimeMixerConfig, low: int, gated: int) -> float:
-    """Return the bytes that a window keeps; the gated recurrence next to it has `gated` bytes a number."""
-    H, N = c.num_heads, c.head_size
+def _window(c: TimeMixerConfig, low: int, gated: int, turned: int) -> float:
+    """Return the bytes that a window keeps.
+
+    The gated recurrence next to it has `gated` bytes a number, the query `turned`.
+    """
+    H, N, scored = c.num_heads, c.head_size, c.window_mix == "softmax"
     # beside what is attended: the result in the order of tokens, and the gated recurrence, which their weights are
     # multiplied with
-    return _attended(H, c.num_kv_heads, N, c.window, c.sinks, c.softcap, low) + (low + gated) * H * N
+    total = _attended(H, c.num_kv_heads, N, c.window, c.sinks, c.softcap, low, scored) + (low + gated) * H * N
+    if not scored:
+        return total
+    # the result's weight of what lies beyond and its padding, the recurrence before it is weighed, the query in fp32
+    return total + low * H * SCORE_CHANNELS + gated * H * N + FP32 * H * N * (turned != FP32)
 
 
-def _attended(H: int, G: int, N: int, window: int, sinks: int, softcap: float | None, low: int) -> float:
-    """Return the bytes that attention in blocks of queries keeps."""
+def _attended(
+    H: int, G: int, N: int, window: int, sinks: int, softcap: float | None, low: int, scored: bool = False
+) -> float:
+    """Return the bytes that attention in blocks of queries keeps; `scored`: with a score of what lies beyond."""
     size = block_size(window)
-    seen = size + window + sinks  # keys of a block of queries, which the mask has as numbers for each query
-    copies = seen / size if sinks else 1.0  # of keys and values; views where no sinks are put next to them
+    seen = size + window + sinks + scored  # keys of a block of queries, which the mask has as numbers for each query
+    copies = seen / size if sinks or scored else 1.0  # of keys and values; views where nothing is put next to them
+    channels = N + SCORE_CHANNELS * scored
     # queries, the output, sums of weights
-    plain = low * (2 * H * N + 2 * copies * G * N + H // G * seen) + FP32 * H
+    plain = low * (2 * H * channels + 2 * copies * G * channels + H // G * seen) + FP32 * H
     if softcap is None:
         return plain
     # no kernel: the capped scores and the weights in fp32, these in the products' type too, and the mask

@@ -43,9 +43,10 @@ def calibration_flops(student: HybridModel, plan: StagePlan) -> dict[str, float]
     before = forward["mixer.proj"] - outputs + forward["mixer.lora"] + forward.get("window", 0)
     # the target, its difference, products, each strength tried on a half, what is left; and moments
     regressions = outputs * (4 + len(STRENGTHS) / 2) + sum(2 * C * C for C in widths)
+    scored = any(mixer.window and mixer.window_mix == "softmax" for mixer in mixers)
     parts = {
         "layers": fitted * (WALKS * (teacher - head) + own - head),
-        "projections": (SEARCHES * searched + 2 * fitted) * before,
+        "projections": ((SEARCHES + scored) * searched + 2 * fitted) * before,
         "recurrence": (CANDIDATES * searched + 2 * fitted) * forward["recurrence"],
         "output": fitted * regressions,
         "solving": sum((1 + len(STRENGTHS)) * (C**3 / 3 + 2 * C * C * D) for C in widths),

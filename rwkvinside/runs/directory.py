@@ -213,7 +213,7 @@ class RunDirectory:
             raise UserError(f"{file} is damaged: {error}", "use another run directory") from error
         if not isinstance(config, dict):
             raise UserError(f"{file} is damaged: it is not a mapping of settings", "use another run directory")
-        return config
+        return _as_it_was(config)
 
     def _earlier_configs(self) -> list[Path]:
         """Return the files of the configurations that the run had before, oldest first."""
@@ -307,9 +307,10 @@ class RunDirectory:
 def settings_digest(config: Mapping) -> str:
     """Return a digest of a configuration, of plain values.
 
-    Where the run and the teacher are does not count.
+    Where the run and the teacher are does not count, nor does what `_as_it_was` adds.
     """
-    return digest_of({key: value for key, value in flat_settings(config) if key not in MOVABLE})
+    settings = {key: value for key, value in flat_settings(config) if key not in MOVABLE}
+    return digest_of({key: value for key, value in settings.items() if (key, value) != ("student.window_mix", "sum")})
 
 
 def absolute(config: Config) -> Config:
@@ -325,6 +326,14 @@ def absolute(config: Config) -> Config:
 def _plain(config: Config) -> dict:
     """Return what `RunDirectory.config` finds after `describe`."""
     return yaml.safe_load(to_yaml(config))
+
+
+def _as_it_was(written: dict) -> dict:
+    """Return a configuration with what it meant when it was written, where a field's default is another one now."""
+    student = written.get("student")
+    if isinstance(student, dict) and student.get("window") and "window_mix" not in student:
+        return written | {"student": student | {"window_mix": "sum"}}
+    return written
 
 
 def _with_defaults(written: dict) -> dict:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,6 +43,7 @@ class Embedder:
         dim: their width.
         sha256: of the model's weights; None without a model.
         function: from a batch of texts to (B, dim).
+        vocabulary: whole words that its tokenizer knows; none without a tokenizer.
     """
 
     name: str
@@ -50,16 +51,22 @@ class Embedder:
     dim: int
     sha256: str | None
     function: Callable[[Sequence[str]], Tensor]
+    vocabulary: tuple[str, ...] = ()
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Return the vectors (N, dim) of texts, fp32; long work shows progress."""
+        with Progress(self.name, len(texts), unit="sentences") as progress:
+            return self.quietly(texts, progress.advance)
+
+    @torch.no_grad()
+    def quietly(self, texts: Sequence[str], advance: Callable[[int], None] = lambda count: None) -> Tensor:
+        """Return the vectors (N, dim) of texts, fp32; `advance` is told how many more are done."""
         by_length = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # batches of like lengths pad little
         vectors = torch.empty(len(texts), self.dim)
-        with torch.no_grad(), Progress(self.name, len(texts), unit="sentences") as progress:
-            for start in range(0, len(texts), BATCH):
-                index = by_length[start : start + BATCH]
-                vectors[index] = self.function([texts[i] for i in index]).float().cpu()
-                progress.advance(len(index))
+        for start in range(0, len(texts), BATCH):
+            index = by_length[start : start + BATCH]
+            vectors[index] = self.function([texts[i] for i in index]).float().cpu()
+            advance(len(index))
         return vectors
 
 
@@ -79,6 +86,32 @@ def embedder(spec: str) -> Embedder:
     if kind == "st" and path:
         return _sentence_transformer(Path(path))
     raise UserError(f"embedder {spec!r} is not known", f"embedders: {', '.join(EMBEDDERS)}")
+
+
+def embedder_of(card: Mapping, instead: str) -> Embedder:
+    """Return the embedder that made the vectors of a store.
+
+    Args:
+        card: of the store.
+        instead: what can be done without it.
+
+    Raises:
+        UserError: the card names none, it is not available here, or its weights are others.
+    """
+    if "embedder" not in card:
+        raise UserError(f"vectors of {card.get('space')} name no embedder", instead)
+    try:
+        found = embedder(card["embedder"])
+    except UserError as error:
+        raise UserError(
+            f"the embedder of these vectors is needed again: {error.cause}", f"{error.hint}; or {instead}"
+        ) from error
+    if found.sha256 != card.get("model_sha256"):
+        raise UserError(
+            f"embedder {found.name} has SHA-256 {found.sha256}, these vectors are of {card.get('model_sha256')}",
+            f"embed the text again; or {instead}",
+        )
+    return found
 
 
 def hashed(text: str) -> Tensor:
@@ -105,13 +138,13 @@ def _minilm() -> Embedder:
             f"{folder / 'model.safetensors'} has SHA-256 {digest}, not that of all-MiniLM-L6-v2 ({MINILM_SHA256})",
             "install the package again; do not use these weights",
         )
-    encode, dim = _encoder(folder)
-    return Embedder("minilm", "all-MiniLM-L6-v2", dim, digest, lambda texts: F.normalize(encode(texts), dim=-1))
+    encode, dim, words = _encoder(folder)
+    return Embedder("minilm", "all-MiniLM-L6-v2", dim, digest, lambda texts: F.normalize(encode(texts), dim=-1), words)
 
 
 def _mean(folder: Path) -> Embedder:
-    encode, dim = _encoder(folder)
-    return Embedder(f"mean:{folder}", f"mean:{folder.resolve().name}", dim, _weights_digest(folder), encode)
+    encode, dim, words = _encoder(folder)
+    return Embedder(f"mean:{folder}", f"mean:{folder.resolve().name}", dim, _weights_digest(folder), encode, words)
 
 
 def _sentence_transformer(folder: Path) -> Embedder:
@@ -128,11 +161,12 @@ def _sentence_transformer(folder: Path) -> Embedder:
         return model.encode(list(texts), convert_to_tensor=True, show_progress_bar=False)
 
     dim = encode(["."]).shape[-1]
-    return Embedder(f"st:{folder}", f"st:{folder.resolve().name}", dim, _weights_digest(folder), encode)
+    name, space = f"st:{folder}", f"st:{folder.resolve().name}"
+    return Embedder(name, space, dim, _weights_digest(folder), encode, _words(model.tokenizer.get_vocab()))
 
 
-def _encoder(folder: Path) -> tuple[Callable[[Sequence[str]], Tensor], int]:
-    """Return the mean-pooled last hidden states of a local encoder, and their width."""
+def _encoder(folder: Path) -> tuple[Callable[[Sequence[str]], Tensor], int, tuple[str, ...]]:
+    """Return the mean-pooled last hidden states of a local encoder, their width, and the words of its vocabulary."""
     _check_folder(folder)
     from transformers import AutoConfig, AutoModel, AutoTokenizer, T5EncoderModel
 
@@ -149,7 +183,15 @@ def _encoder(folder: Path) -> tuple[Callable[[Sequence[str]], Tensor], int]:
         hidden, mask = model(**inputs).last_hidden_state, inputs["attention_mask"][..., None]
         return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
 
-    return encode, config.hidden_size if config.model_type != "t5" else config.d_model
+    width = config.hidden_size if config.model_type != "t5" else config.d_model
+    return encode, width, _words(tokenizer.get_vocab())
+
+
+def _words(tokens: Iterable[str]) -> tuple[str, ...]:
+    """Return the tokens that are whole words: those after a mark as of SentencePiece; without marks all but pieces."""
+    tokens = sorted(tokens)
+    marked = [token[1:] for token in tokens if token[0] in "▁Ġ"]
+    return tuple(word for word in marked or tokens if len(word) > 1 and word.isalpha())
 
 
 def _check_folder(folder: Path) -> None:

@@ -13,7 +13,7 @@ from . import losses
 from .data import VectorBatch, Windows
 from .decoders.registry import build_decoder
 from .diffusion import LatentDiffusion
-from .embedders import embedder
+from .embedders import embedder_of
 from .model import VectorModel
 from .settings import LossConfig
 
@@ -99,12 +99,13 @@ def read_again(spec: str, train: Windows) -> Callable[[Tensor], Tensor]:
         train: windows; retrieval finds their targets alone.
 
     Raises:
-        UserError: see `build_decoder` and `embedder`.
+        UserError: see `build_decoder` and `embedder_of`.
     """
     if spec == "retrieval":
         stored = F.normalize(train.data.vectors[train.targets], dim=-1)
         return lambda y: stored.to(y)[(F.normalize(y, dim=-1) @ stored.to(y).T).argmax(1)]
-    decoder, encoder = build_decoder(spec, train.data), embedder(str(train.data.card.get("embedder")))
+    encoder = embedder_of(train.data.card, "use loss.loop_decoder=retrieval")
+    decoder = build_decoder(spec, train.data)
     return lambda y: encoder.encode(decoder.decode(y.cpu())).to(y)
 
 

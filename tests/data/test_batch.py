@@ -63,6 +63,15 @@ def test_twice():
     assert twice.documents.lengths == 2 * batch.documents.lengths and twice.num_targets == 32
 
 
+def test_joined_rows_are_one_document_each():
+    batch = make_batch(SEGMENTS)
+    joined = batch.joined()
+    assert torch.equal(joined.segment_ids, torch.tensor(SEGMENTS).clamp(max=1).int())
+    assert torch.equal(joined.position_ids, torch.arange(7).expand(4, -1)) and joined.rows == batch.rows
+    assert torch.equal(joined.labels, batch.labels) and joined.documents.lengths == (5, 2, 7, 4, 3, 7)
+    assert not joined.goes_on.any()
+
+
 def test_a_fixed_batch_is_the_same_with_numbers_that_many_share():
     """Documents end with empty ones, a power of two of them; targets with such that are not real, in eighths."""
     batch = make_batch([[1, 1, 1, 2, 3, 3, 4, 4]] * 2)

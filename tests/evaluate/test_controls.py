@@ -22,7 +22,22 @@ def test_without_its_recurrence_a_mixer_knows_only_its_own_token():
         assert count == 1
         assert torch.equal(mixer(x, first=None)[0][:, 1:], mixer(changed, first=None)[0][:, 1:])
     assert not torch.equal(mixer(x, first=None)[0][:, 1:], mixer(changed, first=None)[0][:, 1:])
-    assert "recur" not in vars(mixer)
+    assert not vars(mixer).keys() & {"recur", "beyond"}
+
+
+def test_without_its_recurrence_a_window_has_the_softmax_for_itself():
+    config = TimeMixerConfig.from_preset(
+        "cxa079", hidden_size=16, num_heads=2, num_kv_heads=1, head_size=8, qk_norm=False, rope=False, window=2
+    )
+    alone, mixer = (TimeMixer(config.replace(window_mix=mix), True) for mix in ("sum", "softmax"))
+    mixer.load_state_dict(alone.state_dict(), strict=False)
+    alone.mix_window.data.fill_(1)
+    mixer.far_bias.data.fill_(1)
+    x = torch.randn(1, 6, 16)
+    with without_recurrence(alone), without_recurrence(mixer):
+        mixer.mix_window.data.fill_(1)
+        torch.testing.assert_close(mixer(x, first=None)[0], alone(x, first=None)[0])
+    assert not torch.allclose(mixer(x, first=None)[0], alone(x, first=None)[0])
 
 
 def test_the_cut_teacher_gives_the_logits_of_its_family():

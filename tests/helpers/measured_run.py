@@ -29,7 +29,8 @@ def save_run(path, layers=3, steps=40, window=8):
     sample = {"kind": "sample", "stage": "distill", "step": steps, "tokens": 100 * steps, "time": 200}
     rows.append(sample | {"samples": [SAMPLE]})
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = {"teacher": {"path": "/models/Small"}, "data": {"val": ["val.jsonl"]}, "student": {"window": window}}
+    config = {"teacher": {"path": "/models/Small"}, "data": {"val": ["val.jsonl"]}}
+    config["student"] = {"window": window, "window_mix": "softmax"}
     (path / "config.yaml").write_text(yaml.safe_dump(config | {"out": str(path)}))
     (path / "conversion.json").write_text(json.dumps({"run": "abc", "teacher": "/models/Small"}))
     mixer = {"kind": "rwkv", "window": window, "sinks": 2} if window else {"kind": "rwkv"}

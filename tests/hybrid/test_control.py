@@ -72,11 +72,16 @@ def test_the_control_is_the_teacher_behind_dense_masks(family, batch):
     assert torch.equal(whole[batch.mask], logits(hybrid, batch, "teacher")[batch.mask]), "the cut is taken back"
 
 
-def test_the_control_is_what_is_left_of_a_student_without_its_recurrences():
-    hybrid = HybridModel.from_teacher(teacher("llama"), StudentConfig(window=6, sinks=1)).double()
+@pytest.mark.parametrize("window_mix", ["sum", "softmax"])
+def test_the_control_is_what_is_left_of_a_student_without_its_recurrences(window_mix):
+    spec = StudentConfig(window=6, sinks=1, window_mix=window_mix)
+    hybrid = HybridModel.from_teacher(teacher("llama"), spec).double()
     for mixer in hybrid.mixers.values():
-        mixer.mix_recurrence.data.zero_()
-        mixer.mix_window.data.fill_(1)
+        if window_mix == "sum":
+            mixer.mix_recurrence.data.zero_()
+            mixer.mix_window.data.fill_(1)
+        else:
+            mixer.far_bias.data.fill_(-100)
     batch = packed([20, 9])
     found = logits(hybrid, batch, "student")
     torch.testing.assert_close(found, logits(hybrid, batch, "control"), rtol=0, atol=1e-10)

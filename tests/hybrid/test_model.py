@@ -79,24 +79,27 @@ def _mix(mixer, x, first, rope):
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_a_window_over_everything_is_the_teacher(family):
-    """With copied projections, and the recurrence's weight at 0."""
-    hybrid = HybridModel.from_teacher(teacher(family), StudentConfig(window=30, sinks=2)).double()
+    """With copied projections: in a softmax, from which nothing is left for a recurrence, and in a sum without one."""
     batch = packed([9, 1, 30, 4], rows=2)
+    close = 1e-5 if family == "qwen3" else 1e-10  # Qwen3's own norms of queries and keys are computed in fp32
+    hybrid = HybridModel.from_teacher(teacher(family), StudentConfig(window=30, sinks=2)).double()
     expected = logits(hybrid, batch, "teacher")
+    torch.testing.assert_close(logits(hybrid, batch, "student"), expected, rtol=0, atol=close)
+
+    hybrid = HybridModel.from_teacher(teacher(family), StudentConfig(window=30, sinks=2, window_mix="sum")).double()
     assert not torch.allclose(logits(hybrid, batch, "student"), expected, atol=1e-3)
     for mixer in hybrid.mixers.values():
         assert (mixer.mix_recurrence == 1).all() and (mixer.mix_window == 0).all(), "the start"
         mixer.mix_recurrence.data.zero_()
         mixer.mix_window.data.fill_(1)
-    close = 1e-5 if family == "qwen3" else 1e-10  # Qwen3's own norms of queries and keys are computed in fp32
     torch.testing.assert_close(logits(hybrid, batch, "student"), expected, rtol=0, atol=close)
 
 
-def test_a_window_starts_as_the_mixer_without_one():
+def test_a_sum_with_a_window_starts_as_the_mixer_without_one():
     batch = packed([9, 20])
     plain, windowed = (
         logits(HybridModel.from_teacher(teacher(), StudentConfig(**fields)), batch, "student")
-        for fields in ({}, {"window": 4, "sinks": 1})
+        for fields in ({}, {"window": 4, "sinks": 1, "window_mix": "sum"})
     )
     assert torch.equal(plain, windowed)
 

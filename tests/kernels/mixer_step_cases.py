@@ -208,16 +208,17 @@ def windowed(mixer, tokens, mask=None, state=None, inplace=True):
 
 
 @pytest.mark.parametrize(
-    "preset, is_first, window, sinks",
+    "preset, is_first, window, sinks, window_mix",
     [
-        *(("cxa079", True, 5, 2), ("cxa079", False, 5, 2), ("cxa079", False, 3, 0), ("cxa079", False, 70, 3)),
-        *(("cxa079", True, 1, 0), ("hxa07b", True, 70, 3), ("hxa07b", False, 5, 2), ("hxa07b", False, 1, 0)),
-        *(("cxa078", True, 3, 0), ("cxa078", False, 5, 2), ("cxa078", False, 70, 3)),
+        *(("cxa079", True, 5, 2, "sum"), ("cxa079", False, 3, 0, "sum"), ("cxa079", False, 70, 3, "softmax")),
+        *(("cxa079", True, 5, 2, "softmax"), ("cxa079", False, 5, 2, "softmax"), ("cxa079", True, 1, 0, "softmax")),
+        *(("hxa07b", True, 70, 3, "sum"), ("hxa07b", False, 5, 2, "sum"), ("hxa07b", False, 1, 0, "softmax")),
+        *(("cxa078", True, 3, 0, "softmax"), ("cxa078", False, 5, 2, "softmax"), ("cxa078", False, 70, 3, "sum")),
     ],
 )
-def test_windows(window, sinks, preset, is_first, launched, attended):
+def test_windows(window_mix, window, sinks, preset, is_first, launched, attended):
     """Longer than the window, which is shorter and longer than what a program holds at a time."""
-    fast, slow = make(preset, is_first, window=window, sinks=sinks)
+    fast, slow = make(preset, is_first, window=window, sinks=sinks, window_mix=window_mix)
     found, state = windowed(fast, 11)
     expected, wanted = windowed(slow, 11)
     assert len(launched) == len(attended) == 11
@@ -229,12 +230,14 @@ def test_windows(window, sinks, preset, is_first, launched, attended):
 
 @pytest.mark.parametrize("heads, kv_heads, N", [(3, 3, 40), (6, 1, 8), (2, 1, 128)])
 def test_windows_of_other_heads(heads, kv_heads, N):
-    fast, slow = make("cxa079", heads=heads, kv_heads=kv_heads, N=N, qk_norm=False, window=4, sinks=1)
+    fast, slow = make(
+        "cxa079", heads=heads, kv_heads=kv_heads, N=N, qk_norm=False, window=4, sinks=1, window_mix="softmax"
+    )
     assert error(windowed(fast, 7)[0], windowed(slow, 7)[0]) < 1e-6
 
 
 def test_a_masked_row_keeps_its_window_bit_for_bit():
-    fast, slow = make("cxa079", window=4, sinks=1)
+    fast, slow = make("cxa079", window=4, sinks=1, window_mix="softmax")
     mask = torch.rand(B, 14, generator=torch.Generator().manual_seed(5)).gt(0.4)
     mask[0, :3] = False
     found, state = windowed(fast, 14, mask.to(DEVICE))
@@ -261,7 +264,7 @@ def test_a_window_is_updated_in_place_only_when_asked(inplace):
 
 
 def test_a_window_in_bf16_loses_no_more_than_its_inputs():
-    fast, slow = make("cxa079", dtype=torch.bfloat16, window=5, sinks=2)
+    fast, slow = make("cxa079", dtype=torch.bfloat16, window=5, sinks=2, window_mix="softmax")
     found, state = windowed(fast, 9)
     assert error(found, windowed(slow, 9)[0]) < 2e-2 and state.window.k.dtype == torch.bfloat16
 
@@ -293,6 +296,7 @@ def test_the_windows_op_is_registered_as_torch_wants_it():
         ({"seen": torch.empty(2)}, "of int64"),
         ({"mask": torch.empty(2)}, "of bool"),
         ({"sinks": 6}, "leave none of the 6 slots"),
+        ({"far_bias": torch.empty(4)}, "1 of them are given, give all or none"),
     ],
 )
 def test_window_refusals(change, message):
@@ -403,7 +407,9 @@ def test_refusals(change, message):
         mixer_step(**arguments(**change))
 
 
-@pytest.mark.parametrize("window", [{}, {"window": 5, "sinks": 2}], ids=["recurrence", "window"])
+@pytest.mark.parametrize(
+    "window", [{}, {"window": 5, "sinks": 2, "window_mix": "softmax"}], ids=["recurrence", "window"]
+)
 @pytest.mark.parametrize("layout", ["all-rwkv", "mixed"])
 def test_generation_by_a_graph_gives_the_tokens_of_the_slow_path(layout, window, launched, attended, monkeypatch):
     """A real graph on a GPU; on a CPU a recorded one. The prompt is left-padded."""

@@ -11,6 +11,7 @@ from rwkvinside.modeling.mixer_presets import PRESETS, TimeMixerConfig, default_
 from rwkvinside.modeling.time_mixer import MixerState, TimeMixer
 
 D, N, T, B = 24, 8, 13, 2
+WINDOWS = {"": {}, "window": {"window": 4}, "softmax": {"window": 3, "sinks": 2, "window_mix": "softmax"}}
 
 
 def make(preset, heads=4, kv_heads=2, is_first=False, **overrides):
@@ -126,8 +127,16 @@ def oracle(m, preset, x, first, rope):
                 y = y * gate[h]
                 if c.window:
                     seen = [attended[j] for j in range(t + 1) if j > t - c.window or j < c.sinks]
-                    weights = torch.stack([r[h] @ keys[h // R] / math.sqrt(N) for keys, _ in seen]).softmax(0)
-                    a = sum(weight * values[h // R] for weight, (_, values) in zip(weights, seen, strict=True))
+                    scores = [r[h] @ keys[h // R] / math.sqrt(N) for keys, _ in seen]
+                    values = [values[h // R] for _, values in seen]
+                    far = t + 1 - len(seen)
+                    if c.window_mix == "softmax":
+                        score = r[h] @ p["far_key"][h] + p["far_bias"][h] + p["far_growth"][h] * math.log(max(far, 1))
+                        scores += [score] if far else []
+                    weights = torch.stack(scores).softmax(0)
+                    a = sum(weight * value for weight, value in zip(weights, values, strict=False))
+                    if c.window_mix == "softmax":
+                        y = weights[-1] * y if far else 0 * y
                     y = p["mix_recurrence"][h] * y + p["mix_window"][h] * a
                 out.append(y)
             outs.append(p["output.weight"] @ torch.cat(out))
@@ -137,7 +146,7 @@ def oracle(m, preset, x, first, rope):
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 @pytest.mark.parametrize("is_first, kv_heads", [(True, 2), (False, 2), (False, 4)], ids=["first", "GQA", "MHA"])
-@pytest.mark.parametrize("window", [{}, {"window": 4}, {"window": 3, "sinks": 2}], ids=["", "window", "sinks"])
+@pytest.mark.parametrize("window", list(WINDOWS.values()), ids=list(WINDOWS))
 def test_equals_the_oracle_with_all_gradients(preset, is_first, kv_heads, window):
     mixer = make(preset, kv_heads=kv_heads, is_first=is_first, **window)
     x = torch.randn(B, T, D, dtype=torch.float64, requires_grad=True)
@@ -158,7 +167,7 @@ def test_equals_the_oracle_with_all_gradients(preset, is_first, kv_heads, window
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
-@pytest.mark.parametrize("window", [{}, {"window": 3, "sinks": 2}], ids=["", "window"])
+@pytest.mark.parametrize("window", [WINDOWS[""], WINDOWS["softmax"]], ids=["", "softmax"])
 def test_state_carries_a_split_sequence(preset, window):
     mixer = make(preset, is_first=True, **window)
     x = torch.randn(B, T, D, dtype=torch.float64)
@@ -173,7 +182,7 @@ def test_state_carries_a_split_sequence(preset, window):
 
 
 @pytest.mark.parametrize("preset", ["cxa079", "x070"])
-@pytest.mark.parametrize("window", [{}, {"window": 3, "sinks": 2}], ids=["", "window"])
+@pytest.mark.parametrize("window", [WINDOWS[""], WINDOWS["softmax"]], ids=["", "softmax"])
 def test_padding_on_either_side_and_packed_documents(preset, window):
     mixer = make(preset, is_first=True, **window)
     x = torch.randn(B, T, D, dtype=torch.float64)

@@ -1,50 +1,84 @@
 """Window attention by blocks and by single tokens, against the dense form, and that against loops over a document."""
 
+import math
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rwkvinside.modeling.window_attention import WindowState, dense_window_attention, window_attention
+from rwkvinside.modeling import window_attention as window_module
+from rwkvinside.modeling.window_attention import Beyond, Form, WindowState
 
 B, H, G, N = 2, 4, 2, 8
-SIZES = [(1, 0), (1, 1), (4, 0), (4, 4), (32, 1), (32, 4), (200, 0), (200, 4)]  # windows and sinks; T is at most 150
+# windows, sinks, and whether what lies beyond has a score; T is at most 150
+SIZES = [(1, 0, False), (1, 1, True), (4, 0, True), (4, 4, False), (4, 4, True), (32, 1, True), (32, 4, False)]
+SIZES += [(200, 0, False), (200, 4, True)]
+GROWTH = torch.tensor([0.0, 0.5, 1.0, 1.5], dtype=torch.float64)
 
 
-def inputs(T, dtype=torch.float64, batch=B, grad=False):
+def inputs(T, dtype=torch.float64, batch=B, grad=False, scored=False):
+    """Queries, keys and values, and the scores (B, T, H) of what lies beyond the window."""
     torch.manual_seed(T)
-    return tuple(torch.randn(batch, T, heads, N, dtype=dtype).requires_grad_(grad) for heads in (H, G, G))
+    shapes = [(batch, T, heads, N) for heads in (H, G, G)] + [(batch, T, H)] * scored
+    return tuple(torch.randn(*shape, dtype=dtype).requires_grad_(grad) for shape in shapes)
+
+
+def beyond_of(score, growth=GROWTH):
+    return {"beyond": Beyond(score[0], growth)} if score else {}
+
+
+def joined(attended):
+    """What is attended to, and the weight of what lies beyond in one more channel."""
+    return attended.values if attended.beyond is None else torch.cat(attended, -1)
+
+
+def window_attention(q, k, v, *score, window, sinks, softcap=None, growth=GROWTH, **options):
+    form = Form(window, sinks, softcap)
+    attended, state = window_module.window_attention(q, k, v, form, **beyond_of(score, growth), **options)
+    return joined(attended), state
+
+
+def dense_window_attention(q, k, v, *score, window, sinks, softcap=None, growth=GROWTH, **options):
+    form = Form(window, sinks, softcap)
+    return joined(window_module.dense_window_attention(q, k, v, form, **beyond_of(score, growth), **options))
 
 
 def bounds_of(*cuts):
     return torch.tensor(cuts, dtype=torch.int32)
 
 
-def loops(q, k, v, window, sinks, mask=None, bounds=None):
-    """The sentence of the module's first lines, one token and one head at a time."""
-    T = q.shape[1]
+def loops(given, window, sinks, mask=None, bounds=None):
+    """The sentences of the module's first lines, one token and one head at a time."""
+    T = given[0].shape[1]
     bounds = bounds or [b * T for b in range(B + 1)]
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    out = torch.zeros_like(q)
+    q, k, v, *score = (x.flatten(0, 1) for x in given)
+    out = torch.zeros(B * T, H, N + len(score), dtype=q.dtype)
     for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
         document = [i for i in range(begin, end) if mask is None or mask.flatten()[i]]
         for t, i in enumerate(document):
             seen = [document[j] for j in range(t + 1) if j > t - window or j < sinks]
             for h in range(H):
                 g = h // (H // G)
-                out[i, h] = (k[seen, g] @ q[i, h] / N**0.5).softmax(0) @ v[seen, g]
-    return out.view(B, T, H, N)
+                scores, count = k[seen, g] @ q[i, h] / N**0.5, t + 1 - len(seen)
+                if score and count:
+                    scores = torch.cat([scores, score[0][i, h, None] + GROWTH[h] * math.log(count)])
+                weights = scores.softmax(0)
+                out[i, h, :N] = weights[: len(seen)] @ v[seen, g]
+                if score and count:
+                    out[i, h, N] = weights[-1]
+    return out.view(B, T, H, -1)
 
 
-@pytest.mark.parametrize("window, sinks", SIZES)
-def test_the_dense_form_is_what_the_words_say(window, sinks):
-    q, k, v = inputs(40)
+@pytest.mark.parametrize("window, sinks, scored", SIZES)
+def test_the_dense_form_is_what_the_words_say(window, sinks, scored):
+    given = inputs(40, scored=scored)
     mask = torch.rand(B, 40) < 0.7
     cuts = [0, 1, 2, 30, 40, 57, 57, 80]
-    for given, bounds in ((None, None), (mask, None), (None, cuts), (mask, cuts)):
+    for real, bounds in ((None, None), (mask, None), (None, cuts), (mask, cuts)):
         found = dense_window_attention(
-            q, k, v, window=window, sinks=sinks, mask=given, cu_seqlens=bounds and bounds_of(*bounds)
+            *given, window=window, sinks=sinks, mask=real, cu_seqlens=bounds and bounds_of(*bounds)
         )
-        assert (found - loops(q, k, v, window, sinks, given, bounds)).abs().max() < 1e-12
+        assert (found - loops(given, window, sinks, real, bounds)).abs().max() < 1e-12
 
 
 CASES = {
@@ -71,34 +105,36 @@ def options_of(case):
 
 
 @pytest.mark.parametrize("case", list(CASES))
-@pytest.mark.parametrize("window, sinks", SIZES)
-def test_blocks_equal_the_dense_form_with_all_gradients(window, sinks, case):
-    given = inputs(150, grad=True)
-    options = {"window": window, "sinks": sinks} | options_of(case)
-    weight = torch.randn(B, 150, H, N, dtype=torch.float64)
+@pytest.mark.parametrize("window, sinks, scored", SIZES)
+def test_blocks_equal_the_dense_form_with_all_gradients(window, sinks, scored, case):
+    given = inputs(150, grad=True, scored=scored)
+    growth = GROWTH.clone().requires_grad_()
+    options = {"window": window, "sinks": sinks, "growth": growth} | options_of(case)
+    weight = torch.randn(B, 150, H, N + scored, dtype=torch.float64)
+    leaves = given + (growth,) * (scored and window < 150)
     found, state = window_attention(*given, **options)
     wanted = dense_window_attention(*given, **options)
     assert (found - wanted).abs().max() < 1e-10
     assert (state is None) == (options["cu_seqlens"] is not None)
-    exact = torch.autograd.grad((wanted * weight).sum(), given)
-    for x, y in zip(torch.autograd.grad((found * weight).sum(), given), exact, strict=True):
+    exact = torch.autograd.grad((wanted * weight).sum(), leaves)
+    for x, y in zip(torch.autograd.grad((found * weight).sum(), leaves), exact, strict=True):
         assert (x - y).abs().max() < 1e-10
 
     single = tuple(x.detach().float().requires_grad_() for x in given)
     found = window_attention(*single, **options)[0]
     assert (found - wanted).abs().max() < 5e-6
-    for x, y in zip(torch.autograd.grad((found * weight.float()).sum(), single), exact, strict=True):
+    for x, y in zip(torch.autograd.grad((found * weight.float()).sum(), single), exact, strict=False):
         assert (x - y).abs().max() < 5e-6 * max(1, y.abs().max())
 
 
 @pytest.mark.parametrize("case", ["rows", "documents", "scattered", "scattered in documents", "nothing"])
-@pytest.mark.parametrize("window, sinks", [(4, 0), (32, 4), (200, 1)])
-def test_scores_with_a_soft_cap(window, sinks, case):
+@pytest.mark.parametrize("window, sinks, scored", [(4, 0, True), (32, 4, False), (200, 1, True)])
+def test_scores_with_a_soft_cap(window, sinks, scored, case):
     """Blocks, their gradients, and chunks and single tokens from a state, by the dense form and that by hand."""
-    given = tuple(3 * x for x in inputs(150))
+    given = tuple(3 * x for x in inputs(150, scored=scored))
     given = tuple(x.requires_grad_() for x in given)
     options = {"window": window, "sinks": sinks, "softcap": 1.5} | options_of(case)
-    weight = torch.randn(B, 150, H, N, dtype=torch.float64)
+    weight = torch.randn(B, 150, H, N + scored, dtype=torch.float64)
     found, wanted = window_attention(*given, **options)[0], dense_window_attention(*given, **options)
     assert (found - wanted).abs().max() < 1e-10
     exact = torch.autograd.grad((wanted * weight).sum(), given)
@@ -135,10 +171,10 @@ def test_windows_wider_than_a_block(window, sinks):
 
 
 @pytest.mark.parametrize("case", ["rows", "left", "right", "scattered", "nothing"])
-@pytest.mark.parametrize("window, sinks", SIZES)
+@pytest.mark.parametrize("window, sinks, scored", SIZES)
 @pytest.mark.parametrize("chunk", [1, 2, 7, 33])
-def test_chunks_with_a_state_equal_the_whole(chunk, window, sinks, case):
-    given, mask = inputs(150), options_of(case)["mask"]
+def test_chunks_with_a_state_equal_the_whole(chunk, window, sinks, scored, case):
+    given, mask = inputs(150, scored=scored), options_of(case)["mask"]
     options = {"window": window, "sinks": sinks}
     whole, end = window_attention(*given, mask=mask, **options)
     for inplace in (False, True):
@@ -159,9 +195,9 @@ def test_chunks_with_a_state_equal_the_whole(chunk, window, sinks, case):
 
 
 def test_gradients_pass_through_a_state():
-    given = inputs(30, grad=True)
+    given = inputs(30, grad=True, scored=True)
     options = {"window": 8, "sinks": 2}
-    weight = torch.randn(B, 30, H, N, dtype=torch.float64)
+    weight = torch.randn(B, 30, H, N + 1, dtype=torch.float64)
     wanted = torch.autograd.grad((window_attention(*given, **options)[0] * weight).sum(), given)
     for cuts in ((11, 19), (29, 1)):
         state, parts = None, []
@@ -187,7 +223,7 @@ def test_a_token_is_written_into_the_memory_of_the_state_if_it_may_be():
 
 @pytest.mark.parametrize("T", [1, 9])
 def test_nothing_behind_padding_comes_through(T):
-    given = inputs(T)
+    given = inputs(T, scored=True)
     mask = torch.arange(T) >= torch.tensor([[1], [0]])
     for x in given:
         x[0, 0] = torch.nan
@@ -214,9 +250,10 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_memory_grows_with_the_tokens_alone():
+@pytest.mark.parametrize("scored", [False, True])
+def test_memory_grows_with_the_tokens_alone(scored):
     def largest(T, attend=window_attention):
-        given = inputs(T, torch.float32, batch=1, grad=True)
+        given = inputs(T, torch.float32, batch=1, grad=True, scored=scored)
         with Largest() as seen:
             out = attend(*given, window=16, sinks=2)
             (out if attend is dense_window_attention else out[0]).sum().backward()
@@ -224,7 +261,16 @@ def test_memory_grows_with_the_tokens_alone():
 
     assert largest(1024, dense_window_attention) >= 1024**2, "the measure sees such a tensor"
     # the most is a mask: queries that share keys, times the keys of a block
-    assert largest(2048) == 2 * largest(1024) == 2048 * (H // G) * (64 + 16 + 2)
+    assert largest(2048) == 2 * largest(1024) == 2048 * (H // G) * (64 + 16 + 2 + scored)
+
+
+def test_the_score_of_what_lies_beyond_keeps_its_digits_in_bf16():
+    """A score of 11 has steps of 1/16 there."""
+    q, k, v, score = inputs(40, torch.float32, scored=True)
+    q = 0 * q
+    found, _ = window_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), 11 + 0.1 * score, window=4, sinks=1)
+    exact = dense_window_attention(q, k, v, 11 + 0.1 * score, window=4, sinks=1)
+    assert ((found.float() - exact).abs() / exact.abs())[:, 5:, :, N].max() < 2**-8
 
 
 def test_keys_take_the_dtype_of_the_values():
@@ -236,14 +282,14 @@ def test_keys_take_the_dtype_of_the_values():
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("window, sinks", [(1, 0), (4, 0), (4, 2), (32, 4)])
-def test_the_first_document_of_a_row_goes_on_from_its_state(window, sinks, masked):
+@pytest.mark.parametrize("window, sinks, scored", [(1, 0, True), (4, 0, False), (4, 2, True), (32, 4, True)])
+def test_the_first_document_of_a_row_goes_on_from_its_state(window, sinks, scored, masked):
     """Rows that are read in pieces, with documents across the borders, as if each document were read alone."""
-    q, k, v = inputs(60)
+    given = inputs(60, scored=scored)
     mask = torch.rand(B, 60, generator=torch.Generator().manual_seed(1)) < 0.8 if masked else None
     starts = [(0, 3, 25, 26, 40), (0, 15, 45)]  # of the documents of each row
     whole = bounds_of(*(60 * row + at for row, own in enumerate(starts) for at in own), 2 * 60)
-    expected = dense_window_attention(q, k, v, window=window, sinks=sinks, mask=mask, cu_seqlens=whole)
+    expected = dense_window_attention(*given, window=window, sinks=sinks, mask=mask, cu_seqlens=whole)
     state, found = window_attention(*inputs(1), window=window, sinks=sinks)[1], []
     state = state._replace(seen=torch.zeros_like(state.seen))
     for begin, end in ((0, 20), (20, 30), (30, 60)):
@@ -252,7 +298,7 @@ def test_the_first_document_of_a_row_goes_on_from_its_state(window, sinks, maske
         bounds = bounds_of(*(size * row + at for row, own in enumerate(cuts) for at in own), 2 * size)
         anew = torch.tensor([begin in own for own in starts])
         state = state._replace(seen=torch.where(anew, 0, state.seen))
-        part = [x[:, begin:end] for x in (q, k, v)]
+        part = [x[:, begin:end] for x in given]
         options = {"mask": None if mask is None else mask[:, begin:end], "state": state, "cu_seqlens": bounds}
         out, state = window_attention(*part, window=window, sinks=sinks, **options)
         found.append(out)

@@ -26,6 +26,7 @@ QUANTIZED = layer_spec(("mlp", "teacher"), adapters=(AdapterConfig(rank=8),))
         ("align", ["mixer"], False, {"window": 16, "sinks": 4}),
         ("align", ["mixer"], False, {"window": 64, "preset": "rad"}),
         ("align", ["mixer"], True, {"window": 32, "sinks": 1, "family": "llama", "dtype": torch.bfloat16}),
+        ("align", ["mixer"], False, {"window": 16, "sinks": 4, "window_mix": "sum"}),
         ("distill", ["mixer"], True, {"window": 32, "sinks": 4, "preset": "cxa078"}),
         ("distill", [".*"], False, {}),
         ("distill", [".*"], True, {}),

@@ -118,3 +118,14 @@ def test_a_stage_that_comes_after_itself_is_refused(run):
         run.records.write(StageRecord(identity.run, stage, before, "0", "0", checkpoint="step-1"))
     with pytest.raises(UserError, match="began after itself"):
         run.records.finished("distill")
+
+
+@pytest.mark.parametrize("window, mix", [(8, "sum"), (0, "softmax")])
+def test_a_run_of_before_the_softmax_is_a_sum(window, mix, configured, tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    run.describe(configured(f"student.window={window}", "student.window_mix=sum"), "a plan", {})
+    file = run.path / "config.yaml"
+    written = settings_digest(run.config())
+    file.write_text("".join(line for line in file.open() if "window_mix" not in line))
+    assert run.config()["student"].get("window_mix", "softmax") == mix and settings_digest(run.config()) == written
+    assert run.changes(configured(f"student.window={window}", f"student.window_mix={mix}")) == []

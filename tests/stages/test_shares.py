@@ -1,4 +1,6 @@
-"""Which share of its calibration a windowed student keeps: never one that is worse than its control."""
+"""Which share of its calibration a windowed student keeps: of a sum, never one that is worse than its control."""
+
+import math
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from rwkvinside.data.batch import Batch
 from rwkvinside.hybrid.calibration import Calibrated, calibrate
 from rwkvinside.hybrid.model import HybridModel
 from rwkvinside.hybrid.settings import StudentConfig
+from rwkvinside.stages.calibrate import Calibrate
 from rwkvinside.stages.shares import SHARES, choose_shares, split_rows
 
 
@@ -22,7 +25,8 @@ def kl(model, batches, mode="student"):
 
 
 def calibrated(**fields):
-    model = HybridModel.from_teacher(teacher("llama", layers=5), StudentConfig(**{"window": 4, "sinks": 1} | fields))
+    fields = {"window": 4, "sinks": 1, "window_mix": "sum"} | fields
+    model = HybridModel.from_teacher(teacher("llama", layers=5), StudentConfig(**fields))
     before = {i: mixer.output.weight.detach().clone() for i, mixer in model.mixers.items()}
     calibrate(model, [packed([40, 24], rows=3)])
     return model, {i: Calibrated.of(mixer, before[i]) for i, mixer in model.mixers.items() if mixer.mixer_config.window}
@@ -40,8 +44,25 @@ def test_no_share_is_the_control_and_all_of_it_the_fit():
     torch.testing.assert_close(logits(model, batch, "student"), fitted, rtol=0, atol=1e-5)
 
 
-def test_the_best_of_what_was_tried_is_kept():
-    model, layers = calibrated()
+def test_no_share_of_a_softmax_leaves_a_tenth_of_the_odds_to_learn_from():
+    model, layers = calibrated(window_mix="softmax")
+    batch = packed([30, 9], seed=8)
+    fitted, before = logits(model, batch, "student"), {i: model.mixers[i].far_bias.clone() for i in layers}
+    for i, layer in layers.items():
+        layer.keep(0.0)
+        torch.testing.assert_close(model.mixers[i].far_bias, before[i] + math.log(0.1))
+        assert (model.mixers[i].mix_window == 1).all() and torch.equal(model.mixers[i].output.weight, layer.projection)
+    control, teacher_logits = (logits(model, batch, mode) for mode in ("control", "teacher"))
+    rest = logits(model, batch, "student") - control
+    assert 0 < rest.norm() < 0.3 * (control - teacher_logits).norm()
+    for layer in layers.values():
+        layer.keep(1.0)
+    torch.testing.assert_close(logits(model, batch, "student"), fitted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("window_mix", ["sum", "softmax"])
+def test_the_best_of_what_was_tried_is_kept(window_mix):
+    model, layers = calibrated(window_mix=window_mix)
     held = [packed([25, 30], rows=2, seed=9)]
     alike = []
     for share in SHARES:
@@ -51,7 +72,8 @@ def test_the_best_of_what_was_tried_is_kept():
     shares = choose_shares(model, layers, held)
     assert shares.keys() == layers.keys() and set(shares.values()) <= set(SHARES)
     assert kl(model, held) <= min(alike) * (1 + 1e-5)
-    assert kl(model, held) <= kl(model, held, "control") * (1 + 1e-5)
+    if window_mix == "sum":
+        assert kl(model, held) <= kl(model, held, "control") * (1 + 1e-5)
 
 
 def test_a_fit_that_harms_is_given_up():
@@ -94,3 +116,17 @@ def test_few_rows_of_many_tokens_are_enough_and_one_row_is_both():
     assert [len(batch.rows) for batch in split_rows(rows(20, width=2048))[1]] == [2]
     (one,) = rows(1)
     assert split_rows([one]) == ([one], [one])
+
+
+@pytest.mark.parametrize("lengths, joined", [((60, 4), False), ((16, 16, 16, 16), False), ((15, 17, 16, 10, 6), True)])
+def test_short_documents_are_read_as_one_where_mixers_have_windows(lengths, joined, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "rwkvinside.hybrid.calibration.calibrate", lambda model, batches, progress: seen.extend(batches)
+    )
+    for window in (0, 4):
+        model = HybridModel.from_teacher(teacher("llama"), StudentConfig(window=window))
+        with pytest.raises(AttributeError):  # nothing was fitted
+            Calibrate().fit(model, [packed(lengths, rows=3)], lambda layer: None)
+    plain, windowed = (max(int(batch.segment_ids.max()) for batch in part) for part in (seen[:1], seen[1:]))
+    assert plain == len(lengths) and windowed == (1 if joined else len(lengths))

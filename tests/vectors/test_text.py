@@ -108,6 +108,8 @@ def test_st_is_what_sentence_transformers_says(tmp_path, monkeypatch):
     class SentenceTransformer:
         def __init__(self, folder, device):
             assert folder == str(tmp_path / "gtr-t5-base") and device == "cpu"
+            tokens = dict.fromkeys(["▁Ada", "▁mill", "s", "▁a", "<pad>", "▁20"], 0)
+            self.tokenizer = types.SimpleNamespace(get_vocab=lambda: tokens)
 
         def encode(self, texts, convert_to_tensor, show_progress_bar):
             assert convert_to_tensor and not show_progress_bar
@@ -119,6 +121,7 @@ def test_st_is_what_sentence_transformers_says(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sentence_transformers", package)
     made = embedder(f"st:{tmp_path / 'gtr-t5-base'}")
     assert (made.space, made.dim, made.sha256) == ("st:gtr-t5-base", 3, None)
+    assert made.vocabulary == ("Ada", "mill")
     assert made.encode(["aaa", "a", "aa"])[:, 0].tolist() == [3, 1, 2]  # in the order of the texts
     with pytest.raises(UserError, match="holds no model"):
         embedder(f"st:{tmp_path}")

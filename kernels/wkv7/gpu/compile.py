@@ -208,7 +208,9 @@ def plan_window(size: int) -> list[Launch]:
     ring, mix = bf16(8, 8, 68, size), torch.empty(32, size, device="meta")
     seen, mask = (torch.empty(8, dtype=dtype, device="meta") for dtype in (torch.int64, torch.bool))
     token = bf16(8, 8, size)
-    return plan_window_step(bf16(8, 32, size), token, token, bf16(8, 32 * size), ring, ring, seen, mix, mix, 4, mask)[0]
+    head = torch.empty(32, device="meta")
+    given = bf16(8, 32, size), token, token, bf16(8, 32 * size), ring, ring, seen, mix, mix, 4, mask, mix, head, head
+    return plan_window_step(*given)[0]
 
 
 def plan_maps() -> list[Launch]:

@@ -1,7 +1,8 @@
 """One token of the window beside a recurrence in one Triton launch: ring, attention, and the sum with the recurrence.
 
 `rwkvinside.modeling.window_attention` has the equations and the layout of the ring, in PyTorch. A program owns a head
-and reads the keys and values of its ring once, in fp32. The token's own key and value come from the arguments, so that
+and reads the keys and values of its ring once, in fp32. With a score for what lies beyond the window, the recurrence is
+the value of one more key of the softmax. The token's own key and value come from the arguments, so that
 no program waits for the one that writes them into their slot. For inference only, there is no backward.
 """
 
@@ -33,6 +34,9 @@ def window_step(
     mix_window: Tensor,
     sinks: int,
     mask: Tensor | None = None,
+    far_key: Tensor | None = None,
+    far_bias: Tensor | None = None,
+    far_growth: Tensor | None = None,
 ) -> Tensor:
     """Attend with one token of every row to its window, and add the result to the recurrence's.
 
@@ -47,6 +51,8 @@ def window_step(
         mix_recurrence, mix_window: (H, N), weights of y and of what is attended to.
         sinks: slots that keep the first tokens; the others are the ring.
         mask: (B,) bool, True for real tokens; elsewhere nothing is written and the output is 0.
+        far_key, far_bias, far_growth: (H, N), (H,), (H,), all or none: the score of what lies beyond the window is
+            q . far_key + far_bias + far_growth log(number of these tokens).
 
     Returns:
         (B, H * N) in y's dtype.
@@ -54,7 +60,8 @@ def window_step(
     Raises:
         ValueError: shapes, a dtype or a layout that do not fit.
     """
-    return launch_window_step(q, k, v, y, held_k, held_v, seen, mix_recurrence, mix_window, sinks, mask)
+    far = far_key, far_bias, far_growth
+    return launch_window_step(q, k, v, y, held_k, held_v, seen, mix_recurrence, mix_window, sinks, mask, *far)
 
 
 @window_step.register_fake
@@ -74,9 +81,13 @@ def launch_window_step(
     mix_window: Tensor,
     sinks: int,
     mask: Tensor | None = None,
+    far_key: Tensor | None = None,
+    far_bias: Tensor | None = None,
+    far_growth: Tensor | None = None,
 ) -> Tensor:
     """Do what `window_step` does without an operator's bookkeeping; arguments as there."""
-    launches, out = plan_window_step(q, k, v, y, held_k, held_v, seen, mix_recurrence, mix_window, sinks, mask)
+    far = far_key, far_bias, far_growth
+    launches, out = plan_window_step(q, k, v, y, held_k, held_v, seen, mix_recurrence, mix_window, sinks, mask, *far)
     run(launches, q.device)
     return out
 
@@ -93,6 +104,9 @@ def plan_window_step(
     mix_window: Tensor,
     sinks: int,
     mask: Tensor | None = None,
+    far_key: Tensor | None = None,
+    far_bias: Tensor | None = None,
+    far_growth: Tensor | None = None,
 ) -> tuple[list[Launch], Tensor]:
     """Return the launches that `window_step` runs, and its result; launch nothing.
 
@@ -110,6 +124,10 @@ def plan_window_step(
         "mix_recurrence": (mix_recurrence, (H, N)), "mix_window": (mix_window, (H, N)),
         "held_k": (held_k, (B, G, slots, N)), "held_v": (held_v, (B, G, slots, N)),
     }  # fmt: skip
+    far = {"far_key": (far_key, (H, N)), "far_bias": (far_bias, (H,)), "far_growth": (far_growth, (H,))}
+    if (given := sum(x is not None for x, _ in far.values())) not in (0, len(far)):
+        raise ValueError(f"{', '.join(far)}: {given} of them are given, give all or none")
+    shapes |= {name: (x, shape) for name, (x, shape) in far.items() if x is not None}
     for name, (x, shape) in shapes.items():
         if x.shape != shape or x.dtype == torch.float64:
             raise ValueError(f"{name} has shape {tuple(x.shape)} and {x.dtype}, expected {shape} and not float64")
@@ -119,7 +137,7 @@ def plan_window_step(
         raise ValueError(f"seen has shape {tuple(seen.shape)} and {seen.dtype}, expected {(B,)} of int64")
     if mask is not None and (mask.shape != (B,) or mask.dtype != torch.bool):
         raise ValueError(f"mask has shape {tuple(mask.shape)} and {mask.dtype}, expected {(B,)} of bool")
-    args = {name: x.contiguous() for name, (x, _) in shapes.items()}
+    args = dict.fromkeys(far) | {name: x.contiguous() for name, (x, _) in shapes.items()}
     args |= {"seen": seen.contiguous(), "mask": None if mask is None else mask.contiguous(), "out": torch.empty_like(y)}
     args |= {"heads": H, "group": H // G, "slots": slots, "sinks": sinks}
     padded = max(16, triton.next_power_of_2(N))
@@ -139,6 +157,9 @@ def _window_step(
     held_v,
     seen,
     mask,
+    far_key,
+    far_bias,
+    far_growth,
     out,
     heads,
     group,
@@ -160,10 +181,20 @@ def _window_step(
     slot = tl.where(before < sinks, before, sinks + (before - sinks) % (slots - sinks))
     new_k = tl.load(k + shared * N + columns, mask=inside, other=0.0).to(tl.float32)
     new_v = tl.load(v + shared * N + columns, mask=inside, other=0.0).to(tl.float32)
-    query = tl.load(q + own, mask=inside, other=0.0).to(tl.float32) * (N**-0.5)
+    read = tl.load(q + own, mask=inside, other=0.0).to(tl.float32)
+    query = read * (N**-0.5)
 
     largest = -float("inf")
     total = 0.0
+    beyond = -float("inf")
+    if far_key is not None:
+        count = before + 1 - slots
+        against = tl.load(far_key + head * N + columns, mask=inside, other=0.0).to(tl.float32)
+        growth = tl.load(far_growth + head).to(tl.float32) * tl.log(tl.maximum(count, 1).to(tl.float32))
+        score = tl.sum(read * against, axis=0) + tl.load(far_bias + head).to(tl.float32) + growth
+        beyond = tl.where(count > 0, score, -float("inf"))
+        largest = beyond
+        total = tl.where(count > 0, 1.0, 0.0)
     summed = tl.zeros((K,), dtype=tl.float32)
     for start in range(0, slots, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -185,6 +216,8 @@ def _window_step(
 
     mixed = summed / total * tl.load(mix_window + head * N + columns, mask=inside, other=0.0).to(tl.float32)
     recurrence = tl.load(y + own, mask=inside, other=0.0).to(tl.float32)
+    if far_key is not None:
+        recurrence *= tl.exp(beyond - largest) / total
     mixed += recurrence * tl.load(mix_recurrence + head * N + columns, mask=inside, other=0.0).to(tl.float32)
     writes = inside & (head % group == 0)
     if mask is not None:

@@ -146,16 +146,29 @@ class Inverter(nn.Module):
         return F.cross_entropy(logits.float().flatten(0, 1), ids.flatten(), ignore_index=IGNORED, reduction="sum")
 
     @torch.no_grad()
-    def write(self, vectors: Tensor, longest: int) -> Tensor:
-        """Return token ids (B, S) of the likeliest next tokens, up to so many."""
+    def write(self, vectors: Tensor, longest: int, beams: int = 1) -> tuple[Tensor, Tensor | None]:
+        """Return what it writes, by beam search.
+
+        Args:
+            vectors: (B, d).
+            longest: tokens of a text.
+            beams: texts of a vector, the likeliest first; 1: greedily.
+
+        Returns:
+            token ids (B * beams, S), and the logarithm of the likelihood of each text (B * beams,); None if greedy.
+        """
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())  # its own is as deep as the encoder
-        return self.t5.generate(
+        several = {"num_return_sequences": beams, "length_penalty": 0.0, "output_scores": True}  # scores not per token
+        written = self.t5.generate(
             inputs_embeds=self._tokens(vectors),
             max_new_tokens=longest,
             do_sample=False,
-            num_beams=1,
+            num_beams=beams,
+            return_dict_in_generate=True,
             past_key_values=cache,
+            **(several if beams > 1 else {}),
         )
+        return written.sequences, written.get("sequences_scores")
 
     def _tokens(self, vectors: Tensor) -> Tensor:
         """Return vectors as tokens (B, slots, D), whatever their length was."""
@@ -187,11 +200,24 @@ class TrainedInverter:
         texts: list[str] = []
         with Progress("inverter", len(vectors), unit="vectors") as progress:
             for part in vectors.float().split(ROWS):
-                device = next(self.model.parameters()).device
-                ids = self.model.write(part.to(device), self.longest)
-                texts += self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+                texts += self._write(part, 1)[0]
                 progress.advance(len(part))
         return texts
+
+    def hypotheses(self, vectors: Tensor, count: int) -> tuple[list[list[str]], Tensor]:
+        """Return the likeliest texts of each vector (N, d), more than one, and the logarithms of their likelihood.
+
+        Returns:
+            N lists of `count` texts, and (N, count).
+        """
+        texts, scores = self._write(vectors.float(), count)
+        assert scores is not None
+        return [texts[at : at + count] for at in range(0, len(texts), count)], scores.cpu().unflatten(0, (-1, count))
+
+    def _write(self, vectors: Tensor, beams: int) -> tuple[list[str], Tensor | None]:
+        device = next(self.model.parameters()).device
+        ids, scores = self.model.write(vectors.to(device), self.longest, beams)
+        return self.tokenizer.batch_decode(ids, skip_special_tokens=True), scores
 
 
 def train_inverter(config: InverterConfig, say: Callable[[str], None] = print) -> dict:
@@ -246,7 +272,7 @@ def _rows(data: VectorData, config: InverterConfig) -> tuple[TextRows, TextRows,
     texts = data.texts
     if texts is None:
         raise UserError(f"{config.source} has no texts to learn from", "embed text: rwkvinside vectors embed")
-    held = validating(data, config.val)[data.documents] & (not config.all_documents)
+    held = held_out(data, config)
     read, unread = (
         [text for text, is_held in zip(texts, held.tolist(), strict=True) if is_held == own] for own in (False, True)
     )
@@ -256,6 +282,11 @@ def _rows(data: VectorData, config: InverterConfig) -> tuple[TextRows, TextRows,
         TextRows(data.vectors[held], unread, tokenizer, config.longest),
         tokenizer,
     )
+
+
+def held_out(data: VectorData, config: InverterConfig) -> Tensor:
+    """Return which texts (N,) an inverter does not read."""
+    return validating(data, config.val)[data.documents] & (not config.all_documents)
 
 
 def _cross_entropy(model: Inverter, rows: TextRows) -> float:

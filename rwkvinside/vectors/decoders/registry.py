@@ -4,6 +4,7 @@
 |---|---|---|
 | retrieval | the nearest stored sentence | of the store's space |
 | inverter:DIR | a small model of `rwkvinside vectors inverter` writes it | of the space it was trained on |
+| corrector:DIR | what the inverter of DIR writes, corrected by embedding it again | of that space, with its embedder |
 | vec2text, vec2text:DIR | Morris et al. 2023 (arXiv 2310.06816), an extra with weights of its own | mean:gtr-t5-base |
 """
 
@@ -18,6 +19,7 @@ from ..converter import Converter
 from ..data import VectorData
 from ..names import DECODERS
 from .base import Decoder
+from .corrector import load_corrector
 from .inverter import load_inverter
 from .retrieval import Retrieval
 from .vec2text import load_vec2text
@@ -35,6 +37,8 @@ def build_decoder(spec: str, data: VectorData) -> Decoder:
         return Retrieval(data)
     if kind == "inverter" and path:
         return load_inverter(Path(path), space)
+    if kind == "corrector" and path:
+        return load_corrector(Path(path), data)
     if kind == "vec2text":
         return load_vec2text(Path(path) if path else None, space)
     raise UserError(f"decoder {spec!r} is not known", f"decoders: {', '.join(DECODERS)}")

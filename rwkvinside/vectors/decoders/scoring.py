@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+import torch.nn.functional as F
+
 from ..data import Split, Windows
+from ..embedders import Embedder
 from ..metrics import Predictor, predict
 from .base import Decoder
 
@@ -31,10 +34,30 @@ def decoded_examples(predictors: Mapping[str, Predictor], both: Split, decoder: 
     ]
 
 
-def decoding_score(predictor: Predictor, windows: Windows, decoder: Decoder) -> dict[str, float]:
-    """Return how well decoded predictions agree with the true next sentences, see `agreement`."""
-    texts = windows.data.texts or []
-    return agreement(decoder.decode(predict(predictor, windows)), [texts[at] for at in windows.targets.tolist()])
+def decoding_score(
+    predictor: Predictor, windows: Windows, decoder: Decoder, encoder: Embedder | None = None
+) -> dict[str, float]:
+    """Return how well decoded predictions agree with the true next sentences.
+
+    Args:
+        predictor: that predicts.
+        windows: their contexts and targets.
+        decoder: of their space.
+        encoder: embeds what was decoded, if it is there.
+
+    Returns:
+        see `agreement`. nearer: with an encoder, part of the texts that differ whose vectors are nearer to the
+        prediction than that of the true sentence, so that no search for the nearest text would find it.
+    """
+    texts, predicted = windows.data.texts or [], predict(predictor, windows)
+    decoded, true = decoder.decode(predicted), [texts[at] for at in windows.targets.tolist()]
+    numbers = agreement(decoded, true)
+    differ = [i for i in range(len(true)) if not _same(decoded[i], true[i])]
+    if encoder is not None and differ:
+        ours = F.cosine_similarity(encoder.quietly([decoded[i] for i in differ]), predicted[differ], dim=-1)
+        theirs = F.cosine_similarity(windows.data.vectors[windows.targets[differ]], predicted[differ], dim=-1)
+        numbers["nearer"] = float((ours > theirs).float().mean())
+    return numbers
 
 
 def agreement(decoded: Sequence[str], true: Sequence[str]) -> dict[str, float]:
@@ -46,9 +69,13 @@ def agreement(decoded: Sequence[str], true: Sequence[str]) -> dict[str, float]:
     """
     same, overlap = 0, 0.0
     for ours, theirs in zip(decoded, true, strict=True):
+        same += _same(ours, theirs)
         a, b = ours.lower().split(), theirs.lower().split()
-        same += a == b
         common = (Counter(a) & Counter(b)).total()
         overlap += 2 * common / (len(a) + len(b)) if common else 0.0
     count = max(len(true), 1)
     return {"decode": same / count, "words": overlap / count}
+
+
+def _same(ours: str, theirs: str) -> bool:
+    return ours.lower().split() == theirs.lower().split()
