@@ -215,7 +215,7 @@ class StudentConfig(Section):
         values = {name: getattr(self, name) for name in ("detach_first", "backend", "precision")}
         # a number of first tokens is meant for the layers that have a window
         values |= {"window": window, "sinks": at_layer(self.sinks, layer) if window else 0}
-        values |= {"window_mix": self.window_mix} if window else {}
+        values |= {"window_mix": self.window_mix} if self.window else {}
         # the stock mixer's k_a form is a matter of its equations, not a choice
         values |= {} if self.key_scale is None or self.preset == "x070" else {"key_scale": self.key_scale}
         values |= {} if self.key_residual is None else {"key_residual": self.key_residual}

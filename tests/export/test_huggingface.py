@@ -128,7 +128,7 @@ def test_other_families(tmp_path, family, make_teacher, make_run):
 
 
 def test_windows(tmp_path, teacher, make_run):
-    run = make_run(tmp_path / "run", teacher, student={"window": 6, "sinks": 2})
+    run = make_run(tmp_path / "run", teacher, student={"window": 6, "sinks": 2, "window_mix": "softmax"})
     control = {"kl": 0.75, "ce": 1.75, "ce_teacher": 1.25, "agreement": 0.5}
     with (run / "metrics.jsonl").open("a") as metrics:
         metrics.write(json.dumps({"kind": "control", "stage": "calibrate", "step": 1, "tokens": 100} | control) + "\n")
@@ -150,7 +150,7 @@ def test_windows(tmp_path, teacher, make_run):
 
 
 def test_windows_by_layer(tmp_path, teacher, make_run):
-    run = make_run(tmp_path / "run", teacher, student={"window": {"0": 6, "3": 3}, "sinks": 2})
+    run = make_run(tmp_path / "run", teacher, student={"window": {"0": 6, "3": 3}, "sinks": 2, "window_mix": "softmax"})
     export_hf(run, tmp_path / "out")
     model, prompt = load(tmp_path / "out"), torch.arange(5, 25)[None]
     mixers = {i: model.config.mixer_config(i) for i in (0, 2, 3)}
