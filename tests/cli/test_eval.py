@@ -108,10 +108,11 @@ def test_a_windowed_student_is_shown_with_its_control(run, teacher, val, tmp_pat
     windowed = tmp_path / "run"
     shutil.copytree(run, windowed)
     config = yaml.safe_load((run / "config.yaml").read_text())
-    config["student"] |= {"window": 8, "sinks": 1}
+    window = {"window": 8, "sinks": 1, "window_mix": "sum"}
+    config["student"] |= window
     (windowed / "config.yaml").write_text(yaml.safe_dump(config))
     lm = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
-    model = HybridModel.from_teacher(lm, StudentConfig(attention_layers=(0, 1, 2, 3), window=8, sinks=1))
+    model = HybridModel.from_teacher(lm, StudentConfig(attention_layers=(0, 1, 2, 3), **window))
     for mixer in model.mixers.values():  # the control itself
         mixer.mix_recurrence.data.zero_()
         mixer.mix_window.data.fill_(1)

@@ -221,8 +221,9 @@ def test_a_window(counted, train, objective):
     keys = sum(min(t + 1, 8) for t in range(LENGTH)) / LENGTH
     assert found.forward["window"] == pytest.approx(2 * 4 * 4 * 16 * keys)
     needed = found.forward["window"] + found.backward["window"]
-    # computed are all keys of the one block of 64 queries that the rows make
-    whole = (64 + 6 + 2) / keys
+    # computed are all keys of the one block of 64 queries that the rows make, and the score of what lies beyond the
+    # window as one more, in 8 channels more
+    whole = (64 + 6 + 2 + 1) / keys * (16 + 8) / 16
     step = align if objective == "align" else distill
     expected = formula(student, objective, TeacherKind.SELF) + (whole - 1) * needed
     assert expected == pytest.approx(counted(student, step))
