@@ -32,7 +32,7 @@ def test_on_what_the_teacher_writes(teacher, tmp_path, capsys):
     assert list(result["scores"]) == names
     *untrained, aligned, distilled = (row["tokens"] for row in result["scores"].values())
     assert untrained == [0, 0, 0]
-    assert 256 - 64 < aligned <= 256 < distilled <= 512, "the last row of an epoch, which has padding, may be among them"
+    assert 256 - 64 < aligned <= 256 < distilled <= 512, "an epoch's last row, which has padding, may be among them"
     assert result["scores"]["teacher"]["kl"] == 0 < result["scores"]["after distill"]["kl"]
     assert list(result["samples"]) == ["teacher", "after calibrate", "after distill"]
     assert all(set(turn) == {"answer", "continuation"} for turn in result["samples"].values())
