@@ -214,7 +214,7 @@ def _fit(mixer: TimeMixer, inputs: list[_Input]) -> LayerFit:
     if c.bonus:
         mixer.r_k.zero_()  # the recurrence alone; the bonus is a separate term of the regressions
     searched = _leading(inputs, SEARCHED_TOKENS)
-    far_share = _fit_far(mixer, searched) if c.window_mix == "softmax" else []
+    far_share = _fit_far(mixer, searched) if c.window and c.window_mix == "softmax" else []
     error_before = _search(mixer, searched)
     ((weights, error),) = _regress(mixer, inputs)
 

@@ -106,8 +106,8 @@ def _are_short(batches: list[Batch]) -> bool:
     """Return whether documents are short next to the rows.
 
     Then next to nothing of a row lies beyond the windows, and what is fitted to it harms in longer documents: on
-    conversations of 290 tokens SmolLM2 ends at a KL of 1.66 in a document of 4,000, read as one at 0.80
-    (docs/benchmarks.md).
+    conversations of 290 tokens SmolLM2, with sums of window and recurrence, ends at a KL of 1.66 in a document of
+    4,000, read as one at 0.80 (docs/benchmarks.md).
     """
     tokens, documents = (sum(int(x) for x in counts) for counts in zip(*map(_counts, batches), strict=True))
     return tokens < SHORT * documents * batches[0].input_ids.shape[1]

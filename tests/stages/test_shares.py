@@ -86,8 +86,9 @@ def test_a_fit_that_harms_is_given_up():
     assert kl(model, held) == pytest.approx(kl(model, held, "control"), rel=1e-4)
 
 
-def test_layers_without_a_window_are_left_alone():
-    model, layers = calibrated(window={"1-2": 4}, attention_layers=(3,))
+@pytest.mark.parametrize("window_mix", ["sum", "softmax"])
+def test_layers_without_a_window_are_left_alone(window_mix):
+    model, layers = calibrated(window={"1-2": 4}, attention_layers=(3,), window_mix=window_mix)
     assert sorted(layers) == [1, 2]
     before = model.mixers[0].output.weight.clone()
     assert choose_shares(model, layers, [packed([25], seed=9)]).keys() == {1, 2}
