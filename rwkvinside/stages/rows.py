@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from dataclasses import replace
 
@@ -117,11 +118,11 @@ def check_targets(plan: StagePlan, tokens: Tokens, val: TokenStore) -> None:
 
 
 def sample(rows: Rows, tokens: int, micro_rows: int, device: torch.device) -> list[Batch]:
-    """Return the first rows that hold this many tokens, as micro-batches.
+    """Return the first rows that hold this many tokens or more, as micro-batches.
 
     They are on `device`, and at most one epoch.
     """
-    count = int(min(rows.rows_per_epoch, max(1, tokens // rows.seq_len)))  # a stream's epoch is infinite
+    count = int(min(rows.rows_per_epoch, math.ceil(tokens / rows.seq_len)))  # a stream's epoch is infinite
     return [rows.batch(range(i, min(count, i + micro_rows))).to(device) for i in range(0, count, micro_rows)]
 
 

@@ -30,6 +30,8 @@ from .settings import EarlyStopConfig
 from .stop_signal import StopSignal
 from .throughput import Throughput, memory_mb
 
+LAST_EVALUATION = 0.1  # of an interval: nearer to the end than this none is made but the last
+
 
 @dataclass(frozen=True)
 class TrainingPlan:
@@ -40,7 +42,7 @@ class TrainingPlan:
         length, schedule: steps and learning rates.
         micro_rows: rows of one forward pass.
         evaluate_every: steps between evaluations, to which those of checkpoints are added; 0: only after the last
-            step.
+            step, whose evaluation stands for one that would come just before it.
         save_every: steps between checkpoints, 0: only after the last step.
         early_stop: when it ends before its last step; None: never.
         labels: names of the entries of 1-d metrics, {"layers": [0, 1, 3]}; default 0, 1, 2, ...
@@ -177,7 +179,7 @@ class Trainer(Generic[AnyBatch]):
                 # a step in which nothing counts has loss 0
                 self._update(batches, step, max(int(count), 1), int(tokens), throughput)
                 saves = self.done == end or _due(self.done, plan.save_every)
-                if self.done == steps or _due(self.done, plan.evaluate_every) or (saves and plan.evaluate_every):
+                if self.done == steps or self._evaluation_due or (saves and plan.evaluate_every):
                     self._evaluate()
                 if self.finished:
                     self._tell(lambda callback: callback.finish(self))
@@ -186,6 +188,11 @@ class Trainer(Generic[AnyBatch]):
             # a signal during the last step must not be lost: more stages may follow
             if self.world.all_reduce_sum([self._ends(signal)])[0]:
                 self._interrupt()
+
+    @property
+    def _evaluation_due(self) -> bool:
+        every, left = self.plan.evaluate_every, self.plan.length.steps - self.done
+        return _due(self.done, every) and left > every * LAST_EVALUATION
 
     @property
     def _places(self) -> range:

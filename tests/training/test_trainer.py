@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -185,6 +186,14 @@ def test_metrics_rows(tmp_path):
     assert [row["step"] for row in rows if row["kind"] == "eval"] == [3, 6, STEPS]
     raw = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert all(name in raw[0] for name in MEASURED)
+
+
+@pytest.mark.parametrize("steps, evaluated", [(41, [20, 41]), (42, [20, 42]), (43, [20, 40, 43])])
+def test_no_evaluation_just_before_the_last(steps, evaluated):
+    told, length = [], replace(LENGTH, total_tokens=steps * LENGTH.tokens_per_step)
+    options = {"evaluate": lambda step: told.append(step) or {"kl": 0.5}, "evaluate_every": 20}
+    trainer(local_engine(), length=length, **options).fit()
+    assert told == evaluated
 
 
 def test_the_toy_learns():
