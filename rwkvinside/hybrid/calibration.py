@@ -131,7 +131,7 @@ def calibrate(
             given = zip(batches, activations, student.inputs(i), strict=True)
             with torch.autocast(mixer.output.weight.device.type, enabled=False):
                 inputs = [_Input.of(mixer, scale, *fields) for fields in given]
-                fits[i] = _fit(mixer, inputs)
+                fits[i] = _fit(mixer, inputs, model.family.window(model.lm.config, i))
             del inputs
         del activations  # before the next layer's are made
         student.run(i)
@@ -208,13 +208,13 @@ class _Input(NamedTuple):
         return cls(batch, own, (cos, sin), heads.unflatten(-1, (-1, mixer.mixer_config.head_size)), target, weight)
 
 
-def _fit(mixer: TimeMixer, inputs: list[_Input]) -> LayerFit:
+def _fit(mixer: TimeMixer, inputs: list[_Input], own: int | None = None) -> LayerFit:
     c = mixer.mixer_config
     H, N = c.num_heads, c.head_size
     if c.bonus:
         mixer.r_k.zero_()  # the recurrence alone; the bonus is a separate term of the regressions
     searched = _leading(inputs, SEARCHED_TOKENS)
-    far_share = _fit_far(mixer, searched) if c.window and c.window_mix == "softmax" else []
+    far_share = _fit_far(mixer, searched, own) if c.window and c.window_mix == "softmax" else []
     error_before = _search(mixer, searched)
     ((weights, error),) = _regress(mixer, inputs)
 
@@ -240,14 +240,19 @@ def _fit(mixer: TimeMixer, inputs: list[_Input]) -> LayerFit:
     )
 
 
-def _fit_far(mixer: TimeMixer, inputs: list[_Input]) -> list[float]:
-    """Fit the score of what lies beyond the window; return the share of attention that goes there, by head."""
+def _fit_far(mixer: TimeMixer, inputs: list[_Input], own: int | None) -> list[float]:
+    """Fit the score of what lies beyond the window; return the share of attention that goes there, by head.
+
+    Args:
+        mixer, inputs: of the layer.
+        own: how many tokens the teacher's attention sees; None: all before.
+    """
     rows = []
     for layer_input in inputs:
         projected, batch = _project(mixer, layer_input), layer_input.batch
         q, k, v = (x.float() for x in (projected.r, projected.key, projected.value))
         rows.append(Attention(q, k, v, batch.segment_ids, layer_input.weight.float()))
-    score = fit_far_scores(mixer.mixer_config, rows)
+    score = fit_far_scores(mixer.mixer_config, rows, own)
     if score is None:
         return []
     for name, value in (("far_key", score.key), ("far_bias", score.bias), ("far_growth", score.growth)):

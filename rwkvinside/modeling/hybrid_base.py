@@ -29,9 +29,9 @@ from .mixer_init import init_mixer
 from .mixer_presets import TimeMixerConfig, check_first_layer
 from .rwkv_attention import RWKVAttention
 
-# Parameters that shift a sigmoid or the decay: bf16 is too coarse for them (wl near -8 would be off by 2-3 %), so they
-# stay fp32 in files and in memory whatever dtype the model is loaded in. Searched by transformers as regexes.
-FP32_PARAMETERS = [rf"self_attn\.{name}$" for name in ("w0", "a0", "v0", "k0")]
+# Parameters that shift a sigmoid, the decay or a score: bf16 is too coarse for them (wl near -8 would be off by 2-3 %),
+# so they stay fp32 in files and in memory whatever dtype the model is loaded in. Searched by transformers as regexes.
+FP32_PARAMETERS = [rf"self_attn\.{name}$" for name in ("w0", "a0", "v0", "k0", "far_bias", "far_growth")]
 
 
 @dataclass(kw_only=True, repr=False)

@@ -108,8 +108,10 @@ class Form(NamedTuple):
         scores = q @ k.mT * N**-0.5
         scores = scores if scores.dtype == torch.float64 else scores.float()
         capped = self.softcap * torch.tanh(scores / self.softcap)
-        scores = torch.cat([capped[..., :-1], scores[..., -1:]], -1) if extra > 0 else capped
-        weights = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(-1)
+        if extra > 0:  # in channels of few bits its score needs both
+            score = q[..., N : N + 2].to(scores.dtype).sum(-1, keepdim=True) * N**-0.5
+            capped = torch.cat([capped[..., :-1], score], -1)
+        weights = capped.masked_fill(~allowed, torch.finfo(capped.dtype).min).softmax(-1)
         return weights.to(v.dtype) @ v
 
 

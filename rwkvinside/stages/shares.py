@@ -28,8 +28,9 @@ HELD_TOKENS = 4096  # are enough to tell shares apart
 def split_rows(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
     """Return the rows to fit, and the last ones, to choose shares on.
 
-    A single row is both.
+    A single row is both. A last row that is mostly padding is left out: it says nothing about long documents.
     """
+    batches = _without_padding(batches)
     rows = sum(len(batch.rows) for batch in batches)
     if rows == 1:
         return list(batches), list(batches)
@@ -42,6 +43,13 @@ def split_rows(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
         fitted += [_rows(batch, slice(0, cut))] if cut else []
         held += [_rows(batch, slice(cut, count))] if cut < count else []
     return fitted, held
+
+
+def _without_padding(batches: Sequence[Batch]) -> list[Batch]:
+    *others, last = batches
+    if int(last.mask[-1].sum()) * 2 >= last.mask.shape[1] or len(last.rows) + len(others) == 1:
+        return list(batches)
+    return others + ([_rows(last, slice(0, -1))] if len(last.rows) > 1 else [])
 
 
 def held_rows(rows: int, width: int) -> int:

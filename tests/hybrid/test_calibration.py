@@ -39,7 +39,9 @@ def test_every_mixer_is_fitted_on_what_the_student_gives_it(kept, monkeypatch):
     hybrid = HybridModel.from_teacher(teacher("qwen3"), spec).eval()
     batches = [packed([30, 14], rows=2), padded(packed([21], rows=2), 5)]
     fitted, seen = [], {i: [] for i in hybrid.rwkv_layers}
-    monkeypatch.setattr(calibration, "_fit", lambda mixer, inputs: fitted.append(inputs) or _fit(mixer, inputs))
+    monkeypatch.setattr(
+        calibration, "_fit", lambda mixer, inputs, own: fitted.append(inputs) or _fit(mixer, inputs, own)
+    )
     calibrate(hybrid, batches)
     for i, mixer in hybrid.mixers.items():
         mixer.register_forward_pre_hook(
@@ -117,6 +119,16 @@ def test_a_window_over_everything_is_the_teacher(family):
         assert fits[i].error < 1e-6
         torch.testing.assert_close(mixer.mix_window, torch.ones_like(mixer.mix_window), rtol=0, atol=1e-3)
         assert mixer.mix_recurrence.abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("window_mix", ["sum", "softmax"])
+@pytest.mark.parametrize("family, sliding", [("mistral", (0, 1, 2)), ("gemma3_text", (0,))])
+def test_nothing_is_missing_beyond_a_window_as_wide_as_the_teachers(family, sliding, window_mix):
+    """Gemma's last layer slides, too, but reads what a layer that sees everything has left unfinished."""
+    student = StudentConfig(window=teacher(family).config.sliding_window, window_mix=window_mix)
+    hybrid = HybridModel.from_teacher(teacher(family), student)
+    fits = calibrate(hybrid, [packed([60], rows=3)])
+    assert max(fits[i].error for i in sliding) < 1e-5
 
 
 def test_a_window_leaves_less_to_the_recurrence():

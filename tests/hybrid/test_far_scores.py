@@ -2,8 +2,10 @@
 
 import math
 
+import pytest
 import torch
 
+from rwkvinside.hybrid import far_scores
 from rwkvinside.hybrid.far_scores import Attention, fit_far_scores
 from rwkvinside.modeling.mixer_presets import TimeMixerConfig
 
@@ -23,7 +25,7 @@ def attention(scale=1.0, lengths=(50, 10)):
     return Attention(scale * q, k, v, segments.expand(B, T), torch.ones(B, T, dtype=torch.float64))
 
 
-def shares_of(c, given):
+def shares_of(c, given, own=T):
     """The attention beyond the window by head, for tokens that have some, one token and one head at a time."""
     q, k, _, segments, _ = given
     shares = []
@@ -33,7 +35,8 @@ def shares_of(c, given):
             near = {j for i, j in enumerate(document) if t - j < c.window or i < c.sinks}
             if len(near) < len(document):
                 scores = torch.stack([k[b, document, h // (H // G)] @ q[b, t, h] for h in range(H)]) * N**-0.5
-                weights = scores.softmax(-1)
+                seen = torch.tensor([t - j < own for j in document])
+                weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
                 shares.append(weights[:, [i for i, j in enumerate(document) if j not in near]].sum(-1))
     return torch.stack(shares, 1)
 
@@ -80,3 +83,36 @@ def _predicted(c, given, fit):
 
 def test_nothing_lies_beyond_a_window_over_everything():
     assert fit_far_scores(config(window=60), [attention()]) is None
+
+
+def test_what_the_teacher_does_not_see_has_no_share():
+    """Of a teacher with a window of its own, which may leave nothing beyond the student's."""
+    c, given = config(), attention()
+    fit = fit_far_scores(c, [given], own=20)
+    torch.testing.assert_close(fit.share, shares_of(c, given, own=20).mean(1))
+    assert (_predicted(c, given, fit).mean(1) - fit.share).abs().max() < 0.1
+    fit = fit_far_scores(config(sinks=0), [given], own=4)
+    assert fit.share.max() < 1e-6 and _predicted(config(sinks=0), given, fit).max() < 1e-4
+
+
+@pytest.mark.parametrize("queries", [1, 7, 64])
+def test_blocks_of_queries_change_nothing(queries, monkeypatch):
+    c, given = config(), attention(scale=2.0)
+    whole = fit_far_scores(c, [given])
+    monkeypatch.setattr(far_scores, "QUERIES", queries)
+    for blocked, wanted in zip(fit_far_scores(c, [given]), whole, strict=True):
+        torch.testing.assert_close(blocked, wanted)
+
+
+def test_a_head_without_values_leaves_the_others_what_they_are():
+    """Its queries are as large as those of any head; in fp32, as in calibration."""
+    c, given = config(), Attention(*(x.float() if x.is_floating_point() else x for x in attention(scale=3.0)))
+    wanted = fit_far_scores(c, [given])
+    v = given.v.clone()
+    v[:, :, 0] = 0  # of heads 0 and 1
+    found = fit_far_scores(c, [given._replace(v=v)])
+    assert all(x.isfinite().all() for x in found)
+    error = (_predicted(c, given, found) - shares_of(c, given)).square().mean(1)
+    best = (_predicted(c, given, wanted) - shares_of(c, given)).square().mean(1)
+    torch.testing.assert_close(error[2:], best[2:], rtol=0.2, atol=1e-4)
+    assert error[:2].max() < 0.2  # fitted to the teacher's share all the same

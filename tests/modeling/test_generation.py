@@ -292,9 +292,11 @@ def test_reentrant_checkpointing_is_refused(enable):
     assert layer._gradient_checkpointing_func.keywords["use_reentrant"] is False
 
 
-@pytest.mark.parametrize("preset", ["cxa079", "x070"])
-def test_decay_parameters_stay_fp32_in_bf16(tmp_path, prompt, preset):
-    model = build("qwen3", LAYOUTS["mixed"], preset, dtype=torch.float32)
+@pytest.mark.parametrize(
+    "preset, mixer", [("cxa079", {}), ("x070", {}), ("cxa079", {"window": 8, "sinks": 1, "window_mix": "softmax"})]
+)
+def test_parameters_that_bf16_is_too_coarse_for_stay_fp32(tmp_path, prompt, preset, mixer):
+    model = build("qwen3", LAYOUTS["mixed"], preset, dtype=torch.float32, mixer=mixer)
     model.save_pretrained(tmp_path)
     loaded, info = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16, output_loading_info=True)
     assert not any(info.values()), info

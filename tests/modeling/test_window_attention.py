@@ -264,12 +264,14 @@ def test_memory_grows_with_the_tokens_alone(scored):
     assert largest(2048) == 2 * largest(1024) == 2048 * (H // G) * (64 + 16 + 2 + scored)
 
 
-def test_the_score_of_what_lies_beyond_keeps_its_digits_in_bf16():
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_the_score_of_what_lies_beyond_keeps_its_digits_in_bf16(softcap):
     """A score of 11 has steps of 1/16 there."""
     q, k, v, score = inputs(40, torch.float32, scored=True)
     q = 0 * q
-    found, _ = window_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), 11 + 0.1 * score, window=4, sinks=1)
-    exact = dense_window_attention(q, k, v, 11 + 0.1 * score, window=4, sinks=1)
+    form = {"window": 4, "sinks": 1, "softcap": softcap}
+    found, _ = window_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), 11 + 0.1 * score, **form)
+    exact = dense_window_attention(q, k, v, 11 + 0.1 * score, **form)
     assert ((found.float() - exact).abs() / exact.abs())[:, 5:, :, N].max() < 2**-8
 
 

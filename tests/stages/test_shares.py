@@ -1,6 +1,7 @@
 """Which share of its calibration a windowed student keeps: of a sum, never one that is worse than its control."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -117,6 +118,22 @@ def test_few_rows_of_many_tokens_are_enough_and_one_row_is_both():
     assert [len(batch.rows) for batch in split_rows(rows(20, width=2048))[1]] == [2]
     (one,) = rows(1)
     assert split_rows([one]) == ([one], [one])
+
+
+@pytest.mark.parametrize("counts", [(3,), (2, 1), (1, 2), (2,)])
+@pytest.mark.parametrize("real", [1, 3, 4, 8])
+def test_a_last_row_of_padding_is_left_out(counts, real):
+    batches = rows(*counts)
+    batches[-1].segment_ids[-1, real:] = 0
+    batches[-1] = replace(batches[-1])  # counts its tokens
+    fitted, held = split_rows(batches)
+    read = sorted({row for part in (fitted, held) for batch in part for row in batch.rows})
+    assert read == list(range(sum(counts) - (real < 4)))
+    assert all(batch.num_tokens for batch in held)
+    (one,) = batches[-1:]
+    alone = replace(one, **{f: getattr(one, f)[-1:] for f in ("input_ids", "labels", "position_ids", "segment_ids")})
+    alone = replace(alone, rows=(0,))
+    assert split_rows([alone]) == ([alone], [alone])
 
 
 @pytest.mark.parametrize("lengths, joined", [((60, 4), False), ((16, 16, 16, 16), False), ((15, 17, 16, 10, 6), True)])
