@@ -300,7 +300,7 @@ class TimeMixer(nn.Module):
         r, k, v, decay, iclr, gate, *_ = projected
         if decay is None or iclr is None:
             none = torch.zeros(r.shape, dtype=_fp32(r[:0]).dtype, device=r.device)
-            return RecurrenceInputs(r, none, k, v, none, none, gate)
+            return RecurrenceInputs(r, none, _to_heads(k, H), v, none, none, gate)
         # decay and in-context learning rate stay in fp32: near 0 a bf16 log decay is off by 2-3 %
         z = (_fp32(self.w0) + _fp32(decay)).unflatten(-1, (H, N))
         log_decay = -DECAY_SCALE * torch.sigmoid(z)

@@ -35,8 +35,13 @@ class Calibrate(UntrainedStage):
     large = StageSize("16k", 2048, 16384)
 
     def check(self, student: HybridModel, plan: StagePlan) -> None:
-        """Refuse quantized mixers, too."""
+        """Refuse quantized mixers, too, and those without a decay."""
         super().check(student, plan)
+        if any(mixer.linear_attention for mixer in student.mixer_configs.values()):
+            raise UserError(
+                "objective calibrate fits decay and in-context learning rate, and linear attention has none",
+                f"leave {plan.name} out of run",
+            )
         if fitted := student.mixer_names() - set(student.canonical_parameters()):
             raise UserError(
                 f"objective calibrate fits the mixers, but {min(fitted)} is quantized",

@@ -1,17 +1,20 @@
 """The start of the mixers: what is fitted to what, and that each fit finds what is there."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hybrid_cases import packed, teacher
 
 from rwkvinside.data.batch import IGNORE, Batch
+from rwkvinside.errors import UserError
 from rwkvinside.hybrid import calibration
 from rwkvinside.hybrid.calibration import RATES, _fit, _Input, calibrate
 from rwkvinside.hybrid.layerwise_teacher import AttentionActivations, LayerwiseStudent, LayerwiseTeacher, MixerInputs
 from rwkvinside.hybrid.model import HybridModel
 from rwkvinside.hybrid.settings import StudentConfig
+from rwkvinside.stages.calibrate import Calibrate
 
 NO_ROPE = torch.empty(0), torch.empty(0)  # nothing is projected
 
@@ -162,3 +165,10 @@ def test_two_calibrations_are_equal(preset):
         found.append((hybrid.student_state_dict(), [dataclasses.asdict(fit) for fit in fits.values()]))
     (one, first), (other, second) = found
     assert first == second and all(torch.equal(x, other[name]) and x.isfinite().all() for name, x in one.items())
+
+
+def test_linear_attention_has_nothing_to_fit():
+    student = HybridModel.from_teacher(teacher("llama"), StudentConfig(preset="x070", linear_attention=True))
+    plan = SimpleNamespace(name="calibrate", settings=SimpleNamespace(loss=None))
+    with pytest.raises(UserError, match="linear attention has none"):
+        Calibrate().check(student, plan)

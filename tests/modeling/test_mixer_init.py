@@ -106,6 +106,20 @@ def test_linear_attention_is_a_sum_over_the_past():
         mixer("cxa079", linear_attention=True)
 
 
+def test_linear_attention_shares_keys_and_values_among_heads():
+    made, every = (mixer(is_first=True, linear_attention=True, num_kv_heads=heads) for heads in (1, H))
+    made.output.weight.data.normal_()
+    own = made.state_dict()
+    for name in ("key.weight", "value.weight"):
+        own[name] = own[name].repeat(H, 1)
+    every.load_state_dict(own)
+    x = torch.randn(2, 8, D)
+    with torch.no_grad():
+        y = made(x, first=None)[0]
+        torch.testing.assert_close(y, every(x, first=None)[0])
+    assert y.abs().mean() > 0.01
+
+
 def test_linear_attention_continues_from_its_state():
     made = mixer(is_first=True, linear_attention=True).eval()
     made.output.weight.data.normal_()
