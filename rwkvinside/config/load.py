@@ -98,8 +98,9 @@ def load_config(
         merged["run"] = [name for name in RUN if not (published and name == "calibrate")]
     if _chooses(_mapping(merged.get("student")).get(LAYOUT)):
         merged = _with_choosing_stage(merged)
-    merged["stages"], refused = _with_stage_defaults(merged.get("stages"), info)
-    return _complete(_validate(merged, info, refused, stage), info)
+    sections = merged.get("stages")
+    merged["stages"], refused = _with_stage_defaults(sections, info)
+    return _complete(_validate(merged, info, refused, stage), info, _mapping(sections))
 
 
 def read_settings(files: Sequence[str | os.PathLike | Mapping], overrides: Sequence[str] = ()) -> list[dict]:
@@ -281,16 +282,25 @@ def _validate(merged: dict, teacher: TeacherInfo, refused: dict[tuple[str, ...],
     return config
 
 
-def _complete(config: Config, teacher: TeacherInfo) -> Config:
-    """Return the configuration with what follows from other fields.
+def _complete(config: Config, teacher: TeacherInfo, configured: Mapping) -> Config:
+    """Return the configuration with what follows from other fields, `filled` in.
 
-    These are learning rates and warm-up.
+    These are learning rates and warm-up, and the tokens of steps, which `resolve` fits to the ranks.
+
+    Args:
+        config: validated.
+        teacher: decides learning rates.
+        configured: settings by stage name, without defaults.
     """
-    stages = {name: _complete_stage(name, stage, teacher.hidden_size) for name, stage in config.stages.items()}
+    stages = {}
+    for name, stage in config.stages.items():
+        if "tokens" not in _mapping(_mapping(configured.get(name)).get("batch")):
+            stage = stage.model_copy(update={"batch": stage.batch.filled(tokens=stage.batch.tokens)})
+        stages[name] = _complete_optimizer(name, stage, teacher.hidden_size)
     return config.model_copy(update={"stages": stages})
 
 
-def _complete_stage(name: str, stage: StageConfig, width: int) -> StageConfig:
+def _complete_optimizer(name: str, stage: StageConfig, width: int) -> StageConfig:
     if stage.optim is None:
         return stage
     kind = stage_class(name, stage.objective)
@@ -298,10 +308,10 @@ def _complete_stage(name: str, stage: StageConfig, width: int) -> StageConfig:
     configured = {key: getattr(stage.optim, key) for key in rates}
     if configured["lr"] is not None:  # the other two keep their proportion to it
         rates = {key: rate * configured["lr"] / rates["lr"] for key, rate in rates.items()}
-    values = {key: float(f"{rate:.4g}") if configured[key] is None else configured[key] for key, rate in rates.items()}
+    values = {key: float(f"{rate:.4g}") for key, rate in rates.items() if configured[key] is None}
     if stage.optim.warmup_steps is None:
         values["warmup_steps"] = kind.warmup_steps(stage.length.steps)
-    return stage.model_copy(update={"optim": stage.optim.model_copy(update=values)})
+    return stage.model_copy(update={"optim": stage.optim.filled(**values)})
 
 
 def _read_yaml(file: str | os.PathLike) -> dict:

@@ -5,7 +5,7 @@ Everything that follows from a configuration is computed here, once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from ..data.sources import endless_tokens
@@ -20,6 +20,7 @@ from ..stages.settings import StageConfig
 from ..support.extras import import_extra
 from ..teacher.settings import TeacherConfig, TeacherModelConfig
 from ..training.batching import StepShape
+from .load import check_section
 from .precision import frozen_dtype, resolve_device, resolve_precision, teacher_dtype
 from .schema import Config
 from .teacher_lookup import find_teacher
@@ -28,7 +29,11 @@ TRIAL = "distill"  # the stage whose settings short distillations have
 
 
 def resolve(
-    config: Config, stages: Sequence[str] | None = None, ranks: int = 1, kept: Sequence[int] | None = None
+    config: Config,
+    stages: Sequence[str] | None = None,
+    ranks: int = 1,
+    kept: Sequence[int] | None = None,
+    done: Collection[str] = (),
 ) -> RunPlan:
     """Return the plan of a run.
 
@@ -40,15 +45,18 @@ def resolve(
         stages: names of those that run now; None: all of `run`. Earlier ones count for what has been trained before.
         ranks: processes that share the work.
         kept: layers that the run has chosen; None: none yet.
+        done: stages that have ended, whose steps may have fewer rows than there are ranks now.
 
     Raises:
-        UserError: a stage of that name is not configured.
+        UserError: a stage of that name is not configured, or has steps of fewer rows than ranks.
     """
     for name in stages or ():
         if name not in config.stages:
             raise UserError(f"there is no stage {name!r}", f"stages: {', '.join(config.stages)}")
     order = [*config.run, *(name for name in stages or () if name not in config.run)]
     selected = tuple(config.run if stages is None else stages)
+    running = [name for name in selected if name not in done]
+    config = with_steps(config, running, ranks)
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
     loaded_dtype = teacher_dtype(config.teacher.dtype, device, precision)
@@ -70,11 +78,59 @@ def resolve(
         fused_layers=_fused_layers(config.fused_layers, device),
     )
     plans = tuple(_stage_plan(name, config.stages[name], config, settings) for name in order)
+    for plan in plans:
+        if plan.name in running:
+            _check_rows(plan)
     if choice is not None:
         trials = trial_plans(config, settings, choice)
         plans = tuple(replace(plan, trials=trials) if plan.stage.chooses_layers else plan for plan in plans)
         plans = _with_choice(plans, choice, kept)
     return RunPlan(settings, plans, selected)
+
+
+def with_steps(config: Config, stages: Collection[str], ranks: int, begun: Mapping[str, int] | None = None) -> Config:
+    """Return the configuration with steps for so many ranks, where `batch.tokens` is left out.
+
+    A warm-up that is left out follows from the steps.
+
+    Args:
+        config: from `load_config`.
+        stages: those that are to run: each of their steps has a row for every rank.
+        ranks: processes that share the work.
+        begun: tokens of a step in the run that goes on, by stage; what is not there has its default.
+
+    Raises:
+        UserError: a stage has too few of such steps for what it unfreezes.
+    """
+    changed = {}
+    for name, stage in config.stages.items():
+        if "tokens" in stage.batch.model_fields_set:
+            continue
+        sharing = ranks if name in stages and stage_class(name, stage.objective)().trains else 1
+        tokens = max((begun or {}).get(name, stage.batch.tokens), sharing * stage.data.seq_len)
+        if tokens != stage.batch.tokens:
+            changed[name] = _with_step(name, stage, tokens)
+    return config.model_copy(update={"stages": config.stages | changed})
+
+
+def _with_step(name: str, stage: StageConfig, tokens: int) -> StageConfig:
+    stage = stage.model_copy(update={"batch": stage.batch.filled(tokens=tokens)})
+    if stage.optim is not None and "warmup_steps" not in stage.optim.model_fields_set:
+        warmup = stage_class(name, stage.objective).warmup_steps(stage.length.steps)
+        stage = stage.model_copy(update={"optim": stage.optim.filled(warmup_steps=warmup)})
+    check_section(StageConfig, stage.model_dump(), source=f"stages.{name} with batch.tokens {tokens}")
+    return stage
+
+
+def _check_rows(plan: StagePlan) -> None:
+    """Refuse steps in which a rank would have nothing to do."""
+    rows, ranks, seq_len = plan.shape.rows, plan.shape.ranks, plan.length.seq_len
+    if rows < ranks:
+        raise UserError(
+            f"stages.{plan.name}.batch.tokens={plan.length.batch_tokens} is {rows} rows of data.seq_len={seq_len}, "
+            f"too few for {ranks} processes",
+            f"raise it to {ranks * seq_len} at least, or start {rows} processes at most",
+        )
 
 
 def trial_plans(config: Config, run: RunSettings, choice: LayerChoice) -> tuple[StagePlan, ...]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..config.resolve import resolve
+from ..config.resolve import resolve, with_steps
 from ..config.schema import Config
 from ..data.sources import close, tokens_of
 from ..errors import CONTINUE, Interrupted, UserError
@@ -48,7 +48,7 @@ class Run:
     """What all stages of a run share.
 
     Attributes:
-        config: as the user gave it, for config.yaml, trackers and messages.
+        config: with the steps that it has on these processes, for config.yaml, trackers and messages.
         plan: what follows from it.
         plan_text: the plan for people.
         forecast: the plan in numbers.
@@ -118,7 +118,8 @@ class Run:
     def with_choice(self) -> Run:
         """Return the run that goes on with the layers that it has chosen."""
         kept = self.directory.records.chosen_layers()
-        plan = resolve_fitted(self.config, self.plan.selected, ranks=self.world.size, kept=kept)
+        done = self.directory.finished()
+        plan = resolve_fitted(self.config, self.plan.selected, ranks=self.world.size, kept=kept, done=done)
         return replace(self, plan=plan, plan_text=plan_text(plan, self.config), shapes=meta_student(plan.settings))
 
     def result(self, stage: str) -> Path | None:
@@ -214,12 +215,15 @@ def _train(
     return_freed_memory(sum(p.numel() for p in shapes.parameters()))
     _check_backend(config.student.backend, plan.settings.device, shapes)
     world = join_process_group() if launched else Distributed(plan.settings.device)
-    loggers = Loggers(config.loggers if world.is_main else (), directory.path, config.model_dump(mode="json"))
     with ExitStack() as stack:
         stack.callback(world.close)
         world.on_main(lambda: stack.enter_context(locked(directory.path)))
+        done = directory.finished()
+        running = set(plan.selected).difference(done)
+        config = with_steps(config, running, world.size, directory.step_tokens(config))
+        loggers = Loggers(config.loggers if world.is_main else (), directory.path, config.model_dump(mode="json"))
         stack.callback(loggers.close)
-        plan = resolve_fitted(config, selected, ranks=world.size, kept=kept)
+        plan = resolve_fitted(config, selected, ranks=world.size, kept=kept, done=done)
         text, tokenizer = plan_text(plan, config), open_tokenizer(config.teacher)
         digests = FileDigests(directory.path / DIGESTS)
         asked = {"stage": stage, "resume": resume, "allow_changes": allow_changes}

@@ -6,7 +6,7 @@ busy for a third of the time. Which rows run together changes nothing but the or
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from ..config.resolve import resolve
@@ -25,14 +25,18 @@ USABLE = 0.85  # of a GPU's memory: the rest is for its context, and what an all
 
 
 def resolve_fitted(
-    config: Config, stages: Sequence[str] | None = None, ranks: int = 1, kept: Sequence[int] | None = None
+    config: Config,
+    stages: Sequence[str] | None = None,
+    ranks: int = 1,
+    kept: Sequence[int] | None = None,
+    done: Collection[str] = (),
 ) -> RunPlan:
     """Return what a configuration resolves to on this machine; arguments as of `resolve`.
 
     Raises:
         UserError: as `resolve`.
     """
-    plan = resolve(config, stages, ranks, kept)
+    plan = resolve(config, stages, ranks, kept, done)
     memory = device_memory(plan.settings.device)
     return plan if plan.settings.device == "cpu" or memory is None else fitted(plan, memory)
 

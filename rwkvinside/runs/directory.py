@@ -231,6 +231,19 @@ class RunDirectory:
         keys = [key for key in dict.fromkeys([*now, *was]) if key != "out"]
         return [Change(key, was.get(key), now.get(key)) for key in keys if was.get(key) != now.get(key)]
 
+    def step_tokens(self, config: Config) -> dict[str, int]:
+        """Return the tokens of a step that the run has, by stage, for where a configuration leaves them out.
+
+        Those of stages that have begun, or are as long as they were. {} of a run that has not begun.
+        """
+        was = dict(flat_settings(self.config())) if (self.path / CONFIG).is_file() else {}
+        found = {}
+        for name, stage in config.stages.items():
+            tokens, *length = (was.get(f"stages.{name}.{key}") for key in ("batch.tokens", "tokens", "data.seq_len"))
+            if isinstance(tokens, int) and (self.begun(name) or length == [stage.tokens, stage.data.seq_len]):
+                found[name] = tokens
+        return found
+
     def finished(self) -> list[str]:
         """Return the names of finished stages in the order in which they ended.
 

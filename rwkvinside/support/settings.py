@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
@@ -37,6 +37,10 @@ class Section(BaseModel):
     """A section of the configuration: immutable, and without unknown fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def filled(self, **values: Any) -> Self:
+        """Return the section with values that follow from others: `model_fields_set` does not have them."""
+        return self.model_construct(self.model_fields_set - values.keys(), **(dict(self) | values))
 
 
 def problem(message: str, *values: Any) -> PydanticCustomError:

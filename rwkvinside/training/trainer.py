@@ -30,6 +30,7 @@ from .settings import EarlyStopConfig
 from .stop_signal import StopSignal
 from .throughput import Throughput, memory_mb
 
+SHAPE = {"batch_tokens": "batch.tokens", "seq_len": "data.seq_len"}  # fields of a stage, by their names in checkpoints
 LAST_EVALUATION = 0.1  # of an interval: nearer to the end than this none is made but the last
 
 
@@ -67,7 +68,7 @@ class Trainer(Generic[AnyBatch]):
 
     Update s (from 1) uses the rows [(s - 1) R, s R), R = `plan.length.rows_per_step`; rank r takes every world-size-th
     of them, `micro_rows` at a time. So the data a step sees depends on its number only, and ranks need not divide the
-    rows.
+    rows, of which there is one for each at least.
 
     Args:
         engine, step, rows: see their modules.
@@ -112,11 +113,6 @@ class Trainer(Generic[AnyBatch]):
         self._early_stop = EarlyStop(plan.early_stop) if plan.early_stop is not None else None
         self._saved: int | None = None
         self._unprinted: OSError | None = None
-        if length.rows_per_step < self.world.size:
-            raise UserError(
-                f"stages.{plan.stage}: {length.rows_per_step} rows a step are too few for {self.world.size} processes",
-                f"raise batch.tokens to at least {self.world.size} x data.seq_len={length.seq_len}",
-            )
 
     @property
     def finished(self) -> bool:
@@ -432,9 +428,10 @@ def check_resumable(checkpoint: Checkpoint, stage: str, settings: Mapping, lengt
     written = {"stage": checkpoint.state.get("stage")} | checkpoint.state.get("settings", {})
     for key in sorted(set(written) | set(current)):
         if written.get(key) != current.get(key):
+            needed = f"stages.{stage}.{SHAPE[key]}={written.get(key)}" if key in SHAPE else "the settings"
             raise UserError(
                 f"checkpoint {checkpoint.path} was made with {key}={written.get(key)!r}, not {current.get(key)!r}",
-                "resume with the settings it was made with, or start the stage again without --resume",
+                f"resume with {needed} that it was made with, or start the stage again without --resume",
             )
     if checkpoint.step > length.steps:
         raise UserError(

@@ -12,7 +12,7 @@ from tiny import save_configuration
 from rwkvinside.cli.main import main
 from rwkvinside.config import resolve as resolving
 from rwkvinside.config.load import DEFAULT_DATA, load_config
-from rwkvinside.config.resolve import resolve
+from rwkvinside.config.resolve import resolve, with_steps
 from rwkvinside.config.show import describe, to_yaml
 from rwkvinside.config.teacher_lookup import teachers
 from rwkvinside.errors import UserError
@@ -164,6 +164,49 @@ def test_short_stages_have_small_steps(teacher, stage):
     assert step("10k", "batch.tokens=2048") == 2048
     others = load_config(teacher=teacher, overrides=["stages.sft.tokens=10k", "stages.long.tokens=20k"]).stages
     assert (others["sft"].batch.tokens, others["long"].batch.tokens) == (4096, 16384)
+
+
+def test_default_steps_have_a_row_for_every_rank():
+    short = ["stages.distill.tokens=10M", "run=[calibrate,align,distill]", "device=cpu"]
+    config = load_config(teacher="Qwen3-8B", overrides=short)
+
+    def distill(ranks, config=config, **options):
+        return resolve(config, ranks=ranks, **options).stage("distill")
+
+    assert [distill(ranks).shape.rows for ranks in (1, 4, 6, 8)] == [4, 4, 6, 8]  # of 4096 tokens
+    assert distill(8).settings.batch.tokens == distill(8).length.batch_tokens == 8 * 4096
+    assert distill(8).settings.optim.warmup_steps == 30  # a tenth of 306 steps
+    assert distill(1).settings.optim.warmup_steps == 50  # of 611
+    assert distill(8, done=["distill"]).shape.rows == 4  # what has ended stays as it was
+    assert resolve(config, ranks=64).stage("calibrate").settings == config.stages["calibrate"]  # one process fits
+    more = ["stages.distill.optim.warmup_steps=50", "stages.distill.unfreeze=[{at_tokens: 9980000, train: [mlp]}]"]
+    late = load_config(teacher="Qwen3-8B", overrides=[*short, *more])
+    assert distill(8, late).settings.optim.warmup_steps == 50
+    with pytest.raises(UserError, match=r"stages.distill with batch.tokens 262144: .*unfreeze.at_tokens 9980000 is"):
+        distill(64, late)
+
+
+def test_given_steps_of_fewer_rows_than_ranks_are_refused(teacher, capsys):
+    overrides = ["device=cpu", "stages.distill.batch.tokens=2048"]
+    assert main(["plan", "--teacher", teacher, *overrides, "--ranks", "8"]) == 2
+    assert capsys.readouterr().err == (
+        "error: stages.distill.batch.tokens=2048 is 4 rows of data.seq_len=512, too few for 8 processes\n"
+        "raise it to 4096 at least, or start 4 processes at most\n"
+    )
+    config = load_config(teacher=teacher, overrides=overrides)
+    assert resolve(config, ranks=4).stage("distill").shape.rows == 4
+    assert resolve(config, ["align"], ranks=8).selected == ("align",)  # distill does not run
+
+
+def test_a_run_keeps_the_steps_that_it_has(teacher):
+    config = load_config(teacher=teacher, overrides=["stages.align.tokens=600k", "stages.sft.batch.tokens=512"])
+    stages = config.stages
+    assert (stages["align"].batch.tokens, stages["distill"].batch.tokens) == (1024, 4096)
+    kept = with_steps(config, ["align", "distill"], 4, {"align": 2048, "distill": 1024, "sft": 1024}).stages
+    assert (kept["align"].batch.tokens, kept["align"].optim.warmup_steps) == (2048, 50)
+    assert kept["distill"].batch.tokens == 4 * 512  # the four rows that four ranks need
+    assert kept["sft"] == stages["sft"] and kept["long"] == stages["long"]
+    assert with_steps(config, [], 1) == config
 
 
 def test_a_step_has_a_row_however_long_it_is():

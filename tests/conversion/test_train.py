@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 from contextlib import redirect_stdout
 from unittest.mock import Mock
 
@@ -27,7 +28,9 @@ from rwkvinside.export.card import measurements, table
 from rwkvinside.export.huggingface import export_hf
 from rwkvinside.export.verify import verify
 from rwkvinside.runs.directory import RunDirectory
+from rwkvinside.stages import base as stages_base
 from rwkvinside.training.callbacks import WriteMetrics
+from rwkvinside.training.process_group import Distributed
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +102,41 @@ def whole(material, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"
     assert train(material, out) == 0
     return out
+
+
+SHORT = ["run=[align]", "stages.align.data.seq_len=32", "stages.align.optim.lr=0.003"]
+
+
+def test_a_longer_stage_goes_on_with_the_steps_that_it_began_with(material, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(stages_base, "ENOUGH_STEPS", 4)
+    left_out, out = [setting for setting in SMALL if "batch" not in setting], tmp_path / "run"
+    monkeypatch.setattr(sys.modules[__name__], "SMALL", [*left_out, *SHORT, "checkpoint.every_steps=1"])
+    cut_off(monkeypatch, "align", 2, material, out)
+    capsys.readouterr()
+    more = ["--resume", "stages.align.tokens=768"]
+    assert load_config([out / "config.yaml"]).stages["align"].batch.tokens == 64
+    assert train(material, out, *more) == 2
+    assert "align.tokens was 384, is 768" in (err := capsys.readouterr().err) and "batch.tokens" not in err
+    assert train(material, out, *more, "--allow-changes", "stages.align.batch.tokens=128") == 2
+    assert "resume with stages.align.batch.tokens=64 that" in capsys.readouterr().err
+    assert train(material, out, *more, "--allow-changes") == 0
+    assert [row["step"] for row in rows(out, "train", "align")][-1] == 12
+    assert load_config([out / "config.yaml"]).stages["align"].batch.tokens == 64
+
+
+def test_too_few_rows_for_the_ranks_are_refused_before_anything_is_written(material, tmp_path, monkeypatch):
+    world = Distributed("cpu")
+    world.size = 9
+    monkeypatch.setattr(conversion, "join_process_group", lambda: world)
+    given = load_config(
+        teacher=str(material / "teacher"),
+        data=[str(material / "train.jsonl")],
+        out=str(tmp_path / "given"),
+        overrides=[*SHORT, "stages.align.batch.tokens=256"],
+    )
+    with pytest.raises(UserError, match="8 rows of data.seq_len=32, too few for 9 processes"):
+        conversion.train(given, launched=True)
+    assert [path.name for path in (tmp_path / "given").rglob("*")] == []
 
 
 def test_a_run_leaves_everything_that_describes_it(material, whole):

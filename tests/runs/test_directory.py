@@ -29,6 +29,30 @@ def test_the_configuration_is_plain_values(run):
         RunDirectory(run.path / "nowhere").config()
 
 
+def test_a_run_keeps_the_steps_of_stages_that_began_or_are_as_long_as_they_were(tmp_path):
+    teacher, run = save_configuration(tmp_path / "tiny"), RunDirectory(tmp_path / "run")
+
+    def config(align, distill):
+        return load_config(
+            teacher=teacher, overrides=[f"stages.align.tokens={align}", f"stages.distill.tokens={distill}"]
+        )
+
+    first, later = config("10k", "10k"), config("10M", "10M")
+    assert run.step_tokens(first) == {}
+    run.path.mkdir()
+    run.describe(first, "", {})
+    assert run.step_tokens(first) == {name: stage.batch.tokens for name, stage in first.stages.items()}
+    assert not {"align", "distill"} & run.step_tokens(later).keys()
+    (run.stage("align") / "step-00000001").mkdir(parents=True)
+    found = run.step_tokens(later)
+    assert (
+        found["align"] == first.stages["align"].batch.tokens < later.stages["align"].batch.tokens
+        and "distill" not in found
+    )
+    (run.path / "config.yaml").write_text("stages: {align: {batch: {tokens: some}}, distill: 3}")
+    assert run.step_tokens(later) == {}
+
+
 def test_the_newest_checkpoint_is_the_one_of_the_latest_step(run):
     assert run.newest_checkpoint("align") is None
     for name in ("step-99999999", "step-100000000", "step-5", "abandoned-step-200000000", ".step-3.unfinished"):
