@@ -11,8 +11,8 @@ import torch
 from ..errors import UserError
 from ..support.text import rounded_time
 
-# Of devices by words in their name, the first that fits: memory in GB, unless the name says another (A100-40GB); peak of
-# dense products in TFLOP/s, bf16 with fp32 sums, and fp32 without TF32 (PyTorch's default). Vendors' data sheets.
+# Of devices by words in their name, the first that fits: memory in GB, unless the name says another (A100-40GB); peak
+# of dense products in TFLOP/s, bf16 with fp32 sums, and fp32 without TF32 (PyTorch's default). Vendors' data sheets.
 DEVICES = (
     ("GB200", 186, 2500.0, 80.0),
     ("B200", 180, 2250.0, 75.0),

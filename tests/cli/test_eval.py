@@ -169,6 +169,7 @@ def test_refusals_come_before_any_work(teacher, val, tmp_path, capsys):
     for arguments, cause in (
         ((tmp_path, *there), "neither an exported model nor a run"),
         ((teacher, "--data", val), "no teacher is given"),
+        ((teacher, "--teacher", "Qwen3-14", "--data", val), "a hub id; did you mean Qwen3-14B?"),
         ((teacher, *there, "--json", tmp_path / "nowhere" / "x.json"), "of the output x.json does not exist"),
         ((teacher, *there, "--png", tmp_path), f"output {tmp_path} cannot be written"),
         ((teacher, "--teacher", teacher), "nothing to measure"),
