@@ -61,6 +61,11 @@ def problems(*overrides, **arguments):
     return caught.value.cause.split("\n  ")
 
 
+def test_a_stage_without_its_section_is_told_where_it_is():
+    told = problems(teacher="Qwen3-0.6B", overrides=["align.tokens=5k"])
+    assert told == ["align.tokens: unknown key; did you mean stages.align.tokens?"]
+
+
 def test_a_preset_stands_for_its_hub_id_whatever_asks(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')  # compared with, not converted
     assert teacher_path("qwen3-14b") == "Qwen/Qwen3-14B" and teacher_path(str(tmp_path)) == str(tmp_path)
