@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from importlib import import_module
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..data.defaults import DATE, MAX_LINE_BYTES
@@ -83,7 +84,10 @@ def run_command(parser: ArgumentParser, argv: Sequence[str], commands: Mapping[s
     """
     parser.commands = commands
     width = max(map(len, commands))
-    listing = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in commands.items())
+    indent = " " * (width + 4)
+    listing = "\n".join(
+        fill(f"  {name:<{width}}  {text}", 79, subsequent_indent=indent) for name, (_, text) in commands.items()
+    )
     parser.epilog = f"commands:\n{listing}\n\n{parser.prog} COMMAND --help says more."
     hint = f"commands: {', '.join(commands)}"
     if not argv or argv[0].startswith("-"):

@@ -169,12 +169,17 @@ def _show(evaluation: Evaluation, console: Console, alone: bool = False) -> None
         console.print(f"control: {CONTROL}")
 
 
+def _nats(value: float) -> str:
+    """Return four significant digits or so, in six characters: the table has to fit 80 columns."""
+    return f"{value:.4f}" if value < 10 else f"{value:.2f}"
+
+
 def _cells(scores: Scores, shown: Sequence[int]) -> list[str]:
     cells = (
         f"{scores.tokens:,}",
-        f"{scores.kl:.4f}",
-        f"{scores.ce:.4f}",
-        f"{scores.ce_teacher:.4f}",
+        _nats(scores.kl),
+        _nats(scores.ce),
+        _nats(scores.ce_teacher),
         f"{scores.perplexity:.4g}",
         f"{scores.perplexity_teacher:.4g}",
         f"{scores.agreement:.2%}",
