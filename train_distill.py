@@ -1,8 +1,8 @@
 """Convert a teacher: calibrate, align, distill. Runs alone or under a launcher (deepspeed, torchrun).
 
 python train_distill.py --teacher DIR --data train.jsonl --val val.jsonl --out RUN stages.align.tokens=600k
-deepspeed train_distill.py --teacher Qwen3-14B
-python train_distill.py --hostfile hosts --teacher Qwen3-14B
+deepspeed train_distill.py --teacher Qwen3-14B --variant multi-card
+python train_distill.py --hostfile hosts --teacher Qwen3-14B --variant multi-card
 """
 
 import sys

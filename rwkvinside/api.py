@@ -124,7 +124,7 @@ def evaluate(
 
     Args:
         student: exported directory, whose model code is run, or run directory.
-        teacher: directory or hub id; None is the one that a run names.
+        teacher: preset, hub id or directory; None is the one that a run names.
         data: files or directories of text.
         max_documents: evaluate at most the first so many.
         max_length: evaluate at most so many tokens of a document; None is 4096, or the teacher's longest context where
@@ -140,6 +140,7 @@ def evaluate(
     Raises:
         UserError: a directory that is neither a model nor a run, no teacher, data that cannot be read.
     """
+    from .config.teacher_lookup import teacher_path
     from .evaluate.compare import Measures, Tasks, evaluate_saved
     from .evaluate.recall import RecallPlan
 
@@ -150,4 +151,5 @@ def evaluate(
         recall=RecallPlan(tuple(recall_lengths)) if recall_lengths else None,
         tasks=Tasks(tuple(tasks)) if tasks else None,
     )
-    return evaluate_saved(student, teacher, measures, device=device).to_dict()
+    source = None if teacher is None else teacher_path(str(teacher))
+    return evaluate_saved(student, source, measures, device=device).to_dict()

@@ -11,7 +11,7 @@ from typing import TextIO
 
 CTRL_C = 128 + 2  # what shells report of a process that SIGINT has ended
 CLOSED_PIPE = 128 + 13  # the same of SIGPIPE
-CONTINUE = "continue with --resume"  # what to do after `Interrupted`
+CONTINUE = "continue with --resume"  # what to do after `Interrupted`; commands say it in full
 
 
 class UserError(Exception):

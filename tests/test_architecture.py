@@ -58,7 +58,7 @@ MAY_IMPORT = {
     },  # demo: the text of the standard library
     "demo": {"data", "teacher", "config", "runs", "conversion", "evaluate", "export", "report"},
     "cli": {
-        *("kernels", "data", "teacher", "training", "config", "planning"),
+        *("kernels", "data", "teacher", "training", "config", "runs", "planning"),
         *("evaluate", "export", "report", "bench", "conversion", "demo", "lm", "talk", "vectors"),
     },
 }

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from importlib import import_module
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..data.defaults import DATE, MAX_LINE_BYTES
@@ -83,7 +84,10 @@ def run_command(parser: ArgumentParser, argv: Sequence[str], commands: Mapping[s
     """
     parser.commands = commands
     width = max(map(len, commands))
-    listing = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in commands.items())
+    indent = " " * (width + 4)
+    listing = "\n".join(
+        fill(f"  {name:<{width}}  {text}", 79, subsequent_indent=indent) for name, (_, text) in commands.items()
+    )
     parser.epilog = f"commands:\n{listing}\n\n{parser.prog} COMMAND --help says more."
     hint = f"commands: {', '.join(commands)}"
     if not argv or argv[0].startswith("-"):
@@ -157,6 +161,17 @@ def reading_options(args: argparse.Namespace) -> dict[str, Any]:
     given = {name: getattr(args, name) for name in ("text_column", "max_line_bytes", "today")}
     fields = {name: value for name, value in given.items() if value is not None}
     return fields | ({"rotate": False} if args.as_given else {})
+
+
+def model_name(text: str) -> str:
+    """Resolve a preset, hub id or directory to where the weights are (an argument type).
+
+    Raises:
+        UserError: there is no such model.
+    """
+    from ..config.teacher_lookup import teacher_path
+
+    return teacher_path(text)
 
 
 def output_file(text: str) -> Path:
@@ -235,7 +250,7 @@ def add_config_arguments(parser: ArgumentParser, out: str = "run directory") -> 
         out: help of --out.
     """
     parser.add_argument("-c", "--config", action="append", default=[], metavar="FILE", help="YAML file; may repeat")
-    parser.add_argument("--teacher", metavar="NAME", help="preset such as Qwen3-14B, hub id or local directory")
+    parser.add_argument("--teacher", metavar="NAME", help="preset (such as Qwen3-14B), hub id or directory")
     parser.add_argument(
         "--recipe",
         metavar="NAME",
@@ -249,12 +264,13 @@ def add_config_arguments(parser: ArgumentParser, out: str = "run directory") -> 
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any field, as in stages.align.tokens=600k")
 
 
-def config_from(args: argparse.Namespace, stage: str | None = None) -> Config:
+def config_from(args: argparse.Namespace, stage: str | None = None, base: Sequence[Mapping] = ()) -> Config:
     """Return the checked configuration that parsed arguments ask for.
 
     Args:
         args: of a parser with `add_config_arguments`.
         stage: see `load_config`.
+        base: settings below those of the arguments.
 
     Raises:
         UserError: lists all problems.
@@ -265,4 +281,4 @@ def config_from(args: argparse.Namespace, stage: str | None = None) -> Config:
         name: getattr(args, name)
         for name in ("teacher", "recipe", "variant", "data", "val", "out", "deepspeed", "overrides")
     }
-    return load_config(args.config, stage=stage, **settings)
+    return load_config([*base, *args.config], stage=stage, **settings)

@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..support.files import write_json
 from ..support.progress import Progress
 from ..support.text import rounded_bytes
-from .arguments import ArgumentParser, add_output_arguments, at_least, run_command
+from .arguments import ArgumentParser, add_output_arguments, at_least, model_name, run_command
 
 COMMANDS = {
     "wkv7": ("bench:wkv7", "the recurrence: our kernels compared with others and with attention"),
@@ -60,7 +60,7 @@ def gpu(parser: ArgumentParser, argv: Sequence[str]) -> int:
 def training(parser: ArgumentParser, argv: Sequence[str]) -> int:
     """Measure training steps, print a table, write JSON."""
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--teacher", help="local directory or hub id")
+    source.add_argument("--teacher", type=model_name, metavar="NAME", help="preset, hub id or directory")
     source.add_argument("--random", type=_shape, metavar="LAYERS,HEADS,HEAD_SIZE", help="a teacher with random weights")
     parser.add_argument("--rows", type=at_least(1), default=8, metavar="N", help="rows of the batch (default: 8)")
     parser.add_argument("--seq-len", type=at_least(1), default=512, metavar="N", help="tokens per row (default: 512)")

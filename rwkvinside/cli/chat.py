@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from .arguments import ArgumentParser, add_sampling_arguments, sampling_of
+from .arguments import ArgumentParser, add_sampling_arguments, model_name, sampling_of
 
 
 def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
@@ -18,7 +18,9 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
         UserError: a model that cannot be loaded, a state that is not one of it.
     """
     parser.add_argument("model", metavar="DIR_OR_RUN", help="exported model or run directory")
-    parser.add_argument("--teacher", metavar="NAME", help="show its replies beside: directory or hub id")
+    parser.add_argument(
+        "--teacher", type=model_name, metavar="NAME", help="show its replies beside: preset, hub id or directory"
+    )
     parser.add_argument("--system", default="", metavar="TEXT", help="system prompt; it is read once")
     parser.add_argument("--load", type=Path, metavar="FILE", help="go on from a state that /save has written")
     add_sampling_arguments(parser)

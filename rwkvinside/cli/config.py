@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from ..errors import UserError
 from ..support.files import write_json
 from .arguments import ArgumentParser, add_config_arguments, config_from, output_file, run_command
 
@@ -44,10 +45,18 @@ def schema(parser: ArgumentParser, argv: Sequence[str]) -> int:
 
 
 def fields(parser: ArgumentParser, argv: Sequence[str]) -> int:
-    """Print one line for each field."""
-    parser.parse(argv)
+    """Print one line for each field.
+
+    Raises:
+        UserError: no field begins so.
+    """
+    parser.add_argument("prefix", nargs="?", default="", metavar="PREFIX", help="only fields below it: student.")
+    prefix = parser.parse(argv).prefix
     from ..config.show import describe
 
-    for path, default, description in describe():
+    found = [row for row in describe() if row[0].startswith(prefix)]
+    if not found:
+        raise UserError(f"no field begins with {prefix}", "rwkvinside config fields lists all; * is a default")
+    for path, default, description in found:
         print(f"{path} [{default}]: {description}" if default else f"{path}: {description}")
     return 0

@@ -151,7 +151,9 @@ def logits(parser: ArgumentParser, argv: Sequence[str]) -> int:
 def _add_source_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help="file, directory, NAME.idx or hub:NAME[:CONFIG]")
     tokenizer = parser.add_mutually_exclusive_group(required=True)
-    tokenizer.add_argument("--teacher", metavar="NAME", help="its tokenizer and vocabulary: preset, directory, hub id")
+    tokenizer.add_argument(
+        "--teacher", metavar="NAME", help="its tokenizer and vocabulary: preset, hub id or directory"
+    )
     tokenizer.add_argument("--tokenizer", metavar="DIR", help="directory or hub id of a tokenizer alone")
     add_reading_arguments(parser)
 

@@ -14,7 +14,7 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     Raises:
         UserError: an input that cannot be used, an output that cannot be written; `Interrupted` by ctrl-C.
     """
-    parser.add_argument("--teacher", required=True, metavar="NAME", help="who writes: preset, directory, hub id")
+    parser.add_argument("--teacher", required=True, metavar="NAME", help="who writes: preset, hub id or directory")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl", help="file to write")
     parser.add_argument(
         "--tokens", type=count, default=1_000_000, metavar="N", help="to write in all, such as 600k (default: 1M)"

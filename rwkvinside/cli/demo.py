@@ -23,7 +23,7 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for everything (default: demo, or demo-llm)")
     parser.add_argument("--quick", action="store_true", help="a tiny version in seconds, to see that all parts work")
     parser.add_argument(
-        "--teacher", metavar="NAME", help="convert this model, with a window: preset, directory, hub id"
+        "--teacher", metavar="NAME", help="convert this model, with a window: preset, hub id or directory"
     )
     parser.add_argument(
         "--data", action="append", default=[], metavar="PATH", help="texts for it (default: what it writes itself)"

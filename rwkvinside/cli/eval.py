@@ -18,6 +18,7 @@ from .arguments import (
     add_reading_arguments,
     at_least,
     count,
+    model_name,
     reading_options,
 )
 from .evaluation_tables import new_table, show_recall, show_tasks, show_writing
@@ -37,7 +38,12 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
             written.
     """
     parser.add_argument("student", type=Path, metavar="DIR_OR_RUN", help="exported model or run directory")
-    parser.add_argument("--teacher", metavar="DIR", help="directory or hub id (default: the one a run names)")
+    parser.add_argument(
+        "--teacher",
+        type=model_name,
+        metavar="NAME",
+        help="preset, hub id or directory (default: the one that a run names)",
+    )
     parser.add_argument(
         "--data", action="append", default=[], metavar="FILE", help="texts to compare on, token by token; may repeat"
     )
@@ -84,16 +90,26 @@ def _add_recall_arguments(parser: ArgumentParser) -> None:
         "--recall", action="store_true", help="what is found again in long texts: pass key, pairs; needle with --data"
     )
     group.add_argument(
-        "--lengths", type=_counts, default=(256, 1024), metavar="N,...", help="tokens of these texts (256,1024)"
+        "--lengths",
+        type=_counts,
+        default=(256, 1024),
+        metavar="N,...",
+        help="tokens of these texts (default: 256,1024)",
     )
-    group.add_argument("--depths", type=at_least(1), default=5, metavar="N", help="places of what is to be found (5)")
-    group.add_argument("--samples", type=at_least(1), default=8, metavar="N", help="texts per length and place (8)")
+    group.add_argument(
+        "--depths", type=at_least(1), default=5, metavar="N", help="places of what is to be found (default: 5)"
+    )
+    group.add_argument(
+        "--samples", type=at_least(1), default=8, metavar="N", help="texts per length and place (default: 8)"
+    )
     group.add_argument(
         "--write", type=at_least(1), metavar="N", help="compare what both models write after N beginnings of --data"
     )
     group.add_argument("--ask", metavar="TEXT", help="show what both models answer, in the teacher's chat template")
     group.add_argument("--begin", metavar="TEXT", help="show how both models go on from a beginning")
-    group.add_argument("--write-tokens", type=at_least(1), default=128, metavar="N", help="of these texts (128)")
+    group.add_argument(
+        "--write-tokens", type=at_least(1), default=128, metavar="N", help="of these texts (default: 128)"
+    )
 
 
 def _add_task_arguments(parser: ArgumentParser) -> None:
@@ -153,12 +169,17 @@ def _show(evaluation: Evaluation, console: Console, alone: bool = False) -> None
         console.print(f"control: {CONTROL}")
 
 
+def _nats(value: float) -> str:
+    """Return four significant digits or so, in six characters: the table has to fit 80 columns."""
+    return f"{value:.4f}" if value < 10 else f"{value:.2f}"
+
+
 def _cells(scores: Scores, shown: Sequence[int]) -> list[str]:
     cells = (
         f"{scores.tokens:,}",
-        f"{scores.kl:.4f}",
-        f"{scores.ce:.4f}",
-        f"{scores.ce_teacher:.4f}",
+        _nats(scores.kl),
+        _nats(scores.ce),
+        _nats(scores.ce_teacher),
         f"{scores.perplexity:.4g}",
         f"{scores.perplexity_teacher:.4g}",
         f"{scores.agreement:.2%}",

@@ -22,7 +22,9 @@ TITLES = {
 
 def new_table(title: str | None) -> Table:
     """Return a table without columns."""
-    return Table(title=title, title_justify="left", title_style="", box=SIMPLE_HEAD, pad_edge=False)
+    return Table(
+        title=title, title_justify="left", title_style="", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+    )
 
 
 def show_recall(report: RecallReport, console: Console) -> None:

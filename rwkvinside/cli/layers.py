@@ -25,7 +25,11 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     parser.add_argument(
         "--tokens", type=count, default=64_000, metavar="N", help="of the validation data, at most (default: 64k)"
     )
-    parser.add_argument("--teacher", metavar="NAME", help="calibrate a student of this one, in a new run in --out")
+    parser.add_argument(
+        "--teacher",
+        metavar="NAME",
+        help="calibrate a student of this preset, hub id or directory, in a new run in --out",
+    )
     parser.add_argument("--data", action="append", default=[], metavar="PATH", help="with --teacher; may repeat")
     parser.add_argument("--val", action="append", default=[], metavar="PATH", help="with --teacher: to measure on")
     parser.add_argument("--out", type=Path, metavar="DIR", help="with --teacher: the new run")

@@ -18,21 +18,25 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     parser.add_argument(
         "--mfu", type=number, metavar="X", help="share of the peak to expect (default: 0.2 on a CPU, 0.15 on a GPU)"
     )
-    parser.add_argument("--gpu", metavar="NAME", help="a device that is not here, such as H100, for the time")
+    parser.add_argument("--gpu", metavar="NAME", help="a GPU that is not here, such as H100 or A100-40GB")
     parser.add_argument("--price", type=number, metavar="P", help="of a GPU for an hour, for the cost")
     add_output_arguments(parser)
     args = parser.parse(argv)
     if args.mfu is not None and not 0 < args.mfu <= 1:
         raise UserError(f"--mfu {args.mfu:g}", "allowed: above 0, up to 1")
     config = config_from(args)
+    if args.gpu is not None:
+        if config.device == "cpu":
+            raise UserError(f"--gpu {args.gpu}, but the device is cpu", "leave out one of them")
+        config = config.model_copy(update={"device": "cuda"})
     from ..planning.fitting import resolve_fitted
     from ..planning.forecast import expected_rate, forecast, forecast_text
     from ..planning.plan import plan_text
     from ..support.files import write_json
 
-    plan = resolve_fitted(config, ranks=args.ranks)
-    found = forecast(plan, config)
-    rate = expected_rate(found, args.gpu, args.mfu)
+    plan = resolve_fitted(config, ranks=args.ranks, gpu=args.gpu)
+    found = forecast(plan, config, args.gpu)
+    rate = expected_rate(found, args.mfu)
     print(forecast_text(found, rate, args.price), end="")
     if args.verbose:
         print(f"\n{plan_text(plan, config)}", end="")

@@ -37,7 +37,9 @@ def main(parser: ArgumentParser, argv: Sequence[str], script: str | None = None)
             overrides=args.overrides,
         )
 
-    return run(args, configure, [*([script] if script else ["--module", "rwkvinside", "pretrain"]), *argv])
+    again = [*([script] if script else ["--module", "rwkvinside", "pretrain"]), *argv]
+    kept = [word for word in argv if word != "--resume" and not word.startswith("--local")]  # the launcher's
+    return run(args, configure, again, lambda _: [parser.prog, *kept, "--resume"])
 
 
 def _add_arguments(parser: ArgumentParser) -> None:

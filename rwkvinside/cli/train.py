@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
@@ -33,24 +34,63 @@ def main(parser: ArgumentParser, argv: Sequence[str], script: str | None = None)
     add_run_arguments(parser)
     args = parser.parse(argv)
     again = [*([script] if script else ["--module", "rwkvinside", "train"]), *argv]
-    return run(args, lambda: config_from(args, args.stage), again)
+    stage = ["--stage", args.stage] if args.stage else []
+    return run(
+        args, lambda: _configuration(args), again, lambda config: [parser.prog, "--out", config.out, *stage, "--resume"]
+    )
 
 
-def run(args: argparse.Namespace, configure: Callable[[], Config], again: Sequence[str]) -> int:
+def _configuration(args: argparse.Namespace) -> Config:
+    """Return what arguments ask for; where a run is to go on and they name nothing to convert, what the run has.
+
+    Raises:
+        UserError: lists all problems; there is no such run.
+    """
+    resumes = args.resume or args.resume_from
+    if not resumes or args.out is None or args.config or args.teacher or args.recipe or args.variant:
+        return config_from(args, args.stage)
+    from ..runs.directory import RunDirectory
+
+    return config_from(args, args.stage, base=[RunDirectory(args.out).config()])
+
+
+def run(
+    args: argparse.Namespace,
+    configure: Callable[[], Config],
+    again: Sequence[str],
+    resuming: Callable[[Config], Sequence[str]],
+) -> int:
     """Train as a configuration says, print the plan, or hand over to DeepSpeed's launcher.
 
     Args:
         args: of a parser with `add_run_arguments`; `stage`, where one can be chosen, and `ranks` of a dry run.
         configure: gives the configuration.
         again: what a launcher starts on every host: a script, or --module and its name, with arguments.
+        resuming: gives the words of the command that goes on with a run of this configuration.
     """
+    config = None
     with sigterm_interrupts():
         try:
-            return _train(args, configure(), again)
+            config = configure()
+            return _train(args, config, again)
+        except Interrupted as error:
+            raise Interrupted(error.cause, _continue(config and resuming(config))) from error
         except KeyboardInterrupt as error:
             if not (args.resume or args.resume_from):
                 raise
-            raise Interrupted("stopped before the run went on: nothing of it was changed", CONTINUE) from error
+            cause = "stopped before the run went on: nothing of it was changed"
+            raise Interrupted(cause, _continue(config and resuming(config))) from error
+
+
+def _continue(command: Sequence[str] | None) -> str:
+    """Return the advice to go on with a command, of which the launcher that started this process is not known."""
+    if command is None:
+        return CONTINUE
+    program = shlex.split(command[0])
+    if "RANK" in os.environ:
+        return f"continue under the launcher with {shlex.join([*program, *command[1:]])}"
+    python = ["python"] if program[0].endswith(".py") else []
+    return f"continue with {shlex.join([*python, *program, *command[1:]])}"
 
 
 def _train(args: argparse.Namespace, config: Config, again: Sequence[str]) -> int:

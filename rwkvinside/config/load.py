@@ -419,6 +419,10 @@ def _problem(error: ErrorDetails, at: Sequence[str], root: type[BaseModel] = Con
     path = ".".join(location)
     if error["type"] == "extra_forbidden":
         inside = "".join(f"{key}." for key in location[:-1])
+        if root is Config and path in STAGES:  # the key of a whole section, whatever of it was set
+            inner = error["input"]
+            keys = [f".{key}" for key in inner] if isinstance(inner, dict) and len(inner) == 1 else [""]
+            return f"{path}{keys[0]}: unknown key; did you mean stages.{path}{keys[0]}?"
         return f"{path}: unknown key{did_you_mean(location[-1], _keys(location[:-1], root), inside)}"
     if error["type"] == "missing":
         return f"{path}: missing"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
@@ -14,7 +15,7 @@ from .schema import Config
 def describe(model: type[BaseModel] = Config, prefix: str = "") -> list[tuple[str, str, str]]:
     """Return every field as (path, default, description), depth first.
 
-    In paths, <stage> stands for the stages' names.
+    In paths, <stage> stands for the stages' names. A default among values that a field lists has a star.
     """
     rows = []
     for name, field in model.model_fields.items():
@@ -22,10 +23,21 @@ def describe(model: type[BaseModel] = Config, prefix: str = "") -> list[tuple[st
         path = f"{prefix}{name}"
         if inner is None:
             default = "" if field.is_required() else str(field.get_default())
+            allowed = _literals(field.annotation)
+            default = " | ".join(f"{value}*" if value == default else value for value in allowed) or default
             rows.append((path, default, field.description or ""))
         else:
             rows += describe(inner, f"{path}.<stage>." if name == "stages" else f"{path}.")
     return rows
+
+
+def _literals(annotation: Any) -> list[str]:
+    """Return the values that an annotation lists, [] where it allows others."""
+    if get_origin(annotation) is Literal:
+        return list(map(str, get_args(annotation)))
+    inner = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else ()
+    literal = [_literals(each) if each is not NoneType else ["None"] for each in inner]
+    return [value for values in literal for value in values] if literal and all(literal) else []
 
 
 def json_schema() -> dict[str, Any]:

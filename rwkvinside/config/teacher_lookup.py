@@ -86,37 +86,67 @@ def find_teacher(
     """
     if not name.strip():
         raise UserError("teacher is an empty text", f"give a directory, a hub id or a preset: {', '.join(teachers())}")
-    directory = Path(name)
     if fresh:
         if fields is None:
             raise UserError("teacher.fresh is true without teacher.config", "give the shapes, or use train_rwkv.py")
         return _teacher(name, {}, fields, local=True)
-    if (directory / "config.json").is_file():
+    if (directory := _directory(name)) is not None:
         return _teacher(name, {}, _read(directory / "config.json"), local=True)
-    if directory.exists():
-        raise UserError(f"teacher {name} has no config.json", "give a Hugging Face model directory")
-    for known, preset in teachers().items():
-        if name.lower() in (known.lower(), preset["teacher"]["path"].lower()):
-            return _teacher(preset["teacher"]["path"], preset, preset["teacher"]["config"], local=False)
+    if (preset := _preset(name)) is not None:
+        return _teacher(preset["teacher"]["path"], preset, preset["teacher"]["config"], local=False)
     if fields is not None:
         return _teacher(name, {}, fields, local=False)
+    return _teacher(name, {}, _read(_hub_config(name, revision)), local=False)
+
+
+def teacher_path(name: str) -> str:
+    """Return where a teacher's weights are, a local directory or a hub id, of whatever architecture.
+
+    Args:
+        name: as of `find_teacher`.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    if _directory(name) is not None:
+        return name
+    if (preset := _preset(name)) is not None:
+        return preset["teacher"]["path"]
+    _hub_config(name, None)  # says at once what the hub does not have
+    return name
+
+
+def _directory(name: str) -> Path | None:
+    """Return the model directory of a name; None: there is nothing at that path."""
+    directory = Path(name)
+    if (directory / "config.json").is_file():
+        return directory
+    if directory.exists():
+        raise UserError(f"teacher {name} has no config.json", "give a Hugging Face model directory")
+    return None
+
+
+def _preset(name: str) -> dict | None:
+    """Return the preset that a name, or its hub id, in any case means."""
+    presets = teachers().items()
+    return next((p for known, p in presets if name.lower() in (known.lower(), p["teacher"]["path"].lower())), None)
+
+
+def _hub_config(name: str, revision: str | None) -> Path:
+    """Return the configuration of a hub id, fetched if need be."""
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(
             f"teacher {name!r} is neither a directory nor a preset nor a hub id{did_you_mean(name, teachers())}",
             f"presets: {', '.join(teachers())}; hub ids look like owner/name",
         )
-    return _teacher(name, {}, _read(_download(name, revision)), local=False)
-
-
-def _download(repository: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(hf_hub_download(repository, "config.json", revision=revision))
+        return Path(hf_hub_download(name, "config.json", revision=revision))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise UserError(
-            f"teacher {repository}: its config.json cannot be fetched from the hub ({type(error).__name__})",
+            f"teacher {name}: its config.json cannot be fetched from the hub ({type(error).__name__})",
             "check the name, the network and your access to it, or give a local directory",
         ) from error
 

@@ -46,7 +46,9 @@ class DataConfig(Section):
         0.01, description="Part of the training documents, chosen by their hash, kept for validation when val is empty."
     )
     val_tokens: Count = Field(100_000, description="At most this many validation tokens are read.")
-    cache_dir: str | None = Field(None, description="Where tokenized data is kept; null: the user's cache directory.")
+    cache_dir: str | None = Field(
+        None, description="Where tokenized data is kept, and may be deleted; null: ~/.cache/rwkvinside/tokens."
+    )
     text_column: str = Field("text", description="Field or column that holds a document's text.")
     max_line_bytes: Count = Field(
         MAX_LINE_BYTES, description="A longer line of a .jsonl or .txt file is refused: it is held as a whole."

@@ -8,36 +8,37 @@ import time
 import psutil
 import torch
 
+from ..errors import UserError
 from ..support.text import rounded_time
 
-# Peak of dense products in TFLOP/s by words in the device's name, the first that fits: bf16 with fp32 sums, and fp32
-# without TF32 (PyTorch's default). Vendors' data sheets.
-PEAKS = (
-    ("GB200", 2500.0, 80.0),
-    ("B200", 2250.0, 75.0),
-    ("GH200", 989.0, 67.0),
-    ("H200", 989.0, 67.0),
-    ("H100 PCIe", 756.0, 51.0),
-    ("H100 NVL", 835.0, 60.0),
-    ("H100", 989.0, 67.0),
-    ("H800", 989.0, 67.0),
-    ("H20", 148.0, 44.0),
-    ("A100", 312.0, 19.5),
-    ("A800", 312.0, 19.5),
-    ("L40S", 362.0, 91.6),
-    ("L40", 181.0, 90.5),
-    ("L4", 121.0, 30.3),
-    ("A40", 149.7, 37.4),
-    ("A10G", 70.0, 35.0),
-    ("A10", 125.0, 31.2),
-    ("RTX A6000", 154.8, 38.7),
-    ("RTX 6000 Ada", 364.2, 91.1),
-    ("RTX 5090", 209.5, 104.8),
-    ("RTX 4090", 165.2, 82.6),
-    ("RTX 3090", 71.0, 35.6),
-    ("MI325X", 1307.4, 163.4),
-    ("MI300X", 1307.4, 163.4),
-    ("MI250X", 191.5, 47.9),  # of one of its two chips, each of which is a device
+# Of devices by words in their name, the first that fits: memory in GB, unless the name says another (A100-40GB); peak
+# of dense products in TFLOP/s, bf16 with fp32 sums, and fp32 without TF32 (PyTorch's default). Vendors' data sheets.
+DEVICES = (
+    ("GB200", 186, 2500.0, 80.0),
+    ("B200", 180, 2250.0, 75.0),
+    ("GH200", 96, 989.0, 67.0),
+    ("H200", 141, 989.0, 67.0),
+    ("H100 PCIe", 80, 756.0, 51.0),
+    ("H100 NVL", 94, 835.0, 60.0),
+    ("H100", 80, 989.0, 67.0),
+    ("H800", 80, 989.0, 67.0),
+    ("H20", 96, 148.0, 44.0),
+    ("A100", 80, 312.0, 19.5),
+    ("A800", 80, 312.0, 19.5),
+    ("L40S", 48, 362.0, 91.6),
+    ("L40", 48, 181.0, 90.5),
+    ("L4", 24, 121.0, 30.3),
+    ("A40", 48, 149.7, 37.4),
+    ("A10G", 24, 70.0, 35.0),
+    ("A10", 24, 125.0, 31.2),
+    ("RTX A6000", 48, 154.8, 38.7),
+    ("RTX 6000 Ada", 48, 364.2, 91.1),
+    ("RTX 5090", 32, 209.5, 104.8),
+    ("RTX 4090", 24, 165.2, 82.6),
+    ("RTX 3090", 24, 71.0, 35.6),
+    ("MI325X", 256, 1307.4, 163.4),
+    ("MI300X", 192, 1307.4, 163.4),
+    ("MI250X", 64, 191.5, 47.9),  # of one of its two chips, each of which is a device
 )
 
 CORE = 50e9  # operations that one core does in a second, in fp32; measured were 30 to 100
@@ -73,14 +74,30 @@ def named_peak(name: str, precision: str) -> float | None:
         precision: "fp32" or "bf16".
     """
     known = _data_sheet(name)
-    return None if known is None else known[("bf16", "fp32").index(precision)] * 1e12
+    return None if known is None else {"bf16": known[1], "fp32": known[2]}[precision] * 1e12
 
 
-def _data_sheet(name: str) -> tuple[float, float] | None:
-    """Return the peaks of a card in bf16 and fp32, TFLOP/s; None: it is not in the table."""
-    for words, bf16, fp32 in PEAKS:
+def named_memory(name: str) -> int:
+    """Return the bytes of a device by its data sheet, or that its name says, as in A100-40GB.
+
+    Args:
+        name: as of `named_peak`.
+
+    Raises:
+        UserError: an unknown device.
+    """
+    known = _data_sheet(name)
+    if known is None:
+        raise UserError(f"GPU {name} is not known", f"known: {', '.join(words for words, *_ in DEVICES)}")
+    said = re.search(r"\b(\d{1,4}) ?GB\b", name, re.IGNORECASE)
+    return (int(said[1]) if said else known[0]) * 10**9
+
+
+def _data_sheet(name: str) -> tuple[int, float, float] | None:
+    """Return GB and the peaks in bf16 and fp32, TFLOP/s, of a device; None: it is not in the table."""
+    for words, *numbers in DEVICES:
         if re.search(rf"\b{words}\b", name, re.IGNORECASE) and "Laptop" not in name:
-            return bf16, fp32
+            return tuple(numbers)
     return None
 
 
@@ -118,11 +135,11 @@ def expected_time(flops: float, device: str) -> str:
     if device == "cpu":
         return f"about {rounded_time(flops / CORE)} of one core at {CORE / 1e9:g} GFLOP/s"
     name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else EXAMPLE
-    peaks = _data_sheet(name)
-    if peaks is None:
-        name, peaks = EXAMPLE, _data_sheet(EXAMPLE)
-    assert peaks is not None, "the example is in the table"
-    return f"about {rounded_time(flops / (USED * peaks[1] * 1e12))} at half the fp32 peak of {name} (an estimate)"
+    peak = named_peak(name, "fp32")
+    if peak is None:
+        name, peak = EXAMPLE, named_peak(EXAMPLE, "fp32")
+    assert peak is not None, "the example is in the table"
+    return f"about {rounded_time(flops / (USED * peak))} at half the fp32 peak of {name} (an estimate)"
 
 
 def device_memory(device: str) -> int | None:

@@ -16,7 +16,7 @@ from ..stages.plan import RunPlan, StagePlan
 from ..stages.teacher import meta_online_teacher
 from ..teacher.kinds import TeacherKind
 from ..training.batching import rows_within
-from .devices import device_memory
+from .devices import device_memory, named_memory
 from .plan import meta_student, prepared_stages
 from .stage_memory import stage_memory
 
@@ -30,14 +30,20 @@ def resolve_fitted(
     ranks: int = 1,
     kept: Sequence[int] | None = None,
     done: Collection[str] = (),
+    *,
+    gpu: str | None = None,
 ) -> RunPlan:
-    """Return what a configuration resolves to on this machine; arguments as of `resolve`.
+    """Return what a configuration resolves to on this machine, or on a GPU that is not here.
+
+    Args:
+        config, stages, ranks, kept, done: see `resolve`.
+        gpu: name of a GPU that is not here, such as H100.
 
     Raises:
-        UserError: as `resolve`.
+        UserError: as `resolve`, or an unknown GPU.
     """
     plan = resolve(config, stages, ranks, kept, done)
-    memory = device_memory(plan.settings.device)
+    memory = device_memory(plan.settings.device) if gpu is None else named_memory(gpu)
     return plan if plan.settings.device == "cpu" or memory is None else fitted(plan, memory)
 
 

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
+from typing import cast
 
 import torch
 
 from ..config.schema import Config
-from ..errors import UserError
 from ..hybrid.model import HybridModel
 from ..stages.plan import RunPlan, StagePlan
 from ..stages.teacher import meta_online_teacher
 from ..support.text import rounded_bytes, rounded_count, rounded_flop, rounded_time
 from ..teacher.kinds import TeacherKind
 from ..training.loggers import check_loggers
-from .devices import PEAKS, card_for, device_memory, named_peak, peak_flops
+from .devices import RESERVED, card_for, device_memory, named_memory, named_peak, peak_flops
 from .fit_flops import calibration_flops
 from .flops import flops_per_token
 from .plan import disk_bytes, meta_student, prepared_stages, run_warnings, teacher_parameters
@@ -81,7 +81,9 @@ class Forecast:
         hidden_size, heads, head_size: of its layers.
         layers: for each "rwkv" or "attention", with "window" and "sinks" of a windowed mixer.
         device, precision, ranks: what it runs on.
-        available: bytes of that device on this machine; None: it has none.
+        gpu: name of the GPU that it is planned for, which is not here; None: the device of this machine.
+        available: bytes of that device; None: this machine has none.
+        variants: shipped ones that it has.
         stages: that run, in order.
         warnings: what one may not expect.
     """
@@ -96,7 +98,9 @@ class Forecast:
     device: str
     precision: str
     ranks: int
+    gpu: str | None
     available: int | None
+    variants: tuple[str, ...]
     stages: tuple[StageForecast, ...]
     warnings: tuple[str, ...]
 
@@ -107,8 +111,10 @@ class Forecast:
 
     @property
     def fits(self) -> bool | None:
-        """Whether the device of this machine is large enough; None: it has no such device."""
-        return None if self.available is None else self.peak <= self.available
+        """Whether the device is large enough; None: this machine has no such device, and none is named."""
+        if self.available is None:
+            return None
+        return self.peak + (RESERVED if self.gpu else 0) <= self.available
 
     @property
     def host_per_node(self) -> int:
@@ -168,15 +174,16 @@ class Rate:
     ranks: int = 1
 
 
-def forecast(plan: RunPlan, config: Config) -> Forecast:
+def forecast(plan: RunPlan, config: Config, gpu: str | None = None) -> Forecast:
     """Return the numbers of a plan.
 
     Args:
         plan: from `config.resolve`.
         config: for how many checkpoints are kept.
+        gpu: name of a GPU that is not here, such as H100.
 
     Raises:
-        UserError: as `plan_text`.
+        UserError: as `plan_text`, or an unknown GPU.
     """
     check_loggers(config.loggers)
     run, model = plan.settings, meta_student(plan.settings)
@@ -199,7 +206,9 @@ def forecast(plan: RunPlan, config: Config) -> Forecast:
         device=run.device,
         precision=run.precision,
         ranks=run.ranks,
-        available=device_memory(run.device),
+        gpu=gpu,
+        available=device_memory(run.device) if gpu is None else named_memory(gpu),
+        variants=tuple(config.variant),
         stages=tuple(stages),
         warnings=tuple(run_warnings(run)),
     )
@@ -231,26 +240,20 @@ def _stage(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, keep: 
     )
 
 
-def expected_rate(found: Forecast, gpu: str | None = None, mfu: float | None = None) -> Rate | None:
+def expected_rate(found: Forecast, mfu: float | None = None) -> Rate | None:
     """Return the speed to expect: a share of the peak of the device, measured where no data sheet is known.
 
     Args:
         found: what is to run.
-        gpu: name of a device that is not here, such as H100.
         mfu: share of the peak; None is a usual one.
 
     Returns:
         None where the device is neither here nor named.
-
-    Raises:
-        UserError: an unknown device.
     """
     mfu = mfu or MFU[found.device]
-    if gpu is not None:
-        peak, fp32 = (named_peak(gpu, precision) for precision in (found.precision, "fp32"))
-        origin = f"the peak of {gpu} by its data sheet"
-        if peak is None or fp32 is None:
-            raise UserError(f"GPU {gpu} is not known", f"known: {', '.join(words for words, *_ in PEAKS)}")
+    if found.gpu is not None:
+        peak, fp32 = (cast(float, named_peak(found.gpu, precision)) for precision in (found.precision, "fp32"))
+        origin = f"the peak of {found.gpu} by its data sheet"
     elif found.device == "cuda" and not torch.cuda.is_available():
         return None
     else:
@@ -297,30 +300,40 @@ def forecast_text(found: Forecast, rate: Rate | None = None, price: float | None
     if found.may_end_early:
         lines.append(f"early stop: {', '.join(found.may_end_early)} may end before all tokens are read")
     if rate is not None and found.device == "cpu" and found.seconds(rate) > LONG:
-        lines.append("warning: too long for a CPU; device=cuda --gpu H100 plans it for a GPU")
+        lines.append("warning: too long for a CPU; --gpu H100 plans it for a GPU")
     lines += [f"warning: {text}" for text in found.warnings]
     return "\n".join(lines) + "\n"
 
 
 def _verdict(found: Forecast, rate: Rate | None, price: float | None) -> str:
-    """Return in one line whether it fits, how long it takes and what that costs."""
-    here = f"the {'GPU' if found.device == 'cuda' else 'memory'} of this machine"
-    if found.fits:
-        verdict = f"fits: {rounded_bytes(found.peak)} of {rounded_bytes(found.available or 0)}"
-    elif found.fits is None:
+    """Return in one line whether it fits, how long it takes and what that costs, or what to try where it does not."""
+    peak, each = rounded_bytes(found.peak), f" on each of {found.ranks}" if found.ranks > 1 else ""
+    if found.fits is None:
         card = card_for(found.peak)
-        verdict = f"fits a GPU of {card} GB" if card else f"FITS NO GPU: {rounded_bytes(found.peak)} on one"
+        fits, verdict = card is not None, f"fits a GPU of {card} GB" if card else f"fits no GPU: {peak}{each}"
+    elif found.gpu is not None:
+        article = "an" if found.gpu[0].upper() in "AEFHILMNORSX" else "a"  # as the name is read
+        where = f"{article} {found.gpu} of {(found.available or 0) / 1e9:g} GB: {peak}{each}"
+        fits, verdict = found.fits, f"fits {where}" if found.fits else f"does not fit {where}"
     else:
-        verdict = f"DOES NOT FIT {here}: {rounded_bytes(found.peak)} of {rounded_bytes(found.available or 0)}"
-    parts = [verdict]
-    if rate is not None:
-        seconds = found.seconds(rate)
-        parts.append(f"{'at most ' * bool(found.may_end_early)}about {rounded_time(seconds)}")
-        hours = seconds / 3600 * found.ranks
-        if found.device == "cuda":
-            parts.append(f"{hours:.3g} GPU hours")
-        if price is not None:
-            parts.append(f"cost {hours * price:,.2f}")
+        here = f"the {'GPU' if found.device == 'cuda' else 'memory'} of this machine"
+        sizes = f"{peak} of {rounded_bytes(found.available or 0)}{each}"
+        fits, verdict = found.fits, f"fits: {sizes}" if found.fits else f"does not fit {here}: {sizes}"
+    if not fits:
+        variant = "multi-card" if found.ranks > 1 else "one-card" if found.device == "cuda" else "small-machine"
+        return verdict if found.variants else f"{verdict}; try --variant {variant}"
+    if rate is None:
+        return verdict
+    seconds = found.seconds(rate)
+    time = f"{'at most ' * bool(found.may_end_early)}about {rounded_time(seconds)}"
+    if found.device == "cpu" and seconds > LONG:
+        return f"{verdict}, but takes {time} on this CPU"
+    hours = seconds / 3600 * found.ranks
+    parts = [verdict, time]
+    if found.device == "cuda":
+        parts.append(f"{hours:.3g} GPU hours")
+    if price is not None:
+        parts.append(f"cost {hours * price:,.2f}")
     return "; ".join(parts)
 
 

@@ -208,7 +208,8 @@ class RunDirectory:
         try:
             config = yaml.safe_load(file.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
-            raise UserError(f"{self.path} is not a run directory: {file.name} is missing") from error
+            cause = f"{self.path} is not a run directory: {file.name} is missing"
+            raise UserError(cause, "give the directory that --out named when the run began") from error
         except (ValueError, yaml.YAMLError) as error:
             raise UserError(f"{file} is damaged: {error}", "use another run directory") from error
         if not isinstance(config, dict):

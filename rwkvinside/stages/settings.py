@@ -54,7 +54,7 @@ class StageConfig(Section):
     )
     evaluate_every_tokens: Count | None = Field(None, description="Evaluate this often; null: at the end of the stage.")
     early_stop: EarlyStopConfig | None = Field(
-        None, description="End the stage once evaluations stop to improve; null: train on all tokens."
+        None, description="End the stage once evaluations stop improving; null: train on all tokens."
     )
 
     @model_validator(mode="after")

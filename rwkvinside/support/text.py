@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 COUNTS = ((1, ""), (10**3, " K"), (10**6, " M"), (10**9, " B"), (10**12, " T"))
 BYTES = ((1, " bytes"), (2**10, " KiB"), (2**20, " MiB"), (2**30, " GiB"), (2**40, " TiB"))
+YEAR = 365.25 * 86400  # seconds
 FLOP = tuple((1000**i, f" {prefix}FLOP") for i, prefix in enumerate(["", "K", "M", "G", "T", "P", "E", "Z", "Y"]))
 
 
@@ -41,8 +42,8 @@ def rounded_flop(number: float) -> str:
 
 
 def rounded_time(seconds: float) -> str:
-    """Return a duration to two digits: 0.41 s, 12 s, 3.5 min, 15 h, 2.1 days."""
-    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+    """Return a duration to two digits: 0.41 s, 12 s, 3.5 min, 15 h, 2.1 days, 330 years."""
+    for size, unit in ((YEAR, "years"), (86400, "days"), (3600, "h"), (60, "min")):
         if seconds >= 1.5 * size:
             return f"{float(f'{seconds / size:.2g}'):g} {unit}"
     return f"{float(f'{seconds:.2g}'):g} s"

@@ -12,7 +12,7 @@ from ..support.settings import Section
 class TeacherConfig(Section):
     """The model that is converted, or the shapes of one that is trained from nothing."""
 
-    path: str = Field(description="Local directory or hub id; when read also the name of a preset.")
+    path: str = Field(description="Local directory or hub id; in files and flags also the name of a preset.")
     revision: str | None = Field(None, description="Branch, tag or commit of the hub repository.")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the tokenizer.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(

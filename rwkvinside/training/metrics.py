@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -159,7 +160,8 @@ class Console:
         """Show a sample row: the beginning of what the student writes."""
         for each in row["samples"]:
             text = " ".join((each["prompt"] + each["student"]).split())
-            self.say(f"{self.stage} {row['step']}/{self.steps}  writes: {text}"[:79])
+            before = f"{self.stage} {row['step']}/{self.steps}  writes: "
+            self.say(before + shorten(text, max(79 - len(before), 8), placeholder=" ..."))
 
     def say(self, line: str) -> None:
         """Show a line of text."""

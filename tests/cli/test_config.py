@@ -17,3 +17,9 @@ def test_config_show_and_fields(teacher, capsys):
     assert "\nseed: 3  # Seed of" in shown and "preset: rad" in shown
     assert cli.main(["config", "fields"]) == 0
     assert "stages.<stage>.tokens: Tokens to train on." in capsys.readouterr().out
+    assert cli.main(["config", "fields", "student."]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.startswith("student.") for line in lines)
+    assert any(line.startswith("student.init [calibrated* | published | scratch]: ") for line in lines)
+    assert cli.main(["config", "fields", "nothing."]) == 2
+    capsys.readouterr()

@@ -1,17 +1,21 @@
 """`rwkvinside eval` on the published teacher and on a run: the numbers, the files, and what it refuses."""
 
+import io
 import json
 import shutil
 
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from rwkvinside.cli.eval import _show
 from rwkvinside.cli.main import main
 from rwkvinside.errors import UserError
 from rwkvinside.evaluate.load import load_run
+from rwkvinside.evaluate.quality import Evaluation, Scores
 from rwkvinside.hybrid.model import HybridModel
 from rwkvinside.hybrid.settings import StudentConfig
 from rwkvinside.training.checkpoint import Checkpointer
@@ -164,11 +168,21 @@ def test_an_earlier_stage_of_a_run_can_be_chosen(run):
         load_run(run, "cpu", "long")
 
 
+def test_the_table_shows_large_numbers_in_80_columns():
+    scores = Scores(tokens=1_002_370, kl=10.06521, ce=12.0448, ce_teacher=12.0448, agreement=0.8759)
+    evaluation = Evaluation(300, 49_152, scores, ((2048, 4095, scores),), control=scores)
+    console = Console(width=80, file=io.StringIO())
+    _show(evaluation, console)
+    shown = console.file.getvalue()
+    assert "…" not in shown and "2048-4095" in shown and "1.702e+05" in shown and "10.07" in shown
+
+
 def test_refusals_come_before_any_work(teacher, val, tmp_path, capsys):
     there = ("--teacher", teacher, "--data", val)
     for arguments, cause in (
         ((tmp_path, *there), "neither an exported model nor a run"),
         ((teacher, "--data", val), "no teacher is given"),
+        ((teacher, "--teacher", "Qwen3-14", "--data", val), "a hub id; did you mean Qwen3-14B?"),
         ((teacher, *there, "--json", tmp_path / "nowhere" / "x.json"), "of the output x.json does not exist"),
         ((teacher, *there, "--png", tmp_path), f"output {tmp_path} cannot be written"),
         ((teacher, "--teacher", teacher), "nothing to measure"),

@@ -83,6 +83,7 @@ def test_the_module_is_the_command():
         (convert_checkpoint.main, ["export", "x"], "the following arguments are required: --out"),
         (train_distill.main, ["--resum"], "ambiguous option: --resum could match --resume, --resume-from"),
         (train_distill.main, ["--stag", "align"], "no teacher is given"),  # flags may be shortened, as argparse does
+        (train_distill.main, ["--resume", "--out", "no/run"], "no/run is not a run directory: config.yaml is missing"),
         (train_distill.main, ["--resumed"], "unknown flag --resumed; did you mean --resume?"),
     ],
 )
@@ -91,7 +92,7 @@ def test_what_is_not_known_ends_in_a_line_of_cause_and_one_of_hint(main, argv, c
     out, err = capsys.readouterr()
     lines = err.splitlines()
     assert out == "" and len(lines) == 2 and lines[0].startswith("error: ")
-    assert lines[1].startswith(("see ", "commands: ", "use --teacher"))
+    assert lines[1].startswith(("see ", "commands: ", "use --teacher", "give the directory"))
     assert cause in lines[0]
 
 

@@ -14,7 +14,7 @@ from rwkvinside.config import resolve as resolving
 from rwkvinside.config.load import DEFAULT_DATA, load_config
 from rwkvinside.config.resolve import resolve, with_steps
 from rwkvinside.config.show import describe, to_yaml
-from rwkvinside.config.teacher_lookup import teachers
+from rwkvinside.config.teacher_lookup import teacher_path, teachers
 from rwkvinside.errors import UserError
 from rwkvinside.hybrid.settings import StudentConfig
 from rwkvinside.stages.registry import OBJECTIVES, STAGES, find_stage_class
@@ -59,6 +59,16 @@ def problems(*overrides, **arguments):
         load_config(overrides=overrides, **arguments)
     assert caught.value.exit_code == 2
     return caught.value.cause.split("\n  ")
+
+
+def test_a_stage_without_its_section_is_told_where_it_is():
+    told = problems(teacher="Qwen3-0.6B", overrides=["align.tokens=5k"])
+    assert told == ["align.tokens: unknown key; did you mean stages.align.tokens?"]
+
+
+def test_a_preset_stands_for_its_hub_id_whatever_asks(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')  # compared with, not converted
+    assert teacher_path("qwen3-14b") == "Qwen/Qwen3-14B" and teacher_path(str(tmp_path)) == str(tmp_path)
 
 
 @pytest.mark.parametrize("name", sorted(teachers()))

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import sys
@@ -701,7 +702,8 @@ def test_a_signal_between_the_steps(material, tmp_path, monkeypatch, capsys, num
     assert train(material, out, stages) == 130
     assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
     assert train(material, out, stages) == 75  # calibrate is done
+    resuming = f"python train_distill.py --out {out} --resume"  # the run has its configuration
     lines = capsys.readouterr().err.splitlines()
-    assert lines[-2:] == [f"error: stopped; what was saved before is in {out}", "continue with --resume"]
-    assert train(material, out, stages, "--resume") == 0 and begun == ["calibrate", "calibrate", "align", "align"]
+    assert lines[-2:] == [f"error: stopped; what was saved before is in {out}", f"continue with {resuming}"]
+    assert train_distill.main(shlex.split(resuming)[2:]) == 0 and begun == ["calibrate", "calibrate", "align", "align"]
     assert signal.getsignal(signal.SIGTERM) == before

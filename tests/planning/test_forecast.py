@@ -1,6 +1,8 @@
 """The plan in numbers: a verdict first, totals, a time that says where it is from, what is left after a stage."""
 
 import json
+import re
+from dataclasses import replace
 
 import pytest
 from tiny import save_configuration
@@ -21,9 +23,13 @@ def teacher(tmp_path):
     return save_configuration(tmp_path / "tiny", intermediate_size=64)
 
 
-def expected(teacher, *overrides, ranks=1):
+def expected(teacher, *overrides, ranks=1, gpu=None):
     config = load_config(teacher=teacher, overrides=overrides)
-    return forecast(resolve(config, None, ranks), config)
+    return forecast(resolve(config, None, ranks), config, gpu)
+
+
+def verdict(found, rate=None):
+    return forecast_text(found, rate).splitlines()[0]
 
 
 def test_totals_are_those_of_the_stages(teacher):
@@ -61,13 +67,32 @@ def test_what_is_left_after_a_stage(teacher):
 def test_the_verdict_comes_first(teacher, monkeypatch):
     for size, start in (
         (2**40, "fits: "),
-        (2**20, "DOES NOT FIT the memory of this machine: "),
+        (2**20, "does not fit the memory of this machine: "),
         (None, "fits a GPU of"),
     ):
         monkeypatch.setattr(module, "device_memory", lambda device, size=size: size)
         found = expected(teacher)
         assert found.fits is (None if size is None else size > 2**30)
         assert forecast_text(found).startswith(start)
+
+
+def test_the_verdict_is_of_the_gpu_that_is_named(teacher):
+    found = expected(teacher, *GPU, ranks=8, gpu="H100")
+    rate = expected_rate(found)
+    assert found.fits and re.match(r"fits an H100 of 80 GB: [\d.]+ MiB on each of 8; about ", verdict(found, rate))
+    large = replace(found, stages=(replace(found.stages[0], peak=200 * 2**30),))
+    refused = "does not fit an H100 of 80 GB: 200 GiB on each of 8"
+    assert not large.fits and verdict(large, rate) == f"{refused}; try --variant multi-card"
+    assert verdict(replace(large, variants=("quantized",)), rate) == refused
+    one = replace(large, ranks=1, gpu="B200", available=180 * 10**9)
+    assert verdict(one) == "does not fit a B200 of 180 GB: 200 GiB; try --variant one-card"
+    assert verdict(replace(one, gpu=None, available=None)) == "fits a GPU of 288 GB"
+    assert expected(teacher, *GPU, gpu="A100-40GB").available == 40 * 10**9
+
+
+def test_years_on_a_cpu_are_said_with_the_verdict(teacher):
+    slow = Rate(1e4, 1e4, "")
+    assert re.fullmatch(r"fits: [^,;]+, but takes about [\d.]+ years on this CPU", verdict(expected(teacher), slow))
 
 
 def test_time_cost_and_warnings(teacher):
@@ -82,12 +107,11 @@ def test_time_cost_and_warnings(teacher):
 
 
 def test_where_a_rate_is_from(teacher):
-    found = expected(teacher, *GPU, ranks=2)
-    rate = expected_rate(found, "h100", 0.25)
+    rate = expected_rate(expected(teacher, *GPU, ranks=2, gpu="h100"), 0.25)
     assert rate.flops == 2 * 0.25 * 989e12
     assert rate.origin == "25 % of the peak of h100 by its data sheet, 2 ranks"
     with pytest.raises(UserError, match="GPU abacus is not known"):
-        expected_rate(found, "abacus")
+        expected(teacher, *GPU, gpu="abacus")
     here = expected_rate(expected(teacher))
     assert here.flops > 0 and here.origin == "20 % of the peak of this machine as measured now"
 
@@ -109,3 +133,7 @@ def test_plan_prints_little_unless_asked(teacher, tmp_path, capsys):
     assert "  group  " in capsys.readouterr().out
     assert main(["plan", "--teacher", teacher, "--mfu", "1.5"]) == 2
     assert "--mfu 1.5" in capsys.readouterr().err
+    assert main(["plan", "--teacher", teacher, "--gpu", "H100", "device=cpu"]) == 2
+    assert "the device is cpu" in capsys.readouterr().err
+    assert main(["plan", "--teacher", teacher, "--gpu", "H100"]) == 0
+    assert capsys.readouterr().out.startswith("fits an H100 of 80 GB: ")

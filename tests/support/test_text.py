@@ -65,8 +65,10 @@ def test_operations():
 
 
 def test_durations():
-    seconds = 0.413, 12, 89, 90, 200, 7300, 3600 * 47
-    assert [rounded_time(n) for n in seconds] == ["0.41 s", "12 s", "89 s", "1.5 min", "3.3 min", "2 h", "2 days"]
+    day = 86400
+    assert [rounded_time(n) for n in (0.413, 12, 89, 90)] == ["0.41 s", "12 s", "89 s", "1.5 min"]
+    assert [rounded_time(n) for n in (200, 7300, 1.96 * day)] == ["3.3 min", "2 h", "2 days"]
+    assert [rounded_time(n) for n in (500 * day, 600 * day, 120_000 * day)] == ["500 days", "1.6 years", "330 years"]
 
 
 def test_short_counts_are_exact():
