@@ -226,7 +226,7 @@ def check(words, capsys, only_parsed=False):
             words[words.index("DIR")] = "outputs"  # there is an export of this name
     elif trains and (preset or "--hostfile" in words):
         words = [*words, "--dry-run"]
-    else:
+    elif "--resume" not in words:  # a run that goes on has its settings
         if words[:2] == ["rwkvinside", "data"] and preset:  # its tokenizer is on the hub
             words[words.index("--teacher") + 1] = "TEACHER"
         words = [*words, *(word for key in begins for word in SMALLER[key])]
