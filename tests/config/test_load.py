@@ -62,7 +62,7 @@ def problems(*overrides, **arguments):
 
 
 def test_a_stage_without_its_section_is_told_where_it_is():
-    told = problems(teacher="Qwen3-0.6B", overrides=["align.tokens=5k"])
+    told = problems("align.tokens=5k", teacher="Qwen3-0.6B")
     assert told == ["align.tokens: unknown key; did you mean stages.align.tokens?"]
 
 
