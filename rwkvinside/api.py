@@ -143,6 +143,7 @@ def evaluate(
     from .config.teacher_lookup import teacher_path
     from .evaluate.compare import Measures, Tasks, evaluate_saved
     from .evaluate.recall import RecallPlan
+    from .support.system import check_device
 
     measures = Measures(
         tuple(map(str, data)),
@@ -151,5 +152,6 @@ def evaluate(
         recall=RecallPlan(tuple(recall_lengths)) if recall_lengths else None,
         tasks=Tasks(tuple(tasks)) if tasks else None,
     )
+    check_device(device)  # before the hub is asked for a teacher
     source = None if teacher is None else teacher_path(str(teacher))
     return evaluate_saved(student, source, measures, device=device).to_dict()
