@@ -155,7 +155,7 @@ def _tokens(c: TimeMixerConfig, row: Attention, own: int | None) -> _Tokens:
 
 
 def _attend(scores: Tensor, allowed: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the logarithm of the partition function of what is allowed, and its mean value; of nothing zeros."""
+    """Return the logarithm of the partition function of what is allowed, and its mean value; of nothing -inf and 0."""
     scores = scores.masked_fill(~allowed, -torch.inf)
     total = scores.logsumexp(-1)
     weights = torch.exp(scores - total.masked_fill(total == -torch.inf, 0)[..., None])
