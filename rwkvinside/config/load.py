@@ -433,7 +433,8 @@ def _problem(error: ErrorDetails, at: Sequence[str], root: type[BaseModel] = Con
     if error["type"] == "model_type":
         return f"{path} = {_show(error['input'])}: must be a mapping of settings"
     message = error["msg"].removeprefix("Input ").replace("should", "must")
-    shown = "" if isinstance(error["input"], dict) else f" = {_show(error['input'])}"
+    mapping = isinstance(error["input"], dict)
+    shown = "" if mapping and len(repr(error["input"])) > 60 else f" = {_show(error['input'])}"
     return f"{path}{shown}: {message[:1].lower()}{message[1:]}"
 
 

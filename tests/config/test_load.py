@@ -389,6 +389,9 @@ def test_windows_by_layer(teacher, tmp_path):
     for read in (config, load_config([file])):
         fields = [read.student.mixer_overrides(i) for i in range(5)]
         assert [(f["window"], f["sinks"]) for f in fields] == [(64, 4), (8, 4), (32, 4), (32, 4), (8, 4)]
+    with pytest.raises(UserError) as refused:
+        load_config(teacher=teacher, overrides=["student.window={0:64,1-3:32}"])
+    assert "student.window = {'0:64'" in str(refused.value) and "with a space after each colon" in str(refused.value)
     spec = StudentConfig(window={"1-3": 16}, sinks={"2": 1})
     fields = [spec.mixer_overrides(i) for i in range(5)]
     assert [(f["window"], f["sinks"]) for f in fields] == [(0, 0), (16, 0), (16, 1), (16, 0), (0, 0)]
