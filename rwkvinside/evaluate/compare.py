@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.rows import PaddedDocuments, document_batches
 from ..data.settings import DataConfig
-from ..data.sources import read_options
+from ..data.sources import check_sources, read_options
 from ..data.tokenize import ReadOptions, load_tokens
 from ..errors import UserError
 from ..export.manifest import CONVERSION, read_export
@@ -159,6 +159,7 @@ def evaluate_saved(
         raise UserError("texts are written from the beginnings of documents", "give them with --data FILE")
     if not (measures.data or measures.recall or measures.tasks or measures.prompts):
         raise UserError("there is nothing to measure", "give --data FILE, --recall, --tasks NAME or --begin TEXT")
+    check_sources(measures.data)  # before models are loaded
     harness = None
     if (tasks := measures.tasks) is not None:
         harness = Harness(tasks.names, folder=tasks.folder, limit=tasks.limit, cache=tasks.cache)
