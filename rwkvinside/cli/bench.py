@@ -129,13 +129,19 @@ def head(parser: ArgumentParser, argv: Sequence[str]) -> int:
 def generation(parser: ArgumentParser, argv: Sequence[str]) -> int:
     """Measure generation, print a table, write JSON."""
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--models", nargs="+", metavar="DIR", help="model directories or hub ids; code in them is run")
+    source.add_argument(
+        "--models",
+        nargs="+",
+        type=model_name,
+        metavar="NAME",
+        help="presets, hub ids or directories, whose code is run",
+    )
     source.add_argument(
         "--random", type=_shape, metavar="LAYERS,HEADS,HEAD_SIZE", help="a teacher and hybrids with random weights"
     )
     for flag, default, text in (
-        ("--contexts", [512, 4096], "tokens of the prompts"),
-        ("--batches", [1], "rows that generate together"),
+        ("--contexts", [512, 4096], "tokens of the prompts (default: 512 4096)"),
+        ("--batches", [1], "rows that generate together (default: 1)"),
     ):
         parser.add_argument(flag, type=at_least(1), nargs="+", default=default, metavar="N", help=text)
     parser.add_argument(
@@ -157,13 +163,15 @@ def generation(parser: ArgumentParser, argv: Sequence[str]) -> int:
     table = Table(title=f"generation, {torch.cuda.get_device_name() if device == 'cuda' else 'cpu (no graphs)'}")
     for column in ("", "batch", "prompt", "prefill", "ms per token", "graphed", "cache"):
         table.add_column(column, justify="left" if not column else "right")
-    found = []
-    for s in generation_speed(models, args.contexts, args.batches, new_tokens=args.new_tokens):
-        found.append(asdict(s))
-        times = (f"{s.prefill_seconds:.3f} s", f"{s.eager_ms:.2f}", f"{s.graphed_ms:.2f}")
-        table.add_row(s.model, str(s.batch), str(s.context), *times, rounded_bytes(s.cache_bytes))
-        if args.json is not None:
-            write_json(args.json, found)  # again after each, so that an error loses nothing
+    found, total = [], len(models) * len(args.contexts) * len(args.batches)
+    with Progress("measuring", total, unit="cases") as progress:
+        for s in generation_speed(models, args.contexts, args.batches, new_tokens=args.new_tokens):
+            found.append(asdict(s))
+            progress.advance(detail=f"{s.model} at {s.context:,}")
+            times = (f"{s.prefill_seconds:.3f} s", f"{s.eager_ms:.2f}", f"{s.graphed_ms:.2f}")
+            table.add_row(s.model, str(s.batch), str(s.context), *times, rounded_bytes(s.cache_bytes))
+            if args.json is not None:
+                write_json(args.json, found)  # again after each, so that an error loses nothing
     Console().print(table)
     return 0
 

@@ -134,12 +134,15 @@ def logits(parser: ArgumentParser, argv: Sequence[str]) -> int:
     """Write the missing logits of a stage."""
     add_config_arguments(parser, out="where to write them; default: the stage's teacher_cache")
     parser.add_argument("--stage", default="distill", metavar="NAME", help="stage whose rows to use (default: distill)")
-    parser.add_argument("--k", type=int, default=64, help="tokens to store per position (default: 64)")
+    parser.add_argument("--k", type=int, default=64, metavar="N", help="tokens to store per position (default: 64)")
+    parser.add_argument(
+        "--ranks", type=at_least(1), default=1, metavar="N", help="processes that are to train on them (default: 1)"
+    )
     args = parser.parse(argv)
     config = config_from(args, args.stage)
     from ..conversion.write_logits import distillation_plan, write_logits
 
-    plan = distillation_plan(config, args.stage)
+    plan = distillation_plan(config, args.stage, args.ranks)
     out = args.out or plan.settings.teacher_cache
     if out is None:
         hint = f"name a directory with --out, or stages.{args.stage}.teacher_cache"

@@ -48,7 +48,7 @@ def evaluate(parser: ArgumentParser, argv: Sequence[str]) -> int:
     length = args.max_length or CHUNKS * args.chunk_size
     documents = load_documents(args.data, tokenizer, length, args.max_documents)
     with Progress("reading", unit="tokens") as progress:
-        result = evaluate_documents(model, documents, args.chunk_size, progress.advance)
+        result = evaluate_documents(model, documents, args.chunk_size, progress)
     _show_evaluation(result, Console())
     if args.json is not None:
         write_json(args.json, result)
@@ -83,7 +83,7 @@ def state(parser: ArgumentParser, argv: Sequence[str]) -> int:
     if args.data:
         documents = load_documents(args.data, tokenizer, args.max_length or 16 * args.chunk_size, args.max_documents)
         with Progress("compressing", unit="tokens") as progress:
-            costs = compression_cost(stateful, documents, chunk_size=args.chunk_size, progress=progress.advance)
+            costs = compression_cost(stateful, documents, chunk_size=args.chunk_size, progress=progress)
         _show_costs(costs, args.chunk_size, Console())
     if args.json is not None:
         write_json(args.json, {"growth": growth.to_dict(), "compression": [vars(cost) for cost in costs]})

@@ -39,7 +39,7 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     rate = expected_rate(found, args.mfu)
     print(forecast_text(found, rate, args.price), end="")
     if args.verbose:
-        print(f"\n{plan_text(plan, config)}", end="")
+        print(f"\n{plan_text(plan, config, args.gpu)}", end="")
     if args.json is not None:
         speed = None if rate is None else {"flops": rate.flops, "origin": rate.origin}
         hours = None if rate is None else found.seconds(rate) / 3600

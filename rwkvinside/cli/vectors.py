@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..support.files import write_json
+from ..support.progress import Progress
 from ..support.text import rounded_bytes, rounded_count
 from .arguments import ArgumentParser, add_device_argument, add_output_arguments, at_least, run_command
 
@@ -244,13 +245,15 @@ def bench(parser: ArgumentParser, argv: Sequence[str]) -> int:
     rows = []
     clock = time.process_time if args.processor_time else time.perf_counter
     device, repeats = torch.device(args.device), max(2, args.repeats)
-    for speed in measure(names, config, args.context, device, repeats, clock):
-        rows.append(speed.to_dict())
-        once = f" ({speed.steps} steps)" if speed.steps else ""
-        state = "" if speed.state_bytes is None else rounded_bytes(speed.state_bytes)
-        times = (f"{speed.train_ms:.0f}", f"{speed.p50_ms:.1f}{once}", f"{speed.p95_ms:.1f}")
-        causal = "yes" if speed.causal else "no"
-        table.add_row(speed.arch, speed.pattern, rounded_count(speed.params), causal, *times, state)
+    with Progress("measuring", len(names), unit="architectures") as progress:
+        for speed in measure(names, config, args.context, device, repeats, clock):
+            rows.append(speed.to_dict())
+            progress.advance(detail=speed.arch)
+            once = f" ({speed.steps} steps)" if speed.steps else ""
+            state = "" if speed.state_bytes is None else rounded_bytes(speed.state_bytes)
+            times = (f"{speed.train_ms:.0f}", f"{speed.p50_ms:.1f}{once}", f"{speed.p95_ms:.1f}")
+            causal = "yes" if speed.causal else "no"
+            table.add_row(speed.arch, speed.pattern, rounded_count(speed.params), causal, *times, state)
     _console().print(table)
     return _write(args, {"rows": rows})
 

@@ -16,7 +16,7 @@ from ..stages.plan import RunPlan, StagePlan
 from ..stages.teacher import meta_online_teacher
 from ..teacher.kinds import TeacherKind
 from ..training.batching import rows_within
-from .devices import device_memory, named_memory
+from .devices import device_memory
 from .plan import meta_student, prepared_stages
 from .stage_memory import stage_memory
 
@@ -43,7 +43,7 @@ def resolve_fitted(
         UserError: as `resolve`, or an unknown GPU.
     """
     plan = resolve(config, stages, ranks, kept, done)
-    memory = device_memory(plan.settings.device) if gpu is None else named_memory(gpu)
+    memory = device_memory(plan.settings.device, gpu)
     return plan if plan.settings.device == "cpu" or memory is None else fitted(plan, memory)
 
 

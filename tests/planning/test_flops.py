@@ -20,6 +20,7 @@ from rwkvinside.planning import devices
 from rwkvinside.planning.devices import measured_flops, peak_flops
 from rwkvinside.planning.fit_flops import calibration_flops
 from rwkvinside.planning.flops import training_flops
+from rwkvinside.support.progress import Progress
 from rwkvinside.teacher.kinds import TeacherKind
 
 ROWS, LENGTH = 2, 32
@@ -248,7 +249,7 @@ def test_calibration(monkeypatch, window):
     ones, positions = torch.ones_like(ids).int(), torch.arange(length).expand(*ids.shape)
     batch = Batch(ids, ids, positions, ones, tuple(range(len(ids))))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        plan.stage.fit(student, [batch], lambda layer: None)
+        plan.stage.fit(student, [batch], Progress("fit"))
     found = calibration_flops(student, plan)
     assert ("shares" in found) == bool(window)
     computed = sum(found.values()) - found["recurrence"] - found["solving"]
