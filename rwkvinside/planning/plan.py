@@ -267,9 +267,10 @@ def _memory_lines(memory: Memory, device: str, gpu: str | None) -> list[str]:
             f"            last evaluation: {last} with the original teacher ({original}), "
             "which is left out where that does not fit"
         )
+    lines += _fit_lines(memory.peak, device, gpu)
     if host := memory.host():
         lines.append(f"  host      about {rounded_bytes(host)} of the host's memory a rank")
-    return lines + _fit_lines(memory.peak, device, gpu)
+    return lines
 
 
 def _fit_lines(peak: int, device: str, gpu: str | None) -> list[str]:

@@ -264,6 +264,7 @@ def test_how_long_a_calibration_takes(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA A100-SXM4-80GB")
     assert "half the fp32 peak of NVIDIA A100" in devices.expected_time(67e13, "cuda")
+    assert devices.expected_time(19.5e13, "cuda", "A100") == "about 20 s at half the fp32 peak of A100 (an estimate)"
 
 
 def test_peak_by_name(monkeypatch):
