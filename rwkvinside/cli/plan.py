@@ -12,14 +12,23 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     """Print the plan of a configuration."""
     add_config_arguments(parser)
     parser.add_argument(
-        "--ranks", type=at_least(1), default=1, metavar="N", help="processes that share the work (default: 1)"
+        "--ranks",
+        type=at_least(1),
+        default=1,
+        metavar="N",
+        help="processes, one a GPU, that share the work (default: 1)",
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="all details of every stage")
     parser.add_argument(
-        "--mfu", type=number, metavar="X", help="share of the peak to expect (default: 0.2 on a CPU, 0.15 on a GPU)"
+        "--mfu",
+        type=number,
+        metavar="X",
+        help="share of the peak speed to expect (default: 0.2 on a CPU, 0.15 on a GPU)",
     )
-    parser.add_argument("--gpu", metavar="NAME", help="a GPU that is not here, such as H100 or A100-40GB")
-    parser.add_argument("--price", type=number, metavar="P", help="of a GPU for an hour, for the cost")
+    parser.add_argument(
+        "--gpu", metavar="NAME", help="plan for this one, such as H100 or A100-40GB (default: this machine)"
+    )
+    parser.add_argument("--price", type=number, metavar="P", help="of a GPU for an hour: say what the run costs")
     add_output_arguments(parser)
     args = parser.parse(argv)
     if args.mfu is not None and not 0 < args.mfu <= 1:
