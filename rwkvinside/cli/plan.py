@@ -34,10 +34,6 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     if args.mfu is not None and not 0 < args.mfu <= 1:
         raise UserError(f"--mfu {args.mfu:g}", "allowed: above 0, up to 1")
     config = config_from(args)
-    if args.gpu is not None:
-        if config.device == "cpu":
-            raise UserError(f"--gpu {args.gpu}, but the device is cpu", "leave out one of them")
-        config = config.model_copy(update={"device": "cuda"})
     from ..planning.fitting import resolve_fitted
     from ..planning.forecast import expected_rate, forecast, forecast_text
     from ..planning.plan import plan_text

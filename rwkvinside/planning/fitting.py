@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from ..config.resolve import resolve
 from ..config.schema import Config
+from ..errors import UserError
 from ..hybrid.model import HybridModel
 from ..stages.plan import RunPlan, StagePlan
 from ..stages.teacher import meta_online_teacher
@@ -37,11 +38,15 @@ def resolve_fitted(
 
     Args:
         config, stages, ranks, kept, done: see `resolve`.
-        gpu: name of a GPU that is not here, such as H100.
+        gpu: name of a GPU that is not here, such as H100; the device is cuda then.
 
     Raises:
-        UserError: as `resolve`, or an unknown GPU.
+        UserError: as `resolve`, or an unknown GPU, or one for a run on a CPU.
     """
+    if gpu is not None:
+        if config.device == "cpu":
+            raise UserError(f"the plan is for a GPU, {gpu}, but the device is cpu", "leave out one of them")
+        config = config.model_copy(update={"device": "cuda"})
     plan = resolve(config, stages, ranks, kept, done)
     memory = device_memory(plan.settings.device, gpu)
     return plan if plan.settings.device == "cpu" or memory is None else fitted(plan, memory)
