@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .config.schema import Config
 
 
-def plan(config: Config, *, stages: Sequence[str] | None = None, ranks: int = 1) -> str:
+def plan(config: Config, *, stages: Sequence[str] | None = None, ranks: int = 1, gpu: str | None = None) -> str:
     """Return what a run would do, as text, without loading weights.
 
         config = rw.load_config(teacher="Qwen3-0.6B", data=["train.jsonl"])
@@ -23,9 +23,11 @@ def plan(config: Config, *, stages: Sequence[str] | None = None, ranks: int = 1)
         config: from `load_config`.
         stages: those to show; None is all that the configuration runs.
         ranks: processes that share the work.
+        gpu: name of a GPU that is not here, such as "H100"; None: the device of this machine.
 
     Raises:
-        UserError: not a configuration, or a setting that does not fit the student's layers and parameters.
+        UserError: not a configuration, a setting that does not fit the student's layers and parameters, or an unknown
+            GPU.
     """
     from .config.schema import check_config
     from .planning.fitting import resolve_fitted
@@ -33,7 +35,8 @@ def plan(config: Config, *, stages: Sequence[str] | None = None, ranks: int = 1)
     from .support.text import listed
 
     check_config(config)
-    return plan_text(resolve_fitted(config, stages if stages is None else listed(stages), ranks), config)
+    stages = stages if stages is None else listed(stages)
+    return plan_text(resolve_fitted(config, stages, ranks, gpu=gpu), config, gpu)
 
 
 def export(run: str | Path, out: str | Path, to: str = "hf", **options: Any) -> dict:
