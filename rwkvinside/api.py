@@ -26,11 +26,16 @@ def plan(config: Config, *, stages: Sequence[str] | None = None, ranks: int = 1,
         gpu: name of a GPU that is not here, such as "H100"; None: the device of this machine.
 
     Raises:
-        UserError: a setting does not fit the student's layers and parameters; an unknown GPU.
+        UserError: not a configuration, a setting that does not fit the student's layers and parameters, or an unknown
+            GPU.
     """
+    from .config.schema import check_config
     from .planning.fitting import resolve_fitted
     from .planning.plan import plan_text
+    from .support.text import listed
 
+    check_config(config)
+    stages = stages if stages is None else listed(stages)
     return plan_text(resolve_fitted(config, stages, ranks, gpu=gpu), config, gpu)
 
 
@@ -126,7 +131,7 @@ def evaluate(
     Args:
         student: exported directory, whose model code is run, or run directory.
         teacher: preset, hub id or directory; None is the one that a run names.
-        data: files or directories of text.
+        data: files or directories of text; one alone needs no list.
         max_documents: evaluate at most the first so many.
         max_length: evaluate at most so many tokens of a document; None is 4096, or the teacher's longest context where
             that is shorter.
@@ -145,13 +150,14 @@ def evaluate(
     from .evaluate.compare import Measures, Tasks, evaluate_saved
     from .evaluate.recall import RecallPlan
     from .support.system import check_device
+    from .support.text import listed
 
     measures = Measures(
-        tuple(map(str, data)),
+        tuple(map(str, listed(data))),
         max_documents,
         max_length,
         recall=RecallPlan(tuple(recall_lengths)) if recall_lengths else None,
-        tasks=Tasks(tuple(tasks)) if tasks else None,
+        tasks=Tasks(tuple(listed(tasks))) if tasks else None,
     )
     check_device(device)  # before the hub is asked for a teacher
     source = None if teacher is None else teacher_path(str(teacher))

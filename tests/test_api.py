@@ -121,3 +121,15 @@ def test_import_is_light_until_something_is_used():
         "rw.wkv7; sys.exit(bool(heavy) or 'torch' not in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("use", [rw.plan, rw.train])
+def test_what_is_no_configuration_is_refused(use):
+    with pytest.raises(rw.UserError, match="a configuration is expected, not str 'run.yaml'"):
+        use("run.yaml")
+
+
+def test_data_is_looked_for_before_a_model(material):
+    # one text is a list of one: of its letters the slash would be the whole disk
+    with pytest.raises(rw.UserError, match="data '/no/where.jsonl' does not exist"):
+        rw.evaluate("none", material / "teacher", data="/no/where.jsonl")

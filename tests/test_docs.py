@@ -64,12 +64,16 @@ SMALLER = {
         *("d_model=32", "heads=2", "layers=1", "steps=2", "vocab=400", "longest=8", "evaluate_every=0"),
     ],
     "rwkvinside vectors bench": ["--d-model", "64", "--layers", "1", "--repeats", "2"],
-    "rwkvinside eval": ["--samples", "1", "--depths", "2", "--write-tokens", "4"],
     "rwkvinside generate": ["--max-tokens", "4"],
     "rwkvinside data generate": ["--tokens", "3k", "--max-tokens", "16"],
     "rwkvinside lm evaluate": ["--chunk-size", "32"],
     "rwkvinside lm state": ["--chunk-size", "32", "--tokens", "16"],
     "rwkvinside data logits": ["stages.distill.tokens=512", "device=cpu"],
+}
+# the same for what `eval` is asked for, each with its own options
+SMALLER_EVAL = {
+    "--recall": ["--samples", "1", "--depths", "2"],
+    **dict.fromkeys(("--write", "--begin"), ["--write-tokens", "4"]),
 }
 # how a command begins -> why its arguments are parsed and no more
 ONLY_PARSED = {
@@ -231,6 +235,8 @@ def check(words, capsys, only_parsed=False):
         if words[:2] == ["rwkvinside", "data"] and preset:  # its tokenizer is on the hub
             words[words.index("--teacher") + 1] = "TEACHER"
         words = [*words, *(word for key in begins for word in SMALLER[key])]
+        if words[:2] == ["rwkvinside", "eval"]:
+            words += [word for flag, more in SMALLER_EVAL.items() if flag in words for word in more]
         if "export" in words or trains:  # what the commands around this one have left
             shutil.rmtree(option(words, "--out") or "from-yaml", ignore_errors=True)
     assert exit_code(words) == 0, shlex.join(words)

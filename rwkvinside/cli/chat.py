@@ -28,9 +28,9 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     from ..talk.screen import Screen
     from ..talk.voices import voices_of
 
-    terminal, notes = Console(highlight=False), Console(stderr=True, highlight=False)
+    terminal, notes, sampling = Console(highlight=False), Console(stderr=True, highlight=False), sampling_of(args)
     how = dict(system=args.system, plain=args.plain, device=args.device, notes=notes)
-    voices = voices_of(args.model, args.teacher, sampling_of(args), **how)
+    voices = voices_of(args.model, args.teacher, sampling, **how)
     if voices["student"].plain and not args.plain:
         notes.print("no chat template: the model continues what you write (as with --plain)", style="dim")
     screen = Screen(voices, terminal, terminal if terminal.is_terminal else notes)

@@ -39,7 +39,7 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
 def _print(console: Console, rows: Sequence[Sequence[str]]) -> None:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(rows[0]):
-        table.add_column(name, justify="right" if i else "left", overflow="fold")
+        table.add_column(name, justify="right" if i else "left", no_wrap=not i, overflow="fold")
     for row in rows[1:]:
         table.add_row(*row)
     console.print(table)

@@ -59,8 +59,16 @@ def fields(parser: ArgumentParser, argv: Sequence[str]) -> int:
     )
     prefix = parser.parse(argv).prefix
     from ..config.show import describe
+    from ..lm.settings import LanguageModelConfig
 
-    found = [row for row in describe() if row[0].startswith(prefix)]
+    section, dot, rest = prefix.partition(".")
+    if section == "stages" and dot:  # all stages have the same fields
+        _, dot, rest = rest.partition(".")
+        begins = f"stages.<stage>{dot}{rest}"
+    else:
+        begins = prefix
+    alone = [(path, default, f"{text} (train_rwkv.py)") for path, default, text in describe(LanguageModelConfig)]
+    found = [row for row in [*describe(), *alone] if row[0].startswith(begins)]
     if not found:
         raise UserError(f"no field begins with {prefix}", "rwkvinside config fields lists all; * is a default")
     for path, default, description in found:

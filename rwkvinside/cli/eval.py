@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from ..errors import UserError
 from ..support.files import write_json
 from .arguments import (
     ArgumentParser,
@@ -23,6 +24,14 @@ from .arguments import (
 )
 from .evaluation_tables import new_table, show_recall, show_tasks, show_writing
 
+# an option says how something is measured: it needs one of those that ask for it
+PARTS = {
+    "max_documents": ("data",),
+    "max_length": ("data",),
+    **dict.fromkeys(("lengths", "depths", "samples"), ("recall",)),
+    "write_tokens": ("write", "ask", "begin"),
+    **dict.fromkeys(("task_dir", "limit", "cache"), ("tasks",)),
+}
 CONTROL = "the teacher, untrained, its attention cut to the windows of the student"
 
 if TYPE_CHECKING:
@@ -100,21 +109,18 @@ def _add_recall_arguments(parser: ArgumentParser) -> None:
     group.add_argument(
         "--lengths",
         type=_counts,
-        default=(256, 1024),
         metavar="N,...",
         help="of --recall: tokens of a text (default: 256,1024)",
     )
     group.add_argument(
         "--depths",
         type=at_least(1),
-        default=5,
         metavar="N",
         help="of --recall: places of what is to be found (default: 5)",
     )
     group.add_argument(
         "--samples",
         type=at_least(1),
-        default=8,
         metavar="N",
         help="of --recall: texts per length and place (default: 8)",
     )
@@ -123,9 +129,7 @@ def _add_recall_arguments(parser: ArgumentParser) -> None:
     )
     group.add_argument("--ask", metavar="TEXT", help="show what both models answer, in the teacher's chat template")
     group.add_argument("--begin", metavar="TEXT", help="show how both models go on from a beginning")
-    group.add_argument(
-        "--write-tokens", type=at_least(1), default=128, metavar="N", help="tokens of what is written (default: 128)"
-    )
+    group.add_argument("--write-tokens", type=at_least(1), metavar="N", help="tokens of what is written (default: 128)")
 
 
 def _add_task_arguments(parser: ArgumentParser) -> None:
@@ -145,21 +149,32 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _measures(args: argparse.Namespace) -> Measures:
-    """Return what the arguments ask for."""
+    """Return what the arguments ask for.
+
+    Raises:
+        UserError: an option of something that is not asked for.
+    """
     from ..evaluate.compare import Measures, Tasks, Writing
     from ..evaluate.recall import RecallPlan
     from ..evaluate.samples import Prompts
 
+    for name, asking in PARTS.items():
+        if getattr(args, name) is not None and not any(getattr(args, each) for each in asking):
+            raise UserError(
+                f"--{name.replace('_', '-')} changes nothing without {' or '.join(f'--{each}' for each in asking)}",
+                "give both, or neither",
+            )
     said = args.ask is not None or args.begin is not None
+    written = args.write_tokens or 128
     return Measures(
         data=tuple(args.data),
         max_documents=args.max_documents,
         max_length=args.max_length,
         reading=reading_options(args),
-        recall=RecallPlan(args.lengths, args.depths, args.samples) if args.recall else None,
-        writing=None if args.write is None else Writing(args.write, args.write_tokens),
+        recall=RecallPlan(args.lengths or (256, 1024), args.depths or 5, args.samples or 8) if args.recall else None,
+        writing=None if args.write is None else Writing(args.write, written),
         tasks=Tasks(args.tasks, args.task_dir, args.limit, args.cache) if args.tasks else None,
-        prompts=Prompts(args.ask, args.begin, args.write_tokens) if said else None,
+        prompts=Prompts(args.ask, args.begin, written) if said else None,
     )
 
 

@@ -9,6 +9,7 @@ from .arguments import ArgumentParser
 
 # passed to the format when given, which else uses its defaults
 OPTIONS = ("dtype", "tie_embeddings", "adapters", "checkpoint")
+SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # as `precision` says it
 
 
 def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
@@ -32,7 +33,10 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--to", default="hf", metavar="FORMAT", help=f"{formats} (default: hf)")
     parser.add_argument("--out", required=True, metavar="DIR", help="directory to create")
     parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: the teacher's)"
+        "--dtype",
+        type=lambda name: SHORT.get(name, name),
+        choices=["float32", "bfloat16", "float16"],
+        help="of the weights (default: the teacher's)",
     )
     tie = parser.add_mutually_exclusive_group()
     tie.add_argument(

@@ -30,14 +30,14 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     from ..support.files import read_lines
     from ..talk.prompts import generate
 
-    prompts = args.prompt or read_lines(args.prompts, "prompts")
+    prompts, sampling = args.prompt or read_lines(args.prompts, "prompts"), sampling_of(args, args.rows)
     notes, out = Console(stderr=True, highlight=False), Console(highlight=False, soft_wrap=True)
     model, tokenizer = load_model(args.model, args.device, notes)
     result = generate(
         model,
         tokenizer,
         prompts,
-        sampling_of(args, args.rows),
+        sampling,
         plain=args.plain,
         system=args.system,
         notes=notes,

@@ -43,9 +43,11 @@ def evaluate(parser: ArgumentParser, argv: Sequence[str]) -> int:
     _add_limits(parser, chunks=4)
     add_output_arguments(parser)
     args = parser.parse(argv)
+    from ..data.sources import check_sources
     from ..lm.evaluation import CHUNKS, evaluate_documents
     from ..lm.load import load_documents, load_model
 
+    check_sources(args.data)
     model, tokenizer = load_model(args.model, args.device, Console(stderr=True))
     length = args.max_length or CHUNKS * args.chunk_size
     documents = load_documents(args.data, tokenizer, length, args.max_documents)
@@ -83,10 +85,12 @@ def state(parser: ArgumentParser, argv: Sequence[str]) -> int:
     _add_limits(parser, chunks=16)
     add_output_arguments(parser)
     args = parser.parse(argv)
+    from ..data.sources import check_sources
     from ..lm.load import load_documents, load_model
     from ..lm.session import StatefulModel
     from ..lm.state_report import compression_cost, state_growth
 
+    check_sources(args.data or ())
     model, tokenizer = load_model(args.model, args.device, Console(stderr=True))
     stateful = StatefulModel(model)
     growth, costs = state_growth(stateful, args.tokens), []

@@ -26,7 +26,7 @@ from ..stages.registry import OBJECTIVES, RUN, STAGES, find_stage_class, stage_c
 from ..stages.settings import StageConfig
 from ..support.files import read_text
 from ..support.settings import parse_count
-from ..support.text import did_you_mean
+from ..support.text import did_you_mean, listed
 from .recipes import recipe_layers
 from .schema import Config
 from .show import inner_model
@@ -60,7 +60,7 @@ def load_config(
         print(config.stages["align"].tokens)
 
     Args:
-        files: YAML files, or settings as plain values; later ones beat earlier ones.
+        files: YAML files, or settings as plain values; later ones beat earlier ones. One needs no list, here and below.
         teacher: name of a preset, local directory or hub id.
         recipe: name of a shipped recipe (radlads, hxa079, halo, simultaneous, windowed): student, stages, rates.
         variant: names of shipped variants (one-card, quantized, ...), later ones beat earlier ones.
@@ -74,9 +74,9 @@ def load_config(
     """
     flags: list[dict] = []
     flags += [{"teacher": {"path": teacher}}] if teacher is not None else []
-    flags += [{"data": {name: list(paths)}} for name, paths in (("train", data), ("val", val)) if paths]
+    flags += [{"data": {name: listed(paths)}} for name, paths in (("train", data), ("val", val)) if paths]
     flags += [{"recipe": recipe}] if recipe is not None else []
-    flags += [{"variant": list(variant)}] if variant else []
+    flags += [{"variant": listed(variant)}] if variant else []
     flags += [{"out": out}] if out is not None else []
     flags += [{"deepspeed": {"config": _read_json(deepspeed)}}] if deepspeed is not None else []
     layers = [*read_settings(files), *flags, *read_settings((), overrides)]
@@ -105,8 +105,8 @@ def load_config(
 
 def read_settings(files: Sequence[str | os.PathLike | Mapping], overrides: Sequence[str] = ()) -> list[dict]:
     """Return the settings of files, then of overrides; arguments and errors as of `load_config`."""
-    given = [dict(file) if isinstance(file, Mapping) else _read_yaml(file) for file in files]
-    return [*given, *map(_override, overrides)]
+    given = [dict(file) if isinstance(file, Mapping) else _read_yaml(file) for file in listed(files)]
+    return [*given, *map(_override, listed(overrides))]
 
 
 def check_section(model: type[Model], values: dict, *, source: str = "", hint: str = "") -> Model:
@@ -433,7 +433,8 @@ def _problem(error: ErrorDetails, at: Sequence[str], root: type[BaseModel] = Con
     if error["type"] == "model_type":
         return f"{path} = {_show(error['input'])}: must be a mapping of settings"
     message = error["msg"].removeprefix("Input ").replace("should", "must")
-    shown = "" if isinstance(error["input"], dict) else f" = {_show(error['input'])}"
+    mapping = isinstance(error["input"], dict)
+    shown = "" if mapping and len(repr(error["input"])) > 60 else f" = {_show(error['input'])}"
     return f"{path}{shown}: {message[:1].lower()}{message[1:]}"
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ..data.settings import DataConfig
+from ..errors import UserError
 from ..hybrid.settings import AdapterConfig, QuantizeConfig, StudentConfig
 from ..stages.settings import StageConfig
 from ..support.names import ALLOWED, is_name
@@ -77,3 +78,14 @@ class Config(Section):
         if repeated := sorted({name for name in run if run.count(name) > 1}):
             raise problem("lists {} twice; give a second pass another name", ", ".join(repeated))
         return run
+
+
+def check_config(given: object) -> None:
+    """Refuse what is no configuration, such as the name of its file.
+
+    Raises:
+        UserError: says what was given.
+    """
+    if not isinstance(given, Config):
+        cause = f"a configuration is expected, not {type(given).__name__} {given!r:.60}"
+        raise UserError(cause, 'rw.load_config(["run.yaml"]) reads one')

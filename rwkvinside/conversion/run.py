@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..config.resolve import resolve, with_steps
-from ..config.schema import Config
+from ..config.schema import Config, check_config
 from ..data.sources import close, tokens_of
 from ..errors import CONTINUE, Interrupted, UserError
 from ..hybrid.model import HybridModel
@@ -184,6 +184,7 @@ def train(
     Raises:
         UserError: whatever is wrong with the input; `Interrupted` after SIGTERM or SIGINT, with the work saved.
     """
+    check_config(config)
     directory = RunDirectory(config.out)
     try:
         _train(config, directory, stage, resume or resume_from is not None, resume_from, allow_changes, launched)

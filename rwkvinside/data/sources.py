@@ -264,3 +264,14 @@ def missing_sources(data: DataConfig, stage: StageData) -> list[str]:
 def _exists(source: str) -> bool:
     """Return whether a source is on this machine, or is not meant to be."""
     return source.startswith(HUB) or Path(source).exists() or all(file.is_file() for file in pair(source))
+
+
+def check_sources(sources: Sequence[str]) -> None:
+    """Refuse local sources that do not exist; of a link to nowhere the reader says more.
+
+    Raises:
+        UserError: names the first of them.
+    """
+    for source in sources:
+        if not _exists(source) and not Path(source).is_symlink():
+            raise UserError(f"data {source!r} does not exist", "give a file, a directory or hub:NAME")

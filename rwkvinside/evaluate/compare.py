@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.rows import PaddedDocuments, document_batches
 from ..data.settings import DataConfig
-from ..data.sources import read_options
+from ..data.sources import check_sources, read_options
 from ..data.tokenize import ReadOptions, load_tokens
 from ..errors import UserError
 from ..export.manifest import CONVERSION, read_export
@@ -155,10 +155,7 @@ def evaluate_saved(
             read, tasks that cannot be run, a question to a model without a chat template.
     """
     student, notes = Path(student), notes or Console(quiet=True)
-    if measures.writing is not None and not measures.data:
-        raise UserError("texts are written from the beginnings of documents", "give them with --data FILE")
-    if not (measures.data or measures.recall or measures.tasks or measures.prompts):
-        raise UserError("there is nothing to measure", "give --data FILE, --recall, --tasks NAME or --begin TEXT")
+    _check_measures(measures)
     harness = None
     if (tasks := measures.tasks) is not None:
         harness = Harness(tasks.names, folder=tasks.folder, limit=tasks.limit, cache=tasks.cache)
@@ -192,6 +189,15 @@ def evaluate_saved(
         said = {name: say(model, tokenizer, prompts) for name, model in models.items() if model is not None}
         found = replace(found, samples=Samples(prompts, said))
     return found
+
+
+def _check_measures(measures: Measures) -> None:
+    """Refuse what cannot be measured, before models are loaded."""
+    if measures.writing is not None and not measures.data:
+        raise UserError("texts are written from the beginnings of documents", "give them with --data FILE")
+    if not (measures.data or measures.recall or measures.tasks or measures.prompts):
+        raise UserError("there is nothing to measure", "give --data FILE, --recall, --tasks NAME or --begin TEXT")
+    check_sources(measures.data)
 
 
 def _on_documents(

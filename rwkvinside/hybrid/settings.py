@@ -39,7 +39,10 @@ def parse_by_layer(value: Any) -> Any:
     """
     numbers = list(value.values()) if isinstance(value, Mapping) else [value]
     if not numbers or any(type(number) is not int or number < 0 for number in numbers):
-        raise problem("must be a number of tokens, 0 or more, or such numbers by layer (0: 64, 1-11: 32, default: 0)")
+        raise problem(
+            "must be a number of tokens, 0 or more, or such numbers by layer "
+            "(0: 64, 1-11: 32, default: 0; with a space after each colon)"
+        )
     if not isinstance(value, Mapping):
         return value
     named: set[int] = set()

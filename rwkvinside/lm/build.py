@@ -15,7 +15,7 @@ from ..config.teacher_lookup import shipped
 from ..errors import UserError
 from ..families.registry import FAMILIES
 from ..stages.pretrain import Pretrain
-from ..support.text import did_you_mean
+from ..support.text import did_you_mean, listed
 from ..teacher.settings import TeacherConfig
 from .settings import LanguageModelConfig, ModelShape
 
@@ -50,7 +50,7 @@ def load_lm_config(
     Raises:
         UserError: lists what is wrong.
     """
-    flags: dict = {"data": {name: list(paths) for name, paths in (("train", train), ("val", val)) if paths}}
+    flags: dict = {"data": {name: listed(paths) for name, paths in (("train", train), ("val", val)) if paths}}
     flags |= {name: value for name, value in (("out", out), ("seed", seed)) if value is not None}
     if max_seq_length is not None:
         flags["stages"] = {STAGE: {"data": {"seq_len": max_seq_length}}}

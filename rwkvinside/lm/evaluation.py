@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UserError
 from ..support.progress import Progress
+from ..support.text import listed
 from .cost import Cost, measured
 from .session import CHUNK_SIZE, StatefulModel, logits_of
 
@@ -45,7 +46,7 @@ def evaluate_sequence_modeling(
     Raises:
         UserError: see `evaluate_documents`.
     """
-    texts = help_texts(DOCUMENTS) if texts is None else texts
+    texts = help_texts(DOCUMENTS) if texts is None else listed(texts)
     max_length = max_length or CHUNKS * chunk_size
     encoded = (tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0] for text in texts)
     return evaluate_documents(model, [ids[:max_length] for ids in encoded], chunk_size)

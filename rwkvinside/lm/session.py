@@ -116,8 +116,7 @@ class StatefulModel(nn.Module):
         Args:
             chunk: (B, T) token ids.
             state: stays as it is; None is the empty one.
-            kwargs: for the model, such as logits_to_keep; of padded rows attention_mask (B, tokens so far + T) and
-                position_ids (B, T).
+            kwargs: for the model, such as logits_to_keep; of padded rows attention_mask (B, tokens so far + T).
 
         Returns:
             The model's output and the state after the chunk. A gradient passes through both.

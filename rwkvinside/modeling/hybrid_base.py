@@ -185,7 +185,8 @@ class HybridBackbone(MixerModel):
     ) -> BaseModelOutputWithPast:
         """Run the family's backbone.
 
-        `attention_mask` is (B, past + T). A `forward_context` replaces the one that is made from the other arguments.
+        `attention_mask` is (B, past + T); without `position_ids`, positions count its tokens, so that rows padded on
+        the left give what they give alone. A `forward_context` replaces the one that is made from the other arguments.
         Without mask and with use_cache=False, `position_ids` that restart inside a row mark packed documents, as they
         do for the attention layers: each document then starts from an empty state.
 
@@ -201,6 +202,10 @@ class HybridBackbone(MixerModel):
             mask = cu_seqlens = None
             if attention_mask is not None:
                 mask = _current_tokens(attention_mask, tokens)
+                seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+                if position_ids is None and attention_mask.shape[1] == seen + tokens:
+                    # mixers that rotate keys see absolute positions: another decay for each channel of a pair
+                    position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
             elif position_ids is not None and past_key_values is None and not caching:
                 cu_seqlens = _document_boundaries(position_ids.expand(batch, -1))
             forward_context = ForwardContext(first=VFirstHolder(), mask=mask, cu_seqlens=cu_seqlens)

@@ -182,6 +182,7 @@ def _to_heads(x: Tensor, heads: int) -> Tensor:
     return x.repeat_interleave(heads // x.shape[2], dim=2)
 
 
+@torch.compiler.disable  # what it does depends on values, and a loop over chunks gains nothing by being compiled
 def _run_torch(
     backend: str, inputs: tuple[Tensor, ...], state: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -251,6 +252,8 @@ def _check_shapes(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> None:
+    if r.dim() != 4 or not r.is_floating_point():
+        raise ValueError(f"r is {r.dtype} of shape {tuple(r.shape)}: it must be floating point, (B, T, H, N)")
     if log_decay.shape != r.shape:
         raise ValueError(f"log_decay has shape {tuple(log_decay.shape)}, r has {tuple(r.shape)}: they must agree")
     B, T, H, N = r.shape

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,11 +34,18 @@ class Comparison:
 
     @property
     def differences(self) -> list[tuple[str, list[str]]]:
-        """Settings that are not the same in all runs: the key, and the value in each run, "-" where it has none."""
-        settings = [dict(flat_settings(facts.config)) for facts in self.runs.values()]
+        """Settings that are not the same in all runs: the key, and the value in each run, "-" where it has none.
+
+        Those of a stage are compared between the runs that run it; which stages each of them runs, `run` says.
+        """
+        settings = [_settings(facts.config) for facts in self.runs.values()]
         keys = [key for key in dict.fromkeys(itertools.chain(*settings)) if key != "out"]
-        shown = {key: [_shown(each[key]) if key in each else "-" for each in settings] for key in keys}
-        return [(key, values) for key, values in shown.items() if len(set(values)) > 1]
+        found = []
+        for key in keys:
+            values = [_shown(each[key]) if key in each else "-" for each in settings]
+            if len({value for value in values if value != "-"} if key.startswith("stages.") else set(values)) > 1:
+                found.append((key, values))
+        return found
 
     @property
     def warnings(self) -> list[str]:
@@ -176,6 +183,13 @@ def _training(facts: RunFacts) -> float | None:
 
 def _memory(facts: RunFacts) -> float | None:
     return max((cost.memory for cost in facts.costs if cost.memory), default=None)
+
+
+def _settings(config: Mapping) -> dict[str, object]:
+    """Return the settings of a run by path, without those of stages that it does not run."""
+    stages = config.get("stages") or {}
+    run = {f"stages.{name}": stage for name, stage in stages.items() if name in config.get("run", ())}
+    return dict(flat_settings({key: value for key, value in config.items() if key != "stages"} | run))
 
 
 def _shown(value: object) -> str:

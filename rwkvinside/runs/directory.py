@@ -210,6 +210,8 @@ class RunDirectory:
         except FileNotFoundError as error:
             cause = f"{self.path} is not a run directory: {file.name} is missing"
             raise UserError(cause, "give the directory that --out named when the run began") from error
+        except NotADirectoryError as error:
+            raise UserError(f"{self.path} is a file, not a run directory", "give the directory of the run") from error
         except (ValueError, yaml.YAMLError) as error:
             raise UserError(f"{file} is damaged: {error}", "use another run directory") from error
         if not isinstance(config, dict):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
+from typing import Any
 
 COUNTS = ((1, ""), (10**3, " K"), (10**6, " M"), (10**9, " B"), (10**12, " T"))
 BYTES = ((1, " bytes"), (2**10, " KiB"), (2**20, " MiB"), (2**30, " GiB"), (2**40, " TiB"))
@@ -66,6 +68,11 @@ def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
     """
     guess = nearest(word, known)
     return "" if guess is None else f"; did you mean {prefix}{guess}?"
+
+
+def listed(given: Any) -> list:
+    """Return a sequence as a list, and a single text, path or mapping as a list of one: its parts are not meant."""
+    return [given] if isinstance(given, str | PathLike | Mapping) else list(given)
 
 
 def spans(numbers: Sequence[int]) -> str:

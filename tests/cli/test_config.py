@@ -21,5 +21,9 @@ def test_config_show_and_fields(teacher, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert all(line.startswith("student.") for line in lines)
     assert any(line.startswith("student.init [calibrated* | published | scratch]: ") for line in lines)
+    assert cli.main(["config", "fields", "stages.pretrain.tok"]) == 0
+    assert capsys.readouterr().out == "stages.<stage>.tokens: Tokens to train on.\n"
+    assert cli.main(["config", "fields", "use_rwkv"]) == 0
+    assert capsys.readouterr().out.startswith("use_rwkv [True]: ")
     assert cli.main(["config", "fields", "nothing."]) == 2
     capsys.readouterr()

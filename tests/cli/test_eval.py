@@ -189,6 +189,8 @@ def test_refusals_come_before_any_work(teacher, val, tmp_path, capsys):
         ((teacher, "--teacher", teacher, "--recall", "--write", 2), "from the beginnings of documents"),
         ((teacher, "--recall", "--lengths", "64"), "64 tokens have no room for the passkey task"),
         ((teacher, "--recall", "--lengths", "x"), "not a positive number"),
+        ((teacher, *there, "--limit", 5), "--limit changes nothing without --tasks"),
+        ((teacher, *there, "--write-tokens", 5), "--write-tokens changes nothing without --write or --ask or --begin"),
         ((teacher, *there, "--max-documents", 0), "--max-documents: '0' is not a whole number of at least 1"),
     ):
         assert run_eval(*arguments) == 2

@@ -28,15 +28,18 @@ def test_export_of_something_else_is_refused(tmp_path, capsys):
     for main in (cli.main, convert_checkpoint.main):
         assert main(["export", str(tmp_path), "--to", "hf", "--out", str(tmp_path / "x")]) == 2
         assert "is not a run directory" in capsys.readouterr().err
+        file = tmp_path / "conversion.json"
+        file.touch()
+        assert main(["export", str(file), "--to", "hf", "--out", str(tmp_path / "x")]) == 2
+        assert f"{file} is a file, not a run directory" in capsys.readouterr().err
+        file.unlink()
         assert not (tmp_path / "x").exists()
 
 
 def test_only_the_options_that_are_given_reach_the_format(given, capsys):
     assert cli.main(["export", "--to", "notes", "RUN", "--out", "DIR"]) == 0
     assert capsys.readouterr().out == "wrote DIR: stage distill, step-2, 7 parameters, float32\n"
-    assert (
-        cli.main(["export", "RUN", "--to=notes", "--out=DIR", "--untie-embeddings", "--merge", "--dtype=float16"]) == 0
-    )
+    assert cli.main(["export", "RUN", "--to=notes", "--out=DIR", "--untie-embeddings", "--merge", "--dtype=fp16"]) == 0
     assert given == [
         (("RUN", "DIR"), {}),
         (("RUN", "DIR"), {"tie_embeddings": False, "adapters": "merge", "dtype": "float16"}),

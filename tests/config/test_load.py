@@ -382,6 +382,15 @@ def test_odd_values_of_a_teacher(tmp_path, capsys, field, value):
     assert len(lines) == 2 and lines[0].startswith("error: ")
 
 
+def test_one_text_is_a_list_of_one(teacher, tmp_path):
+    file = tmp_path / "own.yaml"
+    file.write_text("seed: 5")
+    config = load_config(file, teacher=teacher, data="train.jsonl", val="val.jsonl", overrides="log_every=3")
+    assert (config.data.train, config.data.val) == (["train.jsonl"], ["val.jsonl"])
+    assert (config.seed, config.log_every) == (5, 3)
+    assert load_config(str(file), teacher=teacher, variant="one-card").variant == ["one-card"]
+
+
 def test_windows_by_layer(teacher, tmp_path):
     config = load_config(teacher=teacher, overrides=["student={window: {0: 64, 2-3: 32, default: 8}, sinks: 4}"])
     file = tmp_path / "config.yaml"
@@ -389,6 +398,9 @@ def test_windows_by_layer(teacher, tmp_path):
     for read in (config, load_config([file])):
         fields = [read.student.mixer_overrides(i) for i in range(5)]
         assert [(f["window"], f["sinks"]) for f in fields] == [(64, 4), (8, 4), (32, 4), (32, 4), (8, 4)]
+    with pytest.raises(UserError) as refused:
+        load_config(teacher=teacher, overrides=["student.window={0:64,1-3:32}"])
+    assert "student.window = {'0:64'" in str(refused.value) and "with a space after each colon" in str(refused.value)
     spec = StudentConfig(window={"1-3": 16}, sinks={"2": 1})
     fields = [spec.mixer_overrides(i) for i in range(5)]
     assert [(f["window"], f["sinks"]) for f in fields] == [(0, 0), (16, 0), (16, 1), (16, 0), (0, 0)]

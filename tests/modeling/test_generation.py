@@ -161,6 +161,23 @@ def test_kept_layers_with_a_sliding_window(layout, prompt):
     check_paths(build("qwen2", LAYOUTS[layout], **window), prompt)
 
 
+@pytest.mark.parametrize("attention", [{}, {"attention_rope": False, "attention_log_base": 8.0}])
+def test_left_padded_rows_need_no_positions(attention, prompt):
+    model = build("llama", [0, 2] if attention else [0, 1, 2], **attention)
+    short = prompt[:1, 5:]
+    padded = torch.cat([prompt[:1], torch.nn.functional.pad(short, (5, 0))])
+    mask = torch.ones_like(padded)
+    mask[1, :5] = 0
+    whole = model(padded, attention_mask=mask).logits
+    torch.testing.assert_close(whole[0], model(prompt[:1]).logits[0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(whole[1, 5:], model(short).logits[0], rtol=0, atol=1e-12)
+
+    cache = DynamicCache(config=model.config)
+    model(padded[:, :9], attention_mask=mask[:, :9], past_key_values=cache)
+    rest = model(padded[:, 9:], attention_mask=mask, past_key_values=cache).logits
+    torch.testing.assert_close(rest, whole[:, 9:], rtol=0, atol=1e-12)
+
+
 def test_right_padding_leaves_the_state_alone(prompt):
     model = build("qwen3", LAYOUTS["all-rwkv"], preset="x070")
     mask = torch.ones_like(prompt)

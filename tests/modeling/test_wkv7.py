@@ -221,6 +221,31 @@ def test_refusals(change, message):
         wkv7(*x[:6], **change(x))
 
 
+@pytest.mark.parametrize("change", [lambda x: x[0].long(), lambda x: x[0][0]])
+def test_what_is_no_sequence_of_heads_is_refused(change):
+    x = inputs(2, 5, 1, 8)
+    with pytest.raises(ValueError, match=r"r is torch\..* of shape .*: it must be floating point, \(B, T, H, N\)"):
+        wkv7(change(x), *x[1:6])
+
+
+def test_compiled_models_run_the_chunked_path_as_it_is():
+    graphs = []
+
+    def compiler(graph, _):
+        graphs.append(graph.code)
+        return graph.forward
+
+    x = [t.requires_grad_() for t in inputs(1, 20, 1, 8)]
+    compiled = torch.compile(lambda *t: wkv7(*t, backend="chunked")[0] * 2, backend=compiler)
+    y = compiled(*x[:6])
+    assert graphs and not any("cumsum" in code or "solve_triangular" in code for code in graphs)
+    found = torch.autograd.grad(y.sum(), x[:6])
+    expected = wkv7(*x[:6], backend="chunked")[0] * 2
+    assert torch.equal(y, expected)
+    for one, other in zip(found, torch.autograd.grad(expected.sum(), x[:6]), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_named_backends_do_not_fall_back():
     x = inputs(1, 5, 1, 8)
     with pytest.raises(RuntimeError, match="'triton' cannot run"):

@@ -29,6 +29,16 @@ def test_what_differs_is_named_with_its_values(runs):
     assert compare_runs(runs).warnings == []
 
 
+def test_stages_are_compared_where_they_run(runs):
+    for path, run, tokens in zip(runs, (["align", "alone"], ["align"]), (1, 2), strict=True):
+        config = yaml.safe_load((path / "config.yaml").read_text())
+        stages = {name: {"tokens": tokens, "train": ["mixer"]} for name in ("align", "alone", "idle")}
+        (path / "config.yaml").write_text(yaml.safe_dump(config | {"run": run, "stages": stages}))
+    found = dict(compare_runs(runs).differences)
+    assert found.keys() == {"student.window", "run", "stages.align.tokens"}
+    assert found["stages.align.tokens"] == ["1", "2"]
+
+
 def test_runs_that_cannot_be_compared_are_warned_of(runs):
     config = yaml.safe_load((runs[0] / "config.yaml").read_text())
     (runs[0] / "config.yaml").write_text(yaml.safe_dump(config | {"data": {"val": ["other.jsonl"]}}))

@@ -1,7 +1,10 @@
+from pathlib import Path
+
 import pytest
 
 from rwkvinside.support.text import (
     did_you_mean,
+    listed,
     nearest,
     rounded_bytes,
     rounded_count,
@@ -80,6 +83,12 @@ def test_short_counts_are_exact():
         "10M",
         "1B",
     ]
+
+
+def test_a_single_text_is_a_list_of_one():
+    path = Path("a.jsonl")
+    assert listed("ab") == ["ab"] and listed(path) == [path] and listed({"seed": 1}) == [{"seed": 1}]
+    assert listed(("a", "b")) == ["a", "b"] and listed([]) == []
 
 
 def test_spans_of_numbers():
