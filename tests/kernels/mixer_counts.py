@@ -164,6 +164,13 @@ def test_a_layer_in_align():
     assert (inputs, states) == (12, 18) and others <= 13  # to compute one of them again would leave more than 20
 
 
+def test_a_window_in_align():
+    found, before = (summary(fused=True, window=window) for window in (True, False))
+    assert found["operations"] <= 95  # of which 23 make the state after the last token
+    assert found["bytes"] <= 0.62e6 < 0.75e6 <= before["bytes"]
+    assert found["kept"] <= 99e3 < 110e3 <= before["kept"]
+
+
 if __name__ == "__main__":
     for is_first in (True, False):
         for fused in (False, True):
