@@ -178,7 +178,7 @@ def window_attention(
 def _runs_in_triton(backend: str, v: Tensor) -> bool:
     if backend != "triton" and (backend != "auto" or v.device.type != "cuda"):
         return False
-    if not hasattr(kernels, "window_attention") or v.dtype == torch.float32 and v.shape[3] > LARGEST_IN_FP32:
+    if v.dtype == torch.float32 and v.shape[3] > LARGEST_IN_FP32:
         return False
     return why_unavailable("triton", v.device.type, v.dtype, v.shape[3]) is None
 

@@ -195,11 +195,10 @@ def _fused_mixer(mixer: TimeMixer, low: int) -> int:
     if c.window and not _windows_in_triton(c, low):
         total += _window(c, low, low, low)
     elif c.window:
+        # its key, where no other layer needs it; what is attended, sums of weights, where documents start, and with a
+        # score the recurrence's weight
         scored = c.window_mix == "softmax"
-        # its key, where no other layer needs it; what is attended, sums of weights, and where documents start; the
-        # gated recurrence, and with a score its weight twice and the product of both
-        total += low * K * (not (first and c.key_residual)) + low * C + FP32 * H + INT64 + low * C
-        total += scored * (low * C + (FP32 + low) * H)
+        total += low * K * (not (first and c.key_residual)) + low * C + FP32 * H * (1 + scored) + INT64
     return int(total)
 
 

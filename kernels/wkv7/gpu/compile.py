@@ -41,7 +41,7 @@ from rwkvinside.kernels.gpu.decode import plan_step
 from rwkvinside.kernels.gpu.launch import Launch
 from rwkvinside.kernels.gpu.losses import plan_compare
 from rwkvinside.kernels.gpu.low_rank import plan_low_rank
-from rwkvinside.kernels.gpu.mixer import plan_inputs, plan_inputs_backward, plan_output, plan_output_backward
+from rwkvinside.kernels.gpu.mixer import Mixed, plan_inputs, plan_inputs_backward, plan_output, plan_output_backward
 from rwkvinside.kernels.gpu.mixer_step import plan_mixer_step
 from rwkvinside.kernels.gpu.op import NARROW, plan_backward, plan_forward
 from rwkvinside.kernels.gpu.table import PRECISIONS, Tuning
@@ -118,7 +118,7 @@ def shipped(architecture: int) -> Iterator[tuple[str, Launch]]:
             yield from _named(f"{prefix}/carried/{tokens}", plan_carried(size, tokens))
         yield from _named(prefix, plan_mixing(size, capability))
         yield from _named(prefix, plan_window(size))
-        yield from _named(f"{prefix}/window", plan_windows(size))
+        yield from _named(f"{prefix}/window", [*plan_windows(size), *plan_mixed(size)])
         yield from _named(f"{prefix}/mixer", plan_mixer(size))
     # These arguments change the code but hardly its resources: one mode and head size represent all.
     yield from _named(f"sm_{architecture}/64/packed", plan_packed(64, "balanced", capability))
@@ -284,6 +284,16 @@ def plan_mixer(size: int, variant: str = "") -> list[Launch]:
     last = (full, full, made["bonus"], made["v"], size**-0.5)
     after, out = plan_output(*last)
     return forward + backward + after + plan_output_backward(*last, out)[0]
+
+
+def plan_mixed(size: int) -> list[Launch]:
+    """Plan the output of a mixer with a window and a score, forward and backward."""
+    full, shared = (_tokens(heads, size) for heads in (32, 16))
+    bonus, mix = full[..., 0].float(), torch.empty(32, size, device="meta")
+    last = full, full, bonus, shared, size**-0.5
+    mixed = Mixed(full, bonus[..., None], mix, mix)
+    forward, out = plan_output(*last, mixed)
+    return forward + plan_output_backward(*last, out, mixed)[0]
 
 
 # What a loss may ask for: distillation as it is by default, and what differs most from it in code
