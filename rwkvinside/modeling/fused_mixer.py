@@ -2,9 +2,9 @@
 
 The equations are those of `TimeMixer`'s own PyTorch code, which is the reference and what every other device runs. What
 is different: the input is cast once, the low-rank maps go down in one product, everything between the products and the
-recurrence is one launch (`rwkvinside.kernels.gpu.mixer`), and bonus and gate are another. The token shift and the group
-norm of stock RWKV-7 (x070) stay PyTorch code before and between them, a window beside the recurrence after them. This
-file travels with exported models: torch only, no I/O.
+recurrence is one launch (`rwkvinside.kernels.gpu.mixer`), and bonus, gate and the mix with a window are another. The
+token shift and the group norm of stock RWKV-7 (x070) stay PyTorch code before and between them. This file travels with
+exported models: torch only, no I/O.
 """
 
 from __future__ import annotations
