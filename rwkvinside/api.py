@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .config.schema import Config
 
 
-def plan(config: Config, *, stages: Sequence[str] | None = None, ranks: int = 1) -> str:
+def plan(config: Config, *, stages: Sequence[str] | None = None, ranks: int = 1, gpu: str | None = None) -> str:
     """Return what a run would do, as text, without loading weights.
 
         config = rw.load_config(teacher="Qwen3-0.6B", data=["train.jsonl"])
@@ -23,14 +23,15 @@ def plan(config: Config, *, stages: Sequence[str] | None = None, ranks: int = 1)
         config: from `load_config`.
         stages: those to show; None is all that the configuration runs.
         ranks: processes that share the work.
+        gpu: name of a GPU that is not here, such as "H100"; None: the device of this machine.
 
     Raises:
-        UserError: a setting does not fit the student's layers and parameters.
+        UserError: a setting does not fit the student's layers and parameters; an unknown GPU.
     """
     from .planning.fitting import resolve_fitted
     from .planning.plan import plan_text
 
-    return plan_text(resolve_fitted(config, stages, ranks), config)
+    return plan_text(resolve_fitted(config, stages, ranks, gpu=gpu), config, gpu)
 
 
 def export(run: str | Path, out: str | Path, to: str = "hf", **options: Any) -> dict:

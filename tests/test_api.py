@@ -55,6 +55,7 @@ def test_a_plan_is_text_and_writes_nothing(config, material):
     assert "run       align -> distill" in plan and "\nalign: 128 tokens" in plan
     assert "\nalign: " not in rw.plan(config, stages=["distill"])
     assert "2 ranks, DeepSpeed" in rw.plan(config, ranks=2)
+    assert "\ndevice    H100, bf16" in rw.plan(config.model_copy(update={"device": "auto"}), gpu="H100")
     assert {path.name for path in material.iterdir()} <= {"teacher", "train.jsonl", "val.jsonl"}
 
 

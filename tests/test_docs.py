@@ -24,6 +24,7 @@ import convert_checkpoint
 import train_distill
 import train_rwkv
 from rwkvinside.cli.main import main as rwkvinside
+from rwkvinside.stages.registry import STAGES, find_stage_class, objective_class
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -301,6 +302,16 @@ def test_files_that_the_text_names_exist():
     for page in PAGES:
         for path in named.findall(page.read_text(encoding="utf-8")):
             assert (ROOT / path).exists(), f"{page.name}: {path}"
+
+
+def test_the_default_lengths_of_stages_are_those_of_the_table():
+    page = (ROOT / "docs" / "training.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (\w+), (\d+) \| (\w+), (\d+) \|$", page, re.MULTILINE)
+    assert {name for name, *_ in rows} == {*STAGES, "choose"}
+    for name, *written in rows:
+        stage = find_stage_class(name, None) or objective_class(name)
+        sizes = (stage.small, stage.large)
+        assert written == [str(part) for size in sizes for part in (size.tokens, size.seq_len)], name
 
 
 def test_files_that_contributing_names_exist():

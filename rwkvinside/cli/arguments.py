@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from importlib import import_module
 from pathlib import Path
-from textwrap import fill
+from textwrap import fill, wrap
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..data.defaults import DATE, MAX_LINE_BYTES
@@ -26,6 +26,13 @@ if TYPE_CHECKING:
 
 
 MOST, LONGEST = 2**31, 20  # whole numbers of arguments are below, and looked at for so many digits
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Help that does not break flags and names at their hyphens."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return wrap(text, width, break_on_hyphens=False)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -42,7 +49,7 @@ class ArgumentParser(argparse.ArgumentParser):
     commands: Mapping[str, tuple[str, str]] | None = None
 
     def __init__(self, prog: str, description: str):
-        super().__init__(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(prog, description=description, formatter_class=_Help)
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse all of `argv`, flags and positionals in any order.
@@ -100,7 +107,7 @@ def run_command(parser: ArgumentParser, argv: Sequence[str], commands: Mapping[s
     target, text = commands[name]
     module, function = target.split(":")
     run = getattr(import_module(f".{module}", __package__), function)
-    return run(ArgumentParser(f"{parser.prog} {name}", f"{text[:1].upper()}{text[1:]}."), rest)
+    return run(ArgumentParser(f"{parser.prog} {name}", fill(f"{text[:1].upper()}{text[1:]}.", 79)), rest)
 
 
 def at_least(lowest: int) -> Callable[[str], int]:
@@ -143,7 +150,7 @@ def add_reading_arguments(parser: ArgumentParser, of_run: bool = False) -> None:
     def otherwise(usual: str) -> str:
         return "default: " + "the run's, else " * of_run + usual
 
-    parser.add_argument("--text-column", metavar="FIELD", help=f"field of the text ({otherwise('text')})")
+    parser.add_argument("--text-column", metavar="FIELD", help=f"field that holds the text ({otherwise('text')})")
     parser.add_argument(
         "--max-line-bytes",
         type=count,
@@ -153,7 +160,11 @@ def add_reading_arguments(parser: ArgumentParser, of_run: bool = False) -> None:
     parser.add_argument(
         "--today", type=day, metavar="DAY", help=f"the day that chat templates see, YYYY-MM-DD ({otherwise(DATE)})"
     )
-    parser.add_argument("--as-given", action="store_true", help="leave the options of questions in their order")
+    parser.add_argument(
+        "--as-given",
+        action="store_true",
+        help="multiple choice: each question once, its options in their order (default: every rotation of them)",
+    )
 
 
 def reading_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -188,9 +199,9 @@ def output_file(text: str) -> Path:
     return path
 
 
-def add_output_arguments(parser: ArgumentParser, png: str | None = None) -> None:
-    """Add --json for a command's numbers and, if `png` says what it draws, --png."""
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the numbers here")
+def add_output_arguments(parser: ArgumentParser, png: str | None = None, json: str = "the numbers") -> None:
+    """Add --json for what a command has found and, if `png` says what it draws, --png."""
+    parser.add_argument("--json", type=output_file, metavar="FILE", help=f"write {json} here")
     if png is not None:
         parser.add_argument("--png", type=output_file, metavar="FILE", help=f"draw {png} here")
 
@@ -204,7 +215,13 @@ def number(text: str) -> float:
 
 
 def add_device_argument(parser: ArgumentParser, text: str, default: str = "auto") -> None:
-    """Add --device, whose help is a text."""
+    """Add --device.
+
+    Args:
+        parser: to be extended.
+        text: what runs there.
+        default: "auto", the first GPU if there is one; else there is no such choice.
+    """
 
     def device(name: str) -> str:
         if name == "mps":
@@ -212,19 +229,35 @@ def add_device_argument(parser: ArgumentParser, text: str, default: str = "auto"
         return name
 
     choices = ("auto", "cpu", "cuda") if default == "auto" else ("cpu", "cuda")
-    parser.add_argument("--device", type=device, choices=choices, default=default, help=text)
+    what = f"{text} (default: {'a GPU if there is one' if default == 'auto' else default})"
+    parser.add_argument("--device", type=device, choices=choices, default=default, help=what)
 
 
 def add_sampling_arguments(parser: ArgumentParser) -> None:
     """Add how a model writes, and where it runs, see `sampling_of`."""
     parser.add_argument("--plain", action="store_true", help="continue texts, even if there is a chat template")
     parser.add_argument("--max-tokens", type=count, default=512, metavar="N", help="of one reply (default: 512)")
-    parser.add_argument(
-        "--temperature", type=number, default=0.7, metavar="T", help="0: the likeliest tokens (default: 0.7)"
-    )
-    parser.add_argument("--top-p", type=number, default=0.95, metavar="P", help="of the likeliest (default: 0.95)")
-    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="(default: 0)")
+    add_drawing_arguments(parser, temperature=0.7, top_p=0.95)
     add_device_argument(parser, "where the model runs")
+
+
+def add_drawing_arguments(parser: ArgumentParser, *, temperature: float, top_p: float) -> None:
+    """Add how tokens are drawn; the arguments are defaults."""
+    parser.add_argument(
+        "--temperature",
+        type=number,
+        default=temperature,
+        metavar="T",
+        help=f"of what is drawn; 0: always the likeliest token (default: {temperature:g})",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=number,
+        default=top_p,
+        metavar="P",
+        help=f"draw from the likeliest tokens that have this probability together (default: {top_p:g})",
+    )
+    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of what is drawn (default: 0)")
 
 
 def sampling_of(args: argparse.Namespace, rows: int = 1) -> Sampling:
@@ -242,26 +275,61 @@ def sampling_of(args: argparse.Namespace, rows: int = 1) -> Sampling:
     return Sampling(args.temperature, args.top_p, args.max_tokens, rows, args.seed)
 
 
-def add_config_arguments(parser: ArgumentParser, out: str = "run directory") -> None:
+def add_config_arguments(
+    parser: ArgumentParser, out: str = "run directory (default: runs/NAME of the teacher)"
+) -> None:
     """Add the arguments of a configuration, see `config_from`.
 
     Args:
         parser: to be extended.
         out: help of --out.
     """
-    parser.add_argument("-c", "--config", action="append", default=[], metavar="FILE", help="YAML file; may repeat")
-    parser.add_argument("--teacher", metavar="NAME", help="preset (such as Qwen3-14B), hub id or directory")
+    parser.add_argument(
+        "-c", "--config", action="append", default=[], metavar="FILE", help="YAML file of settings; may repeat"
+    )
+    parser.add_argument(
+        "--teacher", metavar="NAME", help="what is converted: preset (such as Qwen3-14B), hub id or directory"
+    )
     parser.add_argument(
         "--recipe",
         metavar="NAME",
-        help="how to convert: radlads, hxa079, halo, simultaneous, windowed (docs/recipes.md)",
+        help="how: radlads, hxa079, halo, simultaneous, windowed (docs/recipes.md; default: none of them)",
     )
-    parser.add_argument("--variant", action="append", default=[], metavar="NAME", help="such as one-card; may repeat")
-    parser.add_argument("--data", action="append", default=[], metavar="PATH", help="file or directory; may repeat")
-    parser.add_argument("--val", action="append", default=[], metavar="PATH", help="the same, to validate on")
+    parser.add_argument(
+        "--variant",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="fit it to a machine: one-card, multi-card, small-machine, quantized, attention-freeze; may repeat",
+    )
+    add_data_arguments(parser, "texts to train on")
     parser.add_argument("--out", metavar="DIR", help=out)
-    parser.add_argument("--deepspeed", metavar="FILE", help="DeepSpeed's own configuration (JSON), used by launchers")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any field, as in stages.align.tokens=600k")
+    parser.add_argument("--deepspeed", metavar="FILE", help="DeepSpeed's own configuration (JSON), for several ranks")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="any field of the configuration, as in stages.align.tokens=600k; rwkvinside config fields lists all",
+    )
+
+
+def add_data_arguments(parser: ArgumentParser, text: str) -> None:
+    """Add --data, whose help begins with a text, and --val."""
+    parser.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="SOURCE",
+        help=f"{text}: file, directory, hub:NAME[:CONFIG] or a name that rwkvinside data presets lists; may repeat "
+        "(default: fineweb-edu, where the teacher is from the hub)",
+    )
+    parser.add_argument(
+        "--val",
+        action="append",
+        default=[],
+        metavar="SOURCE",
+        help="the same, to validate on (default: one in a hundred documents of --data)",
+    )
 
 
 def config_from(args: argparse.Namespace, stage: str | None = None, base: Sequence[Mapping] = ()) -> Config:

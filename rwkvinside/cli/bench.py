@@ -16,6 +16,8 @@ from ..support.progress import Progress
 from ..support.text import rounded_bytes
 from .arguments import ArgumentParser, add_output_arguments, at_least, model_name, run_command
 
+SHAPE = "layers, heads and their size, as in 8,8,64"
+
 COMMANDS = {
     "wkv7": ("bench:wkv7", "the recurrence: our kernels compared with others and with attention"),
     "training": ("bench:training", "align and distill compared with plain fine-tuning of the same teacher"),
@@ -61,14 +63,18 @@ def training(parser: ArgumentParser, argv: Sequence[str]) -> int:
     """Measure training steps, print a table, write JSON."""
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--teacher", type=model_name, metavar="NAME", help="preset, hub id or directory")
-    source.add_argument("--random", type=_shape, metavar="LAYERS,HEADS,HEAD_SIZE", help="a teacher with random weights")
+    source.add_argument("--random", type=_shape, metavar="SHAPE", help=f"a teacher with random weights: {SHAPE}")
     parser.add_argument("--rows", type=at_least(1), default=8, metavar="N", help="rows of the batch (default: 8)")
     parser.add_argument("--seq-len", type=at_least(1), default=512, metavar="N", help="tokens per row (default: 512)")
     parser.add_argument(
         "--repeats", type=at_least(1), default=5, metavar="N", help="measured steps of each kind (default: 5)"
     )
     parser.add_argument(
-        "--backend", nargs="+", default=["auto"], metavar="NAME", help="as student.backend; several are compared"
+        "--backend",
+        nargs="+",
+        default=["auto"],
+        metavar="NAME",
+        help="of the recurrence, as student.backend; several are compared (default: auto)",
     )
     add_output_arguments(parser)
     args = parser.parse(argv)
@@ -95,7 +101,7 @@ def training(parser: ArgumentParser, argv: Sequence[str]) -> int:
 def head(parser: ArgumentParser, argv: Sequence[str]) -> int:
     """Measure the distillation loss, print a table, write JSON."""
     for flag, default, text in (
-        ("--tokens", 2048, "with a label"),
+        ("--tokens", 2048, "tokens with a label"),
         ("--vocab", 151_936, "rows of the head"),
         ("--hidden", 1024, "width of the head"),
         ("--repeats", 3, "processes of each kind"),
@@ -129,17 +135,27 @@ def head(parser: ArgumentParser, argv: Sequence[str]) -> int:
 def generation(parser: ArgumentParser, argv: Sequence[str]) -> int:
     """Measure generation, print a table, write JSON."""
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--models", nargs="+", metavar="DIR", help="model directories or hub ids; code in them is run")
     source.add_argument(
-        "--random", type=_shape, metavar="LAYERS,HEADS,HEAD_SIZE", help="a teacher and hybrids with random weights"
+        "--models",
+        nargs="+",
+        type=model_name,
+        metavar="NAME",
+        help="presets, hub ids or directories, whose code is run",
+    )
+    source.add_argument(
+        "--random", type=_shape, metavar="SHAPE", help=f"a teacher and hybrids with random weights: {SHAPE}"
     )
     for flag, default, text in (
-        ("--contexts", [512, 4096], "tokens of the prompts"),
-        ("--batches", [1], "rows that generate together"),
+        ("--contexts", [512, 4096], "tokens of the prompts (default: 512 4096)"),
+        ("--batches", [1], "rows that generate together (default: 1)"),
     ):
         parser.add_argument(flag, type=at_least(1), nargs="+", default=default, metavar="N", help=text)
     parser.add_argument(
-        "--new-tokens", type=at_least(1), default=64, metavar="N", help="measured tokens of each (default: 64)"
+        "--new-tokens",
+        type=at_least(1),
+        default=64,
+        metavar="N",
+        help="tokens after each prompt that are measured (default: 64)",
     )
     add_output_arguments(parser)
     args = parser.parse(argv)
@@ -157,13 +173,15 @@ def generation(parser: ArgumentParser, argv: Sequence[str]) -> int:
     table = Table(title=f"generation, {torch.cuda.get_device_name() if device == 'cuda' else 'cpu (no graphs)'}")
     for column in ("", "batch", "prompt", "prefill", "ms per token", "graphed", "cache"):
         table.add_column(column, justify="left" if not column else "right")
-    found = []
-    for s in generation_speed(models, args.contexts, args.batches, new_tokens=args.new_tokens):
-        found.append(asdict(s))
-        times = (f"{s.prefill_seconds:.3f} s", f"{s.eager_ms:.2f}", f"{s.graphed_ms:.2f}")
-        table.add_row(s.model, str(s.batch), str(s.context), *times, rounded_bytes(s.cache_bytes))
-        if args.json is not None:
-            write_json(args.json, found)  # again after each, so that an error loses nothing
+    found, total = [], len(models) * len(args.contexts) * len(args.batches)
+    with Progress("measuring", total, unit="cases") as progress:
+        for s in generation_speed(models, args.contexts, args.batches, new_tokens=args.new_tokens):
+            found.append(asdict(s))
+            progress.advance(detail=f"{s.model} at {s.context:,}")
+            times = (f"{s.prefill_seconds:.3f} s", f"{s.eager_ms:.2f}", f"{s.graphed_ms:.2f}")
+            table.add_row(s.model, str(s.batch), str(s.context), *times, rounded_bytes(s.cache_bytes))
+            if args.json is not None:
+                write_json(args.json, found)  # again after each, so that an error loses nothing
     Console().print(table)
     return 0
 
@@ -174,8 +192,8 @@ def context(parser: ArgumentParser, argv: Sequence[str]) -> int:
         "--random",
         type=_shape,
         default=(4, 2, 64),
-        metavar="LAYERS,HEADS,HEAD_SIZE",
-        help="of the models, which have random weights (default: 4,2,64)",
+        metavar="SHAPE",
+        help=f"of the models, which have random weights: {SHAPE} (default: 4,2,64)",
     )
     parser.add_argument(
         "--contexts",
@@ -192,7 +210,9 @@ def context(parser: ArgumentParser, argv: Sequence[str]) -> int:
     ):
         parser.add_argument(flag, type=at_least(1), default=default, metavar="N", help=f"{text} (default: {default})")
     parser.add_argument(
-        "--processor-time", action="store_true", help="of the CPU, where a machine does other work beside (one thread)"
+        "--processor-time",
+        action="store_true",
+        help="measure the processor's time, on a machine that does other work too (one thread)",
     )
     add_output_arguments(parser, png="time and memory by context")
     args = parser.parse(argv)

@@ -21,7 +21,7 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     parser.add_argument(
         "--teacher", type=model_name, metavar="NAME", help="show its replies beside: preset, hub id or directory"
     )
-    parser.add_argument("--system", default="", metavar="TEXT", help="system prompt; it is read once")
+    parser.add_argument("--system", default="", metavar="TEXT", help="system prompt, read once (default: none)")
     parser.add_argument("--load", type=Path, metavar="FILE", help="go on from a state that /save has written")
     add_sampling_arguments(parser)
     args = parser.parse(argv)

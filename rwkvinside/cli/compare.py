@@ -18,8 +18,10 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     Raises:
         UserError: fewer than two runs, or one that cannot be read.
     """
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories")
-    parser.add_argument("--out", type=Path, default=Path("compare"), metavar="DIR", help="folder to write (compare)")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="two run directories or more")
+    parser.add_argument(
+        "--out", type=Path, default=Path("compare"), metavar="DIR", help="folder to write (default: compare)"
+    )
     args = parser.parse(argv)
     from ..report.compare import compare_runs, write_comparison
 

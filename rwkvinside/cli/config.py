@@ -33,7 +33,7 @@ def show(parser: ArgumentParser, argv: Sequence[str]) -> int:
 
 def schema(parser: ArgumentParser, argv: Sequence[str]) -> int:
     """Print or write the JSON schema."""
-    parser.add_argument("--out", type=output_file, metavar="FILE", help="write it here")
+    parser.add_argument("--out", type=output_file, metavar="FILE", help="write it here (default: print it)")
     args = parser.parse(argv)
     from ..config.show import json_schema
 
@@ -50,7 +50,13 @@ def fields(parser: ArgumentParser, argv: Sequence[str]) -> int:
     Raises:
         UserError: no field begins so.
     """
-    parser.add_argument("prefix", nargs="?", default="", metavar="PREFIX", help="only fields below it: student.")
+    parser.add_argument(
+        "prefix",
+        nargs="?",
+        default="",
+        metavar="PREFIX",
+        help="only fields that begin so, such as student. (default: all)",
+    )
     prefix = parser.parse(argv).prefix
     from ..config.show import describe
 

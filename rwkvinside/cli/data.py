@@ -111,7 +111,7 @@ def pack(parser: ArgumentParser, argv: Sequence[str]) -> int:
     """
     _add_source_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to create")
-    parser.add_argument("--max-tokens", type=count, metavar="N", help="stop after so many tokens, such as 1B")
+    parser.add_argument("--max-tokens", type=count, metavar="N", help="stop after so many, such as 1B (default: all)")
     args = parser.parse(argv)
     from ..data import tokenize
     from ..data.sources import tokenizing_progress
@@ -132,14 +132,17 @@ def pack(parser: ArgumentParser, argv: Sequence[str]) -> int:
 
 def logits(parser: ArgumentParser, argv: Sequence[str]) -> int:
     """Write the missing logits of a stage."""
-    add_config_arguments(parser, out="where to write them; default: the stage's teacher_cache")
+    add_config_arguments(parser, out="where to write them (default: the stage's teacher_cache)")
     parser.add_argument("--stage", default="distill", metavar="NAME", help="stage whose rows to use (default: distill)")
-    parser.add_argument("--k", type=int, default=64, help="tokens to store per position (default: 64)")
+    parser.add_argument("--k", type=int, default=64, metavar="N", help="tokens to store per position (default: 64)")
+    parser.add_argument(
+        "--ranks", type=at_least(1), default=1, metavar="N", help="processes that are to train on them (default: 1)"
+    )
     args = parser.parse(argv)
     config = config_from(args, args.stage)
     from ..conversion.write_logits import distillation_plan, write_logits
 
-    plan = distillation_plan(config, args.stage)
+    plan = distillation_plan(config, args.stage, args.ranks)
     out = args.out or plan.settings.teacher_cache
     if out is None:
         hint = f"name a directory with --out, or stages.{args.stage}.teacher_cache"
@@ -149,7 +152,9 @@ def logits(parser: ArgumentParser, argv: Sequence[str]) -> int:
 
 
 def _add_source_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("sources", nargs="+", metavar="SOURCE", help="file, directory, NAME.idx or hub:NAME[:CONFIG]")
+    parser.add_argument(
+        "sources", nargs="+", metavar="SOURCE", help="file, directory, NAME.idx, hub:NAME[:CONFIG] or preset"
+    )
     tokenizer = parser.add_mutually_exclusive_group(required=True)
     tokenizer.add_argument(
         "--teacher", metavar="NAME", help="its tokenizer and vocabulary: preset, hub id or directory"
@@ -164,11 +169,15 @@ def _add_inspect_arguments(parser: ArgumentParser) -> None:
         "--max-tokens", type=count, default=5_000_000, metavar="N", help="read so many of a source (default: 5M)"
     )
     parser.add_argument(
-        "--seq-len", type=count, default=2048, metavar="N", help="length of a row, for padding (default: 2048)"
+        "--seq-len",
+        type=count,
+        default=2048,
+        metavar="N",
+        help="tokens of a row, to say how much is padding (default: 2048)",
     )
     parser.add_argument("--samples", type=at_least(0), default=3, metavar="N", help="documents to show (default: 3)")
-    parser.add_argument("--sample-tokens", type=count, default=200, metavar="N", help="of each (default: 200)")
-    parser.add_argument("--png", type=output_file, metavar="FILE", help="draw the lengths here")
+    parser.add_argument("--sample-tokens", type=count, default=200, metavar="N", help="to show of each (default: 200)")
+    parser.add_argument("--png", type=output_file, metavar="FILE", help="draw the lengths of documents here")
 
 
 def _tokenizer(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, int | None]:

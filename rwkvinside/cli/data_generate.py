@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .arguments import ArgumentParser, add_device_argument, at_least, count, number
+from .arguments import ArgumentParser, add_device_argument, add_drawing_arguments, at_least, count
 
 
 def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
@@ -19,17 +19,18 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     parser.add_argument(
         "--tokens", type=count, default=1_000_000, metavar="N", help="to write in all, such as 600k (default: 1M)"
     )
-    parser.add_argument("--plain", action="store_true", help="texts, even if the teacher knows conversations")
+    parser.add_argument("--plain", action="store_true", help="texts, even if the teacher has a chat template")
     parser.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="a beginning of a text, or a user's turn, per line"
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="begin with these, one a line: beginnings of texts, or a user's turns",
     )
-    parser.add_argument("--temperature", type=number, default=1.0, metavar="T", help="0: the likeliest (default: 1)")
-    parser.add_argument("--top-p", type=number, default=1.0, metavar="P", help="of the likeliest (default: 1, all)")
     parser.add_argument(
         "--max-tokens", type=count, default=512, metavar="N", help="of one text or answer (default: 512)"
     )
     parser.add_argument("--rows", type=at_least(1), default=16, metavar="N", help="texts at a time (default: 16)")
-    parser.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="(default: 0)")
+    add_drawing_arguments(parser, temperature=1.0, top_p=1.0)
     add_device_argument(parser, "where the teacher runs")
     args = parser.parse(argv)
     from ..conversion.generate import generate_text

@@ -20,15 +20,24 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
         VerificationError: the export differs from the trained model, or (except with --quick) the student is further
             from its teacher than promised.
     """
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for everything (default: demo, or demo-llm)")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for everything (default: demo, with --teacher demo-llm)"
+    )
     parser.add_argument("--quick", action="store_true", help="a tiny version in seconds, to see that all parts work")
     parser.add_argument(
-        "--teacher", metavar="NAME", help="convert this model, with a window: preset, hub id or directory"
+        "--teacher",
+        metavar="NAME",
+        help="convert this model, with a window: preset, hub id or directory (default: train a small one, then convert "
+        "that)",
     )
     parser.add_argument(
-        "--data", action="append", default=[], metavar="PATH", help="texts for it (default: what it writes itself)"
+        "--data",
+        action="append",
+        default=[],
+        metavar="SOURCE",
+        help="texts for --teacher (default: what it writes itself)",
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any field of its conversion")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="with --teacher: any field of its conversion")
     args = parser.parse(argv)
     if args.teacher is not None:
         return _llm(args)

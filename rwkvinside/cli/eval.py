@@ -48,14 +48,20 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
         "--data", action="append", default=[], metavar="FILE", help="texts to compare on, token by token; may repeat"
     )
     add_reading_arguments(parser, of_run=True)
-    parser.add_argument("--max-documents", type=at_least(1), metavar="N", help="compare the first N documents only")
     parser.add_argument(
-        "--max-length", type=at_least(1), metavar="N", help="tokens of a document to compare (default: at most 4096)"
+        "--max-documents", type=at_least(1), metavar="N", help="compare the first N alone (default: all)"
+    )
+    parser.add_argument(
+        "--max-length",
+        type=at_least(1),
+        metavar="N",
+        help="tokens of a document to compare (default: the teacher's context, at most 4096)",
     )
     _add_recall_arguments(parser)
     _add_task_arguments(parser)
     add_output_arguments(parser, png="perplexity and KL by position, and recall by length and depth,")
     add_device_argument(parser, "where the models run")
+    parser.epilog = "At least one of --data, --recall, --ask, --begin and --tasks is needed."
     args = parser.parse(argv)
     from ..evaluate.compare import evaluate_saved
     from ..evaluate.samples import show_samples
@@ -87,20 +93,30 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
 def _add_recall_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("recall and generation")
     group.add_argument(
-        "--recall", action="store_true", help="what is found again in long texts: pass key, pairs; needle with --data"
+        "--recall",
+        action="store_true",
+        help="what is found again in long texts: a pass key, values of pairs; with --data a needle in them",
     )
     group.add_argument(
         "--lengths",
         type=_counts,
         default=(256, 1024),
         metavar="N,...",
-        help="tokens of these texts (default: 256,1024)",
+        help="of --recall: tokens of a text (default: 256,1024)",
     )
     group.add_argument(
-        "--depths", type=at_least(1), default=5, metavar="N", help="places of what is to be found (default: 5)"
+        "--depths",
+        type=at_least(1),
+        default=5,
+        metavar="N",
+        help="of --recall: places of what is to be found (default: 5)",
     )
     group.add_argument(
-        "--samples", type=at_least(1), default=8, metavar="N", help="texts per length and place (default: 8)"
+        "--samples",
+        type=at_least(1),
+        default=8,
+        metavar="N",
+        help="of --recall: texts per length and place (default: 8)",
     )
     group.add_argument(
         "--write", type=at_least(1), metavar="N", help="compare what both models write after N beginnings of --data"
@@ -108,7 +124,7 @@ def _add_recall_arguments(parser: ArgumentParser) -> None:
     group.add_argument("--ask", metavar="TEXT", help="show what both models answer, in the teacher's chat template")
     group.add_argument("--begin", metavar="TEXT", help="show how both models go on from a beginning")
     group.add_argument(
-        "--write-tokens", type=at_least(1), default=128, metavar="N", help="of these texts (default: 128)"
+        "--write-tokens", type=at_least(1), default=128, metavar="N", help="tokens of what is written (default: 128)"
     )
 
 
@@ -116,7 +132,7 @@ def _add_task_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("tasks of lm-evaluation-harness (pip install lm-eval)")
     group.add_argument("--tasks", type=_names, default=(), metavar="NAME,...", help="such as lambada_openai,arc_easy")
     group.add_argument("--task-dir", type=Path, metavar="DIR", help="YAML files that define more tasks")
-    group.add_argument("--limit", type=at_least(1), metavar="N", help="examples of a task at most")
+    group.add_argument("--limit", type=at_least(1), metavar="N", help="examples of a task, at most (default: all)")
     group.add_argument("--cache", type=Path, metavar="DIR", help="keep answers here, so that a teacher gives them once")
 
 

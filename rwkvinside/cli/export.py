@@ -35,8 +35,15 @@ def _add_arguments(parser: ArgumentParser) -> None:
         "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: the teacher's)"
     )
     tie = parser.add_mutually_exclusive_group()
-    tie.add_argument("--tie-embeddings", action="store_true", default=None, help="one matrix for embedding and head")
-    tie.add_argument("--untie-embeddings", action="store_false", dest="tie_embeddings", help="two matrices")
+    tie.add_argument(
+        "--tie-embeddings",
+        action="store_true",
+        default=None,
+        help="one matrix for embedding and head (default: where training has kept both equal)",
+    )
+    tie.add_argument(
+        "--untie-embeddings", action="store_false", default=None, dest="tie_embeddings", help="two matrices for them"
+    )
     parser.add_argument(
         "--checkpoint", metavar="best|last|step-N", help="of the last stage (default: the best on validation data)"
     )

@@ -19,12 +19,12 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     """
     parser.add_argument("model", metavar="DIR_OR_RUN", help="exported model or run directory")
     given = parser.add_mutually_exclusive_group(required=True)
-    given.add_argument("--prompt", action="append", metavar="TEXT", help="may repeat")
-    given.add_argument("--prompts", type=Path, metavar="FILE", help="a prompt per line")
-    parser.add_argument("--system", default="", metavar="TEXT", help="system prompt")
+    given.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; may repeat")
+    given.add_argument("--prompts", type=Path, metavar="FILE", help="prompts, one a line")
+    parser.add_argument("--system", default="", metavar="TEXT", help="system prompt (default: none)")
     add_sampling_arguments(parser)
     parser.add_argument("--rows", type=at_least(1), default=8, metavar="N", help="prompts at a time (default: 8)")
-    add_output_arguments(parser)
+    add_output_arguments(parser, json="the texts")
     args = parser.parse(argv)
     from ..lm.load import load_model
     from ..support.files import read_lines

@@ -7,31 +7,44 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import UserError
-from .arguments import ArgumentParser, at_least, count
+from .arguments import ArgumentParser, add_data_arguments, at_least, count
 
 
 def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     """Print the scores of all layers and the best choice; write RUN/layers.json and RUN/layers.png."""
-    parser.add_argument("words", nargs="*", metavar="RUN", help="run directory, or settings key=value of --teacher")
-    parser.add_argument("--keep", type=at_least(1), required=True, metavar="N", help="layers that keep attention")
+    parser.add_argument("words", nargs="*", metavar="RUN", help="run directory; with --teacher: settings key=value")
+    parser.add_argument("--keep", type=at_least(1), required=True, metavar="N", help="how many layers keep attention")
     parser.add_argument(
-        "--choose", default="restore", metavar="METHOD", help="error, restore, swap or greedy (default: restore)"
+        "--choose",
+        default="restore",
+        metavar="METHOD",
+        help="error, restore, swap or greedy (docs/layers.md; default: restore)",
     )
     parser.add_argument(
-        "--distill", type=count, metavar="N", help="of restore: train each candidate on so many tokens first, at most"
+        "--distill",
+        type=count,
+        metavar="N",
+        help="with restore: train each candidate on so many tokens first, at most (default: on none)",
     )
-    parser.add_argument("--max-gap", type=at_least(1), metavar="N", help="most RWKV layers in a row")
-    parser.add_argument("--max-run", type=at_least(1), metavar="N", help="most attention layers in a row")
     parser.add_argument(
-        "--tokens", type=count, default=64_000, metavar="N", help="of the validation data, at most (default: 64k)"
+        "--max-gap", type=at_least(1), metavar="N", help="RWKV layers in a row, at most (default: any number)"
+    )
+    parser.add_argument(
+        "--max-run", type=at_least(1), metavar="N", help="attention layers in a row, at most (default: any)"
+    )
+    parser.add_argument(
+        "--tokens",
+        type=count,
+        default=64_000,
+        metavar="N",
+        help="of the validation data that are read, at most (default: 64k)",
     )
     parser.add_argument(
         "--teacher",
         metavar="NAME",
-        help="calibrate a student of this preset, hub id or directory, in a new run in --out",
+        help="in place of RUN: calibrate a student of this preset, hub id or directory, in a new run in --out",
     )
-    parser.add_argument("--data", action="append", default=[], metavar="PATH", help="with --teacher; may repeat")
-    parser.add_argument("--val", action="append", default=[], metavar="PATH", help="with --teacher: to measure on")
+    add_data_arguments(parser, "with --teacher: texts to calibrate on")
     parser.add_argument("--out", type=Path, metavar="DIR", help="with --teacher: the new run")
     args = parser.parse(argv)
     run = _run(args)

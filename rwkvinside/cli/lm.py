@@ -37,8 +37,10 @@ def evaluate(parser: ArgumentParser, argv: Sequence[str]) -> int:
     """
     _add_model(parser)
     parser.add_argument("--data", action="append", required=True, metavar="FILE", help="texts to read; may repeat")
-    parser.add_argument("--chunk-size", type=at_least(1), default=1024, metavar="N", help="tokens (default: 1024)")
-    _add_limits(parser)
+    parser.add_argument(
+        "--chunk-size", type=at_least(1), default=1024, metavar="N", help="tokens of a chunk (default: 1024)"
+    )
+    _add_limits(parser, chunks=4)
     add_output_arguments(parser)
     args = parser.parse(argv)
     from ..lm.evaluation import CHUNKS, evaluate_documents
@@ -48,7 +50,7 @@ def evaluate(parser: ArgumentParser, argv: Sequence[str]) -> int:
     length = args.max_length or CHUNKS * args.chunk_size
     documents = load_documents(args.data, tokenizer, length, args.max_documents)
     with Progress("reading", unit="tokens") as progress:
-        result = evaluate_documents(model, documents, args.chunk_size, progress.advance)
+        result = evaluate_documents(model, documents, args.chunk_size, progress)
     _show_evaluation(result, Console())
     if args.json is not None:
         write_json(args.json, result)
@@ -63,13 +65,22 @@ def state(parser: ArgumentParser, argv: Sequence[str]) -> int:
     """
     _add_model(parser)
     parser.add_argument(
-        "--tokens", type=at_least(1), default=1024, metavar="N", help="T: measured after T and 4 T (default: 1024)"
+        "--tokens",
+        type=at_least(1),
+        default=1024,
+        metavar="N",
+        help="bytes are those after N and after 4 N tokens (default: 1024)",
     )
-    parser.add_argument("--data", action="append", metavar="FILE", help="texts to measure compression on; may repeat")
+    parser.add_argument(
+        "--data",
+        action="append",
+        metavar="FILE",
+        help="texts to measure compression on; may repeat (default: none is measured)",
+    )
     parser.add_argument(
         "--chunk-size", type=at_least(1), default=256, metavar="N", help="tokens between compressions (default: 256)"
     )
-    _add_limits(parser)
+    _add_limits(parser, chunks=16)
     add_output_arguments(parser)
     args = parser.parse(argv)
     from ..lm.load import load_documents, load_model
@@ -83,7 +94,7 @@ def state(parser: ArgumentParser, argv: Sequence[str]) -> int:
     if args.data:
         documents = load_documents(args.data, tokenizer, args.max_length or 16 * args.chunk_size, args.max_documents)
         with Progress("compressing", unit="tokens") as progress:
-            costs = compression_cost(stateful, documents, chunk_size=args.chunk_size, progress=progress.advance)
+            costs = compression_cost(stateful, documents, chunk_size=args.chunk_size, progress=progress)
         _show_costs(costs, args.chunk_size, Console())
     if args.json is not None:
         write_json(args.json, {"growth": growth.to_dict(), "compression": [vars(cost) for cost in costs]})
@@ -94,9 +105,12 @@ def _add_model(parser: ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="DIR_OR_RUN", help="exported model or run directory")
 
 
-def _add_limits(parser: ArgumentParser) -> None:
+def _add_limits(parser: ArgumentParser, chunks: int) -> None:
     parser.add_argument(
-        "--max-length", type=at_least(2), metavar="N", help="tokens of a document that are read (default: some chunks)"
+        "--max-length",
+        type=at_least(2),
+        metavar="N",
+        help=f"tokens of a document that are read (default: {chunks} times --chunk-size)",
     )
     parser.add_argument(
         "--max-documents", type=at_least(1), default=8, metavar="N", help="read the first N documents (default: 8)"

@@ -12,23 +12,28 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     """Print the plan of a configuration."""
     add_config_arguments(parser)
     parser.add_argument(
-        "--ranks", type=at_least(1), default=1, metavar="N", help="processes that share the work (default: 1)"
+        "--ranks",
+        type=at_least(1),
+        default=1,
+        metavar="N",
+        help="processes, one a GPU, that share the work (default: 1)",
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="all details of every stage")
     parser.add_argument(
-        "--mfu", type=number, metavar="X", help="share of the peak to expect (default: 0.2 on a CPU, 0.15 on a GPU)"
+        "--mfu",
+        type=number,
+        metavar="X",
+        help="share of the peak speed to expect (default: 0.2 on a CPU, 0.15 on a GPU)",
     )
-    parser.add_argument("--gpu", metavar="NAME", help="a GPU that is not here, such as H100 or A100-40GB")
-    parser.add_argument("--price", type=number, metavar="P", help="of a GPU for an hour, for the cost")
+    parser.add_argument(
+        "--gpu", metavar="NAME", help="plan for this one, such as H100 or A100-40GB (default: this machine)"
+    )
+    parser.add_argument("--price", type=number, metavar="P", help="of a GPU for an hour: say what the run costs")
     add_output_arguments(parser)
     args = parser.parse(argv)
     if args.mfu is not None and not 0 < args.mfu <= 1:
         raise UserError(f"--mfu {args.mfu:g}", "allowed: above 0, up to 1")
     config = config_from(args)
-    if args.gpu is not None:
-        if config.device == "cpu":
-            raise UserError(f"--gpu {args.gpu}, but the device is cpu", "leave out one of them")
-        config = config.model_copy(update={"device": "cuda"})
     from ..planning.fitting import resolve_fitted
     from ..planning.forecast import expected_rate, forecast, forecast_text
     from ..planning.plan import plan_text
@@ -39,7 +44,7 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     rate = expected_rate(found, args.mfu)
     print(forecast_text(found, rate, args.price), end="")
     if args.verbose:
-        print(f"\n{plan_text(plan, config)}", end="")
+        print(f"\n{plan_text(plan, config, args.gpu)}", end="")
     if args.json is not None:
         speed = None if rate is None else {"flops": rate.flops, "origin": rate.origin}
         hours = None if rate is None else found.seconds(rate) / 3600

@@ -51,14 +51,18 @@ def _add_arguments(parser: ArgumentParser) -> None:
         "--config",
         default="model_3b_rwkv",
         metavar="FILE",
-        help="YAML file, or a shipped model: tiny, model_3b, model_3b_rwkv (default)",
+        help="YAML file, or a shipped model: tiny, model_3b, model_3b_rwkv (default: the last one)",
     )
-    add("output_dir", default="outputs", metavar="DIR", help="where runs go (default: outputs)")
-    add("experiment_name", metavar="NAME", help="folder of the run in it (default: the configuration's name)")
-    add("train_file", action="append", default=[], metavar="PATH", help="text to train on; may repeat")
-    add("val_file", action="append", default=[], metavar="PATH", help="text to validate on; may repeat")
-    add("max_seq_length", type=at_least(2), metavar="N", help="tokens of a row")
-    parser.add_argument("--seed", type=at_least(0), metavar="N", help="of weights and order of the data")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any field, as in stages.pretrain.tokens=2M")
+    add("output_dir", default="outputs", metavar="DIR", help="folder of all runs (default: outputs)")
+    add("experiment_name", metavar="NAME", help="of the run's folder in it (default: the configuration's)")
+    add("train_file", action="append", default=[], metavar="SOURCE", help="texts to train on; may repeat")
+    add("val_file", action="append", default=[], metavar="SOURCE", help="texts to validate on; may repeat")
+    add("max_seq_length", type=at_least(2), metavar="N", help="tokens of a row (default: the configuration's)")
+    parser.add_argument(
+        "--seed", type=at_least(0), metavar="N", help="of weights and order of the data (default: the configuration's)"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="any field, as in stages.pretrain.tokens=2M (docs/lm.md)"
+    )
     add_run_arguments(parser)
-    parser.add_argument("--ranks", type=at_least(1), metavar="N", help="with --dry_run: processes that share the work")
+    parser.add_argument("--ranks", type=at_least(1), metavar="N", help="with --dry-run: processes that share the work")

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..support.files import write_json
+from ..support.progress import Progress
 from ..support.text import rounded_bytes, rounded_count
 from .arguments import ArgumentParser, add_device_argument, add_output_arguments, at_least, run_command
 
@@ -41,7 +42,9 @@ def embed(parser: ArgumentParser, argv: Sequence[str]) -> int:
     """Embed text."""
     _add_text_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to store the vectors")
-    parser.add_argument("--limit", type=at_least(1), metavar="N", help="at most so many sentences, in whole documents")
+    parser.add_argument(
+        "--limit", type=at_least(1), metavar="N", help="sentences at most, in whole documents (default: all)"
+    )
     args = parser.parse(argv)
     from ..vectors.store import embed as run
 
@@ -55,7 +58,12 @@ def embed(parser: ArgumentParser, argv: Sequence[str]) -> int:
 
 def train(parser: ArgumentParser, argv: Sequence[str]) -> int:
     """Train a run, or finish it."""
-    _add_settings(parser, data="vectors, or synthetic:NAME", out="run directory", field="model.arch=gru")
+    _add_settings(
+        parser,
+        data="directory of vectors embed, or synthetic:NAME (default: synthetic:rotor-lin)",
+        out="run directory (default: runs/vectors)",
+        field="model.arch=gru",
+    )
     args = parser.parse(argv)
     from ..vectors.settings import RunConfig, load_config
     from ..vectors.train import train as run
@@ -70,11 +78,20 @@ def train(parser: ArgumentParser, argv: Sequence[str]) -> int:
 
 def evaluate(parser: ArgumentParser, argv: Sequence[str]) -> int:
     """Score a run."""
-    parser.add_argument("run", type=Path, metavar="RUN", help="run, or ensemble")
+    parser.add_argument("run", type=Path, metavar="RUN", help="directory of a run or an ensemble")
     parser.add_argument("--data", metavar="DIR", help="other data of the same space (default: the run's)")
-    parser.add_argument("--tmd", choices=("true", "shuffled"), default="true", help="give it codes of other windows")
-    parser.add_argument("--steps", type=at_least(1), metavar="N", help="denoising steps of a prediction")
-    parser.add_argument("--guidance", type=float, metavar="X", help="classifier-free guidance")
+    parser.add_argument(
+        "--tmd",
+        choices=("true", "shuffled"),
+        default="true",
+        help="whose codes it reads: its own, or other windows' (default: true)",
+    )
+    parser.add_argument(
+        "--steps", type=at_least(1), metavar="N", help="denoising steps of a prediction (default: the run's)"
+    )
+    parser.add_argument(
+        "--guidance", type=float, metavar="X", help="classifier-free guidance, 1: none (default: the run's)"
+    )
     add_output_arguments(parser)
     args = parser.parse(argv)
     from ..vectors.data import load_data, shuffled_codes, split
@@ -95,7 +112,7 @@ def evaluate(parser: ArgumentParser, argv: Sequence[str]) -> int:
 
 def baselines(parser: ArgumentParser, argv: Sequence[str]) -> int:
     """Score the baselines."""
-    parser.add_argument("--data", required=True, metavar="DIR", help="vectors, or synthetic:NAME")
+    parser.add_argument("--data", required=True, metavar="DIR", help="directory of vectors embed, or synthetic:NAME")
     parser.add_argument("--context", type=at_least(1), default=5, metavar="N", help="vectors of a window (default: 5)")
     add_output_arguments(parser)
     args = parser.parse(argv)
@@ -113,16 +130,18 @@ def decode(parser: ArgumentParser, argv: Sequence[str]) -> int:
     """Show contexts, predictions as text, and true next sentences."""
     from ..vectors.names import DECODERS
 
-    parser.add_argument("run", type=Path, metavar="RUN", help="run, or ensemble")
+    parser.add_argument("run", type=Path, metavar="RUN", help="directory of a run or an ensemble")
     parser.add_argument(
         "--decoder", default="retrieval", metavar="NAME", help=f"{', '.join(DECODERS)} (default: retrieval)"
     )
-    parser.add_argument("--through", metavar="DIR", help="vectors of the same texts in the decoder's space")
-    parser.add_argument("--count", type=at_least(1), default=4, metavar="N", help="examples (default: 4)")
+    parser.add_argument("--through", metavar="DIR", help="vectors of the same texts in the decoder's own space")
+    parser.add_argument("--count", type=at_least(1), default=4, metavar="N", help="examples to show (default: 4)")
     parser.add_argument(
         "--score", type=at_least(0), default=256, metavar="N", help="predictions that are scored (default: 256)"
     )
-    parser.add_argument("--smooth", type=Path, metavar="DIR", help="a local causal model writes on from the texts")
+    parser.add_argument(
+        "--smooth", type=Path, metavar="DIR", help="language model that smooths the texts (default: none)"
+    )
     add_output_arguments(parser)
     args = parser.parse(argv)
     from ..vectors.data import load_data, split
@@ -164,9 +183,17 @@ def decode(parser: ArgumentParser, argv: Sequence[str]) -> int:
 
 def inverter(parser: ArgumentParser, argv: Sequence[str]) -> int:
     """Train an inverter, or finish it."""
-    _add_settings(parser, data="vectors with their texts", out="directory of the inverter", field="steps=3000")
+    _add_settings(
+        parser,
+        data="directory of vectors embed, with the texts (default: vectors/stories)",
+        out="directory of the inverter (default: runs/inverter)",
+        field="steps=3000",
+    )
     parser.add_argument(
-        "--correct", type=at_least(1), metavar="N", help="see how well N texts of each kind are corrected"
+        "--correct",
+        type=at_least(1),
+        metavar="N",
+        help="measure how well N texts of each kind are corrected (default: not)",
     )
     args = parser.parse(argv)
     from ..vectors.decoders.corrector import correction_score
@@ -222,8 +249,8 @@ def bench(parser: ArgumentParser, argv: Sequence[str]) -> int:
         ("--repeats", 20, "predictions that are timed"),
     ):
         parser.add_argument(flag, type=at_least(1), default=default, metavar="N", help=f"{text} (default: {default})")
-    add_device_argument(parser, "where (default: cpu)", default="cpu")
-    parser.add_argument("--processor-time", action="store_true", help="of one thread, on a machine that is not idle")
+    add_device_argument(parser, "where it is measured", default="cpu")
+    parser.add_argument("--processor-time", action="store_true", help="measure processor time, of one thread")
     add_output_arguments(parser)
     args = parser.parse(argv)
     import torch
@@ -244,23 +271,27 @@ def bench(parser: ArgumentParser, argv: Sequence[str]) -> int:
     rows = []
     clock = time.process_time if args.processor_time else time.perf_counter
     device, repeats = torch.device(args.device), max(2, args.repeats)
-    for speed in measure(names, config, args.context, device, repeats, clock):
-        rows.append(speed.to_dict())
-        once = f" ({speed.steps} steps)" if speed.steps else ""
-        state = "" if speed.state_bytes is None else rounded_bytes(speed.state_bytes)
-        times = (f"{speed.train_ms:.0f}", f"{speed.p50_ms:.1f}{once}", f"{speed.p95_ms:.1f}")
-        causal = "yes" if speed.causal else "no"
-        table.add_row(speed.arch, speed.pattern, rounded_count(speed.params), causal, *times, state)
+    with Progress("measuring", len(names), unit="architectures") as progress:
+        for speed in measure(names, config, args.context, device, repeats, clock):
+            rows.append(speed.to_dict())
+            progress.advance(detail=speed.arch)
+            once = f" ({speed.steps} steps)" if speed.steps else ""
+            state = "" if speed.state_bytes is None else rounded_bytes(speed.state_bytes)
+            times = (f"{speed.train_ms:.0f}", f"{speed.p50_ms:.1f}{once}", f"{speed.p95_ms:.1f}")
+            causal = "yes" if speed.causal else "no"
+            table.add_row(speed.arch, speed.pattern, rounded_count(speed.params), causal, *times, state)
     _console().print(table)
     return _write(args, {"rows": rows})
 
 
 def grid(parser: ArgumentParser, argv: Sequence[str]) -> int:
     """Run a plan, or show it."""
-    parser.add_argument("plan", type=Path, metavar="FILE", help="YAML, see docs/vectors.md")
-    parser.add_argument("--out", type=Path, default=Path("runs/grid"), metavar="DIR", help="directory of all runs")
+    parser.add_argument("plan", type=Path, metavar="FILE", help="plan, in YAML (docs/vectors.md)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/grid"), metavar="DIR", help="directory of all runs (default: runs/grid)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="list the runs and train nothing")
-    parser.add_argument("--max-runs", type=at_least(1), metavar="N", help="stop after so many")
+    parser.add_argument("--max-runs", type=at_least(1), metavar="N", help="stop after so many runs (default: all)")
     parser.add_argument("--jobs", type=at_least(1), default=1, metavar="N", help="runs at once (default: 1)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any field, for all runs")
     args = parser.parse(argv)
@@ -287,8 +318,10 @@ def grid(parser: ArgumentParser, argv: Sequence[str]) -> int:
 def leaderboard(parser: ArgumentParser, argv: Sequence[str]) -> int:
     """Write and show the leaderboard of a directory."""
     parser.add_argument("runs", type=Path, metavar="DIR", help="directory of runs")
-    parser.add_argument("--criteria", choices=("seed",), default="seed", help="the study's (the only ones)")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="a page of it, too")
+    parser.add_argument(
+        "--criteria", choices=("seed",), default="seed", help="those of the study, the only ones (default: seed)"
+    )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page of it here, too")
     args = parser.parse(argv)
     from ..support.files import write_text
     from ..vectors.leaderboard import criteria, read_baselines, read_rows, write_leaderboard
@@ -326,7 +359,13 @@ def fields(parser: ArgumentParser, argv: Sequence[str]) -> int:
 def demo(parser: ArgumentParser, argv: Sequence[str]) -> int:
     """Run the demo."""
     _add_text_arguments(parser)
-    parser.add_argument("--out", type=Path, default=Path("demo-vectors"), metavar="DIR", help="folder for everything")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("demo-vectors"),
+        metavar="DIR",
+        help="folder for everything (default: demo-vectors)",
+    )
     parser.add_argument("--quick", action="store_true", help="a few steps only, to see that all parts work")
     args = parser.parse(argv)
     import torch
@@ -343,7 +382,12 @@ def demo(parser: ArgumentParser, argv: Sequence[str]) -> int:
 def _add_text_arguments(parser: ArgumentParser) -> None:
     from ..vectors.names import EMBEDDERS
 
-    parser.add_argument("--source", default="stories", metavar="TEXT", help="stories, stdlib, or files as for --data")
+    parser.add_argument(
+        "--source",
+        default="stories",
+        metavar="TEXT",
+        help="stories (made up), stdlib (Python's documentation) or a file of texts (default: stories)",
+    )
     parser.add_argument(
         "--embedder", default="hash768", metavar="NAME", help=f"{', '.join(EMBEDDERS)} (default: hash768)"
     )
@@ -399,10 +443,17 @@ def _add_settings(parser: ArgumentParser, *, data: str, out: str, field: str) ->
         data, out: what these flags are.
         field: of the settings, as an example.
     """
-    parser.add_argument("-c", "--config", action="append", default=[], metavar="FILE", help="YAML file; may repeat")
+    parser.add_argument(
+        "-c", "--config", action="append", default=[], metavar="FILE", help="YAML file of settings; may repeat"
+    )
     parser.add_argument("--data", metavar="DIR", help=data)
     parser.add_argument("--out", metavar="DIR", help=out)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"any field, as in {field}")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help=f"any field, as in {field}; rwkvinside vectors fields {parser.prog.split()[-1]} lists all",
+    )
     add_output_arguments(parser)
 
 

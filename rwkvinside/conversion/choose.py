@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -129,12 +130,16 @@ def _tried(
         setup, world, save: as of `SharedTrials`.
         results: those that are known.
     """
-    total = (1 + len(student.rwkv_layers)) * setup.steps
-    with Progress(choice.method, total, unit="steps", stream=sys.stdout) as progress:
-        advance = progress.advance if world.is_main else _ignore
-        return measure(
-            student, batches, choice, recall, advance, SharedTrials(student, setup, world, results, save, advance)
-        )
+    layers = len(student.rwkv_layers)
+    most, number = -(-forwards(choice, layers, len(batches)) // world.size), itertools.count(1)  # of this process
+    with Progress(choice.method, (1 + layers) * setup.steps, unit="steps", stream=sys.stdout) as progress:
+
+        def scored() -> None:
+            progress.advance(0, f"{next(number):,}/{most:,} forwards of scoring")
+
+        advance, scoring = (progress.advance, scored) if world.is_main else (_ignore, _ignore)
+        trials = SharedTrials(student, setup, world, results, save, advance)
+        return measure(student, batches, choice, recall, scoring, trials)
 
 
 def _ignore(count: int = 1) -> None:

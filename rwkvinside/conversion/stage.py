@@ -239,8 +239,10 @@ def _fit(run: Run, plan: StagePlan, models: _Models, inputs: _Inputs) -> _Result
         return written
 
     def evaluate(step: int, mode: str = "student") -> dict:
+        batches = inputs.validation
         with precision_context(plan.run.precision, device), judge(final=step == 1) as (against, label):
-            scores = evaluate_student(student, against, inputs.validation, device, mode=mode)
+            with console.part(step, "evaluating", len(batches), "batches") as progress:
+                scores = evaluate_student(student, against, batches, device, mode=mode, progress=progress.advance)
             scores = numbers(scores, against) | label
         console.evaluation(row("eval" if mode == "student" else mode, step, scores))
         return scores
@@ -264,7 +266,7 @@ def _fit(run: Run, plan: StagePlan, models: _Models, inputs: _Inputs) -> _Result
 def _calibrate(run: Run, plan: StagePlan, student: HybridModel, batches: list[Batch]) -> dict:
     """Fit the mixers and return the row of metrics.jsonl."""
     with Progress(plan.name, student.lm.config.num_hidden_layers, unit="layers", stream=sys.stdout) as progress:
-        return plan.stage.fit(student, batches, lambda layer: progress.advance())
+        return plan.stage.fit(student, batches, progress)
 
 
 def _choose(run: Run, plan: StagePlan, student: HybridModel, batches: list[Batch]) -> dict:
@@ -297,7 +299,8 @@ def _train(
         states = RowStates(student, plan.length.rows_per_step) if plan.settings.stateful else None
         step = watch_adapters(_step(plan, models, engine, inputs.rows), student)
         judged_states = partial(RowStates, student, judged_streams(plan)) if states is not None else lambda: None
-        evaluation = _Evaluation(engine, judge, inputs.validation, plan.length.steps, judged_states)
+        console = Console(plan.name, plan.length.steps, run.config.log_every) if world.is_main else None
+        evaluation = _Evaluation(engine, judge, inputs.validation, plan.length.steps, judged_states, console)
         trainer = Trainer(
             engine,
             step if states is None else StatefulStep(step, states),
@@ -309,8 +312,8 @@ def _train(
             callbacks=[
                 Evaluate(evaluation),
                 SaveExtra(others),
-                *_reports(run, plan, inputs.before, work),
-                *_samples(run, plan, models, inputs, engine),
+                *_reports(run, plan, console, inputs.before, work),
+                *_samples(run, plan, models, inputs, engine, console),
             ],
         )
         if checkpoint is not None:
@@ -321,9 +324,9 @@ def _train(
         if trainer.finished and _needs_control(run, models):
             row = {"kind": "control", "stage": plan.name, "step": trainer.done, "tokens": trainer.tokens}
             row |= evaluation.numbers("control", trainer.done) | {"time": time.time()}
-            if world.is_main:
+            if console is not None:
                 MetricsWriter(run.directory.path, run.loggers).write(row)
-                Console(plan.name, plan.length.steps).evaluation(row)
+                console.evaluation(row)
     finally:
         engine.close()
     return _Result(evaluation.last, trainer.early_end)
@@ -347,6 +350,7 @@ class _Evaluation:
         judge: gives the teacher to compare with, see `_judge`.
         steps: after which the numbers are the last ones.
         states: makes what rows begin with that go on from batch to batch; None where they begin anew.
+        console: shows how far an evaluation is; None: nothing does, as on all ranks but 0.
 
     Attributes:
         last: the numbers of the last evaluation, {} before the first one.
@@ -359,8 +363,9 @@ class _Evaluation:
         batches: list[Batch],
         steps: int,
         states: Callable[[], RowStates | None],
+        console: Console | None,
     ):
-        self._states = states
+        self._states, self._console = states, console
         self._engine, self._judge, self._world, self._steps = engine, judge, engine.world, steps
         self._batches = share(batches, self._world.rank, self._world.size)
         self.last: dict = {}
@@ -371,12 +376,27 @@ class _Evaluation:
 
     def numbers(self, mode: str, done: int) -> dict:
         """Return the scores of a mode of the model after so many steps."""
-        world = self._world
-        with self._engine.autocast(), self._judge(final=done == self._steps) as (teacher, label):
-            scores = evaluate_student(
-                self._engine.module, teacher, self._batches, world.device, world.all_reduce_sum, mode, self._states()
-            )
+        world, batches = self._world, self._batches
+        judge = self._judge(final=done == self._steps)
+        shown = _shown(self._console, done, "evaluating", len(batches), "batches")
+        with self._engine.autocast(), judge as (teacher, label), shown as advance:
+            models = self._engine.module, teacher
+            reads = batches, world.device, world.all_reduce_sum, mode, self._states()
+            scores = evaluate_student(*models, *reads, progress=advance)
         return numbers(scores, teacher) | label
+
+
+@contextmanager
+def _shown(console: Console | None, done: int, what: str, total: int, unit: str) -> Iterator[Callable[[], object]]:
+    """Show how far the work of the block is, where there is a console; yield what advances it.
+
+    Arguments are those of `Console.part`.
+    """
+    if console is None:
+        yield lambda: None
+        return
+    with console.part(done, what, total, unit) as progress:
+        yield progress.advance
 
 
 @contextmanager
@@ -432,21 +452,22 @@ def _training_plan(run: Run, plan: StagePlan, phase: Phase, schedule: Schedule, 
     )
 
 
-def _reports(run: Run, plan: StagePlan, before: str | None, work: float) -> list[Callback]:
+def _reports(run: Run, plan: StagePlan, console: Console | None, before: str | None, work: float) -> list[Callback]:
     """Return what reports the steps of a stage, on rank 0 alone.
 
     Args:
+        console: of rank 0.
         before: the stage that it starts from.
         work: operations for a token.
     """
-    if not run.world.is_main:
+    if console is None:
         return []
     peak, origin = run.peak
     run.say(f"{rounded_flop(work)} a token; MFU is of {rounded_flop(peak)}/s ({origin})")
     return [
         MeasureMFU(work, peak),
         WriteMetrics(MetricsWriter(run.directory.path, run.loggers)),
-        ShowProgress(Console(plan.name, plan.length.steps, run.config.log_every), _later(run, plan, work)),
+        ShowProgress(console, _later(run, plan, work)),
         WatchValidation(_scores(run, plan.name, before)),
     ]
 
@@ -457,7 +478,9 @@ def _later(run: Run, plan: StagePlan, work: float) -> float:
     return after / (work * plan.length.tokens_per_step) if work else 0.0
 
 
-def _samples(run: Run, plan: StagePlan, models: _Models, inputs: _Inputs, engine: Engine) -> list[Callback]:
+def _samples(
+    run: Run, plan: StagePlan, models: _Models, inputs: _Inputs, engine: Engine, console: Console | None
+) -> list[Callback]:
     """Return what lets the student write now and then, and at the end of the run beside its teacher."""
     settings, every = run.config.samples, run.config.samples.every_tokens
     starts = [run.tokenizer(text)["input_ids"] for text in settings.prompts] or _beginnings(inputs.validation)
@@ -469,16 +492,17 @@ def _samples(run: Run, plan: StagePlan, models: _Models, inputs: _Inputs, engine
     def text(ids: list[int]) -> str:
         return run.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def write() -> list[dict[str, str]]:
-        writers = {"student": None, "teacher": evaluation_teacher(models.teacher)}
+    def write(done: int) -> list[dict[str, str]]:
+        teacher = evaluation_teacher(models.teacher)
+        writers = {"student": None} | ({} if teacher is None else {"teacher": teacher})
+        shown = _shown(console, done, "writing", len(starts) * len(writers) * settings.tokens, "tokens")
         found = []
-        with judging(engine.module), engine.autocast():
+        with judging(engine.module), engine.autocast(), shown as advance:
             for ids in starts:
                 sample = {"prompt": text(ids)}
                 for name, writer in writers.items():
-                    if name == "student" or writer is not None:
-                        whole = ids + continuation(engine.module, writer, ids, settings.tokens, end, device)
-                        sample[name] = text(whole)[len(sample["prompt"]) :]
+                    whole = ids + continuation(engine.module, writer, ids, settings.tokens, end, device, advance)
+                    sample[name] = text(whole)[len(sample["prompt"]) :]
                 found.append(sample)
         return found
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..config.resolve import resolve
+from ..config.resolve import resolve, with_steps
 from ..config.schema import Config
 from ..data.batch import IGNORE, Batch
 from ..data.sources import tokens_of
@@ -37,8 +37,13 @@ from ..training.process_group import Distributed
 from ..training.stop_signal import sigterm_interrupts
 
 
-def distillation_plan(config: Config, name: str) -> StagePlan:
-    """Return the plan of a stage that follows a teacher.
+def distillation_plan(config: Config, name: str, ranks: int = 1) -> StagePlan:
+    """Return the plan of a stage that follows a teacher, with the rows that it reads and for this process alone.
+
+    Args:
+        config: of the run.
+        name: of the stage.
+        ranks: processes that are to train: where `batch.tokens` is left out, steps have a row for each of them.
 
     Raises:
         UserError: there is no such stage, or its objective has no teacher.
@@ -46,7 +51,7 @@ def distillation_plan(config: Config, name: str) -> StagePlan:
     following = [n for n, stage in config.stages.items() if objective_class(stage.objective).follows_teacher]
     if name not in following:
         raise UserError(f"{name!r} is not a stage that follows a teacher", f"stages that do: {', '.join(following)}")
-    return resolve(config, [name]).stage(name)
+    return resolve(with_steps(config, [name], ranks), [name]).stage(name)
 
 
 @sigterm_interrupts()

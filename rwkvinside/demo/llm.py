@@ -119,13 +119,12 @@ class LlmDemo:
         self._claim_folder()
         train, val = ([*self.data], []) if self.data else self._write_text()
         config = self._config(train, val)
-        with self.steps.step(" -> ".join(config.run)):
-            self.console.print(
-                f"{config.teacher.path}: attention becomes RWKV-7 with a window of {config.student.window} tokens "
-                f"and the first {config.student.sinks}"
-            )
+        mixers = f"a window of {config.student.window} tokens and the first {config.student.sinks}"
+        with self.steps.step(
+            " -> ".join(config.run), f"{config.teacher.path}: attention becomes RWKV-7 with {mixers}."
+        ):
             build.train(config)
-        with self.steps.step("an answer and a continuation"):
+        with self.steps.step("an answer and a continuation", "The teacher, the start, and the student at the end."):
             turns = self._turns(config)
         stages = self._scores()
         show_samples(Samples(self.prompts, turns), self.console)
@@ -168,7 +167,9 @@ class LlmDemo:
         """Let the teacher write, unless it has; return the files to train and to validate on."""
         name = Path(self.teacher).resolve().name if Path(self.teacher).exists() else self.teacher.replace("/", "--")
         text = self.out / f"text-of-{name}.jsonl"
-        with self.steps.step("the teacher writes"):
+        with self.steps.step(
+            "the teacher writes", "Text to train on, as there is no other: what the model writes itself."
+        ):
             if text.exists():
                 self.console.print(f"using what it wrote for the last demo: {text}")
             else:

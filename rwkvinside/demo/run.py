@@ -37,6 +37,10 @@ STAGES = ("calibrate", "align", "distill")
 TEMPERATURE = 0.7
 
 
+ABOUT_STAGES = (
+    "Attention becomes RWKV-7: calibrate computes a start, align lets each layer\n"
+    "imitate its attention, distill lets the whole model predict as the teacher does."
+)
 PROMPT = '''def read_lines(path, encoding="utf-8"):
     """Return a list with the lines of the file"""
 '''
@@ -102,23 +106,23 @@ class Demo:
         self._claim_folder()
         train, val = self._prepare()
         self._convert(train, val)
-        with self.steps.step("export and verify"):
+        with self.steps.step("export and verify", "The student for transformers, compared with what was trained."):
             self._export()
         tokenizer = AutoTokenizer.from_pretrained(self.teacher_folder)
         teacher = load_pretrained(self.teacher_folder, "cpu")
         student = load_pretrained(self.student_folder, "cpu", trust_remote_code=True)
         models = {"teacher": teacher, "student": student}
-        with self.steps.step("evaluate"):
+        with self.steps.step("evaluate", "After each stage: how close the student is on texts that it has not read."):
             limits = self.settings.max_length, self.settings.evaluated_documents
             documents = read_documents([str(val)], tokenizer, self.out / "cache", *limits)
             evaluations = self._evaluate(student, teacher, documents)
             stages = {stage: evaluation.scores for stage, evaluation in evaluations.items()}
             control = evaluations[STAGES[-1]].control
-        with self.steps.step("generate"):
+        with self.steps.step("generate", "Both continue the same beginning."):
             samples = {name: self._sample(model, tokenizer) for name, model in models.items()}
         count = self.settings.new_tokens
         bar = Progress("decode speed", count, unit="tokens", stream=self.console.file)
-        with self.steps.step("decode speed"), bar as shown:
+        with self.steps.step("decode speed", "Time of a token after short and long contexts."), bar as shown:
             speed = decode_speed(models, self.settings.contexts, new_tokens=count, progress=shown.advance)
         show_samples(self.console, samples, f"temperature {TEMPERATURE}, same seed")
         show_scores(self.console, stages, control)
@@ -147,13 +151,13 @@ class Demo:
                 shutil.rmtree(folder)
 
     def _prepare(self) -> tuple[Path, Path]:
-        with self.steps.step("text"):
+        with self.steps.step("text", "What teacher and student read: Python's own sources and documentation."):
             corpus = collect()
             files = corpus.write(self.out / "text")
             counts = f"{len(corpus.train):,} documents to train, {len(corpus.val):,} to validate"
             size = rounded_count(sum(map(len, corpus.train + corpus.val)))
-            self.console.print(f"the Python standard library of this machine: {size} characters, {counts}")
-        with self.steps.step("teacher"):
+            self.console.print(f"the standard library of this machine: {size} characters, {counts}")
+        with self.steps.step("teacher", "A small transformer, trained from nothing: the model that is converted."):
             settings = self.settings.teacher
             with Progress("teacher", settings.steps, unit="steps", stream=self.console.file) as progress:
                 trained = obtain_teacher(
@@ -166,7 +170,7 @@ class Demo:
         return files
 
     def _convert(self, train: Path, val: Path) -> None:
-        with self.steps.step("calibrate, align, distill"):
+        with self.steps.step("calibrate, align, distill", ABOUT_STAGES):
             config = load_config(
                 teacher=str(self.teacher_folder),
                 data=[str(train)],
@@ -205,6 +209,8 @@ class Demo:
 
     def _show_files(self, page: Path) -> None:
         self.console.print(f"\nstudent: {self.student_folder} (transformers, trust_remote_code=True)")
+        talk = f"rwkvinside chat {self.run_folder} --teacher {self.teacher_folder}"
+        self.console.print(f"talk to both: {talk}", soft_wrap=True)
         self.console.print(f"numbers: {self.out}/demo.json")
         self.console.print(f"{self.steps.minutes:.1f} minutes in all")
         self.console.print(f"report: {page.resolve()}", soft_wrap=True)

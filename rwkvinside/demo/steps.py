@@ -29,9 +29,10 @@ class Steps:
         return (time.monotonic() - self._started) / 60
 
     @contextmanager
-    def step(self, name: str) -> Iterator[None]:
-        """Show a step, and its seconds at its end."""
+    def step(self, name: str, about: str) -> Iterator[None]:
+        """Show a step with a line of what it is about, and its seconds at its end."""
         self._console.rule(f"[bold]{name}[/bold]", align="left", style="dim")
+        self._console.print(about, style="dim", markup=False)
         started = time.monotonic()
         yield
         self.seconds[name] = round(time.monotonic() - started, 1)

@@ -53,6 +53,7 @@ def evaluate_student(
     total: Callable[[Sequence[float]], list[float]] = list,
     mode: str = "student",
     states: RowStates | None = None,
+    progress: Callable[[], object] = lambda: None,
 ) -> Scores:
     """Compare a student with its teacher on whole documents.
 
@@ -64,6 +65,7 @@ def evaluate_student(
         total: sums over processes.
         mode: of the model; "control" compares the student's control in its place.
         states: the rows go on from batch to batch, from these; None: they begin anew.
+        progress: called after every batch.
 
     Raises:
         UserError: there is no token to predict.
@@ -78,6 +80,7 @@ def evaluate_student(
                 carried = states.enter(batch)
                 _add(totals, model, teacher, batch, mode, carried)
                 states.leave(batch, carried)
+            progress()
     return means(total(totals.sums.sum(1).tolist()))
 
 
@@ -125,6 +128,7 @@ def continuation(
     tokens: int,
     end: Collection[int],
     device: torch.device,
+    progress: Callable[[], object] = lambda: None,
 ) -> list[int]:
     """Return the likeliest tokens after a beginning, of a student in training or of its teacher.
 
@@ -138,6 +142,7 @@ def continuation(
         tokens: how many follow, at most.
         end: ids of which each ends the text, and is left out.
         device: where the model is.
+        progress: called after every token.
     """
     written: list[int] = []
     while len(written) < tokens:
@@ -148,6 +153,7 @@ def continuation(
         batch = Batch(text, last, positions, torch.ones_like(text, dtype=torch.int32), (0,))
         signal = None if teacher is None else teacher.signal(model, batch)
         token = int(model(batch, mode="student", task=Likeliest(signal)))
+        progress()
         if token in end:
             break
         written.append(token)

@@ -34,6 +34,7 @@ from ..hybrid.lm_head import Logits
 from ..hybrid.model import HybridModel
 from ..runs.trained import TrainedRun, at_stage, open_run
 from ..support.names import ALLOWED, is_name
+from ..support.progress import Progress
 from ..support.quiet import quiet_libraries
 from ..support.weight_index import check_shards
 from .build import build_hybrid, write_files
@@ -132,19 +133,20 @@ def compare(folder: Path, run: TrainedRun, adapters: list[str]) -> dict:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     dtype, tied = DTYPES[config["dtype"]], bool(config.get("tie_word_embeddings"))
     tokenizer = _tokenizer(run)
-    trained = run.load_model()
-    expected, separate = _expected(run, trained, dtype, bool(adapters), tokenizer)
-    model = build_hybrid(trained, run, dtype, tied)
-    result: dict[str, Any] = {
-        "passed": True,
-        "dtype": config["dtype"],
-        "files": _compare_files(folder, run, model, trained, separate),
-        "tensors": _compare_tensors(folder, model),
-        "tokens": ROWS * TOKENS,
-    }
-    del trained, model, separate
-    facts = tokenizer_facts(tokenizer, _texts(tokenizer), _rendered) if tokenizer else {}
-    reloaded, own_facts = _reload(folder, expected, _texts(tokenizer) if tokenizer else [], adapters)
+    result: dict[str, Any] = {"passed": True, "dtype": config["dtype"], "tokens": ROWS * TOKENS}
+    with Progress("verifying", 4, unit="parts") as progress:
+        trained = run.load_model()
+        expected, separate = _expected(run, trained, dtype, bool(adapters), tokenizer)
+        progress.advance(detail="what the run computes")
+        model = build_hybrid(trained, run, dtype, tied)
+        result["files"] = _compare_files(folder, run, model, trained, separate)
+        progress.advance(detail="files")
+        result["tensors"] = _compare_tensors(folder, model)
+        progress.advance(detail="tensors")
+        del trained, model, separate
+        facts = tokenizer_facts(tokenizer, _texts(tokenizer), _rendered) if tokenizer else {}
+        reloaded, own_facts = _reload(folder, expected, _texts(tokenizer) if tokenizer else [], adapters)
+        progress.advance(detail="what the export computes")
     result |= _measure(expected, reloaded, bool(adapters))
     problems = _differences(result)
     if not reloaded["stored"].isfinite().all():

@@ -9,12 +9,14 @@ searched; and the error of each column is compensated by the columns after it (G
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..data.batch import Batch
+from ..support.progress import Progress
 from .model import HybridModel
 from .quantized_linear import QuantizedLinear, codebook, insert_quantized, pack_scales
 from .settings import QuantizeConfig
@@ -42,7 +44,8 @@ def quantize_by_inputs(
         device: where to compute; None: where each weight is.
     """
     layers, family = model.linear_layers(), model.family
-    walk = _Walk(model, config, device)
+    progress = Progress("quantizing", len(names), unit="layers", stream=sys.stdout)
+    walk = _Walk(model, config, device, progress.advance)
     paths = [layers[name] for name in names]
     hooks = [model.lm.get_submodule(path).register_forward_hook(walk.layer_hook(path)) for path in paths]
     if family.head_path in paths:
@@ -53,7 +56,7 @@ def quantize_by_inputs(
     mode = "align" if any(model.group_of(f"{name}.weight")[0] == "mixer" for name in names) else "teacher"
     # a teacher in 16 bits gives activations that the fp32 mixers next to it cannot take
     mixed = model.lm.dtype in (torch.bfloat16, torch.float16)
-    with torch.autocast(text.input_ids.device.type, dtype=torch.bfloat16, enabled=mixed):
+    with progress, torch.autocast(text.input_ids.device.type, dtype=torch.bfloat16, enabled=mixed):
         model(text.twice(), mode=mode)
     for hook in hooks:
         hook.remove()
@@ -62,8 +65,11 @@ def quantize_by_inputs(
 class _Walk:
     """Hooks that quantize each layer when the text reaches it."""
 
-    def __init__(self, model: HybridModel, config: QuantizeConfig, device: torch.device | None):
+    def __init__(
+        self, model: HybridModel, config: QuantizeConfig, device: torch.device | None, advance: Callable[[], object]
+    ):
         self.lm, self.family, self.config, self.device = model.lm, model.family, config, device
+        self.advance = advance  # after every layer
         self.stream = torch.empty(0)  # what the running block will add its output to
 
     def note_stream(self, norm: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -96,9 +102,10 @@ class _Walk:
                 target += torch.sub(*_copies(self.stream, device)) / self.family.residual_scale(self.lm.config)
             fitted = refit(weight, quantized, target)
             tensors = gptq_pack(fitted, quantized.t() @ quantized, config.format, config.double, config.block)
-        return insert_quantized(
-            self.lm, path, config.format, {name: t.to(home) for name, t in tensors.items()}, config.block
-        )
+        tensors = {name: tensor.to(home) for name, tensor in tensors.items()}
+        inserted = insert_quantized(self.lm, path, config.format, tensors, config.block)
+        self.advance()
+        return inserted
 
 
 def _copies(x: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

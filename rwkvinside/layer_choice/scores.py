@@ -104,13 +104,13 @@ def measure(
         batches: of held-out text, on the model's device.
         choice: names the method; restore stops once more text does not change what it chooses.
         recall: makes rows whose labels are what has to be recalled, for swap.
-        advance: called `forwards` times at most; not by a restore that distills, whose work are its trials.
+        advance: called `forwards` times at most.
         trials: for a restore that distills.
     """
     if choice.distill is not None:
         if trials is None:
             raise TypeError(f"{choice} needs trials")
-        return _restore_distilled(model, batches, choice, trials)
+        return _restore_distilled(model, batches, choice, trials, advance)
     measures: dict[str, Callable[[], Scores]] = {
         "error": lambda: _error(model, batches, advance),
         "restore": lambda: _restore(model, batches, choice, advance),
@@ -122,10 +122,11 @@ def measure(
 
 def forwards(choice: LayerChoice, layers: int, batches: int) -> int:
     """Return how often `measure` calls `advance` at most."""
-    greedy = sum(layers - done for done in range(choice.keep))
-    return {"error": batches, "restore": layers * batches, "swap": layers * batches, "greedy": greedy * batches}[
-        choice.choose
-    ]
+    if choice.distill is not None:
+        return (1 + len(choice.rounds)) * (1 + layers) * batches
+    greedy = 2 + sum(layers - done for done in range(choice.keep))  # the teacher, and the student without attention
+    students = {"error": 1, "restore": layers, "swap": layers, "greedy": greedy}
+    return students[choice.choose] * batches
 
 
 def _error(model: HybridModel, batches: Sequence[Batch], advance: Advance) -> Scores:
@@ -157,11 +158,16 @@ def _restore(model: HybridModel, batches: Sequence[Batch], choice: LayerChoice, 
     return Scores("restore", [base / tokens - value for value in kl], tokens, base / tokens, {"kl": kl})
 
 
-def _restore_distilled(model: HybridModel, batches: Sequence[Batch], choice: LayerChoice, trials: Trials) -> Scores:
+def _restore_distilled(
+    model: HybridModel, batches: Sequence[Batch], choice: LayerChoice, trials: Trials, advance: Advance
+) -> Scores:
     tokens, candidates = _tokens(batches), [(), *((i,) for i in model.rwkv_layers)]
 
     def divergence(kept: Kept) -> float:
-        total = sum(_divergence(model, batch, SelfTeacher().signal(model, batch), kept) for batch in batches)
+        total = 0.0
+        for batch in batches:
+            total += _divergence(model, batch, SelfTeacher().signal(model, batch), kept)
+            advance()
         return total / tokens
 
     details: dict[str, list[float]] = {}
@@ -179,16 +185,17 @@ def _restore_distilled(model: HybridModel, batches: Sequence[Batch], choice: Lay
 def _swap(model: HybridModel, batches: Sequence[Batch], recall: Batch, advance: Advance) -> Scores:
     recall = recall.to(batches[0].input_ids.device)
 
-    def likelihood(batches: Sequence[Batch], modes: Mapping[int, str]) -> float:
-        losses = [float(model(batch, "teacher", NextTokenLoss(), layers=modes)[0]) for batch in batches]
-        return -sum(losses) / sum(batch.num_targets for batch in batches)
+    def likelihood(batches: Sequence[Batch], modes: Mapping[int, str], advance: Advance = lambda: None) -> float:
+        loss = 0.0
+        for batch in batches:
+            loss += float(model(batch, "teacher", NextTokenLoss(), layers=modes)[0])
+            advance()
+        return -loss / sum(batch.num_targets for batch in batches)
 
     recalled, likely = [], []
     for i in model.rwkv_layers:
         recalled.append(likelihood([recall], {i: "student"}))
-        likely.append(likelihood(batches, {i: "student"}))
-        for _ in batches:
-            advance()
+        likely.append(likelihood(batches, {i: "student"}, advance))
     of_recall, of_text = ([max(values) - value for value in values] for values in (recalled, likely))
     floor = FLOOR * sum(of_text) / len(of_text)
     scores = [lost / (cost + floor) if lost else 0.0 for lost, cost in zip(of_recall, of_text, strict=True)]
@@ -200,16 +207,19 @@ def _swap(model: HybridModel, batches: Sequence[Batch], recall: Batch, advance: 
 
 def _greedy(model: HybridModel, batches: Sequence[Batch], choice: LayerChoice, advance: Advance) -> Scores:
     tokens = _tokens(batches)
-    signals = [SelfTeacher().signal(model, batch) for batch in batches]
+    signals = []
+    for batch in batches:
+        signals.append(SelfTeacher().signal(model, batch))
+        advance()
     measured: dict[tuple[int, ...], float] = {}
 
     def gain(kept: tuple[int, ...]) -> float:
         if kept not in measured:
-            measured[kept] = (
-                sum(_divergence(model, *pair, kept) for pair in zip(batches, signals, strict=True)) / tokens
-            )
-            for _ in batches if kept else ():
+            total = 0.0
+            for batch, signal in zip(batches, signals, strict=True):
+                total += _divergence(model, batch, signal, kept)
                 advance()
+            measured[kept] = total / tokens
         return -measured[kept]
 
     count = len(model.rwkv_layers)

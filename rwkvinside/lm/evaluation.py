@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import UserError
+from ..support.progress import Progress
 from .cost import Cost, measured
 from .session import CHUNK_SIZE, StatefulModel, logits_of
 
@@ -62,7 +63,7 @@ def evaluate_documents(
     model: StatefulModel | PreTrainedModel,
     documents: Sequence[Tensor],
     chunk_size: int,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict:
     """Measure a model on documents, each alone.
 
@@ -70,7 +71,7 @@ def evaluate_documents(
         model: any causal language model; in eval mode during the call.
         documents: (T,) token ids each.
         chunk_size: tokens of a chunk.
-        progress: called with the number of tokens of each pass that is done.
+        progress: counts the tokens of all passes; gets its total here.
 
     Returns:
         Plain JSON. Latencies are milliseconds of one document from its first to its last token, means over documents:
@@ -98,13 +99,16 @@ def evaluate_documents(
     stateful = model if isinstance(model, StatefulModel) else StatefulModel(model)
     documents = sorted((ids for ids in documents if len(ids) > 1), key=len, reverse=True)
     longest = len(documents[0])
-    passes = _Passes(stateful, documents, progress or (lambda tokens: None))
+    sizes = _sizes(chunk_size, longest)
+    if progress is not None:
+        progress.total = (2 + len(sizes)) * sum(map(len, documents))
+    passes = _Passes(stateful, documents, progress)
     training = stateful.training
     stateful.eval()
     try:
         passes.warm_up()
         full = passes.run(longest)
-        chunked = {size: passes.run(size) for size in _sizes(chunk_size, longest)}
+        chunked = {size: passes.run(size) for size in sizes}
         alone = passes.run(chunk_size, with_state=False)
     finally:
         stateful.train(training)
@@ -139,7 +143,7 @@ class _Pass:
 
 
 class _Passes:
-    def __init__(self, model: StatefulModel, documents: list[Tensor], progress: Callable[[int], None]):
+    def __init__(self, model: StatefulModel, documents: list[Tensor], progress: Progress | None):
         self._model, self._documents, self._progress = model, documents, progress
 
     def warm_up(self) -> None:
@@ -154,7 +158,8 @@ class _Passes:
             losses, cost = measured(read, self._model.device)
             result.losses.append(losses)
             result.costs.append(cost)
-            self._progress(len(ids))
+            if self._progress is not None:
+                self._progress.advance(len(ids))
         return result
 
 

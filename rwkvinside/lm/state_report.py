@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..errors import UserError
+from ..support.progress import Progress
 from .cache_parts import named_parts
 from .compression import CompressedState
 from .session import StatefulModel, logits_of
@@ -110,7 +111,7 @@ def compression_cost(
     documents: Sequence[Tensor],
     formats: Sequence[str] = ("fp16", "int8"),
     chunk_size: int = 256,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[CompressionCost]:
     """Measure what it costs to compress and restore the state after every chunk, so that errors add up.
 
@@ -119,7 +120,7 @@ def compression_cost(
         documents: (T,) token ids each, read alone; only what follows the first chunk counts.
         formats: see `FORMATS`.
         chunk_size: tokens between two compressions.
-        progress: called with the number of tokens of each document that is done.
+        progress: counts the tokens of documents; gets its total here.
 
     Raises:
         UserError: no document is longer than a chunk.
@@ -130,10 +131,12 @@ def compression_cost(
             f"no document is longer than {chunk_size} tokens", "give longer documents or a smaller chunk size"
         )
     totals = {name: _Total() for name in formats}
+    if progress is not None:
+        progress.total = sum(map(len, documents))
     for ids in documents:
         _add_document(model, ids, chunk_size, totals)
         if progress is not None:
-            progress(len(ids))
+            progress.advance(len(ids))
     return [total.cost(name) for name, total in totals.items()]
 
 

@@ -125,16 +125,17 @@ def measured_flops(device: torch.device, precision: str, seconds: float = 0.2) -
     return 2 * size**3 / best
 
 
-def expected_time(flops: float, device: str) -> str:
+def expected_time(flops: float, device: str, gpu: str | None = None) -> str:
     """Return in words how long fp32 operations will take: an estimate, the same whenever a machine is asked.
 
     Args:
         flops: operations in all.
         device: "cpu" or "cuda".
+        gpu: name of a GPU that is not here, as of `named_memory`.
     """
     if device == "cpu":
         return f"about {rounded_time(flops / CORE)} of one core at {CORE / 1e9:g} GFLOP/s"
-    name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else EXAMPLE
+    name = gpu or (torch.cuda.get_device_name(0) if torch.cuda.is_available() else EXAMPLE)
     peak = named_peak(name, "fp32")
     if peak is None:
         name, peak = EXAMPLE, named_peak(EXAMPLE, "fp32")
@@ -142,12 +143,18 @@ def expected_time(flops: float, device: str) -> str:
     return f"about {rounded_time(flops / (USED * peak))} at half the fp32 peak of {name} (an estimate)"
 
 
-def device_memory(device: str) -> int | None:
-    """Return the bytes of this machine's memory, or of its first GPU's; None: it has no GPU.
+def device_memory(device: str, gpu: str | None = None) -> int | None:
+    """Return the bytes of this machine's memory, of its first GPU's or of another GPU's; None: it has no GPU.
 
     Args:
         device: "cpu" or "cuda".
+        gpu: name of a GPU that is not here, such as H100.
+
+    Raises:
+        UserError: an unknown GPU.
     """
+    if gpu is not None:
+        return named_memory(gpu)
     if device == "cpu":
         return psutil.virtual_memory().total
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None

@@ -11,12 +11,13 @@ from dataclasses import replace
 
 from ..config.resolve import resolve
 from ..config.schema import Config
+from ..errors import UserError
 from ..hybrid.model import HybridModel
 from ..stages.plan import RunPlan, StagePlan
 from ..stages.teacher import meta_online_teacher
 from ..teacher.kinds import TeacherKind
 from ..training.batching import rows_within
-from .devices import device_memory, named_memory
+from .devices import device_memory
 from .plan import meta_student, prepared_stages
 from .stage_memory import stage_memory
 
@@ -37,13 +38,17 @@ def resolve_fitted(
 
     Args:
         config, stages, ranks, kept, done: see `resolve`.
-        gpu: name of a GPU that is not here, such as H100.
+        gpu: name of a GPU that is not here, such as H100; the device is cuda then.
 
     Raises:
-        UserError: as `resolve`, or an unknown GPU.
+        UserError: as `resolve`, or an unknown GPU, or one for a run on a CPU.
     """
+    if gpu is not None:
+        if config.device == "cpu":
+            raise UserError(f"the plan is for a GPU, {gpu}, but the device is cpu", "leave out one of them")
+        config = config.model_copy(update={"device": "cuda"})
     plan = resolve(config, stages, ranks, kept, done)
-    memory = device_memory(plan.settings.device) if gpu is None else named_memory(gpu)
+    memory = device_memory(plan.settings.device, gpu)
     return plan if plan.settings.device == "cpu" or memory is None else fitted(plan, memory)
 
 

@@ -18,7 +18,7 @@ from ..stages.teacher import meta_online_teacher
 from ..support.text import rounded_bytes, rounded_count, rounded_flop, rounded_time
 from ..teacher.kinds import TeacherKind
 from ..training.loggers import check_loggers
-from .devices import RESERVED, card_for, device_memory, named_memory, named_peak, peak_flops
+from .devices import RESERVED, card_for, device_memory, named_peak, peak_flops
 from .fit_flops import calibration_flops
 from .flops import flops_per_token
 from .plan import disk_bytes, meta_student, prepared_stages, run_warnings, teacher_parameters
@@ -207,7 +207,7 @@ def forecast(plan: RunPlan, config: Config, gpu: str | None = None) -> Forecast:
         precision=run.precision,
         ranks=run.ranks,
         gpu=gpu,
-        available=device_memory(run.device) if gpu is None else named_memory(gpu),
+        available=device_memory(run.device, gpu),
         variants=tuple(config.variant),
         stages=tuple(stages),
         warnings=tuple(run_warnings(run)),
@@ -288,7 +288,7 @@ def forecast_text(found: Forecast, rate: Rate | None = None, price: float | None
     lines.append(_row(found, "", rate))
     lines.append("")
     if rate is not None:
-        lines.append(f"time: {rounded_flop(rate.flops)}/s, {rate.origin}; without evaluation and saving")
+        lines += [f"time: {rounded_flop(rate.flops)}/s, {rate.origin};", "      without evaluation and saving"]
     lines.append(
         f"memory: of one of {found.ranks} devices, {found.device} in {found.precision}"
         if found.ranks > 1

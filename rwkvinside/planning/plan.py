@@ -25,7 +25,7 @@ from ..teacher.load import meta_teacher
 from ..training.deepspeed_config import deepspeed_config, settle
 from ..training.loggers import check_loggers
 from ..training.optimizer_8bit import check_optimizer
-from .devices import card_for, device_memory, expected_time
+from .devices import RESERVED, card_for, device_memory, expected_time
 from .fit_flops import calibration_flops
 from .flops import flops_per_token, trial_flops
 from .memory import Memory, checkpoint_bytes
@@ -34,25 +34,26 @@ from .stage_memory import stage_memory, trained_bytes
 NEW = "mixer.lora"  # the one group that the teacher does not have
 
 
-def plan_text(plan: RunPlan, config: Config) -> str:
+def plan_text(plan: RunPlan, config: Config, gpu: str | None = None) -> str:
     """Return the plan of a run as text.
 
     Args:
         plan: from `config.resolve`; the stages that do not run count for what has been trained before.
         config: for what names the run: variants, loggers, output.
+        gpu: name of a GPU that is not here, such as H100; None: the device of this machine.
 
     Raises:
         UserError: what can only be seen with the student's parameters is wrong, such as a pattern that matches nothing;
-            the package of a logger is missing.
+            the package of a logger is missing; an unknown GPU.
     """
     check_loggers(config.loggers)
     model = meta_student(plan.settings)
-    lines = _run_lines(plan, config, model)
+    lines = _run_lines(plan, config, model, gpu)
     shown: list[dict] = []
     for stage, of_stage, kind in prepared_stages(plan, model):
         if stage.name not in plan.selected:
             continue
-        lines += ["", *_stage_lines(stage, of_stage, kind, config.checkpoint.keep)]
+        lines += ["", *_stage_lines(stage, of_stage, kind, config.checkpoint.keep, gpu)]
         if plan.settings.ranks > 1 and stage.stage.trains:
             settings = deepspeed_config(plan.settings.zero, stage.optim, plan.settings.precision, stage.shape)
             if settings not in shown:
@@ -114,7 +115,7 @@ def meta_student(run: RunSettings) -> HybridModel:
         return HybridModel.from_teacher(meta_teacher(run.teacher), run.student)
 
 
-def _run_lines(plan: RunPlan, config: Config, model: HybridModel) -> list[str]:
+def _run_lines(plan: RunPlan, config: Config, model: HybridModel, gpu: str | None) -> list[str]:
     """Return what the plan says of the run as a whole."""
     run, c = plan.settings, model.lm.config
     layer_map = "".join("R" if i in model.rwkv_layers else "A" for i in range(c.num_hidden_layers))
@@ -126,7 +127,7 @@ def _run_lines(plan: RunPlan, config: Config, model: HybridModel) -> list[str]:
         f"{': ' * bool(kept)}{spans(kept)})",
         *_choice_lines(plan, model),
         *_kept_lines(model),
-        f"device    {run.device}, {run.precision}, {run.ranks} {'ranks' if run.ranks > 1 else 'rank'}, {engine}",
+        f"device    {gpu or run.device}, {run.precision}, {run.ranks} {'ranks' if run.ranks > 1 else 'rank'}, {engine}",
         f"loggers   {', '.join(['metrics.jsonl', *config.loggers])}",
         f"run       {' -> '.join(config.run)}, into {config.out}",
     ]
@@ -214,11 +215,14 @@ def teacher_parameters(model: HybridModel) -> int:
     return sum(p.numel() for p in model.parameters() if id(p) not in mixers)
 
 
-def _stage_lines(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, keep: int) -> list[str]:
+def _stage_lines(
+    plan: StagePlan, model: HybridModel, kind: TeacherKind | None, keep: int, gpu: str | None
+) -> list[str]:
     """Return what the plan says of a stage.
 
     Args:
         keep: newest checkpoints that stay on disk.
+        gpu: as of `plan_text`.
     """
     if plan.stage.chooses_layers:
         lines = [f"{plan.title}: {rounded_count(plan.length.total_tokens)} tokens of the validation data at most"]
@@ -237,9 +241,9 @@ def _stage_lines(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, 
             details.append(f"work      {rounded_flop(flops)} a token, {rounded_flop(total)} in all")
     else:
         flops = sum(calibration_flops(model, plan).values())
-        details.append(f"work      {rounded_flop(flops)} in all: {expected_time(flops, plan.run.device)}")
+        details.append(f"work      {rounded_flop(flops)} in all: {expected_time(flops, plan.run.device, gpu)}")
     lines += [f"  {line}" for line in details]
-    lines += _memory_lines(stage_memory(plan, model, kind, teacher), plan.run.device)
+    lines += _memory_lines(stage_memory(plan, model, kind, teacher), plan.run.device, gpu)
     size = _checkpoint_bytes(plan, model)
     frozen = sum(layer.nbytes for layer in model.quantized.values())
     more = f", and {rounded_bytes(frozen)} of quantized weights once" if frozen else ""
@@ -250,7 +254,7 @@ def _stage_lines(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, 
     return lines
 
 
-def _memory_lines(memory: Memory, device: str) -> list[str]:
+def _memory_lines(memory: Memory, device: str, gpu: str | None) -> list[str]:
     training = sum(memory.device.values())
     moments = {"training": training, "saving": memory.saving, "evaluating": memory.evaluating}
     largest = max(moments, key=moments.__getitem__)
@@ -263,19 +267,21 @@ def _memory_lines(memory: Memory, device: str) -> list[str]:
             f"            last evaluation: {last} with the original teacher ({original}), "
             "which is left out where that does not fit"
         )
+    lines += _fit_lines(memory.peak, device, gpu)
     if host := memory.host():
         lines.append(f"  host      about {rounded_bytes(host)} of the host's memory a rank")
-    return lines + _fit_lines(memory.peak, device)
+    return lines
 
 
-def _fit_lines(peak: int, device: str) -> list[str]:
+def _fit_lines(peak: int, device: str, gpu: str | None) -> list[str]:
     """Return what does not fit, or on which card it does.
 
-    It is checked on the device of this machine; where there is none, on common GPUs.
+    It is checked on the GPU that is named or the device of this machine; where there is none, on common GPUs.
     """
-    total = device_memory(device)
+    total = device_memory(device, gpu)
     if total is None:
         card = card_for(peak)
         return [f"            fits a GPU of {card} GB" if card else "            DOES NOT FIT any common GPU"]
-    here = "GPU" if device == "cuda" else "machine"
-    return [] if peak <= total else [f"            DOES NOT FIT: this {here} has {rounded_bytes(total)}"]
+    here = gpu or f"this {'GPU' if device == 'cuda' else 'machine'}"
+    needed = peak + (RESERVED if gpu else 0)
+    return [] if needed <= total else [f"            DOES NOT FIT: {here} has {rounded_bytes(total)}"]

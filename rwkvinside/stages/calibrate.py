@@ -6,10 +6,10 @@ share of this that brings the student closest to its teacher (`shares`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
+from ..support.progress import Progress
 from ..support.text import rounded_count
 from .base import StageSize
 from .untrained import UntrainedStage
@@ -48,13 +48,13 @@ class Calibrate(UntrainedStage):
                 f"set stages.{plan.name}.quantize of this stage to groups without mixers",
             )
 
-    def fit(self, student: HybridModel, batches: list[Batch], progress: Callable[[int], None]) -> dict:
+    def fit(self, student: HybridModel, batches: list[Batch], progress: Progress) -> dict:
         """Fit every mixer in place.
 
         Args:
             student: with its teacher's attention.
             batches: of the stage's rows, on the student's device.
-            progress: called with a layer's index when it is fitted.
+            progress: counts the layers; shares have a part of it.
 
         Returns:
             The stage's own row of metrics.jsonl: lists per head by field and layer.
@@ -62,18 +62,20 @@ class Calibrate(UntrainedStage):
         from dataclasses import fields
 
         from ..hybrid.calibration import Calibrated, LayerFit, calibrate
-        from .shares import choose_shares, split_rows
+        from .shares import choose_shares, most_trials, split_rows
 
         windowed = {i: mixer for i, mixer in student.mixers.items() if mixer.mixer_config.window}
         projections = {i: mixer.output.weight.detach().to("cpu", copy=True) for i, mixer in windowed.items()}
         if windowed and _are_short(batches):
             batches = [batch.joined() for batch in batches]
         to_fit, held = split_rows(batches) if windowed else (batches, [])
-        fits = calibrate(student, to_fit, progress)
+        fits = calibrate(student, to_fit, lambda layer: progress.advance())
         row = {f.name: {str(i): getattr(fit, f.name) for i, fit in fits.items()} for f in fields(LayerFit)}
         if windowed:
             layers = {i: Calibrated.of(mixer, projections[i]) for i, mixer in windowed.items()}
-            row["share"] = {str(i): share for i, share in choose_shares(student, layers, held).items()}
+            with progress.part("shares", most_trials(len(layers)), unit="students") as part:
+                shares = choose_shares(student, layers, held, part.advance)
+            row["share"] = {str(i): share for i, share in shares.items()}
         return row
 
     def held_bytes(self, student: HybridModel, plan: StagePlan) -> int:

@@ -8,7 +8,7 @@ closest to its teacher on rows that were not fitted. With no share left the stud
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -68,7 +68,12 @@ def _rows(batch: Batch, rows: slice) -> Batch:
 
 
 @torch.no_grad()
-def choose_shares(model: HybridModel, layers: Mapping[int, Calibrated], batches: Sequence[Batch]) -> dict[int, float]:
+def choose_shares(
+    model: HybridModel,
+    layers: Mapping[int, Calibrated],
+    batches: Sequence[Batch],
+    advance: Callable[[], object] = lambda: None,
+) -> dict[int, float]:
     """Give every layer the share of its fit with which the student is closest to its teacher.
 
     First the best one for all layers, then, from the last layers on, the best one for each of a few groups.
@@ -77,6 +82,7 @@ def choose_shares(model: HybridModel, layers: Mapping[int, Calibrated], batches:
         model: calibrated, with its teacher's attention.
         layers: those with a window.
         batches: of rows that were not fitted.
+        advance: called after every student that is compared, `most_trials` times at most.
 
     Returns:
         The shares by layer.
@@ -94,6 +100,7 @@ def choose_shares(model: HybridModel, layers: Mapping[int, Calibrated], batches:
         if key not in measured:
             keep(shares)
             measured[key] = sum(float(model(batch, task=DistillationLoss(signal))[0]) for batch, signal in judged)
+            advance()
         return measured[key]
 
     def best(chosen: dict[int, float], group: Sequence[int], shares: Sequence[float]) -> dict[int, float]:

@@ -186,7 +186,15 @@ def check_cache(
     if rows is not None:
         identity["data"] = data_hash(rows)
     check_identity(reader.path, reader.identity, reader.identity | identity)
-    reader.require(plan.row_count)  # the rest of other logits would be of no use
+    reader.require(min(plan.row_count, reader.rows))  # the rest of other logits would be of no use
+    if plan.row_count > reader.rows:
+        step = f"stages.{plan.name}.batch.tokens={plan.length.batch_tokens}"
+        raise UserError(
+            f"the logits in {reader.path} are of {reader.rows:,} rows, and the steps of stage {plan.name} read "
+            f"{plan.row_count:,}: {plan.length.steps:,} of {plan.length.rows_per_step:,}",
+            f"add the missing rows: the same `rwkvinside data logits` with stages.{plan.name}.tokens="
+            f"{plan.length.total_tokens} {step}",
+        )
     top_k = plan.loss.top_k
     if top_k and top_k > reader.k:
         raise UserError(

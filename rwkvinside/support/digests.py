@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from .files import file_digest, write_json
+from .progress import Progress
 from .sealed import read_sealed, sealed
 
 THREADS = 4  # hashing runs outside of Python's lock; more than a disk can feed is of no use
@@ -51,8 +52,12 @@ class FileDigests:
     def of_all(self, paths: Iterable[Path]) -> list[str]:
         """Return the digests of files, several of which are read at a time."""
         _ = self._known  # once, before several threads ask for it
-        with ThreadPoolExecutor(THREADS) as pool:
-            return list(pool.map(self.of, paths))
+        files, digests = list(paths), []
+        with ThreadPoolExecutor(THREADS) as pool, Progress("hashing", len(files), unit="files") as progress:
+            for digest in pool.map(self.of, files):
+                digests.append(digest)
+                progress.advance()
+        return digests
 
     def save(self) -> None:
         """Remember what was computed, for the next process.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import nullcontext, suppress
 from typing import TextIO
 
 DELAY = 0.5  # seconds; shorter work is not worth a bar
@@ -23,6 +24,7 @@ class Progress:
         stream: where to write; None is standard error.
         delay: seconds before a terminal has a bar.
         interval: seconds between lines elsewhere; None: only the lines of `say`.
+        within: work that this is a part of, see `part`.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class Progress:
         stream: TextIO | None = None,
         delay: float = DELAY,
         interval: float | None = INTERVAL,
+        within: Progress | None = None,
     ):
         self.label, self.total, self.unit = label, total, unit
         self.done = self._before = done
@@ -44,6 +47,7 @@ class Progress:
         self._start = self._last_line = time.monotonic()
         self._shown: int | None = None  # what the last line said
         self._bar = self._task = None
+        self._within = within
 
     def __enter__(self) -> Progress:
         self._start = self._last_line = time.monotonic()
@@ -52,10 +56,25 @@ class Progress:
 
     def __exit__(self, kind: type | None, *_) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            if self._within is not None and self._bar is self._within._bar:
+                self._bar.remove_task(self._task)
+            else:
+                self._bar.stop()
             self._bar = None
         elif kind is None and self._shown is not None and self._shown != self.done:
             self._line()  # work that had lines has one for its end
+
+    def part(self, label: str, total: int | None = None, *, unit: str = "") -> Progress:
+        """Return the progress of a part of this work, such as an evaluation between two steps.
+
+        On a terminal its bar stands below that of the whole. A line that cannot be printed is left out: what the whole
+        prints next says so.
+
+        Args:
+            label: follows that of the whole.
+            total, unit: as of the whole.
+        """
+        return Progress(f"{self.label} {label}", total, unit=unit, stream=self.stream, within=self)
 
     @property
     def rate(self) -> float:
@@ -98,7 +117,8 @@ class Progress:
         count = f"{self.done:,}" if self.total is None else f"{self.done:,}/{self.total:,}"
         left = f"ETA {clock((self.total - self.done) / self.rate)}" if self.total is not None and self.rate else ""
         counted = f"{self.label} {count} {self.unit}".rstrip()
-        self.say("  ".join(filter(None, (counted, self._detail, left))))
+        with nullcontext() if self._within is None else suppress(OSError):
+            self.say("  ".join(filter(None, (counted, self._detail, left))))
 
     def _draw(self) -> None:
         """Bring the bar of a terminal up to date.
@@ -112,6 +132,10 @@ class Progress:
         self._bar.update(self._task, completed=self.done, detail=f"{self.unit}  {self._detail}".strip())
 
     def _begin_bar(self) -> None:
+        if self._within is not None and self._within._bar is not None:  # two live bars would write over each other
+            self._bar = self._within._bar
+            self._task = self._bar.add_task(self.label, total=self.total, detail="")
+            return
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar

@@ -152,6 +152,7 @@ class LogitsReader:
 
     Attributes:
         identity, k, vocab: those of the writer.
+        rows: that were to be written.
 
     Raises:
         UserError: there are no logits, or their index is damaged.
@@ -162,6 +163,7 @@ class LogitsReader:
         index = _read_index(self.path)
         self.identity, self.k, self.vocab = index["identity"], index["k"], index["vocab"]
         self._rows_per_shard = index["rows_per_shard"]
+        self.rows = max([index["rows"], *(shard["rows"][1] for shard in index["shards"].values())])
         self._shards = {shard["rows"][0]: (name, shard) for name, shard in index["shards"].items()}
         self._open = lru_cache(maxsize=4)(self._open_shard)
 

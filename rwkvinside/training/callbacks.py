@@ -176,12 +176,12 @@ class WriteSamples(Callback):
     """Lets the model write, by a function that every rank calls.
 
     Args:
-        function: returns texts, {"prompt", "student"} each, and "teacher" where there is one.
+        function: from the number of steps done to texts, {"prompt", "student"} each, and "teacher" where there is one.
         every: steps between samples; 0: none.
         last: whether there is one at the end of the stage in any case.
     """
 
-    def __init__(self, function: Callable[[], list[dict[str, str]]], every: int, last: bool):
+    def __init__(self, function: Callable[[int], list[dict[str, str]]], every: int, last: bool):
         self.function, self.every, self.last = function, every, last
 
     def step(self, trainer: Trainer, row: dict) -> None:
@@ -199,7 +199,7 @@ class WriteSamples(Callback):
 
     def _write(self, trainer: Trainer) -> None:
         """Make a sample, and tell the others of it."""
-        if not (samples := self.function()):
+        if not (samples := self.function(trainer.done)):
             return
         place = {"kind": "sample", "stage": trainer.plan.stage, "step": trainer.done, "tokens": trainer.tokens}
         for callback in trainer.callbacks:

@@ -149,6 +149,16 @@ class Console:
                 f"tokens/s{mfu}  ETA {clock(seconds_left)}{rest}"
             )
 
+    def part(self, step: int, what: str, total: int, unit: str) -> Progress:
+        """Return the progress of work between two steps.
+
+        Args:
+            step: how many are done.
+            what: is done now.
+            total, unit: of it.
+        """
+        return self._progress.part(f"{step}/{self.steps}  {what}", total, unit=unit)
+
     def evaluation(self, row: Mapping) -> None:
         """Show an evaluation row: its numbers by name."""
         skipped = ("step", "tokens", "time")

@@ -52,8 +52,13 @@ def test_the_command_measures_random_models(tmp_path):
     assert all(entry["graphed_ms"] > 0 for entry in found)
 
 
-def test_the_command_measures_directories(tmp_path, models):
+def test_the_command_measures_directories_and_presets(tmp_path, models, monkeypatch, capsys):
     models["teacher"].save_pretrained(tmp_path / "teacher")
-    asked = ["--models", str(tmp_path / "teacher"), "--contexts", "8", "--new-tokens", "2"]
-    assert main(["bench", "generation", *asked, "--json", str(tmp_path / "speed.json")]) == 0
-    assert [entry["context"] for entry in json.loads((tmp_path / "speed.json").read_text())] == [8]
+    asked = ["--contexts", "8", "--new-tokens", "2", "--json", str(tmp_path / "speed.json")]
+    preset = {"teacher": {"path": str(tmp_path / "teacher")}}  # stands for a hub id, of which there is no copy here
+    monkeypatch.setattr("rwkvinside.config.teacher_lookup.teachers", lambda: {"Qwen3-0.6B": preset})
+    for name in (str(tmp_path / "teacher"), "qwen3-0.6b"):
+        assert main(["bench", "generation", "--models", name, *asked]) == 0
+        assert [entry["context"] for entry in json.loads((tmp_path / "speed.json").read_text())] == [8]
+    assert main(["bench", "generation", "--models", "Qwen3-0.6", *asked]) == 2
+    assert "did you mean Qwen3-0.6B?" in capsys.readouterr().err

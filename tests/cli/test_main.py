@@ -19,15 +19,27 @@ ROOT = Path(__file__).resolve().parents[2]
 HEAVY = {"torch", "transformers", "numpy", "pydantic", "deepspeed"}
 
 HELP = """
-import contextlib, importlib, io, json, sys
+import argparse, contextlib, importlib, io, json, os, sys
+from rwkvinside.cli.arguments import ArgumentParser
 from rwkvinside.cli.main import VERBS, main
 
-imported = {}
+os.environ["COLUMNS"] = "80"
+imported, wide, unstated, parse = {}, [], [], ArgumentParser.parse
+
+def looked_at(parser, argv):
+    for action in parser._actions:
+        usual = action.default in (None, False, [], (), "", argparse.SUPPRESS) or action.help == argparse.SUPPRESS
+        if not usual and "default" not in action.help:
+            unstated.append(f"{parser.prog} {action.dest}: {action.help}")
+    return parse(parser, argv)
+
+ArgumentParser.parse = looked_at
 def help(*command):
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
         main([*command, "--help"])
     assert out.getvalue().startswith("usage: rwkvinside"), command
     imported[" ".join(command)] = sorted(set(sys.modules) & set(sys.argv[1:]))
+    wide.extend(line for line in out.getvalue().splitlines() if len(line) > 79)
 
 help()
 for verb in VERBS:
@@ -35,7 +47,7 @@ for verb in VERBS:
     module = VERBS[verb][0].partition(":")[0]
     for command in getattr(importlib.import_module(f"rwkvinside.cli.{module}"), "COMMANDS", ()):
         help(verb, command)
-print(json.dumps(imported))
+print(json.dumps({"imported": imported, "wide": wide, "unstated": unstated}))
 """
 
 
@@ -43,10 +55,12 @@ def run(*command, **options):
     return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, **options)
 
 
-def test_help_of_every_verb_imports_nothing_heavy():
+def test_help_of_every_verb_imports_nothing_heavy_fits_80_columns_and_states_defaults():
     result = run("-c", HELP, *HEAVY)
     assert result.returncode == 0, result.stderr
-    imported = json.loads(result.stdout)
+    found = json.loads(result.stdout)
+    assert found["wide"] == found["unstated"] == []
+    imported = found["imported"]
     assert {"train", "data pack", "bench wkv7", "config fields", "verify"} < imported.keys()
     assert not {command: found for command, found in imported.items() if found}
 

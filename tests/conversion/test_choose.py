@@ -1,8 +1,11 @@
 """Runs that choose their layers: the choice is recorded, survives interruptions, and is what is exported."""
 
+import itertools
 import json
 import random
+import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -173,11 +176,16 @@ def test_short_distillations_go_on_where_they_were(whole, tmp_path, monkeypatch,
     assert found["scores"] == first["scores"]["restore+distill"]["layers"]
 
 
-def test_a_run_chooses_by_short_distillations(material, tmp_path, capsys):
+def test_a_run_chooses_by_short_distillations(material, tmp_path, monkeypatch, capsys):
     out, choice = tmp_path / "run", CHOICE.replace("keep: 1", "keep: 1, distill: 256")
     settings = [choice, "run=[calibrate,choose]"]
-    assert train(material, out, *settings) == 0
+    with monkeypatch.context() as patch:
+        clock = itertools.count(step=11)  # what takes long passes 11 seconds between two looks at the clock
+        patch.setattr("rwkvinside.support.progress.time", SimpleNamespace(monotonic=lambda: next(clock)))
+        assert train(material, out, *settings) == 0
     printed = capsys.readouterr().out
+    assert "restore+distill 0/20 steps  4/20 forwards of scoring\n" in printed, "the untrained students"
+    assert re.search(r"restore\+distill [1-9]\d*/20 steps  ETA 0:", printed)
     (kept,) = RunDirectory(out).records.chosen_layers()
     assert f"layers {kept} keep their attention, by restore+distill" in printed
     plan = (out / "plan.txt").read_text()

@@ -1,14 +1,15 @@
 """Whole conversions of a tiny teacher through train_distill.py, in this process; with others: test_conversion.py."""
 
 import io
+import itertools
 import json
-import os
 import random
 import shlex
 import shutil
 import signal
 import sys
 from contextlib import redirect_stdout
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -194,10 +195,19 @@ def test_each_stage_starts_from_the_last(whole):
     assert {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"} <= distilled.keys()
 
 
-def test_a_windowed_run_measures_its_control_once(material, tmp_path):
+def test_a_windowed_run_measures_its_control_once(material, tmp_path, monkeypatch, capsys):
+    """And in a log, where no bar is, all that may take long has lines."""
     out = tmp_path / "run"
     more = ("student.window=4", "student.sinks=1", "run=[calibrate,align]")
-    assert train(material, out, *more) == 0
+    with monkeypatch.context() as patch:
+        clock = itertools.count(step=11)  # what takes long passes 11 seconds between two looks at the clock
+        patch.setattr("rwkvinside.support.progress.time", SimpleNamespace(monotonic=lambda: next(clock)))
+        assert train(material, out, *more) == 0
+    shown = {line.partition("  ETA")[0] for line in capsys.readouterr().out.splitlines() if "  ETA 0:" in line}
+    assert {f"calibrate {step}/1  evaluating 1/1 batches" for step in (0, 1)} <= shown
+    assert {f"calibrate {layer}/3 layers" for layer in (1, 2, 3)} <= shown
+    assert {"calibrate shares 5/11 students", "align 3/3  evaluating 1/1 batches"} <= shown
+    assert any(line.startswith("align 3/3  writing 2/") for line in shown), shown
     (control,) = rows(out, "control", "calibrate")
     last = rows(out, "eval", "calibrate")[-1]
     assert control["ce_teacher"] == last["ce_teacher"] and control["kl"] > 0 and 0 < control["agreement"] < 1
@@ -693,7 +703,7 @@ def test_a_signal_between_the_steps(material, tmp_path, monkeypatch, capsys, num
     def signalled(run, plan, resume_from):
         begun.append(plan.name)
         if len(begun) in (1, 3):
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)  # to this thread: os.kill may wake another one, and training has begun by then
         run_stage(run, plan, resume_from)
 
     monkeypatch.setattr(conversion, "run_stage", signalled)

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import train_distill
 from rwkvinside.cli.main import main
 from rwkvinside.config.load import load_config
+from rwkvinside.config.resolve import resolve
 from rwkvinside.conversion.write_logits import distillation_plan, write_logits
 from rwkvinside.data.sources import tokens_of
 from rwkvinside.errors import Interrupted, UserError
@@ -192,6 +193,28 @@ def test_more_rows_of_the_same_stage_are_added(material, copied):
     assert len(json.loads((copied / "index.json").read_text())["shards"]) == 5
     LogitsReader(copied).require(20)
     assert cached(material, copied)  # and the shorter stage can use them too
+
+
+def test_more_ranks_than_rows_in_a_step_need_more_rows(material, tmp_path, capsys):
+    """Left out, `batch.tokens` has a row for every rank: 12 steps of one row are 3 of 5."""
+    given = [word for word in arguments(material) if not word.startswith("stages.distill.batch")]
+    write = ["data", "logits", *given, "--out", str(tmp_path / "logits"), f"--k={K}"]
+    assert main(write) == 0
+    overrides = [*given[6:], "stages.distill.teacher=cache", f"stages.distill.teacher_cache={tmp_path / 'logits'}"]
+    config = load_config(teacher=given[1], data=[given[3]], val=[given[5]], overrides=overrides)
+    tokenizer, digests = open_tokenizer(config.teacher), FileDigests()
+    check_teacher(resolve(config).stage("distill"), tokenizer, digests)
+    plan = resolve(config, ranks=5).stage("distill")
+    with pytest.raises(UserError) as error:
+        check_teacher(plan, tokenizer, digests)
+    assert error.value.cause.endswith("are of 12 rows, and the steps of stage distill read 15: 3 of 5")
+    more = re.findall(r"stages\.\S+", error.value.hint)
+    assert more == ["stages.distill.tokens=384", "stages.distill.batch.tokens=160"]
+    assert main([*write, *more]) == 0  # as the hint says
+    check_teacher(plan, tokenizer, digests)
+    assert main([*write[:-2], str(tmp_path / "others"), write[-1], "--ranks=5"]) == 0
+    shards = [json.loads((tmp_path / name / "index.json").read_text())["shards"] for name in ("logits", "others")]
+    assert shards[0] == shards[1] and "15 of 15 rows" in capsys.readouterr().out
 
 
 def test_ctrl_c_and_a_full_disk_keep_what_is_done(material, tmp_path, monkeypatch):

@@ -102,7 +102,9 @@ def test_short_distillations_score_what_restore_does(model, batches):
     def trials(candidates, tokens, score):
         return [score(kept) for kept in candidates]
 
-    untrained = measure(model, batches, LayerChoice("restore", 1, distill=8), recall, lambda: None, trials)
+    choice, calls = LayerChoice("restore", 1, distill=8), []
+    untrained = measure(model, batches, choice, recall, lambda: calls.append(1), trials)
+    assert 0 < len(calls) <= forwards(choice, LAYERS, len(batches))
     plain = measure(model, batches, LayerChoice("greedy", 1), recall, lambda: None)  # restore stops earlier
     assert untrained.base == pytest.approx(plain.base, rel=1e-6)
     assert untrained.details["kl@0"] == pytest.approx(plain.details["kl"], rel=1e-6)

@@ -66,9 +66,9 @@ def test_ranks_share_the_rows_first(config):
 
 
 def test_a_cpu_and_a_machine_without_a_gpu_leave_the_plan(config, monkeypatch):
-    monkeypatch.setattr(fitting, "device_memory", lambda device: None)
+    monkeypatch.setattr(fitting, "device_memory", lambda device, gpu: None)
     assert micro_rows(resolve_fitted(config)) == micro_rows(resolve(config))
-    monkeypatch.setattr(fitting, "device_memory", lambda device: 80 * 10**9)
+    monkeypatch.setattr(fitting, "device_memory", lambda device, gpu: 80 * 10**9)
     assert resolve_fitted(config).stage("align").shape.micro_rows == 48
     on_cpu = config.model_copy(update={"device": "cpu", "precision": "fp32"})
     assert micro_rows(resolve_fitted(on_cpu)) == micro_rows(resolve(on_cpu))

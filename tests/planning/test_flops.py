@@ -20,6 +20,7 @@ from rwkvinside.planning import devices
 from rwkvinside.planning.devices import measured_flops, peak_flops
 from rwkvinside.planning.fit_flops import calibration_flops
 from rwkvinside.planning.flops import training_flops
+from rwkvinside.support.progress import Progress
 from rwkvinside.teacher.kinds import TeacherKind
 
 ROWS, LENGTH = 2, 32
@@ -248,7 +249,7 @@ def test_calibration(monkeypatch, window):
     ones, positions = torch.ones_like(ids).int(), torch.arange(length).expand(*ids.shape)
     batch = Batch(ids, ids, positions, ones, tuple(range(len(ids))))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        plan.stage.fit(student, [batch], lambda layer: None)
+        plan.stage.fit(student, [batch], Progress("fit"))
     found = calibration_flops(student, plan)
     assert ("shares" in found) == bool(window)
     computed = sum(found.values()) - found["recurrence"] - found["solving"]
@@ -263,6 +264,7 @@ def test_how_long_a_calibration_takes(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA A100-SXM4-80GB")
     assert "half the fp32 peak of NVIDIA A100" in devices.expected_time(67e13, "cuda")
+    assert devices.expected_time(19.5e13, "cuda", "A100") == "about 20 s at half the fp32 peak of A100 (an estimate)"
 
 
 def test_peak_by_name(monkeypatch):

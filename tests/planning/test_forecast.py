@@ -12,6 +12,7 @@ from rwkvinside.config.load import load_config
 from rwkvinside.config.resolve import resolve
 from rwkvinside.errors import UserError
 from rwkvinside.planning import forecast as module
+from rwkvinside.planning import plan
 from rwkvinside.planning.forecast import Rate, expected_rate, forecast, forecast_text
 from rwkvinside.planning.memory import Memory
 
@@ -70,7 +71,7 @@ def test_the_verdict_comes_first(teacher, monkeypatch):
         (2**20, "does not fit the memory of this machine: "),
         (None, "fits a GPU of"),
     ):
-        monkeypatch.setattr(module, "device_memory", lambda device, size=size: size)
+        monkeypatch.setattr(module, "device_memory", lambda device, gpu, size=size: size)
         found = expected(teacher)
         assert found.fits is (None if size is None else size > 2**30)
         assert forecast_text(found).startswith(start)
@@ -135,5 +136,9 @@ def test_plan_prints_little_unless_asked(teacher, tmp_path, capsys):
     assert "--mfu 1.5" in capsys.readouterr().err
     assert main(["plan", "--teacher", teacher, "--gpu", "H100", "device=cpu"]) == 2
     assert "the device is cpu" in capsys.readouterr().err
-    assert main(["plan", "--teacher", teacher, "--gpu", "H100"]) == 0
-    assert capsys.readouterr().out.startswith("fits an H100 of 80 GB: ")
+    assert main(["plan", "--teacher", teacher, "--gpu", "H100", "-v"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("fits an H100 of 80 GB: ") and "\ndevice    H100, " in shown
+    assert "half the fp32 peak of H100 " in shown and "fits a GPU of" not in shown
+    (line,) = plan._fit_lines(79 * 10**9, "cuda", "H100")  # with a context of 1 GiB
+    assert line.strip() == "DOES NOT FIT: H100 has 74.5 GiB"

@@ -202,9 +202,9 @@ def test_the_loss_and_its_teacher_are_named(teacher):
 
 
 def test_what_does_not_fit_is_said(teacher, monkeypatch):
-    monkeypatch.setattr(plan, "device_memory", lambda device: 2**20)
+    monkeypatch.setattr(plan, "device_memory", lambda device, gpu: 2**20)
     assert "DOES NOT FIT: this machine has 1 MiB" in planned(teacher)
-    monkeypatch.setattr(plan, "device_memory", lambda device: 2**40)
+    monkeypatch.setattr(plan, "device_memory", lambda device, gpu: 2**40)
     assert "DOES NOT FIT" not in planned(teacher)
 
 

@@ -12,7 +12,8 @@ from rwkvinside.hybrid.calibration import Calibrated, calibrate
 from rwkvinside.hybrid.model import HybridModel
 from rwkvinside.hybrid.settings import StudentConfig
 from rwkvinside.stages.calibrate import Calibrate
-from rwkvinside.stages.shares import SHARES, choose_shares, split_rows
+from rwkvinside.stages.shares import SHARES, choose_shares, most_trials, split_rows
+from rwkvinside.support.progress import Progress
 
 
 def kl(model, batches, mode="student"):
@@ -70,7 +71,9 @@ def test_the_best_of_what_was_tried_is_kept(window_mix):
         for layer in layers.values():
             layer.keep(share)
         alike.append(kl(model, held))
-    shares = choose_shares(model, layers, held)
+    told = []
+    shares = choose_shares(model, layers, held, lambda: told.append(1))
+    assert len(SHARES) < len(told) <= most_trials(len(layers))
     assert shares.keys() == layers.keys() and set(shares.values()) <= set(SHARES)
     assert kl(model, held) <= min(alike) * (1 + 1e-5)
     if window_mix == "sum":
@@ -145,6 +148,6 @@ def test_short_documents_are_read_as_one_where_mixers_have_windows(lengths, join
     for window in (0, 4):
         model = HybridModel.from_teacher(teacher("llama"), StudentConfig(window=window))
         with pytest.raises(AttributeError):  # nothing was fitted
-            Calibrate().fit(model, [packed(lengths, rows=3)], lambda layer: None)
+            Calibrate().fit(model, [packed(lengths, rows=3)], Progress("fit"))
     plain, windowed = (max(int(batch.segment_ids.max()) for batch in part) for part in (seen[:1], seen[1:]))
     assert plain == len(lengths) and windowed == (1 if joined else len(lengths))

@@ -94,5 +94,46 @@ def test_a_terminal_has_a_bar_after_a_while(now):
     assert "\x1b[" in shown and "a [line]" in shown and "rows [a]" in shown and "2/10" in shown and "loss 3" in shown
 
 
+def test_a_part_has_lines_of_its_own(now):
+    stream = io.StringIO()
+    with Progress("align", 2, stream=stream, interval=None) as progress:
+        with progress.part("1/2  evaluating", 40, unit="batches") as part:
+            for _ in range(40):
+                now[0] += 0.5
+                part.advance()
+        progress.say("align 1/2  eval: kl 0.1")
+    assert lines(stream) == [
+        "align 1/2  evaluating 20/40 batches  ETA 0:00:10",
+        "align 1/2  evaluating 40/40 batches  ETA 0:00:00",
+        "align 1/2  eval: kl 0.1",
+    ]
+
+
+def test_a_part_shares_the_bar_of_the_whole(now):
+    stream = Terminal()
+    with Progress("align", 2, stream=stream, delay=0) as progress:
+        bar = progress._bar
+        with progress.part("evaluating", 40, unit="batches") as part:
+            now[0] += 1
+            part.advance()
+            assert part._bar is bar and [task.description for task in bar.tasks] == ["align", "align evaluating"]
+            progress.say("a line")
+        assert [task.description for task in bar.tasks] == ["align"] and progress._bar is bar
+    assert "align evaluating" in stream.getvalue() and "a line" in stream.getvalue()
+
+
+def test_a_part_that_cannot_print_does_not_end_the_work(now):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    with Progress("align", 2, stream=Closed(), interval=None) as progress:
+        with progress.part("evaluating", 2) as part:
+            now[0] += 11
+            part.advance(2)
+        with pytest.raises(BrokenPipeError):
+            progress.say("a line")
+
+
 def test_durations():
     assert [clock(seconds) for seconds in (0.4, 59.6, 3725)] == ["0:00:00", "0:01:00", "1:02:05"]

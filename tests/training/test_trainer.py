@@ -126,7 +126,7 @@ def test_sigterm_saves_and_exits_75(straight, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_in_the_last_step_is_not_lost(tmp_path, number):
     def evaluate(step):
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
         return {}
 
     checkpointer = Checkpointer(tmp_path, {})
@@ -140,7 +140,7 @@ def test_a_signal_in_the_last_step_is_not_lost(tmp_path, number):
 
 def test_under_nohup_a_closed_terminal_is_ignored(tmp_path):
     def evaluate(step):
-        os.kill(os.getpid(), signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)
         return {}
 
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--write-docs", metavar="FILE", help=f"measure nothing; write the tables of {PAGE} from such a {RESULTS}"
     )
     parser.add_argument("--budget", type=float, default=520.0, metavar="S", help="seconds in all (default: 520)")
-    parser.add_argument("--dry", action="store_true", help="run every line on the CPU, with tiny shapes")
+    parser.add_argument("--dry", action="store_true", help="run all of it on the CPU, with tiny shapes")
     parser.add_argument(
         "--stages", metavar="A,B", help=f"in this order, of {', '.join(e.name for e in STAGES)} (default: all)"
     )
