@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -16,13 +16,12 @@ from ...kernels.gpu import table
 from ...kernels.gpu.decode import plan_step
 from ...kernels.gpu.launch import Launch, capability
 from ...modeling.wkv7 import wkv7
-from . import windows as window_cases
+from . import windows
 from .compiling import Compiler
 from .configurations import Batch, Fastest, of_part, rounds
 from .mixer_times import MixerCase, mixer_times, moved
 from .mixer_times import cases as mixer_cases
 from .timing import host_microseconds, launch_milliseconds, milliseconds
-from .windows import WindowCase
 from .wkv_cases import Capability, Case
 
 if TYPE_CHECKING:
@@ -61,18 +60,11 @@ def run(stage: Stage) -> None:
         needs = 1 + 0.1 * len(launches) + compiler.seconds(launches)
         stage.attempt(case.name, partial(mixer_times, case, device, bandwidth), needs)
 
-    def windows(cases: list[WindowCase], what: str, work: Callable[[WindowCase], dict]) -> None:
-        compiler.ahead(f"windows, {what}", [launch for case in cases for launch in case.launches("meta")])
-        for case in cases:
-            needs = 2 + compiler.seconds(case.launches("meta"))
-            stage.attempt(case.name if what == "timed" else f"{case.name}, {what}", partial(work, case), needs)
-
     first, *others = timed_cases(stage.dry)
     time_all(first)
     for case in mixer_cases(stage.dry):
         time_mixer(case)
-    windows(window_cases.checked(stage.dry), "checked", lambda case: window_cases.against_dense(case, device))
-    windows(window_cases.timed(stage.dry), "timed", lambda case: window_cases.times(case, device, bandwidth))
+    windows.run(stage, compiler, bandwidth)
     for rows in (1,) if stage.dry else (1, 8, 64, 512):
         stage.attempt(f"decode {rows}", partial(decode_times, rows, device, bandwidth, stage.dry))
     fastest = Fastest()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,10 @@ from ...modeling.window_attention import Beyond, Form, dense_window_attention, w
 from .correct import distance, judged
 from .mixer_times import moved
 from .timing import launch_milliseconds, milliseconds
+
+if TYPE_CHECKING:
+    from .compiling import Compiler
+    from .stage import Stage
 
 LIMIT = 8e-3  # of outputs and gradients from float64: bf16 rounds weights, and outputs
 NAMES = ("values", "beyond", "dq", "dk", "dv", "dkey", "dbias", "dgrowth")
@@ -81,6 +86,22 @@ class WindowCase:
         given = q, k, v, start, None, far, self.window, self.sinks, 0.0
         forward, (values, weight, lse) = plan_attend(*given)
         return [*forward, *plan_attend_backward(*given, values, lse, q, weight)[0]]
+
+
+def run(stage: Stage, compiler: Compiler, bandwidth: float) -> None:
+    """Check windows, then time them.
+
+    Args:
+        stage: whose time is used.
+        compiler: of the stage.
+        bandwidth: bytes per second of a copy.
+    """
+    device = stage.device
+    for what, cases in ((", checked", checked(stage.dry)), ("", timed(stage.dry))):
+        compiler.ahead(f"windows{what}", [launch for case in cases for launch in case.launches("meta")])
+        for case in cases:
+            work = partial(against_dense, case, device) if what else partial(times, case, device, bandwidth)
+            stage.attempt(f"{case.name}{what}", work, 2 + compiler.seconds(case.launches("meta")))
 
 
 def checked(dry: bool) -> list[WindowCase]:
