@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # What `rwkvinside.modeling.wkv7` and the copies of it in exported models call. An export runs on its own files where it
 # finds another number here: raise it when a function that they call is renamed, removed, or takes or returns something
 # else. New functions leave it as it is.
-INTERFACE = 2
+INTERFACE = 3
 
 
 @functools.cache
@@ -150,6 +150,15 @@ def window_step(*inputs: Tensor | int | None) -> Tensor:
     from .gpu.window_step import launch_window_step, window_step
 
     return (window_step if torch.compiler.is_compiling() else launch_window_step)(*inputs)
+
+
+def window_attention(
+    q: Tensor, k: Tensor, v: Tensor, start: Tensor, window: int, sinks: int, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Attend to windows of whole sequences by Triton kernels; arguments, result and errors as `gpu.window` has them."""
+    from .gpu.window import window_attention
+
+    return window_attention(q, k, v, start, window, sinks, **options)
 
 
 def low_rank(

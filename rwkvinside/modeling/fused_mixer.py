@@ -2,9 +2,9 @@
 
 The equations are those of `TimeMixer`'s own PyTorch code, which is the reference and what every other device runs. What
 is different: the input is cast once, the low-rank maps go down in one product, everything between the products and the
-recurrence is one launch (`rwkvinside.kernels.gpu.mixer`), and bonus and gate are another. The token shift and the group
-norm of stock RWKV-7 (x070) stay PyTorch code before and between them, a window beside the recurrence after them. This
-file travels with exported models: torch only, no I/O.
+recurrence is one launch (`rwkvinside.kernels.gpu.mixer`), and bonus, gate and the mix with a window are another. The
+token shift and the group norm of stock RWKV-7 (x070) stay PyTorch code before and between them. This file travels with
+exported models: torch only, no I/O.
 """
 
 from __future__ import annotations
@@ -69,11 +69,13 @@ def mix_fused(
     y, wkv = mixer.recur((s.r, s.log_decay, s.k, s.v, s.a, s.b), wkv, mask, cu_seqlens, inplace)
     if c.group_norm:
         y = mixer.ln_x(y.flatten(0, 1).flatten(1)).view_as(y)
-    scale = 1.0 if c.group_norm else c.head_size**-0.5
-    y = kernels.mixer_ops().output(y, low_rank["g"], scale=scale, bonus=s.bonus, v=s.v if c.bonus else None)
+    options: dict[str, Any] = {"scale": 1.0 if c.group_norm else c.head_size**-0.5}
+    options |= {"bonus": s.bonus, "v": s.v if c.bonus else None}
+    ops = kernels.mixer_ops()
     if c.window:
-        a, window = mixer.window_features(s.r, s.key, value, window, mask, cu_seqlens, inplace)
-        y = mixer.mixed(y, a)
+        near, window = mixer.window_features(s.r, s.key, value, window, mask, cu_seqlens, inplace)
+        options["mixed"] = ops.Mixed(*near, mixer.mix_recurrence, mixer.mix_window)
+    y = ops.output(y, low_rank["g"], **options)
     return y.flatten(2), first, (wkv, shift, window)
 
 

@@ -449,18 +449,17 @@ class TimeMixer(nn.Module):
             k,
             v,
             Form(c.window, c.sinks, c.softcap),
-            beyond=self.beyond(q),
+            beyond=self.beyond(),
             state=state,
             mask=mask,
             cu_seqlens=cu_seqlens,
             inplace=inplace,
+            backend=c.backend,
         )
 
-    def beyond(self, q: Tensor) -> Beyond | None:
-        """Return the score of what lies beyond the window for queries (B, T, H, N); None: the sum has none."""
-        if self.mixer_config.window_mix == "sum":
-            return None
-        return Beyond((_fp32(q) * _fp32(self.far_key)).sum(-1) + _fp32(self.far_bias), _fp32(self.far_growth))
+    def beyond(self) -> Beyond | None:
+        """Return what scores the tokens beyond the window; None: the sum has no score."""
+        return None if self.mixer_config.window_mix == "sum" else Beyond(self.far_key, self.far_bias, self.far_growth)
 
     def projected(self, y: Tensor) -> Tensor:
         """Return the layer's output (B, T, D) from what the heads give, (B, T, H * N)."""

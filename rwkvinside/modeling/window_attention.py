@@ -6,6 +6,7 @@ j and t count the real tokens of one document; a score may have a soft cap, as G
 window may take part in that softmax as one more key, with a score of its own (`Beyond`) and without a value: the
 window's values then weigh less, and its weight is handed to whoever has a value for it. `window_attention` is the door:
 sequences go in blocks of queries, in O(T (W + S)) time and memory; single tokens read a ring of constant size.
+On a GPU sequences run in the Triton kernel of `rwkvinside.kernels`, where that package is installed.
 `dense_window_attention` is the reference. Nothing here asks the device for a number. This file travels with exported
 models: torch only, no I/O.
 """
@@ -13,33 +14,39 @@ models: torch only, no I/O.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .wkv7 import kernels, why_unavailable
+
 BLOCKS = (64, 128)  # queries of a block: as many as the window has keys, within these, which measured fastest
 SCORE_CHANNELS = 8  # of a score in a query: it needs two, kernels for GPUs want multiples of 8
+LARGEST_IN_FP32 = 128  # head that the Triton kernel takes in fp32: products of larger ones do not fit into registers
 NOTHING = -1000.0  # score of what lies beyond the window where nothing does; a bf16 or fp16 takes it, times sqrt(N)
 
 
 class Beyond(NamedTuple):
-    """The score of what lies beyond the window: score + growth * log(number of these tokens).
+    """What gives a query the score of what lies beyond its window: q . key + bias + growth * log(number of tokens).
 
     Attributes:
-        score: (B, T, H).
-        growth: (H,).
+        key: (H, N).
+        bias, growth: (H,).
     """
 
-    score: Tensor
+    key: Tensor
+    bias: Tensor
     growth: Tensor
 
-    def total(self, count: Tensor) -> Tensor:
-        """Return the score (B, T, H), in fp32 at least, of `count` (B, T) tokens."""
-        score = self.score if self.score.dtype == torch.float64 else self.score.float()
-        count = count[..., None].to(score.dtype)
-        score = score + self.growth.to(score.dtype) * count.clamp(min=1).log()
+    def score(self, q: Tensor, count: Tensor) -> Tensor:
+        """Return the score (B, T, H), in fp32 at least, of `count` (B, T) tokens for queries (B, T, H, N)."""
+        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        key, bias, growth = (x.to(dtype) for x in self)
+        count = count[..., None].to(dtype)
+        score = (q.to(dtype) * key).sum(-1) + bias + growth * count.clamp(min=1).log()
         return score.masked_fill(count <= 0, NOTHING)
 
 
@@ -53,6 +60,10 @@ class Attended(NamedTuple):
 
     values: Tensor
     beyond: Tensor | None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Attended:
+        """Return what `change` makes of both."""
+        return Attended(change(self.values), None if self.beyond is None else change(self.beyond))
 
 
 class WindowState(NamedTuple):
@@ -126,6 +137,7 @@ def window_attention(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     inplace: bool = False,
+    backend: str = "auto",
 ) -> tuple[Attended, WindowState | None]:
     """Attend to the last tokens of a window, the own one included, and to the first of the document.
 
@@ -138,53 +150,75 @@ def window_attention(
         mask: (B, T) bool, True = real token, wherever the padding is; it is attended by nobody and gets zeros.
         cu_seqlens: (documents + 1,) bounds over the flattened B * T tokens, row ends included; None: a row each.
         inplace: a single token may be written into the memory of `state`.
+        backend: of `wkv7`. Sequences run in Triton where that is named, and where "auto" finds it on a GPU; all else
+            is PyTorch.
 
     Returns:
         What was attended to, in the dtype of v, and the state of each row after the last token, which is of its last
         document; None with cu_seqlens and without a state, where no row goes on.
     """
-    q, k = q.to(v.dtype), k.to(v.dtype)
     if mask is not None:  # nothing behind the padding may come through, NaN times zero included
         q, k, v = (x.masked_fill(~mask[..., None, None], 0) for x in (q, k, v))
-    if beyond is not None:
+    single = q.shape[1] == 1 and cu_seqlens is None
+    fused = not single and _runs_in_triton(backend, v)
+    count = None
+    if beyond is not None and (not fused or state is not None or mask is not None):
         count = _seen(q, state, mask, cu_seqlens) - form.window - form.sinks
-        q = _with_score(q, beyond.total(count if mask is None else count.masked_fill(~mask, 0)))
-    out, state = _window(q, k, v, form, state, mask, cu_seqlens, inplace)
-    N = v.shape[-1]
-    return Attended(out[..., :N], None if beyond is None else out[..., N : N + 1]), state
+        count = count if mask is None else count.masked_fill(~mask, 0)
+    score = None if count is None or beyond is None or fused else beyond.score(q, count)
+    q, k = q.to(v.dtype), k.to(v.dtype)
+    if fused:
+        return _sequences((q, count), k, v, form, partial(_triton, form=form, beyond=beyond), state, mask, cu_seqlens)
+    q = q if score is None else _with_score(q, score)
+    if single:
+        return _step(q, k, v, state or empty_state(k, form.window + form.sinks), mask, form, inplace)
+    return _sequences((q, None), k, v, form, partial(_blocks, form=form), state, mask, cu_seqlens)
 
 
-def _window(
-    q: Tensor,
+def _runs_in_triton(backend: str, v: Tensor) -> bool:
+    if backend != "triton" and (backend != "auto" or v.device.type != "cuda"):
+        return False
+    if v.dtype == torch.float32 and v.shape[3] > LARGEST_IN_FP32:
+        return False
+    return why_unavailable("triton", v.device.type, v.dtype, v.shape[3]) is None
+
+
+_Queries = tuple[Tensor, Tensor | None]  # and how many tokens lie beyond the window of each
+_Attend = Callable[[_Queries, Tensor, Tensor, Tensor], Attended]
+"""Queries, keys and values (tokens, heads, N), documents side by side, and the first index of each token's document."""
+
+
+def _sequences(
+    queries: _Queries,
     k: Tensor,
     v: Tensor,
     form: Form,
+    attend: _Attend,
     state: WindowState | None,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
-    inplace: bool,
-) -> tuple[Tensor, WindowState | None]:
-    """Attend as `window_attention` does; q may have more channels, see `_with_score`."""
+) -> tuple[Attended, WindowState | None]:
+    """Attend as `window_attention` does, and take what it returns through all of the sequences."""
     window, sinks, _ = form
-    if q.shape[1] == 1 and cu_seqlens is None:
-        return _step(q, k, v, state or empty_state(k, window + sinks), mask, form, inplace)
     if state is None:
-        return _attend(q, k, v, mask, cu_seqlens, form), (
+        return _attend(queries, k, v, mask, cu_seqlens, attend), (
             None if cu_seqlens is not None else _advance(empty_state(k, window + sinks), k, v, mask, window, sinks)
         )
-    past, (earlier_k, earlier_v, real) = window + sinks, _in_order(state, window, sinks)
-    joined = torch.cat([real, torch.ones_like(q[..., 0, 0], dtype=torch.bool) if mask is None else mask], 1)
+    (B, T), past, (earlier_k, earlier_v, real) = k.shape[:2], window + sinks, _in_order(state, window, sinks)
+    joined = torch.cat([real, real.new_ones(B, T) if mask is None else mask], 1)
+    q, count = (None if x is None else torch.cat([x.new_zeros(B, past, *x.shape[2:]), x], 1) for x in queries)
+    assert q is not None
     out = _attend(
-        F.pad(q, (0, 0, 0, 0, past, 0)),
+        (q, count),
         torch.cat([earlier_k.to(k.dtype), k], 1),
         torch.cat([earlier_v.to(v.dtype), v], 1),
         joined,
-        None if cu_seqlens is None else _behind(cu_seqlens, past, *q.shape[:2]),
-        form,
+        None if cu_seqlens is None else _behind(cu_seqlens, past, B, T),
+        attend,
     )
     if cu_seqlens is not None:
-        state, mask = _of_last_documents(state, cu_seqlens, mask, *q.shape[:2])
-    return out[:, past:], _advance(state, k, v, mask, window, sinks)
+        state, mask = _of_last_documents(state, cu_seqlens, mask, B, T)
+    return out.map(lambda x: x[:, past:]), _advance(state, k, v, mask, window, sinks)
 
 
 def _with_score(q: Tensor, score: Tensor) -> Tensor:
@@ -250,45 +284,53 @@ def dense_window_attention(
     scores = scores.masked_fill(~allowed, -torch.inf)
     if beyond is not None:
         count = (position - window - sinks).clamp(min=0).view(B, T)
-        scores = torch.cat([scores, beyond.total(count).flatten(0, 1).t()[..., None].to(scores.dtype)], -1)
+        score = beyond.score(q.transpose(0, 1).unflatten(0, (B, T)), count)
+        scores = torch.cat([scores, score.flatten(0, 1).t()[..., None].to(scores.dtype)], -1)
     weights = scores.softmax(-1).masked_fill(~real[:, None], 0)  # padding has nothing to attend to
     values = (weights[..., : B * T] @ v).transpose(0, 1).unflatten(0, (B, T))
     return Attended(values, None if beyond is None else weights[..., B * T :].transpose(0, 1).unflatten(0, (B, T)))
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, form: Form) -> Tensor:
+def _attend(
+    queries: _Queries, k: Tensor, v: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, attend: _Attend
+) -> Attended:
     """Attend in one sequence of all B * T tokens, real ones first, each of which knows where its document starts."""
-    B, T = q.shape[:2]
-    start = _starts(q, cu_seqlens)
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    (B, T), start = k.shape[:2], _starts(k, cu_seqlens)
+    (q, count), k, v = (x if x is None else x.flatten(0, 1) for x in queries), k.flatten(0, 1), v.flatten(0, 1)
+    assert q is not None
     if mask is None:
-        return _blocks(q, k, v, start, form).unflatten(0, (B, T))
+        return attend((q, count), k, v, start).map(lambda x: x.unflatten(0, (B, T)))
     real, index = mask.flatten(), torch.arange(B * T, device=q.device)
-    count = real.cumsum(0)
-    place = torch.where(real, count - 1, count[-1] + index - count)  # padding goes to the end
-    start = torch.where(real, (count - real.long())[start], place)  # where it attends to itself alone
+    seen = real.cumsum(0)
+    place = torch.where(real, seen - 1, seen[-1] + index - seen)  # padding goes to the end
+    start = torch.where(real, (seen - real.long())[start], place)  # where it attends to itself alone
     order = torch.empty_like(place).scatter_(0, place, index)
     q, k, v = (x.index_select(0, order) for x in (q, k, v))
-    out = _blocks(q, k, v, start[order], form)
-    return out.index_select(0, place).unflatten(0, (B, T))
+    out = attend((q, None if count is None else count[order]), k, v, start[order])
+    return out.map(lambda x: x.index_select(0, place).unflatten(0, (B, T)))
+
+
+def _triton(queries: _Queries, k: Tensor, v: Tensor, start: Tensor, form: Form, beyond: Beyond | None) -> Attended:
+    """Attend by the kernel of `rwkvinside.kernels`."""
+    window, sinks, softcap = form
+    q, count = queries
+    far = None if beyond is None else tuple(beyond)
+    values, weight = kernels.window_attention(q, k, v, start, window, sinks, softcap=softcap, far=far, count=count)
+    return Attended(values, None if weight is None else weight[..., None])
 
 
 def block_size(window: int) -> int:
-    """Return the number of queries in a block."""
+    """Return the number of queries in a block of PyTorch's path."""
     return min(max(window, BLOCKS[0]), BLOCKS[1])
 
 
-def _blocks(q: Tensor, k: Tensor, v: Tensor, start: Tensor, form: Form) -> Tensor:
+def _blocks(queries: _Queries, k: Tensor, v: Tensor, start: Tensor, form: Form) -> Attended:
     """Attend in blocks of queries to the keys of the block, of the W tokens before it, and of the sinks before those.
 
     A block has one document at most that began before its keys: that of its first query. Only that one's first tokens
-    have to be fetched.
-
-    Args:
-        q, k, v: (tokens, heads, N), documents side by side; q may have more channels, see `Form.attend`.
-        start: (tokens,) index of the first token of each one's document.
-        form: how to attend.
+    have to be fetched. Queries may have more channels, see `Form.attend`.
     """
+    q = queries[0]
     (tokens, H, channels), (window, sinks, _) = q.shape, form
     G = k.shape[1]
     size = block_size(window)
@@ -306,7 +348,13 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, start: Tensor, form: Form) -> Tenso
     q = F.pad(q, (0, 0, 0, 0, 0, more)).view(blocks, size, G, H // G, channels).permute(0, 2, 3, 1, 4).flatten(2, 3)
     allowed = allowed[:, None].expand(-1, H // G, -1, -1).flatten(1, 2)[:, None]
     out = form.attend(q, keys(k), keys(v), allowed)
-    return out.unflatten(2, (H // G, size)).permute(0, 3, 1, 2, 4).reshape(-1, H, channels)[:tokens]
+    out = out.unflatten(2, (H // G, size)).permute(0, 3, 1, 2, 4).reshape(-1, H, channels)[:tokens]
+    return _parts(out, k.shape[2])
+
+
+def _parts(out: Tensor, N: int) -> Attended:
+    """Return the result of `Form.attend` as what it is: values, and in one more channel the weight of the score."""
+    return Attended(out[..., :N], out[..., N : N + 1] if out.shape[-1] > N else None)
 
 
 def _allowed(start: Tensor, window: int, sinks: int) -> Tensor:
@@ -338,7 +386,7 @@ def _step(
     mask: Tensor | None,
     form: Form,
     inplace: bool,
-) -> tuple[Tensor, WindowState]:
+) -> tuple[Attended, WindowState]:
     """Attend with one token of each row, which first takes its slot."""
     window, sinks, _ = form
     B, _, H, channels = q.shape
@@ -359,7 +407,7 @@ def _step(
     out = form.attend(
         q.reshape(B, G, H // G, channels), state.k.to(q.dtype), state.v.to(q.dtype), filled[:, None, None]
     ).reshape(B, 1, H, channels)
-    return out if mask is None else out.masked_fill(~mask[..., None, None], 0), state
+    return _parts(out if mask is None else out.masked_fill(~mask[..., None, None], 0), N), state
 
 
 def empty_state(k: Tensor, slots: int) -> WindowState:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .wkv7_chunked import Chunked
 
-INTERFACE = 2  # of `rwkvinside.kernels`, as this file calls it
+INTERFACE = 3  # of `rwkvinside.kernels`, as this file calls it
 
 
 def _installed_kernels() -> Any:

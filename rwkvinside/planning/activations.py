@@ -20,9 +20,9 @@ from ..families.fused_layers import is_gated, norm_form
 from ..hybrid.model import HybridModel
 from ..modeling.mixer_presets import TimeMixerConfig
 from ..modeling.time_mixer import TimeMixer
-from ..modeling.window_attention import SCORE_CHANNELS, block_size
+from ..modeling.window_attention import LARGEST_IN_FP32, SCORE_CHANNELS, block_size
 
-FP32 = 4
+FP32, INT64 = 4, 8
 
 
 def kept_bytes(
@@ -192,7 +192,18 @@ def _fused_mixer(mixer: TimeMixer, low: int) -> int:
     total += H * kernels.kept_beside_inputs(N, bf16=low != FP32)
     total += low * C + FP32 * H * c.bonus + low * C  # its output, the bonus, and the input of the output projection
     total += (low * C + FP32 * 2 * H) * c.group_norm
-    return int(total + (_window(c, low, low, low) if c.window else 0))
+    if c.window and not _windows_in_triton(c, low):
+        total += _window(c, low, low, low)
+    elif c.window:
+        # its key, where no other layer needs it; what is attended, sums of weights, where documents start, and with a
+        # score the recurrence's weight
+        scored = c.window_mix == "softmax"
+        total += low * K * (not (first and c.key_residual)) + low * C + FP32 * H * (1 + scored) + INT64
+    return int(total)
+
+
+def _windows_in_triton(c: TimeMixerConfig, low: int) -> bool:
+    return low != FP32 or c.head_size <= LARGEST_IN_FP32
 
 
 def _window(c: TimeMixerConfig, low: int, gated: int, turned: int) -> float:

@@ -117,7 +117,7 @@ def test_models_run_dry_from_a_bare_tree(tmp_path):
 def test_kernels_run_dry_in_the_interpreter(tmp_path):
     found = dry_session(tmp_path, KERNELS)
     checks = [line for line in found if "distances" in line]
-    assert len(checks) == 10 and all(line["ok"] for line in checks)
+    assert len(checks) == 11 and all(line["ok"] for line in checks)
     (timed,) = (line for line in found if "launches" in line)
     assert set(timed["launches"]) == {
         *("forward prepare", "forward scan_forward"),
@@ -127,6 +127,9 @@ def test_kernels_run_dry_in_the_interpreter(tmp_path):
     assert set(mixer["mixer_launches"]) == {f"{part}_{way}" for part in ("inputs", "output") for way in FORTH_AND_BACK}
     assert {name: len(rows) for name, rows in mixer["tried"].items()} == {"inputs_forward": 2, "inputs_backward": 2}
     assert not mixer["failed"]
+    (windows,) = (line for line in found if "window_launches" in line)
+    parts = "window_forward", "window_backward_queries", "add_far_parts", "window_backward_keys"
+    assert tuple(windows["window_launches"]) == parts and windows["pytorch_ms"] > 0
     tried = [line for line in found if line["what"].startswith("configurations")]
     assert [len(line["fastest"]) for line in tried] == [2, 2] and not any(line["failed"] for line in tried)
     assert len([line for line in found if line["what"].startswith("decode")]) == 1

@@ -64,5 +64,5 @@ def test_it_refuses_to_assist(alone):
 def test_a_package_with_another_interface_is_named_once_and_not_used(exported, alone):
     found = load(exported, "other")
     [said] = found.pop("warnings")
-    assert "have interface of an early version and this model calls interface 2" in said
+    assert "have interface of an early version and this model calls interface 3" in said
     assert found["auto"] == alone["auto"] and found["triton"] == alone["triton"]

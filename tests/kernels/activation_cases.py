@@ -7,14 +7,14 @@ import pytest
 import torch
 from kept_activations import SIZES, kept_by_autograd, student
 
-from rwkvinside.kernels.gpu import mixer, op
+from rwkvinside.kernels.gpu import mixer, op, window
 from rwkvinside.planning.activations import kept_bytes
 
 
 @pytest.fixture(autouse=True)
 def no_launches(monkeypatch):
     """What is kept does not depend on values, and the interpreter would take minutes to compute them."""
-    for module in (op, mixer):
+    for module in (op, mixer, window):
         monkeypatch.setattr(module, "run", lambda launches, device: None)
 
 
@@ -29,6 +29,7 @@ def no_launches(monkeypatch):
         ("align", ["mixer"], True, {"family": "llama", "preset": "x070"}),
         ("align", ["mixer"], True, {"window": 32, "sinks": 4}),
         ("align", ["mixer"], False, {"window": 64, "preset": "rad"}),
+        ("align", ["mixer"], True, {"window": 32, "window_mix": "sum"}),
         ("distill", [".*"], True, {}),
         ("distill", [".*"], False, {"kept": (0, 2)}),
         ("distill", ["mixer"], True, {"dtype": torch.bfloat16}),

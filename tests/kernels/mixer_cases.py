@@ -22,6 +22,7 @@ from rwkvinside.modeling.time_mixer import MixerState, TimeMixer
 
 DEVICE = "cpu" if INTERPRETED.value else "cuda"
 D = 24
+WINDOWED = {"window": 5, "sinks": 2, "window_mix": "softmax"}
 CLOSE = 1e-6 if INTERPRETED.value else 5e-6  # a GPU's exp2, log, and order of summation cost a little
 
 
@@ -214,15 +215,16 @@ def test_with_the_recurrence(preset):
 
 @pytest.mark.usefixtures("no_recurrence")
 @pytest.mark.parametrize("preset, is_first", [("cxa079", True), *((preset, False) for preset in sorted(PRESETS))])
-def test_windows(preset, is_first):
-    mixer, reference = make(preset, is_first=is_first, window=6, sinks=2)
+@pytest.mark.parametrize("window_mix", ["softmax", "sum"])
+def test_windows(window_mix, preset, is_first):
+    mixer, reference = make(preset, is_first=is_first, window=6, sinks=2, window_mix=window_mix)
     compare(mixer, reference, tokens(2, 35), first_for(mixer, 2, 35), rope_of(16, 35))
 
 
 @pytest.mark.parametrize("preset", ["cxa079", "rad", "x070"])
 def test_windows_continue(preset):
     """From a prompt by the fused path, in chunks and by single tokens."""
-    mixer, reference = make(preset, is_first=True, window=6, sinks=2)
+    mixer, reference = make(preset, is_first=True, window=6, sinks=2, window_mix="softmax")
     x, (cos, sin) = tokens(2, 20), rope_of(16, 20)
     mask = torch.ones(2, 20, dtype=torch.bool, device=DEVICE)
     mask[0, :3] = False
@@ -236,7 +238,7 @@ def test_windows_continue(preset):
     assert_close({"y": torch.cat(parts, 1)}, {"y": whole.detach()})
 
 
-@pytest.mark.parametrize("preset, window", [("cxa079", {}), ("x070", {}), ("cxa079", {"window": 5, "sinks": 2})])
+@pytest.mark.parametrize("preset, window", [("cxa079", {}), ("x070", {}), ("cxa079", WINDOWED)])
 def test_masks_and_packed_documents(preset, window):
     mixer, reference = make(preset, **window)
     x, first, rope = tokens(2, 20), first_for(mixer, 2, 20), rope_of(16, 20, batch=2)
@@ -248,7 +250,7 @@ def test_masks_and_packed_documents(preset, window):
 
 
 @pytest.mark.parametrize("preset", ["cxa079", "hxa07b", "rad"])
-@pytest.mark.parametrize("is_first, window", [(True, {}), (False, {"window": 6, "sinks": 2})], ids=["first", "window"])
+@pytest.mark.parametrize("is_first, window", [(True, {}), (False, WINDOWED)], ids=["first", "window"])
 @pytest.mark.usefixtures("no_recurrence")
 def test_bf16_is_no_further_off_than_pytorch(preset, is_first, window):
     mixer, reference = make(preset, is_first=is_first, **window)

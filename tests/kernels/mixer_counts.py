@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from rwkvinside.kernels.gpu import mixer as ops
 from rwkvinside.kernels.gpu.launch import Launch
 from rwkvinside.kernels.gpu.op import plan_forward
-from rwkvinside.modeling import time_mixer
+from rwkvinside.modeling import time_mixer, window_attention
 from rwkvinside.modeling.first_layer import FirstLayerKV
 from rwkvinside.modeling.mixer_init import init_mixer
 from rwkvinside.modeling.mixer_presets import TimeMixerConfig
@@ -28,6 +28,8 @@ from rwkvinside.modeling.time_mixer import TimeMixer
 # Qwen3-0.6B
 D, H, G, N = 1024, 16, 8, 128
 LENGTHS = (32, 64)
+WINDOWED = {"window": 64, "sinks": 4, "window_mix": "softmax"}  # the recipe `windowed`
+LONGER = (512, 1024)  # several blocks of queries
 
 
 class Count(TorchDispatchMode):
@@ -94,16 +96,16 @@ def tensors(tree):
     return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
 
 
-def measure(fused, T, is_first=False):
+def measure(fused, T, is_first=False, window=None):
     """Count the forward and the backward of a layer in align in bf16, and bytes kept between them.
 
-    The recurrence runs in Triton, what is around it fused or in PyTorch. In align no gradient leaves the layer.
-    Parameters are kept anyway and do not count.
+    The recurrence runs in Triton, what is around it fused or in PyTorch, as is a window (True, False). In align no
+    gradient leaves the layer. Parameters are kept anyway and do not count.
     """
     torch.manual_seed(0)
     config = TimeMixerConfig.from_preset(
         "cxa079", qk_norm=True, hidden_size=D, num_heads=H, num_kv_heads=G, head_size=N, key_scale="decay",
-        backend="triton", detach_first=True,
+        backend="triton", detach_first=True, **({} if window is None else WINDOWED),
     )  # fmt: skip
     mixer = TimeMixer(config, is_first)
     init_mixer(mixer, 1, 3)
@@ -120,7 +122,8 @@ def measure(fused, T, is_first=False):
 
     hooks, autocast = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16)
     fusion = mock.patch.object(time_mixer, "is_fused_sequence", return_value=fused)
-    with mock.patch.object(Launch, "run"):
+    windows = mock.patch.object(window_attention, "_runs_in_triton", return_value=window)
+    with mock.patch.object(Launch, "run"), windows:
         with Count() as forward, hooks, autocast, fusion:
             y, *_ = mixer(x, first=None if is_first else first, rope=rope)
         dy = torch.randn_like(y)
@@ -131,8 +134,9 @@ def measure(fused, T, is_first=False):
 
 def summary(fused, **options):
     """Return operations and views of a layer, and bytes moved and kept for each token."""
-    (f1, b1, k1), (f2, b2, k2) = (measure(fused, T, **options) for T in LENGTHS)
-    tokens = LENGTHS[1] - LENGTHS[0]
+    lengths = LENGTHS if options.get("window") is None else LONGER
+    (f1, b1, k1), (f2, b2, k2) = (measure(fused, T, **options) for T in lengths)
+    tokens = lengths[1] - lengths[0]
     return {
         "operations": f2.operations + b2.operations,
         "views": f2.views + b2.views,
@@ -161,11 +165,19 @@ def test_a_layer_in_align():
     assert (inputs, states) == (12, 18) and others <= 13  # to compute one of them again would leave more than 20
 
 
+def test_a_window_in_align():
+    found = summary(fused=True, window=True)
+    assert found["operations"] <= 82  # of which 23 make the state after the last token
+    assert found["bytes"] <= 0.55e6 and found["kept"] <= 94e3
+
+
 if __name__ == "__main__":
     for is_first in (True, False):
         for fused in (False, True):
             counts = summary(fused, is_first=is_first)
             print("first layer," if is_first else "later layer,", "fused" if fused else "PyTorch", counts)
-    for name, count in zip(("forward", "backward"), measure(True, 32), strict=False):
+    for window in (False, True):
+        print("later layer, fused, window", "fused" if window else "PyTorch", summary(True, window=window))
+    for name, count in zip(("forward", "backward"), measure(True, 1024, window=True), strict=False):
         print(name, *(f"    {line:60} {moved:10}" for line, moved in count.lines), sep="\n")
     print("kept by the recurrence:", recurrence_kept())

@@ -13,18 +13,22 @@ B, H, G, N = 2, 4, 2, 8
 # windows, sinks, and whether what lies beyond has a score; T is at most 150
 SIZES = [(1, 0, False), (1, 1, True), (4, 0, True), (4, 4, False), (4, 4, True), (32, 1, True), (32, 4, False)]
 SIZES += [(200, 0, False), (200, 4, True)]
-GROWTH = torch.tensor([0.0, 0.5, 1.0, 1.5], dtype=torch.float64)
+BEYOND = Beyond(
+    torch.randn(H, N, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.5,
+    torch.tensor([-1.0, 0.0, 0.5, 1.0], dtype=torch.float64),
+    torch.tensor([0.0, 0.5, 1.0, 1.5], dtype=torch.float64),
+)
 
 
-def inputs(T, dtype=torch.float64, batch=B, grad=False, scored=False):
-    """Queries, keys and values, and the scores (B, T, H) of what lies beyond the window."""
+def inputs(T, dtype=torch.float64, batch=B, grad=False):
     torch.manual_seed(T)
-    shapes = [(batch, T, heads, N) for heads in (H, G, G)] + [(batch, T, H)] * scored
+    shapes = [(batch, T, heads, N) for heads in (H, G, G)]
     return tuple(torch.randn(*shape, dtype=dtype).requires_grad_(grad) for shape in shapes)
 
 
-def beyond_of(score, growth=GROWTH):
-    return {"beyond": Beyond(score[0], growth)} if score else {}
+def far(scored, grad=False):
+    """Keys, biases and growths of what lies beyond a window, that may get a gradient."""
+    return {"beyond": Beyond(*(x.clone().requires_grad_(grad) for x in BEYOND))} if scored else {}
 
 
 def joined(attended):
@@ -32,27 +36,25 @@ def joined(attended):
     return attended.values if attended.beyond is None else torch.cat(attended, -1)
 
 
-def window_attention(q, k, v, *score, window, sinks, softcap=None, growth=GROWTH, **options):
-    form = Form(window, sinks, softcap)
-    attended, state = window_module.window_attention(q, k, v, form, **beyond_of(score, growth), **options)
+def window_attention(q, k, v, *, window, sinks, softcap=None, **options):
+    attended, state = window_module.window_attention(q, k, v, Form(window, sinks, softcap), **options)
     return joined(attended), state
 
 
-def dense_window_attention(q, k, v, *score, window, sinks, softcap=None, growth=GROWTH, **options):
-    form = Form(window, sinks, softcap)
-    return joined(window_module.dense_window_attention(q, k, v, form, **beyond_of(score, growth), **options))
+def dense_window_attention(q, k, v, *, window, sinks, softcap=None, **options):
+    return joined(window_module.dense_window_attention(q, k, v, Form(window, sinks, softcap), **options))
 
 
 def bounds_of(*cuts):
     return torch.tensor(cuts, dtype=torch.int32)
 
 
-def loops(given, window, sinks, mask=None, bounds=None):
+def loops(given, window, sinks, scored, mask=None, bounds=None):
     """The sentences of the module's first lines, one token and one head at a time."""
     T = given[0].shape[1]
     bounds = bounds or [b * T for b in range(B + 1)]
-    q, k, v, *score = (x.flatten(0, 1) for x in given)
-    out = torch.zeros(B * T, H, N + len(score), dtype=q.dtype)
+    q, k, v = (x.flatten(0, 1) for x in given)
+    out = torch.zeros(B * T, H, N + scored, dtype=q.dtype)
     for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
         document = [i for i in range(begin, end) if mask is None or mask.flatten()[i]]
         for t, i in enumerate(document):
@@ -60,25 +62,26 @@ def loops(given, window, sinks, mask=None, bounds=None):
             for h in range(H):
                 g = h // (H // G)
                 scores, count = k[seen, g] @ q[i, h] / N**0.5, t + 1 - len(seen)
-                if score and count:
-                    scores = torch.cat([scores, score[0][i, h, None] + GROWTH[h] * math.log(count)])
+                if scored and count:
+                    score = q[i, h] @ BEYOND.key[h] + BEYOND.bias[h] + BEYOND.growth[h] * math.log(count)
+                    scores = torch.cat([scores, score[None]])
                 weights = scores.softmax(0)
                 out[i, h, :N] = weights[: len(seen)] @ v[seen, g]
-                if score and count:
+                if scored and count:
                     out[i, h, N] = weights[-1]
     return out.view(B, T, H, -1)
 
 
 @pytest.mark.parametrize("window, sinks, scored", SIZES)
 def test_the_dense_form_is_what_the_words_say(window, sinks, scored):
-    given = inputs(40, scored=scored)
+    given = inputs(40)
     mask = torch.rand(B, 40) < 0.7
     cuts = [0, 1, 2, 30, 40, 57, 57, 80]
     for real, bounds in ((None, None), (mask, None), (None, cuts), (mask, cuts)):
         found = dense_window_attention(
-            *given, window=window, sinks=sinks, mask=real, cu_seqlens=bounds and bounds_of(*bounds)
+            *given, window=window, sinks=sinks, mask=real, cu_seqlens=bounds and bounds_of(*bounds), **far(scored)
         )
-        assert (found - loops(given, window, sinks, real, bounds)).abs().max() < 1e-12
+        assert (found - loops(given, window, sinks, scored, real, bounds)).abs().max() < 1e-12
 
 
 CASES = {
@@ -107,11 +110,10 @@ def options_of(case):
 @pytest.mark.parametrize("case", list(CASES))
 @pytest.mark.parametrize("window, sinks, scored", SIZES)
 def test_blocks_equal_the_dense_form_with_all_gradients(window, sinks, scored, case):
-    given = inputs(150, grad=True, scored=scored)
-    growth = GROWTH.clone().requires_grad_()
-    options = {"window": window, "sinks": sinks, "growth": growth} | options_of(case)
+    given, beyond = inputs(150, grad=True), far(scored, grad=True)
+    options = {"window": window, "sinks": sinks} | beyond | options_of(case)
     weight = torch.randn(B, 150, H, N + scored, dtype=torch.float64)
-    leaves = given + (growth,) * (scored and window < 150)
+    leaves = given + (tuple(beyond["beyond"]) if scored and window < 150 else ())
     found, state = window_attention(*given, **options)
     wanted = dense_window_attention(*given, **options)
     assert (found - wanted).abs().max() < 1e-10
@@ -131,9 +133,8 @@ def test_blocks_equal_the_dense_form_with_all_gradients(window, sinks, scored, c
 @pytest.mark.parametrize("window, sinks, scored", [(4, 0, True), (32, 4, False), (200, 1, True)])
 def test_scores_with_a_soft_cap(window, sinks, scored, case):
     """Blocks, their gradients, and chunks and single tokens from a state, by the dense form and that by hand."""
-    given = tuple(3 * x for x in inputs(150, scored=scored))
-    given = tuple(x.requires_grad_() for x in given)
-    options = {"window": window, "sinks": sinks, "softcap": 1.5} | options_of(case)
+    given = tuple((3 * x).requires_grad_() for x in inputs(150))
+    options = {"window": window, "sinks": sinks, "softcap": 1.5} | far(scored) | options_of(case)
     weight = torch.randn(B, 150, H, N + scored, dtype=torch.float64)
     found, wanted = window_attention(*given, **options)[0], dense_window_attention(*given, **options)
     assert (found - wanted).abs().max() < 1e-10
@@ -174,8 +175,8 @@ def test_windows_wider_than_a_block(window, sinks):
 @pytest.mark.parametrize("window, sinks, scored", SIZES)
 @pytest.mark.parametrize("chunk", [1, 2, 7, 33])
 def test_chunks_with_a_state_equal_the_whole(chunk, window, sinks, scored, case):
-    given, mask = inputs(150, scored=scored), options_of(case)["mask"]
-    options = {"window": window, "sinks": sinks}
+    given, mask = inputs(150), options_of(case)["mask"]
+    options = {"window": window, "sinks": sinks} | far(scored)
     whole, end = window_attention(*given, mask=mask, **options)
     for inplace in (False, True):
         state, parts = None, []
@@ -195,8 +196,8 @@ def test_chunks_with_a_state_equal_the_whole(chunk, window, sinks, scored, case)
 
 
 def test_gradients_pass_through_a_state():
-    given = inputs(30, grad=True, scored=True)
-    options = {"window": 8, "sinks": 2}
+    given = inputs(30, grad=True)
+    options = {"window": 8, "sinks": 2} | far(True)
     weight = torch.randn(B, 30, H, N + 1, dtype=torch.float64)
     wanted = torch.autograd.grad((window_attention(*given, **options)[0] * weight).sum(), given)
     for cuts in ((11, 19), (29, 1)):
@@ -223,13 +224,13 @@ def test_a_token_is_written_into_the_memory_of_the_state_if_it_may_be():
 
 @pytest.mark.parametrize("T", [1, 9])
 def test_nothing_behind_padding_comes_through(T):
-    given = inputs(T, scored=True)
+    given = inputs(T)
     mask = torch.arange(T) >= torch.tensor([[1], [0]])
     for x in given:
         x[0, 0] = torch.nan
     given = tuple(x.requires_grad_() for x in given)
     for state in (None, window_attention(*inputs(5), window=4, sinks=1)[1]):
-        out, after = window_attention(*given, window=4, sinks=1, mask=mask, state=state)
+        out, after = window_attention(*given, window=4, sinks=1, mask=mask, state=state, **far(True))
         gradients = torch.autograd.grad(out.square().sum(), given)
         assert out.isfinite().all() and (out[0, 0] == 0).all() and after.k.isfinite().all()
         assert all(x.isfinite().all() and (x[0, 0] == 0).all() for x in gradients)
@@ -253,9 +254,9 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("scored", [False, True])
 def test_memory_grows_with_the_tokens_alone(scored):
     def largest(T, attend=window_attention):
-        given = inputs(T, torch.float32, batch=1, grad=True, scored=scored)
+        given = inputs(T, torch.float32, batch=1, grad=True)
         with Largest() as seen:
-            out = attend(*given, window=16, sinks=2)
+            out = attend(*given, window=16, sinks=2, **far(scored))
             (out if attend is dense_window_attention else out[0]).sum().backward()
         return seen.elements
 
@@ -267,11 +268,12 @@ def test_memory_grows_with_the_tokens_alone(scored):
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_the_score_of_what_lies_beyond_keeps_its_digits_in_bf16(softcap):
     """A score of 11 has steps of 1/16 there."""
-    q, k, v, score = inputs(40, torch.float32, scored=True)
-    q = 0 * q
+    q, k, v = (x.bfloat16() for x in inputs(40, torch.float32))
+    key = torch.zeros(H, N)
+    beyond = {"beyond": Beyond(key, torch.tensor([11.03, 10.98, 11.1, 11.02]), torch.zeros(H))}
     form = {"window": 4, "sinks": 1, "softcap": softcap}
-    found, _ = window_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), 11 + 0.1 * score, **form)
-    exact = dense_window_attention(q, k, v, 11 + 0.1 * score, **form)
+    found, _ = window_attention(0 * q, k, v, **form, **beyond)
+    exact = dense_window_attention(0 * q.float(), k.float(), v.float(), **form, **beyond)
     assert ((found.float() - exact).abs() / exact.abs())[:, 5:, :, N].max() < 2**-8
 
 
@@ -287,11 +289,11 @@ def test_keys_take_the_dtype_of_the_values():
 @pytest.mark.parametrize("window, sinks, scored", [(1, 0, True), (4, 0, False), (4, 2, True), (32, 4, True)])
 def test_the_first_document_of_a_row_goes_on_from_its_state(window, sinks, scored, masked):
     """Rows that are read in pieces, with documents across the borders, as if each document were read alone."""
-    given = inputs(60, scored=scored)
+    given = inputs(60)
     mask = torch.rand(B, 60, generator=torch.Generator().manual_seed(1)) < 0.8 if masked else None
     starts = [(0, 3, 25, 26, 40), (0, 15, 45)]  # of the documents of each row
     whole = bounds_of(*(60 * row + at for row, own in enumerate(starts) for at in own), 2 * 60)
-    expected = dense_window_attention(*given, window=window, sinks=sinks, mask=mask, cu_seqlens=whole)
+    expected = dense_window_attention(*given, window=window, sinks=sinks, mask=mask, cu_seqlens=whole, **far(scored))
     state, found = window_attention(*inputs(1), window=window, sinks=sinks)[1], []
     state = state._replace(seen=torch.zeros_like(state.seen))
     for begin, end in ((0, 20), (20, 30), (30, 60)):
@@ -302,6 +304,7 @@ def test_the_first_document_of_a_row_goes_on_from_its_state(window, sinks, score
         state = state._replace(seen=torch.where(anew, 0, state.seen))
         part = [x[:, begin:end] for x in given]
         options = {"mask": None if mask is None else mask[:, begin:end], "state": state, "cu_seqlens": bounds}
+        options |= far(scored)
         out, state = window_attention(*part, window=window, sinks=sinks, **options)
         found.append(out)
     assert (torch.cat(found, 1) - expected).abs().max() < 1e-12

@@ -113,11 +113,11 @@ def test_the_interfaces_agree():
 
 def test_kernels_with_another_interface_are_named_and_not_used(monkeypatch):
     monkeypatch.setattr(kernels, "INTERFACE", 7)
-    with pytest.warns(UserWarning, match="have interface 7 and this model calls interface 2") as caught:
+    with pytest.warns(UserWarning, match="have interface 7 and this model calls interface 3") as caught:
         assert door._installed_kernels() is None
     assert len(caught) == 1
     monkeypatch.delattr(kernels, "INTERFACE")
-    with pytest.warns(UserWarning, match="have interface of an early version and this model calls interface 2"):
+    with pytest.warns(UserWarning, match="have interface of an early version and this model calls interface 3"):
         assert door._installed_kernels() is None
 
 

@@ -41,10 +41,11 @@ from rwkvinside.kernels.gpu.decode import plan_step
 from rwkvinside.kernels.gpu.launch import Launch
 from rwkvinside.kernels.gpu.losses import plan_compare
 from rwkvinside.kernels.gpu.low_rank import plan_low_rank
-from rwkvinside.kernels.gpu.mixer import plan_inputs, plan_inputs_backward, plan_output, plan_output_backward
+from rwkvinside.kernels.gpu.mixer import Mixed, plan_inputs, plan_inputs_backward, plan_output, plan_output_backward
 from rwkvinside.kernels.gpu.mixer_step import plan_mixer_step
 from rwkvinside.kernels.gpu.op import NARROW, plan_backward, plan_forward
 from rwkvinside.kernels.gpu.table import PRECISIONS, Tuning
+from rwkvinside.kernels.gpu.window import plan_attend, plan_attend_backward
 from rwkvinside.kernels.gpu.window_step import plan_window_step
 from rwkvinside.modeling import wkv7_triton
 from rwkvinside.support.files import write_text
@@ -117,6 +118,7 @@ def shipped(architecture: int) -> Iterator[tuple[str, Launch]]:
             yield from _named(f"{prefix}/carried/{tokens}", plan_carried(size, tokens))
         yield from _named(prefix, plan_mixing(size, capability))
         yield from _named(prefix, plan_window(size))
+        yield from _named(f"{prefix}/window", [*plan_windows(size), *plan_mixed(size)])
         yield from _named(f"{prefix}/mixer", plan_mixer(size))
     # These arguments change the code but hardly its resources: one mode and head size represent all.
     yield from _named(f"sm_{architecture}/64/packed", plan_packed(64, "balanced", capability))
@@ -124,6 +126,8 @@ def shipped(architecture: int) -> Iterator[tuple[str, Launch]]:
     yield from _named(f"sm_{architecture}/64/maps", plan_maps())
     for variant in MIXER_VARIANTS:
         yield from _named(f"sm_{architecture}/64/mixer_{variant}", plan_mixer(64, variant))
+    for variant in WINDOW_VARIANTS:
+        yield from _named(f"sm_{architecture}/64/window_{variant}", plan_windows(64, **WINDOW_VARIANTS[variant]))
     for variant in LOSS_VARIANTS:
         yield from _named(f"sm_{architecture}/loss_{variant}", plan_loss(variant))
 
@@ -213,6 +217,26 @@ def plan_window(size: int) -> list[Launch]:
     return plan_window_step(*given)[0]
 
 
+# How windows may differ from one of 64 tokens and 4 first ones in bf16, with a score for what lies beyond
+WINDOW_VARIANTS: dict[str, dict[str, Any]] = {
+    "alone": {"sinks": 0, "scored": False},
+    "capped": {"softcap": 50.0},
+    "fp32": {"dtype": torch.float32},
+}
+
+
+def plan_windows(
+    size: int, *, sinks: int = 4, scored: bool = True, softcap: float = 0.0, dtype: torch.dtype = torch.bfloat16
+) -> list[Launch]:
+    """Plan attention to windows over sequences, forward and backward, with two heads for each of keys and values."""
+    q, k = (_tokens(heads, size, dtype)[0] for heads in (32, 16))
+    start, head = torch.empty(len(q), dtype=torch.int64, device="meta"), torch.empty(32, device="meta")
+    far = (torch.empty(32, size, device="meta"), head, head) if scored else (None,) * 3
+    given = q, k, k, start, None, far, 64, sinks, softcap
+    forward, (values, weight, lse) = plan_attend(*given)
+    return forward + plan_attend_backward(*given, values, lse, q, weight if scored else None)[0]
+
+
 def plan_maps() -> list[Launch]:
     """Plan the low-rank maps of a mixer of 16 heads of 128 with 8 of keys and values, as in Qwen3-0.6B."""
     bf16 = functools.partial(torch.empty, dtype=torch.bfloat16, device="meta")
@@ -260,6 +284,16 @@ def plan_mixer(size: int, variant: str = "") -> list[Launch]:
     last = (full, full, made["bonus"], made["v"], size**-0.5)
     after, out = plan_output(*last)
     return forward + backward + after + plan_output_backward(*last, out)[0]
+
+
+def plan_mixed(size: int) -> list[Launch]:
+    """Plan the output of a mixer with a window and a score, forward and backward."""
+    full, shared = (_tokens(heads, size) for heads in (32, 16))
+    bonus, mix = full[..., 0].float(), torch.empty(32, size, device="meta")
+    last = full, full, bonus, shared, size**-0.5
+    mixed = Mixed(full, bonus[..., None], mix, mix)
+    forward, out = plan_output(*last, mixed)
+    return forward + plan_output_backward(*last, out, mixed)[0]
 
 
 # What a loss may ask for: distillation as it is by default, and what differs most from it in code

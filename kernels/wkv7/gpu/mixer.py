@@ -57,6 +57,7 @@ DEFAULTS = {
     "output_forward": Work(tokens=4, warps=4),
     "output_backward": Work(tokens=4, warps=1),
 }
+MIXED_BACKWARD = Work(tokens=16, warps=1)  # of `output_backward` with a window: it has sums, too; not yet measured
 
 # What the kernels of `inputs` read, per token and then parameters. Absent tensors are not in a call's list.
 TOKENS = ("r", "k", "v", "decay", "iclr", "key_gate", "k_first", "value_gate", "v_first", "cos", "sin")
@@ -155,8 +156,31 @@ def inputs(
     )
 
 
-def output(y: Tensor, gate: Factors, *, scale: float, bonus: Tensor | None = None, v: Tensor | None = None) -> Tensor:
-    """Return (scale * y + bonus * v) * gate.
+class Mixed(NamedTuple):
+    """What a window gives, and how the recurrence and it are mixed.
+
+    Attributes:
+        near: (B, T, H, N), values that were attended to.
+        weight: (B, T, H, 1) fp32, of the recurrence in the window's softmax; None: one.
+        mix_recurrence, mix_window: (H, N), weights of both.
+    """
+
+    near: Tensor
+    weight: Tensor | None
+    mix_recurrence: Tensor
+    mix_window: Tensor
+
+
+def output(
+    y: Tensor,
+    gate: Factors,
+    *,
+    scale: float,
+    bonus: Tensor | None = None,
+    v: Tensor | None = None,
+    mixed: Mixed | None = None,
+) -> Tensor:
+    """Return (scale * y + bonus * v) * gate, or with a window mix_recurrence * weight * that + mix_window * near.
 
     Args:
         y: (B, T, H, N), of the recurrence.
@@ -164,13 +188,14 @@ def output(y: Tensor, gate: Factors, *, scale: float, bonus: Tensor | None = Non
         scale: of y.
         bonus: (B, T, H) fp32 from `inputs`; None: no bonus, and v is not read.
         v: (B, T, G or H, N), of the recurrence.
+        mixed: the window; None: there is none.
 
     Returns:
         (B, T, H, N) in the dtype of the gate, with gradient to all tensors.
     """
     if (bonus is None) != (v is None):
         raise ValueError("a bonus needs v, and v is read for a bonus only")
-    return _output(y, *gate, bonus, v, scale)
+    return _output(y, *gate, bonus, v, *(mixed or (None,) * 4), scale)
 
 
 def plan_inputs(
@@ -244,11 +269,13 @@ def plan_output(
     bonus: Tensor | None,
     v: Tensor | None,
     scale: float,
+    mixed: Mixed | None = None,
     work: Work = DEFAULTS["output_forward"],
 ) -> tuple[list[Launch], Tensor]:
     """Return the launches of `output` and its result; launch nothing."""
     out = gate.new_empty(gate.shape)
-    return [_output_launch(kernels.output_forward, y, gate, bonus, v, scale, {"out_": out}, work)], out
+    places = _output_places(y, gate, bonus, v, mixed) | {"out_": out}
+    return [_output_launch(kernels.output_forward, y, v, scale, places, work)], out
 
 
 def plan_output_backward(
@@ -258,20 +285,39 @@ def plan_output_backward(
     v: Tensor | None,
     scale: float,
     dout: Tensor,
-    work: Work = DEFAULTS["output_backward"],
-) -> tuple[list[Launch], list[Tensor]]:
-    """Return the launches of the backward of `output`, and the gradients of y, gate, and bonus and v if there are."""
-    grads = [x.new_empty(x.shape) for x in (y, gate, bonus, v) if x is not None]
-    places = {**_strided("dout", dout), "dbonus_": None, "dv_": None}
-    places |= dict(zip(("dy_", "dgate_", "dbonus_", "dv_"), grads, strict=False))
-    return [_output_launch(kernels.output_backward, y, gate, bonus, v, scale, places, work)], grads
+    mixed: Mixed | None = None,
+    work: Work | None = None,
+) -> tuple[list[Launch], dict[str, Tensor]]:
+    """Return the launches of the backward of `output`, and the gradients of all tensors that there are, by name.
+
+    Those of the two mixes are "sums" over a program's tokens, (programs, 2, H, N) fp32.
+    """
+    work = work or (DEFAULTS["output_backward"] if mixed is None else MIXED_BACKWARD)
+    given = {"y": y, "gate": gate, "bonus": bonus, "v": v}
+    given |= {} if mixed is None else {"near": mixed.near, "weight": mixed.weight}
+    grads = {name: x.new_empty(x.shape) for name, x in given.items() if x is not None}
+    if mixed is not None:
+        _, _, H, N = y.shape
+        grads["sums"] = y.new_empty(work.programs(y.shape[0] * y.shape[1], N), 2, H, N, dtype=torch.float32)
+    places = _output_places(y, gate, bonus, v, mixed) | _strided("dout", dout) | {"sums_": grads.get("sums")}
+    places |= {f"d{name}_": grads.get(name) for name in ("y", "gate", "bonus", "v", "near", "weight")}
+    return [_output_launch(kernels.output_backward, y, v, scale, places, work)], grads
 
 
-def _output_launch(kernel, y, gate, bonus, v, scale: float, places: dict[str, Any], work: Work) -> Launch:
+def _output_places(
+    y: Tensor, gate: Tensor, bonus: Tensor | None, v: Tensor | None, mixed: Mixed | None
+) -> dict[str, Any]:
+    near, weight, *mixes = mixed or (None,) * 4
+    places = {**_strided("y", y), **_strided("gate", gate), **_strided("bonus", bonus), **_strided("v", v)}
+    places |= {**_strided("near", near), **_strided("weight", None if weight is None else weight.squeeze(3))}
+    names = "mix_recurrence_", "mix_window_"
+    return places | {name: None if x is None else x.contiguous() for name, x in zip(names, mixes, strict=True)}
+
+
+def _output_launch(kernel, y: Tensor, v: Tensor | None, scale: float, places: dict[str, Any], work: Work) -> Launch:
     B, T, H, N = y.shape
     shared = H if v is None else v.shape[2]
-    args = {**_strided("y", y), **_strided("gate", gate), **_strided("bonus", bonus), **_strided("v", v), **places}
-    return _launch(kernel, {**args, "scale": scale}, {"R": H // shared}, B * T, shared, N, work)
+    return _launch(kernel, {**places, "scale": scale}, {"R": H // shared}, B * T, shared, N, work)
 
 
 def _launch(
@@ -475,30 +521,64 @@ def _output_names(names, hand_key: bool) -> list[str]:
 
 
 @torch.library.custom_op("rwkvinside::mixer_output_triton", mutates_args=())
-def _output(y: Tensor, low: Tensor, up: Tensor, bonus: Tensor | None, v: Tensor | None, scale: float) -> Tensor:
-    launches, out = plan_output(y, _product(low, up, y.shape[3]), bonus, v, scale)
+def _output(
+    y: Tensor,
+    low: Tensor,
+    up: Tensor,
+    bonus: Tensor | None,
+    v: Tensor | None,
+    near: Tensor | None,
+    weight: Tensor | None,
+    mix_recurrence: Tensor | None,
+    mix_window: Tensor | None,
+    scale: float,
+) -> Tensor:
+    mixed = _mixed(near, weight, mix_recurrence, mix_window)
+    launches, out = plan_output(y, _product(low, up, y.shape[3]), bonus, v, scale, mixed)
     run(launches, y.device)
     return out
 
 
+def _mixed(
+    near: Tensor | None, weight: Tensor | None, mix_recurrence: Tensor | None, mix_window: Tensor | None
+) -> Mixed | None:
+    if near is None or mix_recurrence is None or mix_window is None:
+        return None
+    return Mixed(near, weight, mix_recurrence, mix_window)
+
+
 @_output.register_fake
-def _(y, low, up, bonus, v, scale):
+def _(y, low, up, bonus, v, near, weight, mix_recurrence, mix_window, scale):
     return low.new_empty(y.shape)
 
 
 @torch.library.custom_op("rwkvinside::mixer_output_triton_backward", mutates_args=())
 def _output_backward(
-    y: Tensor, low: Tensor, up: Tensor, bonus: Tensor | None, v: Tensor | None, scale: float, dout: Tensor
+    y: Tensor,
+    low: Tensor,
+    up: Tensor,
+    bonus: Tensor | None,
+    v: Tensor | None,
+    near: Tensor | None,
+    weight: Tensor | None,
+    mix_recurrence: Tensor | None,
+    mix_window: Tensor | None,
+    scale: float,
+    dout: Tensor,
 ) -> list[Tensor]:
-    launches, grads = plan_output_backward(y, _product(low, up, y.shape[3]), bonus, v, scale, dout)
+    mixed = _mixed(near, weight, mix_recurrence, mix_window)
+    launches, grads = plan_output_backward(y, _product(low, up, y.shape[3]), bonus, v, scale, dout, mixed)
     run(launches, y.device)
-    dy, dgate, *rest = grads
-    return [dy, *_factor_gradients(dgate, low, up), *rest]
+    dlow, dup = _factor_gradients(grads.pop("gate"), low, up)
+    if "sums" in grads:
+        grads["sums"] = grads["sums"].sum(0)
+    return [grads.pop("y"), dlow, dup, *grads.values()]
 
 
 @_output_backward.register_fake
-def _(y, low, up, bonus, v, scale, dout):
-    return [x.new_empty(x.shape) for x in (y, low, up, bonus, v) if x is not None]
+def _(y, low, up, bonus, v, near, weight, mix_recurrence, mix_window, scale, dout):
+    grads = [x.new_empty(x.shape) for x in (y, low, up, bonus, v, near, weight) if x is not None]
+    return grads if near is None else [*grads, y.new_empty(2, *y.shape[2:], dtype=torch.float32)]
 
 
 def _setup_output(ctx, inputs, output) -> None:
@@ -507,9 +587,12 @@ def _setup_output(ctx, inputs, output) -> None:
 
 
 def _differentiate_output(ctx, dout):
-    dy, dlow, dup, *rest = _output_backward(*ctx.saved_tensors, ctx.scale, dout)
-    dbonus, dv = rest or (None, None)
-    return dy, dlow, dup, dbonus, dv, None
+    tensors = ctx.saved_tensors
+    found = iter(_output_backward(*tensors, ctx.scale, dout))
+    grads: list[Tensor | None] = [None if x is None else next(found) for x in tensors[:7]]
+    mixes = tensors[7:]
+    sums = (None, None) if mixes[0] is None else next(found)
+    return *grads, *(_as_gradient(x, mix) for x, mix in zip(sums, mixes, strict=True)), None
 
 
 _output.register_autograd(_differentiate_output, setup_context=_setup_output)

@@ -541,14 +541,16 @@ def inputs_backward(
 @triton.jit(do_not_specialize=RUNTIME)
 def output_forward(
     y_, y_t, y_h, gate_, gate_t, gate_h, bonus_, bonus_t, bonus_h, v_, v_t, v_h,
+    near_, near_t, near_h, weight_, weight_t, weight_h, mix_recurrence_, mix_window_,
     out_,
     scale, G, TOKENS,
     R: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """Scale the output of the recurrence, add the bonus and gate the sum.
+    """Scale the output of the recurrence, add the bonus and gate the sum; with a window, mix both.
 
     Grid: (cdiv(TOKENS, BLOCK * BLOCKS) * G,), G being the heads of v, each shared by R heads. bonus_ and v_ are None
-    without a bonus.
+    without a bonus; near_ (what a window gives), the mixes, and the recurrence's weight_ without a window, the last one
+    also without a score of what lies beyond it.
     """
     span, begin, g, row, column, exists = _place(G, BLOCK, BLOCKS, D, P)
     for step in range(BLOCKS):
@@ -562,35 +564,79 @@ def output_forward(
             gate = _tile(gate_, gate_t, gate_h, start, head, row, column, inside)
             if bonus_ is not None:
                 y += _tile(bonus_, bonus_t, bonus_h, start, head, row, 0, there) * v
-            _store_tile(out_, G * R, start, head, row, column, inside, y * gate, D)
+            out = y * gate
+            if near_ is not None:
+                if weight_ is not None:
+                    out *= _tile(weight_, weight_t, weight_h, start, head, row, 0, there)
+                near = _tile(near_, near_t, near_h, start, head, row, column, inside)
+                out = out * _load(mix_recurrence_ + head * D + column, exists)
+                out += near * _load(mix_window_ + head * D + column, exists)
+            _store_tile(out_, G * R, start, head, row, column, inside, out, D)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def output_backward(
     y_, y_t, y_h, gate_, gate_t, gate_h, bonus_, bonus_t, bonus_h, v_, v_t, v_h,
+    near_, near_t, near_h, weight_, weight_t, weight_h, mix_recurrence_, mix_window_,
     dout_, dout_t, dout_h,
-    dy_, dgate_, dbonus_, dv_,
+    dy_, dgate_, dbonus_, dv_, dnear_, dweight_, sums_,
     scale, G, TOKENS,
     R: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradients of everything that `output_forward` reads."""
+    """Compute the gradients of everything that `output_forward` reads; those of the mixes over a program's tokens."""
     span, begin, g, row, column, exists = _place(G, BLOCK, BLOCKS, D, P)
+    sum_recurrence = ()
+    sum_window = ()
+    for _ in tl.static_range(R):
+        sum_recurrence = sum_recurrence + (tl.zeros((BLOCK, 2 * P), tl.float32),)
+        sum_window = sum_window + (tl.zeros((BLOCK, 2 * P), tl.float32),)
     for step in range(BLOCKS):
         start = begin + step * BLOCK
         there = start + row < TOKENS
         inside = exists & there
         v = _tile(v_, v_t, v_h, start, g, row, column, inside)
         dv = tl.zeros((BLOCK, 2 * P), tl.float32)
+        recurrence = ()
+        window = ()
         for i in tl.static_range(R):
             head = g * R + i
             y = scale * _tile(y_, y_t, y_h, start, head, row, column, inside)
             dout = _tile(dout_, dout_t, dout_h, start, head, row, column, inside)
-            d = dout * _tile(gate_, gate_t, gate_h, start, head, row, column, inside)
+            gate = _tile(gate_, gate_t, gate_h, start, head, row, column, inside)
             if bonus_ is not None:
                 bonus = _tile(bonus_, bonus_t, bonus_h, start, head, row, 0, there)
                 y += bonus * v
+            if near_ is not None:
+                near = _tile(near_, near_t, near_h, start, head, row, column, inside)
+                dnear = dout * _load(mix_window_ + head * D + column, exists)
+                _store_tile(dnear_, G * R, start, head, row, column, inside, dnear, D)
+                window = window + (sum_window[i] + dout * near,)
+                gated = y * gate
+                own = dout * _load(mix_recurrence_ + head * D + column, exists)
+                if weight_ is not None:
+                    weight = _tile(weight_, weight_t, weight_h, start, head, row, 0, there)
+                    tl.store(dweight_ + (start + row) * (G * R) + head, _sum_head(own * gated), mask=there)
+                    recurrence = recurrence + (sum_recurrence[i] + dout * weight * gated,)
+                    dout = own * weight
+                else:
+                    recurrence = recurrence + (sum_recurrence[i] + dout * gated,)
+                    dout = own
+            else:
+                window = window + (sum_window[i],)
+                recurrence = recurrence + (sum_recurrence[i],)
+            d = dout * gate
+            if bonus_ is not None:
                 dv += bonus * d
                 tl.store(dbonus_ + (start + row) * (G * R) + head, _sum_head(d * v), mask=there)
             _store_tile(dy_, G * R, start, head, row, column, inside, scale * d, D)
             _store_tile(dgate_, G * R, start, head, row, column, inside, dout * y, D)
         _store_tile(dv_, G, start, g, row, column, inside, dv, D)
+        sum_recurrence = recurrence
+        sum_window = window
+
+    if near_ is not None:
+        sums = span * (2 * G * R * D)
+        for i in tl.static_range(R):
+            at_head = sums + (g * R + i) * D
+            _store_sum(sums_ + at_head, sum_recurrence[i], D, P)
+            _store_sum(sums_ + G * R * D + at_head, sum_window[i], D, P)

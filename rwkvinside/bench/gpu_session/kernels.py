@@ -16,6 +16,7 @@ from ...kernels.gpu import table
 from ...kernels.gpu.decode import plan_step
 from ...kernels.gpu.launch import Launch, capability
 from ...modeling.wkv7 import wkv7
+from . import windows
 from .compiling import Compiler
 from .configurations import Batch, Fastest, of_part, rounds
 from .mixer_times import MixerCase, mixer_times, moved
@@ -30,7 +31,10 @@ WINNERS = "configurations.json"
 
 
 def run(stage: Stage) -> None:
-    """Time the shapes, the mixer, decoding, then configurations, each as soon as it is compiled; write the winners."""
+    """Time the shapes, the mixer, windows, decoding, then configurations, each as soon as it is compiled.
+
+    Windows are checked before; the fastest configurations are written.
+    """
     device = stage.device
     cuda = device == "cuda"
     found = capability(torch.device(device))
@@ -60,6 +64,7 @@ def run(stage: Stage) -> None:
     time_all(first)
     for case in mixer_cases(stage.dry):
         time_mixer(case)
+    windows.run(stage, compiler, bandwidth)
     for rows in (1,) if stage.dry else (1, 8, 64, 512):
         stage.attempt(f"decode {rows}", partial(decode_times, rows, device, bandwidth, stage.dry))
     fastest = Fastest()

@@ -84,9 +84,9 @@ class MixerCase:
                 case "inputs_backward":
                     planned = plan_inputs_backward(given, made, key_scale="decay", wanted=set(), work=work)[0]
                 case "output_forward":
-                    planned = plan_output(*last, work)[0]
+                    planned = plan_output(*last, work=work)[0]
                 case _:
-                    planned = plan_output_backward(*last, output["dout"], work)[0]
+                    planned = plan_output_backward(*last, output["dout"], work=work)[0]
             return planned[0]
 
         return {(kernel, work): launch(kernel, work) for kernel, work in self.settings()}

@@ -46,10 +46,11 @@ def tables(lines: Sequence[Line]) -> str:
     measured = by_stage.get("kernels", [])
     parts = [
         _about(lines),
-        *_correctness(by_stage.get("correct", [])),
+        *_correctness([*by_stage.get("correct", []), *measured]),
         _times(measured),
         _passes(measured, by_stage.get("peers", [])),
         *_mixers(measured),
+        _windows(measured),
         _decoding(measured),
         _configurations(measured),
         _profiles(by_stage.get("nsight", [])),
@@ -189,6 +190,22 @@ def _mixers(lines: Sequence[Line]) -> list[str]:
         _table(text, ("", *(f"`{kernel}`" for kernel in kernels)), rows),
         _table(f"Settings of them, the {FASTEST} fastest:", ("", "kernel", "tried", "fastest"), tried),
     ]
+
+
+def _windows(lines: Sequence[Line]) -> str:
+    measured = [line for line in lines if "window_launches" in line]
+    kernels = list(measured[0]["window_launches"]) if measured else []
+    rows = [
+        (
+            line["what"].removeprefix("windows "),
+            *(f"{_number(part['ms'])} ({_number(part['floor_ms'])})" for part in line["window_launches"].values()),
+            *(_number(line[f"{path}_ms"]) for path in ("triton", "pytorch")),
+        )
+        for line in measured
+    ]
+    text = "Windows in bf16, milliseconds of each launch, and in brackets of a copy of the bytes that it reads and "
+    text += "writes; forward and backward as a user calls them, by these kernels and by PyTorch:"
+    return _table(text, ("", *(f"`{kernel}`" for kernel in kernels), "both passes", "PyTorch"), rows)
 
 
 def _both(line: Line) -> str:
