@@ -65,7 +65,8 @@ def without_recurrence(student: PreTrainedModel) -> Iterator[int]:
     mixers = [module for module in student.modules() if _is_mixer(module)]
     for mixer in mixers:
         mixer.recur = _silent(mixer)  # type: ignore[assignment]
-        mixer.beyond = lambda q: None  # type: ignore[assignment]  # else a zero would take its share of the softmax
+        # else a zero would take its share of the softmax; exports of earlier versions hand it their queries
+        mixer.beyond = lambda *_: None  # type: ignore[assignment]
     try:
         yield len(mixers)
     finally:

@@ -214,9 +214,11 @@ def test_with_the_recurrence(preset):
 
 
 @pytest.mark.usefixtures("no_recurrence")
-@pytest.mark.parametrize("preset, is_first", [("cxa079", True), *((preset, False) for preset in sorted(PRESETS))])
-@pytest.mark.parametrize("window_mix", ["softmax", "sum"])
-def test_windows(window_mix, preset, is_first):
+@pytest.mark.parametrize(
+    "preset, is_first, window_mix",
+    [("cxa079", True, "sum"), ("cxa079", False, "sum"), *((preset, False, "softmax") for preset in sorted(PRESETS))],
+)
+def test_windows(preset, is_first, window_mix):
     mixer, reference = make(preset, is_first=is_first, window=6, sinks=2, window_mix=window_mix)
     compare(mixer, reference, tokens(2, 35), first_for(mixer, 2, 35), rope_of(16, 35))
 
@@ -367,4 +369,7 @@ def test_the_ops_are_registered_as_torch_wants_them():
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(ops._inputs, (tensors, names, "log", 1e-6, True), test_utils=checks)
     gate, bonus = (leaf(B, T, 8), leaf(8, H * N)), leaf(B, T, H)
-    torch.library.opcheck(ops._output, (leaf(B, T, H, N), *gate, bonus, leaf(B, T, H, N), 0.25), test_utils=checks)
+    mixed = ops.Mixed(leaf(B, T, H, N), leaf(B, T, H, 1), leaf(H, N), leaf(H, N))
+    for window in ((None,) * 4, mixed):
+        given = leaf(B, T, H, N), *gate, bonus, leaf(B, T, H, N), *window, 0.25
+        torch.library.opcheck(ops._output, given, test_utils=checks)
