@@ -150,8 +150,8 @@ def window_attention(
         mask: (B, T) bool, True = real token, wherever the padding is; it is attended by nobody and gets zeros.
         cu_seqlens: (documents + 1,) bounds over the flattened B * T tokens, row ends included; None: a row each.
         inplace: a single token may be written into the memory of `state`.
-        backend: of `wkv7`. Sequences run in Triton where that is named, and where "auto" finds it on a GPU; all else
-            is PyTorch.
+        backend: of `wkv7`. Sequences run in Triton where that is named, and where "auto" finds it on a GPU, if it takes
+            them (`_runs_in_triton`); all else is PyTorch. A recurrence beside the window says what is missing.
 
     Returns:
         What was attended to, in the dtype of v, and the state of each row after the last token, which is of its last
