@@ -21,6 +21,8 @@ from ..stages.steps import AlignStep, DistillStep
 from ..teacher.signals import OnlineTeacher, TeacherModel
 from .shapes import qwen3_shape
 
+NOTHING = "nothing"
+
 
 def training_speed(
     load_teacher: Callable[[], nn.Module],
@@ -29,6 +31,7 @@ def training_speed(
     seq_len: int,
     repeats: int,
     backends: Sequence[str],
+    recomputed: Sequence[str] = (NOTHING,),
     seed: int = 0,
 ) -> dict:
     """Measure the speed of optimizer steps (forward, backward, clip, AdamW).
@@ -40,11 +43,12 @@ def training_speed(
         rows, seq_len: size of the batch of random tokens, one document per row.
         repeats: steps of each kind; they take turns, so that other load on the machine affects all alike.
         backends: of the recurrence, see `wkv7`; align and distill are measured with each.
+        recomputed: "nothing", "recurrence" or "layers" (in align: mixers) in the backward; each is measured, too.
         seed: of the tokens.
 
     Returns:
         {"tokens_per_second": {"finetune", "align BACKEND", "distill BACKEND": median}, "rows", "seq_len", "device",
-        "threads"}.
+        "threads"}; what is computed again stands behind the name.
 
     Raises:
         UserError: an unknown backend.
@@ -74,8 +78,15 @@ def training_speed(
         distilled.set_trainable(["mixer", "mlp", "norms", "embed", "head"])
         distilled.release_teacher()
         distill = DistillStep(OnlineTeacher(TeacherModel(load())))
-        kinds[f"align {backend}"] = _stepper(aligned, partial(_loss, align, aligned, batch, batch.num_tokens))
-        kinds[f"distill {backend}"] = _stepper(distilled, partial(_loss, distill, distilled, batch, batch.num_targets))
+        for name in recomputed:
+            more, what = ("", None) if name == NOTHING else (f", {name} again", name)
+            of_align = "mixers" if what == "layers" else what
+            kinds[f"align {backend}{more}"] = _stepper(
+                aligned, partial(_loss, align, aligned, of_align, batch, batch.num_tokens)
+            )
+            kinds[f"distill {backend}{more}"] = _stepper(
+                distilled, partial(_loss, distill, distilled, what, batch, batch.num_targets)
+            )
     speed = {name: rows * seq_len / seconds for name, seconds in _median_seconds(kinds, repeats, device).items()}
     where = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     batch_and_machine = {"rows": rows, "seq_len": seq_len, "device": where, "threads": torch.get_num_threads()}
@@ -96,7 +107,10 @@ def _median_seconds(steps: dict[str, Callable[[], None]], repeats: int, device: 
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def _loss(step: AlignStep | DistillStep, model: HybridModel, batch: Batch, count: int) -> torch.Tensor:
+def _loss(
+    step: AlignStep | DistillStep, model: HybridModel, recomputed: str | None, batch: Batch, count: int
+) -> torch.Tensor:
+    model.recompute(recomputed)
     return step(model, batch)[0] / count
 
 

@@ -76,6 +76,13 @@ def training(parser: ArgumentParser, argv: Sequence[str]) -> int:
         metavar="NAME",
         help="of the recurrence, as student.backend; several are compared (default: auto)",
     )
+    parser.add_argument(
+        "--recompute",
+        nargs="+",
+        choices=("nothing", "recurrence", "layers"),
+        default=["nothing"],
+        help="in the backward, as activation_checkpointing; several are compared (default: nothing)",
+    )
     add_output_arguments(parser)
     args = parser.parse(argv)
     from ..bench.training import pretrained_teacher, random_teacher, training_speed
@@ -83,7 +90,14 @@ def training(parser: ArgumentParser, argv: Sequence[str]) -> int:
 
     quiet_libraries()
     load = partial(random_teacher, *args.random) if args.random else partial(pretrained_teacher, args.teacher)
-    result = training_speed(load, rows=args.rows, seq_len=args.seq_len, repeats=args.repeats, backends=args.backend)
+    result = training_speed(
+        load,
+        rows=args.rows,
+        seq_len=args.seq_len,
+        repeats=args.repeats,
+        backends=args.backend,
+        recomputed=args.recompute,
+    )
     table = Table(
         title=f"one step of {args.rows} x {args.seq_len} tokens, fp32, {result['device']}, {result['threads']} threads"
     )

@@ -433,8 +433,7 @@ def _step(plan: StagePlan, models: _Models, engine: Engine, rows: Rows) -> Step[
         micro_rows = rows_within(MICRO_TOKENS, plan.length.seq_len)
         batches = partial(sample, rows, micro_rows=micro_rows, device=engine.world.device)
         step = plan.stage.step(engine.module, models.teacher, plan, batches)
-    if plan.settings.activation_checkpointing and plan.stage.recomputes_layers:
-        models.student.recompute_layers()
+    models.student.recompute(plan.stage.recomputed(plan.settings))
     return step
 
 

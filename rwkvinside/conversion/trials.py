@@ -127,7 +127,7 @@ class SharedTrials:
                     self._train(kept, plan)
                 return score(kept)
             finally:
-                student.train(False)  # where the plan recomputes activations
+                student.recompute(None)
                 with torch.no_grad():
                     for name, parameter in _trainable(student).items():
                         parameter.copy_(start[name])
@@ -137,8 +137,7 @@ class SharedTrials:
         groups = rate_groups(student, plan, phase)
         engine = make_engine(plan, phase, student, Distributed(self._world.device))
         step = DistillStep(SelfTeacher(), plan.loss, dict.fromkeys(kept, "kept"))
-        if plan.settings.activation_checkpointing:
-            student.recompute_layers()
+        student.recompute(plan.stage.recomputed(plan.settings))
         training = TrainingPlan(plan.name, plan.length, plan.schedule(groups), plan.shape.micro_rows)
         Trainer(engine, step, self._rows, training, callbacks=[_Steps(self._advance)]).fit()
 

@@ -56,7 +56,7 @@ class AttentionWrapper(nn.Module):
             return self.teacher_attn(hidden_states, window=Window(c.window, c.sinks), **kwargs)
         with torch.no_grad():
             target, weights = self.teacher_attn(hidden_states, **kwargs)
-        if forward_context.checkpoint:
+        if forward_context.recompute == "mixers":
             error = checkpoint(self._error, hidden_states, target, forward_context, kwargs, use_reentrant=False)
         else:
             error = self._error(hidden_states, target, forward_context, kwargs)

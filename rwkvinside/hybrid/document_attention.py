@@ -236,6 +236,7 @@ def _cut(
         WindowForm(window.tokens, window.sinks, form.softcap),
         state=None if carried is None else carried.of_window(module.layer_idx),
         cu_seqlens=documents.cu_seqlens.to(query.device),
+        keep_state=carried is not None,
     )
     if carried is not None and state is not None:
         carried.leave(module.layer_idx, state)

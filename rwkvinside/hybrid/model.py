@@ -77,6 +77,7 @@ class HybridModel(nn.Module):
         self.teacher_tied = tied
         self.trained: set[str] = self.own_names()
         self.master_weights: dict[str, Tensor] = {}
+        self._recompute: str | None = None
         self.requires_grad_(False)
 
     @classmethod
@@ -136,7 +137,6 @@ class HybridModel(nn.Module):
         batch: Batch,
         mode: str = "student",
         task: HeadTask | None = None,
-        checkpoint: bool = False,
         layers: Mapping[int, str] | None = None,
         routers: bool = False,
         carried: CarriedRows | None = None,
@@ -152,7 +152,6 @@ class HybridModel(nn.Module):
                 only.
             task: what the head computes (a loss, scores, logits); it runs inside the forward, so that an engine that
                 shards parameters gathers the head for it. None: nothing. Ignored in mode "align".
-            checkpoint: align only: recompute each mixer in the backward.
             layers: modes of converted layers that differ from `mode`: "student", "teacher", or "kept", which in mode
                 "student" is the student that keeps this layer's attention, see `keep_attention`.
             routers: return what the routers say, too, of a model with experts.
@@ -165,7 +164,7 @@ class HybridModel(nn.Module):
             otherwise the task's result, or without a task the final hidden states (B, T, D); with `routers` a pair of
             this and a `Routing`.
         """
-        call = replace(self.context(batch, mode, checkpoint, layers or {}), carried=carried, norms=norms)
+        call = replace(self.context(batch, mode, layers or {}), carried=carried, norms=norms)
         adapters = nullcontext() if mode == "student" else disabled(self.lm, but=".student_attn.")
         with torch.set_grad_enabled(torch.is_grad_enabled() and mode not in ("teacher", "control")), adapters:
             asked = {"output_router_logits": True} if routers else {}
@@ -191,14 +190,21 @@ class HybridModel(nn.Module):
             experts.recomputed = recomputes
         return self
 
-    def recompute_layers(self) -> None:
-        """Recompute decoder layers in the backward instead of keeping their activations."""
-        self.lm.activation_checkpointing_enable()
-        self.train()
+    def recompute(self, what: str | None) -> None:
+        """Compute activations again in the backward instead of keeping them.
 
-    def context(
-        self, batch: Batch, mode: str, checkpoint: bool = False, layers: Mapping[int, str] = MappingProxyType({})
-    ) -> ForwardContext:
+        Args:
+            what: "layers": decoder layers; "mixers": mixers in mode "align"; "recurrence": in either what lies between
+                the projections of mixers; None: nothing.
+        """
+        self._recompute = what
+        if what == "layers":
+            self.lm.activation_checkpointing_enable()
+        elif self.lm.is_activation_checkpointing:
+            self.lm.activation_checkpointing_disable()
+        self.train(what == "layers")
+
+    def context(self, batch: Batch, mode: str, layers: Mapping[int, str] = MappingProxyType({})) -> ForwardContext:
         """Return what the layers are to know of one forward over a batch; arguments as of `forward`."""
         documents = batch.documents
         mixing = [i for i in self.rwkv_layers if layers.get(i, mode) == "student"] if layers else []
@@ -208,7 +214,7 @@ class HybridModel(nn.Module):
             mode=mode,
             mask=batch.mask if documents.padded else None,
             cu_seqlens=None if documents.alone else documents.cu_seqlens,
-            checkpoint=checkpoint,
+            recompute=self._recompute,
         )
 
     @property

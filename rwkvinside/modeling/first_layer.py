@@ -117,7 +117,8 @@ class ForwardContext:
         mask: (B, T) bool over the tokens of this call, True = real; None when there is no padding.
         cu_seqlens: (S + 1,) int32 document boundaries over the flattened B*T tokens, rows included; None when every
             row is one document.
-        checkpoint: align only: recompute each mixer in the backward instead of keeping its activations.
+        recompute: what of mixers is computed again in the backward instead of being kept: "mixers" (in align), or
+            "recurrence", what lies between their projections; None: nothing.
         norms: align only: the norms of the teacher are asked for.
         errors: align only, written per layer: squared error and squared norm of the teacher, both 0-d sums over real
             tokens; the latter None where nobody asks for it.
@@ -132,7 +133,7 @@ class ForwardContext:
     mode: str = "student"
     mask: Tensor | None = None
     cu_seqlens: Tensor | None = None
-    checkpoint: bool = False
+    recompute: str | None = None
     norms: bool = True
     errors: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     first: VFirstHolder = field(default_factory=VFirstHolder)

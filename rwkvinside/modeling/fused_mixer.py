@@ -9,10 +9,13 @@ exported models: torch only, no I/O.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .first_layer import FirstLayerKV
 from .mixer_presets import TimeMixerConfig
@@ -48,51 +51,83 @@ def mix_fused(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     inplace: bool,
+    keep_state: bool,
+    recompute: bool,
 ) -> tuple[Tensor, FirstLayerKV, tuple[Tensor, Tensor | None, WindowState | None]]:
     """Mix a batch of rows up to the output projection.
 
     Args:
         mixer: whose parameters and configuration count.
         x: (B, T, D).
-        first, state, rope, mask, cu_seqlens, inplace: as of `TimeMixer.forward`.
+        first, state, rope, mask, cu_seqlens, inplace, keep_state, recompute: as of `TimeMixer.forward`.
 
     Returns:
         The input of the output projection (B, T, H * N) in the dtype of products (that of autocast, else x's), the
         FirstLayerKV for later layers, and the parts of the new MixerState. The value that the first layer hands on has
         the G heads of its projection, whatever the value path.
     """
-    c = mixer.mixer_config
-    wkv, last, window = (None, None, None) if state is None else state
+    last = None if state is None else state.shift
     inputs, shift = mixer.shifted(x.to(product_dtype(x)), last, mask, cu_seqlens)
     low_rank = _low_rank(mixer, inputs)
-    s, value, first = _recurrence_tensors(mixer, inputs, low_rank, first, rope)
-    y, wkv = mixer.recur((s.r, s.log_decay, s.k, s.v, s.a, s.b), wkv, mask, cu_seqlens, inplace)
+    value = mixer.value(inputs["v"]).unflatten(-1, (-1, mixer.mixer_config.head_size))
+    projected = (*mixer.projected_rk(inputs["r"], inputs["k"]), value)
+    between = partial(_between, mixer, projected, low_rank, first, rope, state, mask, cu_seqlens, inplace, keep_state)
+    y, key, wkv, window = recomputed(between) if recompute else between()
+    return y.flatten(2), FirstLayerKV(value, key) if first is None else first, (wkv, shift, window)
+
+
+Result = TypeVar("Result")
+
+
+def recomputed(between: Callable[[], Result]) -> Result:
+    """Return what a function gives; a backward calls it again and keeps what it needs only while it runs.
+
+    The function is the same at any time: nothing in a mixer is random.
+    """
+    return checkpoint(between, use_reentrant=False, preserve_rng_state=False)
+
+
+Projected = tuple[Tensor, Tensor, Tensor]  # receptance, key, value
+Factors = tuple[Tensor, Tensor]  # of the result of a low-rank map
+
+
+def _between(
+    mixer: TimeMixer,
+    projected: Projected,
+    low_rank: dict[str, Factors],
+    first: FirstLayerKV | None,
+    rope: tuple[Tensor, Tensor] | None,
+    state: MixerState | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    inplace: bool,
+    keep_state: bool,
+) -> tuple[Tensor, Tensor | None, Tensor, WindowState | None]:
+    """Return the input of the output projection, the key to hand on, and the states of recurrence and window."""
+    c, ops = mixer.mixer_config, kernels.mixer_ops()
+    s = _recurrence_tensors(mixer, projected, low_rank, first, rope)
+    inputs, wkv = (s.r, s.log_decay, s.k, s.v, s.a, s.b), None if state is None else state.wkv
+    y, wkv = mixer.recur(inputs, wkv, mask, cu_seqlens, inplace)
     if c.group_norm:
         y = mixer.ln_x(y.flatten(0, 1).flatten(1)).view_as(y)
     options: dict[str, Any] = {"scale": 1.0 if c.group_norm else c.head_size**-0.5}
     options |= {"bonus": s.bonus, "v": s.v if c.bonus else None}
-    ops = kernels.mixer_ops()
+    window = None if state is None else state.window
     if c.window:
-        near, window = mixer.window_features(s.r, s.key, value, window, mask, cu_seqlens, inplace)
+        near, window = mixer.window_features(s.r, s.key, projected[2], window, mask, cu_seqlens, inplace, keep_state)
         options["mixed"] = ops.Mixed(*near, mixer.mix_recurrence, mixer.mix_window)
-    y = ops.output(y, low_rank["g"], **options)
-    return y.flatten(2), first, (wkv, shift, window)
-
-
-Factors = tuple[Tensor, Tensor]  # of the result of a low-rank map
+    return ops.output(y, low_rank["g"], **options), s.key if c.key_residual else None, wkv, window
 
 
 def _recurrence_tensors(
     mixer: TimeMixer,
-    inputs: dict[str, Tensor],
+    projected: Projected,
     low_rank: dict[str, Factors],
     first: FirstLayerKV | None,
     rope: tuple[Tensor, Tensor] | None,
-) -> tuple[Any, Tensor, FirstLayerKV]:
-    """Return the `RecurrenceTensors` of `kernels.mixer_ops`, the projected value, and the FirstLayerKV to hand on."""
+) -> Any:
+    """Return the `RecurrenceTensors` of `kernels.mixer_ops`, of projected receptance, key and value."""
     c = mixer.mixer_config
-    r, k = mixer.projected_rk(inputs["r"], inputs["k"])
-    v = mixer.value(inputs["v"]).unflatten(-1, (-1, c.head_size))
     options: dict[str, Any] = {"value_gate": low_rank.get("v")}
     options |= {name: getattr(mixer, name, None) for name in ("r_k", "k_k", "k_a")}
     if c.rope:
@@ -107,10 +142,8 @@ def _recurrence_tensors(
             options |= {"v_first": v_first, "v0": mixer.v0}
         if c.key_residual:
             options |= {"key_gate": low_rank["k"], "k_first": k_first, "k0": mixer.k0}
-    s = kernels.mixer_ops().inputs(
-        r,
-        k,
-        v,
+    return kernels.mixer_ops().inputs(
+        *projected,
         low_rank["w"],
         low_rank["a"],
         w0=mixer.w0,
@@ -119,7 +152,6 @@ def _recurrence_tensors(
         hand_key=bool(c.window) or mixer.is_first and c.key_residual,
         **options,
     )
-    return s, v, FirstLayerKV(v, s.key if c.key_residual else None) if first is None else first
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

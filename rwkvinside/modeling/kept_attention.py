@@ -157,6 +157,7 @@ def _attend_to_window(
         mask=None if mask is None else mask.to(query.device),
         cu_seqlens=None if bounds is None else bounds.to(query.device),
         inplace=before is not None and can_overwrite(before),
+        keep_state=ring is not None,
     )
     if ring is not None and state is not None:
         write_state(ring, module.layer_idx, state, tokens=query.shape[2])

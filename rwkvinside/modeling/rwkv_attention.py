@@ -86,6 +86,8 @@ class RWKVAttention(TimeMixer):
             mask=_to(forward_context.mask, hidden_states),
             cu_seqlens=_to(forward_context.cu_seqlens, hidden_states),
             inplace=carried is None and before is not None and can_overwrite(before),  # the cache's is replaced below
+            keep_state=carried is not None or past_key_values is not None,
+            recompute=forward_context.recompute == "recurrence",
         )
         if self.is_first:
             forward_context.first.write(first)

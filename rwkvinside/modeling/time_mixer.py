@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .first_layer import FirstLayerKV
-from .fused_mixer import is_fused_sequence, mix_fused
+from .fused_mixer import is_fused_sequence, mix_fused, recomputed
 from .mixer_init import init_mixer
 from .mixer_presets import TimeMixerConfig
 from .mixer_step import is_fused, mixer_step
@@ -184,6 +185,8 @@ class TimeMixer(nn.Module):
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         inplace: bool = False,
+        keep_state: bool = True,
+        recompute: bool = False,
     ) -> tuple[Tensor, FirstLayerKV, MixerState]:
         """Mix a batch of rows.
 
@@ -197,6 +200,8 @@ class TimeMixer(nn.Module):
             mask: (B, T) bool, True = real token; padding leaves the state as it is.
             cu_seqlens: (S + 1,) document boundaries over the flattened B*T tokens (row ends included).
             inplace: the new state may take the memory of `state`.
+            keep_state: whether somebody goes on from the new state; without, that of a window may be missing.
+            recompute: a backward computes again what lies between the projections, which keep what they give.
 
         Returns:
             y (B, T, D), the FirstLayerKV to hand to later layers, and the state after the last token, (S, ...) with
@@ -207,28 +212,51 @@ class TimeMixer(nn.Module):
         """
         if self.mixer_config.rope and rope is None:
             raise ValueError("the mixer rotates its receptance and key: give rope=(cos, sin), or configure rope=False")
-        wkv = None if state is None else state.wkv
         rope = full_rotation(rope, self.mixer_config.head_size)
         if is_fused(self.mixer_config, x, cu_seqlens):
             y, first, wkv, window = mixer_step(self, x, first=first, state=state, rope=rope, mask=mask, inplace=inplace)
             return self.projected(y.to(x.dtype)), first, MixerState(wkv, None, window)
         if is_fused_sequence(self.mixer_config, x):
             y, first, parts = mix_fused(
-                self, x, first=first, state=state, rope=rope, mask=mask, cu_seqlens=cu_seqlens, inplace=inplace
+                self,
+                x,
+                first=first,
+                state=state,
+                rope=rope,
+                mask=mask,
+                cu_seqlens=cu_seqlens,
+                inplace=inplace,
+                keep_state=keep_state,
+                recompute=recompute,
             )
             return self.projected(y), first, MixerState(*parts)
         projected, first, shift = self.project_inputs(
             x, first=first, state=state, rope=rope, mask=mask, cu_seqlens=cu_seqlens
         )
+        between = partial(self._between_projections, projected, x.dtype, state, mask, cu_seqlens, inplace, keep_state)
+        y, wkv, window = recomputed(between) if recompute else between()
+        return self.projected(y), first, MixerState(wkv, shift, window)
+
+    def _between_projections(
+        self,
+        projected: ProjectedInputs,
+        dtype: torch.dtype,
+        state: MixerState | None,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        inplace: bool,
+        keep_state: bool,
+    ) -> tuple[Tensor, Tensor, WindowState | None]:
+        """Return the input of the output projection (B, T, H * N), and the states of recurrence and window."""
         s = self.recurrence_inputs(projected)
-        y, wkv = self.run_recurrence(s, wkv, mask, cu_seqlens, inplace)
+        y, wkv = self.run_recurrence(s, None if state is None else state.wkv, mask, cu_seqlens, inplace)
         y, window = y * s.gate, None
         if self.mixer_config.window:
             before = None if state is None else state.window
             q, k, v = projected.r, projected.key, projected.value
-            a, window = self.window_features(q, k, v, before, mask, cu_seqlens, inplace)
+            a, window = self.window_features(q, k, v, before, mask, cu_seqlens, inplace, keep_state)
             y = self.mixed(y, a)
-        return self.projected(y.flatten(2).to(x.dtype)), first, MixerState(wkv, shift, window)
+        return y.flatten(2).to(dtype), wkv, window
 
     def project_inputs(
         self,
@@ -432,13 +460,14 @@ class TimeMixer(nn.Module):
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         inplace: bool = False,
+        keep_state: bool = True,
     ) -> tuple[Attended, WindowState | None]:
         """Attend exactly to the tokens of the window and to the sinks.
 
         Args:
             q, k, v: r, key and value of `ProjectedInputs`.
             state: of the window, None at the start of a document.
-            mask, cu_seqlens, inplace: as of `forward`.
+            mask, cu_seqlens, inplace, keep_state: as of `forward`.
 
         Returns:
             What `mixed` adds to the recurrence, and the window's state; None with cu_seqlens.
@@ -448,12 +477,12 @@ class TimeMixer(nn.Module):
             q,
             k,
             v,
-            Form(c.window, c.sinks, c.softcap),
-            beyond=self.beyond(),
+            Form(c.window, c.sinks, c.softcap, self.beyond()),
             state=state,
             mask=mask,
             cu_seqlens=cu_seqlens,
             inplace=inplace,
+            keep_state=keep_state,
             backend=c.backend,
         )
 

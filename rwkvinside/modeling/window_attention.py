@@ -96,11 +96,13 @@ class Form(NamedTuple):
     Attributes:
         window, sinks: W >= 1 and S >= 0.
         softcap: the c of scores c * tanh(score / c); None: scores as they are.
+        beyond: score of what lies beyond the window, without a soft cap; None: that has no part in the softmax.
     """
 
     window: int
     sinks: int
     softcap: float | None = None
+    beyond: Beyond | None = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
         """Return softmax attention of q (..., queries, N) to the keys that are allowed, (..., keys, N).
@@ -132,11 +134,11 @@ def window_attention(
     v: Tensor,
     form: Form,
     *,
-    beyond: Beyond | None = None,
     state: WindowState | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     inplace: bool = False,
+    keep_state: bool = True,
     backend: str = "auto",
 ) -> tuple[Attended, WindowState | None]:
     """Attend to the last tokens of a window, the own one included, and to the first of the document.
@@ -145,34 +147,34 @@ def window_attention(
         q: (B, T, H, N). It and k are cast to the dtype of v, in which everything is kept; softmax in fp32 at least.
         k, v: (B, T, G, N), head h reads h // (H / G).
         form: see there.
-        beyond: score of what lies beyond the window, without a soft cap; None: that has no part in the softmax.
         state: of the tokens before, of each row, whose first document goes on from it; None at the start of documents.
         mask: (B, T) bool, True = real token, wherever the padding is; it is attended by nobody and gets zeros.
         cu_seqlens: (documents + 1,) bounds over the flattened B * T tokens, row ends included; None: a row each.
         inplace: a single token may be written into the memory of `state`.
+        keep_state: whether somebody goes on from the state after the last token, which sequences make for that alone.
         backend: of `wkv7`. Sequences run in Triton where that is named, and where "auto" finds it on a GPU, if it takes
             them (`_runs_in_triton`); all else is PyTorch. A recurrence beside the window says what is missing.
 
     Returns:
         What was attended to, in the dtype of v, and the state of each row after the last token, which is of its last
-        document; None with cu_seqlens and without a state, where no row goes on.
+        document; None with cu_seqlens and without a state, where no row goes on, and without `keep_state`.
     """
     if mask is not None:  # nothing behind the padding may come through, NaN times zero included
         q, k, v = (x.masked_fill(~mask[..., None, None], 0) for x in (q, k, v))
     single = q.shape[1] == 1 and cu_seqlens is None
     fused = not single and _runs_in_triton(backend, v)
     count = None
-    if beyond is not None and (not fused or state is not None or mask is not None):
+    if form.beyond is not None and (not fused or state is not None or mask is not None):
         count = _seen(q, state, mask, cu_seqlens) - form.window - form.sinks
         count = count if mask is None else count.masked_fill(~mask, 0)
-    score = None if count is None or beyond is None or fused else beyond.score(q, count)
+    score = None if count is None or form.beyond is None or fused else form.beyond.score(q, count)
     q, k = q.to(v.dtype), k.to(v.dtype)
-    if fused:
-        return _sequences((q, count), k, v, form, partial(_triton, form=form, beyond=beyond), state, mask, cu_seqlens)
     q = q if score is None else _with_score(q, score)
     if single:
         return _step(q, k, v, state or empty_state(k, form.window + form.sinks), mask, form, inplace)
-    return _sequences((q, None), k, v, form, partial(_blocks, form=form), state, mask, cu_seqlens)
+    queries, attend = ((q, count), _triton) if fused else ((q, None), _blocks)
+    out = _sequences(queries, k, v, form, partial(attend, form=form), state, mask, cu_seqlens)
+    return out, _state_after(k, v, form, state, mask, cu_seqlens) if keep_state else None
 
 
 def _runs_in_triton(backend: str, v: Tensor) -> bool:
@@ -197,14 +199,12 @@ def _sequences(
     state: WindowState | None,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
-) -> tuple[Attended, WindowState | None]:
-    """Attend as `window_attention` does, and take what it returns through all of the sequences."""
-    window, sinks, _ = form
+) -> Attended:
+    """Attend as `window_attention` does, behind what the state holds."""
     if state is None:
-        return _attend(queries, k, v, mask, cu_seqlens, attend), (
-            None if cu_seqlens is not None else _advance(empty_state(k, window + sinks), k, v, mask, window, sinks)
-        )
-    (B, T), past, (earlier_k, earlier_v, real) = k.shape[:2], window + sinks, _in_order(state, window, sinks)
+        return _attend(queries, k, v, mask, cu_seqlens, attend)
+    (B, T), past = k.shape[:2], form.window + form.sinks
+    earlier_k, earlier_v, real = _in_order(state, form.window, form.sinks)
     joined = torch.cat([real, real.new_ones(B, T) if mask is None else mask], 1)
     q, count = (None if x is None else torch.cat([x.new_zeros(B, past, *x.shape[2:]), x], 1) for x in queries)
     assert q is not None
@@ -216,9 +216,25 @@ def _sequences(
         None if cu_seqlens is None else _behind(cu_seqlens, past, B, T),
         attend,
     )
-    if cu_seqlens is not None:
-        state, mask = _of_last_documents(state, cu_seqlens, mask, B, T)
-    return out.map(lambda x: x[:, past:]), _advance(state, k, v, mask, window, sinks)
+    return out.map(lambda x: x[:, past:])
+
+
+def _state_after(
+    k: Tensor,
+    v: Tensor,
+    form: Form,
+    state: WindowState | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> WindowState | None:
+    """Return the state of each row after the last token of sequences; arguments and None as of `window_attention`."""
+    if state is None:
+        if cu_seqlens is not None:
+            return None
+        state = empty_state(k, form.window + form.sinks)
+    elif cu_seqlens is not None:
+        state, mask = _of_last_documents(state, cu_seqlens, mask, *k.shape[:2])
+    return _advance(state, k, v, mask, form.window, form.sinks)
 
 
 def _with_score(q: Tensor, score: Tensor) -> Tensor:
@@ -262,12 +278,11 @@ def dense_window_attention(
     v: Tensor,
     form: Form,
     *,
-    beyond: Beyond | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Attended:
     """Return what `window_attention` does, from all (B T)^2 scores: the reference, arguments as there."""
-    window, sinks, softcap = form
+    window, sinks, softcap, beyond = form
     (B, T, H, N), device = q.shape, q.device
     index = torch.arange(B * T, device=device)
     document = index // T if cu_seqlens is None else torch.searchsorted(cu_seqlens.long(), index, right=True)
@@ -310,9 +325,9 @@ def _attend(
     return out.map(lambda x: x.index_select(0, place).unflatten(0, (B, T)))
 
 
-def _triton(queries: _Queries, k: Tensor, v: Tensor, start: Tensor, form: Form, beyond: Beyond | None) -> Attended:
+def _triton(queries: _Queries, k: Tensor, v: Tensor, start: Tensor, form: Form) -> Attended:
     """Attend by the kernel of `rwkvinside.kernels`."""
-    window, sinks, softcap = form
+    window, sinks, softcap, beyond = form
     q, count = queries
     far = None if beyond is None else tuple(beyond)
     values, weight = kernels.window_attention(q, k, v, start, window, sinks, softcap=softcap, far=far, count=count)
@@ -331,7 +346,7 @@ def _blocks(queries: _Queries, k: Tensor, v: Tensor, start: Tensor, form: Form) 
     have to be fetched. Queries may have more channels, see `Form.attend`.
     """
     q = queries[0]
-    (tokens, H, channels), (window, sinks, _) = q.shape, form
+    (tokens, H, channels), window, sinks = q.shape, form.window, form.sinks
     G = k.shape[1]
     size = block_size(window)
     blocks = -(-tokens // size)
@@ -388,7 +403,7 @@ def _step(
     inplace: bool,
 ) -> tuple[Attended, WindowState]:
     """Attend with one token of each row, which first takes its slot."""
-    window, sinks, _ = form
+    window, sinks = form.window, form.sinks
     B, _, H, channels = q.shape
     G, slots, N = state.k.shape[1:]
     seen = state.seen

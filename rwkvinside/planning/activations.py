@@ -11,6 +11,7 @@ bytes of a product's type (2 under bf16, else 4), `stream` of the residual strea
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import nn
 
@@ -26,7 +27,14 @@ FP32, INT64 = 4, 8
 
 
 def kept_bytes(
-    model: HybridModel, *, align: bool, low: int, stream: int, fused: bool = False, fused_layers: bool = False
+    model: HybridModel,
+    *,
+    align: bool,
+    low: int,
+    stream: int,
+    fused: bool = False,
+    fused_layers: bool = False,
+    recurrence: bool = True,
 ) -> list[int]:
     """Return the bytes that each layer keeps for one token.
 
@@ -38,9 +46,10 @@ def kept_bytes(
         low, stream: see the notation.
         fused: the mixers run on the Triton kernels.
         fused_layers: norms and gated MLPs run on Liger's.
+        recurrence: what lies between the projections of mixers is kept; False: it is computed again.
     """
     count = model.lm.config.num_hidden_layers
-    mixers = {i: _fused_mixer(m, low) if fused else _mixer(m, low, stream) for i, m in model.mixers.items()}
+    mixers = {i: _mixer_bytes(m, low, stream, fused)[not recurrence] for i, m in model.mixers.items()}
     if align:
         return [mixers[i] + FP32 * model.lm.config.hidden_size if i in mixers else 0 for i in range(count)]
     first = _first_trained(model)
@@ -59,6 +68,12 @@ def edge_bytes(model: HybridModel, *, align: bool, checkpointing: bool, stream: 
     width = model.lm.config.hidden_size
     inputs = (2 if align else 1) * stream * width if checkpointing else 0
     return inputs, 0 if align else (2 * FP32 + 3 * stream) * width
+
+
+def recomputed_bytes(model: HybridModel, *, low: int, stream: int, fused: bool) -> int:
+    """Return the bytes a token of what lies between one mixer's projections, where its backward computes it again."""
+    layers = (_mixer_bytes(mixer, low, stream, fused) for mixer in model.mixers.values())
+    return max((whole - around for whole, around in layers), default=0)
 
 
 def transient_bytes(model: HybridModel, *, align: bool, low: int) -> int:
@@ -137,16 +152,46 @@ def _inputs(linears: Sequence[nn.Module], low: int, input_bytes: int) -> int:
     return low * (copies * linears[0].in_features + ranks)
 
 
-def _mixer(mixer: TimeMixer, low: int, stream: int) -> int:
-    c, first = mixer.mixer_config, mixer.is_first
-    H, G, N, D = c.num_heads, c.num_kv_heads, c.head_size, c.hidden_size
-    C, K = H * N, G * N
-    values = C if c.value_path in ("residual_full", "additive") else K
-    keys = C if c.key_scale == "k_a" else K
-    turned = stream if c.rope else low  # receptance and key take the rotation's type, and the bonus theirs
-    v_residual = c.value_path in ("residual_kv", "residual_full") and not first
-    k_residual = c.key_residual and not first
+def _mixer_bytes(mixer: TimeMixer, low: int, stream: int, fused: bool) -> tuple[int, int]:
+    """Return what a mixer keeps, and what is left where it computes again what lies between its projections."""
+    whole = _fused_mixer(mixer, low) if fused else _mixer(mixer, low, stream)
+    return whole, _around_fused(mixer, low) if fused else _around(mixer, low, stream)
 
+
+class _Sizes(NamedTuple):
+    """Numbers of one token in a mixer.
+
+    Attributes:
+        C, K: of receptance, and of a key.
+        values, keys: of value and key in the recurrence.
+        v_residual, k_residual: it mixes the first layer's in.
+    """
+
+    C: int
+    K: int
+    values: int
+    keys: int
+    v_residual: bool
+    k_residual: bool
+
+
+def _sizes(mixer: TimeMixer) -> _Sizes:
+    c, first = mixer.mixer_config, mixer.is_first
+    C, K = c.num_heads * c.head_size, c.num_kv_heads * c.head_size
+    return _Sizes(
+        C=C,
+        K=K,
+        values=C if c.value_path in ("residual_full", "additive") else K,
+        keys=C if c.key_scale == "k_a" else K,
+        v_residual=c.value_path in ("residual_kv", "residual_full") and not first,
+        k_residual=c.key_residual and not first,
+    )
+
+
+def _projections(mixer: TimeMixer, low: int, stream: int) -> int:
+    """Return what the projections keep, their norms and residual mixes included."""
+    c, D = mixer.mixer_config, mixer.mixer_config.hidden_size
+    C, K, values, _, v_residual, k_residual = _sizes(mixer)
     ranks = c.rank_decay + c.rank_iclr + c.rank_gate
     ranks += c.rank_value * (v_residual or c.value_path == "additive") + c.rank_key * k_residual
     # x goes into receptance, key, value, decay, rate and gate, and into the residual mixes: it is kept once, or for
@@ -155,7 +200,30 @@ def _mixer(mixer: TimeMixer, low: int, stream: int) -> int:
     total = low * ranks + low * D * (6 if c.token_shift else 1 if stream == low else uses)
     total += stream * D * 6 * c.token_shift
     if c.qk_norm:
-        total += FP32 * 2 * (C + K) + FP32 * (H + G)
+        total += FP32 * 2 * (C + K) + FP32 * (c.num_heads + c.num_kv_heads)
+    total += v_residual * (FP32 + 2 * low if low != FP32 else 2 * FP32) * values
+    return total + k_residual * (FP32 + _turned(c, low, stream)) * K
+
+
+def _turned(c: TimeMixerConfig, low: int, stream: int) -> int:
+    """Return the bytes of a number of receptance and key: they take the rotation's type, and the bonus theirs."""
+    return stream if c.rope else low
+
+
+def _around(mixer: TimeMixer, low: int, stream: int) -> int:
+    """Return what is left of `_mixer` where all that lies between the projections is computed again."""
+    C, K, values, _, v_residual, k_residual = _sizes(mixer)
+    turned = _turned(mixer.mixer_config, low, stream)
+    # receptance, key, value, with a residual mix also what they were before; decay, rate, gate, and what comes out
+    held = turned * (C + K + k_residual * K) + low * (values + v_residual * K) + low * 4 * C
+    return _projections(mixer, low, stream) + held
+
+
+def _mixer(mixer: TimeMixer, low: int, stream: int) -> int:
+    c, turned = mixer.mixer_config, _turned(mixer.mixer_config, low, stream)
+    H, G, N = c.num_heads, c.num_kv_heads, c.head_size
+    C, _, values, keys, *_ = _sizes(mixer)
+    total = _projections(mixer, low, stream)
     # sigmoids of decay and rate; the decay itself, or two for its logarithm, or for the stock key; removed; the state
     # before every 16th token
     total += FP32 * C * (2 + (1 if c.key_scale == "decay" else 2) + 1 + N / 16)
@@ -164,33 +232,38 @@ def _mixer(mixer: TimeMixer, low: int, stream: int) -> int:
     total += turned * C * (1 + c.bonus) + FP32 * 2 * H
     # the key before and after it is scaled to length one
     total += FP32 * (2 * keys + 2 * G)
-    total += v_residual * (FP32 + 2 * low if low != FP32 else 2 * FP32) * values
-    total += k_residual * (FP32 + turned) * K
     total += (turned if c.bonus else low) * C + low * 2 * C  # y, the gate, and their product
     total += FP32 * (C + 2 * H) * c.group_norm
     return int(total + (_window(c, low, turned if c.bonus else low, turned) if c.window else 0))
 
 
-def _fused_mixer(mixer: TimeMixer, low: int) -> int:
-    """Return what `modeling.fused_mixer` keeps: projections, halves of low-rank maps, the recurrence's own."""
-    c, first = mixer.mixer_config, mixer.is_first
-    H, G, N, D = c.num_heads, c.num_kv_heads, c.head_size, c.hidden_size
-    C, K = H * N, G * N
-    v_residual = c.value_path in ("residual_kv", "residual_full") and not first
+def _around_fused(mixer: TimeMixer, low: int) -> int:
+    """Return what `modeling.fused_mixer` keeps of projections, halves of low-rank maps, and the mixer's result."""
+    c, D = mixer.mixer_config, mixer.mixer_config.hidden_size
+    C, K, _, _, v_residual, k_residual = _sizes(mixer)
     v_low_rank = v_residual or c.value_path == "additive"
-    k_residual = c.key_residual and not first
     ranks = c.rank_decay + c.rank_iclr + c.rank_gate + c.rank_value * v_low_rank + c.rank_key * k_residual
     # x in the products' type, or six mixtures of it and what they were mixed from; the low-rank maps, whose tanh and
     # sigmoid keep their results
     total = low * (ranks + c.rank_decay + c.rank_gate)
     total += low * D * (12 if c.token_shift else 1)
     total += low * (C + 2 * K)  # receptance, key, value
-    total += low * K * (first and c.key_residual)  # handed to later layers
+    total += low * K * (mixer.is_first and c.key_residual)  # handed to later layers
+    return total + low * C  # the input of the output projection
+
+
+def _fused_mixer(mixer: TimeMixer, low: int) -> int:
+    """Return what `modeling.fused_mixer` keeps, the recurrence's own included."""
+    c, first = mixer.mixer_config, mixer.is_first
+    H, N = c.num_heads, c.head_size
+    C, K, _, keys, v_residual, _ = _sizes(mixer)
+    v_low_rank = v_residual or c.value_path == "additive"
+    total = _around_fused(mixer, low)
     # of the recurrence: r, k, b, and the log decay; v where it is another one than the projection, and a
     values = 0 if not v_low_rank else K if c.value_path == "residual_kv" else C
-    total += low * (3 * C + values + (C if c.key_scale == "k_a" else K)) + FP32 * C
+    total += low * (3 * C + values + keys) + FP32 * C
     total += H * kernels.kept_beside_inputs(N, bf16=low != FP32)
-    total += low * C + FP32 * H * c.bonus + low * C  # its output, the bonus, and the input of the output projection
+    total += low * C + FP32 * H * c.bonus  # its output, and the bonus
     total += (low * C + FP32 * 2 * H) * c.group_norm
     if c.window and not _windows_in_triton(c, low):
         total += _window(c, low, low, low)

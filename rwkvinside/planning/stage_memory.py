@@ -22,7 +22,7 @@ from ..stages.teacher import teacher_formats
 from ..teacher.kinds import TeacherKind
 from ..teacher.load import meta_teacher
 from ..training.deepspeed_config import settle
-from .activations import FP32, edge_bytes, kept_bytes, transient_bytes
+from .activations import FP32, edge_bytes, kept_bytes, recomputed_bytes, transient_bytes
 from .memory import EngineSpec, Memory, StepMemory, StudentMemory, memory_of, moment_bytes
 
 PREFETCH = 50_000_000  # elements that ZeRO 3 gathers ahead
@@ -159,8 +159,21 @@ def _work(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, teacher
     if not stage.trains:
         return StepMemory(tokens=0, **common)
     align = stage.backward is Backward.MIXERS
-    checkpointing = plan.settings.activation_checkpointing
+    recomputed, fused = plan.stage.recomputed(plan.settings), _fused(plan)
+    checkpointing = recomputed in ("layers", "mixers")
     inputs, edges = edge_bytes(model, align=align, checkpointing=checkpointing, stream=stream)
+    kept = kept_bytes(
+        model,
+        align=align,
+        low=low,
+        stream=stream,
+        fused=fused,
+        fused_layers=plan.run.fused_layers,
+        recurrence=recomputed != "recurrence",
+    )
+    transient = transient_bytes(model, align=align, low=low)
+    if recomputed == "recurrence":
+        transient += recomputed_bytes(model, low=low, stream=stream, fused=fused)
     models = stage.logit_models(kind)
     if plan.settings.loss is not None and plan.settings.loss.router:  # logits of all routers, and their softmax
         mlps = (model.family.experts(model.family.mlp(layer)) for layer in model.family.layers(model.lm))
@@ -170,12 +183,10 @@ def _work(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, teacher
     return StepMemory(
         tokens=tokens,
         micro_batches=shape.micro_batches,
-        kept=kept_bytes(
-            model, align=align, low=low, stream=stream, fused=_fused(plan), fused_layers=plan.run.fused_layers
-        ),
+        kept=kept,
         inputs=inputs,
         edges=edges,
-        transient=transient_bytes(model, align=align, low=low),
+        transient=transient,
         chunk=_logits(plan, tokens, vocab, low, models, kind) if models else 0,
         head_copy=vocab * c.hidden_size if models else 0,
         teacher=whole,

@@ -63,4 +63,4 @@ class Align(Stage):
         from .steps import AlignStep
 
         norms, _ = teacher_norms(model, sample(NORM_TOKENS))
-        return AlignStep(norms, checkpoint=plan.settings.activation_checkpointing)
+        return AlignStep(norms)

@@ -104,13 +104,11 @@ class Stage(ABC):
         """Whether it computes mixers from activations, in closed form."""
         return not self.trains and not self.chooses_layers
 
-    @property
-    def recomputes_layers(self) -> bool:
-        """Whether activation checkpointing is the model's own.
-
-        The model's own recomputes whole layers.
-        """
-        return self.backward is Backward.MODEL
+    def recomputed(self, settings: StageConfig) -> str | None:
+        """Return what `HybridModel.recompute` takes for a stage with these settings."""
+        if settings.activation_checkpointing is True:
+            return "mixers" if self.backward is Backward.MIXERS else "layers"
+        return settings.activation_checkpointing or None
 
     # settings
 

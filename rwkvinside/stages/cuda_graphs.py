@@ -48,8 +48,8 @@ def _obstacles(student: HybridModel, plan: StagePlan) -> Iterator[str]:
         yield "the student has adapters"
     if student.quantized or settings.teacher_model.quantize:
         yield "layers are quantized"
-    if settings.activation_checkpointing:
-        yield "activations are recomputed (activation_checkpointing), which saves the state of random numbers"
+    if settings.activation_checkpointing is True:
+        yield "activations are recomputed (activation_checkpointing: true), which saves the state of random numbers"
     if plan.asked_teacher is TeacherKind.OFFLINE:
         yield "the teacher's side is read from disk"
     if loss is not None and loss.top_k is not None:

@@ -48,7 +48,11 @@ class StageConfig(Section):
         False,
         description="Pretrain: rows go on from step to step, with the state in which a document was left.",
     )
-    activation_checkpointing: bool = Field(False, description="Recompute activations in the backward.")
+    activation_checkpointing: bool | Literal["recurrence"] = Field(
+        False,
+        description="Compute activations again in the backward: true: of layers, in align of mixers; recurrence: what "
+        "lies between the projections of mixers.",
+    )
     cuda_graphs: bool = Field(
         False, description="Launch forward and backward as one CUDA graph; align and distill on one GPU in bf16."
     )

@@ -32,11 +32,9 @@ class AlignStep:
 
     Attributes:
         norms: {layer: mean squared norm per token of the teacher's attention output}, from `calibration.teacher_norms`.
-        checkpoint: recompute mixers in the backward.
     """
 
     norms: dict[int, float]
-    checkpoint: bool = False
     _placed: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
     def count(self, batch: Batch) -> int:
@@ -45,7 +43,7 @@ class AlignStep:
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the alignment loss, and by layer under "layers"."""
-        errors = model(batch, mode="align", checkpoint=self.checkpoint, norms=False)
+        errors = model(batch, mode="align", norms=False)
         loss, layers = alignment_loss(errors, self._norms_on(batch.input_ids.device))
         return loss, {"layers": layers}
 

@@ -54,7 +54,7 @@ def divergence(model, layers=None):
 
 
 @pytest.mark.parametrize("kept", [(), (0,), (2,)])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True, "recurrence"])
 def test_a_trial_is_the_distillation_of_the_hybrid_itself(plan, kept, checkpointing):
     plan = replace(plan, settings=plan.settings.model_copy(update={"activation_checkpointing": checkpointing}))
     model, steps, known, saved = student(), [], {}, []

@@ -3,6 +3,7 @@
 import contextlib
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from rwkvinside.data.batch import Batch
@@ -43,8 +44,12 @@ def batch():
     return Batch(ids, ids, positions, segments, tuple(range(ROWS)))
 
 
-def kept_by_autograd(model, *, align, bf16, checkpointing=False):
-    """Bytes a token of everything that the graph of one forward holds, parameters and their casts left out."""
+def kept_by_autograd(model, *, align, bf16, recompute=None):
+    """Bytes a token of everything that the graph of one forward holds, parameters and their casts left out.
+
+    What is held only to compute something again is not seen: see `left_in_memory`.
+    """
+    model.recompute(recompute)
     ours = {p.untyped_storage().data_ptr() for p in model.parameters()}
     found = {}
 
@@ -56,12 +61,20 @@ def kept_by_autograd(model, *, align, bf16, checkpointing=False):
         return tensor
 
     weights = {tuple(p.shape) for p in model.parameters()} | {tuple(p.shape[::-1]) for p in model.parameters()}
-    context = torch.autocast("cpu", dtype=torch.bfloat16) if bf16 else contextlib.nullcontext()
-    with context, torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        if align:
-            model(batch(), mode="align", checkpoint=checkpointing)
-        else:
-            if checkpointing:
-                model.recompute_layers()
-            model(batch(), mode="student")
+    with precision(bf16), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        model(batch(), mode="align" if align else "student")
     return sum(n for n, t in found.values() if tuple(t.shape) not in weights) / (ROWS * TOKENS)
+
+
+def left_in_memory(model, *, align, bf16, recompute=None):
+    """Bytes a token by which memory has grown after one forward whose results are still held."""
+    model.recompute(recompute)
+    with precision(bf16), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as memory:
+        held = model(batch(), mode="align" if align else "student")
+    grown = sum(event.self_cpu_memory_usage for event in memory.key_averages())
+    assert held is not None
+    return grown / (ROWS * TOKENS)
+
+
+def precision(bf16):
+    return torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False) if bf16 else contextlib.nullcontext()

@@ -95,9 +95,10 @@ def trainer(engine, step, micro_rows, checkpointer=None, **options):
 def align(checkpointing=False):
     """Return the student, and a function from what an engine made of it to the step."""
     model = student(["mixer"])
+    model.recompute("mixers" if checkpointing else None)
 
     def step(module):
-        return AlignStep(teacher_norms(module, [Source().batch(range(4))])[0], checkpointing)
+        return AlignStep(teacher_norms(module, [Source().batch(range(4))])[0])
 
     return model, step
 
@@ -107,7 +108,7 @@ def distill(checkpointing=False, shard=None):
     lm = teacher()
     model = student(["mixer", "mlp", "norms", "embed", "head"], lm)
     if checkpointing:
-        model.recompute_layers()
+        model.recompute("layers")
     model_of_teacher = TeacherModel(lm)
     head = list(lm.lm_head.parameters())
     second = OnlineTeacher(model_of_teacher) if shard is None else OnlineTeacher(*shard(model_of_teacher, head))

@@ -106,7 +106,7 @@ def test_recomputed_layers_keep_nothing_of_their_experts(implementation, monkeyp
     trained = [p for p in model.parameters() if p.requires_grad]
     for recompute in (False, True):
         if recompute:  # what experts keep is seen by the checkpoint, and not by hooks of their own
-            model.recompute_layers()
+            model.recompute("layers")
             monkeypatch.setattr(experts._MadeAgain, "pack", lambda *_: pytest.fail("kept by the experts"))
         loss, _ = DistillStep(SelfTeacher())(model, batch)
         gradients.append(torch.autograd.grad(loss, trained, allow_unused=True))

@@ -104,21 +104,23 @@ def test_a_sum_with_a_window_starts_as_the_mixer_without_one():
     assert torch.equal(plain, windowed)
 
 
-@pytest.mark.parametrize("objective", ["align", "distill"])
-def test_activation_checkpointing_changes_no_gradient(objective):
+@pytest.mark.parametrize(
+    "objective, what", [("align", "mixers"), ("align", "recurrence"), ("distill", "layers"), ("distill", "recurrence")]
+)
+@pytest.mark.parametrize("window", [0, 4])
+def test_what_is_computed_again_changes_no_gradient(objective, what, window):
     gradients = []
-    for checkpointing in (False, True):
-        hybrid = HybridModel.from_teacher(teacher(), StudentConfig(attention_layers=(1,))).double()
+    for recompute in (None, what):
+        hybrid = HybridModel.from_teacher(teacher(), StudentConfig(attention_layers=(1,), window=window)).double()
+        hybrid.recompute(recompute)
         hybrid.set_trainable(
             ["mixer"] if objective == "align" else ["mixer", "mlp", "norms", "embed", "head", "attention"]
         )
         separate = OnlineTeacher(TeacherModel(teacher().double()))
         if objective == "align":
-            step = AlignStep({0: 2.0, 2: 3.0}, checkpoint=checkpointing)
+            step = AlignStep({0: 2.0, 2: 3.0})
         else:
-            step = DistillStep(separate, DistillLossConfig(chunk_tokens=7 if checkpointing else 1000))
-            if checkpointing:
-                hybrid.recompute_layers()
+            step = DistillStep(separate, DistillLossConfig(chunk_tokens=7 if recompute else 1000))
         step(hybrid, packed([8, 5], rows=2))[0].backward()
         gradients.append({n: p.grad for n, p in hybrid.canonical_parameters().items() if p.requires_grad})
     for name, gradient in gradients[0].items():
@@ -133,7 +135,7 @@ def test_the_teacher_has_no_dropout():
     hybrid = HybridModel.from_teacher(lm, StudentConfig(attention_layers=(1,))).double().eval()
     expected = {mode: logits(hybrid, batch, mode) for mode in ("teacher", "student")}
     errors = hybrid(batch, mode="align")
-    hybrid.recompute_layers()
+    hybrid.recompute("layers")
     assert [m for m in hybrid.modules() if m.training] == list(hybrid.family.layers(hybrid.lm))
     for mode, plain in expected.items():
         assert torch.equal(logits(hybrid, batch, mode), plain), mode

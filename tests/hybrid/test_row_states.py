@@ -117,13 +117,13 @@ def test_rows_that_go_on_are_scored_as_whole_documents(rows):
     assert found == pytest.approx(expected, abs=1e-6) and abs(found - anew) > 1e-3
 
 
-def test_recomputed_layers_leave_the_same_states_and_gradients(rows):
+@pytest.mark.parametrize("what", ["layers", "recurrence"])
+def test_recomputed_layers_leave_the_same_states_and_gradients(rows, what):
     found = []
-    for recompute in (False, True):
+    for recompute in (None, what):
         model = student("with attention cut to a window", torch.float32)
         model.set_trainable([".*"])
-        if recompute:
-            model.recompute_layers()
+        model.recompute(recompute)
         states = RowStates(model, STREAMS)
         for step in range(3):
             batch = rows.batch(range(STREAMS * step, STREAMS * step + STREAMS))

@@ -5,7 +5,7 @@ Run by test_training_steps.py, or directly: TRITON_INTERPRET=1 python -m pytest 
 
 import pytest
 import torch
-from kept_activations import SIZES, kept_by_autograd, student
+from kept_activations import SIZES, kept_by_autograd, left_in_memory, student
 
 from rwkvinside.kernels.gpu import mixer, op, window
 from rwkvinside.planning.activations import kept_bytes
@@ -43,3 +43,15 @@ def test_activations_are_those_that_autograd_keeps(mode, train, bf16, made):
     expected = sum(kept_bytes(model, align=align, low=2 if bf16 else 4, stream=stream, fused=True))
     expected += 0 if align else 8 * SIZES["hidden_size"]  # the last norm
     assert expected == pytest.approx(kept_by_autograd(model, align=align, bf16=bf16), rel=0.04)
+
+
+@pytest.mark.parametrize("made", [{}, {"window": 32, "sinks": 4}, {"preset": "rad"}, {"preset": "x070"}])
+@pytest.mark.parametrize("bf16", [True, False])
+def test_what_is_kept_where_the_recurrence_is_computed_again(made, bf16):
+    model = student(backend="triton", family="llama" if made.get("preset") == "x070" else "qwen3", **made)
+    model.set_trainable(["mixer"])
+    options = {"align": True, "low": 2 if bf16 else 4, "stream": 4, "fused": True}
+    whole, again = (sum(kept_bytes(model, recurrence=kept, **options)) for kept in (True, False))
+    # of which weights in bf16 are a part, the same in both
+    measured = [left_in_memory(model, align=True, bf16=bf16, recompute=what) for what in (None, "recurrence")]
+    assert whole - again == pytest.approx(measured[0] - measured[1], rel=0.04)

@@ -240,6 +240,19 @@ def test_windows_continue(preset):
     assert_close({"y": torch.cat(parts, 1)}, {"y": whole.detach()})
 
 
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize("preset, window", [("cxa079", WINDOWED), ("rad", {}), ("x070", {})])
+def test_what_is_computed_again_is_the_same(preset, is_first, window):
+    """From a state, of which the recurrence begins both times."""
+    mixer, _ = make(preset, is_first=is_first, **window)
+    x, first, rope = tokens(2, 20), first_for(mixer, 2, 20), rope_of(16, 20)
+    state = mixer(x, first=first, rope=rope)[2].map(torch.Tensor.detach)
+    kept, again = (
+        results(mixer, x, first, rope, torch.float32, state=state, recompute=recompute) for recompute in (False, True)
+    )
+    assert kept.keys() == again.keys() and all(torch.equal(value, again[name]) for name, value in kept.items())
+
+
 @pytest.mark.parametrize("preset, window", [("cxa079", {}), ("x070", {}), ("cxa079", WINDOWED)])
 def test_masks_and_packed_documents(preset, window):
     mixer, reference = make(preset, **window)

@@ -50,8 +50,8 @@ def compare(given, beyond, form, *, bound, **options):
     """Outputs and all gradients, those of the score's parameters included, by the dense form in float64."""
     own, far = leaves_of(given, beyond)
     exact, exact_far = leaves_of(given, beyond, double=True)
-    found, _ = window_attention(*own, form, beyond=far, backend="triton", **options)
-    wanted = dense_window_attention(*exact, form, beyond=exact_far, **options)
+    found, _ = window_attention(*own, form._replace(beyond=far), backend="triton", **options)
+    wanted = dense_window_attention(*exact, form._replace(beyond=exact_far), **options)
     assert found.values.dtype == own[2].dtype
     assert near(found.values, wanted.values, bound)
     weight = torch.randn_like(wanted.values), torch.randn_like(wanted.values[..., :1])
@@ -114,7 +114,7 @@ def test_padding_wherever_it_is(packed):
     compare(given, beyond, Form(7, 2), bound=ROUNDING[torch.float32], **options)
     with torch.no_grad():
         given[0][~mask], given[1][~mask], given[2][~mask] = (torch.nan,) * 3
-    out, _ = window_attention(*given, Form(7, 2), beyond=beyond, backend="triton", **options)
+    out, _ = window_attention(*given, Form(7, 2, beyond=beyond), backend="triton", **options)
     assert out.values.isfinite().all() and (out.values[~mask] == 0).all() and (out.beyond[~mask] == 0).all()
 
 
@@ -124,7 +124,7 @@ def test_pieces_with_a_state_equal_the_whole(packed):
     given, beyond = inputs(2, 60, 4, 2, 16)
     form = Form(6, 2)
     whole = dense_window_attention(
-        *given, form, beyond=beyond, cu_seqlens=bounds_of(0, 35, 60, 120) if packed else None
+        *given, form._replace(beyond=beyond), cu_seqlens=bounds_of(0, 35, 60, 120) if packed else None
     ).values
     state = empty_state(given[1], 8) if packed else None
     parts = []
@@ -132,7 +132,9 @@ def test_pieces_with_a_state_equal_the_whole(packed):
         cut = [x[:, begin:end] for x in given]
         size = end - begin
         bounds = bounds_of(0, *([35 - begin] if begin < 35 < end else []), size, 2 * size) if packed else None
-        out, state = window_attention(*cut, form, beyond=beyond, state=state, cu_seqlens=bounds, backend="triton")
+        out, state = window_attention(
+            *cut, form._replace(beyond=beyond), state=state, cu_seqlens=bounds, backend="triton"
+        )
         parts.append(out.values)
     found = torch.cat(parts, 1)
     assert near(found, whole, 2e-6) and isinstance(state, WindowState)
@@ -147,7 +149,7 @@ def test_two_runs_agree_bit_for_bit_whatever_lies_in_memory():
     for value in (torch.nan, 7.0):
         rubbish = [torch.full((1, 150, 2, 16), value, device=DEVICE) for _ in range(40)]
         del rubbish
-        out, _ = window_attention(*given, Form(9, 3), beyond=beyond, backend="triton")
+        out, _ = window_attention(*given, Form(9, 3, beyond=beyond), backend="triton")
         runs.append((*out, *torch.autograd.grad(out.values.sum() + out.beyond.sum(), given)))
     assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
 

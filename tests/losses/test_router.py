@@ -62,7 +62,7 @@ def test_each_row_is_what_transformers_computes_of_it(batch):
 def test_a_step_adds_it_with_its_weight_and_names_it(kind, checkpointing):
     model, batch = student(), padded([16, 5, 9])
     if checkpointing:
-        model.recompute_layers()
+        model.recompute("layers")
     config = DistillLossConfig(router=WEIGHT)
     plain, with_router = (
         (DistillStep(SelfTeacher()), DistillStep(SelfTeacher(), config))

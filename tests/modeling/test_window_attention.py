@@ -36,13 +36,13 @@ def joined(attended):
     return attended.values if attended.beyond is None else torch.cat(attended, -1)
 
 
-def window_attention(q, k, v, *, window, sinks, softcap=None, **options):
-    attended, state = window_module.window_attention(q, k, v, Form(window, sinks, softcap), **options)
+def window_attention(q, k, v, *, window, sinks, softcap=None, beyond=None, **options):
+    attended, state = window_module.window_attention(q, k, v, Form(window, sinks, softcap, beyond), **options)
     return joined(attended), state
 
 
-def dense_window_attention(q, k, v, *, window, sinks, softcap=None, **options):
-    return joined(window_module.dense_window_attention(q, k, v, Form(window, sinks, softcap), **options))
+def dense_window_attention(q, k, v, *, window, sinks, softcap=None, beyond=None, **options):
+    return joined(window_module.dense_window_attention(q, k, v, Form(window, sinks, softcap, beyond), **options))
 
 
 def bounds_of(*cuts):
@@ -118,6 +118,8 @@ def test_blocks_equal_the_dense_form_with_all_gradients(window, sinks, scored, c
     wanted = dense_window_attention(*given, **options)
     assert (found - wanted).abs().max() < 1e-10
     assert (state is None) == (options["cu_seqlens"] is not None)
+    alone, state = window_attention(*given, keep_state=False, **options)
+    assert (alone == found).all() and state is None
     exact = torch.autograd.grad((wanted * weight).sum(), leaves)
     for x, y in zip(torch.autograd.grad((found * weight).sum(), leaves), exact, strict=True):
         assert (x - y).abs().max() < 1e-10

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from kept_activations import SIZES, kept_by_autograd, student
+from kept_activations import SIZES, kept_by_autograd, left_in_memory, student
 from plans import layer_spec
 
 from rwkvinside import kernels
 from rwkvinside.hybrid.settings import AdapterConfig
-from rwkvinside.planning.activations import edge_bytes, kept_bytes
+from rwkvinside.planning.activations import edge_bytes, kept_bytes, recomputed_bytes
 
 LORA = layer_spec(adapters=(AdapterConfig(rank=8),))
 QUANTIZED = layer_spec(("mlp", "teacher"), adapters=(AdapterConfig(rank=8),))
@@ -66,12 +66,36 @@ def test_fused_norms_keep_their_input_and_fused_mlps_no_silu(low, stream):
     )
 
 
+@pytest.mark.skipif(kernels.why_unavailable("native") is not None, reason="the counts are those of the native kernel")
+@pytest.mark.parametrize(
+    "bf16, made",
+    [
+        (False, {}),
+        (True, {}),
+        (True, {"family": "llama", "dtype": torch.bfloat16, "window": 16, "sinks": 4}),
+        (False, {"preset": "rad", "window": 32}),
+        (False, {"preset": "x070", "family": "llama"}),
+    ],
+)
+def test_what_is_kept_where_the_recurrence_is_computed_again(bf16, made):
+    """What only waits to be used again is in no graph: it is seen in memory."""
+    model = student(**made)
+    model.set_trainable(["mixer"])
+    options = {"low": 2 if bf16 else 4, "stream": 2 if made.get("dtype") == torch.bfloat16 else 4}
+    whole, again = (sum(kept_bytes(model, align=True, recurrence=kept, **options)) for kept in (True, False))
+    assert left_in_memory(model, align=True, bf16=bf16) == pytest.approx(whole, rel=0.03)
+    assert left_in_memory(model, align=True, bf16=bf16, recompute="recurrence") == pytest.approx(again, rel=0.07)
+    assert again < 0.62 * whole
+    most = recomputed_bytes(model, low=options["low"], stream=options["stream"], fused=False)
+    assert (whole - again) / len(model.mixers) <= most <= 1.1 * (whole - again) / len(model.mixers)
+
+
 @pytest.mark.parametrize("mode", ["align", "distill"])
 def test_layers_that_are_recomputed_keep_their_input(mode):
     model = student()
     align = mode == "align"
     model.set_trainable(["mixer"] if align else [".*"])
-    found = kept_by_autograd(model, align=align, bf16=False, checkpointing=True)
+    found = kept_by_autograd(model, align=align, bf16=False, recompute="mixers" if align else "layers")
     each, _ = edge_bytes(model, align=align, checkpointing=True, stream=4)
     assert len(model.lm.model.layers) * each + (0 if align else 8 * SIZES["hidden_size"]) == pytest.approx(
         found, rel=0.05

@@ -72,6 +72,7 @@ NF4 = ["quantize.groups=[mlp,teacher]", "adapters=[{kind: lora, groups: [mlp], r
         ("align", 3, BF16),
         ("distill", 1, []),
         ("distill", 2, ["stages.distill.activation_checkpointing=true", "stages.distill.train=[mixer,mlp]"]),
+        ("align", 2, ["stages.align.activation_checkpointing=recurrence"]),
         ("distill", 2, [*NF4, "stages.distill.train=[mixer,adapters]", "stages.distill.optim.kind=adamw8bit"]),
     ],
 )

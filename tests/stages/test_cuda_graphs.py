@@ -33,6 +33,7 @@ def student():
 @pytest.mark.parametrize("objective", ["align", "distill"])
 def test_align_and_distill_on_a_gpu_have_graphs(student, objective):
     check_cuda_graphs(student, plan(objective))
+    check_cuda_graphs(student, plan(objective, activation_checkpointing="recurrence"))
 
 
 @pytest.mark.parametrize(

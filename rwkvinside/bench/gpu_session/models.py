@@ -67,7 +67,7 @@ def stage_plan(
     attention_layers: tuple[int, ...] = (),
     window: int = 0,
     fused: bool = True,
-    checkpointing: bool = False,
+    checkpointing: bool | str = False,
 ) -> StagePlan:
     """Return what a user's configuration resolves to: bf16, all else by default.
 
@@ -80,7 +80,7 @@ def stage_plan(
         attention_layers: that are kept.
         window: tokens that every mixer attends to, and to the first of a document; 0: none.
         fused: norms and MLPs by Liger where it is installed.
-        checkpointing: recompute activations.
+        checkpointing: `activation_checkpointing` of the stage.
     """
     stage = f"stages.{objective}"
     config = load_config(

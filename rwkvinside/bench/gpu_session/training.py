@@ -137,7 +137,8 @@ class Case:
     @property
     def name(self) -> str:
         """Shape of the teacher and of a step."""
-        more = ", recomputed" if self.plan.settings.activation_checkpointing else ""
+        recomputed = self.plan.stage.recomputed(self.plan.settings)
+        more = f", recomputed {recomputed}" if recomputed else ""
         more += ", window" if self.plan.run.student.window else ""
         more += ", fused" if self.plan.run.fused_layers else ""
         more += ", graphed" if self.plan.settings.cuda_graphs else ""
@@ -157,8 +158,7 @@ class Case:
         engine = make_engine(plan, phase, student, Distributed(run.device))
         with engine.autocast():
             step = plan.stage.step(engine.module, teacher, plan, lambda tokens: batches)
-        if plan.settings.activation_checkpointing and plan.stage.recomputes_layers:
-            student.recompute_layers()
+        student.recompute(plan.stage.recomputed(plan.settings))
         engine.set_rates(plan.schedule(groups).rates(plan.rates.warmup_steps, plan.length))
         return Training(plan, engine, step, batches, work)
 

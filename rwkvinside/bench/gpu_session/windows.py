@@ -126,8 +126,8 @@ def against_dense(case: WindowCase, device: str) -> dict:
     tokens, beyond = case.inputs(device)
     exact = [x.detach().double().requires_grad_() for x in (*tokens, *beyond)]
     form, options = Form(case.window, case.sinks), case.options(device)
-    found, _ = window_attention(*tokens, form, beyond=beyond, backend="triton", **options)
-    wanted = dense_window_attention(*exact[:3], form, beyond=Beyond(*exact[3:]), **options)
+    found, _ = window_attention(*tokens, form._replace(beyond=beyond), keep_state=False, backend="triton", **options)
+    wanted = dense_window_attention(*exact[:3], form._replace(beyond=Beyond(*exact[3:])), **options)
     assert found.beyond is not None
     assert wanted.beyond is not None
     given = torch.randn_like(found.values), torch.randn_like(found.beyond)
@@ -163,10 +163,10 @@ def times(case: WindowCase, device: str, bandwidth: float) -> dict:
         ms = launch_milliseconds(launch.run, device, 10)
         rows[launch.kernel.__name__] = {"ms": ms, "floor_ms": 1e3 * moved(launch) / bandwidth}
     tokens, beyond = case.inputs(device)
-    form, options = Form(case.window, case.sinks), case.options(device)
+    form, options = Form(case.window, case.sinks, beyond=beyond), case.options(device)
 
     def both_passes(backend: str) -> None:
-        out, _ = window_attention(*tokens, form, beyond=beyond, backend=backend, **options)
+        out, _ = window_attention(*tokens, form, keep_state=False, backend=backend, **options)
         torch.autograd.grad((out.values, out.beyond), (*tokens, *beyond), (out.values, out.beyond))
 
     paths = {"triton": "triton", "pytorch": "chunked"}
