@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from .stage import Stage
 
 WARMUP, STEPS = 2, 5
-GRAPHED = ("align", "distill")  # objectives whose graphs are compared with steps without
+# objectives whose graphs are compared with steps without, and their activation_checkpointing
+GRAPHED: tuple[tuple[str, bool | str], ...] = (("align", False), ("distill", False), ("distill", "recurrence"))
 GRAPHS_APART = 1e-2  # of losses in bf16: flash attention adds its gradients up in any order
 GIB = 2**30
 
@@ -63,6 +64,7 @@ def run(stage: Stage) -> None:
         ("distill", small, 8, long, some | {"window": WINDOW}),
         ("align", large, rows, short, full),
         ("distill", large, 4, long, some | {"checkpointing": True}),
+        ("distill", small, 8, long, some | {"checkpointing": "recurrence"}),
         ("align", small, rows, short, full | {"window": WINDOW}),
         ("distill", small, 8, long, some | {"document": document, "graphs": True}),
         ("distill", small, 8, long, some | {"document": document}),
@@ -71,9 +73,9 @@ def run(stage: Stage) -> None:
         ("distill", small, 4, long, {}),
     )
     few = replace(small, layers=min(small.layers, 4))
-    for objective in GRAPHED:
-        compared = plan(few, objective, rows, short, micro_rows=max(1, rows // 4))
-        what = f"graphs: losses of {objective} {step_name(compared)}"
+    for objective, checkpointing in GRAPHED:
+        compared = plan(few, objective, rows, short, micro_rows=max(1, rows // 4), checkpointing=checkpointing)
+        what = f"graphs: losses of {objective} {Case(compared).name}"
         stage.attempt(what, partial(compare_graphs, compared), needs=10)
     stage.attempt("norms and MLPs fused", partial(compare_layers, rows * short, stage.device), needs=4)
     names, profiled = set(), set()
