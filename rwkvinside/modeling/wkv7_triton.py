@@ -46,7 +46,7 @@ def _step(  # type: ignore[no-untyped-def]  # pointers and numbers of Triton
     N: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ) -> None:  # fmt: skip
     program = tl.program_id(0)
-    head = (program // BLOCKS) % heads
+    head = ((program // BLOCKS) % heads).to(tl.int64)
     batch = (program // BLOCKS // heads).to(tl.int64)
     rows = (program % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
     columns = tl.arange(0, K)
@@ -54,7 +54,7 @@ def _step(  # type: ignore[no-untyped-def]  # pointers and numbers of Triton
     in_columns = columns < N
 
     # The state first: of one token it is nearly all of the traffic, and its load depends on nothing else.
-    state += batch * state_batch + head.to(tl.int64) * state_head
+    state += batch * state_batch + head * state_head
     places = state + rows[:, None] * state_row + columns[None, :]
     inside = in_rows[:, None] & in_columns[None, :]
     S = tl.load(places, mask=inside, other=0.0)

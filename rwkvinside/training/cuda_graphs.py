@@ -17,6 +17,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from .protocols import AnyBatch, Step
 
 WARM_RUNS = 2  # of a shape before it is recorded, so that every kernel is compiled and every library has its memory
@@ -76,14 +77,29 @@ class CudaRecorder:
         return result
 
     def record(self, work: Work) -> tuple[Callable[[], None], Sums]:
-        """Record something, see `Recorder`."""
+        """Record something, see `Recorder`.
+
+        Raises:
+            UserError: it cannot be recorded, or there is no memory for it.
+        """
         gc.collect()  # what waits for it would hold memory, and be freed in the middle of the graph
         graph = torch.cuda.CUDAGraph()
         pool = next((other.pool() for other in self._graphs), None)  # PyTorch takes no pool without a living graph
-        with torch.cuda.graph(graph, pool=pool, stream=self._stream):
-            result = work()
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=self._stream):
+                result = work()
+        except RuntimeError as error:
+            why = str(_first(error)).partition("\n")[0]
+            raise UserError(
+                f"a micro-batch cannot be recorded as a CUDA graph: {why}", "leave out cuda_graphs of the stage"
+            ) from error
         self._graphs.add(graph)
         return graph.replay, result
+
+
+def _first(error: BaseException) -> BaseException:
+    """Return what was raised first: PyTorch says of the end of a recording that failed only that it failed."""
+    return error if error.__context__ is None else _first(error.__context__)
 
 
 class MicroBatchGraphs(Generic[AnyBatch]):

@@ -8,7 +8,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-HOST_WAITS = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select", "_unique2", "unique_dim")
+HOST_WAITS = (
+    *("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal"),
+    *("masked_select", "_unique2", "unique_dim"),
+)
 INDEX = ("index", "index_put", "index_put_", "_index_put_impl_")  # by booleans they look for their places first
 
 

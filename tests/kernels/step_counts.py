@@ -12,17 +12,17 @@ from collections import Counter
 from unittest import mock
 
 import pytest
+import recorded_graph
 import torch
 from graphed_training import batch
 from hybrid_cases import teacher
-from recorded_graph import Recorder
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rwkvinside.hybrid import document_attention
 from rwkvinside.hybrid.model import HybridModel
 from rwkvinside.hybrid.settings import StudentConfig
-from rwkvinside.kernels.gpu import mixer, op
+from rwkvinside.kernels.gpu import mixer, op, window
 from rwkvinside.kernels.gpu.launch import Launch
 from rwkvinside.losses import chunked, fused
 from rwkvinside.modeling import wkv7
@@ -43,6 +43,8 @@ OURS = {
         "mixer_output_triton_backward": mixer._output_backward,
         "wkv7_triton": op._forward,
         "wkv7_triton_backward": op._backward,
+        "window_triton": window._attend,
+        "window_triton_backward": window._attend_backward,
     }.items()
 }
 launched = []  # names of kernels
@@ -79,6 +81,20 @@ class Count(TorchDispatchMode):
                 place = " ".join([label, *(part for part in name.split(".") if not part.isdigit())])
                 module.register_forward_pre_hook(lambda *_, place=place: self.places.append(place))
                 module.register_forward_hook(lambda *_: self.places.pop() and None)
+
+
+class Inside(recorded_graph.Capture):
+    """A capture that looks into our ops, whose own operations must not wait either."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function not in OURS:
+            return super().__torch_dispatch__(function, types, args, kwargs)
+        TorchDispatchMode.__enter__(self)
+        try:
+            with torch.no_grad():
+                return OURS[function](*args, **kwargs or {})
+        finally:
+            TorchDispatchMode.__exit__(self, None, None, None)
 
 
 def tensors(tree):
@@ -154,12 +170,13 @@ def test_operations_of_a_step(objective, layer, rest):
 @pytest.mark.parametrize("window", [0, 4])
 @pytest.mark.parametrize("objective", ["align", "distill"])
 def test_a_micro_batch_waits_for_nothing(objective, window, packed):
-    recorder = Recorder()
+    recorder = recorded_graph.Recorder()
     engine, step, _ = training(objective, 2, recorder, window=window)
     given = batch(0, 2, packed)
     # in one document after the other attention runs on CPUs only
     attention = mock.patch.object(document_attention, "_one_by_one", lambda query, *_: query.clone())
-    with nothing_launched(), attention:
+    inside = mock.patch.object(recorded_graph, "Capture", Inside)
+    with nothing_launched(), attention, inside:
         for _ in range(WARM_RUNS + 1):
             engine.train_step([given], step, step.count(given))
     assert len(recorder.graphs) == 1

@@ -16,9 +16,11 @@ from rwkvinside.modeling.window_attention import (
     window_attention,
 )
 
-DEVICE = "cpu" if kernels.INTERPRETED.value else "cuda"
+INTERPRETED = kernels.INTERPRETED.value
+DEVICE = "cpu" if INTERPRETED else "cuda"
+CLOSE = 2e-6 if INTERPRETED else 5e-6  # a GPU's exp2, log, and order of summation cost a little
 # against the dense form in float64, of the same rounded inputs: relative L2 of outputs and gradients
-ROUNDING = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 8e-3}
+ROUNDING = {torch.float32: CLOSE, torch.float16: 2e-3, torch.bfloat16: 8e-3}
 
 
 def inputs(B, T, H, G, N, dtype=torch.float32, seed=0):
@@ -84,7 +86,7 @@ CUTS = {
 def test_outputs_and_gradients_are_those_of_the_dense_form(size, sinks, scored, cuts):
     given, beyond = inputs(2, 90, 2, 1, 16)
     options = {"cu_seqlens": None if cuts is None else bounds_of(*cuts)}
-    compare(given, beyond if scored else None, Form(size, sinks), bound=ROUNDING[torch.float32], **options)
+    compare(given, beyond if scored else None, Form(size, sinks), bound=CLOSE, **options)
 
 
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
@@ -103,7 +105,7 @@ def test_the_largest_heads_and_more_first_tokens_than_a_block():
 def test_a_soft_cap(scored):
     given, beyond = inputs(1, 70, 4, 2, 16)
     given = [(3 * x).detach() for x in given]
-    compare(given, beyond if scored else None, Form(12, 2, 1.5), bound=5e-6)
+    compare(given, beyond if scored else None, Form(12, 2, 1.5), bound=2.5 * CLOSE)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -111,7 +113,7 @@ def test_padding_wherever_it_is(packed):
     given, beyond = inputs(2, 70, 2, 2, 16)
     mask = torch.rand(2, 70, generator=torch.Generator().manual_seed(2)).to(DEVICE) < 0.6
     options = {"mask": mask, "cu_seqlens": bounds_of(0, 1, 2, 9, 50, 70, 71, 140) if packed else None}
-    compare(given, beyond, Form(7, 2), bound=ROUNDING[torch.float32], **options)
+    compare(given, beyond, Form(7, 2), bound=CLOSE, **options)
     with torch.no_grad():
         given[0][~mask], given[1][~mask], given[2][~mask] = (torch.nan,) * 3
     out, _ = window_attention(*given, Form(7, 2, beyond=beyond), backend="triton", **options)
@@ -137,10 +139,10 @@ def test_pieces_with_a_state_equal_the_whole(packed):
         )
         parts.append(out.values)
     found = torch.cat(parts, 1)
-    assert near(found, whole, 2e-6) and isinstance(state, WindowState)
+    assert near(found, whole, CLOSE) and isinstance(state, WindowState)
     weight = torch.randn_like(whole)
     pairs = (torch.autograd.grad((x * weight).sum(), given) for x in (found, whole))
-    assert all(near(x, y, 2e-6) for x, y in zip(*pairs, strict=True))
+    assert all(near(x, y, CLOSE) for x, y in zip(*pairs, strict=True))
 
 
 def test_two_runs_agree_bit_for_bit_whatever_lies_in_memory():
@@ -159,9 +161,20 @@ def test_strides_are_taken_as_they_are():
     given, beyond = inputs(1, 70, 4, 2, 16)
     turned = [x.transpose(1, 2).contiguous().transpose(1, 2).detach() for x in given]
     assert not turned[0].is_contiguous()
-    compare(turned, beyond, Form(9, 3), bound=ROUNDING[torch.float32])
+    compare(turned, beyond, Form(9, 3), bound=CLOSE)
     wanted, found = (window_attention(*x, Form(9, 3), backend="triton")[0].values for x in (given, turned))
     assert torch.equal(wanted, found)
+
+
+def test_heads_that_lie_further_apart_than_32_bits_count():
+    """As those of a very long row do where heads come before tokens; memory that is not written to takes none."""
+    (q, k, v), _ = inputs(1, 3, 3, 1, 16, torch.bfloat16)
+    apart = torch.empty(2**31 + 48, dtype=torch.bfloat16, device=DEVICE).as_strided(q.shape, (48, 16, 2**30, 1))
+    given = [apart.copy_(q.detach()).requires_grad_(), k, v]
+    wanted, found = (window_attention(*x, Form(2, 1), backend="triton")[0].values for x in ((q, k, v), given))
+    assert torch.equal(found, wanted)
+    pairs = zip(*(torch.autograd.grad(x.sum(), y) for x, y in ((wanted, (q, k, v)), (found, given))), strict=True)
+    assert all(torch.equal(x, y) for x, y in pairs)
 
 
 def test_the_op_is_what_torch_expects():

@@ -123,6 +123,15 @@ def test_in_place_and_strides():
     assert error(y, expected_y) < 1e-6 and error(final, expected_final) < 1e-6
 
 
+def test_heads_that_lie_further_apart_than_32_bits_count():
+    """As those of a very long text do where heads come before tokens; memory that is not written to takes none."""
+    values, state = inputs(1, 3, 3, 16, dtype=torch.bfloat16)
+    wanted = recur(*values, state)
+    apart = torch.empty(2**31 + 48, dtype=torch.bfloat16, device=DEVICE).as_strided((1, 3, 3, 16), (48, 16, 2**30, 1))
+    found = recur(apart.copy_(values[0]), *values[1:], state)
+    assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
+
+
 def test_a_bf16_state_is_converted_and_kept():
     values, state = inputs(1, 2, 2, 16)
     low = state.bfloat16()

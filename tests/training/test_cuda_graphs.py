@@ -12,6 +12,7 @@ import torch
 from graphed_training import LENGTH, STEPS, batch, take_step, trained, training
 from recorded_graph import Recorder
 
+from rwkvinside.errors import UserError
 from rwkvinside.hybrid import document_attention
 from rwkvinside.losses import chunked
 from rwkvinside.modeling import time_mixer
@@ -176,3 +177,25 @@ def test_graphs_share_the_memory_of_those_that_live(monkeypatch):
     del other
     recorder.record(lambda: "result")
     assert asked[3] is None
+
+
+def test_what_a_gpu_does_not_record_is_said_in_one_line(monkeypatch):
+    """By the call that it refused, not by the end of the recording, which fails then, too."""
+
+    @contextlib.contextmanager
+    def capture(graph, pool, stream):
+        try:
+            yield
+        finally:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    def work():
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nSearch for it in the docs.")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: "stream")
+    with pytest.raises(UserError) as caught:
+        CudaRecorder(torch.device("cuda")).record(work)
+    assert caught.value.cause.endswith("CUDA graph: CUDA error: operation not permitted when stream is capturing")
+    assert "leave out cuda_graphs" in caught.value.hint

@@ -221,6 +221,7 @@ def plan_window(size: int) -> list[Launch]:
 WINDOW_VARIANTS: dict[str, dict[str, Any]] = {
     "alone": {"sinks": 0, "scored": False},
     "capped": {"softcap": 50.0},
+    "fp16": {"dtype": torch.float16},
     "fp32": {"dtype": torch.float32},
 }
 

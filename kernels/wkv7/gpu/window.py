@@ -301,7 +301,7 @@ def _check(
 @triton.jit
 def _rows(x_, x_t, x_h, at, head, real, column, D: tl.constexpr):
     """Load rows of a tensor (tokens, heads, D)."""
-    places = x_ + at.to(tl.int64)[:, None] * x_t + head * x_h + column[None, :]
+    places = x_ + at.to(tl.int64)[:, None] * x_t + head.to(tl.int64) * x_h + column[None, :]
     return tl.load(places, mask=real[:, None] & (column < D)[None, :], other=0.0)
 
 
