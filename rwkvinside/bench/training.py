@@ -70,27 +70,34 @@ def training_speed(
 
     kinds = {"finetune": _stepper(plain, lambda: plain(input_ids=batch.input_ids, labels=batch.input_ids).loss)}
     for backend in backends:
-        spec = StudentConfig(backend=backend)
-        aligned = HybridModel.from_teacher(load(), spec).to(device)
-        align = AlignStep(teacher_norms(aligned, [batch])[0])
-        aligned.set_trainable(["mixer"])
-        distilled = HybridModel.from_teacher(load(), spec).to(device)
-        distilled.set_trainable(["mixer", "mlp", "norms", "embed", "head"])
-        distilled.release_teacher()
-        distill = DistillStep(OnlineTeacher(TeacherModel(load())))
-        for name in recomputed:
-            more, what = ("", None) if name == NOTHING else (f", {name} again", name)
-            of_align = "mixers" if what == "layers" else what
-            kinds[f"align {backend}{more}"] = _stepper(
-                aligned, partial(_loss, align, aligned, of_align, batch, batch.num_tokens)
-            )
-            kinds[f"distill {backend}{more}"] = _stepper(
-                distilled, partial(_loss, distill, distilled, what, batch, batch.num_targets)
-            )
+        kinds |= _conversion_steps(load, batch, backend, recomputed)
     speed = {name: rows * seq_len / seconds for name, seconds in _median_seconds(kinds, repeats, device).items()}
     where = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     batch_and_machine = {"rows": rows, "seq_len": seq_len, "device": where, "threads": torch.get_num_threads()}
     return {"tokens_per_second": speed} | batch_and_machine
+
+
+def _conversion_steps(
+    load: Callable[[], nn.Module], batch: Batch, backend: str, recomputed: Sequence[str]
+) -> dict[str, Callable[[], None]]:
+    """Return steps of align and of distill by their names."""
+    spec = StudentConfig(backend=backend)
+    aligned = HybridModel.from_teacher(load(), spec).to(batch.input_ids.device)
+    align = AlignStep(teacher_norms(aligned, [batch])[0])
+    aligned.set_trainable(["mixer"])
+    distilled = HybridModel.from_teacher(load(), spec).to(batch.input_ids.device)
+    distilled.set_trainable(["mixer", "mlp", "norms", "embed", "head"])
+    distilled.release_teacher()
+    distill = DistillStep(OnlineTeacher(TeacherModel(load())))
+    steps = {}
+    for name in recomputed:
+        more, what = ("", None) if name == NOTHING else (f", {name} again", name)
+        of_align = "mixers" if what == "layers" else what
+        one = partial(_loss, align, aligned, of_align, batch, batch.num_tokens)
+        other = partial(_loss, distill, distilled, what, batch, batch.num_targets)
+        steps[f"align {backend}{more}"] = _stepper(aligned, one)
+        steps[f"distill {backend}{more}"] = _stepper(distilled, other)
+    return steps
 
 
 def _median_seconds(steps: dict[str, Callable[[], None]], repeats: int, device: torch.device) -> dict[str, float]:

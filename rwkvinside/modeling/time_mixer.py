@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -217,17 +217,9 @@ class TimeMixer(nn.Module):
             y, first, wkv, window = mixer_step(self, x, first=first, state=state, rope=rope, mask=mask, inplace=inplace)
             return self.projected(y.to(x.dtype)), first, MixerState(wkv, None, window)
         if is_fused_sequence(self.mixer_config, x):
+            how: dict[str, Any] = {"inplace": inplace, "keep_state": keep_state, "recompute": recompute}
             y, first, parts = mix_fused(
-                self,
-                x,
-                first=first,
-                state=state,
-                rope=rope,
-                mask=mask,
-                cu_seqlens=cu_seqlens,
-                inplace=inplace,
-                keep_state=keep_state,
-                recompute=recompute,
+                self, x, first=first, state=state, rope=rope, mask=mask, cu_seqlens=cu_seqlens, **how
             )
             return self.projected(y), first, MixerState(*parts)
         projected, first, shift = self.project_inputs(
