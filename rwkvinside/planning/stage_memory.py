@@ -171,7 +171,13 @@ def _work(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, teacher
         tokens=tokens,
         micro_batches=shape.micro_batches,
         kept=kept_bytes(
-            model, align=align, low=low, stream=stream, fused=_fused(plan), fused_layers=plan.run.fused_layers
+            model,
+            align=align,
+            low=low,
+            stream=stream,
+            fused=_fused(plan),
+            fused_windows=plan.run.device == "cuda",  # whatever computes the mixers
+            fused_layers=plan.run.fused_layers,
         ),
         inputs=inputs,
         edges=edges,
