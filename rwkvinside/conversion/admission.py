@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
 from ..config.schema import Config
-from ..data.sources import missing_sources
+from ..data.sources import missing_sources, named_mixture
 from ..errors import UserError
 from ..runs.directory import Change, RunDirectory
 from ..stages.plan import RunPlan, StagePlan
@@ -31,6 +32,18 @@ class Admission:
     teacher: dict[str, str] = field(default_factory=dict)
     second_teachers: dict[str, dict[str, str]] = field(default_factory=dict)
     changes: tuple[Change, ...] = ()
+
+
+def check_data_named(plan: RunPlan, stages: Sequence[str]) -> None:
+    """Refuse stages that name no data, or data that is not there; this needs no tokenizer.
+
+    Raises:
+        UserError: names the first of them.
+    """
+    for one in map(plan.stage, stages):
+        named_mixture(plan.settings.data, one.settings.data)
+        if missing := missing_sources(plan.settings.data, one.settings.data):
+            raise UserError(f"stage {one.name}: data {missing[0]!r} does not exist", "correct the path")
 
 
 def admit(
@@ -67,8 +80,6 @@ def admit(
                 f"stage {one.name} of {directory.path} is to run, but stage {followers[0]} has begun after it",
                 f"restore conversion.json, or remove {directory.stage(followers[0])} to do both again",
             )
-        if missing := missing_sources(plan.settings.data, one.settings.data):
-            raise UserError(f"stage {one.name}: data {missing[0]!r} does not exist", "correct the path")
     teacher = base_identity(plan.settings.teacher, digests)
     if (identity := directory.records.identity()) is not None:
         check_unchanged(f"teacher {plan.settings.teacher.path}", identity.teacher, teacher)
