@@ -275,6 +275,37 @@ def sampling_of(args: argparse.Namespace, rows: int = 1) -> Sampling:
     return Sampling(args.temperature, args.top_p, args.max_tokens, rows, args.seed)
 
 
+def check_parts(args: argparse.Namespace, parts: Mapping[str, Sequence[str]]) -> None:
+    """Refuse options that change nothing without others.
+
+    Args:
+        args: parsed; what was not given is None.
+        parts: the options, each with those of which one has to be given; names as in `args`.
+
+    Raises:
+        UserError: names the first of them.
+    """
+    for name, asking in parts.items():
+        if getattr(args, name) is not None and not any(getattr(args, each) for each in asking):
+            option, *others = (f"--{each.replace('_', '-')}" for each in (name, *asking))
+            raise UserError(f"{option} changes nothing without {' or '.join(others)}", "give both, or neither")
+
+
+def add_plan_arguments(parser: ArgumentParser, condition: str = "") -> None:
+    """Add --ranks and --gpu, what a plan is made for; `condition` begins their help."""
+    parser.add_argument(
+        "--ranks",
+        type=at_least(1),
+        metavar="N",
+        help=f"{condition}processes, one a GPU, that share the work (default: 1)",
+    )
+    parser.add_argument(
+        "--gpu",
+        metavar="NAME",
+        help=f"{condition}plan for this one, such as H100 or A100-40GB (default: this machine)",
+    )
+
+
 def add_config_arguments(
     parser: ArgumentParser, out: str = "run directory (default: runs/NAME of the teacher)"
 ) -> None:
