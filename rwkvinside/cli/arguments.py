@@ -199,6 +199,21 @@ def output_file(text: str) -> Path:
     return path
 
 
+def output_folder(text: str) -> Path:
+    """Check before the work that a folder can be written into or created (an argument type).
+
+    Raises:
+        UserError: it is a file, or lies in one or where nothing can be created.
+    """
+    path = Path(text)
+    there = next(one for one in (path, *path.absolute().parents) if os.path.exists(one))
+    if not there.is_dir():
+        raise UserError(f"output {path} is {'' if there == path else 'in '}a file", "name a folder")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"output {path} cannot be written", "name another folder")
+    return path
+
+
 def add_output_arguments(parser: ArgumentParser, png: str | None = None, json: str = "the numbers") -> None:
     """Add --json for what a command has found and, if `png` says what it draws, --png."""
     parser.add_argument("--json", type=output_file, metavar="FILE", help=f"write {json} here")
