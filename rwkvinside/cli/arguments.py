@@ -199,6 +199,21 @@ def output_file(text: str) -> Path:
     return path
 
 
+def output_folder(text: str) -> Path:
+    """Check before the work that a folder can be written into or created (an argument type).
+
+    Raises:
+        UserError: it is a file, or lies in one or where nothing can be created.
+    """
+    path = Path(text)
+    there = next(one for one in (path, *path.absolute().parents) if os.path.exists(one))
+    if not there.is_dir():
+        raise UserError(f"output {path} is {'' if there == path else 'in '}a file", "name a folder")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"output {path} cannot be written", "name another folder")
+    return path
+
+
 def add_output_arguments(parser: ArgumentParser, png: str | None = None, json: str = "the numbers") -> None:
     """Add --json for what a command has found and, if `png` says what it draws, --png."""
     parser.add_argument("--json", type=output_file, metavar="FILE", help=f"write {json} here")
@@ -273,6 +288,37 @@ def sampling_of(args: argparse.Namespace, rows: int = 1) -> Sampling:
     from ..teacher.sampling import Sampling
 
     return Sampling(args.temperature, args.top_p, args.max_tokens, rows, args.seed)
+
+
+def check_parts(args: argparse.Namespace, parts: Mapping[str, Sequence[str]]) -> None:
+    """Refuse options that change nothing without others.
+
+    Args:
+        args: parsed; what was not given is None.
+        parts: the options, each with those of which one has to be given; names as in `args`.
+
+    Raises:
+        UserError: names the first of them.
+    """
+    for name, asking in parts.items():
+        if getattr(args, name) is not None and not any(getattr(args, each) for each in asking):
+            option, *others = (f"--{each.replace('_', '-')}" for each in (name, *asking))
+            raise UserError(f"{option} changes nothing without {' or '.join(others)}", "give both, or neither")
+
+
+def add_plan_arguments(parser: ArgumentParser, condition: str = "") -> None:
+    """Add --ranks and --gpu, what a plan is made for; `condition` begins their help."""
+    parser.add_argument(
+        "--ranks",
+        type=at_least(1),
+        metavar="N",
+        help=f"{condition}processes, one a GPU, that share the work (default: 1)",
+    )
+    parser.add_argument(
+        "--gpu",
+        metavar="NAME",
+        help=f"{condition}plan for this one, such as H100 or A100-40GB (default: this machine)",
+    )
 
 
 def add_config_arguments(

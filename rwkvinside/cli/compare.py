@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from .arguments import ArgumentParser
+from .arguments import ArgumentParser, output_folder
 
 
 def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
@@ -20,7 +20,7 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     """
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="two run directories or more")
     parser.add_argument(
-        "--out", type=Path, default=Path("compare"), metavar="DIR", help="folder to write (default: compare)"
+        "--out", type=output_folder, default=Path("compare"), metavar="DIR", help="folder to write (default: compare)"
     )
     args = parser.parse(argv)
     from ..report.compare import compare_runs, write_comparison

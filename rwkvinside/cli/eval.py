@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from ..errors import UserError
 from ..support.files import write_json
 from .arguments import (
     ArgumentParser,
@@ -18,6 +17,7 @@ from .arguments import (
     add_output_arguments,
     add_reading_arguments,
     at_least,
+    check_parts,
     count,
     model_name,
     reading_options,
@@ -158,12 +158,7 @@ def _measures(args: argparse.Namespace) -> Measures:
     from ..evaluate.recall import RecallPlan
     from ..evaluate.samples import Prompts
 
-    for name, asking in PARTS.items():
-        if getattr(args, name) is not None and not any(getattr(args, each) for each in asking):
-            raise UserError(
-                f"--{name.replace('_', '-')} changes nothing without {' or '.join(f'--{each}' for each in asking)}",
-                "give both, or neither",
-            )
+    check_parts(args, PARTS)
     said = args.ask is not None or args.begin is not None
     written = args.write_tokens or 128
     return Measures(

@@ -53,11 +53,7 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     wanted = {name: getattr(args, name) for name in ("choose", "keep", "max_gap", "max_run", "distill")}
     wanted = {name: value for name, value in wanted.items() if value is not None}
     if args.teacher is not None:
-        from ..config.load import load_config
-        from ..conversion.run import train
-
-        overrides = [*args.words, "run=[calibrate]"]
-        train(load_config(teacher=args.teacher, data=args.data, val=args.val, out=str(run), overrides=overrides))
+        _calibrate(args, run, wanted)
     kept, scores = layers_of_run(run, wanted, args.tokens)
     columns = {"score": scores.layers, **scores.details}
     print(f"{'layer':>5}" + "".join(f"{name:>12}" for name in columns))
@@ -68,6 +64,20 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     print(f"{base}on {scores.tokens:,} tokens; {run / 'layers.json'}, {run / 'layers.png'}")
     print(f"student.attention_layers=[{','.join(map(str, kept))}]")
     return 0
+
+
+def _calibrate(args: argparse.Namespace, run: Path, wanted: dict) -> None:
+    """Make the run of a teacher whose layers are to be chosen, unless they cannot be."""
+    from ..config.load import load_config
+    from ..config.teacher_lookup import find_teacher
+    from ..conversion.choose import measured_choice
+    from ..conversion.run import train
+
+    overrides = [*args.words, "run=[calibrate]"]
+    config = load_config(teacher=args.teacher, data=args.data, val=args.val, out=str(run), overrides=overrides)
+    teacher = find_teacher(config.teacher.path, revision=config.teacher.revision, fields=config.teacher.config)
+    measured_choice(wanted, teacher.num_layers)
+    train(config)
 
 
 def _run(args: argparse.Namespace) -> Path:

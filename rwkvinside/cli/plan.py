@@ -5,28 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..errors import UserError
-from .arguments import ArgumentParser, add_config_arguments, add_output_arguments, at_least, config_from, number
+from .arguments import (
+    ArgumentParser,
+    add_config_arguments,
+    add_output_arguments,
+    add_plan_arguments,
+    config_from,
+    number,
+)
 
 
 def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     """Print the plan of a configuration."""
     add_config_arguments(parser)
-    parser.add_argument(
-        "--ranks",
-        type=at_least(1),
-        default=1,
-        metavar="N",
-        help="processes, one a GPU, that share the work (default: 1)",
-    )
+    add_plan_arguments(parser)
     parser.add_argument("-v", "--verbose", action="store_true", help="all details of every stage")
     parser.add_argument(
         "--mfu",
         type=number,
         metavar="X",
         help="share of the peak speed to expect (default: 0.2 on a CPU, 0.15 on a GPU)",
-    )
-    parser.add_argument(
-        "--gpu", metavar="NAME", help="plan for this one, such as H100 or A100-40GB (default: this machine)"
     )
     parser.add_argument("--price", type=number, metavar="P", help="of a GPU for an hour: say what the run costs")
     add_output_arguments(parser)
@@ -39,7 +37,7 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     from ..planning.plan import plan_text
     from ..support.files import write_json
 
-    plan = resolve_fitted(config, ranks=args.ranks, gpu=args.gpu)
+    plan = resolve_fitted(config, ranks=args.ranks or 1, gpu=args.gpu)
     found = forecast(plan, config, args.gpu)
     rate = expected_rate(found, args.mfu)
     print(forecast_text(found, rate, args.price), end="")

@@ -65,4 +65,3 @@ def _add_arguments(parser: ArgumentParser) -> None:
         "overrides", nargs="*", metavar="key=value", help="any field, as in stages.pretrain.tokens=2M (docs/lm.md)"
     )
     add_run_arguments(parser)
-    parser.add_argument("--ranks", type=at_least(1), metavar="N", help="with --dry-run: processes that share the work")

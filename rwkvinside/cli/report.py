@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .arguments import ArgumentParser
+from .arguments import ArgumentParser, output_folder
 
 
 def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     """Write the page and the figures and print their names."""
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write into (default: the run directory)")
+    parser.add_argument(
+        "--out", type=output_folder, metavar="DIR", help="folder to write into (default: the run directory)"
+    )
     parser.add_argument(
         "--eval",
         type=Path,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import CONTINUE, Interrupted, UserError
 from ..training.stop_signal import sigterm_interrupts
-from .arguments import ArgumentParser, add_config_arguments, config_from
+from .arguments import ArgumentParser, add_config_arguments, add_plan_arguments, check_parts, config_from
 
 if TYPE_CHECKING:
     from ..config.schema import Config
@@ -63,12 +63,13 @@ def run(
     """Train as a configuration says, print the plan, or hand over to DeepSpeed's launcher.
 
     Args:
-        args: of a parser with `add_run_arguments`; `stage`, where one can be chosen, and `ranks` of a dry run.
+        args: of a parser with `add_run_arguments`; `stage`, where one can be chosen.
         configure: gives the configuration.
         again: what a launcher starts on every host: a script, or --module and its name, with arguments.
         resuming: gives the words of the command that goes on with a run of this configuration.
     """
     config = None
+    check_parts(args, {"ranks": ["dry_run"], "gpu": ["dry_run"]})
     with sigterm_interrupts():
         try:
             config = configure()
@@ -106,8 +107,8 @@ def _train(args: argparse.Namespace, config: Config, again: Sequence[str]) -> in
         from ..planning.fitting import resolve_fitted
         from ..planning.plan import plan_text
 
-        plan = resolve_fitted(config, [stage] if stage else None, getattr(args, "ranks", None) or ranks)
-        print(plan_text(plan, config), end="")
+        plan = resolve_fitted(config, [stage] if stage else None, args.ranks or ranks, gpu=args.gpu)
+        print(plan_text(plan, config, args.gpu), end="")
         return 0
     if hosts:
         check_hosts(hosts)
@@ -176,4 +177,5 @@ def add_run_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", "--dry_run", action="store_true", help="print the plan; load no weights and write nothing"
     )
+    add_plan_arguments(parser, "with --dry-run: ")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # set by the launcher

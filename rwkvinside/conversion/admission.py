@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
 from ..config.schema import Config
-from ..data.sources import missing_sources
+from ..data.sources import missing_sources, named_mixture
 from ..errors import UserError
 from ..runs.directory import Change, RunDirectory
 from ..stages.plan import RunPlan, StagePlan
@@ -33,6 +34,18 @@ class Admission:
     changes: tuple[Change, ...] = ()
 
 
+def check_data_named(plan: RunPlan, stages: Sequence[str]) -> None:
+    """Refuse stages that name no data, or data that is not there; this needs no tokenizer.
+
+    Raises:
+        UserError: names the first of them.
+    """
+    for one in map(plan.stage, stages):
+        named_mixture(plan.settings.data, one.settings.data)
+        if missing := missing_sources(plan.settings.data, one.settings.data):
+            raise UserError(f"stage {one.name}: data {missing[0]!r} does not exist", "correct the path")
+
+
 def admit(
     config: Config,
     plan: RunPlan,
@@ -54,8 +67,11 @@ def admit(
         UserError: the directory, the settings, a teacher or data are not what the run needs.
     """
     directory.claim(stage=stage, resume=resume)  # again, now that no other process writes to it
-    changes = directory.changes(config)
-    _check_changes(changes, directory, joins=stage is not None and not resume, allowed=allow_changes)
+    begun = {name for name in directory.stages() if directory.begun(name)}
+    own = begun.union(config.run, plan.selected)  # what the others would have been given changes nothing
+    changes = [x for x in directory.changes(config) if not x.key.startswith("stages.") or _is_of(x.key, own)]
+    joins = begun if stage is not None and not resume else None
+    _check_changes(changes, directory, joins=joins, allowed=allow_changes)
     check_tokenizer_code(plan.settings.teacher)
     unfinished = [plan.stage(name) for name in plan.selected if name not in directory.finished()]
     for one in unfinished:
@@ -64,8 +80,6 @@ def admit(
                 f"stage {one.name} of {directory.path} is to run, but stage {followers[0]} has begun after it",
                 f"restore conversion.json, or remove {directory.stage(followers[0])} to do both again",
             )
-        if missing := missing_sources(plan.settings.data, one.settings.data):
-            raise UserError(f"stage {one.name}: data {missing[0]!r} does not exist", "correct the path")
     teacher = base_identity(plan.settings.teacher, digests)
     if (identity := directory.records.identity()) is not None:
         check_unchanged(f"teacher {plan.settings.teacher.path}", identity.teacher, teacher)
@@ -78,14 +92,14 @@ def admit(
     return Admission(teacher, second, tuple(changes))
 
 
-def _check_changes(changes: list[Change], directory: RunDirectory, *, joins: bool, allowed: bool) -> None:
+def _check_changes(changes: list[Change], directory: RunDirectory, *, joins: set[str] | None, allowed: bool) -> None:
     """Refuse other settings than those that the run has.
 
     Args:
-        joins: one stage runs that the run has not begun: it brings its own settings.
+        joins: the stages that have begun, where one runs that has not: it brings settings of those that have not.
         allowed: none is refused.
     """
-    refused = [change for change in changes if not (joins and _is_free(change.key, directory))]
+    refused = [x for x in changes if joins is None or not _is_free(x.key, joins)]
     if refused and not allowed:
         raise UserError(
             f"the settings are not those of run {directory.path}: {'; '.join(map(str, refused))}",
@@ -93,13 +107,14 @@ def _check_changes(changes: list[Change], directory: RunDirectory, *, joins: boo
         )
 
 
-def _is_free(key: str, directory: RunDirectory) -> bool:
-    """Return whether a setting is of a stage that has not begun."""
-    section, *rest = key.split(".")
-    if section == "stages" and rest:
-        # a name may have dots: a setting of any stage that has begun is not free
-        return not any(directory.begun(name) for name in directory.stages() if key.startswith(f"stages.{name}."))
-    return section == "run"
+def _is_free(key: str, begun: set[str]) -> bool:
+    """Return whether a setting says which stages run, or is of a stage that has not begun."""
+    return key == "run" or key.startswith("stages.") and not _is_of(key, begun)
+
+
+def _is_of(key: str, stages: set[str]) -> bool:
+    """Return whether a setting is of one of the stages; where a name has dots, also of one that begins with another."""
+    return any(key.startswith(f"stages.{name}.") for name in stages)
 
 
 def _has_second_teacher(plan: StagePlan) -> bool:

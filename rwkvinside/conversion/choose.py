@@ -188,12 +188,7 @@ def layers_of_run(run: Path, wanted: dict, tokens: int) -> tuple[tuple[int, ...]
     plan = resolve(config, [trained.stage])
     stage, device = plan.stage(trained.stage), torch.device(plan.settings.device)
     count = trained.teacher_config().num_hidden_layers
-    try:
-        choice = resolve_layout(wanted, count)
-    except ValueError as error:
-        raise UserError(f"the choice {error}", "see rwkvinside layers --help") from error
-    if not isinstance(choice, LayerChoice):
-        raise UserError(f"{wanted['choose']} measures nothing", "write it into the configuration of a run")
+    choice = measured_choice(wanted, count)
     with locked(directory.path):
         check_teacher(trained)
         student = trained.load_model()
@@ -215,6 +210,25 @@ def layers_of_run(run: Path, wanted: dict, tokens: int) -> tuple[tuple[int, ...]
         with precision_context(plan.settings.precision, device):
             student = student.to(device)
             return choose_layers(directory, trained.stage, student, batches, choice, tokenizer, trials, world, print)
+
+
+def measured_choice(wanted: dict, count: int) -> LayerChoice:
+    """Return a choice by measurement.
+
+    Args:
+        wanted: as of `layers_of_run`.
+        count: layers of the model.
+
+    Raises:
+        UserError: it cannot be fulfilled, or measures nothing.
+    """
+    try:
+        choice = resolve_layout(wanted, count)
+    except ValueError as error:
+        raise UserError(f"the choice {error}", "see rwkvinside layers --help") from error
+    if not isinstance(choice, LayerChoice):
+        raise UserError(f"{wanted['choose']} measures nothing", "write it into the configuration of a run")
+    return choice
 
 
 def _aligned(directory: RunDirectory) -> tuple[TrainedRun, Config]:

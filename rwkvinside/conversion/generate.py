@@ -24,14 +24,14 @@ from ..support.progress import Progress
 from ..support.quiet import quiet_libraries
 from ..teacher.files import local_hashes
 from ..teacher.load import load_teacher, open_tokenizer
-from ..teacher.sampling import Sampling, UserTurn, encode, end_tokens, render_chat, sample, text_start
+from ..teacher.sampling import Advance, Sampling, UserTurn, encode, end_tokens, render_chat, sample, text_start
 from ..teacher.settings import TeacherConfig
 
 FORMAT = 1
 QUESTION_TOKENS = 128  # of a user's turn, at most
 SILENT_BATCHES = 20  # in a row without a text, after which a teacher is given up
 
-Writer = Callable[[list[str | None]], tuple[list[dict], int]]
+Writer = Callable[[list[str | None], Advance], tuple[list[dict], int]]
 """From a batch's prompts (None: the model's own) to its records and the number of tokens that the model wrote."""
 
 
@@ -142,7 +142,7 @@ def _add_batches(
                 chosen = [given[(first + i) % len(given)] for i in range(sampling.rows)]
             with torch.random.fork_rng():
                 torch.manual_seed(sampling.seed * 1_000_003 + batches)
-                records, count = write(chosen)
+                records, count = write(chosen, progress.advance)
             silent = 0 if records else silent + 1
             if silent == SILENT_BATCHES:
                 raise UserError(f"the teacher wrote nothing in {silent * sampling.rows} texts", "try --plain")
@@ -156,9 +156,9 @@ def _add_batches(
 def _texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> Writer:
     end = end_tokens(tokenizer, model)
 
-    def write(prompts: list[str | None]) -> tuple[list[dict], int]:
+    def write(prompts: list[str | None], advance: Advance) -> tuple[list[dict], int]:
         starts = [text_start(tokenizer) if each is None else tokenizer(each)["input_ids"] for each in prompts]
-        written = sample(model, starts, end, sampling.max_tokens, sampling)
+        written = sample(model, starts, end, sampling.max_tokens, sampling, advance)
         texts = (
             (p or "") + tokenizer.decode(ids, skip_special_tokens=True) for p, ids in zip(prompts, written, strict=True)
         )
@@ -173,18 +173,18 @@ def _conversations(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, s
     def text(ids: list[int]) -> str:
         return tokenizer.decode(ids, skip_special_tokens=True).strip()
 
-    def write(prompts: list[str | None]) -> tuple[list[dict], int]:
+    def write(prompts: list[str | None], advance: Advance) -> tuple[list[dict], int]:
         count = 0
         questions = [each for each in prompts if each is not None]
         if not questions:
-            written = sample(model, [turn.before] * len(prompts), turn.end, QUESTION_TOKENS, sampling)
+            written = sample(model, [turn.before] * len(prompts), turn.end, QUESTION_TOKENS, sampling, advance)
             count += sum(map(len, written))
             questions = [question for question in map(text, written) if question]
         if not questions:
             return [], count
         asked = [[{"role": "user", "content": question}] for question in questions]
         starts = [encode(tokenizer, render_chat(tokenizer, each, add_generation_prompt=True)) for each in asked]
-        written = sample(model, starts, turn.end, sampling.max_tokens, sampling)
+        written = sample(model, starts, turn.end, sampling.max_tokens, sampling, advance)
         count += sum(map(len, written))
         answers = map(text, written)
         return [

@@ -38,7 +38,7 @@ from ..training.loggers import Loggers
 from ..training.metrics import Console
 from ..training.process_group import Distributed
 from ..training.stop_signal import sigterm_interrupts
-from .admission import Admission, admit
+from .admission import Admission, admit, check_data_named
 from .build import fingerprint
 from .stage import run_stage
 
@@ -220,7 +220,8 @@ def _train(
         stack.callback(world.close)
         world.on_main(lambda: stack.enter_context(locked(directory.path)))
         done = directory.finished()
-        running = set(plan.selected).difference(done)
+        running = [name for name in plan.selected if name not in done]
+        world.on_main(lambda: check_data_named(plan, running))
         config = with_steps(config, running, world.size, directory.step_tokens(config))
         loggers = Loggers(config.loggers if world.is_main else (), directory.path, config.model_dump(mode="json"))
         stack.callback(loggers.close)

@@ -92,12 +92,7 @@ def tokens_of(
     Raises:
         UserError: no data is named, or it cannot be used.
     """
-    sources, weights = mixture_of(data, stage)
-    if not sources:
-        raise UserError(
-            "no training data is given",
-            "name files or directories with --data (train_rwkv.py: --train_file), or set data.train",
-        )
+    sources, weights = named_mixture(data, stage)
     if not world.is_main:
         world.barrier()
     loader = _Loader(data, stage, endless_tokens, tokenizer, vocab)
@@ -158,6 +153,17 @@ def mixture_of(data: DataConfig, stage: StageData) -> tuple[list[str], list[floa
             )
         return settings.train, None
     return settings.train, [weight / sum(settings.weights) for weight in settings.weights]
+
+
+def named_mixture(data: DataConfig, stage: StageData) -> tuple[list[str], list[float] | None]:
+    """Return `mixture_of` a stage that names data; raises what that does, and where there is none."""
+    sources, weights = mixture_of(data, stage)
+    if not sources:
+        raise UserError(
+            "no training data is given",
+            "name files or directories with --data (train_rwkv.py: --train_file), or set data.train",
+        )
+    return sources, weights
 
 
 def endless_tokens(data: DataConfig, longest: int) -> int:

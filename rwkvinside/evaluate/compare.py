@@ -242,7 +242,7 @@ def _on_documents(
 
 
 @contextmanager
-def _progress(title: str, total: int, unit: str, notes: Console) -> Iterator[Callable[[int], None] | None]:
+def _progress(title: str, total: int, unit: str, notes: Console) -> Iterator[Callable[..., None] | None]:
     """Show progress on a console that is not quiet; yield what advances it."""
     if notes.quiet:
         yield None

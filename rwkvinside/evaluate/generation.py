@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from transformers import PreTrainedModel
 
-from ..teacher.sampling import Sampling, sample
+from ..teacher.sampling import Advance, Sampling, sample
 
 ROWS = 16
 NGRAM = 4
@@ -58,7 +58,7 @@ def compare_generation(
     prompts: Sequence[Sequence[int]],
     end: Sequence[int],
     max_tokens: int,
-    progress: Callable[[int], None] | None = None,
+    progress: Advance | None = None,
 ) -> GenerationComparison:
     """Let both models write greedily and compare.
 
@@ -67,16 +67,16 @@ def compare_generation(
         prompts: ids, at least one each; one prompt at least.
         end: ids of which each ends a text.
         max_tokens: of a text.
-        progress: called after every batch with its number of prompts.
+        progress: called after every batch with its number of prompts and "", and as by `sample`.
     """
     greedy = Sampling(temperature=0)
     texts: list[tuple[list[int], list[int]]] = []
     for start in range(0, len(prompts), ROWS):
         batch = prompts[start : start + ROWS]
-        written = (sample(model, batch, end, max_tokens, greedy) for model in (student, teacher))
+        written = (sample(model, batch, end, max_tokens, greedy, progress) for model in (student, teacher))
         texts += zip(*written, strict=True)
         if progress is not None:
-            progress(len(batch))
+            progress(len(batch), "")
     same = [_common(*pair) for pair in texts]
     ours, theirs = zip(*texts, strict=True)
     return GenerationComparison(

@@ -67,8 +67,8 @@ def wkv7(
     Args:
         r: (B, T, H, N), any floating dtype; computed in fp32 (fp64 when `r` is fp64). In the RWKV-7 mixer a = -kk and
             b = kk * iclr with kk the L2-normalized key.
-        log_decay: (B, T, H, N), values <= 0; at least -5 for chunked and triton (checked on a CPU only). fp32 is
-            advised (bf16 costs 2-3 % near 0).
+        log_decay: (B, T, H, N), values <= 0 (checked on a CPU, but not under `torch.no_grad`); at least -5 for chunked
+            and triton (checked on a CPU only). fp32 is advised (bf16 costs 2-3 % near 0).
         k, v, a, b: (B, T, H, N), or (B, T, G, N) each with its own G dividing H: head h reads head h // (H / G).
         state: initial state (B, H, N, N) as (value, key), or (S, H, N, N) with `cu_seqlens`; None is zero.
         mask: (B, T) bool, True for real tokens. A masked step leaves the state as it is and outputs 0.
@@ -89,12 +89,13 @@ def wkv7(
         gradient to all inputs, the initial state included.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown backend; on a CPU a log decay that the chosen path cannot
-            represent.
+        ValueError: shapes that do not fit, an unknown backend; on a CPU a log decay above 0, or one that the chosen
+            path cannot represent.
         RuntimeError: a backend that is known but cannot run here or on these tensors.
     """
     _check_choices(backend, precision)
     _check_shapes(r, log_decay, {"k": k, "v": v, "a": a, "b": b}, state, mask, cu_seqlens)
+    _check_decay(log_decay, mask)
     backend = _choose(backend, (r, log_decay, k, v, a, b, state), cu_seqlens)
     if backend in ("reference", "chunked"):
         return _run_torch(backend, (r, log_decay, k, v, a, b), state, mask, cu_seqlens)
@@ -276,6 +277,19 @@ def _check_shapes(
         raise ValueError(f"state has shape {tuple(state.shape)}, expected {(sequences, H, N, N)}")
     if mask is not None and mask.shape != (B, T):
         raise ValueError(f"mask has shape {tuple(mask.shape)}, expected {(B, T)}")
+
+
+def _check_decay(log_decay: Tensor, mask: Tensor | None) -> None:
+    """Refuse a state that would grow at every step; what is masked may be anything.
+
+    Not in inference: to look costs an eighth of the native kernel's time for a single token (docs/wkv7.md).
+    """
+    if log_decay.device.type != "cpu" or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    largest = log_decay.detach().amax((2, 3))
+    largest = largest if mask is None else largest[mask.bool()]
+    if (largest > 0).any():
+        raise ValueError(f"log_decay reaches {float(largest.max()):.3g}: it must be 0 or below, or the state explodes")
 
 
 def _rises(cu_seqlens: Tensor, T: int) -> bool:

@@ -33,6 +33,7 @@ def kept_bytes(
     low: int,
     stream: int,
     fused: bool = False,
+    fused_windows: bool = False,
     fused_layers: bool = False,
     recurrence: bool = True,
 ) -> list[int]:
@@ -45,6 +46,7 @@ def kept_bytes(
         align: only the mixers have a backward pass, each on its own.
         low, stream: see the notation.
         fused: the mixers run on the Triton kernels.
+        fused_windows: kept attention that is cut to a window runs on theirs.
         fused_layers: norms and gated MLPs run on Liger's.
         recurrence: what lies between the projections of mixers is kept; False: it is computed again.
     """
@@ -53,7 +55,8 @@ def kept_bytes(
     if align:
         return [mixers[i] + FP32 * model.lm.config.hidden_size if i in mixers else 0 for i in range(count)]
     first = _first_trained(model)
-    return [_layer(model, i, low, stream, mixers.get(i), fused_layers) if i >= first else 0 for i in range(count)]
+    more = fused_windows, fused_layers
+    return [_layer(model, i, low, stream, mixers.get(i), *more) if i >= first else 0 for i in range(count)]
 
 
 def edge_bytes(model: HybridModel, *, align: bool, checkpointing: bool, stream: int) -> tuple[int, int]:
@@ -96,7 +99,9 @@ def _first_trained(model: HybridModel) -> int:
     return next(trained, len(layers))
 
 
-def _layer(model: HybridModel, index: int, low: int, stream: int, mixer: int | None, fused: bool) -> int:
+def _layer(
+    model: HybridModel, index: int, low: int, stream: int, mixer: int | None, fused_windows: bool, fused: bool
+) -> int:
     family = model.family
     layer = family.layers(model.lm)[index]
     places = (family.attention_input, family.attention_post_norm, family.mlp_input, family.mlp_post_norm)
@@ -109,12 +114,15 @@ def _layer(model: HybridModel, index: int, low: int, stream: int, mixer: int | N
     heads = family.attention_fields(model.lm.config, index)
     q, k = (heads[name] * heads["head_size"] for name in ("num_heads", "num_kv_heads"))
     total += _inputs(attention.inputs, low, stream)
-    total += _inputs([attention.output], low, low)
-    if window := model.kept_windows.get(index):
-        sizes = heads["num_heads"], heads["num_kv_heads"], heads["head_size"]
-        total += int(_attended(*sizes, *window, heads.get("softcap"), low))
-    else:
+    total += (output := _inputs([attention.output], low, low))
+    window, sizes = model.kept_windows.get(index), (heads["num_heads"], heads["num_kv_heads"], heads["head_size"])
+    if window is None:
         total += 4 * low * q
+    elif fused_windows and _windows_in_triton(heads["head_size"], low):
+        # what is attended is the output's input, which may be kept as that
+        total += low * (q + 2 * k) + max(low * q - output, 0) + FP32 * heads["num_heads"] + INT64
+    else:
+        total += int(_attended(*sizes, *window, heads.get("softcap"), low))
     return total + (2 * FP32 * (q + k) if heads["qk_norm"] else 0)
 
 
@@ -265,7 +273,7 @@ def _fused_mixer(mixer: TimeMixer, low: int) -> int:
     total += H * kernels.kept_beside_inputs(N, bf16=low != FP32)
     total += low * C + FP32 * H * c.bonus  # its output, and the bonus
     total += (low * C + FP32 * 2 * H) * c.group_norm
-    if c.window and not _windows_in_triton(c, low):
+    if c.window and not _windows_in_triton(c.head_size, low):
         total += _window(c, low, low, low)
     elif c.window:
         # its key, where no other layer needs it; what is attended, sums of weights, where documents start, and with a
@@ -275,8 +283,8 @@ def _fused_mixer(mixer: TimeMixer, low: int) -> int:
     return int(total)
 
 
-def _windows_in_triton(c: TimeMixerConfig, low: int) -> bool:
-    return low != FP32 or c.head_size <= LARGEST_IN_FP32
+def _windows_in_triton(head_size: int, low: int) -> bool:
+    return low != FP32 or head_size <= LARGEST_IN_FP32
 
 
 def _window(c: TimeMixerConfig, low: int, gated: int, turned: int) -> float:

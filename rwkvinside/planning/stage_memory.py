@@ -168,6 +168,7 @@ def _work(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, teacher
         low=low,
         stream=stream,
         fused=fused,
+        fused_windows=plan.run.device == "cuda",  # whatever computes the mixers
         fused_layers=plan.run.fused_layers,
         recurrence=recomputed != "recurrence",
     )

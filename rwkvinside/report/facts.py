@@ -224,6 +224,8 @@ def run_facts(path: Path, evaluation: Path | None = None) -> RunFacts:
         UserError: no metrics, or a file that is not what was written.
     """
     directory = RunDirectory(path)
+    if not directory.metrics.is_file():
+        raise directory.without(directory.metrics.name)
     rows = read_metrics(directory.metrics)
     config = directory.config() if (path / CONFIG).is_file() else {}
     return RunFacts(path, rows, config, directory.conversion(), directory.forecast(), _evaluation(path, evaluation))
@@ -238,7 +240,8 @@ def _evaluation(path: Path, given: Path | None) -> dict:
         if isinstance(found, dict) and (found.get("by_position") or found.get("recall")):
             return found
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} is not an evaluation: {error}", "`rwkvinside eval --json` writes one") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{file} is not an evaluation: {reason}", "`rwkvinside eval --json` writes one") from error
     raise UserError(f"{file} is not an evaluation", "`rwkvinside eval --json` writes one")
 
 

@@ -123,17 +123,15 @@ def draw_loss(ax: "Axes", rows: Sequence[dict], stage: str) -> None:
     tokens, loss = column(train, "tokens"), column(train, "loss")
     window = max(1, len(train) // 25)
     if window == 1:
-        ax.plot(tokens, loss, color=BLUE, linewidth=1.5, label="each logged step")
+        ax.plot(tokens, loss, color=BLUE, linewidth=1.5)
     else:
         ax.plot(tokens, loss, color=GREY, linewidth=0.7, alpha=0.8, label="each logged step")
-        ax.plot(tokens, smooth(loss, window), color=BLUE, linewidth=1.8, label=f"mean of the last {window}")
+        ax.plot(tokens, smooth(loss, window), color=BLUE, linewidth=1.8, label="mean over 4 % of the steps")
     if len(train):
         _end_value(ax, tokens[-1], smooth(loss, window)[-1], BLUE)
     _plain_log(ax, loss)
     _count_axis(ax.xaxis)
     _finish(ax, f"{stage}: training loss", "tokens", LOSS_UNITS.get(stage, "loss"))
-    if window > 1:
-        ax.legend(frameon=False, fontsize=8)
 
 
 def draw_alignment(ax: "Axes", rows: Sequence[dict], stage: str) -> None:
@@ -176,17 +174,17 @@ def draw_validation(ax: "Axes", rows: Sequence[dict], name: str, unit: str, *, l
     values = column(measured, name)
     teacher = column(measured, "ce_teacher")
     compared = bool(np.isfinite(teacher).any())  # a model from nothing has no teacher
-    ax.plot(tokens, values, color=BLUE, marker="o", markersize=4, linewidth=1.5, label="student")
+    controls = of_kind(rows, "control")
+    label = "student" if compared or controls else None
+    ax.plot(tokens, values, color=BLUE, marker="o", markersize=4, linewidth=1.5, label=label)
     if len(measured):
         _end_value(ax, tokens[-1], values[-1], BLUE, ".3f")
     if name == "ce" and compared:
         ax.plot(tokens, teacher, color=ORANGE, linestyle="--", linewidth=1.5, label="teacher")
-    if controls := of_kind(rows, "control"):
+    if controls:
         label = "control: teacher cut to windows"
         ax.axhline(controls[-1][name], color=GREY, linestyle="-.", linewidth=1.5, label=label)
         values = np.append(values, controls[-1][name])  # within the axis, too
-    if (name == "ce" and compared) or controls:
-        ax.legend(frameon=False, fontsize=8)
     if log:
         _plain_log(ax, values)
     ax.margins(y=0.12)  # names of stages are at the top
@@ -211,6 +209,14 @@ def _measured(rows: Sequence[dict]) -> list[tuple[str, str, bool]]:
     return [score for score in VALIDATION if any(score[0] in row for row in of_kind(rows, "eval"))]
 
 
+def _shared_legend(figure: "Figure | SubFigure", columns: int = 4) -> None:
+    """Say above all panels what has a label in some of them: there it lies on no data."""
+    found = {label: x for ax in figure.axes for x, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    if found:
+        place = "outside upper left"
+        figure.legend(found.values(), found, loc=place, ncols=columns, frameon=False, fontsize=9)
+
+
 def loss_figure(rows: Sequence[dict]) -> "Figure | None":
     """Draw the training loss, one panel per stage; None if nothing was trained."""
     names = stages(rows, "train")
@@ -219,6 +225,7 @@ def loss_figure(rows: Sequence[dict]) -> "Figure | None":
     figure, panels = _panels(len(names), 3.2)
     for ax, stage in zip(panels, names, strict=True):
         draw_loss(ax, rows, stage)
+    _shared_legend(figure)
     return figure
 
 
@@ -252,6 +259,7 @@ def validation_figure(rows: Sequence[dict]) -> "Figure | None":
     figure = new_figure(WIDTH, 3.0)
     for ax, (name, unit, log) in zip(figure.subplots(1, len(scores), squeeze=False)[0], scores, strict=True):
         draw_validation(ax, rows, name, unit, log=log)
+    _shared_legend(figure)
     return figure
 
 
@@ -308,11 +316,6 @@ def runs_loss_figure(runs: Mapping[str, Sequence[dict]]) -> "Figure | None":
     return figure
 
 
-def _shared_legend(figure: "Figure") -> None:
-    lines = {line.get_label(): line for ax in figure.axes for line in ax.lines}
-    figure.legend(lines.values(), lines, loc="outside upper left", ncols=4, frameon=False, fontsize=9)
-
-
 def _trained(measured: "list[dict]") -> "list[dict]":
     """Return evaluations without the one before any training, which would flatten all that follows."""
     return measured[1:] if len(measured) > 2 and not measured[0]["step"] else measured
@@ -337,6 +340,7 @@ def overview_figure(rows: Sequence[dict]) -> "Figure | None":
     for subfigure, band in zip(np.atleast_1d(figure.subfigures(len(bands), 1)), bands, strict=True):
         for ax, draw in zip(subfigure.subplots(1, len(band), squeeze=False)[0], band, strict=True):
             draw(ax)
+        _shared_legend(subfigure)
     return figure
 
 
@@ -396,11 +400,11 @@ def draw_positions(axes: "Sequence[Axes]", evaluation: dict) -> None:
     for name, label, color, style in lines:
         axes[0].plot(context, [bucket[name] for bucket in buckets], style, color=color, markersize=4, label=label)
     _plain_log(axes[0], np.array([[bucket[name] for name, *_ in lines] for bucket in buckets]))
-    axes[0].legend(frameon=False)
     for ax, title, unit in drawn:
         ax.set_xscale("log", base=2)
         _count_axis(ax.xaxis)
         _finish(ax, title, "tokens of the document already read", unit)
+    _shared_legend(axes[0].figure)
 
 
 # color by family, line style by member: a candidate looks the same in every figure
@@ -425,7 +429,7 @@ def length_figure(lengths: "dict[str, np.ndarray]") -> "Figure":
     ax.set_xscale("log", base=2)
     _count_axis(ax.xaxis)
     _finish(ax, "Lengths of documents", "tokens", "documents")
-    ax.legend(fontsize=8, frameon=False)
+    _shared_legend(figure, columns=2)
     return figure
 
 
@@ -541,5 +545,5 @@ def context_figure(result: dict) -> "Figure":
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: f"{tokens / 1024:g}K"))
         _finish(ax, title, "tokens of the prompt", label)
-    figure.axes[0].legend(frameon=False, fontsize=8)
+    _shared_legend(figure)
     return figure

@@ -106,6 +106,15 @@ class RunDirectory:
         """The file of the metrics, see `runs.metrics_file`."""
         return self.path / METRICS
 
+    def without(self, file: str) -> UserError:
+        """Return the refusal of a directory in which a file is missing that a run has."""
+        if self.path.is_file():
+            return UserError(f"{self.path} is a file, not a run directory", "give the directory of the run")
+        if (self.path / CONFIG).is_file():
+            return UserError(f"run {self.path} has measured nothing yet: {file} is missing", "let it train first")
+        cause = f"{self.path} is not a run directory: {file} is missing"
+        return UserError(cause, "give the directory that --out named when the run began")
+
     def begun(self, stage: str) -> bool:
         """Return whether the stage has left anything."""
         folder = self.stage(stage)
@@ -207,11 +216,8 @@ class RunDirectory:
     def _read_config(self, file: Path) -> dict:
         try:
             config = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            cause = f"{self.path} is not a run directory: {file.name} is missing"
-            raise UserError(cause, "give the directory that --out named when the run began") from error
-        except NotADirectoryError as error:
-            raise UserError(f"{self.path} is a file, not a run directory", "give the directory of the run") from error
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise self.without(file.name) from error
         except (ValueError, yaml.YAMLError) as error:
             raise UserError(f"{file} is damaged: {error}", "use another run directory") from error
         if not isinstance(config, dict):

@@ -91,7 +91,8 @@ def generate(
         for number, first in enumerate(range(0, len(prompts), sampling.rows)):
             torch.manual_seed(sampling.seed + number)
             batch = slice(first, first + sampling.rows)
-            written = sample(model, starts[batch], end, sampling.max_tokens, sampling)
+            advance = None if notes is None else progress.advance
+            written = sample(model, starts[batch], end, sampling.max_tokens, sampling, advance)
             for prompt, start, ids in zip(prompts[batch], starts[batch], written, strict=True):
                 found.append(Text(prompt, _text(tokenizer, start, ids), len(ids), len(ids) < sampling.max_tokens))
             if notes is not None:

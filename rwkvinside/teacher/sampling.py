@@ -5,16 +5,18 @@ Knows no files; `conversion/generate.py` writes what comes out of here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
 from ..data.chat import TemplateRefusal, render
 from ..errors import UserError
 
 STAND_IN = "@@the-user's-turn@@"
+Advance = Callable[[int, str], None]  # `support.progress.Progress.advance`
 
 
 @dataclass(frozen=True)
@@ -114,9 +116,25 @@ def text_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     raise UserError("the tokenizer has no token that a text begins with", "give beginnings of texts with --prompts")
 
 
+class _Said(StoppingCriteria):
+    """Says at every token how many a batch has, and stops nothing: a batch may take minutes."""
+
+    def __init__(self, advance: Advance, before: int, most: int):
+        self.advance, self.before, self.most = advance, before, most
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
+        self.advance(0, f"token {input_ids.shape[1] - self.before:,} of {self.most:,}")
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
 @torch.no_grad()
 def sample(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], end: Sequence[int], max_tokens: int, sampling: Sampling
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    end: Sequence[int],
+    max_tokens: int,
+    sampling: Sampling,
+    advance: Advance | None = None,
 ) -> list[list[int]]:
     """Return what the model writes after each prompt, without the token that ends it.
 
@@ -128,6 +146,7 @@ def sample(
         end: ids of which each ends a text; may be empty.
         max_tokens: of each text.
         sampling: how to draw.
+        advance: of a progress, which is told of every token and advanced by none.
     """
     width = max(map(len, prompts))
     pad = end[0] if end else 0
@@ -140,7 +159,9 @@ def sample(
         pad_token_id=pad,
         **(drawn if sampling.temperature else dict(do_sample=False)),
     )
-    written = model.generate(input_ids=ids, attention_mask=real, generation_config=how)[:, width:].tolist()
+    said = None if advance is None else [_Said(advance, width, max_tokens)]
+    out = model.generate(input_ids=ids, attention_mask=real, generation_config=how, stopping_criteria=said)
+    written = out[:, width:].tolist()
     return [_until(row, set(end)) for row in written]
 
 

@@ -70,6 +70,21 @@ def test_dry_run_shows_the_whole_plan(teacher, capsys, tmp_path):
     ]
 
 
+def test_dry_run_for_a_gpu_that_is_not_here(teacher, capsys, tmp_path):
+    argv = ["--teacher", teacher, "--out", str(tmp_path / "run"), "run=[align]"]
+    assert train_distill.main([*argv, "--dry-run", "--gpu", "H100", "--ranks", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "\ndevice    H100, bf16, 2 ranks, " in shown and "fits a GPU of" not in shown
+    assert cli.main(["plan", *argv, "-v", "--gpu", "H100", "--ranks", "2"]) == 0
+    assert capsys.readouterr().out.endswith(shown)
+    assert train_distill.main([*argv, "--dry-run", "--gpu", "nonsense"]) == 2
+    assert "nonsense" in capsys.readouterr().err
+    for option in (["--gpu", "H100"], ["--ranks", "2"]):
+        assert train_distill.main([*argv, *option]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {option[0]} changes nothing without --dry-run\n")
+    assert not (tmp_path / "run").exists()
+
+
 def test_dry_run_of_one_stage_knows_what_came_before(teacher, capsys):
     argv = ["--teacher", teacher, "--dry-run", "--stage", "long", "stages.long.train=[mixer]"]
     assert train_distill.main(argv) == 0

@@ -225,6 +225,13 @@ def test_layers_of_a_teacher(material, tmp_path, capsys):
     ):
         assert rwkvinside(["layers", *arguments]) == 2
         assert cause in capsys.readouterr().err
+    for arguments, cause in (  # before a student is calibrated for it
+        (["--keep", "9"], "the choice has keep = 9"),
+        (["--keep", "1", "--choose", "restor"], "did you mean restore?"),
+        (["--keep", "1", "--choose", "uniform"], "uniform measures nothing"),
+    ):
+        assert rwkvinside(["layers", *teacher, *own, "--out", str(tmp_path / "new"), *arguments]) == 2
+        assert cause in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Text that a tiny teacher writes: texts, conversations, what an interruption leaves, and what is refused."""
 
 import json
+import re
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from rwkvinside.cli.main import main
 from rwkvinside.conversion import generate
 from rwkvinside.data.readers import DocumentReader
 from rwkvinside.errors import UserError
+from rwkvinside.support.progress import Progress
 from rwkvinside.teacher.sampling import Sampling, UserTurn, sample, text_start
 
 CHATML = (
@@ -98,8 +101,19 @@ def test_samples_are_those_of_each_prompt_alone(teachers):
     together = sample(model, prompts, [], 10, likeliest)
     assert together == [sample(model, [prompt], [], 10, likeliest)[0] for prompt in prompts]
     assert all(len(row) == 10 for row in together)
+    said = []
+    assert together == sample(model, prompts, [], 10, likeliest, lambda *args: said.append(args))
+    assert said == [(0, f"token {n} of 10") for n in range(1, 11)]  # a batch may take long: each token counts
     end = together[0][4]
     assert sample(model, prompts[:1], [end], 10, likeliest)[0] == together[0][: together[0].index(end)]
+
+
+@pytest.mark.parametrize("kind", ["base", "chat"])
+def test_a_batch_shows_how_far_it_is_while_it_is_written(teachers, tmp_path, monkeypatch, capsys, kind):
+    monkeypatch.setattr(generate, "Progress", partial(Progress, interval=0))
+    assert write(teachers / kind, tmp_path / "texts.jsonl") == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert re.fullmatch(r"writing 0/150 tokens  token 1 of \d+", first), first
 
 
 def test_draws_follow_the_models_distribution(teachers):

@@ -463,9 +463,20 @@ def test_sft_trains_on_completions_and_measures_what_it_can(material, tmp_path):
 def test_bad_input_writes_nothing(material, tmp_path, capsys, more, cause):
     out = tmp_path / "run"
     assert train(material, out, *more) == 2
-    err = capsys.readouterr().err
-    assert cause in err and len(err.splitlines()) <= 2
+    printed, err = capsys.readouterr()
+    assert cause in err and len(err.splitlines()) <= 2 and not printed  # no plan of what cannot begin
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "more, cause", [(["data.train=[]"], "no training data"), (["--data", "no.jsonl"], "'no.jsonl'")]
+)
+def test_data_that_is_not_there_is_refused_before_a_tokenizer_is_loaded(
+    material, tmp_path, monkeypatch, capsys, more, cause
+):
+    monkeypatch.setattr(conversion, "open_tokenizer", Mock(side_effect=AssertionError("it may be fetched from a hub")))
+    assert train(material, tmp_path / "run", *more) == 2
+    assert cause in capsys.readouterr().err
 
 
 def test_output_directories_of_others_are_left_alone(material, tmp_path, capsys):

@@ -21,8 +21,9 @@ def test_a_model_writes_what_it_writes_and_another_does_not():
     )  # fmt: skip
     first, second = (LlamaForCausalLM(config).eval() for _ in range(2))
     prompts = [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
-    seen: list[int] = []
-    same = compare_generation(first, first, prompts, [0], 10, seen.append)
-    assert same.same_texts == 1 and same.student == same.teacher and sum(seen) == 3
+    seen: list[tuple[int, str]] = []
+    same = compare_generation(first, first, prompts, [0], 10, lambda *args: seen.append(args))
+    assert same.same_texts == 1 and same.student == same.teacher and sum(count for count, _ in seen) == 3
+    assert sum(detail == "token 1 of 10" for _, detail in seen) == 2  # of either model
     other = compare_generation(first, second, prompts, [0], 10)
     assert other.same_texts < 1 and other.same_tokens < 10

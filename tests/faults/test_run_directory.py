@@ -372,12 +372,16 @@ def test_other_settings_are_listed_and_need_a_word(material, run, capsys):
     assert "stages.distill.optim.lr was " in err and ", is 0.004" in err and "log_every was 10, is 3" in err
     assert "--allow-changes" in err and len(err.splitlines()) == 2
     assert content(run) == before
+    unused = ["stages.long.tokens=2M", "stages.sft.optim.lr=1e-5"]  # of stages that do not run
+    assert train(material, run, "--resume", *more, *unused) == 2
+    assert capsys.readouterr().err == err
     assert train(material, run, "--resume", "--allow-changes", "seed=1") == 2
     refused(capsys, "was made with seed=0, not 1")
     assert content(run) == before  # accepted, and then refused by the checkpoint: nothing was written
-    assert train(material, run, "--resume", "--allow-changes", *more) == 0
+    assert train(material, run, "--resume", "--allow-changes", *more, *unused) == 0
     out = capsys.readouterr().out
-    assert "changed   log_every was 10, is 3" in out
+    assert "changed   log_every was 10, is 3" in out and "changed   stages.distill.optim.lr" in out
+    assert not any(f"changed   stages.{name}." in out for name in ("long", "sft"))
     assert f"distill goes on after step 1 of 3, from {run}/stages/distill/step-00000001" in out
     assert (run / "config.1.yaml").read_text() == first
     assert yaml.safe_load((run / "config.yaml").read_text())["log_every"] == 3

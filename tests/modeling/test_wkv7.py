@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from rwkvinside import kernels
 from rwkvinside.modeling.wkv7 import wkv7
 from rwkvinside.modeling.wkv7_chunked import Chunked
 
@@ -244,6 +245,24 @@ def test_compiled_models_run_the_chunked_path_as_it_is():
     assert torch.equal(y, expected)
     for one, other in zip(found, torch.autograd.grad(expected.sum(), x[:6]), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked", "native"])
+def test_a_log_decay_above_zero_is_refused_where_it_is_read(backend):
+    if backend == "native" and kernels.why_unavailable("native"):
+        pytest.skip("no native kernel")
+    x = [t.float() for t in inputs(2, 5, 1, 8)]
+    x[1][1, 2, 0, 3] = 0.25
+    with pytest.raises(ValueError, match="log_decay reaches 0.25: it must be 0 or below, or the state explodes"):
+        wkv7(*x[:6], backend=backend)
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    mask[1, 2] = False
+    masked, _ = wkv7(*x[:6], mask=mask, backend=backend)
+    with torch.no_grad():  # inference does not look
+        wkv7(*x[:6], backend=backend)
+    x[1][1, 2, 0, 3] = 0
+    assert torch.equal(masked, wkv7(*x[:6], mask=mask, backend=backend)[0])
+    wkv7(*(t[:, :0] for t in x[:6]), backend="reference")  # nothing is there to be refused
 
 
 def test_named_backends_do_not_fall_back():

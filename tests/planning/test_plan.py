@@ -188,6 +188,19 @@ def test_memory_follows_the_windows_of_all_layers(teacher):
     assert sizes == sorted(sizes) and len(set(sizes)) == 3
 
 
+@pytest.mark.parametrize("backend", ["auto", "chunked"])
+def test_kept_attention_in_windows_is_counted_as_the_kernel_of_its_device(teacher, backend):
+    def kept(window, *device):
+        more = [f"student.attention_window={window}", f"student.backend={backend}", *device]
+        config = load_config(teacher=teacher, overrides=["student.attention_layers=[1]", *more])
+        stage, model = resolve(config).stage("distill"), plan.meta_student(resolve(config).settings)
+        kind = stage.stage.prepare(model, stage, stage.phases[0].train)
+        return plan.stage_memory(stage, model, kind, None).peak
+
+    assert kept(64) < kept(128)  # PyTorch holds the mask of a block of queries
+    assert kept(64, *GPU) == kept(128, *GPU)  # Triton does not, whatever computes the mixers
+
+
 def test_calibration_counts_what_is_quantized(teacher):
     text = planned(teacher, "quantize.groups=[mlp]", "stages.distill.train=[mixer]", stages=["calibrate"])
     assert f"  {'mlp':<12}{'24.58 K':>12}  frozen in nf4\n" in text

@@ -85,7 +85,7 @@ def test_what_is_no_comparison_is_refused(runs, tmp_path):
         compare_runs(runs[:1])
     with pytest.raises(UserError, match="is named twice"):
         compare_runs([runs[0], runs[0]])
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="nowhere is not a run directory"):
         compare_runs([runs[0], tmp_path / "nowhere"])
     for run in runs:
         (run / "metrics.jsonl").write_text("")

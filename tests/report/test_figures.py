@@ -10,10 +10,13 @@ from rwkvinside.report.figures import (
     BLUE,
     ORANGE,
     alignment_figure,
+    context_figure,
     layers_figure,
+    length_figure,
     loss_figure,
     overview_figure,
     position_figure,
+    runs_validation_figure,
     smooth,
     validation_figure,
 )
@@ -76,9 +79,52 @@ def test_validation_runs_on_over_the_stages(rows):
 
 def test_a_model_from_nothing_has_its_own_cross_entropy_alone(rows):
     alone = [{k: v for k, v in row.items() if k not in ("kl", "ce_teacher", "agreement")} for row in rows]
-    (ce,) = validation_figure(alone).axes
-    assert [line.get_label() for line in ce.lines[:1]] == ["student"] and ce.get_legend() is None
+    figure = validation_figure(alone)
+    (ce,) = figure.axes
+    assert ce.lines[0].get_ydata().tolist() == [5, 4, 3.5] and not figure.legends
     assert len(overview_figure(alone).axes) == len(overview_figure(rows).axes) - 2
+
+
+CONTEXT = {"token_ms": 2.0, "state_bytes": 2**20, "prefill_peak_bytes": None}
+LEGENDS = {  # what is labeled, by figure
+    "validation": ["student", "control: teacher cut to windows", "teacher"],
+    "loss": ["each logged step", "mean over 4 % of the steps"],
+    "position": ["student", "teacher"],
+    "lengths": ["a.jsonl", "b.jsonl"],
+    "context": ["attention", "RWKV"],
+    "runs": ["first", "second"],
+}
+
+
+def labeled(name, rows):
+    """A figure whose curves fill its panels."""
+    kept = [{"kind": "control", "stage": "calibrate", "step": 0, "tokens": 0, "kl": 1, "ce": 3.7, "agreement": 0.4}]
+    train = [{"kind": "train", "stage": "sft", "step": n, "tokens": n, "loss": 1 + n % 2} for n in range(1, 61)]
+    buckets = [{"first": 2**i, "last": 2**i, "perplexity": i, "perplexity_teacher": 9 - i, "kl": 1} for i in (1, 2, 8)]
+    found = [{"model": m, "context": c, "prefill_seconds": c, **CONTEXT} for m in ("attention", "RWKV") for c in (1, 2)]
+    return {
+        "validation": lambda: validation_figure(kept + rows),
+        "loss": lambda: loss_figure(train),
+        "position": lambda: position_figure({"by_position": buckets, "kl": 1}),
+        "lengths": lambda: length_figure({"a.jsonl": np.arange(1, 99), "b.jsonl": np.arange(1, 50)}),
+        "context": lambda: context_figure({"found": found}),
+        "runs": lambda: runs_validation_figure({"first": rows, "second": rows}),
+    }[name]()
+
+
+@pytest.mark.parametrize("name", LEGENDS)
+def test_legends_lie_beside_the_panels_not_on_curves(rows, name):
+    figure = labeled(name, rows)
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == LEGENDS[name]
+    figure.draw_without_rendering()
+    assert not any(ax.get_legend() or legend.get_window_extent().overlaps(ax.get_window_extent()) for ax in figure.axes)
+
+
+def test_each_band_of_an_overview_has_its_legend(rows):
+    losses, errors, scores = overview_figure(rows).subfigs
+    assert [len(band.legends) for band in (losses, errors, scores)] == [0, 0, 1]  # 30 steps are not averaged
+    assert not any(ax.get_legend() for ax in scores.axes)
 
 
 def test_validation_shows_the_control_of_a_windowed_student(rows):
