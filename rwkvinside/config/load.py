@@ -25,7 +25,7 @@ from ..stages.base import Stage
 from ..stages.registry import OBJECTIVES, RUN, STAGES, find_stage_class, stage_class
 from ..stages.settings import StageConfig
 from ..support.files import read_text
-from ..support.settings import parse_count
+from ..support.settings import Section, parse_count
 from ..support.text import did_you_mean, listed
 from .recipes import recipe_layers
 from .schema import Config
@@ -423,7 +423,10 @@ def _problem(error: ErrorDetails, at: Sequence[str], root: type[BaseModel] = Con
             inner = error["input"]
             keys = [f".{key}" for key in inner] if isinstance(inner, dict) and len(inner) == 1 else [""]
             return f"{path}{keys[0]}: unknown key; did you mean stages.{path}{keys[0]}?"
-        return f"{path}: unknown key{did_you_mean(location[-1], _keys(location[:-1], root), inside)}"
+        model = _model_at(location[:-1], root)
+        elsewhere = model.known_as.get(location[-1]) if issubclass(model, Section) else None
+        meant = f"; here it is {elsewhere}" if elsewhere else did_you_mean(location[-1], model.model_fields, inside)
+        return f"{path}: unknown key{meant}"
     if error["type"] == "missing":
         return f"{path}: missing"
     if error["type"] == "literal_error":
@@ -443,8 +446,8 @@ def _show(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _keys(location: list[str], root: type[BaseModel]) -> list[str]:
-    """Return the known keys of the mapping at a path below `root`."""
+def _model_at(location: list[str], root: type[BaseModel]) -> type[BaseModel]:
+    """Return the model of the mapping at a path below `root`."""
     model = root
     keys = iter(location)
     for key in keys:
@@ -455,4 +458,4 @@ def _keys(location: list[str], root: type[BaseModel]) -> list[str]:
         if get_origin(annotation) in (dict, list, tuple):
             next(keys)  # a stage's name, or a place in the list
         model = inner
-    return list(model.model_fields)
+    return model

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..config.load import check_section, load_config, merge_settings, read_settings
+from ..config.load import REFERENCE, check_section, load_config, merge_settings, read_settings
 from ..config.schema import Config
 from ..config.teacher_lookup import shipped
 from ..errors import UserError
 from ..families.registry import FAMILIES
 from ..stages.pretrain import Pretrain
-from ..support.text import did_you_mean, listed
+from ..support.text import did_you_mean, listed, nearest
 from ..teacher.settings import TeacherConfig
 from .settings import LanguageModelConfig, ModelShape
 
@@ -55,8 +55,8 @@ def load_lm_config(
     if max_seq_length is not None:
         flags["stages"] = {STAGE: {"data": {"seq_len": max_seq_length}}}
     user = merge_settings([_read(config), flags, *read_settings((), overrides)])
-    own = {name: user.pop(name) for name in LanguageModelConfig.model_fields if name in user}
-    lm = check_section(LanguageModelConfig, own)
+    own = {name: user.pop(name) for name in list(user) if _is_own(name)}
+    lm = check_section(LanguageModelConfig, own, hint=REFERENCE)
     layers = [_run_settings(lm, user), user]
     if not lm.use_rwkv:
         layers.append({"student": {"attention_layers": list(range(lm.model.num_hidden_layers))}})
@@ -64,6 +64,14 @@ def load_lm_config(
     if lm.use_rwkv and loaded.student.attention_layers == tuple(range(lm.model.num_hidden_layers)):
         raise UserError("student.attention_layers leaves no layer to RWKV", "say so with use_rwkv=false")
     return loaded
+
+
+def _is_own(name: str) -> bool:
+    """Return whether a section or setting is one of `LanguageModelConfig`, or was meant to be."""
+    known = LanguageModelConfig.model_fields
+    return name in (*known, *LanguageModelConfig.known_as) or (
+        name not in Config.model_fields and nearest(name, known) is not None
+    )
 
 
 def _run_settings(lm: LanguageModelConfig, user: dict) -> dict:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -33,6 +33,11 @@ class ModelShape(Section):
 class LanguageModelConfig(Section):
     """What a run from nothing has beside the settings of any run."""
 
+    known_as: ClassVar = {
+        "rwkv_layer_indices": "student.attention_layers, which names the other layers",
+        "transformer_layer_indices": "student.attention_layers",
+        "max_seq_length": "stages.pretrain.data.seq_len, or the flag --max_seq_length",
+    }
     model: ModelShape = Field(description="Its shapes.")
     tokenizer: str = Field(description="bytes, the directory of a Hugging Face tokenizer, or a hub id.")
     use_rwkv: bool = Field(True, description="false: every layer is attention, the plain transformer.")

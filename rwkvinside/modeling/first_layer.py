@@ -33,8 +33,9 @@ class FirstLayerKV(NamedTuple):
 class VFirstHolder:
     """The way of v_first and k_first from the first RWKV layer to the later ones.
 
-    Gradients pass through it. The logical tensor has shape (world_size, B, T, width); each rank holds its own slice, so
-    data parallel and ZeRO runs exchange nothing. `gather` assembles the logical tensor for inspection; `to_tensors` /
+    Gradients pass through it. The logical tensor has shape (world_size, B, T, width), where width is that of keys and
+    values, heads * N: the hidden size where attention has no groups. Each rank holds its own slice, so data parallel
+    and ZeRO runs exchange nothing. `gather` assembles the logical tensor for inspection; `to_tensors` /
     `from_tensors` are what pipeline stages put into the tuple they exchange; `broadcast` serves inference where one
     rank computes the first layer.
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
@@ -34,8 +35,13 @@ Rate = Annotated[float, Field(ge=0)]
 
 
 class Section(BaseModel):
-    """A section of the configuration: immutable, and without unknown fields."""
+    """A section of the configuration: immutable, and without unknown fields.
 
+    Attributes:
+        known_as: what others call a field, in other projects or in the founding documents -> what to write instead.
+    """
+
+    known_as: ClassVar[Mapping[str, str]] = {}
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     def filled(self, **values: Any) -> Self:

@@ -122,10 +122,10 @@ def open_tokenizer(teacher: TeacherConfig) -> PreTrainedTokenizerBase:
         return tokenizer
     except Exception as error:  # tokenizers raises nothing narrower for a file that it cannot read
         whose = "" if teacher.fresh else "of teacher "
-        raise UserError(
-            f"the tokenizer {whose}{teacher.path} cannot be loaded: {_one_line(error)}",
-            "the directory needs a tokenizer.json; teacher.trust_remote_code=true runs code that comes with it",
-        ) from error
+        needs = "the directory needs a tokenizer.json; teacher.trust_remote_code=true runs code that comes with it"
+        if teacher.fresh:
+            needs = "give tokenizer=DIR with a tokenizer.json, or a hub id and a network; --config tiny needs neither"
+        raise UserError(f"the tokenizer {whose}{teacher.path} cannot be loaded: {_one_line(error)}", needs) from error
 
 
 def meta_teacher(teacher: TeacherConfig) -> PreTrainedModel:

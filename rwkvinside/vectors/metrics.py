@@ -36,6 +36,8 @@ def score(y: Tensor, windows: Windows, reference: Tensor | None = None) -> dict[
     | decode | part whose nearest vector of all data has the target's text; absent without texts |
     | margin | cosine with the target minus cosine with the last context vector |
 
+    Of a single document there are neither intervals nor ca.
+
     Args:
         y: (M, d).
         windows: that were predicted.
@@ -50,7 +52,8 @@ def score(y: Tensor, windows: Windows, reference: Tensor | None = None) -> dict[
         gains = cosines - reference
         numbers |= {"gain": float(gains.mean())} | _interval("gain", gains, documents)
     numbers["mse"] = float((y - target).pow(2).sum(-1).mean())
-    numbers["ca"] = _contrastive(y, target, documents)
+    if len(documents.unique()) > 1:
+        numbers["ca"] = _contrastive(y, target, documents)
     numbers |= _ranks(y, target)
     if data.texts is not None:
         numbers["decode"] = decode_accuracy(y, data, at)
@@ -74,9 +77,11 @@ def decode_accuracy(y: Tensor, data: VectorData, at: Tensor) -> float:
 
 
 def _interval(name: str, values: Tensor, documents: Tensor) -> dict[str, float]:
-    """Return the 95 % interval of a mean; windows of a document are drawn together."""
+    """Return the 95 % interval of a mean; windows of a document are drawn together, so a single one has none."""
     _, own = documents.unique(return_inverse=True)
     count = int(own.max()) + 1
+    if count == 1:
+        return {}
     sums = torch.zeros(count, dtype=torch.float64).index_add_(0, own, values.double())
     sizes = torch.bincount(own, minlength=count).double()
     drawn = torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(SEED))

@@ -237,8 +237,8 @@ def build_blocks(config: ModelConfig) -> list[Block]:
     """Return the layers of a resolved configuration.
 
     Raises:
-        UserError: unknown kinds or options, options of a kind that the pattern has not, or `tmd: mixer` without a mixer
-            that takes codes.
+        UserError: unknown kinds or options, options of a kind that the pattern has not, `tmd: mixer` without a mixer
+            that takes codes, or `pretrained` of another kind than gpt2.
     """
     layers = [layer.split("|") for layer in parse_pattern(config.pattern or "", config.layers)]
     kinds = [kind for layer in layers for kind in layer]
@@ -249,6 +249,8 @@ def build_blocks(config: ModelConfig) -> list[Block]:
     for kind in config.options:
         if kind not in kinds:
             raise UserError(f"model.options.{kind}: no layer is of that kind", f"there are: {', '.join(set(kinds))}")
+    if config.pretrained is not None and kinds[0] != "gpt2":
+        raise UserError(f"model.pretrained={config.pretrained} with {config.pattern}", "only gpt2 begins so")
     routes = any(len(layer) > 1 for layer in layers)
     takes = [kind for kind in MIXERS if mixer_class(kind).takes_codes]
     if config.tmd == "mixer" and not routes and not set(takes) & set(kinds):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import Field, model_validator
@@ -53,6 +53,19 @@ class DiffusionConfig(Section):
 class ModelConfig(Section):
     """A latent vector model."""
 
+    known_as: ClassVar = {  # in the study
+        "d_input": "model.d_in",
+        "d_hidden": "model.d_model",
+        "n_layers": "model.layers",
+        "attn_every": "model.pattern; every sixth layer: mamba2*5,attention",
+        "d_state": "model.options.mamba2.d_state, or of s4",
+        "k": "model.options.linformer.k",
+        "l_max": "model.options.hyena.l_max",
+        "nb_features": "model.options.performer.features",
+        "heads": "model.options.KIND.heads",
+        "bidirectional": "model.options.lstm.bidirectional, or of gru",
+        "d_tmd": "model.tmd: concat, film or mixer",
+    }
     arch: Literal[tuple(ARCHITECTURES)] = Field("rwkv7", description="Architecture by name.")  # type: ignore[valid-type]
     pattern: str | None = Field(
         None,
@@ -84,6 +97,9 @@ class ModelConfig(Section):
     )
     tmd: Literal["none", "concat", "film", "mixer"] = Field(
         "none", description="TMD codes: not, 16 more inputs, scale and shift (of a denoiser: its step), or in mixers."
+    )
+    pretrained: str | None = Field(
+        None, description="GPT-2 that gpt2's blocks begin as, a directory or hub id such as distilgpt2; null: random."
     )
     quantize: NotNegative = Field(0, description="Codes of a vector quantizer after the adapter; 0: none.")
     resolutions: tuple[Positive, ...] = Field((), description="Widths of further heads on PCA-compressed targets.")

@@ -22,6 +22,7 @@ from ..training.callbacks import Evaluate
 from ..training.metrics import MetricsWriter
 from .data import Split, VectorData, WindowRows, Windows, load_data, split
 from .diffusion import LatentDiffusion
+from .embedders import find_model
 from .fitting import CONFIG, TimeLimit, claim, device_of, fit_phase, metrics_of
 from .metrics import predict, score
 from .mixers.mixture import Mixture
@@ -56,6 +57,8 @@ def train(config: RunConfig, say: Callable[[str], None] = print) -> dict:
         both = split(data, config.data)
         torch.manual_seed(config.seed)
         model = build_model(config.model)
+        if config.model.pretrained is not None:
+            model.blocks[0].mixer.begin_as(find_model(config.model.pretrained)[0])
         some = both.train.evenly(FITTED)
         model.fit(data.vectors[some.starts[:, None] + torch.arange(some.context)], data.vectors[some.targets])
         write_config(config, out / CONFIG)
@@ -147,7 +150,7 @@ def _evaluation(trained: TrainedModel, both: Split, done: int) -> dict[str, floa
     trained.model.eval()
     numbers = score(predict(trained, some), some)
     trained.model.train(training)
-    return {name: numbers[name] for name in ("cosine", "mse", "ca", "r10")}
+    return {name: numbers[name] for name in ("cosine", "mse", "ca", "r10") if name in numbers}
 
 
 def _result(config: RunConfig, model: nn.Module, both: Split, params: int, out: Path) -> dict:

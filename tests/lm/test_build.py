@@ -99,7 +99,12 @@ def test_every_knob_reaches_the_student(knob, field):
         (["rwkv_att_scale=0"], "rwkv_att_scale = 0: must be greater than 0"),
         (["rwkv_time_mix_ratio=1.5"], "less than or equal to 1"),
         (["rwkv_chunk_size=0"], "rwkv_chunk_size = 0"),
-        (["rwkv_chunks=8"], "rwkv_chunks: unknown key"),
+        (["rwkv_chunks=8"], "rwkv_chunks: unknown key; did you mean rwkv_chunk_size"),
+        (
+            ["rwkv_layer_indices=[0,2]"],
+            "here it is student.attention_layers, which names the other layers",
+        ),
+        (["max_seq_length=8"], "here it is stages.pretrain.data.seq_len"),
         (["model.hiden_size=8"], "did you mean model.hidden_size"),
         (["model.family=lama"], "did you mean 'llama'|did you mean llama"),
         (["model.num_attention_heads=3"], "does not divide hidden_size 128"),
@@ -108,7 +113,7 @@ def test_every_knob_reaches_the_student(knob, field):
         (["student.attention_layers=0-3"], "leaves no layer to RWKV"),
         (["student.attention_layers={choose: restore, keep: 2}"], "measures a converted model"),
         (["student.init=calibrated"], "go together"),
-        (["tokenizer=no/such/dir"], "tokenizer no/such/dir cannot be loaded"),
+        (["tokenizer=no/such/dir"], r"tokenizer no/such/dir cannot be loaded(.|\n)*give tokenizer=DIR"),
     ],
 )
 def test_what_cannot_be_is_refused(overrides, said):

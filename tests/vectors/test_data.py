@@ -80,6 +80,16 @@ def test_scores_are_their_definitions():
     assert worst["cosine_low"] == pytest.approx(-1) == worst["cosine_high"]
 
 
+def test_of_one_document_there_is_nothing_to_contrast():
+    """Neither vectors of other documents nor an interval over documents: no number, in place of 0 and no width."""
+    data = numbered([9, 9])
+    both = split(data, DataConfig(source="numbers", context=CONTEXT, val=0.5))
+    target = data.vectors[both.val.targets]
+    numbers = score(target, both.val, cosines(target, both.val))
+    assert numbers["cosine"] == pytest.approx(1) and numbers["gain"] == pytest.approx(0)
+    assert not {"ca", "cosine_low", "cosine_high", "gain_low", "gain_high"} & set(numbers)
+
+
 def test_interval_covers_documents():
     """Windows of a document are alike: the interval is as wide as that of so many documents."""
     lengths = [20] * 40

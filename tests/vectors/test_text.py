@@ -1,3 +1,4 @@
+import hashlib
 import importlib.util
 import json
 import sys
@@ -10,7 +11,8 @@ import torch
 from rwkvinside.cli.main import main as rwkvinside
 from rwkvinside.errors import UserError
 from rwkvinside.vectors.corpora import documents_of, flat, sentences
-from rwkvinside.vectors.embedders import MINILM_SHA256, embedder, hashed
+from rwkvinside.vectors.decoders.vec2text import SPACES
+from rwkvinside.vectors.embedders import GTR, MINILM_SHA256, embedder, hashed
 from rwkvinside.vectors.store import embed, read_store
 
 
@@ -69,8 +71,8 @@ def test_store_is_what_was_written(store, tmp_path):
 
 
 def test_embedders_are_checked(tmp_path):
-    with pytest.raises(UserError, match="embedders: hash768, minilm, mean:DIR, st:DIR"):
-        embedder("hash")
+    with pytest.raises(UserError, match="embedders: hash768, minilm, mean:MODEL, st:MODEL; GTR-T5 is st:"):
+        embedder("gtr-t5")
     with pytest.raises(UserError, match="holds no model"):
         embedder(f"mean:{tmp_path}")
 
@@ -94,6 +96,26 @@ def test_mean_of_a_local_encoder(tmp_path):
     for text, vector in zip(texts, vectors, strict=True):
         hidden = model(**tokenizer(text, return_tensors="pt", return_token_type_ids=False)).last_hidden_state
         torch.testing.assert_close(vector, hidden[0].mean(0), rtol=0, atol=1e-5)
+
+
+def test_models_of_the_hub_are_called_as_their_repository(tmp_path, monkeypatch):
+    """By its id or by its directory in the hub's cache: vec2text reads the vectors of mean:gtr-t5-base alone."""
+    folder = tmp_path / "models--sentence-transformers--gtr-t5-base" / "snapshots" / "7027e959"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "pytorch_model.bin").write_bytes(b"weights")
+    monkeypatch.setattr("rwkvinside.vectors.embedders._encoder", lambda folder: (None, 768, ()))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repository, ignore_patterns: str(folder))
+    by_id, by_folder = embedder(f"mean:{GTR}"), embedder(f"mean:{folder}")
+    assert by_id.space == by_folder.space == SPACES[0]
+    assert by_id.name == f"mean:{GTR}" and by_id.sha256 == by_folder.sha256 == hashlib.sha256(b"weights").hexdigest()
+
+    def missing(repository, ignore_patterns):
+        raise OSError
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", missing)
+    with pytest.raises(UserError, match=f"{GTR} is neither in the hub's cache nor to be had"):
+        embedder(f"mean:{GTR}")
 
 
 def test_st_is_what_sentence_transformers_says(tmp_path, monkeypatch):

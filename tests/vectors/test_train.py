@@ -1,14 +1,19 @@
+import inspect
 import json
+import re
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from rwkvinside.cli.main import main as rwkvinside
+from rwkvinside.config.show import describe
 from rwkvinside.errors import UserError
 from rwkvinside.vectors.data import load_data, split
 from rwkvinside.vectors.fitting import groups_of
+from rwkvinside.vectors.mixers.registry import MIXERS, mixer_class
 from rwkvinside.vectors.run import evaluate, load_model, load_predictor, read_result, write_ensemble
-from rwkvinside.vectors.settings import RunConfig, load_config
+from rwkvinside.vectors.settings import ModelConfig, RunConfig, load_config
 from rwkvinside.vectors.steps import Resolutions
 from rwkvinside.vectors.synthetic import synthetic
 from rwkvinside.vectors.train import train
@@ -151,10 +156,37 @@ def test_ensemble_is_no_worse_than_its_members_on_average(tmp_path):
     torch.testing.assert_close(load_predictor(moved / "voteFalse")(batch), vote)
 
 
+def test_gpt2_begins_as_a_published_one(tmp_path):
+    """Blocks, positions and last norm; a run needs the files at its start alone."""
+    torch.manual_seed(5)
+    shapes = {"n_embd": 32, "n_head": 2, "n_layer": 3, "n_positions": 64, "vocab_size": 50}
+    published = GPT2LMHeadModel(GPT2Config(**shapes, bos_token_id=0, eos_token_id=0)).eval()
+    published.save_pretrained(tmp_path / "gpt")
+    words = ["model.arch=gpt2", f"model.pretrained={tmp_path / 'gpt'}", "model.options.gpt2.heads=2"]
+    words += ["model.options.gpt2.max_len=16", "model.layers=3", "steps=1", "optim.lr=0"]
+    result = train(config(tmp_path / "run", *words), quiet)
+    (tmp_path / "gpt").rename(tmp_path / "elsewhere")
+    trained = load_model(tmp_path / "run").model
+    x = torch.randn(2, 5, 32)
+    whole = published.transformer(inputs_embeds=x).last_hidden_state
+    torch.testing.assert_close(trained.blocks[0].mixer.run(x), whole, rtol=0, atol=1e-5)
+    assert result["arch"] == "gpt2"
+    here = f"model.pretrained={tmp_path / 'elsewhere'}"
+    for more, said in (
+        ([*words, here, "model.layers=4"], "3 layers and 64 positions"),
+        ([*words, here, "model.options.gpt2.heads=4"], "'n_head': 2"),
+        ([*words], "is neither in the hub's cache|holds no model"),
+        (["model.arch=gru", here], "only gpt2 begins so"),
+    ):
+        with pytest.raises(UserError, match=said):
+            train(config(tmp_path / "other", *more), quiet)
+
+
 def test_bad_input_is_one_line(tmp_path, capsys):
     out = str(tmp_path / "run")
     for words, message in (
         (["train", "--out", out, "model.arch=lsmt"], "did you mean lstm"),
+        (["train", "--out", out, "model.d_hidden=64"], "model.d_hidden: unknown key; here it is model.d_model"),
         (["train", "--out", out, "model.d_in=96"], "synthetic:rotor-lin has vectors of 768"),
         (["train", "--out", out, "--data", str(tmp_path)], "holds no vectors"),
         (["train", "--out", out, "model.tmd=film"], "has no TMD codes"),
@@ -166,6 +198,20 @@ def test_bad_input_is_one_line(tmp_path, capsys):
         assert rwkvinside(["vectors", *words]) == 2, words
         assert message in capsys.readouterr().err, words
     assert not (tmp_path / "run").exists()
+
+
+def test_names_of_the_study_lead_to_fields():
+    """What stands behind "here it is" is a field, or an option of a kind of layer."""
+    fields = {path for path, _, _ in describe(RunConfig)}
+    for name, meant in ModelConfig.known_as.items():
+        path, _, option = re.split("[:;,]", meant)[0].partition(".options.")
+        if option:
+            kind, key = option.split(".")
+            kinds = MIXERS if kind == "KIND" else [kind]
+            assert any(key in inspect.signature(mixer_class(each)).parameters for each in kinds), meant
+        else:
+            assert path in fields, meant
+        assert name not in ModelConfig.model_fields
 
 
 def test_dynamics_have_a_smaller_rate():

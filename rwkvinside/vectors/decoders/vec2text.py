@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UserError
+from ..embedders import GTR, hub_folder
 from ..fitting import load_tensors
 
 SPACES = ("mean:gtr-t5-base",)
@@ -65,13 +66,14 @@ def load_vec2text(folder: Path | None, space: str) -> Vec2Text:
         raise UserError(
             f"vec2text cannot decode vectors of {space}",
             f"it was trained on {', '.join(SPACES)}, neither normalized nor through sentence-transformers' Dense "
-            "layer: embed with mean:DIR of gtr-t5-base, decode --through vectors of that space, or use an inverter",
+            f"layer: embed with mean:{GTR}, decode --through vectors of that space, or use an inverter",
         )
     if find_spec("vec2text") is None:
         raise UserError("decoder vec2text is not installed", "pip install .[vec2text], or use --decoder retrieval")
     import vec2text
 
-    folders = {name: _folder(name) if folder is None else folder / name for name in HUB}
+    hint = "give a folder: --decoder vec2text:DIR"
+    folders = {name: hub_folder(HUB[name], hint) if folder is None else folder / name for name in HUB}
     for path in folders.values():
         if not (path / "config.json").is_file():
             raise UserError(
@@ -82,19 +84,6 @@ def load_vec2text(folder: Path | None, space: str) -> Vec2Text:
     corrector = _load(vec2text.models.CorrectorEncoderModel, folders["corrector"])
     with _without_metrics():
         return Vec2Text(vec2text.load_corrector(inversion, corrector))
-
-
-def _folder(name: str) -> Path:
-    """Return where the hub's cache has a model, downloaded where that is possible."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(HUB[name]))
-    except OSError as error:
-        raise UserError(
-            f"weights of vec2text ({HUB[name]}) are neither in the hub's cache nor to be had",
-            "give a folder: --decoder vec2text:DIR",
-        ) from error
 
 
 def _load(kind: Any, folder: Path) -> nn.Module:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-from transformers import GPT2Config, GPT2Model
+from pathlib import Path
 
+import torch
+from torch import Tensor
+from transformers import AutoConfig, GPT2Config, GPT2Model
+
+from ...errors import UserError
 from .base import HistoryMixer, Place, check_heads
 
 
@@ -40,6 +44,29 @@ class GPT2(HistoryMixer):
         self.max_len = max_len
         self.gpt = GPT2Model(config)
         self.gpt.wte.requires_grad_(False)
+
+    @torch.no_grad()
+    def begin_as(self, folder: Path) -> None:
+        """Copy positions, blocks and last norm of a language model; its tokens are not needed.
+
+        Raises:
+            UserError: another architecture, other shapes, or too few layers or positions.
+        """
+        names = ("model_type", "n_embd", "n_head", "activation_function", "layer_norm_epsilon")
+        wanted = {name: getattr(self.gpt.config, name) for name in names}
+        config = AutoConfig.from_pretrained(folder)
+        found = {name: getattr(config, name, None) for name in wanted}
+        layers, positions = (getattr(config, name, 0) for name in ("n_layer", "n_positions"))
+        if found != wanted or layers < self.gpt.config.n_layer or positions < self.max_len:
+            raise UserError(
+                f"{folder} has {found}, {layers} layers and {positions} positions, "
+                f"the model {wanted}, {self.gpt.config.n_layer} and {self.max_len}",
+                "set model.d_model, model.layers, model.options.gpt2.heads and .max_len to what it has",
+            )
+        source = GPT2Model.from_pretrained(folder).state_dict()
+        for name, parameter in self.gpt.named_parameters():
+            if not name.startswith("wte."):
+                parameter.copy_(source[name][: len(parameter)])  # of the positions the first ones
 
     def run(self, x: Tensor) -> Tensor:
         """Run the stack over whole rows."""
