@@ -37,7 +37,7 @@ class Config(Section):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="Arithmetic; bf16 keeps fp32 masters; auto: bf16 on cuda, fp32 on CPU."
     )
-    fused_layers: Literal["auto"] | bool = Field(
+    fused_layers: Literal["auto", True, False] = Field(
         "auto", description="Norms and gated MLPs by Liger Kernel; auto: on cuda where liger-kernel is installed."
     )
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="When to save, and how much is kept.")

@@ -48,7 +48,7 @@ class StageConfig(Section):
         False,
         description="Pretrain: rows go on from step to step, with the state in which a document was left.",
     )
-    activation_checkpointing: bool | Literal["recurrence"] = Field(
+    activation_checkpointing: Literal[False, True, "recurrence"] = Field(
         False,
         description="Compute activations again in the backward: true: of layers, in align of mixers; recurrence: what "
         "lies between the projections of mixers.",

@@ -312,6 +312,12 @@ def test_all_problems_at_once(teacher):
         ("run=[]", "run = []: is empty"),
         ("run=[align,align]", "lists align twice"),
         ("deepspeed.zero_stage=4", "deepspeed.zero_stage = 4: allowed: 0, 1, 2, 3"),
+        ("fused_layers=yess", "fused_layers = 'yess': allowed: auto, True, False"),
+        (
+            "stages.align.activation_checkpointing=recurence",
+            "stages.align.activation_checkpointing = 'recurence': allowed: False, True, recurrence; "
+            "did you mean recurrence?",
+        ),
         ("checkpoint=null", "checkpoint = None: must be a mapping"),
         ("seed", "'seed' is not of the form key=value"),
         ("a..b=1", "'a..b=1' is not of the form key=value"),
