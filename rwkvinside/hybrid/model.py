@@ -185,9 +185,6 @@ class HybridModel(nn.Module):
         super().train(False)
         for layer in self.family.layers(self.lm):
             layer.training = mode
-        recomputes = mode and self.lm.is_activation_checkpointing
-        for experts in (module for module in self.lm.modules() if isinstance(module, StackedExperts)):
-            experts.recomputed = recomputes
         return self
 
     def recompute(self, what: str | None) -> None:
@@ -202,6 +199,8 @@ class HybridModel(nn.Module):
             self.lm.activation_checkpointing_enable()
         elif self.lm.is_activation_checkpointing:
             self.lm.activation_checkpointing_disable()
+        for experts in (module for module in self.lm.modules() if isinstance(module, StackedExperts)):
+            experts.recomputed = what == "layers"
         self.train(what == "layers")
 
     def context(self, batch: Batch, mode: str, layers: Mapping[int, str] = MappingProxyType({})) -> ForwardContext:

@@ -220,10 +220,10 @@ def _turned(c: TimeMixerConfig, low: int, stream: int) -> int:
 
 def _around(mixer: TimeMixer, low: int, stream: int) -> int:
     """Return what is left of `_mixer` where all that lies between the projections is computed again."""
-    C, K, values, _, v_residual, k_residual = _sizes(mixer)
-    turned = _turned(mixer.mixer_config, low, stream)
-    # receptance, key, value, with a residual mix also what they were before; decay, rate, gate, and what comes out
-    held = turned * (C + K + k_residual * K) + low * (values + v_residual * K) + low * 4 * C
+    c, (C, K, values, _, v_residual, k_residual) = mixer.mixer_config, _sizes(mixer)
+    turned, mixed = _turned(c, low, stream), v_residual or c.value_path == "additive"
+    # receptance, key, value, where these are mixed also what they were before; decay, rate, gate, and what comes out
+    held = turned * (C + K + k_residual * K) + low * (values + mixed * K) + low * 4 * C
     return _projections(mixer, low, stream) + held
 
 

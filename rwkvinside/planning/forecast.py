@@ -288,7 +288,10 @@ def forecast_text(found: Forecast, rate: Rate | None = None, price: float | None
     lines.append(_row(found, "", rate))
     lines.append("")
     if rate is not None:
-        lines += [f"time: {rounded_flop(rate.flops)}/s, {rate.origin};", "      without evaluation and saving"]
+        lines += [
+            f"time: {rounded_flop(rate.flops)}/s, {rate.origin};",
+            "      without evaluating, saving and what is computed again",
+        ]
     lines.append(
         f"memory: of one of {found.ranks} devices, {found.device} in {found.precision}"
         if found.ranks > 1

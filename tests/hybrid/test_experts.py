@@ -13,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM
 
 from rwkvinside.errors import UserError
+from rwkvinside.evaluate.in_training import judging
 from rwkvinside.export.build import build_hybrid
 from rwkvinside.hybrid import experts
 from rwkvinside.hybrid.adapters import write_peft
@@ -107,12 +108,14 @@ def test_recomputed_layers_keep_nothing_of_their_experts(implementation, monkeyp
     for recompute in (False, True):
         if recompute:  # what experts keep is seen by the checkpoint, and not by hooks of their own
             model.recompute("layers")
+            with judging(model):
+                pass
             monkeypatch.setattr(experts._MadeAgain, "pack", lambda *_: pytest.fail("kept by the experts"))
         loss, _ = DistillStep(SelfTeacher())(model, batch)
         gradients.append(torch.autograd.grad(loss, trained, allow_unused=True))
     for plain, again in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, again, rtol=1e-4, atol=1e-5)
-    model.train(False)
+    model.recompute(None)
     assert not any(m.recomputed for m in model.modules() if isinstance(m, experts.StackedExperts))
 
 

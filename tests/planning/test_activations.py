@@ -74,6 +74,7 @@ def test_fused_norms_keep_their_input_and_fused_mlps_no_silu(low, stream):
         (True, {}),
         (True, {"family": "llama", "dtype": torch.bfloat16, "window": 16, "sinks": 4}),
         (False, {"preset": "rad", "window": 32}),
+        (False, {"preset": "hxa07b"}),
         (False, {"preset": "x070", "family": "llama"}),
     ],
 )
@@ -84,7 +85,9 @@ def test_what_is_kept_where_the_recurrence_is_computed_again(bf16, made):
     options = {"low": 2 if bf16 else 4, "stream": 2 if made.get("dtype") == torch.bfloat16 else 4}
     whole, again = (sum(kept_bytes(model, align=True, recurrence=kept, **options)) for kept in (True, False))
     assert left_in_memory(model, align=True, bf16=bf16) == pytest.approx(whole, rel=0.03)
-    assert left_in_memory(model, align=True, bf16=bf16, recompute="recurrence") == pytest.approx(again, rel=0.07)
+    assert left_in_memory(model, align=True, bf16=bf16, recompute="recurrence") == pytest.approx(
+        again, rel=0.02 if not bf16 else 0.07
+    )
     assert again < 0.62 * whole
     most = recomputed_bytes(model, low=options["low"], stream=options["stream"], fused=False)
     assert (whole - again) / len(model.mixers) <= most <= 1.1 * (whole - again) / len(model.mixers)
