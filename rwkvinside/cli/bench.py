@@ -80,8 +80,9 @@ def training(parser: ArgumentParser, argv: Sequence[str]) -> int:
         "--recompute",
         nargs="+",
         choices=("nothing", "recurrence", "layers"),
+        metavar="WHAT",
         default=["nothing"],
-        help="in the backward, as activation_checkpointing; several are compared (default: nothing)",
+        help="in the backward: nothing, recurrence, layers; several are compared (default: nothing)",
     )
     add_output_arguments(parser)
     args = parser.parse(argv)

@@ -16,10 +16,11 @@ import pytest
 CURVES = Path(__file__).with_name("curves.json")
 # One machine repeats these numbers bit for bit. Another processor adds in another order: fp32 rounding, which a few
 # steps of training let grow to some 1e-5 of a loss. In bf16 the portable kernel instead of the AVX-512 one moved a loss
-# by 1.2e-3 of itself, and one token of 126 between right and wrong.
+# by 1.2e-3 of itself, and one token of 126 between right and wrong. What was recorded on AMD's processors differs on
+# Intel's by 1.1e-3 of a loss, 0.074 of the norm of a gradient, and 0.003 of a bonus that is nearly zero.
 TOLERANCE = {"rel": 1e-3, "abs": 1e-5}
 TOLERANCE_BF16 = {"rel": 1e-2, "abs": 1e-5}
-AGREEMENT_BF16 = {"abs": 0.02}
+WIDER_BF16 = {"agreement": {"abs": 0.02}, "grad_norm": {"rel": 0.2}, "bonus": {"rel": 1e-2, "abs": 0.01}}
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "sleeps"]
 ROWS = ("tokens=512", "data.seq_len=32", "batch.tokens=128")  # four steps of four rows
@@ -87,8 +88,8 @@ def assert_close(value, recorded, where: str, tolerance: dict[str, float] = TOLE
     if isinstance(recorded, dict):
         assert value.keys() == recorded.keys(), where
         for key, expected in recorded.items():
-            counted = tolerance is TOLERANCE_BF16 and key.endswith("agreement")
-            assert_close(value[key], expected, f"{where}, {key}", AGREEMENT_BF16 if counted else tolerance)
+            wider = WIDER_BF16.get(key.split()[-1], tolerance) if tolerance is TOLERANCE_BF16 else tolerance
+            assert_close(value[key], expected, f"{where}, {key}", wider)
     elif isinstance(recorded, list):
         assert len(value) == len(recorded), where
         for i, (one, expected) in enumerate(zip(value, recorded, strict=True)):
