@@ -146,7 +146,7 @@ def test_corrector_is_checked(inverter, store):
     spec = f"corrector:{inverter[0]}"
     for card, message in (
         ({}, "vectors of hash768 name no embedder"),
-        ({"embedder": "mean:nowhere"}, "needed again: nowhere holds no model"),
+        ({"embedder": "mean:nowhere"}, "needed again: nowhere is neither in the hub's cache nor to be had"),
         ({"embedder": "hash768", "model_sha256": "abc"}, "has SHA-256 None, these vectors are of abc"),
     ):
         with pytest.raises(UserError, match=message) as refused:
