@@ -34,7 +34,8 @@ MAY_IMPORT = {
     "planning": {
         *("kernels", "modeling", "families", "data", "hybrid", "losses", "teacher", "training", "stages", "config"),
     },
-    "export": {"data", "modeling", "families", "hybrid", "teacher", "runs"},
+    "importers": {"modeling", "families", "hybrid", "teacher", "training", "stages", "config", "runs"},
+    "export": {"data", "modeling", "families", "hybrid", "teacher", "runs", "importers"},
     "evaluate": {"data", "hybrid", "losses", "teacher", "runs", "export"},
     "lm": {"families", "hybrid", "teacher", "stages", "config", "runs", "evaluate"},
     "talk": {"teacher", "training", "config", "runs", "evaluate", "lm"},
@@ -59,7 +60,7 @@ MAY_IMPORT = {
     "demo": {"data", "teacher", "config", "runs", "conversion", "evaluate", "export", "report"},
     "cli": {
         *("kernels", "data", "teacher", "training", "config", "runs", "planning"),
-        *("evaluate", "export", "report", "bench", "conversion", "demo", "lm", "talk", "vectors"),
+        *("evaluate", "export", "importers", "report", "bench", "conversion", "demo", "lm", "talk", "vectors"),
     },
 }
 

@@ -25,6 +25,20 @@ mixers (`{preset}`); {others}. The recurrent layers need the same memory and tim
 FROM_NOTHING = """A language model that was trained from nothing: {count} of its {layers} layers are RWKV-7 time mixers
 (`{preset}`); {others}. The recurrent layers need the same memory and time per token at any context length."""
 
+TRANSFORMERS = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+name = "<this repository or directory>"
+tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
+```
+
+Torch and transformers are all it needs; on a GPU with triton, which comes with PyTorch for CUDA, it runs a kernel that
+is part of the code here. Greedy decoding, sampling, beams, left-padded batches, chunked prefill and streaming work with
+the default cache; static caches and assisted generation do not."""
+
 BODY = """# {title}
 
 {intro}
@@ -38,25 +52,13 @@ BODY = """# {title}
 
 ## Use
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-name = "<this repository or directory>"
-tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
-inputs = tokenizer("Once upon a time", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100)[0]))
-```
-
-Torch and transformers are all it needs; on a GPU with triton, which comes with PyTorch for CUDA, it runs a kernel that
-is part of the code here. Greedy decoding, sampling, beams, left-padded batches, chunked prefill and streaming work with
-the default cache; static caches and assisted generation do not.
+{usage}
 
 ## Measured on held-out data
 
 {table}
 
-Reloaded in a process without the training code, its fp32 logits differ from the trained model's by at most
+{reloaded}, its fp32 logits differ from the trained model's by at most
 {difference:.2g}. `conversion.json` holds the configuration, the SHA-256 of every file, and this verification.
 """
 
@@ -79,20 +81,29 @@ def control(metrics: Path) -> dict | None:
     return {name: rows[-1][name] for name in COLUMNS if name != "tokens" and name in rows[-1]} if rows else None
 
 
-def model_card(conversion: dict, base_card: Path) -> ModelCard:
+def model_card(
+    conversion: dict,
+    base_card: Path,
+    usage: str = TRANSFORMERS,
+    library: str | None = "transformers",
+    reloaded: str = "Reloaded in a process without the training code",
+) -> ModelCard:
     """Return the card of an export.
 
     Args:
         conversion: conversion.json of the export, verified.
         base_card: README.md of the base model, whose license is adopted; it need not exist.
+        usage: how it is used, as Markdown.
+        library: that the hub loads it with; None: it knows none.
+        reloaded: how it was verified.
     """
     base = ModelCard.load(base_card).data.to_dict() if base_card.exists() else {}
     name = conversion["base_model"]
     data = ModelCardData(
         **({} if name is None else {"base_model": name, "base_model_relation": "finetune"}),
-        library_name="transformers",
+        library_name=library,
         pipeline_tag="text-generation",
-        tags=["rwkv", "rwkv7", "hybrid", "custom_code"],
+        tags=["rwkv", "rwkv7", "hybrid", *(["custom_code"] if library else [])],
         **{name: base[name] for name in ("license", "license_name", "license_link", "language") if name in base},
     )
     recurrent, attention = conversion["rwkv_layers"], conversion["attention_layers"]
@@ -120,6 +131,8 @@ def model_card(conversion: dict, base_card: Path) -> ModelCard:
         embeddings="tied" if conversion["tie_word_embeddings"] else "untied",
         table=table(conversion["measurements"], conversion.get("control")),
         difference=conversion["verification"]["max_difference"],
+        usage=usage,
+        reloaded=reloaded,
         **{field: conversion[field] for field in ("parameters", "dtype", "stage", "checkpoint")},
     )
     body += "".join(f"\n{line}.\n" for line in changes(conversion))

@@ -11,7 +11,10 @@ from ..support.text import did_you_mean
 
 # name -> ("module:function" of this package, one line of help); the function takes the run, the output and its options,
 # verifies what it writes, and returns the content of conversion.json
-FORMATS = {"hf": ("huggingface:export_hf", "Hugging Face transformers")}
+FORMATS = {
+    "hf": ("huggingface:export_hf", "Hugging Face transformers"),
+    "rwkv-infer": ("rwkv_infer:export_rwkv_infer", "RWKV-Infer, a directory or FILE.pth"),
+}
 
 
 def export(run: str | Path, out: str | Path, to: str = "hf", **options: Any) -> dict:
@@ -19,7 +22,7 @@ def export(run: str | Path, out: str | Path, to: str = "hf", **options: Any) -> 
 
     Args:
         run: run directory.
-        out: directory to create.
+        out: directory, or file of some formats, to create.
         to: name of the format.
         **options: of the format, see its function in `FORMATS`.
 

@@ -100,6 +100,8 @@ class Family(ABC):
         interleaved: the rotation turns pairs of neighbors, not of the two halves of a head.
         norm_plus: what the norms of query and key add to their weights.
         scales: those of `SCALES` that are computed.
+        llama_layers: decoder layers are Llama's (RMSNorm, attention, RMSNorm, SwiGLU, nothing multiplied), but for
+            biases, norms of query and key, windows and where it rotates; other programs compute such layers alone.
         embedding_path, layers_path, final_norm_path, head_path: where modules are below the causal language model.
         attention_path, mlp_path: where they are below a decoder layer.
         attention_norm_path, mlp_norm_path: norms before them, below a decoder layer; None: they read the residual
@@ -114,6 +116,7 @@ class Family(ABC):
     interleaved: ClassVar[bool] = False
     norm_plus: ClassVar[float] = 0.0
     scales: ClassVar[tuple[str, ...]] = ()
+    llama_layers: ClassVar[bool] = False
 
     embedding_path: ClassVar[str] = "model.embed_tokens"
     layers_path: ClassVar[str] = "model.layers"

@@ -10,6 +10,7 @@ class Llama(Family):
 
     model_type = "llama"
     hybrid = "hybrid_llama"
+    llama_layers = True
 
     def attention_fields(self, config: PretrainedConfig, layer: int) -> dict:
         """Return the fields of `TimeMixerConfig` that the attention determines."""

@@ -10,6 +10,7 @@ class Ministral(Family):
 
     model_type = "ministral"
     hybrid = "hybrid_ministral"
+    llama_layers = True
 
     def attention_fields(self, config: PretrainedConfig, layer: int) -> dict:
         """Return the fields of `TimeMixerConfig` that the attention determines."""

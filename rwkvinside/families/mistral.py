@@ -10,6 +10,7 @@ class Mistral(Family):
 
     model_type = "mistral"
     hybrid = "hybrid_mistral"
+    llama_layers = True
 
     def attention_fields(self, config: PretrainedConfig, layer: int) -> dict:
         """Return the fields of `TimeMixerConfig` that the attention determines."""

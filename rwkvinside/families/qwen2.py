@@ -10,6 +10,7 @@ class Qwen2(Family):
 
     model_type = "qwen2"
     hybrid = "hybrid_qwen2"
+    llama_layers = True
 
     def attention_fields(self, config: PretrainedConfig, layer: int) -> dict:
         """Return the fields of `TimeMixerConfig` that the attention determines."""

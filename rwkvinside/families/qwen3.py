@@ -10,6 +10,7 @@ class Qwen3(Family):
 
     model_type = "qwen3"
     hybrid = "hybrid_qwen3"
+    llama_layers = True
     weight_map = WEIGHT_MAP | QK_NORMS
 
     def attention_fields(self, config: PretrainedConfig, layer: int) -> dict:

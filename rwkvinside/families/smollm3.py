@@ -10,6 +10,7 @@ class SmolLM3(Family):
 
     model_type = "smollm3"
     hybrid = "hybrid_smollm3"
+    llama_layers = True
 
     def attention_fields(self, config: PretrainedConfig, layer: int) -> dict:
         """Return the fields of `TimeMixerConfig` that the attention determines."""

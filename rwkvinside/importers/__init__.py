@@ -1,0 +1,1 @@
+"""Checkpoints of other programs as runs of this one."""
