@@ -1,7 +1,8 @@
-"""Export a trained run as a Hugging Face model directory, and verify that it computes the same.
+"""Export a trained run in another format, verify that it computes the same, or import a checkpoint as a run.
 
 python convert_checkpoint.py export RUN --to hf --out DIR
 python convert_checkpoint.py verify DIR --against RUN
+python convert_checkpoint.py import CHECKPOINT --teacher DIR --out RUN
 """
 
 import sys
@@ -13,8 +14,8 @@ from rwkvinside.errors import report_errors
 
 @report_errors
 def main(argv: list[str] | None = None) -> int:
-    """Run `rwkvinside export` or `rwkvinside verify`."""
-    verbs = {name: VERBS[name] for name in ("export", "verify")}
+    """Run `rwkvinside export`, `verify` or `import`."""
+    verbs = {name: VERBS[name] for name in ("export", "verify", "import")}
     return run_command(ArgumentParser("convert_checkpoint.py", __doc__), sys.argv[1:] if argv is None else argv, verbs)
 
 

@@ -24,6 +24,7 @@ VERBS = {
     "compare": ("compare:main", "runs beside each other: settings, curves, one table"),
     "bench": ("bench:main", "speed of the kernels and of training, memory of the loss"),
     "export": ("export:main", "write what a run has trained in another format, and verify it"),
+    "import": ("import_checkpoint:main", "make a run of a checkpoint of another program"),
     "verify": ("verify:main", "compare an exported directory with the run it was made from"),
     "vectors": ("vectors:main", "models of sentence vectors: embed, train, compare, decode"),
     "completion": ("completion:main", "a script that completes commands and flags in your shell"),

@@ -19,7 +19,6 @@ from ..hybrid.adapters import adapter_directory, learns_at_once, write_peft
 from ..hybrid.assemble import adapters_of, assemble, frozen_weights_of
 from ..hybrid.model import HybridModel
 from ..hybrid.settings import LayerSpec
-from ..modeling.hybrid_base import mixer_fields
 from ..planning.flops import training_flops
 from ..planning.stage_memory import original_bytes
 from ..runs.directory import RunDirectory
@@ -149,25 +148,6 @@ def write_adapters(
         folders.append(directory / adapter_directory(i))
         write_peft(folders[-1], spec, weights)
     return [file for folder in folders for file in sorted(folder.iterdir())]
-
-
-def fingerprint(student: HybridModel) -> dict:
-    """Return what tells students apart, as JSON values.
-
-    Students with other values have tensors that do not fit, or would compute something else.
-    """
-    sizes = ("model_type", "num_hidden_layers", "vocab_size", "intermediate_size")
-    values = {f"teacher.{name}": getattr(student.lm.config, name) for name in sizes}
-    later = {"linear_attention": False, "output_scale": 1.0}  # checkpoints from before these existed lack them
-    implementation = {"backend": "auto", "precision": "auto", "detach_first": False}  # the same student by another way
-    mixers = mixer_fields({i: config.replace(**implementation) for i, config in student.mixer_configs.items()})
-    values |= {name: value for name, value in (mixers["mixer"] or {}).items() if name not in implementation}
-    values = {name: value for name, value in values.items() if name not in later or value != later[name]}
-    values |= {"mixer_layers": mixers["mixer_layers"]} if mixers["mixer_layers"] else {}
-    spec = student.spec
-    values |= {"rwkv_layers": student.rwkv_layers, "attention_rope": spec.attention_rope}
-    changes = {name: getattr(spec, name) for name in ("attention_log_base", "attention_window", "attention_sinks")}
-    return values | {name: value for name, value in changes.items() if value}
 
 
 def evaluation_teacher(teacher: Teacher | None) -> Teacher | None:

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from .. import __version__
+from ..hybrid.fingerprint import fingerprint
 from ..hybrid.model import HybridModel
 from ..runs.directory import settings_digest
 from ..runs.records import StageRecord
@@ -14,7 +15,7 @@ from ..stages.plan import StagePlan
 from ..support.files import file_digest
 from ..training.checkpoint import STATE, best_checkpoint, open_checkpoint, read_score
 from ..training.schedule import EarlyEnd
-from .build import fingerprint, save_frozen_weights, write_adapters
+from .build import save_frozen_weights, write_adapters
 from .choose import LAYERS
 
 if TYPE_CHECKING:

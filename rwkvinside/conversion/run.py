@@ -18,6 +18,7 @@ from ..config.resolve import resolve, with_steps
 from ..config.schema import Config, check_config
 from ..data.sources import close, tokens_of
 from ..errors import CONTINUE, Interrupted, UserError
+from ..hybrid.fingerprint import fingerprint
 from ..hybrid.model import HybridModel
 from ..modeling.wkv7 import why_unavailable
 from ..planning.devices import peak_flops
@@ -39,7 +40,6 @@ from ..training.metrics import Console
 from ..training.process_group import Distributed
 from ..training.stop_signal import sigterm_interrupts
 from .admission import Admission, admit, check_data_named
-from .build import fingerprint
 from .stage import run_stage
 
 

@@ -14,9 +14,11 @@ from ..errors import UserError
 from ..families.registry import find
 from ..hybrid.settings import StudentConfig
 from ..modeling.mixer_presets import PRESETS
+from ..support.text import did_you_mean
 from .files import check_finite, read_tensors
 from .names import Form, Names
 
+VARIANTS = [name for name in PRESETS if name != "x070"]  # converted models; a stock one is read by other programs
 RANKS = {"w1": "decay", "a1": "iclr", "v1": "value", "k1": "key", "g1": "gate"}
 RESIDUAL = {f"{name}{i}" for name in "vk" for i in range(3)}  # of the mixes with the first RWKV layer
 STOCK = {"x_r", "k_k", "k_a", "ln_x.weight"}
@@ -55,6 +57,8 @@ def read_student(
     Raises:
         UserError: a damaged file, tensors of something else, a variant that has to be named.
     """
+    if preset is not None and preset not in VARIANTS:
+        raise UserError(f"--preset {preset}{did_you_mean(preset, VARIANTS)}", f"allowed: {', '.join(VARIANTS)}")
     read, names = read_tensors(path), Names(find(teacher.model_type))
     form = names.form_of(read)
     tensors = {here: read[name] for name, here in names.canonical(read, form).items()}
@@ -66,9 +70,9 @@ def read_student(
     parts = layers[others[0] if others else first]
     preset = preset or _preset(path, parts, published.get("rwkv_architecture"))
     kept = tuple(i for i in range(teacher.num_hidden_layers) if i not in layers)
-    if kept and preset == "cxa079":
-        preset = "hxa079"
     config = PRESETS[preset]
+    if config is PRESETS["cxa079"]:  # two names of one mixer
+        preset = "hxa079" if kept else "cxa079"
     mixes = config["key_residual"] or config["value_path"].startswith("residual")
     if mixes and first and form is Form.TRAINING:
         raise UserError(
@@ -129,7 +133,7 @@ def _mixer_parts(path: Path, names: Names, tensors: Mapping[str, Tensor], count:
     layers = {i: parts for i, parts in inside.items() if "receptance.weight" in parts or "w1" in parts}
     if not layers:
         raise UserError(f"{path} has no RWKV layer: none has receptance.weight", "name a checkpoint of a student")
-    if stock := sorted(STOCK.intersection(*([parts.keys() for parts in layers.values()]))):
+    if stock := sorted(STOCK.intersection(name for parts in layers.values() for name in parts)):
         raise UserError(f"{path} is a stock RWKV-7 model ({stock[0]}), not a converted one", "it cannot be imported")
     return layers
 
