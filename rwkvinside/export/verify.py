@@ -19,18 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.batch import IGNORE, Batch
+from ..data.batch import Batch
 from ..data.chat import TemplateRefusal, render
 from ..errors import UserError, VerificationError
 from ..hybrid.adapters import is_adapter
 from ..hybrid.assemble import adapter_names, make_plain, take_adapters
-from ..hybrid.lm_head import Logits
 from ..hybrid.model import HybridModel
 from ..runs.trained import TrainedRun, at_stage, open_run
 from ..support.names import ALLOWED, is_name
@@ -39,11 +37,11 @@ from ..support.quiet import quiet_libraries
 from ..support.weight_index import check_shards
 from .build import build_hybrid, write_files
 from .manifest import CONVERSION, check_files, files_of, read_export
+from .probe import ROWS, TOKENS, batch_of, fixed_batch, max_difference, mean_kl, run_tokenizer, student_logits
 from .reload import tokenizer_facts
 from .validation import validation_rows
 from .weights import DTYPES, stored_dtype
 
-ROWS, TOKENS, SEED = 2, 41, 0  # 41: not a multiple of any backend's chunk
 SAMPLE = "Once upon a time, 12 naïve dragons\n\tsaid: “{}”"
 VALIDATION_SECONDS = 30.0  # for the trained model; the exported one needs as long again
 PROBES = 8  # logits of a position that are compared, beside that of the next token and the log of the normalizer
@@ -132,7 +130,7 @@ def compare(folder: Path, run: TrainedRun, adapters: list[str]) -> dict:
     folder = folder.resolve()  # it is loaded by a process in another directory
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     dtype, tied = DTYPES[config["dtype"]], bool(config.get("tie_word_embeddings"))
-    tokenizer = _tokenizer(run)
+    tokenizer = run_tokenizer(run)
     result: dict[str, Any] = {"passed": True, "dtype": config["dtype"], "tokens": ROWS * TOKENS}
     with Progress("verifying", 4, unit="parts") as progress:
         trained = run.load_model()
@@ -242,14 +240,6 @@ def _tensor_difference(found: Tensor, wanted: Tensor | None) -> str:
     return f"{count:,} of {found.numel():,} numbers" if count else ""
 
 
-def _tokenizer(run: TrainedRun) -> PreTrainedTokenizerBase | None:
-    """Return the teacher's tokenizer as the run used it, None where it has none."""
-    folder, trusted = run.teacher_files(), bool(run.config["teacher"].get("trust_remote_code"))
-    if not any(folder.glob("tokenizer*")):
-        return None
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
-
-
 def _texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return texts in which every token occurs: each alone, and beside its neighbors."""
     words = [tokenizer.decode([i]) for i in range(len(tokenizer))]
@@ -300,16 +290,16 @@ def _expected(
     """
     for mixer in model.mixers.values():  # the directory has to run where no compiled kernel is installed
         mixer.mixer_config = mixer.mixer_config.replace(backend="chunked")
-    batch = _fixed_batch(model.lm.config.vocab_size)
-    logits = {"trained": _logits(model, batch)}
+    batch = fixed_batch(model.lm.config.vocab_size)
+    logits = {"trained": student_logits(model, batch)}
     changes = bool(model.quantized or adapter_names(model))
     make_plain(model, keep_adapters=separate)
     if changes:
-        logits["plain"] = _logits(model, batch)
+        logits["plain"] = student_logits(model, batch)
     _round(model, dtype)
-    logits["adapted"] = _logits(model, batch)
+    logits["adapted"] = student_logits(model, batch)
     adapters = take_adapters(model, run.layers) if separate else []
-    logits["full"] = _logits(model, batch)
+    logits["full"] = student_logits(model, batch)
     documents, unread = validation_rows(run, tokenizer) if tokenizer else (iter(()), "the teacher has no tokenizer")
     return _Expected(batch, logits, *_validate(model, documents), unread), adapters
 
@@ -319,7 +309,7 @@ def _validate(model: HybridModel, documents: Iterable[Tensor]) -> tuple[list[Ten
     rows, probes, values = [], [], []
     end = time.monotonic() + VALIDATION_SECONDS
     for ids in documents:
-        logits = _logits(model, _batch(ids[None]))[0]
+        logits = student_logits(model, batch_of(ids[None]))[0]
         following = torch.cat([ids[1:], ids[:1]])
         probe = torch.cat([logits.topk(min(PROBES, logits.shape[1])).indices, following[:, None]], 1)
         rows.append(ids)
@@ -335,25 +325,25 @@ def _measure(expected: _Expected, reloaded: dict[str, Tensor], separate: bool) -
     logits = expected.logits
     largest = max(1.0, logits["full"].abs().max().item())
     result: dict[str, Any] = {
-        "max_difference": _max_difference(reloaded["full"], logits["full"]),
+        "max_difference": max_difference(reloaded["full"], logits["full"]),
         "tolerance": max(TOLERANCE, RELATIVE_TOLERANCE * largest),
-        "cache_difference": _max_difference(reloaded["cached"], reloaded["full"]),
+        "cache_difference": max_difference(reloaded["cached"], reloaded["full"]),
         "cache_tolerance": CACHE_TOLERANCE * largest,
-        "generation_difference": _max_difference(reloaded["generated"], reloaded["regenerated"]),
+        "generation_difference": max_difference(reloaded["generated"], reloaded["regenerated"]),
         "validation_rows": len(expected.rows),
         "validation_tokens": sum(map(len, expected.rows)),
-        "rounding_kl": _mean_kl(logits["trained"], reloaded["stored"]),
+        "rounding_kl": mean_kl(logits["trained"], reloaded["stored"]),
         "plain_tolerance": TOLERANCE * largest,
     }
     if expected.rows:
-        differences = [_max_difference(reloaded[f"row.{i}"], values) for i, values in enumerate(expected.values)]
+        differences = [max_difference(reloaded[f"row.{i}"], values) for i, values in enumerate(expected.values)]
         result["validation_difference"] = max(differences)
     else:
         result["validation"] = expected.unread
     if "plain" in logits:
-        result["plain_difference"] = _max_difference(logits["plain"], logits["trained"])
+        result["plain_difference"] = max_difference(logits["plain"], logits["trained"])
     if separate:
-        result["adapter_difference"] = _max_difference(reloaded["adapted"], logits["adapted"])
+        result["adapter_difference"] = max_difference(reloaded["adapted"], logits["adapted"])
     return result
 
 
@@ -376,27 +366,6 @@ def _differences(result: dict) -> list[str]:
         for name, (limit, text) in limits.items()
         if not result.get(name, 0.0) <= result[limit]
     ]
-
-
-def _fixed_batch(vocabulary: int) -> Batch:
-    return _batch(torch.randint(vocabulary, (ROWS, TOKENS), generator=torch.Generator().manual_seed(SEED)))
-
-
-def _batch(ids: Tensor) -> Batch:
-    """Return rows (B, T) of one document each as a batch without targets."""
-    rows, tokens = ids.shape
-    return Batch(
-        input_ids=ids,
-        labels=torch.full_like(ids, IGNORE),
-        position_ids=torch.arange(tokens).repeat(rows, 1),
-        segment_ids=torch.ones_like(ids, dtype=torch.int32),
-        rows=tuple(range(rows)),
-    )
-
-
-@torch.no_grad()
-def _logits(model: HybridModel, batch: Batch) -> Tensor:
-    return model(batch, mode="student", task=Logits())
 
 
 @torch.no_grad()
@@ -436,12 +405,3 @@ def _reload(
             raise VerificationError(f"{folder} does not load in a separate process: {last[0]}")
         facts = json.loads(files[2].read_text(encoding="utf-8")) if texts else {}
         return load_file(files[1]), facts
-
-
-def _max_difference(a: Tensor, b: Tensor) -> float:
-    return (a - b).abs().max().item()
-
-
-def _mean_kl(reference: Tensor, logits: Tensor) -> float:
-    log_p, log_q = F.log_softmax(reference, -1), F.log_softmax(logits, -1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()

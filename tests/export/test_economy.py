@@ -50,9 +50,9 @@ def economical(tmp_path_factory, teacher, make_run):
 
 
 def trained_logits(run):
-    from rwkvinside.export.verify import _fixed_batch, _logits
+    from rwkvinside.export.probe import fixed_batch, student_logits
 
-    return _logits(open_run(run).load_model(), _fixed_batch(67)), _fixed_batch(67).input_ids
+    return student_logits(open_run(run).load_model(), fixed_batch(67)), fixed_batch(67).input_ids
 
 
 def test_merged_export_computes_what_training_computed(economical, tmp_path, capsys):
