@@ -47,12 +47,13 @@ def export(run: str | Path, out: str | Path, to: str = "hf", **options: Any) -> 
 
     Args:
         run: run directory.
-        out: directory to create.
-        to: a format of `rwkvinside.export.registry`; "hf" is Hugging Face transformers.
-        **options: of the format; for "hf" see `rwkvinside.export.huggingface.export_hf`.
+        out: directory or file to create.
+        to: a format of `rwkvinside.export.registry`: "hf" is Hugging Face transformers, "gguf" llama.cpp.
+        **options: of the format, see `rwkvinside.export.huggingface.export_hf` and
+            `rwkvinside.export.gguf.write.export_gguf`.
 
     Returns:
-        The content of the export's conversion.json.
+        The record of the export: source, student, measurements, verification.
 
     Raises:
         UserError: an unknown format, a run that is not finished, an output that is not empty.
@@ -64,25 +65,25 @@ def export(run: str | Path, out: str | Path, to: str = "hf", **options: Any) -> 
 
 
 def verify(directory: str | Path, against: str | Path) -> dict:
-    """Compare an exported directory with the run it was made from.
+    """Compare an export with the run it was made from.
 
         result = rw.verify("student", against="run")
         print(result["max_difference"], result["tolerance"])
 
     Args:
-        directory: exported directory.
+        directory: what was exported: a directory, or a GGUF file.
         against: run directory.
 
     Returns:
-        The differences and their tolerances, see `rwkvinside.export.verify.verify`.
+        The differences and their tolerances, see `rwkvinside.export.verify.compare`.
 
     Raises:
-        UserError: not an exported directory, or a run that cannot be read.
+        UserError: not an export, or a run that cannot be read.
         VerificationError: a difference exceeds its tolerance.
     """
-    from .export.verify import verify as compare
+    from .export import registry
 
-    return compare(directory, against)
+    return registry.verify(directory, against)
 
 
 def layers(run: str | Path, keep: int, *, choose: str = "restore", tokens: int = 64_000, **options: int) -> dict:

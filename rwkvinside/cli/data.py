@@ -1,4 +1,4 @@
-"""`rwkvinside data`: inspect data, tokenize it once, store a teacher's logits for it; `data_generate.py` writes it."""
+"""`rwkvinside data`: inspect data, tokenize it once, store a teacher's logits for it, or write it."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from ..support.text import rounded_bytes
 from .arguments import (
     ArgumentParser,
     add_config_arguments,
+    add_device_argument,
+    add_drawing_arguments,
     add_reading_arguments,
     at_least,
     config_from,
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "inspect": ("data:inspect", "what is in data: kinds, lengths, padding, masks, ids out of range, samples"),
-    "generate": ("data_generate:main", "texts or conversations that a teacher writes itself, to train on"),
+    "generate": ("data:generate", "texts or conversations that a teacher writes itself, to train on"),
     "presets": ("data:presets", "published data that has a short name, with license and size"),
     "pack": ("data:pack", "tokenize data once, into a directory that can be trained on"),
     "logits": ("data:logits", "store the teacher's likeliest tokens for the rows of a stage, for teacher: cache"),
@@ -44,6 +46,47 @@ COMMANDS = {
 def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     """Run one of the commands."""
     return run_command(parser, argv, COMMANDS)
+
+
+def generate(parser: ArgumentParser, argv: Sequence[str]) -> int:
+    """Write texts or conversations to a .jsonl file.
+
+    Raises:
+        UserError: an input that cannot be used, an output that cannot be written; `Interrupted` by ctrl-C.
+    """
+    parser.add_argument("--teacher", required=True, metavar="NAME", help="who writes: preset, hub id or directory")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl", help="file to write")
+    parser.add_argument(
+        "--tokens", type=count, default=1_000_000, metavar="N", help="to write in all, such as 600k (default: 1M)"
+    )
+    parser.add_argument("--plain", action="store_true", help="texts, even if the teacher has a chat template")
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="begin with these, one a line: beginnings of texts, or a user's turns",
+    )
+    parser.add_argument(
+        "--max-tokens", type=count, default=512, metavar="N", help="of one text or answer (default: 512)"
+    )
+    parser.add_argument("--rows", type=at_least(1), default=16, metavar="N", help="texts at a time (default: 16)")
+    add_drawing_arguments(parser, temperature=1.0, top_p=1.0)
+    add_device_argument(parser, "where the teacher runs")
+    args = parser.parse(argv)
+    from ..conversion.generate import generate_text
+    from ..teacher.sampling import Sampling
+
+    sampling = Sampling(args.temperature, args.top_p, args.max_tokens, args.rows, args.seed)
+    generate_text(
+        args.teacher,
+        args.out,
+        args.tokens,
+        sampling,
+        plain=args.plain,
+        prompts=args.prompts,
+        device=args.device,
+    )
+    return 0
 
 
 def presets(parser: ArgumentParser, argv: Sequence[str]) -> int:

@@ -31,12 +31,12 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="run directory")
     formats = "; ".join(f"{name}: {text}" for name, (_, text) in FORMATS.items())
     parser.add_argument("--to", default="hf", metavar="FORMAT", help=f"{formats} (default: hf)")
-    parser.add_argument("--out", required=True, metavar="DIR", help="directory to create")
+    parser.add_argument("--out", required=True, metavar="DIR|FILE", help="directory or file to create")
     parser.add_argument(
         "--dtype",
         type=lambda name: SHORT.get(name, name),
-        choices=["float32", "bfloat16", "float16"],
-        help="of the weights (default: the teacher's)",
+        choices=["float32", "bfloat16", "float16", "q8_0"],
+        help="of the weights (default: the teacher's); q8_0, 8 bits: of gguf only",
     )
     tie = parser.add_mutually_exclusive_group()
     tie.add_argument(

@@ -67,8 +67,8 @@ def export_hf(
         VerificationError: the reloaded model does not reproduce the trained one. Nothing is left at `out`.
     """
     quiet_libraries()
-    run, out = open_run(run, checkpoint), Path(out)
-    _check_options(run, out, dtype, adapters)
+    run, out = open_run(run, checkpoint), check_new(out)
+    _check_options(run, dtype, adapters)
     with failures_told(out), replacing(out) as partial:
         partial.mkdir()
         trained = run.load_model()
@@ -91,7 +91,7 @@ def export_hf(
     return report
 
 
-def _check_options(run: TrainedRun, out: Path, dtype: str | None, adapters: str) -> None:
+def _check_options(run: TrainedRun, dtype: str | None, adapters: str) -> None:
     """Refuse options that cannot be served, before anything is loaded."""
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}", f"allowed: {', '.join(DTYPES)}")
@@ -100,7 +100,6 @@ def _check_options(run: TrainedRun, out: Path, dtype: str | None, adapters: str)
     if adapters == "separate" and not run.layers.adapters:
         raise UserError(f"{run.path} was trained without adapters", "leave out --adapters separate")
     check_tokenizer_code(TeacherConfig.model_validate(run.config["teacher"]))
-    check_new(out)
 
 
 def _save_weights(model: PreTrainedModel, folder: Path, max_shard_size: str) -> None:

@@ -13,16 +13,18 @@ from ..support.files import free_bytes
 from ..support.text import rounded_bytes
 
 
-def check_new(out: Path) -> None:
-    """Refuse to write over something.
+def check_new(out: str | Path) -> Path:
+    """Return the path of an export that overwrites nothing.
 
     Raises:
-        UserError: `out` is a file, or a directory with something in it.
+        UserError: it is a file, or a directory with something in it.
     """
+    out = Path(out)
     if out.is_file():
         raise UserError(f"output {out} exists", "name a new file, or remove it first")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"output directory {out} exists and is not empty", "name a new directory, or remove it first")
+    return out
 
 
 def check_disk(folder: Path, needed: int) -> None:

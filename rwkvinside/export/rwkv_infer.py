@@ -23,7 +23,7 @@ from ..hybrid.model import HybridModel
 from ..importers.names import Names
 from ..importers.student import Student, read_student
 from ..modeling.mixer_presets import TimeMixerConfig
-from ..runs.trained import LEGAL_FILES, TrainedRun, open_run
+from ..runs.trained import LEGAL_FILES, TrainedRun, at_stage, open_run
 from ..support.files import replacing
 from ..support.quiet import quiet_libraries
 from ..support.sealed import sealed_text
@@ -31,15 +31,16 @@ from ..teacher.load import load_base
 from ..teacher.settings import TeacherConfig
 from ..teacher.tokenizer_files import check_tokenizer_code, tokenizer_files
 from .card import model_card
-from .manifest import CONVERSION, digests
+from .manifest import CONVERSION, check_files, digests, read_export
 from .output import check_disk, check_new, failures_told
 from .probe import ROWS, TOKENS, fixed_batch, max_difference, student_logits
 from .record import adapters_record, conversion_record, quantized_record
+from .registry import RWKV_INFER
 from .rwkv_infer_limits import ARCHITECTURE, misfits
 from .weights import DTYPES, stored_dtype
 
 TOLERANCE = 1e-5  # of logits of 1 and less, else relative to the largest: both models run the same operations
-PTH = ".pth"
+PTH, WEIGHTS = ".pth", "model.safetensors"
 CONFIG = ("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "max_position_embeddings")
 
 USAGE = """For [RWKV-Infer](https://github.com/OpenMOSE/RWKV-Infer). Copy this directory, without the weights, to
@@ -55,22 +56,19 @@ def export_rwkv_infer(
     run: str | Path,
     out: str | Path,
     dtype: str | None = None,
-    tie_embeddings: bool | None = None,
     *,
     checkpoint: str = "best",
-    adapters: str = "merge",
     base_model: str | None = None,
 ) -> dict:
     """Write the trained model of a run for RWKV-Infer, whose hybrids are `hxa079`.
+
+    Adapters are merged, and embedding and head are two matrices.
 
     Args:
         run: run directory; its last finished stage is exported.
         out: directory to create; or a file to create whose name ends in .pth, with a directory of the same name
             without .pth beside it for everything else.
-        dtype: as of `export_hf`.
-        tie_embeddings: there are always two matrices, so True is refused.
-        checkpoint, base_model: as of `export_hf`.
-        adapters: they are always merged.
+        dtype, checkpoint, base_model: as of `export_hf`.
 
     Returns:
         conversion.json of the export.
@@ -83,13 +81,15 @@ def export_rwkv_infer(
     quiet_libraries()
     run, out = open_run(run, checkpoint), Path(out)
     folder = out.with_suffix("") if out.suffix == PTH else out
-    _check(run, {out, folder}, dtype, tie_embeddings, adapters)
+    _check(run, dtype)
+    check_new(out)
+    check_new(folder)
     with failures_told(out), ExitStack() as stack:
         partial = stack.enter_context(replacing(folder))
-        weights = stack.enter_context(replacing(out)) if out.suffix == PTH else partial / "model.safetensors"
+        weights = stack.enter_context(replacing(out)) if out.suffix == PTH else partial / WEIGHTS
         partial.mkdir()
         trained = run.load_model()
-        changes = {"quantized": quantized_record(trained), "adapters": adapters_record(run, adapters)}
+        changes = {"quantized": quantized_record(trained), "adapters": adapters_record(run, "merge")}
         stored = DTYPES[dtype] if dtype else run.teacher_config().dtype or torch.float32
         tensors, logits = _trained(trained, stored)
         layers = {"rwkv_layers": trained.rwkv_layers, "attention_layers": list(trained.spec.attention_layers)}
@@ -108,25 +108,46 @@ def export_rwkv_infer(
     return report
 
 
-def _check(run: TrainedRun, places: set[Path], dtype: str | None, tie_embeddings: bool | None, adapters: str) -> None:
+def verify_rwkv_infer(path: str | Path, against: str | Path) -> dict:
+    """Compare an export for RWKV-Infer with its run. Nothing is written.
+
+    Args:
+        path: what `export_rwkv_infer` wrote, the directory or the `.pth` beside it.
+        against: run directory.
+
+    Raises:
+        UserError: not such an export, or a run that cannot be read.
+        VerificationError: it is damaged, or does not reproduce the run.
+    """
+    quiet_libraries()
+    path = Path(path)
+    folder = path.with_suffix("") if path.suffix == PTH else path
+    conversion = read_export(folder)
+    check_files(folder, conversion["files"])
+    if path == folder and not (folder / WEIGHTS).is_file():
+        path = folder.with_name(f"{folder.name}{PTH}")
+    run = open_run(against)
+    if conversion["run"] not in (None, run.id):
+        raise UserError(
+            f"{path} was exported from run {conversion['run']}, {run.path} is run {run.id}", "name its own run"
+        )
+    if conversion["stage"] == run.stage:
+        run = at_stage(run.directory, run.stage, conversion["checkpoint"])
+    _check(run, conversion["dtype"])
+    return _compare(run, path, *_trained(run.load_model(), DTYPES[conversion["dtype"]]))
+
+
+def _check(run: TrainedRun, dtype: str | None) -> None:
     """Refuse what cannot be served, before anything is loaded."""
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}", f"allowed: {', '.join(DTYPES)}")
-    if tie_embeddings:
-        raise UserError("files for RWKV-Infer have two matrices for embedding and head", "leave out --tie-embeddings")
-    if adapters != "merge":
-        raise UserError(
-            f"adapters is {adapters!r}", "allowed: merge; files for RWKV-Infer have none beside the weights"
-        )
     if lines := misfits(run.teacher_config(), run.spec):
         raise UserError(
             f"RWKV-Infer does not compute what {run.path} has trained:",
-            "--to hf exports every student; docs/recipes.md tells how one for RWKV-Infer is trained (hxa079)",
+            "--to hf exports every student; docs/engines.md tells how one for RWKV-Infer is trained",
             lines,
         )
     check_tokenizer_code(TeacherConfig.model_validate(run.config["teacher"]))
-    for place in sorted(places):
-        check_new(place)
 
 
 @torch.no_grad()
@@ -156,7 +177,7 @@ def _write_files(run: TrainedRun, folder: Path, mixer: TimeMixerConfig, dtype: t
     teacher = run.teacher_config()
     config = {name: value for name in CONFIG if (value := getattr(teacher, name, None)) is not None}
     config |= {
-        "model_type": "rwkv_infer",  # transformers knows no such model, and says so
+        "model_type": RWKV_INFER,  # transformers knows no such model, and says so
         "rwkv_architecture": ARCHITECTURE,
         "num_attention_heads": mixer.num_heads,
         "num_key_value_heads": mixer.num_kv_heads,

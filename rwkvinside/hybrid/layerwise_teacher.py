@@ -172,8 +172,9 @@ class _Watch:
 
     def _original(self, name: str) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
         """Return the hook that replaces the output of a quantized projection by that of the original one."""
-        weight, bias = (teacher_tensor(f"{name}.{part}", self._mixer, self._sources) for part in ("weight", "bias"))
+        weight = teacher_tensor(f"{name}.weight", self._mixer, self._sources, self._attention)
         assert weight is not None, "the mixer has a copy of every projection"
+        bias = None if (own := self._quantized[name].bias) is None else own.to(weight.dtype)
         return lambda linear, args, output: F.linear(args[0], weight, bias)
 
     def _note_call(self, attention: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -76,8 +76,8 @@ ByLayer = Annotated[NotNegative | dict[str, NotNegative], BeforeValidator(parse_
 class StudentConfig(Section):
     """What the student is."""
 
-    preset: Literal["cxa079", "hxa079", "hxa07a", "hxa07b", "hxa07c", "cxa078", "cxa076r", "rad", "x070"] = Field(
-        "cxa079", description="Variant of the RWKV mixer, see docs/mixer.md."
+    preset: Literal["cxa079", "hxa079", "hxa07a", "hxa07b", "hxa07c", "cxa078", "cxa076r", "rad", "x070", "arwkv7"] = (
+        Field("cxa079", description="Variant of the RWKV mixer, see docs/mixer.md.")
     )
     init: Literal["calibrated", "published", "scratch"] = Field(
         "calibrated",
@@ -219,8 +219,9 @@ class StudentConfig(Section):
         # a number of first tokens is meant for the layers that have a window
         values |= {"window": window, "sinks": at_layer(self.sinks, layer) if window else 0}
         values |= {"window_mix": self.window_mix} if self.window else {}
-        # the stock mixer's k_a form is a matter of its equations, not a choice
-        values |= {} if self.key_scale is None or self.preset == "x070" else {"key_scale": self.key_scale}
+        # the k_a form of a preset is a matter of its equations, not a choice
+        learned = PRESETS[self.preset]["key_scale"] == "k_a"
+        values |= {} if self.key_scale is None or learned else {"key_scale": self.key_scale}
         values |= {} if self.key_residual is None else {"key_residual": self.key_residual}
         values |= {"linear_attention": self.linear_attention, "output_scale": self.output_scale}
         return values | {f"rank_{name}": rank for name, rank in self.ranks.model_dump(exclude_none=True).items()}

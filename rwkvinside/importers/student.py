@@ -18,7 +18,7 @@ from ..support.text import did_you_mean
 from .files import check_finite, read_tensors
 from .names import Form, Names
 
-VARIANTS = [name for name in PRESETS if name != "x070"]  # converted models; a stock one is read by other programs
+VARIANTS = [name for name, preset in PRESETS.items() if preset["key_scale"] != "k_a"]  # of earlier conversions
 RANKS = {"w1": "decay", "a1": "iclr", "v1": "value", "k1": "key", "g1": "gate"}
 RESIDUAL = {f"{name}{i}" for name in "vk" for i in range(3)}  # of the mixes with the first RWKV layer
 STOCK = {"x_r", "k_k", "k_a", "ln_x.weight"}

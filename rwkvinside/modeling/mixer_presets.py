@@ -31,6 +31,17 @@ PRESETS: dict[str, dict] = {
         token_shift=True,
         group_norm=True,
     ),
+    # what llama.cpp computes of a model with the MLPs of Llama (its architecture of this name)
+    "arwkv7": dict(
+        rope=False,
+        qk_norm=False,
+        qkv_bias=False,
+        output_bias=False,
+        value_path="residual_full",
+        key_residual=False,
+        bonus=True,
+        key_scale="k_a",
+    ),
 }
 
 
@@ -121,12 +132,14 @@ class TimeMixerConfig:
                 setattr(self, f"rank_{name}", rank)
 
     @classmethod
-    def from_preset(cls, preset: str, *, qk_norm: bool, **overrides: Any) -> TimeMixerConfig:
+    def from_preset(
+        cls, preset: str, *, qk_norm: bool, qkv_bias: bool = False, output_bias: bool = False, **overrides: Any
+    ) -> TimeMixerConfig:
         """Return a published variant for a teacher.
 
         Args:
             preset: a name of `PRESETS`.
-            qk_norm: whether the teacher has q/k norms.
+            qk_norm, qkv_bias, output_bias: whether the teacher has them; a preset may be without.
             overrides: fields that differ from the preset.
 
         Raises:
@@ -134,10 +147,9 @@ class TimeMixerConfig:
         """
         if preset not in PRESETS:
             raise ValueError(f"unknown mixer preset {preset!r}: choose one of {', '.join(sorted(PRESETS))}")
-        values = dict(PRESETS[preset])
-        if values["qk_norm"] is None:
-            values["qk_norm"] = qk_norm
-        return cls(**(values | overrides))
+        values = {name: value for name, value in PRESETS[preset].items() if value is not None}
+        of_teacher = {"qk_norm": qk_norm, "qkv_bias": qkv_bias, "output_bias": output_bias}
+        return cls(**(of_teacher | values | overrides))
 
     def to_dict(self) -> dict:
         """Return all fields by name."""

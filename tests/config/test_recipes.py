@@ -15,7 +15,7 @@ from rwkvinside.config.show import to_yaml
 from rwkvinside.errors import UserError
 from rwkvinside.planning.plan import plan_text
 
-RECIPES = ("halo", "hxa079", "radlads", "simultaneous", "windowed")
+RECIPES = ("gguf", "halo", "hxa079", "radlads", "simultaneous", "windowed")
 ROOT = Path(__file__).resolve().parents[2]
 
 

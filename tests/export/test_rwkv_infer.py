@@ -125,14 +125,28 @@ def test_what_exists_is_left_alone(run_of, tmp_path):
     assert (tmp_path / "out.pth").read_text() == "mine"
 
 
-def test_options_that_it_does_not_have(run_of, tmp_path):
-    run, out = run_of(), tmp_path / "out.pth"
-    with pytest.raises(UserError, match="two matrices"):
-        export_rwkv_infer(run, out, tie_embeddings=True)
-    with pytest.raises(UserError, match="adapters is 'separate'"):
-        export_rwkv_infer(run, out, adapters="separate")
-    with pytest.raises(UserError, match="dtype is 'int8'"):
-        export_rwkv_infer(run, out, dtype="int8")
+def test_options_that_it_does_not_have(run_of, tmp_path, capsys):
+    run, out = str(run_of()), str(tmp_path / "out.pth")
+    with pytest.raises(UserError, match="dtype is 'q8_0'"):
+        export_rwkv_infer(run, out, dtype="q8_0")
+    for option in ("--tie-embeddings", "--adapters=separate"):
+        assert cli(["export", run, "--to", "rwkv-infer", "--out", out, option]) == 2
+        assert "exports to rwkv-infer have no option" in capsys.readouterr().err
+
+
+def test_verify(run_of, make_run, tmp_path, capsys):
+    run = run_of(dtype=torch.bfloat16)
+    for out in ("flat.pth", "whole"):
+        export_rwkv_infer(run, tmp_path / out)
+    for path in ("flat.pth", "flat", "whole"):
+        assert cli(["verify", str(tmp_path / path), "--against", str(run)]) == 0
+        assert "passed: True" in capsys.readouterr().out
+    other = make_run(tmp_path / "other", tmp_path / "teacher", student=STUDENT | {"attention_layers": [1]})
+    assert cli(["verify", str(tmp_path / "whole"), "--against", str(other)]) == 3
+    assert "tensors are not those of the run" in capsys.readouterr().err
+    (tmp_path / "whole" / "LICENSE").write_text("another one")
+    assert cli(["verify", str(tmp_path / "whole"), "--against", str(run)]) == 3
+    assert "the SHA-256 of LICENSE is not the one written" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_told(run_of, tmp_path, monkeypatch):
@@ -149,7 +163,7 @@ REFUSED = {
     "student.window is 8; 0 works": ({"window": {"2": 8}}, {}),
     "student.output_scale is 0.5; 1 works": ({"output_scale": 0.5}, {}),
     "student.preset is cxa078; cxa079 and hxa079 work": ({"preset": "cxa078"}, {}),
-    "student.preset is x070; cxa079 and hxa079 work": ({"preset": "x070", "linear_attention": True}, {}),
+    "student.preset is x070; cxa079 and hxa079 work": ({"preset": "x070"}, {}),
     "student.attention_rope is true; false works": (HYBRID | {"attention_rope": True}, {}),
     "student.attention_log_base is 500; null works": (HYBRID | {"attention_log_base": 500}, {}),
     "student.attention_window is 9; 0 works": (HYBRID | {"attention_window": 9}, {}),
@@ -209,7 +223,7 @@ def test_refusals_of_the_command(run, tmp_path, capsys):
         "  the teacher's hidden_size is 32; multiples of 256 work",
         "  student.attention_rope is true; false works",
         "  student.key_scale is decay; log works",
-        "--to hf exports every student; docs/recipes.md tells how one for RWKV-Infer is trained (hxa079)",
+        "--to hf exports every student; docs/engines.md tells how one for RWKV-Infer is trained",
     ]
     assert not list(tmp_path.iterdir())
 

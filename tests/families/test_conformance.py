@@ -177,10 +177,11 @@ def test_the_mixer_starts_as_the_attention(case):
             got = mixer.output(heads.transpose(1, 2).flatten(2))
         torch.testing.assert_close(got, output, rtol=0, atol=1e-6)  # norms of the teacher's are in fp32
 
-        attention = dict(fresh.attention(i).teacher_attn.named_parameters())
+        wrapped = fresh.attention(i).teacher_attn
+        attention = dict(wrapped.named_parameters())
         copies, sources = dict(mixer.named_parameters()), case.family.sources(config, i)
         for name, tensor in attention.items():
-            torch.testing.assert_close(teacher_tensor(name, mixer, sources), tensor, rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(teacher_tensor(name, mixer, sources, wrapped), tensor, rtol=1e-6, atol=1e-7)
         copied = {target for target, source in sources.items() if source.name in attention}
         groups = {
             n: fresh.group_of(f"{fresh.family.layers_path}.{i}.{fresh.family.attention_path}.{n}") for n in copies

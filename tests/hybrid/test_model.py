@@ -12,6 +12,7 @@ from rwkvinside.errors import UserError
 from rwkvinside.hybrid.calibration import calibrate, teacher_norms
 from rwkvinside.hybrid.model import HybridModel
 from rwkvinside.hybrid.settings import StudentConfig
+from rwkvinside.hybrid.weight_transfer import teacher_tensor, transfer
 from rwkvinside.losses.settings import DistillLossConfig
 from rwkvinside.stages.steps import AlignStep, DistillStep, SftStep
 from rwkvinside.teacher.kinds import TeacherKind
@@ -281,8 +282,37 @@ def test_refusals_of_teachers_and_layers():
         HybridModel.from_teacher(teacher(), StudentConfig(attention_layers=(0, 7)))
     with pytest.raises(UserError, match="still to be chosen"):
         HybridModel.from_teacher(teacher(), StudentConfig(attention_layers={"choose": "restore", "keep": 1}))
-    with pytest.raises(UserError, match="k_norm|q_norm"):
-        HybridModel.from_teacher(teacher("qwen3", num_key_value_heads=4), StudentConfig(preset="x070"))
+
+
+@pytest.mark.parametrize("family, preset", [("qwen3", "x070"), ("qwen3", "arwkv7"), ("qwen2", "arwkv7")])
+def test_presets_without_norms_and_biases_leave_them_out(family, preset):
+    lm = teacher(family, num_key_value_heads=2)
+    with torch.no_grad():
+        for name, p in lm.named_parameters():
+            if "q_norm" in name or "k_norm" in name or name.endswith(".bias"):
+                p.uniform_(0.5, 1.5)
+    hybrid = HybridModel.from_teacher(lm, StudentConfig(preset=preset))
+    for i, mixer in hybrid.mixers.items():
+        attention = hybrid.attention(i).teacher_attn
+        config, own = mixer.mixer_config, dict(mixer.named_parameters())
+        assert not config.qk_norm and "r_norm.weight" not in own and "receptance.bias" not in own
+        for name, norm, target in (("q_proj", "q_norm", "receptance"), ("k_proj", "k_norm", "key")):
+            weight = getattr(attention, name).weight.unflatten(0, (-1, config.head_size))
+            if family == "qwen3":  # a norm multiplies the channels of every head
+                weight = weight * getattr(attention, norm).weight[:, None]
+            assert torch.equal(own[f"{target}.weight"], weight.flatten(0, 1))
+            sources = hybrid.family.sources(lm.config, i)
+            again = teacher_tensor(f"{name}.weight", mixer, sources, attention)
+            torch.testing.assert_close(again, getattr(attention, name).weight)
+        assert torch.equal(own["value.weight"], attention.v_proj.weight)
+
+
+def test_a_tensor_that_no_preset_leaves_out_is_refused():
+    hybrid = HybridModel.from_teacher(teacher("qwen3"), StudentConfig())
+    attention, mixer = hybrid.attention(0).teacher_attn, hybrid.mixers[0]
+    attention.sink = torch.nn.Parameter(torch.zeros(4))
+    with pytest.raises(ValueError, match="has sink, which this mixer preset does not have"):
+        transfer(attention, mixer, hybrid.family.sources(hybrid.lm.config, 0))
 
 
 def test_head_and_embedding_are_one_matrix_until_one_trains():
