@@ -77,6 +77,9 @@ SMALLER_EVAL = {
 }
 # how a command begins -> why its arguments are parsed and no more
 ONLY_PARSED = {
+    "convert_checkpoint.py export RUN --to rwkv-infer": "needs a wider teacher; tests/export has one",
+    "convert_checkpoint.py import CHECKPOINT": "needs another program's file; tests/importers makes them",
+    "train_distill.py -c RUN/config.yaml --out RUN --stage distill": "trains an import on; tests/importers does",
     "rwkvinside bench gpu": "needs a GPU; tests/bench runs it dry",
     "rwkvinside bench head": "starts processes that measure for minutes; tests/bench runs it",
     "rwkvinside eval DIR --teacher TEACHER --tasks": "downloads tasks; tests/evaluate runs some that are files",
