@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
-from inspect import signature
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,9 @@ def export(run: str | Path, out: str | Path, to: str = "hf", **options: Any) -> 
             f"export format {to!r} is not known{did_you_mean(to, FORMATS)}", f"formats: {', '.join(FORMATS)}"
         )
     write = _function(FORMATS[to][0])
-    if foreign := sorted(options.keys() - signature(write).parameters.keys()):
+    known = signature(write).parameters
+    takes_all = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in known.values())
+    if not takes_all and (foreign := sorted(options.keys() - known.keys())):
         raise UserError(f"exports to {to} have no option {foreign[0]}", "leave it out, or export --to hf")
     return write(run, out, **options)
 

@@ -52,7 +52,8 @@ def test_formats_are_named_in_the_help_and_in_the_refusal(given, capsys):
     assert "notes: writes" in capsys.readouterr().out
     assert cli.main(["export", "RUN", "--to", "note", "--out", "DIR"]) == 2
     assert (
-        capsys.readouterr().err == "error: export format 'note' is not known; did you mean notes?\nformats: hf, notes\n"
+        capsys.readouterr().err
+        == "error: export format 'note' is not known; did you mean notes?\nformats: hf, gguf, notes\n"
     )
 
 

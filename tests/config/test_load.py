@@ -254,8 +254,8 @@ def test_all_problems_at_once(teacher):
     assert found[0] == "10 problems in the configuration:"
     expected = [
         "stages.algn: a stage of your own needs an objective; did you mean align?",
-        "student.preset = 'cxa78': allowed: cxa079, hxa079, hxa07a, hxa07b, hxa07c, cxa078, cxa076r, rad, x070, arwkv7; "
-        "did you mean cxa078?",
+        "student.preset = 'cxa78': allowed: cxa079, hxa079, hxa07a, hxa07b, hxa07c, cxa078, cxa076r, rad, x070, "
+        "arwkv7; did you mean cxa078?",
         "student.attention_layers = [1, 1]: lists layer 1 twice; name each layer once",
         "student.presett: unknown key; did you mean student.preset?",
         "data = 'foo': must be a mapping of settings",
