@@ -58,17 +58,19 @@ def export_rwkv_infer(
     dtype: str | None = None,
     *,
     checkpoint: str = "best",
+    adapters: str = "merge",
     base_model: str | None = None,
 ) -> dict:
     """Write the trained model of a run for RWKV-Infer, whose hybrids are `hxa079`.
 
-    Adapters are merged, and embedding and head are two matrices.
+    Embedding and head are two matrices.
 
     Args:
         run: run directory; its last finished stage is exported.
         out: directory to create; or a file to create whose name ends in .pth, with a directory of the same name
             without .pth beside it for everything else.
         dtype, checkpoint, base_model: as of `export_hf`.
+        adapters: "merge", the only way.
 
     Returns:
         conversion.json of the export.
@@ -82,6 +84,8 @@ def export_rwkv_infer(
     run, out = open_run(run, checkpoint), Path(out)
     folder = out.with_suffix("") if out.suffix == PTH else out
     _check(run, dtype)
+    if adapters != "merge":
+        raise UserError(f"adapters is {adapters!r}", "exports for RWKV-Infer have them merged: leave it out")
     check_new(out)
     check_new(folder)
     with failures_told(out), ExitStack() as stack:

@@ -99,7 +99,7 @@ def test_models_run_dry_from_a_bare_tree(tmp_path):
     assert len(speeds) == 10 and all(line["finite"] and line["tokens_per_s"] > 0 for line in speeds)
     assert all(line["predicted_gib"] > 0 for line in speeds if not line["what"].startswith("fine-tuning"))
     graphs = [line for line in found if line["what"].startswith("graphs: ")]
-    assert len(graphs) == 3 and all(line["ok"] and line["worst"] == 0 for line in graphs)
+    assert len(graphs) == 4 and all(line["ok"] and line["worst"] == 0 for line in graphs)
     (losses,) = (line for line in found if line["what"].startswith("distillation loss"))
     assert all(value < 1e-5 for name, value in losses.items() if "differ" in name)
     profiles = [line for line in found if "kernels_ms" in line]

@@ -173,6 +173,8 @@ def test_what_llama_cpp_does_not_compute_is_refused(tmp_path, student, fields, r
 def test_options_and_places_are_refused(file, run, tmp_path):
     with pytest.raises(UserError, match="exports to gguf have no option tie_embeddings"):
         export(run, tmp_path / "s.gguf", "gguf", tie_embeddings=True)
+    with pytest.raises(UserError, match="'separate'\na GGUF file has them merged"):
+        export(run, tmp_path / "s.gguf", "gguf", adapters="separate")
     with pytest.raises(UserError, match="'int4'\nallowed: float32, float16, bfloat16, q8_0"):
         export_gguf(run, tmp_path / "s.gguf", "int4")
     with pytest.raises(UserError, match="exists"):

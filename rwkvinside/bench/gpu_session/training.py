@@ -41,8 +41,13 @@ if TYPE_CHECKING:
     from .stage import Stage
 
 WARMUP, STEPS = 2, 5
-# objectives whose graphs are compared with steps without, and their activation_checkpointing
-GRAPHED: tuple[tuple[str, bool | str], ...] = (("align", False), ("distill", False), ("distill", "recurrence"))
+# objectives whose graphs are compared with steps without, and more of their plans
+GRAPHED: tuple[tuple[str, dict], ...] = (
+    ("align", {}),
+    ("align", {"window": WINDOW}),
+    ("distill", {}),
+    ("distill", {"checkpointing": "recurrence"}),
+)
 GRAPHS_APART = 1e-2  # of losses in bf16: flash attention adds its gradients up in any order
 GIB = 2**30
 
@@ -73,8 +78,8 @@ def run(stage: Stage) -> None:
         ("distill", small, 4, long, {}),
     )
     few = replace(small, layers=min(small.layers, 4))
-    for objective, checkpointing in GRAPHED:
-        compared = plan(few, objective, rows, short, micro_rows=max(1, rows // 4), checkpointing=checkpointing)
+    for objective, options in GRAPHED:
+        compared = plan(few, objective, rows, short, micro_rows=max(1, rows // 4), **options)
         what = f"graphs: losses of {objective} {Case(compared).name}"
         stage.attempt(what, partial(compare_graphs, compared), needs=10)
     stage.attempt("norms and MLPs fused", partial(compare_layers, rows * short, stage.device), needs=4)

@@ -48,16 +48,18 @@ def export_gguf(
     dtype: str | None = None,
     *,
     checkpoint: str = "best",
+    adapters: str = "merge",
     base_model: str | None = None,
 ) -> dict:
     """Write the trained model of a run as a GGUF file that llama.cpp runs (architecture `arwkv7`).
 
     Args:
-        run: run directory; its last finished stage is exported, with adapters merged.
+        run: run directory; its last finished stage is exported.
         out: file to create.
         dtype: of the matrices: "float32", "float16", "bfloat16" or "q8_0"; None: the teacher's. Norms, low-rank maps
             and vectors are fp32.
         checkpoint: of the stage, see `export_hf`.
+        adapters: "merge", the only way: llama.cpp has no adapters for this architecture.
         base_model: id of the base model; default is the teacher's hub id or its directory's name.
 
     Returns:
@@ -75,6 +77,8 @@ def export_gguf(
     dtype = dtype or str(run.teacher_config().dtype or torch.float32).removeprefix("torch.")
     if dtype not in TYPES:
         raise UserError(f"dtype is {dtype!r}", f"allowed: {', '.join(TYPES)}")
+    if adapters != "merge":
+        raise UserError(f"adapters is {adapters!r}", "a GGUF file has them merged: leave it out")
     words = _vocabulary(run)
     with failures_told(out), replacing(out) as partial:
         trained = run.load_model()
