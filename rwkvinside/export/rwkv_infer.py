@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import UserError, VerificationError
-from ..hybrid.assemble import make_plain
+from ..hybrid.assemble import adapter_names, make_plain
 from ..hybrid.model import HybridModel
 from ..importers.names import Names
 from ..importers.student import Student, read_student
@@ -156,14 +156,22 @@ def _check(run: TrainedRun, dtype: str | None) -> None:
 
 @torch.no_grad()
 def _trained(model: HybridModel, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor]:
-    """Return the tensors of an export by canonical name, and the logits of the model with just these."""
+    """Return the tensors of an export by canonical name, and the logits of the model with just these.
+
+    Raises:
+        VerificationError: merging adapters and unpacking quantized weights changes what the model computes.
+    """
+    batch, changes = fixed_batch(model.lm.config.vocab_size), bool(model.quantized or adapter_names(model))
+    logits = student_logits(model, batch) if changes else None
     make_plain(model)
+    if logits is not None and (change := max_difference(student_logits(model, batch), logits)) > _tolerance(logits):
+        raise VerificationError(f"unpacking and merging changes logits by {change:.3g}")
     model.untie()
     parameters = model.canonical_parameters()
     tensors = {name: p.detach().to(stored_dtype(name, dtype), copy=True) for name, p in parameters.items()}
     for name, parameter in parameters.items():
         parameter.copy_(tensors[name])
-    return tensors, student_logits(model, fixed_batch(model.lm.config.vocab_size))
+    return tensors, student_logits(model, batch)
 
 
 def _unread_tensors(names: Names, layer: int, mixer: TimeMixerConfig, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -226,8 +234,7 @@ def _compare(run: TrainedRun, written: Path, tensors: Mapping[str, Tensor], logi
     model = HybridModel.from_teacher(load_base(run.base, torch.float32), found.spec).eval()
     model.load_student_state_dict({name: tensor.float() for name, tensor in found.tensors.items()})
     difference = max_difference(student_logits(model, fixed_batch(model.lm.config.vocab_size)), logits)
-    tolerance = TOLERANCE * max(1.0, logits.abs().max().item())
-    if not difference <= tolerance:
+    if not difference <= _tolerance(logits):
         raise VerificationError(
             f"what was written does not compute what {run.path} does: logits differ by {difference:.3g}"
         )
@@ -236,8 +243,12 @@ def _compare(run: TrainedRun, written: Path, tensors: Mapping[str, Tensor], logi
         "tensors": len(tensors),
         "tokens": ROWS * TOKENS,
         "max_difference": difference,
-        "tolerance": tolerance,
+        "tolerance": _tolerance(logits),
     }
+
+
+def _tolerance(logits: Tensor) -> float:
+    return TOLERANCE * max(1.0, logits.abs().max().item())
 
 
 def _equal(found: Tensor | None, wanted: Tensor | None) -> bool:

@@ -37,9 +37,9 @@ class Names:
 
     def __init__(self, family: Family):
         self.family = family
-        mlp = [*zip(("gate", "up"), family.mlp_inputs, strict=False), ("down", family.mlp_output)]
+        mlp = (*family.mlp_inputs, family.mlp_output)
         self.outside = {"emb": family.embedding_path, "head": family.head_path, "ln_out": family.final_norm_path}
-        self.inside = {f"ffn.{there}": f"{family.mlp_path}.{here}" for there, here in mlp}
+        self.inside = {f"ffn.{name.removesuffix('_proj')}": f"{family.mlp_path}.{name}" for name in mlp}
         for there, here in (("ln1", family.attention_norm_path), ("ln2", family.mlp_norm_path)):
             self.inside |= {} if here is None else {there: here}
 
@@ -91,6 +91,8 @@ class Names:
         layer, (module, _, rest) = match[1], match[2].rpartition(".")
         if module in self.inside:
             return f"{self.family.layers_path}.{layer}.{self.inside[module]}.{rest}"
+        if not match[2].startswith("att."):
+            raise UserError(f"{name} is no name of a converted model", f"its blocks have att, {', '.join(self.inside)}")
         part = match[2].removeprefix("att.")
         here = NORMS.get(part, part)
         if layer in kept:  # attention has the teacher's names
@@ -122,7 +124,7 @@ class Names:
 
 
 def _is_beside(name: str) -> bool:
-    return name in METADATA or ".teacher_attn." in name
+    return name.rpartition(".")[2] in METADATA or ".teacher_attn." in name
 
 
 def _turned(table: dict[str, str]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from ..errors import UserError
-from ..families.registry import find
+from ..families.registry import FAMILIES, find
 from ..hybrid.settings import StudentConfig
 from ..modeling.mixer_presets import PRESETS
 from ..support.text import did_you_mean
@@ -59,7 +59,8 @@ def read_student(
     """
     if preset is not None and preset not in VARIANTS:
         raise UserError(f"--preset {preset}{did_you_mean(preset, VARIANTS)}", f"allowed: {', '.join(VARIANTS)}")
-    read, names = read_tensors(path), Names(find(teacher.model_type))
+    names = _names(teacher)
+    read = read_tensors(path)
     form = names.form_of(read)
     tensors = {here: read[name] for name, here in names.canonical(read, form).items()}
     if adapted := [name for name in tensors if any(part in name for part in ADAPTERS)]:
@@ -95,6 +96,19 @@ def read_student(
         }
     )
     return Student(form, spec, tensors)
+
+
+def _names(teacher: PretrainedConfig) -> Names:
+    """Return the names of a teacher's students; refuse one whose mixers have another order of dimensions here."""
+    family = find(teacher.model_type)
+    size = family.attention_fields(teacher, 0)["head_size"]
+    if family.llama_layers and family.rotated(teacher, size) == size:
+        return Names(family)
+    works = ", ".join(name for name in FAMILIES if find(name).llama_layers)
+    raise UserError(
+        f"the teacher's family is {teacher.model_type}, and mixers of such teachers differ between programs",
+        f"checkpoints of these are imported, where all of each head rotates: {works}",
+    )
 
 
 def _published(path: Path, teacher: PretrainedConfig) -> dict:

@@ -112,6 +112,16 @@ def test_damage_on_the_way_leaves_nothing(run_of, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "teacher"]
 
 
+def test_merging_that_changes_the_model_is_noticed(run_of, tmp_path, monkeypatch):
+    def merged(model):
+        model.canonical_parameters()["model.norm.weight"].data.mul_(1.1)
+
+    monkeypatch.setattr(rwkv_infer, "adapter_names", lambda model: ["one"])
+    monkeypatch.setattr(rwkv_infer, "make_plain", merged)
+    with pytest.raises(VerificationError, match="unpacking and merging changes logits by"):
+        export_rwkv_infer(run_of(), tmp_path / "out.pth")
+
+
 def test_what_exists_is_left_alone(run_of, tmp_path):
     run = run_of()
     (tmp_path / "out.pth").write_text("mine")

@@ -61,7 +61,7 @@ def as_training(tensors, path):
         f"model.{name.replace('.self_attn.', '.self_attn.student_attn.') if name in mixers else name}": tensor
         for name, tensor in tensors.items()
     }
-    named |= {"layer_architecture": torch.tensor(78), "head_size_record": torch.tensor(64)}
+    named |= {"layer_architecture": torch.tensor(78), "model.model.layers.1.head_size_record": torch.tensor(64)}
     torch.save(named | {"model.model.layers.0.self_attn.teacher_attn.q_proj.weight": torch.zeros(2)}, path)
     return path
 
@@ -232,6 +232,23 @@ def test_layer_0_with_attention_is_refused_where_it_was_read(students, teacher, 
         )
     found = import_checkpoint(as_infer(tensors, tmp_path / "y.pth"), str(teacher), tmp_path / "run")
     assert found.layout == "ARR" and same(tmp_path / "run", tensors)
+
+
+def test_families_whose_mixers_differ_between_programs(students, tmp_path):
+    from hybrid_cases import teacher as small
+
+    small("phi3").save_pretrained(tmp_path / "phi3")
+    file = as_infer(students(preset="cxa079"), tmp_path / "x.pth")
+    with pytest.raises(UserError, match="the teacher's family is phi3") as refused:
+        import_checkpoint(file, str(tmp_path / "phi3"), tmp_path / "run")
+    assert "qwen3" in refused.value.hint and not (tmp_path / "run").exists()
+
+
+def test_blocks_of_another_model(teacher, tmp_path):
+    tensors = {"blocks.0.att.receptance.weight": torch.zeros(2, 2), "blocks.0.ffn.key.weight": torch.zeros(2, 2)}
+    torch.save(tensors, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"blocks\.0\.ffn\.key\.weight is no name of a converted model"):
+        import_checkpoint(tmp_path / "x.pth", str(teacher), tmp_path / "run")
 
 
 def test_configuration_of_another_teacher(students, teacher, tmp_path):
