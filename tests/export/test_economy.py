@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import convert_checkpoint
 from rwkvinside.errors import UserError
-from rwkvinside.export.huggingface import _without_paths, export_hf
+from rwkvinside.export.huggingface import export_hf
+from rwkvinside.export.record import _without_paths
 from rwkvinside.hybrid.adapters import is_adapter
 from rwkvinside.hybrid.assemble import assemble, frozen_weights_of, make_plain
 from rwkvinside.hybrid.settings import AdapterConfig, StudentConfig

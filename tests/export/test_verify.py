@@ -190,9 +190,11 @@ def test_faults_of_what_is_computed(copied, chat_run, fault, monkeypatch):
 
 
 def test_validation_documents_see_what_two_rows_of_ids_do_not(chat_run, exported, monkeypatch):
-    logits = module._logits
+    logits = module.student_logits
     monkeypatch.setattr(
-        module, "_logits", lambda model, batch: logits(model, batch) + (1e-2 if batch.input_ids.shape[0] == 1 else 0)
+        module,
+        "student_logits",
+        lambda model, batch: logits(model, batch) + (1e-2 if batch.input_ids.shape[0] == 1 else 0),
     )
     with pytest.raises(VerificationError, match="on validation documents logits differ by 0.01"):
         verify(exported[0], against=chat_run)
