@@ -48,9 +48,10 @@ def export(run: str | Path, out: str | Path, to: str = "hf", **options: Any) -> 
     Args:
         run: run directory.
         out: directory or file to create.
-        to: a format of `rwkvinside.export.registry`: "hf" is Hugging Face transformers, "gguf" llama.cpp.
-        **options: of the format, see `rwkvinside.export.huggingface.export_hf` and
-            `rwkvinside.export.gguf.write.export_gguf`.
+        to: a format of `rwkvinside.export.registry`: "hf" is Hugging Face transformers, "gguf" llama.cpp,
+            "rwkv-infer" RWKV-Infer.
+        **options: of the format, see `rwkvinside.export.huggingface.export_hf`,
+            `rwkvinside.export.gguf.write.export_gguf` and `rwkvinside.export.rwkv_infer.export_rwkv_infer`.
 
     Returns:
         The record of the export: source, student, measurements, verification.
@@ -71,7 +72,7 @@ def verify(directory: str | Path, against: str | Path) -> dict:
         print(result["max_difference"], result["tolerance"])
 
     Args:
-        directory: what was exported: a directory, or a GGUF file.
+        directory: what was exported: a directory or a file.
         against: run directory.
 
     Returns:

@@ -43,7 +43,10 @@ TOLERANCE = 1e-5  # of logits of 1 and less, else relative to the largest: both 
 PTH, WEIGHTS = ".pth", "model.safetensors"
 CONFIG = ("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "max_position_embeddings")
 
-USAGE = """For [RWKV-Infer](https://github.com/OpenMOSE/RWKV-Infer). Copy this directory, without the weights, to
+OLDER = (
+    " It is for versions before September 2025: later ones read a `.pth` no more, and need an export to a directory."
+)
+USAGE = """For [RWKV-Infer](https://github.com/OpenMOSE/RWKV-Infer).{older} Copy this directory, without the weights, to
 `rwkvengine/{name}` there; its name is the `template` from which tokenizer and chat template are read. Start the server
 with `--max_ctxlen` for the longest context, since later positions all count as the last one, and load the model:
 
@@ -261,7 +264,7 @@ def _describe(run: TrainedRun, folder: Path, out: Path, report: dict) -> None:
     name = out.stem if out.suffix == PTH else out.name
     request = {"model_filename": f"models/{out.name}", "model_viewname": name, "model_strategy": "", "template": name}
     request |= {key: f"{config[key]:g}" for key in ("rope_theta", "rms_norm_eps")}
-    usage = USAGE.format(name=name, request=json.dumps(request))
+    usage = USAGE.format(name=name, request=json.dumps(request), older=OLDER if out.suffix == PTH else "")
     card = model_card(report, run.teacher_files() / "README.md", usage, None, "Read back")
     (folder / "README.md").write_text(str(card), encoding="utf-8")
     report["files"] = digests(folder)
