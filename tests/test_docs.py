@@ -77,6 +77,8 @@ SMALLER_EVAL = {
 }
 # how a command begins -> why its arguments are parsed and no more
 ONLY_PARSED = {
+    "convert_checkpoint.py export RUN --to gguf": "needs a teacher with heads of 64; tests/export runs it",
+    "rwkvinside verify student.gguf": "the same",
     "rwkvinside bench gpu": "needs a GPU; tests/bench runs it dry",
     "rwkvinside bench head": "starts processes that measure for minutes; tests/bench runs it",
     "rwkvinside eval DIR --teacher TEACHER --tasks": "downloads tasks; tests/evaluate runs some that are files",
