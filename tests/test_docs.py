@@ -80,6 +80,8 @@ ONLY_PARSED = {
     "convert_checkpoint.py export RUN --to rwkv-infer": "needs a wider teacher; tests/export has one",
     "convert_checkpoint.py import CHECKPOINT": "needs another program's file; tests/importers makes them",
     "train_distill.py -c RUN/config.yaml --out RUN --stage distill": "trains an import on; tests/importers does",
+    "convert_checkpoint.py export RUN --to gguf": "needs a teacher with heads of 64; tests/export runs it",
+    "rwkvinside verify student.gguf": "the same",
     "rwkvinside bench gpu": "needs a GPU; tests/bench runs it dry",
     "rwkvinside bench head": "starts processes that measure for minutes; tests/bench runs it",
     "rwkvinside eval DIR --teacher TEACHER --tasks": "downloads tasks; tests/evaluate runs some that are files",

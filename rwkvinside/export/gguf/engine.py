@@ -1,4 +1,8 @@
-"""What llama.cpp computes of a file, in PyTorch: its graph of `arwkv7`, from the file's own numbers and tensors."""
+"""What llama.cpp computes of a file, in PyTorch: its graph of `arwkv7`, from the file's own numbers and tensors.
+
+In fp64, so that what differs from the trained model is that one's rounding alone: a few huge activations of real models
+make thousandths of a logit of it.
+"""
 
 from __future__ import annotations
 
@@ -48,14 +52,14 @@ class GGUFModel:
         return self.field(f"{ARCHITECTURE}.{name}")
 
     def tensor(self, name: str) -> Tensor:
-        """Return a tensor in fp32, as rows of what it is multiplied with."""
+        """Return a tensor in fp64, as rows of what it is multiplied with."""
         stored = self.tensors[name]
         values = self._gguf.quants.dequantize(stored.data, stored.tensor_type)
-        return torch.from_numpy(values.copy()).float().view(*map(int, reversed(stored.shape)))
+        return torch.from_numpy(values.copy()).double().view(*map(int, reversed(stored.shape)))
 
     @torch.no_grad()
     def logits(self, ids: Tensor) -> Tensor:
-        """Return the logits (B, T, V) of token ids (B, T), each row a document."""
+        """Return the logits (B, T, V) in fp64 of token ids (B, T), each row a document."""
         eps = self.number("attention.layer_norm_rms_epsilon")
         x, first = self.tensor("token_embd.weight")[ids], None
         for i in range(self.number("block_count")):
