@@ -37,8 +37,8 @@ TYPES = {
 }
 CONVERSION = "rwkvinside.conversion"  # key of the record, sealed JSON
 CONTEXT = 2**20  # tokens that llama.cpp says the model can read: a recurrence has no limit
-# Of logits against the trained model's with the file's weights, in units of the largest: that model computes in fp32, and
-# a wrong layout is as wrong as the logits are large.
+# Of logits against the trained model's with the file's weights, in units of the largest: that model computes in fp32,
+# and a wrong layout is as wrong as the logits are large.
 TOLERANCE = 1e-3
 DOCUMENTS = 8  # of validation data that are compared
 HINT = "convert with --recipe gguf, whose students it can run, or export --to hf"
