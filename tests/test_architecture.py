@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "runs": {"hybrid", "teacher", "training", "stages", "config"},
     "planning": {
         *("kernels", "modeling", "families", "data", "hybrid", "losses", "teacher", "training", "stages", "config"),
+        "export",  # which engines will run a student
     },
     "importers": {"modeling", "families", "hybrid", "teacher", "training", "stages", "config", "runs"},
     "export": {"data", "modeling", "families", "hybrid", "teacher", "runs", "importers"},

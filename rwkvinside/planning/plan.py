@@ -12,6 +12,8 @@ import torch
 
 from ..config.schema import Config
 from ..data.sources import describe
+from ..export.gguf.layout import ARCHITECTURE as LLAMA_CPP
+from ..export.limits import reasons_against
 from ..hybrid.assemble import apply, layer_lines
 from ..hybrid.model import HybridModel
 from ..hybrid.row_states import row_bytes
@@ -21,7 +23,7 @@ from ..stages.plan import RunPlan, RunSettings, StagePlan
 from ..stages.teacher import meta_online_teacher
 from ..support.text import rounded_bytes, rounded_count, rounded_flop, spans
 from ..teacher.kinds import TeacherKind
-from ..teacher.load import meta_teacher
+from ..teacher.load import meta_teacher, teacher_config
 from ..training.deepspeed_config import deepspeed_config, settle
 from ..training.loggers import check_loggers
 from ..training.optimizer_8bit import check_optimizer
@@ -88,7 +90,10 @@ def run_warnings(run: RunSettings) -> list[str]:
     """Return what one may not expect of a run."""
     student = run.student
     missing = [] if run.teacher.fresh else student.missing_of_variant()
-    return [f"not the published {student.preset}: {'; '.join(missing)}"] if missing else []
+    warnings = [f"not the published {student.preset}: {'; '.join(missing)}"] if missing else []
+    if student.preset == LLAMA_CPP and (reasons := reasons_against(teacher_config(run.teacher), student)["gguf"]):
+        warnings.append(f"llama.cpp will not run this student: {'; '.join(reasons)}")
+    return warnings
 
 
 def disk_bytes(plan: StagePlan, model: HybridModel, keep: int) -> int:

@@ -148,3 +148,11 @@ def test_a_tiny_model_runs_through(name, material, tmp_path):
     assert (tmp_path / "run" / "plan.txt").read_text() == plan_text(resolve(config), config)
     conversion = json.loads((tmp_path / "run" / "conversion.json").read_text())
     assert conversion["finished_stages"] == config.run
+
+
+def test_a_student_for_llama_cpp_that_it_will_not_run_is_warned_of(tmp_path):
+    sizes = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
+    for name, changes, said in (("fits", {}, None), ("odd", {"head_dim": 32}, "2 heads of 32 are not the width 128")):
+        config = load_config(teacher=save_configuration(tmp_path / name, **sizes | changes), recipe="gguf")
+        text = plan_text(resolve(config), config)
+        assert (said is None) == ("llama.cpp will not run" not in text) and (said is None or said in text)

@@ -159,7 +159,7 @@ def test_damage_is_noticed(file, run, tmp_path):
         ({"attention_layers": [1]}, {}, ["layer 1 keeps attention"]),
         ({}, {"hidden_size": 96}, ["2 heads of 64 are not the width 96"]),
         ({}, {"hidden_size": 64, "head_dim": 32}, ["heads have 32 dimensions"]),
-        ({}, {"mlp_bias": True}, ["MLPs are not those of Llama"]),
+        ({}, {"mlp_bias": True}, ["the teacher's MLPs are not those of Llama"]),
     ],
 )
 def test_what_llama_cpp_does_not_compute_is_refused(tmp_path, student, fields, reasons):

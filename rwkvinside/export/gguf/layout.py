@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from ...families.base import Family, LogitShape
+from ...families.base import Family
 from ...hybrid.model import HybridModel
 from ...modeling.mixer_presets import TimeMixerConfig
 from ...modeling.time_mixer import TimeMixer
@@ -59,22 +59,11 @@ def unsupported(config: PretrainedConfig, family: Family, mixers: Mapping[int, T
         reasons.append(f"heads have {min(odd)} dimensions, and llama.cpp is right for {sizes} only")
     if len({(c.rank_decay, c.rank_iclr, c.rank_value, c.rank_gate) for c in mixers.values()}) > 1:
         reasons.append("ranks differ between layers")
-    return reasons + _unlike_llama(config, family)
-
-
-def _unlike_llama(config: PretrainedConfig, family: Family) -> list[str]:
-    """Return in what the teacher's layers are not those of Llama."""
-    norms = family.attention_norm_path, family.mlp_norm_path
-    other = None in norms or (family.attention_post_norm_path, family.mlp_post_norm_path) != (None, None)
-    scaled = family.residual_scale(config) != 1 or family.logit_shape(config) != LogitShape() or family.scales
-    reasons = ["norms are not where Llama has them"] if other else []
-    reasons += ["sums or logits have factors or caps"] if scaled else []
-    gated = len(family.mlp_inputs) == 2 and config.hidden_act == "silu" and not getattr(config, "mlp_bias", False)
-    return reasons + ([] if gated and not _has_experts(config) else ["MLPs are not those of Llama"])
-
-
-def _has_experts(config: PretrainedConfig) -> bool:
-    return any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    if not family.llama_layers:
+        reasons.append(f"the teacher's layers ({config.model_type}) are not those of Llama")
+    elif config.hidden_act != "silu" or getattr(config, "mlp_bias", False):
+        reasons.append("the teacher's MLPs are not those of Llama")
+    return reasons
 
 
 class FileTensor(NamedTuple):

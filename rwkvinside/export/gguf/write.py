@@ -10,22 +10,21 @@ import numpy as np
 import torch
 
 from ...errors import UserError, VerificationError
-from ...families.registry import find
 from ...hybrid.assemble import make_plain
 from ...hybrid.model import HybridModel
-from ...modeling.mixer_presets import TimeMixerConfig
 from ...runs.trained import TrainedRun, open_run
 from ...support.extras import import_extra
 from ...support.files import replacing
 from ...support.progress import Progress
 from ...support.quiet import quiet_libraries
 from ...support.sealed import sealed_text, unsealed
+from ..limits import reasons_against
 from ..output import check_disk, check_new, failures_told
 from ..probe import batch_of, fixed_batch, max_difference, mean_kl, run_tokenizer, student_logits
 from ..record import adapters_record, conversion_record, quantized_record
 from ..validation import validation_rows
 from .engine import GGUFModel
-from .layout import ARCHITECTURE, FileTensor, file_tensors, unsupported
+from .layout import ARCHITECTURE, FileTensor, file_tensors
 from .vocabulary import Vocabulary, vocabulary
 
 # dtype of the matrices -> llama.cpp's type of tensors, and of the file
@@ -133,13 +132,7 @@ def check_supported(run: TrainedRun) -> None:
     Raises:
         UserError: says all that it does not compute.
     """
-    config, spec = run.teacher_config(), run.spec
-    family = find(config.model_type)
-    layers = [i for i in range(config.num_hidden_layers) if i not in spec.attention_layers]
-    mixers: dict[int, TimeMixerConfig] = {
-        i: family.mixer_config(config, i, spec.preset, **spec.mixer_overrides(i)) for i in layers
-    }
-    if reasons := unsupported(config, family, mixers):
+    if reasons := reasons_against(run.teacher_config(), run.spec)["gguf"]:
         raise UserError(f"llama.cpp does not compute this student: {'; '.join(reasons)}", HINT)
 
 
