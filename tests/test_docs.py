@@ -349,4 +349,4 @@ def test_contributing_names_the_registries_that_decide():
     for objective in OBJECTIVES:
         assert (package / f"stages/{objective}.py").is_file()
     for target, _ in FORMATS.values():
-        assert (package / f"export/{target.partition(':')[0]}.py").is_file()
+        assert (package / f"export/{target.partition(':')[0].replace('.', '/')}.py").is_file()
