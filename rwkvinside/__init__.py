@@ -20,6 +20,7 @@ _LAZY = {
     "StatefulModel": ".lm.session",
     "load_lm_config": ".lm.build",
     "evaluate_sequence_modeling": ".lm.evaluation",
+    "import_checkpoint": ".importers.run",
     "load_config": ".config.load",
     "train": ".conversion.run",
     "HybridModel": ".hybrid.model",

@@ -191,10 +191,13 @@ class RunFacts:
         export = shlex.quote(f"{str(self.path).rstrip('/')}-hf")
         fresh = self.config.get("teacher", {}).get("fresh")  # a model from nothing has no teacher to talk to
         teacher = f" --teacher {shlex.quote(self.teacher)}" if self.teacher and not fresh else ""
+        file = shlex.quote(f"{str(self.path).rstrip('/')}.gguf")
+        is_for_llama_cpp = self.config.get("student", {}).get("preset") == "arwkv7"
         return [
             (f"rwkvinside report {run}", "a page of all that was measured"),
             (f"rwkvinside chat {run}{teacher}", "talk to both, side by side"),
             (f"rwkvinside export {run} --to hf --out {export}", "for transformers"),
+            *([(f"rwkvinside export {run} --to gguf --out {file}", "for llama.cpp")] if is_for_llama_cpp else []),
         ]
 
     @property

@@ -15,6 +15,7 @@ from rwkvinside.export.gguf.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, UN
 from rwkvinside.export.gguf.write import CONVERSION, TYPES, export_gguf
 from rwkvinside.export.probe import batch_of, student_logits
 from rwkvinside.export.registry import export, verify
+from rwkvinside.report.facts import run_facts
 from rwkvinside.runs.trained import open_run
 from rwkvinside.support.sealed import unsealed
 
@@ -132,6 +133,11 @@ def test_header(file, run):
     assert model.field("tokenizer.ggml.eos_token_id") == 258 and model.field("tokenizer.ggml.bos_token_id") == 256
     tokens, types = model.field("tokenizer.ggml.tokens"), model.field("tokenizer.ggml.token_type")
     assert len(tokens) == 264 and tokens[257] == "<|user|>" and types[255:260] == [NORMAL, *[CONTROL] * 3, UNUSED]
+
+
+def test_a_finished_run_names_the_command(run):
+    commands = [command for command, _ in run_facts(run).next_commands]
+    assert f"rwkvinside export {run} --to gguf --out {run}.gguf" in commands
 
 
 def test_damage_is_noticed(file, run, tmp_path):
