@@ -142,12 +142,20 @@ def test_a_finished_run_names_the_command(run):
 
 def test_damage_is_noticed(file, run, tmp_path):
     content = bytearray(file[0].read_bytes())
-    for name, offset, what in (("tail", len(content) - 40, "differs"), ("head", 30, "GGUF|written|damaged|seal")):
-        damaged = tmp_path / f"{name}.gguf"
+    places = {
+        "in the last tensor": (len(content) - 40, 0x55, "tensor .* differs"),
+        "in the architecture": (content.index(b"arwkv7", 40), 0x01, "has architecture"),
+        "in the name of a field": (content.index(b"arwkv7.block_count"), 0x01, "was not written"),
+        "in a number": (content.index(b"arwkv7.block_count") + 22, 0x01, "block_count is not what was written"),
+        "in the record": (content.index(b"step-00000002") + 5, 0x01, "its record"),
+        "in a character": (content.index(b"step-00000002") + 5, 0xE0, "damaged: 'utf-8' codec"),
+    }
+    for where, (offset, bits, what) in places.items():
+        damaged = tmp_path / f"{where}.gguf"
         changed = bytearray(content)
-        changed[offset] ^= 0x55
+        changed[offset] ^= bits
         damaged.write_bytes(changed)
-        with pytest.raises((VerificationError, UserError), match=what):
+        with pytest.raises(VerificationError, match=what):
             verify(damaged, run)
     (tmp_path / "short.gguf").write_bytes(content[: len(content) // 2])
     with pytest.raises(VerificationError, match="damaged"):

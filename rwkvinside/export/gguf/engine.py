@@ -28,6 +28,10 @@ class GGUFModel:
     Args:
         path: of the file.
 
+    Attributes:
+        fields: the values of its header by name.
+        tensors: its tensors by name, as the library `gguf` reads them.
+
     Raises:
         VerificationError: it is not a GGUF file of this architecture.
     """
@@ -35,17 +39,17 @@ class GGUFModel:
     def __init__(self, path: Path):
         self._gguf = import_extra("gguf", "a GGUF file")
         try:
-            self.reader = self._gguf.GGUFReader(path)
+            reader = self._gguf.GGUFReader(path)
+            self.fields = {name: field.contents() for name, field in reader.fields.items()}
         except (OSError, ValueError, IndexError, KeyError) as error:
             raise VerificationError(f"{path} is not a GGUF file, or it is damaged: {error}") from error
         if (found := self.field("general.architecture")) != ARCHITECTURE:
             raise VerificationError(f"{path} has architecture {found!r}, not {ARCHITECTURE}")
-        self.tensors = {tensor.name: tensor for tensor in self.reader.tensors}
+        self.tensors = {tensor.name: tensor for tensor in reader.tensors}
 
     def field(self, name: str, default: Any = None) -> Any:
         """Return a value of the file's header; `default` where it has none."""
-        found = self.reader.get_field(name)
-        return default if found is None else found.contents()
+        return self.fields.get(name, default)
 
     def number(self, name: str) -> Any:
         """Return a number of the architecture."""

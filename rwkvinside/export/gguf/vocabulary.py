@@ -60,7 +60,7 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, eos: list[int]) ->
     Args:
         tokenizer: the teacher's.
         rows: of the embedding.
-        eos: ids that end a text, as the teacher's generation configuration says; []: the tokenizer's.
+        eos: ids that end a text, as the teacher's configuration says; []: the tokenizer's.
 
     Raises:
         UserError: llama.cpp has no tokenizer that works like this one.

@@ -39,6 +39,8 @@ CONTEXT = 2**20  # tokens that llama.cpp says the model can read: a recurrence h
 # Of logits against the trained model's with the file's weights, in units of the largest: that model computes in fp32,
 # and a wrong layout is as wrong as the logits are large.
 TOLERANCE = 1e-3
+# fields that the library writes or makes
+OF_THE_FORMAT = {"general.architecture", "GGUF.version", "GGUF.tensor_count", "GGUF.kv_count"}
 DOCUMENTS = 8  # of validation data that are compared
 HINT = "convert with --recipe gguf, whose students it can run, or export --to hf"
 
@@ -258,6 +260,8 @@ def _vocabulary(run: TrainedRun) -> Vocabulary:
 
 
 def _compare_header(file: GGUFModel, path: Path, fields: dict[str, Any]) -> None:
+    if odd := [name for name in file.fields if name not in fields and name not in OF_THE_FORMAT]:
+        raise VerificationError(f"{path} is damaged: {odd[0]!r} was not written")
     for name, wanted in fields.items():
         found = file.field(name)
         same = np.float32(wanted) == found if isinstance(wanted, float) else found == wanted
