@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -70,11 +71,14 @@ def _read(file: Path) -> dict[str, Tensor]:
             return load_file(file)
         with warnings.catch_warnings(action="ignore"):  # of old pickles, which are read or refused
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError as error:  # whose text tells how to run its code
+        raise UserError(
+            f"{file} is damaged, or not a file of tensors alone",
+            "copy it again; code in a pickle is not run: save the state dict alone",
+        ) from error
     except DAMAGED as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{file} cannot be read: {reason[:160]}", "copy it again; a pickle may hold tensors and nothing else"
-        ) from error
+        raise UserError(f"{file} cannot be read: {reason[:160]}", "copy it again") from error
     if not isinstance(content, Mapping) or not content or not all(isinstance(t, Tensor) for t in content.values()):
         raise UserError(
             f"{file} is no mapping of names to tensors", "give the state dict itself, without optimizer or wrapper"
