@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import zipfile
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -160,6 +161,8 @@ def check_files(teacher: TeacherConfig) -> None:
         return
     for file in sorted(folder.glob("*.json")) + sorted(folder.glob("*.bin")):
         _check_pointer(file)
+    for file in sorted(folder.glob("pytorch_model*.bin")):
+        _check_pickle(file)
     files = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.is_file() and not (folder / "model.safetensors").is_file():
@@ -187,6 +190,13 @@ def _check_pointer(file: Path) -> None:
     with file.open("rb") as content:
         if content.read(len(POINTER)) == POINTER:
             raise UserError(f"{file} is a git-lfs pointer, not the file itself", "fetch it: git lfs pull")
+
+
+def _check_pickle(file: Path) -> None:
+    with file.open("rb") as content:
+        is_old = content.read(1) == b"\x80"  # a pickle without a zip around it
+    if not is_old and not zipfile.is_zipfile(file):
+        raise UserError(f"{file} is damaged, or not a file of weights", "copy it again")
 
 
 def _tensor_shapes(file: Path) -> dict[str, list[int]]:
