@@ -37,6 +37,11 @@ import torch  # noqa: E402
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import interpreter
+
+    interpreter.make_quick()
+
 
 # What a test is, where it does not say so itself: by its file or folder, the longest name that fits. All others: unit.
 TIERS = {
