@@ -1,27 +1,9 @@
-"""What keeps tests of kernels in Triton's interpreter short: itself, and which of their cases run in it."""
+"""Triton's interpreter, quicker than it comes."""
 
 import dataclasses
 import functools
-import itertools
 
-import triton
 from triton.runtime import interpreter
-
-
-def pairwise(*values):
-    """Return the cases of several parameters: on a GPU all products, in the interpreter every two values together."""
-    cases = list(itertools.product(*values))
-    if not triton.knobs.runtime.interpret:
-        return cases
-
-    def pairs(case):
-        return set(itertools.combinations([(place, repr(value)) for place, value in enumerate(case)], 2))
-
-    chosen, missing = [], set().union(*map(pairs, cases))
-    while missing:
-        chosen.append(max(cases, key=lambda case: len(pairs(case) & missing)))
-        missing -= pairs(chosen[-1])
-    return chosen
 
 
 def make_quick() -> None:

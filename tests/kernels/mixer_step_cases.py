@@ -6,8 +6,8 @@ import copy
 import pytest
 import torch
 import triton
+from cases import pairwise
 from generation_cases import LAYOUTS, VOCAB, build
-from interpreter import pairwise
 from recorded_graph import Capture, RecordedGraph
 
 from rwkvinside import kernels

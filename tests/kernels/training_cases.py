@@ -8,8 +8,8 @@ import contextlib
 
 import pytest
 import torch
+from cases import pairwise
 from hybrid_cases import packed, teacher
-from interpreter import pairwise
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rwkvinside.hybrid.calibration import teacher_norms
