@@ -37,6 +37,11 @@ import torch  # noqa: E402
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import interpreter
+
+    interpreter.make_quick()
+
 
 # What a test is, where it does not say so itself: by its file or folder, the longest name that fits. All others: unit.
 TIERS = {
@@ -62,6 +67,7 @@ TIERS = {
     "vectors/test_text.py": "integration",
     "vectors/test_train.py": "integration",
 }
+LONGEST = ("test_docs.py", "planning/test_memory.py", "planning/test_plan.py", "kernels/test_mixer.py")  # minutes each
 ORDER = ("distributed", "integration", "gpu", "unit")  # what takes long begins first, so that workers end together
 
 
@@ -79,7 +85,8 @@ def pytest_collection_modifyitems(items):
     """Mark every test with its tier and put what takes long first."""
     for item in items:
         item.add_marker(tier_of(item))
-    items.sort(key=lambda item: ORDER.index(tier_of(item)))
+    long = [REPOSITORY / "tests" / name for name in LONGEST]
+    items.sort(key=lambda item: (ORDER.index(tier_of(item)), item.path not in long))
 
 
 def pytest_runtest_setup(item):

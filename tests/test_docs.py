@@ -70,10 +70,13 @@ SMALLER = {
     "rwkvinside lm state": ["--chunk-size", "32", "--tokens", "16"],
     "rwkvinside data logits": ["stages.distill.tokens=512", "device=cpu"],
 }
-# the same for what `eval` is asked for, each with its own options
-SMALLER_EVAL = {
-    "--recall": ["--samples", "1", "--depths", "2"],
-    **dict.fromkeys(("--write", "--begin"), ["--write-tokens", "4"]),
+# the same for what a command is asked for, each with its own options
+SMALLER_ASKED = {
+    "rwkvinside eval": {
+        "--recall": ["--samples", "1", "--depths", "2"],
+        **dict.fromkeys(("--write", "--begin"), ["--write-tokens", "4"]),
+    },
+    "rwkvinside layers": {"--distill": ["--distill", "1k"]},
 }
 # how a command begins -> why its arguments are parsed and no more
 ONLY_PARSED = {
@@ -85,6 +88,7 @@ ONLY_PARSED = {
     "rwkvinside bench gpu": "needs a GPU; tests/bench runs it dry",
     "rwkvinside bench head": "starts processes that measure for minutes; tests/bench runs it",
     "rwkvinside eval DIR --teacher TEACHER --tasks": "downloads tasks; tests/evaluate runs some that are files",
+    "convert_checkpoint.py export RUN --to gguf": "RUN here is of another recipe; tests/export/test_gguf.py runs it",
     "rwkvinside eval RUN --ask": "the teacher here has no chat template; tests/demo asks one that has",
     "rwkvinside chat": "talks with whoever types; tests/cli/test_chat.py runs it",
     "rwkvinside data generate --teacher SmolLM2-135M": "writes 650,000 tokens on a GPU; docs/training.md writes fewer",
@@ -240,8 +244,8 @@ def check(words, capsys, only_parsed=False):
         if words[:2] == ["rwkvinside", "data"] and preset:  # its tokenizer is on the hub
             words[words.index("--teacher") + 1] = "TEACHER"
         words = [*words, *(word for key in begins for word in SMALLER[key])]
-        if words[:2] == ["rwkvinside", "eval"]:
-            words += [word for flag, more in SMALLER_EVAL.items() if flag in words for word in more]
+        asked = SMALLER_ASKED.get(" ".join(words[:2]), {})
+        words += [word for flag, more in asked.items() if flag in words for word in more]
         if "export" in words or trains:  # what the commands around this one have left
             shutil.rmtree(option(words, "--out") or "from-yaml", ignore_errors=True)
     assert exit_code(words) == 0, shlex.join(words)

@@ -7,7 +7,6 @@ value projections, a gated MLP. A family says what differs.
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -300,8 +299,8 @@ class Family(ABC):
         Args:
             name: below the causal language model.
         """
-        match = re.match(rf"{re.escape(self.layers_path)}\.(\d+)\.", name)
-        return None if match is None else int(match[1])
+        index, dot, _ = name.removeprefix(before := f"{self.layers_path}.").partition(".")
+        return int(index) if dot and index.isdecimal() and name.startswith(before) else None
 
     def group_of(self, name: str) -> tuple[str, ...]:
         """Return the groups of a parameter of the teacher, from wide to narrow.
@@ -315,9 +314,11 @@ class Family(ABC):
         for path, group in ((self.embedding_path, "embed"), (self.head_path, "head")):
             if name.startswith(f"{path}."):
                 return (group,)
+        if self.layer_of(name) is None:
+            return ("norms",)
         _, _, inside = name.removeprefix(f"{self.layers_path}.").partition(".")
         for path, group in ((self.attention_path, "attention"), (self.mlp_path, "mlp")):
-            if self.layer_of(name) is not None and inside.startswith(f"{path}."):
+            if inside.startswith(f"{path}."):
                 return (group,)
         return ("norms",)
 

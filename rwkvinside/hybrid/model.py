@@ -32,7 +32,7 @@ from .attention_wrapper import AttentionWrapper
 from .carried_rows import CarriedRows
 from .document_attention import Window, attend_within_documents, backbone_outputs, kept_windows
 from .experts import StackedExperts, expert_weights
-from .freezing import GROUPS, canonical_name, group_of, weight_names
+from .freezing import GROUPS, TEACHER, canonical_name, group_of, walk, weight_names
 from .layouts import LayerChoice, resolve_layout
 from .lm_head import Head, HeadTask, LMHeadLoss, shaped
 from .quantized_linear import QuantizedLinear
@@ -295,9 +295,10 @@ class HybridModel(nn.Module):
         the embedding is listed under both names.
         """
         return {
-            canonical_name(name): parameter
-            for name, parameter in self.named_parameters(remove_duplicate=False)
-            if name.startswith("lm.") and ".teacher_attn." not in name and not name.endswith(".packed")
+            canonical_name(f"{path}.{name}"): parameter
+            for path, module in walk(self.lm, without=f"{TEACHER}_attn")
+            for name, parameter in module._parameters.items()
+            if parameter is not None and name != "packed"
         }
 
     def linear_layers(self) -> dict[str, str]:
@@ -314,8 +315,7 @@ class HybridModel(nn.Module):
     @property
     def quantized(self) -> dict[str, QuantizedLinear]:
         """Quantized layers by canonical name."""
-        layers = self.lm.named_modules()
-        return {canonical_name(name): layer for name, layer in layers if isinstance(layer, QuantizedLinear)}
+        return {canonical_name(name): layer for name, layer in walk(self.lm) if isinstance(layer, QuantizedLinear)}
 
     @property
     def tied(self) -> bool:
@@ -364,7 +364,7 @@ class HybridModel(nn.Module):
 
         Empty as long as that mode is the teacher.
         """
-        return sorted(self.trained - self.mixer_names() - {n for n in self.trained if is_adapter(n)})
+        return sorted(name for name in self.trained if self.group_of(name)[0] not in ("mixer", "adapters"))
 
     def matching(self, pattern: str) -> set[str]:
         """Return the canonical names of trainable parameters that a pattern names.

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from generation_cases import check_paths
+from generation_cases import PADDED, check_paths
 from hybrid_cases import SLIDING, VOCAB, attention_mask_4d, batch_of, doubled, logits, packed, teacher
 from plans import layer_spec
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -481,7 +481,8 @@ def test_the_export_computes_what_was_trained(case, exported, prompt):
 
 
 def test_generation(exported, prompt):
-    check_paths(exported, prompt, new=8)
+    """Each way once; tests/modeling/test_generation.py has all of them together."""
+    check_paths(exported, prompt, new=6, chunks=(5,), padded_ways=PADDED[:2])
 
 
 def test_cached_logits_equal_a_full_pass(case, exported, prompt):

@@ -53,12 +53,15 @@ def greedy(model, ids, new=NEW, **kwargs):
     return model.generate(ids, max_new_tokens=new, do_sample=False, **kwargs)[:, -new:]
 
 
-def check_paths(model, prompt, new=NEW):
+PADDED = ({}, {"prefill_chunk_size": 1}, {"use_cache": False}, {"prefill_chunk_size": 6})
+
+
+def check_paths(model, prompt, new=NEW, chunks=(1, 5, 16), padded_ways=PADDED):
     """Greedy tokens with cache = without = in chunks = from left-padded rows = continued from a returned cache."""
     expected = greedy(model, prompt, new, use_cache=False)
     assert expected.unique().numel() > new // 4, "a model that repeats one token would pass anything"
     assert torch.equal(greedy(model, prompt, new), expected)
-    for chunk in (1, 5, 16):
+    for chunk in chunks:
         assert torch.equal(greedy(model, prompt, new, prefill_chunk_size=chunk), expected), (
             f"prefill in chunks of {chunk}"
         )
@@ -69,7 +72,7 @@ def check_paths(model, prompt, new=NEW):
     mask = torch.ones_like(padded)
     mask[0, :8] = 0
     both = torch.cat([alone, expected[1:]])
-    for kwargs in ({}, {"use_cache": False}, {"prefill_chunk_size": 1}, {"prefill_chunk_size": 6}):
+    for kwargs in padded_ways:
         assert torch.equal(greedy(model, padded, new, attention_mask=mask, **kwargs), both), f"left padding, {kwargs}"
 
     first = model.generate(prompt, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)

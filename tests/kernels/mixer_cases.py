@@ -22,6 +22,7 @@ from rwkvinside.modeling.time_mixer import MixerState, TimeMixer
 
 DEVICE = "cpu" if INTERPRETED.value else "cuda"
 D = 24
+T = 19  # of two rows: several programs of every kernel, the last ones not full
 WINDOWED = {"window": 5, "sinks": 2, "window_mix": "softmax"}
 CLOSE = 1e-6 if INTERPRETED.value else 5e-6  # a GPU's exp2, log, and order of summation cost a little
 
@@ -136,15 +137,15 @@ def tokens(B, T):
 @pytest.mark.parametrize("is_first, kv_heads", [(True, 4), (False, 2)], ids=["first-MHA", "later-GQA"])
 def test_every_preset(preset, is_first, kv_heads):
     mixer, reference = make(preset, kv_heads=kv_heads, is_first=is_first)
-    compare(mixer, reference, tokens(2, 35), first_for(mixer, 2, 35), rope_of(16, 35))
+    compare(mixer, reference, tokens(2, T), first_for(mixer, 2, T), rope_of(16, T))
 
 
 @pytest.mark.usefixtures("no_recurrence")
 @pytest.mark.parametrize(
     "preset, N, T",
     [
-        *(("cxa079", 8, 3), ("cxa079", 40, 11), ("cxa079", 64, 33), ("cxa079", 128, 9), ("cxa079", 256, 3)),
-        *(("cxa078", 16, 65), ("cxa078", 64, 3), ("cxa078", 128, 37), ("cxa078", 256, 3)),
+        *(("cxa079", 8, 3), ("cxa079", 40, 11), ("cxa079", 64, 19), ("cxa079", 128, 9), ("cxa079", 256, 3)),
+        *(("cxa078", 16, 35), ("cxa078", 64, 3), ("cxa078", 128, 19), ("cxa078", 256, 3)),
     ],
 )
 def test_every_head_size_and_ragged_lengths(preset, N, T):
@@ -176,7 +177,7 @@ def test_norms_over_all_heads_and_rotations_of_a_part(norm_over, rotated):
 @pytest.mark.parametrize("heads, kv_heads", [(7, 1), (6, 2), (1, 1)])
 def test_groups_of_any_size(heads, kv_heads):
     mixer, reference = make("cxa079", heads=heads, kv_heads=kv_heads)
-    compare(mixer, reference, tokens(1, 40), first_for(mixer, 1, 40), rope_of(16, 40))
+    compare(mixer, reference, tokens(1, 33), first_for(mixer, 1, 33), rope_of(16, 33))
 
 
 @pytest.mark.usefixtures("no_recurrence")
@@ -220,7 +221,7 @@ def test_with_the_recurrence(preset):
 )
 def test_windows(preset, is_first, window_mix):
     mixer, reference = make(preset, is_first=is_first, window=6, sinks=2, window_mix=window_mix)
-    compare(mixer, reference, tokens(2, 35), first_for(mixer, 2, 35), rope_of(16, 35))
+    compare(mixer, reference, tokens(2, T), first_for(mixer, 2, T), rope_of(16, T))
 
 
 @pytest.mark.parametrize("preset", ["cxa079", "rad", "x070"])
@@ -240,12 +241,14 @@ def test_windows_continue(preset):
     assert_close({"y": torch.cat(parts, 1)}, {"y": whole.detach()})
 
 
-@pytest.mark.parametrize("is_first", [True, False])
-@pytest.mark.parametrize("preset, window", [("cxa079", WINDOWED), ("rad", {}), ("x070", {})])
+@pytest.mark.parametrize(
+    "preset, is_first, window",
+    [("cxa079", True, {}), ("cxa079", False, WINDOWED), ("rad", False, {}), ("x070", True, {})],
+)
 def test_what_is_computed_again_is_the_same(preset, is_first, window):
     """From a state, of which the recurrence begins both times."""
     mixer, _ = make(preset, is_first=is_first, **window)
-    x, first, rope = tokens(2, 20), first_for(mixer, 2, 20), rope_of(16, 20)
+    x, first, rope = tokens(1, 17), first_for(mixer, 1, 17), rope_of(16, 17)
     state = mixer(x, first=first, rope=rope)[2].map(torch.Tensor.detach)
     kept, again = (
         results(mixer, x, first, rope, torch.float32, state=state, recompute=recompute) for recompute in (False, True)
@@ -269,7 +272,7 @@ def test_masks_and_packed_documents(preset, window):
 @pytest.mark.usefixtures("no_recurrence")
 def test_bf16_is_no_further_off_than_pytorch(preset, is_first, window):
     mixer, reference = make(preset, is_first=is_first, **window)
-    x, first, rope = tokens(2, 35), first_for(mixer, 2, 35), rope_of(16, 35)
+    x, first, rope = tokens(2, T), first_for(mixer, 2, T), rope_of(16, T)
     exact = results(reference, x, first, rope, torch.float64)
     plain = copy.deepcopy(mixer)
     plain.mixer_config = mixer.mixer_config.replace(backend="chunked")
@@ -334,7 +337,7 @@ def test_strided_projections_are_not_copied():
 def test_how_the_work_is_cut_changes_no_gradient(key_scale):
     """Programs of one block and of several, and tokens that fill neither blocks nor programs."""
     torch.manual_seed(0)
-    B, T, H, G, N = 1, 21, 6, 2, 64
+    B, T, H, G, N = 1, 21, 4, 2, 64
     heads = dict(r=H, k=G, v=G, decay=H, iclr=H, key_gate=G, k_first=G, value_gate=H, v_first=G)
     given = {name: torch.randn(B, T, count, N, device=DEVICE) for name, count in heads.items()}
     counts = dict(w0=H, a0=H, k0=G, v0=H, r_k=H) | (dict(k_k=H, k_a=H) if key_scale == "k_a" else {})

@@ -400,7 +400,8 @@ def test_a_cache_of_others_is_refused(home, fault, tmp_path, monkeypatch):
 def test_compiled_into_the_users_cache_once(tmp_path, fault):
     """In processes of their own, with nothing built at installation; whatever is wrong, the recurrence runs."""
     code = (
-        "import warnings, torch; from pathlib import Path; from rwkvinside.kernels.native import library\n"
+        "import warnings, torch; from pathlib import Path; from rwkvinside.kernels.native import build, library\n"
+        "build.FLAGS += '-O0',  # compiles fast\n"
         "Path.glob = lambda self, pattern: iter(())\n"
         "from rwkvinside.modeling.wkv7 import wkv7\n"
         "x = [torch.zeros(1, 2, 1, 8) for _ in range(6)]\n"

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from cases import pairwise
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rwkvinside.modeling import window_attention as window_module
@@ -173,11 +174,11 @@ def test_windows_wider_than_a_block(window, sinks):
         assert (window_attention(*given, **options)[0] - dense_window_attention(*given, **options)).abs().max() < 1e-10
 
 
-@pytest.mark.parametrize("case", ["rows", "left", "right", "scattered", "nothing"])
-@pytest.mark.parametrize("window, sinks, scored", SIZES)
-@pytest.mark.parametrize("chunk", [1, 2, 7, 33])
-def test_chunks_with_a_state_equal_the_whole(chunk, window, sinks, scored, case):
-    given, mask = inputs(150), options_of(case)["mask"]
+@pytest.mark.parametrize(
+    "chunk, size, case", pairwise([1, 2, 7, 33], SIZES, ["rows", "left", "right", "scattered", "nothing"])
+)
+def test_chunks_with_a_state_equal_the_whole(chunk, size, case):
+    (window, sinks, scored), given, mask = size, inputs(150), options_of(case)["mask"]
     options = {"window": window, "sinks": sinks} | far(scored)
     whole, end = window_attention(*given, mask=mask, **options)
     for inplace in (False, True):

@@ -56,9 +56,10 @@ def test_every_teacher_plans_with_every_variant(name):
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("name", sorted(teachers()))
-def test_every_teacher_plans_with_every_recipe(name):
-    for recipe in recipes():
+@pytest.mark.parametrize("place, name", enumerate(sorted(teachers())))
+def test_every_teacher_and_every_recipe_plan(place, name):
+    """A third of the recipes each: of every recipe there are three teachers."""
+    for recipe in sorted(recipes())[place % 3 :: 3]:
         config = load_config(teacher=name, recipe=recipe, overrides=GPU)
         text = plan_text(resolve(config), config)
         assert f"\nrecipe    {recipe}\n" in text and "warning" not in text
