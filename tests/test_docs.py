@@ -88,7 +88,6 @@ ONLY_PARSED = {
     "rwkvinside bench gpu": "needs a GPU; tests/bench runs it dry",
     "rwkvinside bench head": "starts processes that measure for minutes; tests/bench runs it",
     "rwkvinside eval DIR --teacher TEACHER --tasks": "downloads tasks; tests/evaluate runs some that are files",
-    "convert_checkpoint.py export RUN --to gguf": "RUN here is of another recipe; tests/export/test_gguf.py runs it",
     "rwkvinside eval RUN --ask": "the teacher here has no chat template; tests/demo asks one that has",
     "rwkvinside chat": "talks with whoever types; tests/cli/test_chat.py runs it",
     "rwkvinside data generate --teacher SmolLM2-135M": "writes 650,000 tokens on a GPU; docs/training.md writes fewer",
