@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import torch
 
 from ..config.schema import Config
 from ..data.sources import describe
+from ..errors import UserError
 from ..export.gguf.layout import ARCHITECTURE as LLAMA_CPP
+from ..export.gguf.layout import NARROW, WIDE_HEADS
+from ..export.gguf.vocabulary import vocabulary
 from ..export.limits import reasons_against
+from ..families.registry import find
 from ..hybrid.assemble import apply, layer_lines
 from ..hybrid.model import HybridModel
 from ..hybrid.row_states import row_bytes
@@ -23,7 +28,7 @@ from ..stages.plan import RunPlan, RunSettings, StagePlan
 from ..stages.teacher import meta_online_teacher
 from ..support.text import rounded_bytes, rounded_count, rounded_flop, spans
 from ..teacher.kinds import TeacherKind
-from ..teacher.load import meta_teacher, teacher_config
+from ..teacher.load import meta_teacher, open_tokenizer, teacher_config
 from ..training.deepspeed_config import deepspeed_config, settle
 from ..training.loggers import check_loggers
 from ..training.optimizer_8bit import check_optimizer
@@ -91,9 +96,21 @@ def run_warnings(run: RunSettings) -> list[str]:
     student = run.student
     missing = [] if run.teacher.fresh else student.missing_of_variant()
     warnings = [f"not the published {student.preset}: {'; '.join(missing)}"] if missing else []
-    if student.preset == LLAMA_CPP and (reasons := reasons_against(teacher_config(run.teacher), student)["gguf"]):
-        warnings.append(f"llama.cpp will not run this student: {'; '.join(reasons)}")
-    return warnings
+    return warnings + (_llama_cpp_warnings(run) if student.preset == LLAMA_CPP else [])
+
+
+def _llama_cpp_warnings(run: RunSettings) -> list[str]:
+    """Return why llama.cpp will not run a student that is made for it, or where it will not."""
+    config, reasons = teacher_config(run.teacher), []
+    reasons += reasons_against(config, run.student)["gguf"]
+    if any(Path(run.teacher.path).glob("tokenizer*")):  # else it is on the hub, and the export looks at it
+        try:
+            vocabulary(open_tokenizer(run.teacher), config)
+        except UserError as error:
+            reasons.append(error.cause)
+    if reasons:
+        return [f"llama.cpp will not run this student: {'; '.join(reasons)}"]
+    return [WIDE_HEADS] if find(config.model_type).attention_fields(config, 0)["head_size"] > NARROW else []
 
 
 def disk_bytes(plan: StagePlan, model: HybridModel, keep: int) -> int:

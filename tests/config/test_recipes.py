@@ -1,6 +1,7 @@
 """Recipes: what they set, where they stand between presets and the user, and that a tiny model runs through each."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -151,8 +152,20 @@ def test_a_tiny_model_runs_through(name, material, tmp_path):
 
 
 def test_a_student_for_llama_cpp_that_it_will_not_run_is_warned_of(tmp_path):
-    sizes = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
-    for name, changes, said in (("fits", {}, None), ("odd", {"head_dim": 32}, "2 heads of 32 are not the width 128")):
-        config = load_config(teacher=save_configuration(tmp_path / name, **sizes | changes), recipe="gguf")
+    sizes = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64, "vocab_size": 300}
+    byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    for name, changes, said in (
+        ("fits", {}, ""),
+        ("wide", {"hidden_size": 256, "head_dim": 128}, "with Metal it ends, with Vulkan it computes them wrong"),
+        ("odd", {"head_dim": 32}, "llama.cpp will not run this student: 2 heads of 32 are not the width 128"),
+        ("words", {}, "llama.cpp will not run this student: llama.cpp cannot use the teacher's tokenizer: it changes"),
+    ):
+        teacher = save_configuration(tmp_path / name, **sizes | changes)
+        if name == "words":
+            facts = json.loads((tmp_path / "tokenizer" / "tokenizer.json").read_text())
+            facts["normalizer"] = {"type": "Lowercase"}
+            (Path(teacher) / "tokenizer.json").write_text(json.dumps(facts))
+            shutil.copy(tmp_path / "tokenizer" / "tokenizer_config.json", teacher)
+        config = load_config(teacher=teacher, recipe="gguf")
         text = plan_text(resolve(config), config)
-        assert (said is None) == ("llama.cpp will not run" not in text) and (said is None or said in text)
+        assert said in text and ("warning" in text) == bool(said)

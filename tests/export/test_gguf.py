@@ -2,12 +2,14 @@
 
 import json
 import urllib.request
+from pathlib import Path
 
 import pytest
 import torch
 from finished_run import save_run, save_teacher
 from tiny import byte_tokenizer
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from rwkvinside.errors import UserError, VerificationError
 from rwkvinside.export.gguf.engine import GGUFModel
@@ -32,8 +34,10 @@ SIZES = {
 }
 
 
-def teacher(folder, family="llama", **fields):
-    tokenizer = byte_tokenizer("<s>", "<|user|>", "</s>", bos_token="<s>", eos_token="</s>", chat_template="{{ x }}")
+def teacher(folder, family="llama", tokenizer=None, **fields):
+    if tokenizer is None:
+        named = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": "{{ x }}"}
+        tokenizer = byte_tokenizer("<s>", "<|user|>", "</s>", **named)
     save_teacher(folder, family, vocab_size=len(tokenizer) + 5, **SIZES | fields)
     tokenizer.save_pretrained(folder)
     return folder
@@ -85,11 +89,18 @@ class LlamaCpp:
 
 # the token shift, the group norm and learned k_k and k_a are of x070; biases and norms of queries are left out
 @pytest.mark.parametrize(
-    "family, student",
-    [("llama", {}), ("qwen3", {}), ("qwen2", {}), ("llama", {"preset": "x070"}), ("mistral", {"output_scale": 0.5})],
+    "family, student, fields",
+    [
+        ("llama", {}, {"tie_word_embeddings": True}),
+        ("qwen3", {}, {"hidden_size": 256, "head_dim": 128}),
+        ("qwen2", {}, {}),
+        ("llama", {"preset": "x070"}, {}),
+        ("mistral", {"output_scale": 0.5}, {}),
+    ],
 )
-def test_llama_cpp_computes_the_trained_model(tmp_path, family, student):
-    run, out = finished(tmp_path, student, family=family, tie_word_embeddings=family == "llama"), tmp_path / "s.gguf"
+def test_llama_cpp_computes_the_trained_model(tmp_path, family, student, fields):
+    run = finished(tmp_path, student, family=family, **{"tie_word_embeddings": False} | fields)
+    out = tmp_path / "s.gguf"
     export(run, out, "gguf", dtype="float32")
     engine, model = LlamaCpp(out), open_run(run).load_model()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "teacher")
@@ -107,6 +118,57 @@ def test_llama_cpp_computes_the_trained_model(tmp_path, family, student):
         logits[258] = -torch.inf
         ids = [*ids, int(logits.argmax())]
     assert written["tokens"] == ids[-12:]
+
+
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN2, LLAMA3 = (rf"{WORDS}|{digits}|{REST}" for digits in (r"\p{N}", r"\p{N}{1,3}"))
+MARKS = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]")
+
+
+def trained_tokenizer(kind):
+    """A tokenizer with merges, of the parts that a published one of its kind has."""
+    byte_level = kind != "sentencepiece"
+    tokenizer = Tokenizer(models.BPE(**{} if byte_level else {"byte_fallback": True, "unk_token": "<unk>"}))
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind in ("gpt2", "smollm"))
+    alphabet, bytes_ = pre_tokenizers.ByteLevel.alphabet() if byte_level else [], [f"<0x{i:02X}>" for i in range(256)]
+    if not byte_level:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    elif kind == "gpt2":
+        tokenizer.pre_tokenizer = level
+    else:
+        regex = {"qwen2": QWEN2, "llama3": LLAMA3}.get(kind)
+        first = pre_tokenizers.Split(Regex(regex), "isolated") if regex else pre_tokenizers.Digits(True)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([first, level])
+    if kind == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    special = [*MARKS, *([] if byte_level else bytes_)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([__doc__, *TEXTS, Path(__file__).read_text(encoding="utf-8")], trainer)
+    facts = json.loads(tokenizer.to_str())
+    facts["added_tokens"] = [token for token in facts["added_tokens"] if token["content"] in MARKS]
+    facts["model"]["ignore_merges"] = kind == "llama3"
+    tokenizer = Tokenizer.from_str(json.dumps(facts))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "smollm", "qwen2", "llama3", "sentencepiece"])
+def test_llama_cpp_cuts_texts_as_the_tokenizer(tmp_path, kind):
+    tokenizer = trained_tokenizer(kind)
+    ends = {"bos_token_id": 1, "eos_token_id": 2}
+    run = finished(tmp_path, tokenizer=tokenizer, **ends, num_hidden_layers=1)
+    export(run, tmp_path / "s.gguf", "gguf")
+    engine = LlamaCpp(tmp_path / "s.gguf")
+    texts = [
+        *(*TEXTS, "DON'T I'LL we've", "  a   b\r\n\r\n c\t\td  ", "१२३ ⅷ ² 1234567", "한국어 ☃", "", " one"),
+        *("[INST] Hello[/INST] the answer</s>", "x [INST]y", "def test(x):\n    return x"),
+    ]
+    for text in texts:
+        wanted = tokenizer(text)["input_ids"]
+        assert engine.ask("/tokenize", content=text, add_special=True, parse_special=True)["tokens"] == wanted, text
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -146,7 +208,7 @@ def test_damage_is_noticed(file, run, tmp_path):
         "in the last tensor": (len(content) - 40, 0x55, "tensor .* differs"),
         "in the architecture": (content.index(b"arwkv7", 40), 0x01, "has architecture"),
         "in the name of a field": (content.index(b"arwkv7.block_count"), 0x01, "was not written"),
-        "in a number": (content.index(b"arwkv7.block_count") + 22, 0x01, "block_count is not what was written"),
+        "in a number": (content.index(b"arwkv7.block_count") + 22, 0x01, "block_count is not what this version writes"),
         "in the record": (content.index(b"step-00000002") + 5, 0x01, "its record"),
         "in a character": (content.index(b"step-00000002") + 5, 0xE0, "damaged: 'utf-8' codec"),
     }
@@ -157,6 +219,12 @@ def test_damage_is_noticed(file, run, tmp_path):
         damaged.write_bytes(changed)
         with pytest.raises(VerificationError, match=what):
             verify(damaged, run)
+    # a tensor's shape: the numbers behind its name
+    at = content.index(b"blk.0.ffn_up.weight") + len(b"blk.0.ffn_up.weight") + 4
+    content[at : at + 16] = content[at + 8 : at + 16] + content[at : at + 8]
+    (tmp_path / "shape.gguf").write_bytes(content)
+    with pytest.raises(VerificationError, match="tensor blk.0.ffn_up.weight differs"):
+        verify(tmp_path / "shape.gguf", run)
     (tmp_path / "short.gguf").write_bytes(content[: len(content) // 2])
     with pytest.raises(VerificationError, match="damaged"):
         verify(tmp_path / "short.gguf", run)
@@ -172,7 +240,11 @@ def test_damage_is_noticed(file, run, tmp_path):
         ({"window": 8}, {}, ["mixers have windows"]),
         ({"attention_layers": [1]}, {}, ["layer 1 keeps attention"]),
         ({}, {"hidden_size": 96}, ["2 heads of 64 are not the width 96"]),
-        ({}, {"hidden_size": 64, "head_dim": 32}, ["heads have 32 dimensions"]),
+        (
+            {},
+            {"hidden_size": 64, "head_dim": 32},
+            ["heads have 32 dimensions, .* for 64 and 128 only"],
+        ),
         ({}, {"mlp_bias": True}, ["the teacher's MLPs are not those of Llama"]),
     ],
 )
@@ -185,6 +257,12 @@ def test_what_llama_cpp_does_not_compute_is_refused(tmp_path, student, fields, r
 
 
 def test_options_and_places_are_refused(file, run, tmp_path):
+    for name, reason in (("student", "no GGUF file"), ("empty.gguf", "a directory")):
+        (tmp_path / "empty.gguf").mkdir(exist_ok=True)
+        with pytest.raises(UserError, match=f"{name} is {reason}\nname a new FILE.gguf"):
+            export(run, tmp_path / name, "gguf")
+    with pytest.raises(UserError, match="none.gguf is not a file"):
+        verify(tmp_path / "none.gguf", run)
     with pytest.raises(UserError, match="exports to gguf have no option tie_embeddings"):
         export(run, tmp_path / "s.gguf", "gguf", tie_embeddings=True)
     with pytest.raises(UserError, match="'separate'\na GGUF file has them merged"):
@@ -208,8 +286,9 @@ class TestVocabulary:
 
     BPE = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}
     LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
-    REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+    def config(self, rows, **fields):
+        return LlamaConfig(vocab_size=rows, **{"bos_token_id": None, "eos_token_id": None} | fields)
 
     def split(self, pattern):
         cut = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
@@ -221,10 +300,11 @@ class TestVocabulary:
         for pre_tokenizer, name in (
             (level, "gpt-2"),
             ({"type": "Sequence", "pretokenizers": [digits, level]}, "smollm"),
-            (self.split(rf"{self.WORDS}|\p{{N}}|{self.REST}"), "qwen2"),
-            (self.split(rf"{self.WORDS}|\p{{N}}{{1,3}}|{self.REST}"), "llama-bpe"),
+            (self.split(QWEN2), "qwen2"),
+            (self.split(LLAMA3), "llama-bpe"),
         ):
-            found = vocabulary(self.made(self.BPE, pre_tokenizer), 5, [])
+            model = self.BPE | {"ignore_merges": name == "llama-bpe"}
+            found = vocabulary(self.made(model, pre_tokenizer), self.config(5))
             assert (found.model, found.pre, found.merges) == ("gpt2", name, ["a b"])
             assert found.tokens[:3] == ["a", "b", "ab"] and found.types == [NORMAL] * 3 + [UNUSED] * 2
 
@@ -233,20 +313,34 @@ class TestVocabulary:
         merges = [["▁", "a"], ["a", "a"]]
         model = {"type": "BPE", "vocab": words, "merges": merges, "byte_fallback": True, "unk_token": "<unk>"}
         steps = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
-        found = vocabulary(self.made(model, normalizer={"type": "Sequence", "normalizers": steps}), 6, [5, 4])
+        made = self.made(model, normalizer={"type": "Sequence", "normalizers": steps})
+        found = vocabulary(made, self.config(6, bos_token_id=2, eos_token_id=[5, 4]))
         assert (found.model, found.add_space_prefix, found.merges) == ("llama", True, None)
         assert found.types == [UNKNOWN, BYTE] + [NORMAL] * 4
         assert found.scores[4] > found.scores[5], "what merges first has the higher score"
-        assert found.ids == {"eos": 5, "eot": 4}
+        assert found.ids == {"bos": 2, "eos": 5, "eot": 5}
+        for scheme in ("first", "always"):  # which llama.cpp would follow behind special tokens, too
+            cut = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+            with pytest.raises(UserError, match="puts spaces before words by a pre-tokenizer"):
+                vocabulary(self.made(model, cut), self.config(6))
+
+    def test_the_end_of_a_turn_is_the_tokenizers_own(self):
+        """Llama 3.1 ends texts by three tokens; Qwen begins them by none, and its configuration names one."""
+        made = self.made(self.BPE, self.LEVEL | {"use_regex": True}, eos_token="ab")
+        found = vocabulary(made, self.config(3, bos_token_id=1, eos_token_id=[0, 1, 2]))
+        assert found.ids == {"bos": 1, "eos": 2, "eot": 2}
+        assert vocabulary(made, self.config(3, eos_token_id=2)).ids == {"bos": 2, "eos": 2}
 
     def test_refusals(self):
         for tokenizer, reason in (
             (self.made(self.BPE, self.split(r"\w+")), "by a rule that llama.cpp does not have"),
             (self.made(self.BPE, self.LEVEL | {"add_prefix_space": True}), "by a rule that llama.cpp does not have"),
+            (self.made(self.BPE | {"ignore_merges": True}, self.LEVEL), "ignore_merges is not what llama.cpp does"),
+            (self.made(self.BPE, self.LEVEL, {"type": "Lowercase"}), "changes texts .* .Lowercase."),
             (self.made({"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}), "its model is WordLevel"),
             (self.made(self.BPE | {"byte_fallback": True}, normalizer={"type": "NFKC"}), "changes texts"),
         ):
             with pytest.raises(UserError, match=reason):
-                vocabulary(tokenizer, 5, [])
+                vocabulary(tokenizer, self.config(5))
         with pytest.raises(UserError, match="'ab' with id 2, and the model 2 rows"):
-            vocabulary(self.made(self.BPE, self.LEVEL), 2, [])
+            vocabulary(self.made(self.BPE, self.LEVEL), self.config(2))

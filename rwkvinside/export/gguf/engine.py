@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -59,7 +60,7 @@ class GGUFModel:
         """Return a tensor in fp64, as rows of what it is multiplied with."""
         stored = self.tensors[name]
         values = self._gguf.quants.dequantize(stored.data, stored.tensor_type)
-        return torch.from_numpy(values.copy()).double().view(*map(int, reversed(stored.shape)))
+        return torch.from_numpy(np.array(values, np.float64)).view(*map(int, reversed(stored.shape)))
 
     @torch.no_grad()
     def logits(self, ids: Tensor) -> Tensor:

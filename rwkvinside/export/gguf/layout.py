@@ -20,7 +20,11 @@ from ...modeling.mixer_presets import TimeMixerConfig
 from ...modeling.time_mixer import TimeMixer
 
 ARCHITECTURE = "arwkv7"
-HEAD_SIZES = (64, 128)  # on a GPU it refuses others, on a CPU with AVX-512 it computes them wrong without a word
+NARROW, WIDE = HEAD_SIZES = 64, 128  # others are refused by CUDA, and wrong without a word on a CPU with AVX-512
+WIDE_HEADS = (
+    f"llama.cpp runs heads of {WIDE} on a CPU and with CUDA or SYCL; with Metal it ends, with Vulkan it computes them "
+    "wrong (there: --device none)"
+)
 MIXED_INPUTS = "rwkvag"  # in the order of time_mix_lerp_fused
 REQUIRED = {  # fields of a mixer's configuration, and what to set in their place
     "rope": (False, "mixers rotate"),
@@ -56,7 +60,7 @@ def unsupported(config: PretrainedConfig, family: Family, mixers: Mapping[int, T
         reasons.append(f"{count} heads of {size} are not the width {config.hidden_size}")
     if odd := {size for _, size in heads} - set(HEAD_SIZES):
         sizes = " and ".join(map(str, HEAD_SIZES))
-        reasons.append(f"heads have {min(odd)} dimensions, and llama.cpp is right for {sizes} only")
+        reasons.append(f"heads have {min(odd)} dimensions, and llama.cpp has kernels for {sizes} only")
     if len({(c.rank_decay, c.rank_iclr, c.rank_value, c.rank_gate) for c in mixers.values()}) > 1:
         reasons.append("ranks differ between layers")
     if not family.llama_layers:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ...errors import UserError
 
@@ -22,7 +22,11 @@ SPLITS = {
     rf"{_ENDINGS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}": "llama-bpe",
 }
 GPT2, DIGITS = "gpt-2", "smollm"  # the expression of ByteLevel itself, alone and behind single digits
-SUPPORTED = "byte-level BPE that cuts words as GPT-2, SmolLM2, Qwen2 or Llama 3 do, or SentencePiece BPE with bytes"
+MERGES_IGNORED = {"llama-bpe"}  # rules with which llama.cpp takes a word that is a token as it is
+SUPPORTED = (
+    "byte-level BPE that cuts words as GPT-2, SmolLM2, Qwen2 or Llama 3 do, or SentencePiece BPE with bytes whose "
+    "normalizer puts a space before a text"
+)
 
 
 @dataclass
@@ -54,13 +58,12 @@ class Vocabulary:
     chat_templates: dict[str, Any] = field(default_factory=dict)
 
 
-def vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, eos: list[int]) -> Vocabulary:
+def vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> Vocabulary:
     """Return what llama.cpp has to know of a tokenizer.
 
     Args:
         tokenizer: the teacher's.
-        rows: of the embedding.
-        eos: ids that end a text, as the teacher's configuration says; []: the tokenizer's.
+        config: the teacher's, which may know more ends of a text, and its begin.
 
     Raises:
         UserError: llama.cpp has no tokenizer that works like this one.
@@ -71,22 +74,33 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, eos: list[int]) ->
     facts = json.loads(backend.to_str())
     if facts["model"]["type"] != "BPE":
         raise _unknown(f"its model is {facts['model']['type']}")
+    rows = config.vocab_size
     found = _sentencepiece(facts, rows) if facts["model"].get("byte_fallback") else _byte_level(facts, rows)
     found.add_bos, found.add_eos = _ends(tokenizer)
-    names = {"bos": tokenizer.bos_token_id, "unk": tokenizer.unk_token_id, "pad": tokenizer.pad_token_id}
-    ends = eos or [i for i in (tokenizer.eos_token_id,) if i is not None]
-    names |= dict(zip(("eos", "eot"), ends, strict=False))
+    own, eos = tokenizer.eos_token_id, config.eos_token_id
+    eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    ends = [own] if own is not None and (own in eos or not eos) else list(eos[:1])
+    end = ends[0] if ends else None
+    # without one of its own llama.cpp would take id 11 for the first token, whatever that is
+    begin = next((i for i in (tokenizer.bos_token_id, config.bos_token_id, end) if i is not None), None)
+    # the end of a turn is what a chat's tokenizer calls the end
+    names = {"bos": begin, "eos": end, "eot": end if len(eos) > 1 else None}
+    names |= {"unk": tokenizer.unk_token_id, "pad": tokenizer.pad_token_id}
     found.ids = {name: i for name, i in names.items() if i is not None}
     found.chat_templates = _templates(tokenizer.chat_template)
     return found
 
 
 def _byte_level(facts: dict, rows: int) -> Vocabulary:
-    pre = _rule(facts.get("pre_tokenizer") or {})
-    if pre is None and facts["model"]["merges"]:
+    pre, merges = _rule(facts.get("pre_tokenizer") or {}), facts["model"]["merges"]
+    if pre is None and merges:
         raise _unknown("it cuts words by a rule that llama.cpp does not have")
+    if merges and bool(facts["model"].get("ignore_merges")) != (pre in MERGES_IGNORED):
+        raise _unknown(f"ignore_merges is not what llama.cpp does with its rule {pre}")
+    if other := {step["type"] for step in _steps(facts.get("normalizer") or {}, "normalizers")} - {"NFC"}:
+        raise _unknown(f"it changes texts before it cuts them ({min(other)})")
     tokens, types = _tokens(facts, rows)
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in facts["model"]["merges"]]
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
     # llama.cpp wants at least one: of a tokenizer of single bytes one that makes no token, which is then undone
     return Vocabulary("gpt2", pre or GPT2, tokens, types, merges=merges or [" ".join(tokens[:1] * 2)])
 
@@ -94,13 +108,15 @@ def _byte_level(facts: dict, rows: int) -> Vocabulary:
 def _sentencepiece(facts: dict, rows: int) -> Vocabulary:
     steps = list(_steps(facts.get("normalizer") or {}, "normalizers"))
     cuts = list(_steps(facts.get("pre_tokenizer") or {}, "pretokenizers"))
-    kinds = {step["type"] for step in steps}, {step["type"] for step in cuts}
-    if not (kinds[0] <= {"Prepend", "Replace"} and kinds[1] <= {"Metaspace"}) or not any(kinds):
+    if not {step["type"] for step in steps} <= {"Prepend", "Replace"}:
         raise _unknown("it changes texts before it cuts them")
+    # another space before what follows a special token, or before a text that begins with one: llama.cpp has it always
+    if any(step["type"] != "Metaspace" or step.get("prepend_scheme") != "never" for step in cuts) or not steps + cuts:
+        raise _unknown("it puts spaces before words by a pre-tokenizer, unlike llama.cpp")
     tokens, types = _tokens(facts, rows)
     ranks = {"".join(pair): rank for rank, pair in reversed(list(enumerate(facts["model"]["merges"])))}
     scores = [float(-ranks.get(token, 0)) for token in tokens]
-    prefixed = "Prepend" in kinds[0] or any(step.get("prepend_scheme") != "never" for step in cuts)
+    prefixed = any(step["type"] == "Prepend" for step in steps)
     return Vocabulary("llama", "default", tokens, types, scores=scores, add_space_prefix=prefixed)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ...errors import UserError, VerificationError
 from ...hybrid.assemble import make_plain
@@ -24,8 +27,10 @@ from ..probe import batch_of, fixed_batch, max_difference, mean_kl, run_tokenize
 from ..record import adapters_record, conversion_record, quantized_record
 from ..validation import validation_rows
 from .engine import GGUFModel
-from .layout import ARCHITECTURE, FileTensor, file_tensors
+from .layout import ARCHITECTURE, NARROW, WIDE_HEADS, FileTensor, file_tensors
 from .vocabulary import Vocabulary, vocabulary
+
+logger = logging.getLogger(__name__)
 
 # dtype of the matrices -> llama.cpp's type of tensors, and of the file
 TYPES = {
@@ -41,7 +46,8 @@ CONTEXT = 2**20  # tokens that llama.cpp says the model can read: a recurrence h
 TOLERANCE = 1e-3
 # fields that the library writes or makes
 OF_THE_FORMAT = {"general.architecture", "GGUF.version", "GGUF.tensor_count", "GGUF.kv_count"}
-DOCUMENTS = 8  # of validation data that are compared
+DOCUMENTS, LONGEST = 4, 256  # of validation data that are compared, and their tokens
+SUFFIX = ".gguf"
 HINT = "convert with --recipe gguf, whose students it can run, or export --to hf"
 
 
@@ -76,6 +82,8 @@ def export_gguf(
     quiet_libraries()
     import_extra("gguf", "a GGUF file")
     run, out = open_run(run, checkpoint), check_new(out)
+    if out.is_dir() or out.suffix != SUFFIX:
+        raise UserError(f"output {out} is {'a directory' if out.is_dir() else 'no GGUF file'}", "name a new FILE.gguf")
     check_supported(run)
     dtype = dtype or str(run.teacher_config().dtype or torch.float32).removeprefix("torch.")
     if dtype not in TYPES:
@@ -93,6 +101,8 @@ def export_gguf(
         fields = header(trained, words, dtype) | {CONVERSION: sealed_text(record, indent=2)}
         write_file(partial, fields, tensors, dtype)
         record["verification"] = compare(partial, run, trained, fields, dtype)
+    if fields[f"{ARCHITECTURE}.wkv.head_size"] > NARROW:
+        logger.warning(WIDE_HEADS)
     return record
 
 
@@ -112,6 +122,8 @@ def verify_gguf(path: str | Path, against: str | Path) -> dict:
     """
     quiet_libraries()
     path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} is not a file", "name a file that `export --to gguf` wrote")
     text = GGUFModel(path).field(CONVERSION)
     if text is None:
         raise UserError(f"{path} was not exported by rwkvinside", "name a file that `export --to gguf` wrote")
@@ -224,39 +236,44 @@ def compare(path: Path, run: TrainedRun, trained: HybridModel, fields: dict[str,
         _compare_header(file, path, fields)
         _compare_tensors(file, path, tensors, dtype)
         progress.advance(detail="header and tensors")
-        exact = student_logits(trained, batch)
+        exact, fixed = student_logits(trained, batch), list(batch.input_ids)
         _round(tensors, dtype)
-        computed = file.logits(batch.input_ids)
-        progress.advance(detail="fixed tokens")
-        tokenizer = run_tokenizer(run)
-        documents, _ = validation_rows(run, tokenizer) if tokenizer else (iter(()), "")
-        rows = [ids[None] for _, ids in zip(range(DOCUMENTS), documents, strict=False)]
-        pairs = [(student_logits(trained, batch), computed)]
-        pairs += [(student_logits(trained, batch_of(ids)), file.logits(ids)) for ids in rows]
-        progress.advance(detail="validation documents")
-    result = {
+        rows = [*fixed, *_documents(run)]
+        # the file is read once for all; what stands behind the end of a row changes nothing before it
+        computed = file.logits(pad_sequence(rows, batch_first=True))
+        progress.advance(detail="what llama.cpp computes")
+        apart = []
+        for ids, theirs in zip(rows, computed, strict=True):
+            ours = student_logits(trained, batch_of(ids[None]))[0]
+            apart.append((max_difference(ours, theirs[: len(ids)]), ours.abs().max().item()))
+        progress.advance(detail="logits")
+    difference, largest = (max(values) for values in zip(*apart, strict=True))
+    if not difference <= TOLERANCE * max(1.0, largest):
+        raise VerificationError(f"{path} does not reproduce {run.path}: logits differ by {difference:.3g}")
+    return {
         "passed": True,
         "dtype": dtype,
         "fields": len(fields),
         "tensors": len(tensors),
-        "validation_rows": len(rows),
-        "max_difference": max(max_difference(ours, theirs) for ours, theirs in pairs),
-        "tolerance": TOLERANCE * max(1.0, *(ours.abs().max().item() for ours, _ in pairs)),
-        "rounding_kl": mean_kl(exact, computed),
+        "validation_rows": len(rows) - len(fixed),
+        "max_difference": difference,
+        "tolerance": TOLERANCE * max(1.0, largest),
+        "rounding_kl": mean_kl(exact, computed[: len(fixed), : exact.shape[1]]),
     }
-    if not result["max_difference"] <= result["tolerance"]:
-        raise VerificationError(
-            f"{path} does not reproduce {run.path}: logits differ by {result['max_difference']:.3g}"
-        )
-    return result
+
+
+def _documents(run: TrainedRun) -> list[Tensor]:
+    """Return the beginnings of some validation documents of the run."""
+    tokenizer = run_tokenizer(run)
+    documents, _ = validation_rows(run, tokenizer) if tokenizer else (iter(()), "")
+    return [ids[:LONGEST] for _, ids in zip(range(DOCUMENTS), documents, strict=False)]
 
 
 def _vocabulary(run: TrainedRun) -> Vocabulary:
     tokenizer, config = run_tokenizer(run), run.teacher_config()
     if tokenizer is None:
         raise UserError("the teacher has no tokenizer, which a GGUF file holds", "export --to hf")
-    eos = config.eos_token_id
-    return vocabulary(tokenizer, config.vocab_size, eos if isinstance(eos, list) else [] if eos is None else [eos])
+    return vocabulary(tokenizer, config)
 
 
 def _compare_header(file: GGUFModel, path: Path, fields: dict[str, Any]) -> None:
@@ -266,7 +283,7 @@ def _compare_header(file: GGUFModel, path: Path, fields: dict[str, Any]) -> None
         found = file.field(name)
         same = np.float32(wanted) == found if isinstance(wanted, float) else found == wanted
         if not same:
-            raise VerificationError(f"{path} is damaged: {name} is not what was written")
+            raise VerificationError(f"{path}: {name} is not what this version writes for its run")
 
 
 def _compare_tensors(file: GGUFModel, path: Path, tensors: list[FileTensor], dtype: str) -> None:
@@ -275,7 +292,9 @@ def _compare_tensors(file: GGUFModel, path: Path, tensors: list[FileTensor], dty
         raise VerificationError(f"{path} does not reproduce its run: tensor {odd} is missing, or should not be there")
     for tensor in tensors:
         stored, wanted = file.tensors[tensor.name], _stored(tensor, dtype)
-        if stored.tensor_type != _kind(tensor, dtype) or stored.data.tobytes() != wanted.tobytes():
+        shape = tuple(map(int, reversed(stored.shape)))
+        same = (stored.tensor_type, shape) == (_kind(tensor, dtype), tuple(tensor.read().shape))
+        if not same or stored.data.tobytes() != wanted.tobytes():
             raise VerificationError(f"{path} does not reproduce its run: tensor {tensor.name} differs")
 
 
