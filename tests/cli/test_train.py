@@ -82,7 +82,7 @@ def test_dry_run_for_a_gpu_that_is_not_here(teacher, capsys, tmp_path):
     shown = capsys.readouterr().out
     assert "\ndevice    H100, bf16, 2 ranks, " in shown and "fits a GPU of" not in shown
     assert cli.main(["plan", *argv, "-v", "--gpu", "H100", "--ranks", "2"]) == 0
-    assert capsys.readouterr().out.endswith(shown)
+    assert f"{shown}\nexports   hf\n" in capsys.readouterr().out
     assert train_distill.main([*argv, "--dry-run", "--gpu", "nonsense"]) == 2
     assert "nonsense" in capsys.readouterr().err
     for option in (["--gpu", "H100"], ["--ranks", "2"]):
@@ -115,7 +115,7 @@ def test_dry_run_of_one_stage_knows_what_came_before(teacher, capsys):
         (["stages.align.train=[mixr]"], "train pattern 'mixr' matches no parameter"),
         (["stages.align.train=['mixer(']"], "is not a regular expression"),
         (["stages.distill.teacher=same"], "teacher: same cannot be used"),
-        (["student.preset=x070"], "student.preset='x070'"),
+        (["student.preset=x070", "student.linear_attention=true"], "linear attention has none"),
     ],
 )
 def test_bad_input_ends_in_one_line_of_cause_and_one_of_cure(teacher, capsys, overrides, cause):

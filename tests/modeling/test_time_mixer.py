@@ -70,9 +70,10 @@ def oracle(m, preset, x, first, rope):
                 xr, xw, xk, xv, xa, xg = (xt + (before - xt) * p[f"x_{n}"][0, 0] for n in "rwkvag")
             else:
                 xr = xw = xk = xv = xa = xg = xt
-            r = p["receptance.weight"] @ xr + p["receptance.bias"]
-            k = p["key.weight"] @ xk + p["key.bias"]
-            v = p["value.weight"] @ xv + p["value.bias"]
+            r, k, v = (
+                p[f"{name}.weight"] @ given + (p[f"{name}.bias"] if f.get("qkv_bias", True) else 0)
+                for name, given in (("receptance", xr), ("key", xk), ("value", xv))
+            )
 
             def per_head(vector, weight, t=t):
                 parts = []
