@@ -8,10 +8,13 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..data.batch import IGNORE, Batch
+from ..errors import VerificationError
+from ..hybrid.assemble import adapter_names, make_plain
 from ..hybrid.lm_head import Logits
 from ..hybrid.model import HybridModel
 from ..runs.trained import TrainedRun
 
+PLAIN_TOLERANCE = 1e-5  # of logits of 1 and less, else relative to the largest: sums in another order
 ROWS, TOKENS, SEED = 2, 41, 0  # 41: not a multiple of any backend's chunk
 
 
@@ -36,6 +39,21 @@ def batch_of(ids: Tensor) -> Batch:
 def student_logits(model: HybridModel, batch: Batch) -> Tensor:
     """Return the student's logits (B, T, V)."""
     return model(batch, mode="student", task=Logits())
+
+
+def make_plain_alike(model: HybridModel) -> None:
+    """Unpack quantized weights and merge adapters, in place.
+
+    Raises:
+        VerificationError: that changes what the model computes.
+    """
+    batch = fixed_batch(model.lm.config.vocab_size)
+    before = student_logits(model, batch) if model.quantized or adapter_names(model) else None
+    make_plain(model)
+    if before is not None:
+        change, largest = max_difference(student_logits(model, batch), before), before.abs().max().item()
+        if not change <= PLAIN_TOLERANCE * max(1.0, largest):
+            raise VerificationError(f"unpacking and merging changes logits by {change:.3g}")
 
 
 def max_difference(a: Tensor, b: Tensor) -> float:

@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import UserError, VerificationError
-from ..hybrid.assemble import adapter_names, make_plain
 from ..hybrid.model import HybridModel
 from ..importers.names import Names
 from ..importers.student import Student, read_student
@@ -33,7 +32,7 @@ from ..teacher.tokenizer_files import check_tokenizer_code, tokenizer_files
 from .card import model_card
 from .manifest import CONVERSION, check_files, digests, read_export
 from .output import check_disk, check_new, failures_told
-from .probe import ROWS, TOKENS, fixed_batch, max_difference, student_logits
+from .probe import ROWS, TOKENS, fixed_batch, make_plain_alike, max_difference, student_logits
 from .record import adapters_record, conversion_record, quantized_record
 from .registry import RWKV_INFER
 from .rwkv_infer_limits import ARCHITECTURE, misfits
@@ -164,17 +163,13 @@ def _trained(model: HybridModel, dtype: torch.dtype) -> tuple[dict[str, Tensor],
     Raises:
         VerificationError: merging adapters and unpacking quantized weights changes what the model computes.
     """
-    batch, changes = fixed_batch(model.lm.config.vocab_size), bool(model.quantized or adapter_names(model))
-    logits = student_logits(model, batch) if changes else None
-    make_plain(model)
-    if logits is not None and (change := max_difference(student_logits(model, batch), logits)) > _tolerance(logits):
-        raise VerificationError(f"unpacking and merging changes logits by {change:.3g}")
+    make_plain_alike(model)
     model.untie()
     parameters = model.canonical_parameters()
     tensors = {name: p.detach().to(stored_dtype(name, dtype), copy=True) for name, p in parameters.items()}
     for name, parameter in parameters.items():
         parameter.copy_(tensors[name])
-    return tensors, student_logits(model, batch)
+    return tensors, student_logits(model, fixed_batch(model.lm.config.vocab_size))
 
 
 def _unread_tensors(names: Names, layer: int, mixer: TimeMixerConfig, dtype: torch.dtype) -> dict[str, Tensor]:

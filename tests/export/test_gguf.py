@@ -12,6 +12,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from rwkvinside.errors import UserError, VerificationError
+from rwkvinside.export import probe
 from rwkvinside.export.gguf.engine import GGUFModel
 from rwkvinside.export.gguf.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, vocabulary
 from rwkvinside.export.gguf.write import CONVERSION, TYPES, export_gguf
@@ -231,6 +232,17 @@ def test_damage_is_noticed(file, run, tmp_path):
     (tmp_path / "text.gguf").write_text("no file of this kind")
     with pytest.raises(VerificationError, match="not a GGUF file"):
         verify(tmp_path / "text.gguf", run)
+
+
+def test_merging_that_changes_the_model_is_noticed(run, tmp_path, monkeypatch):
+    def merged(model):
+        model.canonical_parameters()["model.norm.weight"].data.mul_(1.1)
+
+    monkeypatch.setattr(probe, "adapter_names", lambda model: ["one"])
+    monkeypatch.setattr(probe, "make_plain", merged)
+    with pytest.raises(VerificationError, match="unpacking and merging changes logits by"):
+        export(run, tmp_path / "s.gguf", "gguf")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from rwkvinside.cli.main import main as cli
 from rwkvinside.errors import UserError, VerificationError
-from rwkvinside.export import output, rwkv_infer
+from rwkvinside.export import output, probe, rwkv_infer
 from rwkvinside.export.probe import fixed_batch, student_logits
 from rwkvinside.export.rwkv_infer import export_rwkv_infer
 from rwkvinside.export.rwkv_infer_limits import misfits
@@ -116,8 +116,8 @@ def test_merging_that_changes_the_model_is_noticed(run_of, tmp_path, monkeypatch
     def merged(model):
         model.canonical_parameters()["model.norm.weight"].data.mul_(1.1)
 
-    monkeypatch.setattr(rwkv_infer, "adapter_names", lambda model: ["one"])
-    monkeypatch.setattr(rwkv_infer, "make_plain", merged)
+    monkeypatch.setattr(probe, "adapter_names", lambda model: ["one"])
+    monkeypatch.setattr(probe, "make_plain", merged)
     with pytest.raises(VerificationError, match="unpacking and merging changes logits by"):
         export_rwkv_infer(run_of(), tmp_path / "out.pth")
 

@@ -64,7 +64,7 @@ def test_every_teacher_and_every_recipe_plan(place, name):
         text = plan_text(resolve(config), config)
         assert f"\nrecipe    {recipe}\n" in text
         # llama.cpp has not every width of heads, and says so
-        assert ("warning   llama.cpp" in text if recipe == "gguf" else "warning" not in text) or name == "SmolLM2-135M"
+        assert ("warning   llama.cpp" in text) == ("warning" in text) == (recipe == "gguf" and name != "SmolLM2-135M")
         assert [line.split(":")[0].split(" ")[0] for line in text.split("\n\n")[1:]] == config.run
 
 

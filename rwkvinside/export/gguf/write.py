@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ...errors import UserError, VerificationError
-from ...hybrid.assemble import make_plain
 from ...hybrid.model import HybridModel
 from ...runs.trained import TrainedRun, open_run
 from ...support.extras import import_extra
@@ -23,7 +23,15 @@ from ...support.quiet import quiet_libraries
 from ...support.sealed import sealed_text, unsealed
 from ..limits import reasons_against
 from ..output import check_disk, check_new, failures_told
-from ..probe import batch_of, fixed_batch, max_difference, mean_kl, run_tokenizer, student_logits
+from ..probe import (
+    batch_of,
+    fixed_batch,
+    make_plain_alike,
+    max_difference,
+    mean_kl,
+    run_tokenizer,
+    student_logits,
+)
 from ..record import adapters_record, conversion_record, quantized_record
 from ..validation import validation_rows
 from .engine import GGUFModel
@@ -94,7 +102,7 @@ def export_gguf(
     with failures_told(out), replacing(out) as partial:
         trained = run.load_model()
         changes = {"quantized": quantized_record(trained), "adapters": adapters_record(run, "merge")}
-        make_plain(trained)
+        make_plain_alike(trained)
         tensors = list(file_tensors(trained))
         parameters = sum(p.numel() for p in {id(p): p for p in trained.canonical_parameters().values()}.values())
         record = conversion_record(run, trained.spec, base_model or run.teacher_id, dtype, parameters) | changes
@@ -135,7 +143,7 @@ def verify_gguf(path: str | Path, against: str | Path) -> dict:
     if record["run"] != run.id:
         raise UserError(f"{path} was exported from run {record['run']}, {run.path} is run {run.id}", "name its own run")
     trained = run.load_model()
-    make_plain(trained)
+    make_plain_alike(trained)
     fields = header(trained, _vocabulary(run), record["dtype"]) | {CONVERSION: text}
     return compare(path, run, trained, fields, record["dtype"])
 
@@ -266,7 +274,7 @@ def _documents(run: TrainedRun) -> list[Tensor]:
     """Return the beginnings of some validation documents of the run."""
     tokenizer = run_tokenizer(run)
     documents, _ = validation_rows(run, tokenizer) if tokenizer else (iter(()), "")
-    return [ids[:LONGEST] for _, ids in zip(range(DOCUMENTS), documents, strict=False)]
+    return [ids[:LONGEST] for ids in islice(documents, DOCUMENTS)]
 
 
 def _vocabulary(run: TrainedRun) -> Vocabulary:
