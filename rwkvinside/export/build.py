@@ -118,10 +118,15 @@ def write_files(
     generation.cache_implementation = None  # a static cache cannot hold a recurrent state
     # not generation.save_pretrained: it refuses the sampling fields that some teachers ship with greedy defaults
     generation.to_json_file(folder / "generation_config.json")
+    copy_teacher_files(run, folder)
+    for i, (spec, tensors) in enumerate(separate):
+        write_peft(folder / adapter_directory(i), spec, tensors)
+
+
+def copy_teacher_files(run: TrainedRun, folder: Path) -> None:
+    """Copy tokenizer and licenses of a run's teacher."""
     source = run.teacher_files()
     for file in [*tokenizer_files(source), *(file for pattern in LEGAL_FILES for file in source.glob(pattern))]:
         copy = folder / file.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, copy)
-    for i, (spec, tensors) in enumerate(separate):
-        write_peft(folder / adapter_directory(i), spec, tensors)

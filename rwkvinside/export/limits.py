@@ -9,6 +9,7 @@ from ..hybrid.layouts import LayerChoice, resolve_layout
 from ..hybrid.settings import StudentConfig
 from . import rwkv_infer_limits
 from .gguf.layout import unsupported
+from .mlx.limits import misfits
 
 
 def reasons_against(teacher: PretrainedConfig, student: StudentConfig) -> dict[str, list[str]]:
@@ -25,6 +26,7 @@ def reasons_against(teacher: PretrainedConfig, student: StudentConfig) -> dict[s
     mixers = {i: family.mixer_config(teacher, i, student.preset, **student.mixer_overrides(i)) for i in converted}
     return {
         "hf": [],
+        "mlx": misfits(teacher, student, mixers, kept),
         "gguf": unsupported(teacher, family, mixers),
         "rwkv-infer": rwkv_infer_limits.misfits(teacher, student),
     }

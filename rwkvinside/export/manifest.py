@@ -1,4 +1,4 @@
-"""The files of an export, and whether they are those that were written."""
+"""The files of an export, whether they are those that were written, and the run that they come from."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from ..errors import UserError, VerificationError
+from ..runs.trained import TrainedRun, at_stage, open_run
 from ..support.files import file_digest
 from ..support.sealed import unsealed
 from .weights import DTYPES
@@ -47,6 +48,29 @@ def read_export(folder: Path) -> dict:
     if dtype not in DTYPES or "files" not in conversion:
         raise _not_an_export(folder, f"dtype {dtype!r}")
     return conversion
+
+
+def read_with_run(folder: Path, against: str | Path) -> tuple[dict, TrainedRun]:
+    """Return conversion.json of an exported directory, whose files are as they were written, and its run.
+
+    Args:
+        folder: exported directory.
+        against: run directory; it is opened at the stage and checkpoint of the export, where it is the last stage.
+
+    Raises:
+        UserError: not an exported directory, one of another run, or a run that cannot be read.
+        VerificationError: a file is damaged.
+    """
+    conversion = read_export(folder)
+    check_files(folder, conversion["files"])
+    run = open_run(against)
+    if conversion.get("run") not in (None, run.id):  # exports of runs without an id name none
+        raise UserError(
+            f"{folder} was exported from run {conversion['run']}, {run.path} is run {run.id}", "name its own run"
+        )
+    if conversion["stage"] == run.stage:
+        run = at_stage(run.directory, run.stage, conversion["checkpoint"])
+    return conversion, run
 
 
 def check_files(folder: Path, written: dict[str, str]) -> None:

@@ -12,11 +12,13 @@ from ..errors import UserError
 from ..support.text import did_you_mean
 
 RWKV_INFER = "rwkv_infer"  # model_type of directories for RWKV-Infer
+MLX_FILE = "hybrid_mlx.py"  # model_file of directories for mlx-lm
 
 # name -> ("module:function" of this package, one line of help); the function takes the run, the output and its options,
 # verifies what it writes, and returns the record that goes with it
 FORMATS = {
     "hf": ("huggingface:export_hf", "Hugging Face transformers, a directory"),
+    "mlx": ("mlx.write:export_mlx", "MLX on Apple silicon (mlx-lm), a directory"),
     "gguf": ("gguf.write:export_gguf", "llama.cpp, a file"),
     "rwkv-infer": ("rwkv_infer:export_rwkv_infer", "RWKV-Infer, a directory or FILE.pth"),
 }
@@ -71,8 +73,11 @@ def _verifier(path: Path) -> str:
     """Return the function that verifies an export, by its name and what its config.json says."""
     of_files = {".gguf": "gguf.write:verify_gguf", ".pth": "rwkv_infer:verify_rwkv_infer"}
     with suppress(OSError, UnicodeDecodeError):
-        if f'"{RWKV_INFER}"' in (path / "config.json").read_text(encoding="utf-8"):
+        config = (path / "config.json").read_text(encoding="utf-8")
+        if f'"{RWKV_INFER}"' in config:
             return of_files[".pth"]
+        if f'"{MLX_FILE}"' in config:
+            return "mlx.write:verify_mlx"
     return of_files.get(path.suffix, "verify:verify")
 
 

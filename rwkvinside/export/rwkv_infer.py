@@ -8,7 +8,6 @@ others; the student that it finds must have the run's tensors and compute the tr
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,15 +21,16 @@ from ..hybrid.model import HybridModel
 from ..importers.names import Names
 from ..importers.student import Student, read_student
 from ..modeling.mixer_presets import TimeMixerConfig
-from ..runs.trained import LEGAL_FILES, TrainedRun, at_stage, open_run
+from ..runs.trained import TrainedRun, open_run
 from ..support.files import replacing
 from ..support.quiet import quiet_libraries
 from ..support.sealed import sealed_text
 from ..teacher.load import load_base
 from ..teacher.settings import TeacherConfig
-from ..teacher.tokenizer_files import check_tokenizer_code, tokenizer_files
+from ..teacher.tokenizer_files import check_tokenizer_code
+from .build import copy_teacher_files
 from .card import model_card
-from .manifest import CONVERSION, check_files, digests, read_export
+from .manifest import CONVERSION, digests, read_with_run
 from .output import check_disk, check_new, failures_told
 from .probe import ROWS, TOKENS, fixed_batch, make_plain_alike, max_difference, student_logits
 from .record import adapters_record, conversion_record, quantized_record
@@ -128,17 +128,9 @@ def verify_rwkv_infer(path: str | Path, against: str | Path) -> dict:
     quiet_libraries()
     path = Path(path)
     folder = path.with_suffix("") if path.suffix == PTH else path
-    conversion = read_export(folder)
-    check_files(folder, conversion["files"])
+    conversion, run = read_with_run(folder, against)
     if path == folder and not (folder / WEIGHTS).is_file():
         path = folder.with_name(f"{folder.name}{PTH}")
-    run = open_run(against)
-    if conversion["run"] not in (None, run.id):
-        raise UserError(
-            f"{path} was exported from run {conversion['run']}, {run.path} is run {run.id}", "name its own run"
-        )
-    if conversion["stage"] == run.stage:
-        run = at_stage(run.directory, run.stage, conversion["checkpoint"])
     _check(run, conversion["dtype"])
     return _compare(run, path, *_trained(run.load_model(), DTYPES[conversion["dtype"]]))
 
@@ -199,11 +191,7 @@ def _write_files(run: TrainedRun, folder: Path, mixer: TimeMixerConfig, dtype: t
         "teacher_model": run.teacher_id,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    source = run.teacher_files()
-    for file in [*tokenizer_files(source), *(file for pattern in LEGAL_FILES for file in source.glob(pattern))]:
-        copy = folder / file.relative_to(source)
-        copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, copy)
+    copy_teacher_files(run, folder)
 
 
 def _write_weights(tensors: Mapping[str, Tensor], file: Path, names: Names | None) -> None:

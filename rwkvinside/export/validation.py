@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,10 @@ from ..data.sources import default_cache, missing_sources, mixture_of, read_opti
 from ..data.tokenize import load_tokens
 from ..errors import UserError
 from ..runs.trained import TrainedRun
+from .probe import run_tokenizer
 
 LONGEST = 1024  # tokens of a document: logits of a large vocabulary are held for all of them
+DOCUMENTS, BEGINNING = 4, 256  # of `beginnings`, and their tokens
 READ_TOKENS = 2_000_000  # at most, of training data in which validation documents are looked for
 
 
@@ -54,3 +57,10 @@ def validation_rows(run: TrainedRun, tokenizer: PreTrainedTokenizerBase) -> tupl
     long_enough = np.flatnonzero(store.lengths >= 2)
     rows = (torch.from_numpy(store.piece(int(i), 0, LONGEST)[0]) for i in long_enough)
     return rows, "" if len(long_enough) else "no validation document is among the first of the run's data"
+
+
+def beginnings(run: TrainedRun) -> list[Tensor]:
+    """Return token ids of the beginnings of some validation documents of a run, [] where it has none."""
+    tokenizer = run_tokenizer(run)
+    documents, _ = validation_rows(run, tokenizer) if tokenizer else (iter(()), "")
+    return [ids[:BEGINNING] for ids in islice(documents, DOCUMENTS)]

@@ -30,13 +30,13 @@ from ..errors import UserError, VerificationError
 from ..hybrid.adapters import is_adapter
 from ..hybrid.assemble import adapter_names, make_plain, take_adapters
 from ..hybrid.model import HybridModel
-from ..runs.trained import TrainedRun, at_stage, open_run
+from ..runs.trained import TrainedRun
 from ..support.names import ALLOWED, is_name
 from ..support.progress import Progress
 from ..support.quiet import quiet_libraries
 from ..support.weight_index import check_shards
 from .build import build_hybrid, write_files
-from .manifest import CONVERSION, check_files, files_of, read_export
+from .manifest import CONVERSION, files_of, read_with_run
 from .probe import ROWS, TOKENS, batch_of, fixed_batch, max_difference, mean_kl, run_tokenizer, student_logits
 from .reload import tokenizer_facts
 from .validation import validation_rows
@@ -96,13 +96,9 @@ def verify(folder: str | Path, against: str | Path) -> dict:
     """
     quiet_libraries()
     folder = Path(folder)
-    conversion = read_export(folder)
-    check_files(folder, conversion["files"])
+    conversion, run = read_with_run(folder, against)
     directories = (conversion.get("adapters") or {}).get("directories", [])
-    run = open_run(against)
-    _check_source(folder, conversion.get("run"), directories, run)
-    if conversion["stage"] == run.stage:
-        run = at_stage(run.directory, run.stage, conversion["checkpoint"])
+    _check_names(folder, directories)
     return compare(folder, run, directories)
 
 
@@ -157,18 +153,11 @@ def compare(folder: Path, run: TrainedRun, adapters: list[str]) -> dict:
     return result
 
 
-def _check_source(folder: Path, exported_from: str | None, adapters: list[str], run: TrainedRun) -> None:
-    """Refuse a directory of another run, or one that names files elsewhere.
-
-    Exports of runs without an id name none.
-    """
+def _check_names(folder: Path, adapters: list[str]) -> None:
+    """Refuse a directory that names files elsewhere."""
     check_shards(folder)
     if outside := [name for name in adapters if not is_name(name)]:
         raise UserError(f"{folder} names the adapter directory {outside[0]!r}", ALLOWED)
-    if exported_from not in (None, run.id):
-        raise UserError(
-            f"{folder} was exported from run {exported_from}, {run.path} is run {run.id}", "name its own run"
-        )
 
 
 def _compare_files(folder: Path, run: TrainedRun, model: PreTrainedModel, trained: HybridModel, separate: list) -> int:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ...errors import UserError, VerificationError
@@ -33,7 +31,7 @@ from ..probe import (
     student_logits,
 )
 from ..record import adapters_record, conversion_record, quantized_record
-from ..validation import validation_rows
+from ..validation import beginnings
 from .engine import GGUFModel
 from .layout import ARCHITECTURE, NARROW, WIDE_HEADS, FileTensor, file_tensors
 from .vocabulary import Vocabulary, vocabulary
@@ -54,7 +52,6 @@ CONTEXT = 2**20  # tokens that llama.cpp says the model can read: a recurrence h
 TOLERANCE = 1e-3
 # fields that the library writes or makes
 OF_THE_FORMAT = {"general.architecture", "GGUF.version", "GGUF.tensor_count", "GGUF.kv_count"}
-DOCUMENTS, LONGEST = 4, 256  # of validation data that are compared, and their tokens
 SUFFIX = ".gguf"
 HINT = "convert with --recipe gguf, whose students it can run, or export --to hf"
 
@@ -246,7 +243,7 @@ def compare(path: Path, run: TrainedRun, trained: HybridModel, fields: dict[str,
         progress.advance(detail="header and tensors")
         exact, fixed = student_logits(trained, batch), list(batch.input_ids)
         _round(tensors, dtype)
-        rows = [*fixed, *_documents(run)]
+        rows = [*fixed, *beginnings(run)]
         # the file is read once for all; what stands behind the end of a row changes nothing before it
         computed = file.logits(pad_sequence(rows, batch_first=True))
         progress.advance(detail="what llama.cpp computes")
@@ -268,13 +265,6 @@ def compare(path: Path, run: TrainedRun, trained: HybridModel, fields: dict[str,
         "tolerance": TOLERANCE * max(1.0, largest),
         "rounding_kl": mean_kl(exact, computed[: len(fixed), : exact.shape[1]]),
     }
-
-
-def _documents(run: TrainedRun) -> list[Tensor]:
-    """Return the beginnings of some validation documents of the run."""
-    tokenizer = run_tokenizer(run)
-    documents, _ = validation_rows(run, tokenizer) if tokenizer else (iter(()), "")
-    return [ids[:LONGEST] for ids in islice(documents, DOCUMENTS)]
 
 
 def _vocabulary(run: TrainedRun) -> Vocabulary:

@@ -1,0 +1,217 @@
+"""A finished run as a directory that mlx-lm loads, verified: what mlx-lm computes of it is what was trained.
+
+The tensors are those of the export for transformers, beside them the rotations of the mixers; the model file is
+`hybrid_mlx.py`, as it is here.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from ...errors import UserError, VerificationError
+from ...hybrid.model import HybridModel
+from ...runs.trained import TrainedRun, open_run
+from ...support.files import replacing
+from ...support.progress import Progress
+from ...support.quiet import quiet_libraries
+from ...support.sealed import sealed_text
+from ...teacher.settings import TeacherConfig
+from ...teacher.tokenizer_files import check_tokenizer_code
+from ..build import build_hybrid, copy_teacher_files
+from ..card import model_card
+from ..limits import reasons_against
+from ..manifest import CONVERSION, digests, read_with_run
+from ..output import check_disk, check_new, failures_told
+from ..probe import batch_of, fixed_batch, make_plain_alike, max_difference, mean_kl, student_logits
+from ..record import adapters_record, conversion_record, quantized_record
+from ..registry import MLX_FILE
+from ..validation import beginnings
+from ..weights import DTYPES, stored_dtype
+from .configuration import configuration, name_of, rotations
+from .engine import Engine, mlx_lm
+
+TOLERANCE = 1e-4  # of fp32 logits, in units of the largest: both compute the same, in another order
+ROTATIONS = "model-rotations.safetensors"
+
+USAGE = """For [mlx-lm](https://github.com/ml-explore/mlx-lm) on Apple silicon, with the model code of this directory:
+
+```sh
+pip install mlx-lm
+mlx_lm.generate --model {name} --trust-remote-code --prompt "Once upon a time"
+mlx_lm.chat --model {name} --trust-remote-code
+mlx_lm.convert --hf-path {name} --mlx-path {name}-4bit --quantize --trust-remote-code    # smaller and faster
+```"""
+
+
+def export_mlx(
+    run: str | Path,
+    out: str | Path,
+    dtype: str | None = None,
+    tie_embeddings: bool | None = None,
+    *,
+    checkpoint: str = "best",
+    adapters: str = "merge",
+    base_model: str | None = None,
+    max_shard_size: str = "5GB",
+) -> dict:
+    """Write the trained model of a run as a directory for mlx-lm, with the model file that it loads.
+
+    Args:
+        run: run directory; its last finished stage is exported.
+        out: directory to create.
+        dtype, tie_embeddings, checkpoint, base_model, max_shard_size: as of `export_hf`.
+        adapters: "merge", the only way.
+
+    Returns:
+        conversion.json of the export, see `export_hf`.
+
+    Raises:
+        UserError: mlx-lm is not installed, `out` is not empty, `run` is not finished, the student or its teacher is
+            something that mlx-lm does not compute, not enough disk, or a file cannot be written.
+        VerificationError: what was written does not reproduce the trained model. Nothing is left at `out`.
+    """
+    quiet_libraries()
+    mlx_lm()
+    run, out = open_run(run, checkpoint), check_new(out)
+    _check(run, dtype)
+    if adapters != "merge":
+        raise UserError(f"adapters is {adapters!r}", "exports for MLX have them merged: leave it out")
+    with failures_told(out), replacing(out) as partial:
+        partial.mkdir()
+        trained = run.load_model()
+        stored = DTYPES[dtype] if dtype else run.teacher_config().dtype or torch.float32
+        changes = {"quantized": quantized_record(trained), "adapters": adapters_record(run, adapters)}
+        make_plain_alike(trained)
+        model = build_hybrid(trained, run, stored, tie_embeddings)
+        check_disk(out.parent, sum(p.numel() * p.element_size() for p in model.parameters()))
+        _write_files(run, trained, model, partial, max_shard_size)
+        report = conversion_record(
+            run, trained.spec, base_model or run.teacher_id, name_of(stored), model.num_parameters()
+        )
+        report |= {
+            "rwkv_layers": trained.rwkv_layers,
+            "attention_layers": list(trained.spec.attention_layers),
+            "tie_word_embeddings": model.config.tie_word_embeddings,
+        } | changes
+        del model
+        report["verification"] = compare(partial, run, trained, stored)
+        card = model_card(
+            report, run.teacher_files() / "README.md", USAGE.format(name=out.name), "mlx", "Loaded by mlx-lm"
+        )
+        (partial / "README.md").write_text(str(card), encoding="utf-8")
+        report["files"] = digests(partial)
+        (partial / CONVERSION).write_text(sealed_text(report, indent=2), encoding="utf-8")
+    return report
+
+
+def verify_mlx(folder: str | Path, against: str | Path) -> dict:
+    """Compare a directory for mlx-lm with its run. Nothing is written.
+
+    Args:
+        folder: what `export_mlx` wrote.
+        against: run directory.
+
+    Returns:
+        The result, see `compare`.
+
+    Raises:
+        UserError: mlx-lm is not installed, not such an export, or a run that cannot be read.
+        VerificationError: it is damaged, or does not reproduce the run.
+    """
+    quiet_libraries()
+    mlx_lm()
+    folder = Path(folder)
+    conversion, run = read_with_run(folder, against)
+    _check(run, conversion["dtype"])
+    trained = run.load_model()
+    make_plain_alike(trained)
+    return compare(folder, run, trained, DTYPES[conversion["dtype"]])
+
+
+def compare(folder: Path, run: TrainedRun, trained: HybridModel, stored: torch.dtype) -> dict:
+    """Compare what mlx-lm computes of a directory with the trained model.
+
+    Args:
+        folder: of the export; its model file must be that of this version.
+        run: where it comes from.
+        trained: its model, plain; its parameters are rounded to those of the directory.
+        stored: dtype of the weights.
+
+    Returns:
+        The result: `max_difference` of fp32 logits over fixed tokens, in one pass and through the caches, and over
+        `validation_rows` documents of the run's validation data; its `tolerance`; `rounding_kl`, the mean KL in nats
+        from the trained fp32 model to what mlx-lm computes in the stored dtype, on the fixed tokens.
+
+    Raises:
+        VerificationError: says what differs.
+    """
+    if (folder / MLX_FILE).read_bytes() != _model_file().read_bytes():
+        raise VerificationError(
+            f"{folder}: {MLX_FILE} is not what this version writes", "use the version of rwkvinside that exported it"
+        )
+    fixed = fixed_batch(trained.lm.config.vocab_size)
+    with Progress("verifying", 2, unit="parts") as progress:
+        exact = student_logits(trained, fixed)
+        _round(trained, stored)
+        engine = Engine(folder)
+        rounding = mean_kl(exact, engine.logits(fixed.input_ids))
+        engine.widen()
+        wanted = student_logits(trained, fixed)
+        apart = [
+            max_difference(wanted, found)
+            for found in (engine.logits(fixed.input_ids), engine.in_pieces(fixed.input_ids))
+        ]
+        progress.advance(detail="fixed tokens")
+        largest, rows = wanted.abs().max().item(), beginnings(run)
+        for ids in rows:
+            ours = student_logits(trained, batch_of(ids[None]))
+            apart.append(max_difference(ours, engine.logits(ids[None])))
+            largest = max(largest, ours.abs().max().item())
+        progress.advance(detail="documents")
+    difference, tolerance = max(apart), TOLERANCE * max(1.0, largest)
+    if not difference <= tolerance:
+        raise VerificationError(f"{folder} does not reproduce {run.path}: logits differ by {difference:.3g}")
+    result = {"passed": True, "tokens": fixed.input_ids.numel(), "validation_rows": len(rows)}
+    return result | {"max_difference": difference, "tolerance": tolerance, "rounding_kl": rounding}
+
+
+def _check(run: TrainedRun, dtype: str | None) -> None:
+    """Refuse what cannot be served, before anything is loaded."""
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype is {dtype!r}", f"allowed: {', '.join(DTYPES)}; mlx_lm.convert quantizes the export")
+    if lines := reasons_against(run.teacher_config(), run.spec)["mlx"]:
+        raise UserError(f"mlx-lm does not compute what {run.path} has trained:", "--to hf exports every student", lines)
+    check_tokenizer_code(TeacherConfig.model_validate(run.config["teacher"]))
+
+
+def _model_file() -> Path:
+    return Path(__file__).with_name(MLX_FILE)
+
+
+@torch.no_grad()
+def _round(trained: HybridModel, stored: torch.dtype) -> None:
+    """Round the parameters of a model to those of an export."""
+    for name, parameter in trained.canonical_parameters().items():
+        parameter.copy_(parameter.to(stored_dtype(name, stored)))
+
+
+def _write_files(
+    run: TrainedRun, trained: HybridModel, model: PreTrainedModel, folder: Path, max_shard_size: str
+) -> None:
+    """Write everything but the card and conversion.json."""
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    wavelengths, scale = rotations(trained)
+    save_file(wavelengths, folder / ROTATIONS, metadata={"format": "pt"})
+    config = configuration(run.teacher_config(), model.config) | {"rotation_scale": scale}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for file in folder.glob("*.safetensors"):  # which safetensors writes for their owner alone
+        file.chmod((folder / "config.json").stat().st_mode)
+    trained.lm.generation_config.to_json_file(folder / "generation_config.json")
+    shutil.copyfile(_model_file(), folder / MLX_FILE)
+    copy_teacher_files(run, folder)
