@@ -31,8 +31,12 @@ def configuration(teacher: PretrainedConfig, hybrid: PretrainedConfig) -> dict[s
     """
     module, family, count = MODULES[teacher.model_type], find(teacher.model_type), teacher.num_hidden_layers
     fields = {name: value for name, value in teacher.to_dict().items() if name not in OF_TRANSFORMERS}
+    fields |= {alias: fields[name] for alias, name in teacher.attribute_map.items() if name in fields}
+    fields["embedding_factor"] = 1.0
     if module == "gemma3_text":
         fields["sliding_window_pattern"] = period(teacher) or 1
+        exact = teacher.hidden_size**0.5  # what mlx-lm multiplies embeddings by, it rounds to bf16
+        fields["embedding_factor"] = exact / torch.tensor(exact, dtype=torch.bfloat16).item()
     elif module in SLIDE:
         slides = [i not in hybrid.rwkv_layers and family.window(teacher, i) is not None for i in range(count)]
         fields["layer_types"] = ["sliding_attention" if slide else "full_attention" for slide in slides]

@@ -71,7 +71,9 @@ class Hybrid(nn.Module):
         views = list(caches)
         for i, j in self._masks_from.items():
             views[i] = LayerView(caches[i], None if j is None else caches[j], first)
-        return super().__call__(inputs, views, input_embeddings)
+        if input_embeddings is None and self.config.embedding_factor != 1:
+            input_embeddings = self.config.embedding_factor * self.model.embed_tokens(inputs)
+        return super().__call__(inputs, views, *([] if input_embeddings is None else [input_embeddings]))
 
     def make_cache(self):
         """Return a cache for each layer: mlx-lm's own for attention, one of constant size for RWKV-7."""
@@ -83,6 +85,21 @@ class Hybrid(nn.Module):
     def _family_cache(self):
         make = getattr(super(), "make_cache", None)
         return [KVCache() for _ in self.layers] if make is None else make()
+
+    def sanitize(self, weights):
+        """Return the weights under the names of the family's model, which knows experts one by one."""
+        found = {}
+        for name, weight in weights.items():
+            layer, experts, part = name.rpartition(".experts.")
+            if experts and part == "gate_up_proj":
+                gate, up = mx.split(weight, 2, axis=1)
+                found |= {f"{layer}.switch_mlp.gate_proj.weight": gate, f"{layer}.switch_mlp.up_proj.weight": up}
+            elif experts and part == "down_proj":
+                found[f"{layer}.switch_mlp.down_proj.weight"] = weight
+            else:
+                found[name] = weight
+        of_family = getattr(super(), "sanitize", None)
+        return found if of_family is None else of_family(found)
 
     @property
     def cast_predicate(self):

@@ -28,6 +28,7 @@ MODULES = {
     "glm4": "glm4",
 }
 SLIDE = ("llama", "smollm3", "gemma3_text")  # modules whose attention slides where the configuration says so
+UNTIED = ("glm4",)  # modules whose head is always a matrix of its own
 GROWING = ("dynamic", "longrope")  # rotations that change with the length of the text
 
 

@@ -35,6 +35,7 @@ from ..validation import beginnings
 from ..weights import DTYPES, stored_dtype
 from .configuration import configuration, name_of, rotations
 from .engine import Engine, mlx_lm
+from .limits import MODULES, UNTIED
 
 TOLERANCE = 1e-4  # of fp32 logits, in units of the largest: both compute the same, in another order
 ROTATIONS = "model-rotations.safetensors"
@@ -88,6 +89,8 @@ def export_mlx(
         stored = DTYPES[dtype] if dtype else run.teacher_config().dtype or torch.float32
         changes = {"quantized": quantized_record(trained), "adapters": adapters_record(run, adapters)}
         make_plain_alike(trained)
+        if tie_embeddings is None and MODULES[run.teacher_config().model_type] in UNTIED:
+            tie_embeddings = False
         model = build_hybrid(trained, run, stored, tie_embeddings)
         check_disk(out.parent, sum(p.numel() * p.element_size() for p in model.parameters()))
         _write_files(run, trained, model, partial, max_shard_size)
