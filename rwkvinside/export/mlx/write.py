@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ...errors import UserError, VerificationError
 from ...hybrid.model import HybridModel
+from ...modeling import mlx as mlx_models
 from ...runs.trained import TrainedRun, open_run
 from ...support.files import replacing
 from ...support.progress import Progress
@@ -86,30 +87,15 @@ def export_mlx(
     with failures_told(out), replacing(out) as partial:
         partial.mkdir()
         trained = run.load_model()
-        stored = DTYPES[dtype] if dtype else run.teacher_config().dtype or torch.float32
         changes = {"quantized": quantized_record(trained), "adapters": adapters_record(run, adapters)}
         make_plain_alike(trained)
-        if tie_embeddings is None and MODULES[run.teacher_config().model_type] in UNTIED:
-            tie_embeddings = False
-        model = build_hybrid(trained, run, stored, tie_embeddings)
+        model = _built(run, trained, dtype, tie_embeddings)
         check_disk(out.parent, sum(p.numel() * p.element_size() for p in model.parameters()))
         _write_files(run, trained, model, partial, max_shard_size)
-        report = conversion_record(
-            run, trained.spec, base_model or run.teacher_id, name_of(stored), model.num_parameters()
-        )
-        report |= {
-            "rwkv_layers": trained.rwkv_layers,
-            "attention_layers": list(trained.spec.attention_layers),
-            "tie_word_embeddings": model.config.tie_word_embeddings,
-        } | changes
+        report = _record(run, trained, model, base_model) | changes
         del model
-        report["verification"] = compare(partial, run, trained, stored)
-        card = model_card(
-            report, run.teacher_files() / "README.md", USAGE.format(name=out.name), "mlx", "Loaded by mlx-lm"
-        )
-        (partial / "README.md").write_text(str(card), encoding="utf-8")
-        report["files"] = digests(partial)
-        (partial / CONVERSION).write_text(sealed_text(report, indent=2), encoding="utf-8")
+        report["verification"] = compare(partial, run, trained, DTYPES[report["dtype"]])
+        _describe(run, partial, out.name, report)
     return report
 
 
@@ -194,7 +180,7 @@ def _check(run: TrainedRun, dtype: str | None) -> None:
 
 
 def _model_file() -> Path:
-    return Path(__file__).with_name(MLX_FILE)
+    return Path(mlx_models.__file__).with_name(MLX_FILE)
 
 
 @torch.no_grad()
@@ -202,6 +188,31 @@ def _round(trained: HybridModel, stored: torch.dtype) -> None:
     """Round the parameters of a model to those of an export."""
     for name, parameter in trained.canonical_parameters().items():
         parameter.copy_(parameter.to(stored_dtype(name, stored)))
+
+
+def _built(run: TrainedRun, trained: HybridModel, dtype: str | None, tie_embeddings: bool | None) -> PreTrainedModel:
+    """Return the export for transformers, whose tensors are written."""
+    teacher = run.teacher_config()
+    if tie_embeddings is None and MODULES[teacher.model_type] in UNTIED:
+        tie_embeddings = False
+    return build_hybrid(trained, run, DTYPES[dtype] if dtype else teacher.dtype or torch.float32, tie_embeddings)
+
+
+def _record(run: TrainedRun, trained: HybridModel, model: PreTrainedModel, base_model: str | None) -> dict:
+    """Return what conversion.json says of the model."""
+    dtype = name_of(model.config.dtype)
+    layers = {"rwkv_layers": trained.rwkv_layers, "attention_layers": list(trained.spec.attention_layers)}
+    report = conversion_record(run, trained.spec, base_model or run.teacher_id, dtype, model.num_parameters())
+    return report | layers | {"tie_word_embeddings": model.config.tie_word_embeddings}
+
+
+def _describe(run: TrainedRun, folder: Path, name: str, report: dict) -> None:
+    """Write the card, and conversion.json with the SHA-256 of every other file."""
+    usage = USAGE.format(name=name)
+    card = model_card(report, run.teacher_files() / "README.md", usage, "mlx", "Loaded by mlx-lm")
+    (folder / "README.md").write_text(str(card), encoding="utf-8")
+    report["files"] = digests(folder)
+    (folder / CONVERSION).write_text(sealed_text(report, indent=2), encoding="utf-8")
 
 
 def _write_files(

@@ -6,9 +6,13 @@ that chat, server, batches and prompt caches work as they do for its own recurre
 parameters are those of the model for transformers. This file travels with exported models: mlx and mlx-lm only.
 """
 
+from __future__ import annotations
+
 import math
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from types import SimpleNamespace
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -31,18 +35,18 @@ class ModelArgs:
         family: the arguments of that model.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: dict[str, Any]) -> None:
         self.config = config
         self.module = import_module(f"mlx_lm.models.{config['mlx_module']}")
         self.family = self.module.ModelArgs.from_dict(config)
 
     @classmethod
-    def from_dict(cls, config):
+    def from_dict(cls, config: dict[str, Any]) -> ModelArgs:
         """Return the arguments of a config.json."""
         return cls(config)
 
 
-def Model(args):  # noqa: N802  # mlx-lm looks for a class of this name and calls it
+def Model(args: ModelArgs) -> Hybrid:  # noqa: N802  # mlx-lm looks for a class of this name and calls it
     """Return the hybrid of the family that `args` names."""
     return type("Hybrid", (Hybrid, args.module.Model), {})(args)
 
@@ -50,8 +54,8 @@ def Model(args):  # noqa: N802  # mlx-lm looks for a class of this name and call
 class Hybrid(nn.Module):
     """Mixin over the model of a family in mlx-lm."""
 
-    def __init__(self, args):
-        super().__init__(args.family)
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__(args.family)  # type: ignore[call-arg]  # the family's, which comes next
         self.config = SimpleNamespace(**args.config)
         first, changes = min(self.config.rwkv_layers), self.config.mixer_layers
         kinds = [type(cache) for cache in self._family_cache()]
@@ -65,9 +69,12 @@ class Hybrid(nn.Module):
             if i not in self._masks_from and not self.config.attention_rope:
                 layer.self_attn.rope = NoRotation()
 
-    def __call__(self, inputs, cache=None, input_embeddings=None):
+    def __call__(
+        self, inputs: mx.array, cache: list | None = None, input_embeddings: mx.array | None = None
+    ) -> mx.array:
         """Return logits (B, T, V), as the family's model does."""
-        caches, first = cache or [None] * len(self.layers), []
+        caches = cache or [None] * len(self.layers)
+        first: list[mx.array] = []
         views = list(caches)
         for i, j in self._masks_from.items():
             views[i] = LayerView(caches[i], None if j is None else caches[j], first)
@@ -75,20 +82,20 @@ class Hybrid(nn.Module):
             input_embeddings = self.config.embedding_factor * self.model.embed_tokens(inputs)
         return super().__call__(inputs, views, *([] if input_embeddings is None else [input_embeddings]))
 
-    def make_cache(self):
+    def make_cache(self) -> list:
         """Return a cache for each layer: mlx-lm's own for attention, one of constant size for RWKV-7."""
         caches = self._family_cache()
         for i in self._masks_from:
             caches[i] = ArraysCache(self.layers[i].self_attn.slots)
         return caches
 
-    def _family_cache(self):
+    def _family_cache(self) -> list:
         make = getattr(super(), "make_cache", None)
         return [KVCache() for _ in self.layers] if make is None else make()
 
-    def sanitize(self, weights):
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Return the weights under the names of the family's model, which knows experts one by one."""
-        found = {}
+        found: dict[str, mx.array] = {}
         for name, weight in weights.items():
             layer, experts, part = name.rpartition(".experts.")
             if experts and part == "gate_up_proj":
@@ -102,7 +109,7 @@ class Hybrid(nn.Module):
         return found if of_family is None else of_family(found)
 
     @property
-    def cast_predicate(self):
+    def cast_predicate(self) -> Callable[[str], bool]:
         """Return whether a parameter, by its name, may be converted to another dtype."""
         family = getattr(super(), "cast_predicate", lambda name: True)
         return lambda name: name.rpartition(".")[2] not in FP32_PARAMETERS and family(name)
@@ -111,7 +118,7 @@ class Hybrid(nn.Module):
 class NoRotation(nn.Module):
     """Stands where an attention without positions would rotate."""
 
-    def __call__(self, x, offset=0):
+    def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
         """Return x."""
         return x
 
@@ -125,10 +132,10 @@ class LayerView:
         first: value and key of the first RWKV layer, which it leaves here for the others.
     """
 
-    def __init__(self, cache, attention, first):
+    def __init__(self, cache: ArraysCache | None, attention: Any, first: list[mx.array]) -> None:
         self.cache, self.attention, self.first = cache, attention, first
 
-    def make_mask(self, *args, **kwargs):
+    def make_mask(self, *args: Any, **kwargs: Any) -> mx.array | str | None:
         """Return the mask of the layers that keep attention: the family's model asks its first layer for it."""
         return (self.attention or KVCache()).make_mask(*args, **kwargs)
 
@@ -142,7 +149,7 @@ class TimeMixer(nn.Module):
         rotation_scale: what a rotation multiplies by, besides turning.
     """
 
-    def __init__(self, config, is_first, rotation_scale):
+    def __init__(self, config: SimpleNamespace, is_first: bool, rotation_scale: float) -> None:
         super().__init__()
         self.config, self.is_first, self.rotation_scale = config, is_first, rotation_scale
         D, H, G, N = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_size
@@ -179,17 +186,17 @@ class TimeMixer(nn.Module):
             if config.window_mix == "softmax":
                 self.far_key, self.far_bias, self.far_growth = mx.zeros((H, N)), mx.zeros(H), mx.zeros(H)
 
-    def _low_rank(self, name, rank, width, bias=True):
+    def _low_rank(self, name: str, rank: int, width: int, bias: bool = True) -> None:
         if bias:
             self[f"{name}0"] = mx.zeros((1, 1, width))
         self[f"{name}1"], self[f"{name}2"] = mx.zeros((self.config.hidden_size, rank)), mx.zeros((rank, width))
 
     @property
-    def slots(self):
+    def slots(self) -> int:
         """Return the number of arrays of its state: recurrence, tokens seen, last input, keys and values in reach."""
         return 2 + self.config.token_shift + 2 * (self.config.window > 0)
 
-    def __call__(self, x, *args):
+    def __call__(self, x: mx.array, *args: Any) -> mx.array:
         """Return the output (B, T, D) for x (B, T, D); the last argument is the layer's `LayerView`."""
         view, c, T = args[-1], self.config, x.shape[1]
         mask = None if view.cache is None else view.cache.make_mask(T)
@@ -224,7 +231,7 @@ class TimeMixer(nn.Module):
             view.cache.advance(T)
         return self.output((c.output_scale * y).astype(x.dtype).swapaxes(1, 2).flatten(2))
 
-    def _state(self, cache, x):
+    def _state(self, cache: ArraysCache | None, x: mx.array) -> list[mx.array]:
         """Return the arrays of the state; zeros where a text begins."""
         if cache is not None and not cache.empty():
             return [cache[i] for i in range(self.slots)]
@@ -237,28 +244,27 @@ class TimeMixer(nn.Module):
             state += [mx.zeros((B, G, c.sinks + c.window, N), x.dtype) for _ in range(2)]
         return state
 
-    def _heads(self, x):
+    def _heads(self, x: mx.array) -> mx.array:
         """Return (B, T, heads * N) as (B, heads, T, N)."""
         return x.reshape(*x.shape[:2], -1, self.config.head_size).swapaxes(1, 2)
 
-    def _sigmoid(self, x, name):
+    def _sigmoid(self, x: mx.array, name: str) -> mx.array:
         low = (x @ self[f"{name}1"]) @ self[f"{name}2"]
         return mx.sigmoid(self[f"{name}0"] + low.astype(mx.float32))
 
-    def _shifted(self, x, state, mask):
+    def _shifted(self, x: mx.array, state: list[mx.array], mask: mx.array | None) -> list[mx.array]:
         """Return the inputs of the maps r, w, k, v, a and g; the last real token of a row goes into the state."""
         if not self.config.token_shift:
             return [x] * 6
-        if mask is not None:  # behind padding on the left comes the state, behind that on the right nothing
-            before = mx.arange(x.shape[1]) < mx.argmax(mask, axis=1)[:, None]
-            x = mx.where(
-                mask[..., None], x, mx.where((before | ~mask.any(axis=1, keepdims=True))[..., None], state[2], 0)
-            )
+        if mask is not None:  # the first real token behind padding follows the state
+            x = mx.where(mask[..., None], x, state[2])
         previous = mx.concatenate([state[2], x[:, :-1]], axis=1)
         state[2] = x[:, -1:] if mask is None else _ends(mx.concatenate([state[2], x], axis=1), mask, 1)
         return [x + (previous - x) * self[f"x_{name}"] for name in "rwkvag"]
 
-    def _projected(self, x_r, x_k, x_v, offset):
+    def _projected(
+        self, x_r: mx.array, x_k: mx.array, x_v: mx.array, offset: mx.array
+    ) -> tuple[mx.array, mx.array, mx.array]:
         """Return receptance, key and value, normed and rotated."""
         c = self.config
         r, k, v = self.receptance(x_r), self.key(x_k), self._heads(self.value(x_v))
@@ -271,11 +277,20 @@ class TimeMixer(nn.Module):
             r, k = (self.rotation_scale * self._rotated(x, offset) for x in (r, k))
         return r, k, v
 
-    def _rotated(self, x, offset):
-        how = {"traditional": False, "base": None, "scale": 1.0, "offset": offset, "freqs": self.wavelengths}
-        return mx.fast.rope(x, self.config.head_size, **how)
+    def _rotated(self, x: mx.array, offset: mx.array) -> mx.array:
+        N, wavelengths = self.config.head_size, self.wavelengths
+        return mx.fast.rope(x, N, traditional=False, base=None, scale=1.0, offset=offset, freqs=wavelengths)
 
-    def _recurrence(self, r, z, k, v, rate, mask, state):
+    def _recurrence(
+        self,
+        r: mx.array,
+        z: mx.array,
+        k: mx.array,
+        v: mx.array,
+        rate: mx.array,
+        mask: mx.array | None,
+        state: mx.array,
+    ) -> tuple[mx.array, mx.array]:
         """Return the recurrence's output with scale or norm and bonus, fp32, and the state after it."""
         c = self.config
         r, k, v = (x.astype(mx.float32) for x in (r, k, v))
@@ -288,10 +303,10 @@ class TimeMixer(nn.Module):
             kk = _normalized(k)
             s = mx.exp(log_decay) if c.key_scale == "decay" else -mx.logaddexp(0, -z) - 0.5
             k = k * (1 - s + rate)
-        inputs = (r, log_decay, k, v, -kk, kk * rate)
+        inputs = [r, log_decay, k, v, -kk, kk * rate]
         if mask is not None:  # padding leaves the state as it is
-            inputs = tuple(mx.where(mask[:, None, :, None], x, 0) for x in inputs)
-        y, state = wkv7(*inputs, state)
+            inputs = [mx.where(mask[:, None, :, None], x, 0) for x in inputs]
+        y, state = wkv7(inputs, state)
         if c.group_norm:
             weight, bias = (x.reshape(c.num_heads, 1, c.head_size) for x in (self.ln_x.weight, self.ln_x.bias))
             y = mx.fast.layer_norm(y, None, None, GROUP_NORM_EPS) * weight + bias
@@ -301,7 +316,15 @@ class TimeMixer(nn.Module):
             y = y + (r * k * self.r_k[:, None].astype(mx.float32)).sum(axis=-1, keepdims=True) * v
         return y, state
 
-    def _windowed(self, y, q, k, v, state, mask):
+    def _windowed(
+        self,
+        y: mx.array,
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        state: list[mx.array],
+        mask: mx.array | None,
+    ) -> tuple[mx.array, list[mx.array]]:
         """Return y with the window's share, and keys and values in reach after it.
 
         Args:
@@ -314,28 +337,28 @@ class TimeMixer(nn.Module):
         for start in range(0, q.shape[2], SEGMENT):
             part = slice(start, start + SEGMENT)
             real = mx.ones((q.shape[0], k[:, :, part].shape[2]), mx.bool_) if mask is None else mask[:, part]
-            of_part = (x[:, :, part] for x in (q, k, v))
-            (values, beyond), held = attend_to_window(*of_part, real, seen, held, self.config, self._far())
+            of_part = [x[:, :, part] for x in (q, k, v)]
+            (values, beyond), held = attend_to_window(of_part, real, seen, held, self.config, self._far())
             share = y[:, :, part] if beyond is None else y[:, :, part] * beyond
             mixed.append(self.mix_recurrence[:, None] * share + self.mix_window[:, None] * values)
             seen = seen + real.sum(axis=1)
         return mx.concatenate(mixed, axis=2), held
 
-    def _far(self):
+    def _far(self) -> list[mx.array] | None:
         names = ("far_key", "far_bias", "far_growth")
         return None if self.config.window_mix == "sum" else [self[name].astype(mx.float32) for name in names]
 
 
-def _to_heads(x, heads):
+def _to_heads(x: mx.array, heads: int) -> mx.array:
     """Repeat (B, G, T, N) to (B, H, T, N): head h reads key/value head h // (H / G)."""
     return x if x.shape[1] == heads else mx.repeat(x, heads // x.shape[1], axis=1)
 
 
-def _normalized(x):
+def _normalized(x: mx.array) -> mx.array:
     return x / mx.maximum(mx.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
-def _ends(joined, mask, count):
+def _ends(joined: mx.array, mask: mx.array, count: int) -> mx.array:
     """Return the `count` (B, count, ...) that end with the last real token of each row.
 
     Args:
@@ -348,12 +371,18 @@ def _ends(joined, mask, count):
     return mx.take_along_axis(joined, index.reshape(*index.shape, *[1] * (joined.ndim - 2)), axis=1)
 
 
-def attend_to_window(q, k, v, real, seen, held, form, far):
+def attend_to_window(
+    qkv: Sequence[mx.array],
+    real: mx.array,
+    seen: mx.array,
+    held: Sequence[mx.array],
+    form: SimpleNamespace,
+    far: Sequence[mx.array] | None,
+) -> tuple[tuple[mx.array, mx.array | None], list[mx.array]]:
     """Attend to the last `window` tokens of a text, the own one included, and to its first `sinks`.
 
     Args:
-        q: (B, H, T, N).
-        k, v: (B, G, T, N).
+        qkv: queries (B, H, T, N), keys and values (B, G, T, N).
         real: (B, T), True where there is no padding; the real tokens of a row lie side by side.
         seen: (B,), real tokens before.
         held: keys and values (B, G, sinks + window, N) of the first tokens of the text, and of the last.
@@ -364,6 +393,7 @@ def attend_to_window(q, k, v, real, seen, held, form, far):
         Weighed values and the weight of what lies beyond, or None, (B, H, T, N or 1) fp32; keys and values in reach
         after the last token.
     """
+    q, k, v = qkv
     (B, H, T, N), G, (W, S) = q.shape, k.shape[1], (form.window, form.sinks)
     place = seen[:, None] + mx.cumsum(real.astype(mx.int32), axis=1) - 1  # of each token in its text
     slots, ring = mx.arange(S), seen[:, None] - W + mx.arange(W)
@@ -386,10 +416,10 @@ def attend_to_window(q, k, v, real, seen, held, form, far):
         weights = mx.softmax(mx.concatenate([scores, score[..., None]], axis=-1), axis=-1)
         weights, beyond = weights[..., :-1], weights[..., -1:]
     out = (weights.reshape(B, G, H // G, T, -1) @ values32[:, :, None]).reshape(B, H, T, N)
-    return (out, beyond), [_in_reach(x, S, W, real, place, seen) for x in (keys, values)]
+    return (out, beyond), [_in_reach(x, S, W, real, seen) for x in (keys, values)]
 
 
-def _in_reach(x, S, W, real, place, seen):
+def _in_reach(x: mx.array, S: int, W: int, real: mx.array, seen: mx.array) -> mx.array:
     """Return the first S and the last W of keys or values (B, G, S + W + T, N), of which the last T are new."""
     x = x.swapaxes(1, 2)
     last = _ends(x[:, S:], real, W)
@@ -403,34 +433,35 @@ def _in_reach(x, S, W, real, place, seen):
     return last.swapaxes(1, 2)
 
 
-def wkv7(r, log_decay, k, v, a, b, state):
+def wkv7(inputs: Sequence[mx.array], state: mx.array) -> tuple[mx.array, mx.array]:
     """Run S_t = S_{t-1} (diag(exp(log_decay_t)) + a_t b_t^T) + v_t k_t^T and y_t = S_t r_t.
 
     Args:
-        r, log_decay, k, v, a, b: (B, H, T, N) fp32.
+        inputs: r, log_decay, k, v, a and b, (B, H, T, N) fp32.
         state: S (B, H, N, N) fp32, as (value, key).
 
     Returns:
         y (B, H, T, N), and the state after the last token.
     """
+    r, log_decay, k, v, a, b = inputs
     T = r.shape[2]
     if T == 1:
         removed = state @ a.swapaxes(-1, -2)
         state = state * mx.exp(log_decay) + removed @ b + v.swapaxes(-1, -2) @ k
         return (state @ r.swapaxes(-1, -2)).swapaxes(-1, -2), state
     more = -T % CHUNK
-    inputs = [mx.pad(x, [(0, 0), (0, 0), (0, more), (0, 0)]) for x in (r, log_decay, k, v, a, b)]
+    padded = [mx.pad(x, [(0, 0), (0, 0), (0, more), (0, 0)]) for x in inputs]
     outputs = []
     for start in range(0, T + more, SEGMENT):
-        y, state = _wkv7_chunks(*(x[:, :, start : start + SEGMENT] for x in inputs), state)
+        y, state = _wkv7_chunks([x[:, :, start : start + SEGMENT] for x in padded], state)
         outputs.append(y)
     return mx.concatenate(outputs, axis=2)[:, :, :T], state
 
 
-def _wkv7_chunks(r, log_decay, k, v, a, b, state):
+def _wkv7_chunks(inputs: Sequence[mx.array], state: mx.array) -> tuple[mx.array, mx.array]:
     """Return what `wkv7` does for a multiple of CHUNK tokens; docs/wkv7.md of the project has the derivation."""
-    B, H, T, N = r.shape
-    r, log_decay, k, v, a, b = (x.reshape(B, H, T // CHUNK, CHUNK, N) for x in (r, log_decay, k, v, a, b))
+    B, H, T, N = inputs[0].shape
+    r, log_decay, k, v, a, b = (x.reshape(B, H, T // CHUNK, CHUNK, N) for x in inputs)
     total = mx.cumsum(log_decay, axis=3)
     middle, end = total[..., CHUNK // 2 - 1 : CHUNK // 2, :], total[..., -1:, :]
     # decays relative to the middle of the chunk: fp32 holds them on both sides
@@ -448,12 +479,12 @@ def _wkv7_chunks(r, log_decay, k, v, a, b, state):
     for i in range(T // CHUNK):
         states.append(state)
         state = state @ keep[:, :, i] + add[:, :, i]
-    states = mx.stack(states, axis=2) * mx.exp(middle)
-    y = (r + r_b @ a_solved) @ states.swapaxes(-1, -2) + r_b @ v_solved + r_k @ v
+    begin = mx.stack(states, axis=2) * mx.exp(middle)
+    y = (r + r_b @ a_solved) @ begin.swapaxes(-1, -2) + r_b @ v_solved + r_k @ v
     return y.reshape(B, H, T, N), state
 
 
-def _inverse(lower):
+def _inverse(lower: mx.array) -> mx.array:
     """Return (I - lower)^-1 of strictly lower triangular matrices (..., CHUNK, CHUNK), from blocks twice as large."""
     row, column = mx.arange(CHUNK)[:, None], mx.arange(CHUNK)
     solved, size = mx.broadcast_to(mx.eye(CHUNK), lower.shape), 1
