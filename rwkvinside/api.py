@@ -48,10 +48,11 @@ def export(run: str | Path, out: str | Path, to: str = "hf", **options: Any) -> 
     Args:
         run: run directory.
         out: directory or file to create.
-        to: a format of `rwkvinside.export.registry`: "hf" is Hugging Face transformers, "gguf" llama.cpp,
-            "rwkv-infer" RWKV-Infer.
+        to: a format of `rwkvinside.export.registry`: "hf" is Hugging Face transformers, "mlx" mlx-lm on Apple silicon,
+            "gguf" llama.cpp, "rwkv-infer" RWKV-Infer.
         **options: of the format, see `rwkvinside.export.huggingface.export_hf`,
-            `rwkvinside.export.gguf.write.export_gguf` and `rwkvinside.export.rwkv_infer.export_rwkv_infer`.
+            `rwkvinside.export.mlx.write.export_mlx`, `rwkvinside.export.gguf.write.export_gguf` and
+            `rwkvinside.export.rwkv_infer.export_rwkv_infer`.
 
     Returns:
         The record of the export: source, student, measurements, verification.

@@ -96,7 +96,7 @@ def test_layers_are_scored_and_chosen(run, capsys):
 def test_an_unknown_format_names_the_nearest(tmp_path):
     with pytest.raises(rw.UserError) as caught:
         rw.export("run", tmp_path / "out", to="hff")
-    assert str(caught.value) == "export format 'hff' is not known; did you mean hf?\nformats: hf, gguf, rwkv-infer"
+    assert str(caught.value) == "export format 'hff' is not known; did you mean hf?\nformats: hf, mlx, gguf, rwkv-infer"
 
 
 def test_every_name_is_there_and_documented():

@@ -19,15 +19,15 @@ def permitted(teacher, **options):
 
 @pytest.mark.parametrize("teacher", ["Qwen3-8B", "Qwen3-14B"])
 def test_recipes_make_what_their_engines_compute(teacher):
-    assert permitted(teacher) == ["hf"]
-    assert permitted(teacher, recipe="hxa079") == ["hf", "rwkv-infer"]
-    assert permitted(teacher, recipe="gguf") == ["hf", "gguf"]
+    assert permitted(teacher) == ["hf", "mlx"]
+    assert permitted(teacher, recipe="hxa079") == ["hf", "mlx", "rwkv-infer"]
+    assert permitted(teacher, recipe="gguf") == ["hf", "mlx", "gguf"]
 
 
 def test_line_of_the_plan(capsys):
     assert cli(["plan", "-v", "--teacher", "Qwen3-8B"]) == 0
     lines = capsys.readouterr().out.splitlines()[-3:]
-    assert lines[0] == "exports   hf" and lines[1].startswith("          gguf not: mixers rotate (rope) (and ")
+    assert lines[0] == "exports   hf, mlx" and lines[1].startswith("          gguf not: mixers rotate (rope) (and ")
     assert lines[2] == "          rwkv-infer not: student.key_scale is decay; log works"
 
 

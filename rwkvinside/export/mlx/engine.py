@@ -13,6 +13,7 @@ from ...errors import VerificationError
 from ...support.extras import import_extra
 
 PIECES = (17, 1)  # tokens of the first piece that is read through the caches, and of the others
+INSTEAD = "on Linux pip install 'mlx[cpu]' mlx-lm"
 PURPOSE = "an export for MLX, which is compared with what mlx-lm computes,"
 
 
@@ -22,13 +23,13 @@ def mlx_lm() -> Any:
     Raises:
         UserError: it is not installed.
     """
-    import_extra("mlx", PURPOSE)
-    import_extra("mlx_lm", PURPOSE)
+    for name in ("mlx", "mlx.core", "mlx_lm"):
+        import_extra(name, PURPOSE, INSTEAD)
     return import_extra("mlx_lm.utils", PURPOSE)
 
 
 class Engine:
-    """mlx-lm with the model of a directory.
+    """mlx-lm with the model of a directory, in fp32.
 
     Args:
         folder: of the export.
@@ -43,9 +44,6 @@ class Engine:
             self.model, _ = mlx_lm().load_model(folder, trust_remote_code=True)
         except Exception as error:  # whatever its code and that of the families raise
             raise VerificationError(f"mlx-lm does not load {folder}: {error}") from error
-
-    def widen(self) -> None:
-        """Compute in fp32 from now on."""
         self.model.set_dtype(self.mx.float32)
 
     def logits(self, ids: Tensor, caches: Any = None) -> Tensor:
