@@ -32,12 +32,10 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     if args.mfu is not None and not 0 < args.mfu <= 1:
         raise UserError(f"--mfu {args.mfu:g}", "allowed: above 0, up to 1")
     config = config_from(args)
-    from ..export.limits import exports_line
     from ..planning.fitting import resolve_fitted
     from ..planning.forecast import expected_rate, forecast, forecast_text
     from ..planning.plan import plan_text
     from ..support.files import write_json
-    from ..teacher.load import teacher_config
 
     plan = resolve_fitted(config, ranks=args.ranks or 1, gpu=args.gpu)
     found = forecast(plan, config, args.gpu)
@@ -45,7 +43,6 @@ def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
     print(forecast_text(found, rate, args.price), end="")
     if args.verbose:
         print(f"\n{plan_text(plan, config, args.gpu)}", end="")
-        print(f"\n{exports_line(teacher_config(config.teacher), config.student)}")
     if args.json is not None:
         speed = None if rate is None else {"flops": rate.flops, "origin": rate.origin}
         hours = None if rate is None else found.seconds(rate) / 3600

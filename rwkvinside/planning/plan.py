@@ -17,7 +17,7 @@ from ..errors import UserError
 from ..export.gguf.layout import ARCHITECTURE as LLAMA_CPP
 from ..export.gguf.layout import NARROW, WIDE_HEADS
 from ..export.gguf.vocabulary import vocabulary
-from ..export.limits import reasons_against
+from ..export.limits import exports_line, reasons_against
 from ..families.registry import find
 from ..hybrid.assemble import apply, layer_lines
 from ..hybrid.model import HybridModel
@@ -66,7 +66,7 @@ def plan_text(plan: RunPlan, config: Config, gpu: str | None = None) -> str:
             if settings not in shown:
                 shown.append(settings)
                 lines.append(f"  deepspeed {json.dumps(settings)}")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", exports_line(model.lm.config, config.student)]) + "\n"
 
 
 def prepared_stages(plan: RunPlan, model: HybridModel) -> Iterator[tuple[StagePlan, HybridModel, TeacherKind | None]]:

@@ -82,7 +82,7 @@ def test_dry_run_for_a_gpu_that_is_not_here(teacher, capsys, tmp_path):
     shown = capsys.readouterr().out
     assert "\ndevice    H100, bf16, 2 ranks, " in shown and "fits a GPU of" not in shown
     assert cli.main(["plan", *argv, "-v", "--gpu", "H100", "--ranks", "2"]) == 0
-    assert f"{shown}\nexports   hf\n" in capsys.readouterr().out
+    assert "\nexports   hf, mlx\n" in shown and shown in capsys.readouterr().out
     assert train_distill.main([*argv, "--dry-run", "--gpu", "nonsense"]) == 2
     assert "nonsense" in capsys.readouterr().err
     for option in (["--gpu", "H100"], ["--ranks", "2"]):

@@ -43,7 +43,7 @@ def test_every_teacher_plans_with_every_variant(name):
     for variant in VARIANTS:
         text = planned(name, *GPU, variant=[variant], ranks=8 if variant == "multi-card" else 1)
         stages = ["calibrate", *(["align_lora"] if variant == "attention-freeze" else []), "align", "distill"]
-        assert [line.split(":")[0].split(" ")[0] for line in text.split("\n\n")[1:]] == stages
+        assert [line.split(":")[0].split(" ")[0] for line in text.split("\n\n")[1:]] == [*stages, "exports"]
         cards = [int(line.split()[-2]) for line in text.splitlines() if "fits a GPU of" in line]
         assert set(cards) <= set(CARDS)
         if variant == "one-card":
@@ -65,7 +65,7 @@ def test_every_teacher_and_every_recipe_plan(place, name):
         assert f"\nrecipe    {recipe}\n" in text
         # llama.cpp has not every width of heads, and says so
         assert ("warning   llama.cpp" in text) == ("warning" in text) == (recipe == "gguf" and name != "SmolLM2-135M")
-        assert [line.split(":")[0].split(" ")[0] for line in text.split("\n\n")[1:]] == config.run
+        assert [line.split(":")[0].split(" ")[0] for line in text.split("\n\n")[1:]] == [*config.run, "exports"]
 
 
 @pytest.mark.integration
