@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import shutil
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from typing import TYPE_CHECKING
 
 from ..support.text import rounded_bytes
@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
 MISSING = "missing"
-# asked for where they are needed
-EXTRAS = ("deepspeed", "quantize", "fused", "eval", "tensorboard", "wandb", "trackio")
+FOR_DEVELOPERS = ("dev", "docs")
 
 
 def main(parser: ArgumentParser, argv: Sequence[str]) -> int:
@@ -82,7 +81,8 @@ def _packages() -> tuple[list[str], list[str]]:
         lines.append(
             f"{'ok ' if fits else 'BAD'} {requirement.name} {installed} (needs {requirement.specifier or 'any'})"
         )
-    for extra in EXTRAS:
+    extras = metadata("rwkvinside").get_all("Provides-Extra") or []
+    for extra in (name for name in extras if name not in FOR_DEVELOPERS):
         for requirement in _requirements(extra):
             installed, fits = _installed(requirement)
             state = "ok " if fits else "-  " if installed == MISSING else "BAD"

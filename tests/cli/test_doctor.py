@@ -1,5 +1,8 @@
 """`rwkvinside doctor`: packages and kernels of this machine."""
 
+import tomllib
+from pathlib import Path
+
 from rwkvinside import kernels
 from rwkvinside.cli import doctor
 from rwkvinside.cli import main as cli
@@ -28,3 +31,13 @@ def test_what_is_missing_can_be_installed_as_printed(capsys, monkeypatch):
     assert cli.main(["doctor"]) == 2
     last = capsys.readouterr().out.splitlines()[-1]
     assert "1 requirements are not met: pip install 'transformers" in last and last.endswith("'")
+
+
+def test_every_extra_for_users_is_shown(capsys):
+    cli.main(["doctor"])
+    shown = capsys.readouterr().out
+    wanted = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    for extra in wanted.keys() - {"dev", "docs"}:
+        assert f"(extra {extra})" in shown
