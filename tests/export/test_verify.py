@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny import byte_tokenizer, save_texts
 
 from rwkvinside.errors import UserError, VerificationError
+from rwkvinside.export import manifest
 from rwkvinside.export import verify as module
 from rwkvinside.export.huggingface import export_hf
 from rwkvinside.export.manifest import digests
@@ -183,7 +184,8 @@ def test_faults_of_what_is_computed(copied, chat_run, fault, monkeypatch):
     """Behind the comparison of files, which sees all of this first."""
     change, said = COMPUTING[fault]
     change(copied)
-    for check in ("check_files", "_compare_files", "_compare_tensors"):
+    monkeypatch.setattr(manifest, "check_files", lambda *_: None)
+    for check in ("_compare_files", "_compare_tensors"):
         monkeypatch.setattr(module, check, lambda *_: 0)
     with pytest.raises(VerificationError, match=said):
         verify(copied, against=chat_run)
