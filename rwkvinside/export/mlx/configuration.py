@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from ...errors import UserError
 from ...families.registry import find
 from ...hybrid.model import HybridModel
 from ...modeling.time_mixer import full_rotation
@@ -19,22 +18,24 @@ from .limits import MODULES, SLIDE, period
 
 STILL = 1e30  # tokens for a radian of dimensions that do not turn; infinity is nothing for a GPU's fast arithmetic
 OF_TRANSFORMERS = ("architectures", "transformers_version", "auto_map", "_name_or_path")
+ARCHITECTURE = "cxa079"  # a preset that rotates where the teacher does
 OF_HYBRIDS = ("rwkv_layers", "mixer", "mixer_layers", "attention_rope", "rwkv_architecture", "teacher_model")
 
 
-def configuration(teacher: PretrainedConfig, hybrid: PretrainedConfig) -> dict[str, Any]:
+def configuration(teacher: PretrainedConfig, hybrid: PretrainedConfig, trained: HybridModel) -> dict[str, Any]:
     """Return the teacher's configuration in the terms that mlx-lm reads, and what the model file reads.
 
     Args:
         teacher: its configuration.
         hybrid: of the export for transformers.
+        trained: the student.
     """
     module, family, count = MODULES[teacher.model_type], find(teacher.model_type), teacher.num_hidden_layers
     fields = {name: value for name, value in teacher.to_dict().items() if name not in OF_TRANSFORMERS}
     fields |= {alias: fields[name] for alias, name in teacher.attribute_map.items() if name in fields}
     fields["embedding_factor"] = 1.0
     if module == "gemma3_text":
-        fields["sliding_window_pattern"] = period(teacher) or 1
+        fields["sliding_window_pattern"] = period(teacher)
         exact = teacher.hidden_size**0.5  # what mlx-lm multiplies embeddings by, it rounds to bf16
         fields["embedding_factor"] = exact / torch.tensor(exact, dtype=torch.bfloat16).item()
     elif module in SLIDE:
@@ -43,7 +44,7 @@ def configuration(teacher: PretrainedConfig, hybrid: PretrainedConfig) -> dict[s
     dtype = name_of(hybrid.dtype)
     fields |= dict(_rotation(teacher)) | {"dtype": dtype, "torch_dtype": dtype}
     fields |= {name: getattr(hybrid, name) for name in ("tie_word_embeddings", *OF_HYBRIDS)}
-    return fields | {"mlx_module": module, "model_file": MLX_FILE}
+    return fields | rotations(trained) | {"mlx_module": module, "model_file": MLX_FILE}
 
 
 def _rotation(teacher: PretrainedConfig) -> Iterator[tuple[str, Any]]:
@@ -63,35 +64,51 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def rotations(model: HybridModel) -> tuple[dict[str, Tensor], float]:
-    """Return the wavelengths of each mixer that rotates, by the name of the tensor, and what rotations multiply by.
+def rotations(model: HybridModel) -> dict[str, list]:
+    """Return how each layer rotates: mixers, and attention that is kept.
 
-    They are read off the rotation by one position that the mixer is given.
+    That is read off the rotation by one position that the layer is given.
 
-    Raises:
-        UserError: layers rotate with different factors.
+    Returns:
+        `rotations`, the arguments of the model file's `Rotation`, and `rotation_of_layer`, which of them, or None.
     """
     given: dict[int, tuple[Tensor, Tensor]] = {}
+    config, family, mixers = model.lm.config, model.family, model.mixers
 
-    def keep(mixer: Any, args: Any, kwargs: dict) -> None:
-        given[mixer.layer_idx] = kwargs["position_embeddings"]
+    def keep(layer: int, args: tuple, kwargs: dict) -> None:
+        given[layer] = kwargs["position_embeddings"]
 
-    mixers = {i: mixer for i, mixer in model.mixers.items() if mixer.mixer_config.rope}
-    handles = [mixer.register_forward_pre_hook(keep, with_kwargs=True) for mixer in mixers.values()]
-    student_logits(model, fixed_batch(model.lm.config.vocab_size))
-    for handle in handles:
-        handle.remove()
-    names = {id(parameter): name for name, parameter in model.canonical_parameters().items()}
-    found, scales = {}, set()
-    for i, mixer in mixers.items():
-        half = mixer.mixer_config.head_size // 2
-        rotation = full_rotation(given[i], 2 * half)
-        assert rotation is not None
-        cos, sin = (x[0, 1, :half].double() for x in rotation)
-        turns = sin.abs() > 0
-        scales.add(round(torch.hypot(cos, sin)[turns].mean().item(), 6))
-        wavelengths = torch.where(turns, 1 / torch.atan2(sin, cos), STILL)
-        found[f"{names[id(mixer.w0)].removesuffix('w0')}wavelengths"] = wavelengths.float()
-    if len(scales) > 1:
-        raise UserError("the teacher's layers rotate with different factors", "export --to hf")
-    return found, next(iter(scales), 1.0)
+    def rotates(layer: int) -> bool:
+        if layer in mixers:
+            return mixers[layer].mixer_config.rope
+        return model.spec.attention_rope and family.mixer_config(config, layer, ARCHITECTURE).rope
+
+    turning = [i for i in range(config.num_hidden_layers) if rotates(i)]
+    modules = {i: mixers.get(i) or model.attention(i) for i in turning}
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args, kwargs, i=i: keep(i, args, kwargs), with_kwargs=True)
+        for i, module in modules.items()
+    ]
+    student_logits(model, fixed_batch(config.vocab_size))
+    for hook in hooks:
+        hook.remove()
+    found: list[dict] = []
+    numbers: list[int | None] = [None] * config.num_hidden_layers
+    for i, rope in given.items():
+        mixer = mixers.get(i)
+        rotation = _rotation_of(full_rotation(rope, mixer.mixer_config.head_size) if mixer else rope)
+        rotation["interleaved"] = mixer is None and family.interleaved
+        if rotation not in found:
+            found.append(rotation)
+        numbers[i] = found.index(rotation)
+    return {"rotations": found, "rotation_of_layer": numbers}
+
+
+def _rotation_of(rope: tuple[Tensor, Tensor] | None) -> dict[str, Any]:
+    """Return wavelengths and scales of the cosines and sines (B, T, dimensions) that positions from 0 on have."""
+    assert rope is not None
+    cos, sin = (x[0, 1, : x.shape[-1] // 2].double() for x in rope)
+    turns = sin.abs() > 0
+    wavelengths = torch.where(turns, 1 / torch.atan2(sin, cos), STILL)
+    scales = torch.where(turns, torch.hypot(cos, sin), 1.0)
+    return {"wavelengths": wavelengths.float().tolist(), "scales": [round(x, 6) for x in scales.tolist()]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from ...errors import VerificationError
 from ...support.extras import import_extra
 
 PIECES = (17, 1)  # tokens of the first piece that is read through the caches, and of the others
-INSTEAD = "on Linux pip install 'mlx[cpu]' mlx-lm"
+INSTEAD = "on Linux pip install 'mlx[cpu]' mlx-lm; on a Mac it needs Apple silicon"
 PURPOSE = "an export for MLX, which is compared with what mlx-lm computes,"
 
 
@@ -23,6 +24,7 @@ def mlx_lm() -> Any:
     Raises:
         UserError: it is not installed.
     """
+    os.environ.setdefault("MLX_ENABLE_TF32", "0")  # else products of fp32 have 10 bits on some of Apple's GPUs
     for name in ("mlx", "mlx.core", "mlx_lm"):
         import_extra(name, PURPOSE, INSTEAD)
     return import_extra("mlx_lm.utils", PURPOSE)
@@ -39,7 +41,7 @@ class Engine:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.mx = import_extra("mlx.core", PURPOSE)
+        self.folder, self.mx = folder, import_extra("mlx.core", PURPOSE)
         try:
             self.model, _ = mlx_lm().load_model(folder, trust_remote_code=True)
         except Exception as error:  # whatever its code and that of the families raise
@@ -47,8 +49,15 @@ class Engine:
         self.model.set_dtype(self.mx.float32)
 
     def logits(self, ids: Tensor, caches: Any = None) -> Tensor:
-        """Return fp32 logits (B, T, V) of token ids (B, T)."""
-        return torch.from_numpy(np.array(self.model(self.mx.array(ids.numpy()), caches).astype(self.mx.float32)))
+        """Return fp32 logits (B, T, V) of token ids (B, T).
+
+        Raises:
+            VerificationError: mlx-lm does not compute them.
+        """
+        try:
+            return torch.from_numpy(np.array(self.model(self.mx.array(ids.numpy()), caches).astype(self.mx.float32)))
+        except Exception as error:  # whatever the code of the families raises
+            raise VerificationError(f"mlx-lm does not run {self.folder}: {error}") from error
 
     def in_pieces(self, ids: Tensor) -> Tensor:
         """Return the logits of ids that are read piece by piece, from caches."""

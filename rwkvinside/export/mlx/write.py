@@ -1,7 +1,6 @@
 """A finished run as a directory that mlx-lm loads, verified: what mlx-lm computes of it is what was trained.
 
-The tensors are those of the export for transformers, beside them the rotations of the mixers; the model file is
-`hybrid_mlx.py`, as it is here.
+The tensors are those of the export for transformers; the model file is `hybrid_mlx.py`, as it is here.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from ...errors import UserError, VerificationError
@@ -34,14 +32,13 @@ from ..record import adapters_record, conversion_record, quantized_record
 from ..registry import MLX_FILE
 from ..validation import beginnings
 from ..weights import DTYPES, stored_dtype
-from .configuration import configuration, name_of, rotations
+from .configuration import configuration, name_of
 from .engine import Engine, mlx_lm
 from .limits import MODULES, UNTIED
 
 # Of fp32 logits, in units of the largest: a massive activation makes much of what the order of sums leaves
 TOLERANCE = 1e-3
 DOCUMENTS, BEGINNING = 2, 64  # of validation data, and their tokens: MLX is slow on a CPU
-ROTATIONS = "model-rotations.safetensors"
 
 USAGE = """For [mlx-lm](https://github.com/ml-explore/mlx-lm) on Apple silicon, with the model code of this directory:
 
@@ -122,6 +119,16 @@ def verify_mlx(folder: str | Path, against: str | Path) -> dict:
     _check(run, conversion["dtype"])
     trained = run.load_model()
     make_plain_alike(trained)
+    model = _built(run, trained, conversion["dtype"], conversion["tie_word_embeddings"])
+    for name, wanted in (
+        (MLX_FILE, _model_file().read_text(encoding="utf-8")),
+        ("config.json", _config_text(run, trained, model)),  # which names the code that is loaded below
+    ):
+        if (folder / name).read_text(encoding="utf-8") != wanted:
+            raise VerificationError(
+                f"{folder}: {name} is not what this version writes", "use the version of rwkvinside that exported it"
+            )
+    del model
     return compare(folder, run, trained, DTYPES[conversion["dtype"]])
 
 
@@ -129,7 +136,7 @@ def compare(folder: Path, run: TrainedRun, trained: HybridModel, stored: torch.d
     """Compare what mlx-lm computes of a directory with the trained model.
 
     Args:
-        folder: of the export; its model file must be that of this version.
+        folder: of the export, whose code is run.
         run: where it comes from.
         trained: its model, plain; its parameters are rounded to those of the directory.
         stored: dtype of the weights.
@@ -141,10 +148,6 @@ def compare(folder: Path, run: TrainedRun, trained: HybridModel, stored: torch.d
     Raises:
         VerificationError: says what differs.
     """
-    if (folder / MLX_FILE).read_bytes() != _model_file().read_bytes():
-        raise VerificationError(
-            f"{folder}: {MLX_FILE} is not what this version writes", "use the version of rwkvinside that exported it"
-        )
     _round(trained, stored)
     fixed, engine = fixed_batch(trained.lm.config.vocab_size), Engine(folder)
     rows = [ids[:BEGINNING] for ids in beginnings(run)[:DOCUMENTS]]
@@ -216,15 +219,16 @@ def _describe(run: TrainedRun, folder: Path, name: str, report: dict) -> None:
     (folder / CONVERSION).write_text(sealed_text(report, indent=2), encoding="utf-8")
 
 
+def _config_text(run: TrainedRun, trained: HybridModel, model: PreTrainedModel) -> str:
+    return json.dumps(configuration(run.teacher_config(), model.config, trained), indent=2) + "\n"
+
+
 def _write_files(
     run: TrainedRun, trained: HybridModel, model: PreTrainedModel, folder: Path, max_shard_size: str
 ) -> None:
     """Write everything but the card and conversion.json."""
     model.save_pretrained(folder, max_shard_size=max_shard_size)
-    wavelengths, scale = rotations(trained)
-    save_file(wavelengths, folder / ROTATIONS, metadata={"format": "pt"})
-    config = configuration(run.teacher_config(), model.config) | {"rotation_scale": scale}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(_config_text(run, trained, model), encoding="utf-8")
     for file in folder.glob("*.safetensors"):  # which safetensors writes for their owner alone
         file.chmod((folder / "config.json").stat().st_mode)
     trained.lm.generation_config.to_json_file(folder / "generation_config.json")

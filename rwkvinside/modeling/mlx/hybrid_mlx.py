@@ -23,7 +23,7 @@ CHUNK = 32  # tokens whose updates are one matrix product; decays across half of
 SEGMENT = 512  # tokens that are worked on at once, a multiple of CHUNK
 GROUP_NORM_EPS = 64e-5
 # parameters that stay fp32 whatever dtype the model is converted to: they shift a sigmoid, the decay or a score
-FP32_PARAMETERS = ("w0", "a0", "v0", "k0", "far_bias", "far_growth", "wavelengths")
+FP32_PARAMETERS = ("w0", "a0", "v0", "k0", "far_bias", "far_growth")
 
 
 class ModelArgs:
@@ -57,22 +57,33 @@ class Hybrid(nn.Module):
     def __init__(self, args: ModelArgs) -> None:
         super().__init__(args.family)  # type: ignore[call-arg]  # the family's, which comes next
         self.config = SimpleNamespace(**args.config)
-        first, changes = min(self.config.rwkv_layers), self.config.mixer_layers
+        recurrent, changes = self.config.rwkv_layers, self.config.mixer_layers
         kinds = [type(cache) for cache in self._family_cache()]
         self._masks_from = {}  # RWKV layer -> a layer that keeps attention of the kind that stood there
-        for i in self.config.rwkv_layers:
-            mixer = SimpleNamespace(**self.config.mixer | changes.get(str(i), {}))
-            self.layers[i].self_attn = TimeMixer(mixer, i == first, self.config.rotation_scale)
-            alike = (j for j, kind in enumerate(kinds) if kind is kinds[i] and j not in self.config.rwkv_layers)
-            self._masks_from[i] = next(alike, None)
         for i, layer in enumerate(self.layers):
-            if i not in self._masks_from and not self.config.attention_rope:
-                layer.self_attn.rope = NoRotation()
+            number = self.config.rotation_of_layer[i]
+            rotation = NoRotation() if number is None else Rotation(**self.config.rotations[number])
+            if i not in recurrent:
+                layer.self_attn.rope = rotation  # the trained model's: families here compute some kinds otherwise
+                continue
+            mixer = SimpleNamespace(**self.config.mixer | changes.get(str(i), {}))
+            layer.self_attn = TimeMixer(mixer, i == min(recurrent), rotation)
+            alike = (j for j, kind in enumerate(kinds) if kind is kinds[i] and j not in recurrent)
+            self._masks_from[i] = next(alike, None)
+        if self.config.mlx_module == "gemma2":
+            for i in set(range(len(self.layers))) - set(recurrent):
+                self.layers[i].self_attn.__class__ = _with_masks_of_batches(type(self.layers[i].self_attn))
 
     def __call__(
         self, inputs: mx.array, cache: list | None = None, input_embeddings: mx.array | None = None
     ) -> mx.array:
-        """Return logits (B, T, V), as the family's model does."""
+        """Return logits (B, T, V), as the family's model does.
+
+        Raises:
+            ValueError: layers are checkpointed, which cuts the gradient between RWKV layers.
+        """
+        if type(self.layers[0]).__call__.__name__ == "checkpointed_fn":
+            raise ValueError("gradients of RWKV layers are wrong with checkpointed layers: leave out --grad-checkpoint")
         caches = cache or [None] * len(self.layers)
         first: list[mx.array] = []
         views = list(caches)
@@ -115,6 +126,41 @@ class Hybrid(nn.Module):
         return lambda name: name.rpartition(".")[2] not in FP32_PARAMETERS and family(name)
 
 
+def _with_masks_of_batches(attention: type) -> type:
+    """Return an attention of Gemma 2 that takes the mask of a batch, which lacks the axis of grouped heads."""
+
+    def call(self: Any, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+        grouped = isinstance(mask, mx.array) and mask.ndim == 4 and self.repeats > 1
+        return attention.__call__(self, x, mask[:, :, None] if grouped else mask, cache)
+
+    return type(attention.__name__, (attention,), {"__call__": call})
+
+
+class Rotation(nn.Module):
+    """Rotary embedding, the trained model's.
+
+    Args:
+        wavelengths: tokens for a radian, of each pair of dimensions that may turn.
+        scales: what each of these pairs is multiplied by.
+        interleaved: a pair are neighbors; otherwise they are half of all these dimensions apart.
+    """
+
+    def __init__(self, wavelengths: list[float], scales: list[float], interleaved: bool) -> None:
+        super().__init__()
+        self._wavelengths, self._interleaved = mx.array(wavelengths), interleaved
+        factors = mx.repeat(mx.array(scales), 2) if interleaved else mx.array(scales * 2)
+        self._factors = None if all(scale == 1 for scale in scales) else factors
+
+    def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
+        """Return x (B, heads, T, N), whose first token has the position `offset`."""
+        turning = 2 * self._wavelengths.size
+        if self._factors is not None:
+            scaled = x[..., :turning] * self._factors.astype(x.dtype)
+            x = mx.concatenate([scaled, x[..., turning:]], axis=-1)
+        how: dict[str, Any] = {"traditional": self._interleaved, "base": None, "scale": 1.0}
+        return mx.fast.rope(x, turning, **how, offset=offset, freqs=self._wavelengths)
+
+
 class NoRotation(nn.Module):
     """Stands where an attention without positions would rotate."""
 
@@ -146,12 +192,12 @@ class TimeMixer(nn.Module):
     Args:
         config: the fields of the mixer.
         is_first: this is the first RWKV layer, which has no residual mixes.
-        rotation_scale: what a rotation multiplies by, besides turning.
+        rotation: of receptance and key.
     """
 
-    def __init__(self, config: SimpleNamespace, is_first: bool, rotation_scale: float) -> None:
+    def __init__(self, config: SimpleNamespace, is_first: bool, rotation: Rotation | NoRotation) -> None:
         super().__init__()
-        self.config, self.is_first, self.rotation_scale = config, is_first, rotation_scale
+        self.config, self.is_first, self.rotation = config, is_first, rotation
         D, H, G, N = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_size
         C, KV = H * N, G * N
         self.receptance = nn.Linear(D, C, bias=config.qkv_bias)
@@ -161,8 +207,6 @@ class TimeMixer(nn.Module):
         if config.qk_norm:
             widths = (N, N) if config.norm_over == "head" else (C, KV)
             self.r_norm, self.k_norm = (nn.RMSNorm(width, eps=config.norm_eps) for width in widths)
-        if config.rope:
-            self.wavelengths = mx.ones(N // 2)  # tokens for a radian
         self._low_rank("w", config.rank_decay, C)
         self._low_rank("a", config.rank_iclr, C)
         self._low_rank("g", config.rank_gate, C, bias=False)
@@ -273,13 +317,7 @@ class TimeMixer(nn.Module):
         r, k = self._heads(r), self._heads(k)
         if c.qk_norm and c.norm_over == "head":
             r, k = self.r_norm(r), self.k_norm(k)
-        if c.rope:
-            r, k = (self.rotation_scale * self._rotated(x, offset) for x in (r, k))
-        return r, k, v
-
-    def _rotated(self, x: mx.array, offset: mx.array) -> mx.array:
-        N, wavelengths = self.config.head_size, self.wavelengths
-        return mx.fast.rope(x, N, traditional=False, base=None, scale=1.0, offset=offset, freqs=wavelengths)
+        return self.rotation(r, offset), self.rotation(k, offset), v
 
     def _recurrence(
         self,
@@ -447,7 +485,7 @@ def wkv7(inputs: Sequence[mx.array], state: mx.array) -> tuple[mx.array, mx.arra
     T = r.shape[2]
     if T == 1:
         removed = state @ a.swapaxes(-1, -2)
-        state = state * mx.exp(log_decay) + removed @ b + v.swapaxes(-1, -2) @ k
+        state = state * mx.exp(log_decay) + removed * b + v.swapaxes(-1, -2) * k
         return (state @ r.swapaxes(-1, -2)).swapaxes(-1, -2), state
     more = -T % CHUNK
     padded = [mx.pad(x, [(0, 0), (0, 0), (0, more), (0, 0)]) for x in inputs]
