@@ -556,7 +556,7 @@ def _shift(x: Tensor, last: Tensor | None, mask: Tensor | None, cu_seqlens: Tens
     last = x.new_zeros(B, D) if last is None else last.to(x.dtype)
     history = torch.cat([last[:, None], x], 1)
     if mask is None:
-        previous, newest = history[:, :-1], x[:, -1]
+        previous, newest = history[:, :-1], x[:, -1].clone()  # a state that keeps, and overwrites, nothing but itself
     else:
         # position (counted from 1) of the newest real token up to t; 0 is what came before this call
         newest_at = torch.where(mask, torch.arange(1, T + 1, device=x.device), 0).cummax(1).values
