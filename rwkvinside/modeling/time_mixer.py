@@ -214,8 +214,8 @@ class TimeMixer(nn.Module):
             raise ValueError("the mixer rotates its receptance and key: give rope=(cos, sin), or configure rope=False")
         rope = full_rotation(rope, self.mixer_config.head_size)
         if is_fused(self.mixer_config, x, cu_seqlens):
-            y, first, wkv, window = mixer_step(self, x, first=first, state=state, rope=rope, mask=mask, inplace=inplace)
-            return self.projected(y.to(x.dtype)), first, MixerState(wkv, None, window)
+            y, first, parts = mixer_step(self, x, first=first, state=state, rope=rope, mask=mask, inplace=inplace)
+            return self.projected(y.to(x.dtype)), first, MixerState(*parts)
         if is_fused_sequence(self.mixer_config, x):
             how: dict[str, Any] = {"inplace": inplace, "keep_state": keep_state, "recompute": recompute}
             y, first, parts = mix_fused(
