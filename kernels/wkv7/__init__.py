@@ -140,6 +140,19 @@ def mixer_step(**inputs: Tensor | float | bool | None) -> Tensor:
     return (mixer_step if torch.compiler.is_compiling() else launch_mixer_step)(**inputs)
 
 
+def shift_step(x: Tensor, last: Tensor, mixes: list[Tensor], mask: Tensor | None) -> Tensor:
+    """Mix one token with the one before it for every map of a mixer by its Triton kernel, without gradient.
+
+    Arguments, result and errors are those of `gpu.shift_step.shift_step`, the operator, which a compiler sees. Where
+    this function exists, `mixer_step` takes the other parts of stock RWKV-7 and `low_rank` an input for each map.
+    """
+    import torch
+
+    from .gpu.shift_step import launch_shift_step, shift_step
+
+    return (shift_step if torch.compiler.is_compiling() else launch_shift_step)(x, last, mixes, mask)
+
+
 def window_step(*inputs: Tensor | int | None) -> Tensor:
     """Take one token of a window beside a recurrence by its Triton kernel, without gradient.
 
@@ -162,7 +175,7 @@ def window_attention(
 
 
 def low_rank(
-    x: Tensor, downs: Sequence[Tensor], ups: Sequence[Tensor], activations: Sequence[str]
+    x: Tensor | Sequence[Tensor], downs: Sequence[Tensor], ups: Sequence[Tensor], activations: Sequence[str]
 ) -> list[Tensor] | None:
     """Compute the low-rank maps of a few tokens by two Triton launches, without gradient.
 
@@ -173,7 +186,8 @@ def low_rank(
 
     from .gpu.low_rank import MAX_ROWS, low_rank
 
-    if x.shape[0] > MAX_ROWS or torch.compiler.is_compiling():
+    rows = len(x if isinstance(x, torch.Tensor) else x[0])
+    if rows > MAX_ROWS or torch.compiler.is_compiling():
         return None
     return low_rank(x, downs, ups, activations)
 

@@ -214,8 +214,8 @@ class TimeMixer(nn.Module):
             raise ValueError("the mixer rotates its receptance and key: give rope=(cos, sin), or configure rope=False")
         rope = full_rotation(rope, self.mixer_config.head_size)
         if is_fused(self.mixer_config, x, cu_seqlens):
-            y, first, wkv, window = mixer_step(self, x, first=first, state=state, rope=rope, mask=mask, inplace=inplace)
-            return self.projected(y.to(x.dtype)), first, MixerState(wkv, None, window)
+            y, first, parts = mixer_step(self, x, first=first, state=state, rope=rope, mask=mask, inplace=inplace)
+            return self.projected(y.to(x.dtype)), first, MixerState(*parts)
         if is_fused_sequence(self.mixer_config, x):
             how: dict[str, Any] = {"inplace": inplace, "keep_state": keep_state, "recompute": recompute}
             y, first, parts = mix_fused(
@@ -556,7 +556,7 @@ def _shift(x: Tensor, last: Tensor | None, mask: Tensor | None, cu_seqlens: Tens
     last = x.new_zeros(B, D) if last is None else last.to(x.dtype)
     history = torch.cat([last[:, None], x], 1)
     if mask is None:
-        previous, newest = history[:, :-1], x[:, -1]
+        previous, newest = history[:, :-1], x[:, -1].clone()  # a state that keeps, and overwrites, nothing but itself
     else:
         # position (counted from 1) of the newest real token up to t; 0 is what came before this call
         newest_at = torch.where(mask, torch.arange(1, T + 1, device=x.device), 0).cummax(1).values

@@ -194,6 +194,32 @@ def test_what_is_kept_where_the_recurrence_is_computed_again():
         assert whole > 40 and again <= 8.5, (whole, again)  # v_first and k_first are of all layers
 
 
+def token(preset, fused=True, kv_heads=G, is_first=False):
+    """Count what a token of one row launches in a layer in bf16: operations of PyTorch, and Triton kernels."""
+    torch.manual_seed(0)
+    config = TimeMixerConfig.from_preset(
+        preset, qk_norm=True, hidden_size=D, num_heads=H, num_kv_heads=kv_heads, head_size=N, backend="triton"
+    )
+    mixer = TimeMixer(config, is_first).bfloat16()
+    x, rope = torch.randn(1, 1, D).bfloat16(), tuple(torch.randn(1, 1, N) for _ in range(2))
+    value, key = (torch.randn(1, 1, heads, N).bfloat16() for heads in (H if "full" in config.value_path else G, G))
+    options = {"first": None if is_first else FirstLayerKV(value, key), "rope": rope, "inplace": True}
+    launches = []
+    how = mock.patch.object(time_mixer, "is_fused", return_value=fused)
+    with torch.no_grad(), how, mock.patch.object(Launch, "run", lambda launch: launches.append(launch)):
+        _, _, state = mixer(x, **options)
+        launches.clear()
+        with Count() as count:
+            mixer(x, state=state, **options)
+    return len(launches) + sum(not name.startswith("rwkvinside") for name, _ in count.lines)
+
+
+def test_a_token():
+    """Four products, two launches of low-rank maps, one of all between them; one more for a token shift."""
+    assert token("cxa079") == token("arwkv7") == 7
+    assert token("x070", kv_heads=H) == token("x070", kv_heads=H, is_first=True) == 8
+
+
 def test_a_window_in_align():
     found = summary(fused=True, window=True)
     assert found["operations"] <= 60
@@ -210,6 +236,9 @@ if __name__ == "__main__":
     for name, count in zip(("forward", "backward"), measure(True, 1024, window=True), strict=False):
         print(name, *(f"    {line:60} {moved:10}" for line, moved in count.lines), sep="\n")
     print("kept by the recurrence:", recurrence_kept())
+    for preset, kv_heads in (("cxa079", G), ("arwkv7", G), ("x070", H)):
+        counts = {fused: token(preset, fused, kv_heads) for fused in (False, True)}
+        print("a token,", preset, "in PyTorch around the recurrence and fused:", *counts.values())
     for window in (None, True):
         kept = [left_in_memory(window=window, recompute=recompute) for recompute in (False, True)]
         print("left in memory, recurrence kept and computed again, window", window, kept)

@@ -12,9 +12,11 @@ from recorded_graph import Capture, RecordedGraph
 
 from rwkvinside import kernels
 from rwkvinside.kernels.gpu.low_rank import MAX_ROWS, low_rank
-from rwkvinside.kernels.gpu.mixer_step import mixer_step
+from rwkvinside.kernels.gpu.mixer_step import LARGEST_NORMED, mixer_step
+from rwkvinside.kernels.gpu.shift_step import COLUMNS, shift_step
 from rwkvinside.kernels.gpu.window_step import window_step
 from rwkvinside.modeling import graphed_decoding
+from rwkvinside.modeling import mixer_step as mixer_step_door
 from rwkvinside.modeling.first_layer import FirstLayerKV
 from rwkvinside.modeling.mixer_init import init_mixer
 from rwkvinside.modeling.mixer_presets import TimeMixerConfig
@@ -22,7 +24,8 @@ from rwkvinside.modeling.time_mixer import MixerState, TimeMixer
 
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
 D, B, T = 24, 2, 2
-PRESETS = ("cxa079", "hxa07a", "hxa07b", "hxa07c", "cxa078", "cxa076r", "rad")
+WINDOWED = {"window": 5, "sinks": 2, "window_mix": "softmax"}
+PRESETS = ("cxa079", "hxa07a", "hxa07b", "hxa07c", "cxa078", "cxa076r", "rad", "arwkv7", "x070")
 
 
 @pytest.fixture
@@ -64,7 +67,8 @@ def inputs(mixer, batch=B, rows_of_rotation=1, tokens=T):
         k = normal(batch, tokens, c.num_kv_heads, c.head_size) if c.key_residual else None
         first = FirstLayerKV(normal(batch, tokens, heads, c.head_size), k)
     angle = normal(rows_of_rotation, tokens, c.head_size // 2).repeat(1, 1, 2)
-    state = normal(batch, c.num_heads, c.head_size, c.head_size).float()
+    wkv = normal(batch, c.num_heads, c.head_size, c.head_size).float()
+    state = MixerState(wkv, normal(batch, D) if c.token_shift else None)
     return normal(batch, tokens, D), first, (angle.cos(), angle.sin()), state
 
 
@@ -72,9 +76,9 @@ def at(first, t):
     return None if first is None else FirstLayerKV(*(None if x is None else x[:, t : t + 1] for x in first))
 
 
-def run(mixer, x, first, rope, wkv, mask=None):
+def run(mixer, x, first, rope, state, mask=None):
     """Token by token: outputs (B, T, D), what is handed on (B, T, heads, N), and the final state."""
-    ys, firsts, state = [], [], None if wkv is None else MixerState(wkv, None)
+    ys, firsts = [], []
     with torch.no_grad():
         for t in range(x.shape[1]):
             now = slice(t, t + 1)
@@ -84,14 +88,14 @@ def run(mixer, x, first, rope, wkv, mask=None):
             ys.append(y)
             firsts.append(handed_on)
     handed_on = FirstLayerKV(*(None if x[0] is None else torch.cat(x, 1) for x in zip(*firsts, strict=True)))
-    return torch.cat(ys, 1), handed_on, state.wkv
+    return torch.cat(ys, 1), handed_on, state
 
 
 def double(*values):
     """The same in float64 on the CPU; tuples stay what they are."""
     return [
         None if x is None else x.double().cpu() if isinstance(x, torch.Tensor) else type(x)(*double(*x))
-        if isinstance(x, FirstLayerKV) else tuple(double(*x)) for x in values
+        if hasattr(x, "_fields") else tuple(double(*x)) for x in values
     ]  # fmt: skip
 
 
@@ -100,12 +104,12 @@ def error(value, expected):
 
 
 def compare(fast, slow, arguments, mask=None, tolerance=1e-6):
-    x, first, rope, wkv = arguments
-    expected = run(slow, *double(x, first, rope, wkv), None if mask is None else mask.cpu())
-    found = run(fast, x, first, rope, wkv, mask)
+    expected = run(slow, *double(*arguments), None if mask is None else mask.cpu())
+    found = run(fast, *arguments, mask)
     real = slice(None) if mask is None else mask.cpu()
     assert error(found[0].cpu()[real], expected[0][real]) < tolerance
-    assert error(found[2], expected[2]) < tolerance
+    for value, correct in zip(found[2].tensors(), expected[2].tensors(), strict=True):
+        assert error(value, correct) < tolerance
     for value, correct in zip(found[1], expected[1], strict=True):
         assert (value is None) == (correct is None)
         if value is not None:
@@ -121,11 +125,31 @@ def test_presets(preset, is_first, launched):
     assert len(launched) == T
 
 
-@pytest.mark.parametrize("N", [8, 40, 64, 128, 256])
-def test_head_sizes(N, launched):
-    fast, slow = make("cxa079", heads=2, kv_heads=1, N=N)
+@pytest.mark.parametrize(
+    "preset, N", [*(("cxa079", N) for N in (8, 40, 64, 128, 256)), ("x070", 40), ("x070", 64), ("x070", 128)]
+)
+def test_head_sizes(preset, N, launched):
+    fast, slow = make(preset, heads=2, kv_heads=1, N=N)
     compare(fast, slow, inputs(fast, batch=2))
     assert len(launched) == T
+
+
+@pytest.mark.parametrize("token_shift, group_norm", [(True, False), (False, True)])
+def test_parts_of_stock_rwkv_7(token_shift, group_norm, launched):
+    """With another preset's key scale, norms and rotation, and with a factor of the output."""
+    fast, slow = make("cxa079", token_shift=token_shift, group_norm=group_norm, output_scale=0.5)
+    compare(fast, slow, inputs(fast))
+    assert len(launched) == T
+
+
+def test_a_head_whose_state_no_program_holds_is_normed_by_pytorch_code(launched):
+    assert mixer_step_door.LARGEST_NORMED == LARGEST_NORMED == 128
+    fast, slow = make("x070", heads=1, kv_heads=1, N=136)
+    compare(fast, slow, inputs(fast))
+    assert not launched
+    x = torch.empty(1, 1, 136, device=DEVICE)
+    with pytest.raises(ValueError, match="at most 128"):
+        mixer_step(*[x] * 9, ln_weight=x, ln_bias=x)
 
 
 @pytest.mark.parametrize("norm_over, rotated", [("heads", 16), ("head", 12)])
@@ -145,7 +169,7 @@ def test_shared_heads(preset, heads, is_first):
     compare(fast, slow, inputs(fast))
 
 
-@pytest.mark.parametrize("preset", ["cxa079", "hxa07b"])
+@pytest.mark.parametrize("preset", ["cxa079", "hxa07b", "x070"])
 def test_batches_of_which_the_low_rank_maps_are_whole_products(preset, launched):
     fast, slow = make(preset, heads=2, N=8)
     compare(fast, slow, inputs(fast, batch=MAX_ROWS + 1))
@@ -157,23 +181,26 @@ def test_every_row_has_its_own_rotation():
     compare(fast, slow, inputs(fast, rows_of_rotation=B))
 
 
-def test_the_first_token_starts_from_zeros(launched):
-    fast, slow = make("cxa079")
+@pytest.mark.parametrize("preset", ["cxa079", "x070"])
+def test_the_first_token_starts_from_zeros(preset, launched):
+    fast, slow = make(preset)
     x, first, rope, _ = inputs(fast)
     compare(fast, slow, (x, first, rope, None))
     assert len(launched) == T
 
 
-def test_a_masked_row_keeps_its_state_bit_for_bit_whatever_its_inputs():
-    fast, slow = make("cxa079")
+@pytest.mark.parametrize("preset", ["cxa079", "x070"])
+def test_a_masked_row_keeps_its_state_bit_for_bit_whatever_its_inputs(preset):
+    fast, slow = make(preset)
     arguments = inputs(fast, batch=3, tokens=3)
     mask = torch.tensor([[True, True, True], [False, True, True], [False, False, False]], device=DEVICE)
-    before = arguments[3].clone()
+    before = arguments[3].map(torch.clone)
     _, _, state = compare(fast, slow, arguments, mask)
-    assert torch.equal(state[2], before[2])
+    assert all(torch.equal(part[2], kept[2]) for part, kept in zip(state.tensors(), before.tensors(), strict=True))
     arguments[0][~mask] = float("nan")
-    y, _, again = run(fast, *arguments[:3], before.clone(), mask)
-    assert torch.equal(again, state) and torch.isfinite(y[mask]).all()
+    y, _, again = run(fast, *arguments[:3], before.map(torch.clone), mask)
+    assert all(torch.equal(part, same) for part, same in zip(again.tensors(), state.tensors(), strict=True))
+    assert torch.isfinite(y[mask]).all()
 
 
 @pytest.fixture
@@ -215,6 +242,7 @@ def windowed(mixer, tokens, mask=None, state=None, inplace=True):
         *(("cxa079", True, 5, 2, "softmax"), ("cxa079", False, 5, 2, "softmax"), ("cxa079", True, 1, 0, "softmax")),
         *(("hxa07b", True, 70, 3, "sum"), ("hxa07b", False, 5, 2, "sum"), ("hxa07b", False, 1, 0, "softmax")),
         *(("cxa078", True, 3, 0, "softmax"), ("cxa078", False, 5, 2, "softmax"), ("cxa078", False, 70, 3, "sum")),
+        *(("arwkv7", True, 3, 0, "sum"), ("x070", False, 5, 2, "softmax")),
     ],
 )
 def test_windows(window_mix, window, sinks, preset, is_first, launched, attended):
@@ -308,27 +336,29 @@ def test_window_refusals(change, message):
 
 
 @pytest.mark.parametrize("inplace", [True, False])
-def test_the_state_is_updated_in_place_only_when_asked(inplace):
-    fast, _ = make("hxa07a")
-    x, first, rope, wkv = inputs(fast)
-    before = wkv.clone()
-    token = dict(first=at(first, 0), state=MixerState(wkv, None), rope=tuple(part[:, :1] for part in rope))
+@pytest.mark.parametrize("preset", ["hxa07a", "x070"])
+def test_the_state_is_updated_in_place_only_when_asked(preset, inplace):
+    fast, _ = make(preset)
+    x, first, rope, state = inputs(fast)
+    before = state.map(torch.clone)
+    token = dict(first=at(first, 0), state=state, rope=tuple(part[:, :1] for part in rope))
     with torch.no_grad():
-        _, _, state = fast(x[:, :1], inplace=inplace, **token)
-    assert (state.wkv.data_ptr() == wkv.data_ptr()) == inplace
-    assert torch.equal(wkv, before) != inplace
+        _, _, after = fast(x[:, :1], inplace=inplace, **token)
+    for old, kept, new in zip(before.tensors(), state.tensors(), after.tensors(), strict=True):
+        assert (kept.data_ptr() == new.data_ptr()) == inplace and torch.equal(old, kept) != inplace
 
 
-def test_bf16_loses_no_more_than_its_inputs():
+@pytest.mark.parametrize("preset", ["cxa079", "x070"])
+def test_bf16_loses_no_more_than_its_inputs(preset):
     """The state stays within the rounding of bf16 projections (2^-9 each, a dozen of them), and so does the output."""
-    fast, slow = make("cxa079", dtype=torch.bfloat16)
+    fast, slow = make(preset, dtype=torch.bfloat16)
     compare(fast, slow, inputs(fast), tolerance=2e-2)
 
 
 def test_gradients_take_the_path_that_has_them(launched):
     fast, _ = make("cxa079")
-    x, first, rope, wkv = inputs(fast)
-    token = dict(first=at(first, 0), state=MixerState(wkv, None), rope=tuple(part[:, :1] for part in rope))
+    x, first, rope, state = inputs(fast)
+    token = dict(first=at(first, 0), state=state, rope=tuple(part[:, :1] for part in rope))
     y, _, _ = fast(x[:, :1], **token)
     y.sum().backward()
     assert fast.w0.grad.abs().sum() > 0 and not launched
@@ -359,6 +389,12 @@ def test_low_rank_maps_that_do_not_fit_are_refused(rows, down, up, kind):
         low_rank(torch.empty(rows, 8), [torch.empty(*down)], [torch.empty(*up)], [kind])
 
 
+def test_inputs_of_low_rank_maps_that_do_not_agree_are_refused():
+    xs, down, up = [torch.empty(1, 8), torch.empty(2, 8)], torch.empty(8, 4), torch.empty(4, 8)
+    with pytest.raises(ValueError, match=r"have shapes \[\(1, 8\), \(2, 8\)\]"):
+        low_rank(xs, [down] * 2, [up] * 2, ["none"] * 2)
+
+
 def arguments(**changes):
     """Of the op itself, all of them given."""
     random = torch.Generator().manual_seed(2)
@@ -371,6 +407,7 @@ def arguments(**changes):
     values |= dict(state=normal(2, 4, 16, 16), w0=normal(64), a0=normal(64), r_weight=normal(16), k_weight=normal(16))
     values |= dict(cos=normal(1, 16), sin=normal(1, 16), v_mix=normal(2, 32), v0=normal(32), v_first=normal(2, 2, 16))
     values |= dict(k_mix=normal(2, 32), k0=normal(32), k_first=normal(2, 2, 16), r_k=normal(4, 16))
+    values |= {name: normal(64) for name in ("k_k", "k_a", "ln_weight", "ln_bias")}
     values |= dict(mask=torch.tensor([True, False], device=DEVICE), k_out=normal(2, 2, 16), r_out=normal(2, 4, 16))
     return values | changes
 
@@ -394,6 +431,9 @@ def test_an_empty_batch():
         ({"v0": None}, "come together"),
         ({"k_first": None}, "come together"),
         ({"sin": None}, "come together"),
+        ({"k_a": None}, "k_k and k_a come together"),
+        ({"ln_bias": None}, "ln_weight and ln_bias come together"),
+        ({"ln_weight": torch.empty(4)}, "ln_weight has shape"),
         ({"cos": torch.empty(3, 16)}, "cos has shape"),
         ({"v_first": torch.empty(2, 3, 16)}, "v_first 3"),
         ({"w0": torch.empty(63)}, "w0 has shape"),
@@ -409,19 +449,65 @@ def test_refusals(change, message):
         mixer_step(**arguments(**change))
 
 
+def shift_arguments(**changes):
+    random = torch.Generator().manual_seed(5)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=random).to(DEVICE)
+
+    width = COLUMNS + 20
+    values = dict(x=normal(3, width), last=normal(3, width), mixes=[normal(1, 1, width) for _ in range(6)])
+    return values | dict(mask=torch.tensor([True, False, True], device=DEVICE)) | changes
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_token_shift_of_more_columns_than_a_program_has(masked):
+    given = shift_arguments(**({} if masked else {"mask": None}))
+    x, last, mixes, mask = given.values()
+    before, real = last.clone(), slice(None) if mask is None else mask
+    now = x if mask is None else x * mask[:, None]
+    wanted = torch.stack([now + (before - now) * mix.flatten() for mix in mixes])
+    assert error(shift_step(**given), wanted) < 1e-6
+    before[real] = x[real]
+    assert torch.equal(last, before)
+
+
+def test_the_shifts_op_is_registered_as_torch_wants_it():
+    torch.library.opcheck(shift_step, (), shift_arguments(), test_utils=("test_schema", "test_faketensor"))
+
+
 @pytest.mark.parametrize(
-    "window", [{}, {"window": 5, "sinks": 2, "window_mix": "softmax"}], ids=["recurrence", "window"]
+    "change, message",
+    [
+        ({"last": torch.empty(2, COLUMNS + 20)}, r"last \(2, "),
+        ({"mixes": [torch.empty(4)]}, r"mixes have \[4\] numbers"),
+        ({"x": torch.empty(3, COLUMNS + 20, dtype=torch.float64)}, "float64"),
+        ({"mask": torch.empty(3)}, "of bool"),
+    ],
 )
-@pytest.mark.parametrize("layout", ["all-rwkv", "mixed"])
-def test_generation_by_a_graph_gives_the_tokens_of_the_slow_path(layout, window, launched, attended, monkeypatch):
+def test_shifts_that_do_not_fit_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        shift_step(**shift_arguments(**change))
+
+
+@pytest.mark.parametrize(
+    "preset, layout, window",
+    [
+        *(("cxa079", layout, window) for layout in ("all-rwkv", "mixed") for window in ({}, WINDOWED)),
+        ("x070", "mixed", {}),
+    ],
+)
+def test_generation_by_a_graph_gives_the_tokens_of_the_slow_path(
+    preset, layout, window, launched, attended, monkeypatch
+):
     """A real graph on a GPU; on a CPU a recorded one. The prompt is left-padded."""
     if DEVICE == "cpu":
         monkeypatch.setattr(graphed_decoding, "can_capture", lambda device: True)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedGraph)
         monkeypatch.setattr(torch.cuda, "graph", Capture)
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # the operator, which `Capture` sees
-    slow = build("qwen3", LAYOUTS[layout], mixer={"backend": "reference"} | window)
-    fast = build("qwen3", LAYOUTS[layout], mixer={"backend": "triton"} | window).to(DEVICE, torch.float32)
+    slow = build("qwen3", LAYOUTS[layout], preset, mixer={"backend": "reference"} | window)
+    fast = build("qwen3", LAYOUTS[layout], preset, mixer={"backend": "triton"} | window).to(DEVICE, torch.float32)
     prompt = torch.randint(2, VOCAB, (2, 6), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(prompt)
     mask[0, :2] = 0

@@ -291,6 +291,14 @@ def test_a_mixer_that_rotates_asks_for_positions(length):
     make("cxa079", is_first=True, rope=False)(x, first=None)
 
 
+def test_the_state_of_a_token_shift_keeps_no_more_than_a_token():
+    """Not the prompt; and what the next token overwrites is nobody else's."""
+    mixer, x = make("x070", is_first=True), torch.randn(1, 9, D, dtype=torch.float64)
+    _, _, state = mixer(x, first=None)
+    assert state.shift.untyped_storage().nbytes() == state.shift.nbytes
+    assert torch.equal(state.shift, x[:, -1]) and state.shift.data_ptr() != x[:, -1].data_ptr()
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_packed_documents_go_on_from_their_states(masked):
     """Documents in two calls, empty ones in both, are what each is alone, with every gradient."""

@@ -131,5 +131,11 @@ def test_kernels_without_a_newer_function_are_used_for_the_rest(monkeypatch):
         assert mixer_step.is_fused(config, x, None)
         capped = config.replace(window=4, softcap=50.0)  # no kernel has a soft cap
         assert not mixer_step.is_fused(capped, x, None) and mixer_step.is_fused(capped.replace(softcap=None), x, None)
+        stock = TimeMixerConfig.from_preset("x070", qk_norm=False, **sizes, backend="triton")
+        parts = [stock, *(config.replace(**{name: True}) for name in ("token_shift", "group_norm"))]
+        parts.append(TimeMixerConfig.from_preset("arwkv7", qk_norm=False, **sizes, backend="triton"))
+        assert all(mixer_step.is_fused(part, x, None) for part in parts)
+        monkeypatch.delattr(kernels, "shift_step")
+        assert not any(mixer_step.is_fused(part, x, None) for part in parts) and mixer_step.is_fused(config, x, None)
         monkeypatch.delattr(kernels, "low_rank")
         assert not mixer_step.is_fused(config, x, None)

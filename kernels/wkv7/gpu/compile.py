@@ -42,8 +42,9 @@ from rwkvinside.kernels.gpu.launch import Launch
 from rwkvinside.kernels.gpu.losses import plan_compare
 from rwkvinside.kernels.gpu.low_rank import plan_low_rank
 from rwkvinside.kernels.gpu.mixer import Mixed, plan_inputs, plan_inputs_backward, plan_output, plan_output_backward
-from rwkvinside.kernels.gpu.mixer_step import plan_mixer_step
+from rwkvinside.kernels.gpu.mixer_step import LARGEST_NORMED, plan_mixer_step
 from rwkvinside.kernels.gpu.op import NARROW, plan_backward, plan_forward
+from rwkvinside.kernels.gpu.shift_step import plan_shift_step
 from rwkvinside.kernels.gpu.table import PRECISIONS, Tuning
 from rwkvinside.kernels.gpu.window import plan_attend, plan_attend_backward
 from rwkvinside.kernels.gpu.window_step import plan_window_step
@@ -117,6 +118,7 @@ def shipped(architecture: int) -> Iterator[tuple[str, Launch]]:
         for tokens in (1, 4096):
             yield from _named(f"{prefix}/carried/{tokens}", plan_carried(size, tokens))
         yield from _named(prefix, plan_mixing(size, capability))
+        yield from _named(f"{prefix}/stock", plan_stock_mixing(size, capability))
         yield from _named(prefix, plan_window(size))
         yield from _named(f"{prefix}/window", [*plan_windows(size), *plan_mixed(size)])
         yield from _named(f"{prefix}/mixer", plan_mixer(size))
@@ -124,6 +126,8 @@ def shipped(architecture: int) -> Iterator[tuple[str, Launch]]:
     yield from _named(f"sm_{architecture}/64/packed", plan_packed(64, "balanced", capability))
     yield from _named(f"sm_{architecture}/64/first", plan_first_mixing(64, capability))
     yield from _named(f"sm_{architecture}/64/maps", plan_maps())
+    for rows in (1, 8):
+        yield from _named(f"sm_{architecture}/shift_{rows}", plan_shift(rows))
     for variant in MIXER_VARIANTS:
         yield from _named(f"sm_{architecture}/64/mixer_{variant}", plan_mixer(64, variant))
     for variant in WINDOW_VARIANTS:
@@ -204,6 +208,23 @@ def plan_first_mixing(size: int, capability: tuple[int, int]) -> list[Launch]:
     given["k_out"] = torch.empty(8, 8, size, dtype=torch.bfloat16, device="meta")
     given["r_out"] = torch.empty(8, 32, size, dtype=torch.bfloat16, device="meta")
     return plan_mixer_step(**_mixed_token(size), **given, capability=capability)[0]
+
+
+def plan_stock_mixing(size: int, capability: tuple[int, int]) -> list[Launch]:
+    """Plan one token of stock RWKV-7, all heads with their own keys and values; the largest have no group norm."""
+    token = _mixed_token(size)
+    for name in ("r_weight", "k_weight", "cos", "sin"):
+        del token[name]
+    token |= {"k": token["r"], "v": token["r"], "v_first": token["r"], "v_mix": token["gate"], "r_k": token["r"][0]}
+    names = ("v0", "k_k", "k_a", *(("ln_weight", "ln_bias") if size <= LARGEST_NORMED else ()))
+    return plan_mixer_step(**token, **dict.fromkeys(names, token["w0"]), capability=capability)[0]
+
+
+def plan_shift(rows: int) -> list[Launch]:
+    """Plan the token shift of a token of 2048 columns; of several rows some are masked."""
+    x, mix = (torch.empty(count, 2048, dtype=torch.bfloat16, device="meta") for count in (rows, 1))
+    mask = torch.empty(rows, dtype=torch.bool, device="meta") if rows > 1 else None
+    return plan_shift_step(x, x, [mix] * 6, mask)[0]
 
 
 def plan_window(size: int) -> list[Launch]:

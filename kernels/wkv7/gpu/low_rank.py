@@ -24,11 +24,13 @@ DOWN = {"COLUMNS": 16, "DEPTH": 512}, 8
 UP = {"COLUMNS": 64, "DEPTH": 64}, 4
 
 
-def low_rank(x: Tensor, downs: Sequence[Tensor], ups: Sequence[Tensor], activations: Sequence[str]) -> list[Tensor]:
-    """Compute act(x down) up for several maps of the same input, in fp32 from whatever the dtypes are.
+def low_rank(
+    x: Tensor | Sequence[Tensor], downs: Sequence[Tensor], ups: Sequence[Tensor], activations: Sequence[str]
+) -> list[Tensor]:
+    """Compute act(x down) up for several maps, in fp32 from whatever the dtypes are.
 
     Args:
-        x: (B, D) with B at most `MAX_ROWS`.
+        x: (B, D) with B at most `MAX_ROWS`, or a list of them, one for each map.
         downs: (D, rank) each.
         ups: (rank, width) each.
         activations: "none", "tanh" or "sigmoid" each.
@@ -40,19 +42,23 @@ def low_rank(x: Tensor, downs: Sequence[Tensor], ups: Sequence[Tensor], activati
         ValueError: shapes that do not fit, an unknown activation.
     """
     launches, outputs = plan_low_rank(x, downs, ups, activations)
-    run(launches, x.device)
+    run(launches, outputs[0].device)
     return outputs
 
 
 def plan_low_rank(
-    x: Tensor, downs: Sequence[Tensor], ups: Sequence[Tensor], activations: Sequence[str]
+    x: Tensor | Sequence[Tensor], downs: Sequence[Tensor], ups: Sequence[Tensor], activations: Sequence[str]
 ) -> tuple[list[Launch], list[Tensor]]:
     """Return the launches that `low_rank` runs, and its results; launch nothing.
 
     Meta tensors are enough.
     """
+    xs = [x] * len(downs) if isinstance(x, Tensor) else x
+    x = xs[0]
     if x.dim() != 2 or x.shape[0] > MAX_ROWS:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (B, D) with B at most {MAX_ROWS}")
+    if len(shapes := {tuple(other.shape) for other in xs}) > 1:
+        raise ValueError(f"inputs of the maps have shapes {sorted(shapes)}: they must agree")
     B, D = x.shape
     for down, up, activation in zip(downs, ups, activations, strict=True):
         if down.shape[0] != D or down.shape[1] != up.shape[0] or activation not in ACTIVATIONS:
@@ -61,7 +67,11 @@ def plan_low_rank(
     ranks, widths = tuple(down.shape[1] for down in downs), tuple(up.shape[1] for up in ups)
     hidden = torch.empty(B, sum(ranks), dtype=torch.float32, device=x.device)
     outputs = [torch.empty(B, width, dtype=x.dtype, device=x.device) for width in widths]
-    down_args = {"x": x.contiguous(), "downs": tuple(w.contiguous() for w in downs), "hidden": hidden}
+    down_args = {
+        "xs": tuple(x.contiguous() for x in xs),
+        "downs": tuple(w.contiguous() for w in downs),
+        "hidden": hidden,
+    }
     up_args = {"hidden": hidden, "ups": tuple(w.contiguous() for w in ups), "outputs": tuple(outputs)}
     kinds = tuple(ACTIVATIONS.index(activation) for activation in activations)
     launches = []
@@ -96,7 +106,7 @@ def _tile(tile, SIZES: tl.constexpr, i: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _down(
-    x,
+    xs,
     downs,
     hidden,
     ACTIVATIONS: tl.constexpr,
@@ -105,12 +115,11 @@ def _down(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    x += tl.program_id(1) * D
     hidden += tl.program_id(1) * _sum(RANKS, len(RANKS), 1)
     for i in tl.static_range(len(RANKS)):
         columns, mine = _tile(tl.program_id(0), RANKS, i, COLUMNS)
         if mine:
-            value = _product(x, downs[i], columns, D, RANKS[i], DEPTH)
+            value = _product(xs[i] + tl.program_id(1) * D, downs[i], columns, D, RANKS[i], DEPTH)
             if ACTIVATIONS[i] == 1:
                 value = 2.0 * tl.sigmoid(2.0 * value) - 1.0  # tanh
             elif ACTIVATIONS[i] == 2:

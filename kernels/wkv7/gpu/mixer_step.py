@@ -5,12 +5,13 @@ scale, recurrence, bonus and gate (`rwkvinside.modeling.time_mixer` has the equa
 in fp32. The state is updated in place. For inference only, there is no backward.
 
 Rows of the state are independent: a program owns a few rows of one head and computes the head's key vectors itself,
-which reads some N numbers a dozen times, against N^2 of the state. Not covered are token shift, the group norm and
-learned key scales of stock RWKV-7.
+which reads some N numbers a dozen times, against N^2 of the state. The group norm of stock RWKV-7 is over all rows of a
+head, so with it a program owns the head. Its token shift comes before the projections: `shift_step`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -24,6 +25,7 @@ from rwkvinside.kernels.gpu.launch import Launch, capability, run
 from rwkvinside.kernels.gpu.table import StepConfig, lookup_step
 
 DECAY_SCALE = tl.constexpr(math.exp(-0.5))
+LARGEST_NORMED = 128  # columns of a head with a group norm: a program has all of its state in registers
 
 
 @torch.library.custom_op("rwkvinside::wkv7_triton_mixer_step", mutates_args={"state", "k_out", "r_out"})
@@ -53,6 +55,11 @@ def mixer_step(
     norm_eps: float = 1e-6,
     log_scale: bool = False,
     r_out: Tensor | None = None,
+    k_k: Tensor | None = None,
+    k_a: Tensor | None = None,
+    ln_weight: Tensor | None = None,
+    ln_bias: Tensor | None = None,
+    ln_eps: float = 64e-5,
 ) -> Tensor:
     """Take one step of a time mixer for every row of the batch.
 
@@ -78,6 +85,11 @@ def mixer_step(
         norm_eps: of the RMS norms.
         log_scale: the key's scale takes the decay in the log domain (key_scale "log"), else as it is ("decay").
         r_out: (B, H, N), takes the receptance after its rotation: the query of a window.
+        k_k, k_a: H * N numbers each, learned scales of the key (key_scale "k_a", log_scale is then not read): of the
+            key that is removed, and of the rate in the key that is written.
+        ln_weight, ln_bias: H * N numbers each, of a group norm over each head in the place of N^-0.5; N is then at most
+            `LARGEST_NORMED`.
+        ln_eps: of the group norm.
 
     Returns:
         (B, H * N) in v's dtype, gated, before the output projection.
@@ -87,7 +99,7 @@ def mixer_step(
     """
     return launch_mixer_step(
         r, k, v, decay, iclr, gate, state, w0, a0, r_weight, k_weight, cos, sin, v_mix, v0, v_first, k_mix, k0, k_first,
-        r_k, mask, k_out, norm_eps, log_scale, r_out,
+        r_k, mask, k_out, norm_eps, log_scale, r_out, k_k, k_a, ln_weight, ln_bias, ln_eps,
     )  # fmt: skip
 
 
@@ -129,6 +141,11 @@ def plan_mixer_step(
     norm_eps: float = 1e-6,
     log_scale: bool = False,
     r_out: Tensor | None = None,
+    k_k: Tensor | None = None,
+    k_a: Tensor | None = None,
+    ln_weight: Tensor | None = None,
+    ln_bias: Tensor | None = None,
+    ln_eps: float = 64e-5,
     *,
     capability: tuple[int, int] | None,
     config: StepConfig | None = None,
@@ -138,7 +155,7 @@ def plan_mixer_step(
     Meta tensors are enough.
 
     Args:
-        r ... r_out: as in `mixer_step`.
+        r ... ln_eps: as in `mixer_step`.
         capability: compute capability to plan for; None is Triton's interpreter.
         config: replaces the table's.
     """
@@ -150,8 +167,15 @@ def plan_mixer_step(
         raise ValueError(f"k has shape {tuple(k.shape)}: its heads must divide the {H} of r")
     if (v_first is None) != (v0 is None) or v_first is not None and v_mix is None:
         raise ValueError("v0 and v_first come together, and with v_mix")
-    if len({x is None for x in (k_mix, k0, k_first)}) > 1:
-        raise ValueError("k_mix, k0 and k_first come together")
+    for names, parts in (
+        ("k_mix, k0 and k_first", (k_mix, k0, k_first)),
+        ("k_k and k_a", (k_k, k_a)),
+        ("ln_weight and ln_bias", (ln_weight, ln_bias)),
+    ):
+        if len({x is None for x in parts}) > 1:
+            raise ValueError(f"{names} come together")
+    if ln_weight is not None and N > LARGEST_NORMED:
+        raise ValueError(f"heads of {N} with a group norm: at most {LARGEST_NORMED}")
     J = G if v_mix is None else v_mix.shape[1] // N
     F = G if v_first is None else v_first.shape[1]
     if {J, F} - {G, H}:
@@ -164,7 +188,10 @@ def plan_mixer_step(
         "k_weight": (k_weight, (N,)), "r_k": (r_k, (H, N)),
     }  # fmt: skip
     args = {name: _contiguous(name, x, shape) for name, (x, shape) in shapes.items()}
-    for name, x, count in (("w0", w0, width), ("a0", a0, width), ("v0", v0, J * N), ("k0", k0, G * N)):
+    for name, x, count in (
+        *(("w0", w0, width), ("a0", a0, width), ("v0", v0, J * N), ("k0", k0, G * N)),
+        *(("k_k", k_k, width), ("k_a", k_a, width), ("ln_weight", ln_weight, width), ("ln_bias", ln_bias, width)),
+    ):
         args[name] = None if x is None else _contiguous(name, x.flatten(), (count,))
     args |= _rotation(cos, sin, B, N) | {"k_out": k_out, "r_out": r_out, "mask": mask, "state": state}
     _check_outputs(state, k_out, r_out, mask, (B, H, G, N))
@@ -173,11 +200,13 @@ def plan_mixer_step(
     args |= {"y": y, "heads": H, "group": H // G, "v_mix_group": H // J, "v_first_group": H // F}
     padded = max(16, triton.next_power_of_2(N))
     config = config or lookup_step(padded, capability)
-    block = min(config.block_v, padded)
+    block, tuning = min(config.block_v, padded), config.step
+    if ln_weight is not None:  # all rows of the head, no more than 64 numbers of its state in a thread
+        block, tuning = padded, dataclasses.replace(tuning, num_warps=max(tuning.num_warps, padded // 16))
     blocks = triton.cdiv(N, block)
     constants = {"N": N, "K": padded, "BLOCK": block, "BLOCKS": blocks, "EPS": norm_eps, "LOG_SCALE": log_scale}
     # One axis: a grid's second axis ends at 65535, which B * H may exceed.
-    launch = Launch(_mixer_step, (blocks * B * H,), args, constants, config.step)
+    launch = Launch(_mixer_step, (blocks * B * H,), args, constants | {"LN_EPS": ln_eps}, tuning)
     return [launch], y
 
 
@@ -266,6 +295,10 @@ def _mixer_step(
     k0,
     k_first,
     r_k,
+    k_k,
+    k_a,
+    ln_weight,
+    ln_bias,
     mask,
     k_out,
     r_out,
@@ -281,6 +314,7 @@ def _mixer_step(
     BLOCKS: tl.constexpr,
     EPS: tl.constexpr,
     LOG_SCALE: tl.constexpr,
+    LN_EPS: tl.constexpr,
 ):
     program = tl.program_id(0)
     head = (program // BLOCKS) % heads
@@ -324,13 +358,25 @@ def _mixer_step(
     z = _load(w0 + head * N + columns, in_columns) + _load(decay + own + columns, in_columns)
     kept = tl.exp(tl.sigmoid(z) * -DECAY_SCALE)
     rate = tl.sigmoid(_load(a0 + head * N + columns, in_columns) + _load(iclr + own + columns, in_columns))
-    kk = kt / tl.maximum(tl.sqrt(tl.sum(kt * kt, axis=0)), 1e-12)
-    log_sigmoid = tl.minimum(z, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(z)))
-    kt = kt * (1.0 - (log_sigmoid - 0.5 if LOG_SCALE else kept) + rate)
+    kk = kt
+    if k_k is not None:
+        kk *= _load(k_k + head * N + columns, in_columns)
+    kk /= tl.maximum(tl.sqrt(tl.sum(kk * kk, axis=0)), 1e-12)
+    if k_a is not None:
+        kt *= 1.0 + (rate - 1.0) * _load(k_a + head * N + columns, in_columns)
+    else:
+        log_sigmoid = tl.minimum(z, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(z)))
+        kt *= 1.0 - (log_sigmoid - 0.5 if LOG_SCALE else kept) + rate
 
     removed = -tl.sum(S * kk[None, :], axis=1)
     S = S * kept[None, :] + removed[:, None] * (rate * kk)[None, :] + vt[:, None] * kt[None, :]
-    yt = tl.sum(S * rt[None, :], axis=1) * (N**-0.5)
+    yt = tl.sum(S * rt[None, :], axis=1)
+    if ln_weight is not None:
+        yt = tl.where(in_rows, yt - tl.sum(yt, axis=0) / N, 0.0)
+        yt /= tl.sqrt(tl.sum(yt * yt, axis=0) / N + LN_EPS)
+        yt = yt * _load(ln_weight + head * N + rows, in_rows) + _load(ln_bias + head * N + rows, in_rows)
+    else:
+        yt *= N**-0.5
     if r_k is not None:
         yt += tl.sum(rt * kt * _load(r_k + head * N + columns, in_columns), axis=0) * vt
     yt *= _load(gate + own + rows, in_rows)
