@@ -1,10 +1,11 @@
 """Exports for MLX: what mlx-lm computes of them, its batches, caches and quantization, and what is refused."""
 
 import json
+import os
+import re
 import shutil
 import sys
 from importlib import import_module
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,19 +17,31 @@ from tiny import byte_tokenizer
 
 from rwkvinside.errors import UserError, VerificationError
 from rwkvinside.export.limits import reasons_against
+from rwkvinside.export.manifest import digests
 from rwkvinside.export.mlx import limits
 from rwkvinside.export.probe import batch_of, student_logits
 from rwkvinside.export.registry import export, verify
 from rwkvinside.hybrid.settings import StudentConfig
+from rwkvinside.modeling.mixer_presets import PRESETS
 from rwkvinside.modeling.wkv7 import wkv7
 from rwkvinside.runs.trained import open_run
+from rwkvinside.support.sealed import sealed_text, unsealed
 
+os.environ["MLX_ENABLE_TF32"] = "0"
 mx = pytest.importorskip("mlx.core", reason="MLX is not installed, or not for this machine")
 mlx_lm = pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 hybrid_mlx = import_module("rwkvinside.modeling.mlx.hybrid_mlx")
 
 WINDOW = {"window": 4, "sinks": 2, "window_mix": "softmax"}
-ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 
 
 def finished(folder, family="llama", student=None, **fields):
@@ -69,33 +82,63 @@ def loaded(folder):
         ("gemma2", WINDOW, {}),
         ("gemma3_text", WINDOW | {"attention_layers": [1]}, {}),
         ("glm4", WINDOW, {}),
+        ("llama", {"preset": "hxa07a"}, {}),
+        ("llama", {"preset": "hxa07c"}, {}),
+        ("llama", {"preset": "cxa076r"}, {}),
+        ("llama", {"preset": "hxa079", "key_scale": "log"}, {}),
     ],
 )
 def test_mlx_lm_computes_the_trained_model(tmp_path, family, student, fields):
     run = finished(tmp_path, family, student, **fields)
     result = export(run, tmp_path / "s", "mlx")["verification"]
-    assert result["passed"] and result["max_difference"] < 1e-5
+    assert result["passed"] and result["max_difference"] < 1e-5 and result["validation_rows"] == 0
     assert verify(tmp_path / "s", run)["max_difference"] == result["max_difference"]
 
 
-def test_all_families_were_tried():
+def test_all_families_and_presets_were_tried():
     (mark,) = (m for m in test_mlx_lm_computes_the_trained_model.pytestmark if m.name == "parametrize")
-    assert {case[0] for case in mark.args[1]} == set(limits.MODULES)
+    families, students, _ = zip(*mark.args[1], strict=True)
+    assert set(families) == set(limits.MODULES)
+    assert {student.get("preset", "cxa079") for student in students} == set(PRESETS)
 
 
-def test_long_texts_in_one_pass_and_in_pieces(run, exported):
-    model, _ = loaded(exported[0])
+# attention that is kept slides, and rotates in every way, far beyond what an export is compared on
+@pytest.mark.parametrize(
+    "family, student, fields",
+    [
+        ("llama", WINDOW, {}),
+        ("llama", {}, {"rope_parameters": LLAMA3}),
+        ("qwen3", {}, {"rope_parameters": YARN | {"truncate": False}}),
+        ("glm4", {}, {"rope_parameters": YARN | {"partial_rotary_factor": 0.5, "attention_factor": 1.3}}),
+        ("ministral", {"attention_layers": [0, 2]}, {}),
+        ("gemma3_text", {"attention_layers": [0, 1]}, {}),
+        ("smollm3", {"attention_layers": [1, 2]}, {}),
+    ],
+)
+def test_long_texts_in_one_pass_and_in_pieces(tmp_path, family, student, fields):
+    run = finished(tmp_path, family, student, max_position_embeddings=2048, **fields)
+    export(run, tmp_path / "s", "mlx")
+    model, _ = loaded(tmp_path / "s")
     ids = torch.randint(264, (1, 1100), generator=torch.Generator().manual_seed(0))
     wanted = student_logits(open_run(run).load_model(), batch_of(ids))
     caches = model.make_cache()
     found = [np.array(model(mx.array(piece.numpy()), caches)) for piece in ids.split([700, 1, 33, 366], dim=1)]
-    torch.testing.assert_close(torch.from_numpy(np.array(model(mx.array(ids.numpy())))), wanted, rtol=0, atol=2e-5)
-    torch.testing.assert_close(torch.from_numpy(np.concatenate(found, 1)), wanted, rtol=0, atol=2e-5)
+    torch.testing.assert_close(torch.from_numpy(np.array(model(mx.array(ids.numpy())))), wanted, rtol=0, atol=1e-4)
+    torch.testing.assert_close(torch.from_numpy(np.concatenate(found, 1)), wanted, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("student", [WINDOW, {"preset": "x070"}, {"attention_layers": []}])
-def test_rows_of_a_batch_write_what_they_write_alone(tmp_path, student):
-    export(finished(tmp_path, student=student), tmp_path / "s", "mlx")
+@pytest.mark.parametrize(
+    "family, student",
+    [
+        ("llama", WINDOW),
+        ("mistral", {"preset": "x070"}),
+        ("gemma2", WINDOW),
+        ("gemma3_text", WINDOW | {"attention_layers": [0, 1]}),
+        ("qwen3", {"attention_layers": []}),
+    ],
+)
+def test_rows_of_a_batch_write_what_they_write_alone(tmp_path, family, student):
+    export(finished(tmp_path, family, student), tmp_path / "s", "mlx")
     model, tokenizer = loaded(tmp_path / "s")
     tokenizer._eos_token_ids = set()
     prompts = [[5, 6, 7], [9], list(range(20, 49)), [8, 9] * 5]
@@ -139,8 +182,23 @@ def test_gradients_reach_every_parameter_of_a_mixer(exported):
     loss = lambda m: m(mx.array([[5, 6, 7, 8, 9, 10, 11] * 6])).square().mean()  # noqa: E731
     gradients = dict(tree_flatten(mlx_lm.utils.nn.value_and_grad(model, loss)(model)[1]))
     of_mixer = {name: g for name, g in gradients.items() if name.startswith("model.layers.2.self_attn.")}
-    of_mixer.pop("model.layers.2.self_attn.wavelengths")
     assert len(of_mixer) > 20 and all(g.abs().max() > 0 and mx.isfinite(g).all() for g in of_mixer.values())
+
+
+def test_the_rotation_does_not_train_and_layers_are_not_checkpointed(exported):
+    from mlx.utils import tree_flatten
+    from mlx_lm.tuner.trainer import grad_checkpoint
+
+    model, _ = loaded(exported[0])
+    assert not any("wave" in name for name, _ in tree_flatten(model.trainable_parameters()))
+    layer = type(model.layers[0])
+    whole = layer.__call__
+    try:
+        grad_checkpoint(model.layers[0])
+        with pytest.raises(ValueError, match="leave out --grad-checkpoint"):
+            model(mx.array([[5, 6]]))
+    finally:
+        layer.__call__ = whole
 
 
 def test_quantized_by_mlx_lm(run, tmp_path):
@@ -150,7 +208,7 @@ def test_quantized_by_mlx_lm(run, tmp_path):
     (model, _), (smaller, _) = loaded(tmp_path / "s"), loaded(tmp_path / "q")
     assert type(smaller.layers[0].self_attn.key).__name__ == "QuantizedLinear"
     for mixer in (smaller.layers[0].self_attn, model.layers[2].self_attn):
-        assert {mixer.w0.dtype, mixer.far_bias.dtype, mixer.wavelengths.dtype} == {mx.float32}
+        assert {mixer.w0.dtype, mixer.far_bias.dtype} == {mx.float32}
         assert mixer.w1.dtype == mx.bfloat16
     ids = mx.array([list(range(40))])
     exact, rounded = (m(ids).astype(mx.float32) for m in (model, smaller))
@@ -193,20 +251,29 @@ def test_record_and_card(exported, run):
         ("llama", {}, {"attention_layers": [0, 1, 2]}, "names every layer"),
         ("llama", {}, {"preset": "x070", "linear_attention": True}, "student.linear_attention is true"),
         ("gemma2", {}, {"attention_layers": [0]}, "slides over 6 tokens, which mlx-lm's gemma2 does not"),
-        ("gemma3_text", {"layer_types": ALTERNATING[::-1] + ALTERNATING[:0]}, {"attention_layers": [0]}, None),
+        ("gemma3_text", {}, {"attention_layers": [0]}, None),  # it slides there, and mlx-lm with it
         (
             "gemma3_text",
             {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"]},
-            {"attention_layers": [0]},
+            {},
             "do not recur",
         ),
+        ("gemma3_text", {"layer_types": ["sliding_attention"] * 3}, {}, "do not recur"),
+        ("gemma3_text", {"final_logit_softcapping": 9.0}, {}, "has soft caps"),
+        ("gemma2", {"attn_logit_softcapping": None}, {"attention_layers": [1]}, "lacks a soft cap"),
+        ("llama", {"hidden_act": "gelu"}, {}, "MLPs have gelu; silu works"),
+        ("qwen3", {"attention_bias": True}, {"attention_layers": [1]}, "have biases .attention_bias., which mlx-lm's"),
+        ("qwen3", {"attention_bias": True}, {}, None),
+        ("granite", {}, {"attention_layers": [1]}, "heads of 64 together"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, {"preset": "x070"}, None),
+        ("mistral", {}, {"attention_layers": [1], "attention_window": 8}, None),  # it sees 6 tokens
     ],
 )
 def test_what_is_refused(family, fields, student, reason):
     found = reasons_against(teacher(family, **fields).config, StudentConfig(**{"attention_layers": []} | student))[
         "mlx"
     ]
-    assert (len(found) == 1 and reason in found[0]) if reason else found == []
+    assert (len(found) == 1 and re.search(reason, found[0])) if reason else found == []
 
 
 def test_options_that_are_refused(run, exported, tmp_path, monkeypatch):
@@ -232,16 +299,31 @@ def test_damage_and_strange_directories_are_noticed(run, exported, tmp_path):
         with pytest.raises(VerificationError, match=f"SHA-256 of {name}"):
             verify(damaged, run)
         shutil.rmtree(damaged)
-    finished(tmp_path / "other", student=WINDOW, rms_norm_eps=0.1)
-    with pytest.raises(VerificationError, match="logits differ"):
-        verify(exported[0], tmp_path / "other" / "run")
+    save_run(tmp_path / "other", run.parent / "teacher", ("mixer", "norms"), {"attention_layers": [1]} | WINDOW)
+    with pytest.raises(VerificationError, match="of logits is"):
+        verify(exported[0], tmp_path / "other")
 
 
-def test_a_model_file_of_another_version_is_noticed(run, exported, monkeypatch, tmp_path):
-    from rwkvinside.export.mlx import write
+@pytest.mark.parametrize("name, change", [("hybrid_mlx.py", "# another\n"), ("config.json", "evil.py")])
+def test_code_of_others_is_not_run(run, exported, tmp_path, name, change):
+    """A directory whose record was made anew, with other code or a configuration that names it."""
+    shutil.copytree(exported[0], tmp_path / "s")
+    (tmp_path / "s" / "evil.py").write_text("raise SystemExit('it ran')")
+    text = (tmp_path / "s" / name).read_text()
+    text = (
+        text.replace('"model_file": "hybrid_mlx.py"', f'"model_file": "{change}"')
+        if "evil" in change
+        else change + text
+    )
+    (tmp_path / "s" / name).write_text(text)
+    record = unsealed((tmp_path / "s" / "conversion.json").read_text())
+    record["files"] = digests(tmp_path / "s")
+    (tmp_path / "s" / "conversion.json").write_text(sealed_text(record, indent=2))
+    with pytest.raises((VerificationError, UserError), match=f"{name} is not what this version writes|was exported by"):
+        verify(tmp_path / "s", run)
 
-    (tmp_path / "__init__.py").touch()
-    (tmp_path / "hybrid_mlx.py").write_text("# another version")
-    monkeypatch.setattr(write, "mlx_models", SimpleNamespace(__file__=str(tmp_path / "__init__.py")))
-    with pytest.raises(VerificationError, match="hybrid_mlx.py is not what this version writes"):
-        verify(exported[0], run)
+
+@pytest.mark.parametrize("family, tied, said", [("glm4", True, "one matrix"), ("gemma2", False, "two matrices")])
+def test_heads_that_mlx_lm_has_otherwise(tmp_path, family, tied, said):
+    with pytest.raises(UserError, match=f"embedding and head are {said}"):
+        export(finished(tmp_path, family), tmp_path / "s", "mlx", tie_embeddings=tied)

@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 from ...families.base import Family
 from ...families.registry import find
 from ...hybrid.settings import StudentConfig
+from ...modeling.kept_attention import is_cut
 from ...modeling.mixer_presets import TimeMixerConfig
 
 # model_type of a teacher -> module of mlx-lm with the model of its family
@@ -28,7 +29,11 @@ MODULES = {
     "glm4": "glm4",
 }
 SLIDE = ("llama", "smollm3", "gemma3_text")  # modules whose attention slides where the configuration says so
-UNTIED = ("glm4",)  # modules whose head is always a matrix of its own
+TIED = ("gemma2",)  # whose head is always the embedding
+UNTIED = ("glm4",)  # whose head is always a matrix of its own
+NO_BIASES = ("qwen3", "qwen3_moe", "gemma2", "gemma3_text")  # whose attention has none
+HEADS_AS_WIDE = ("granite", "qwen2", "phi3")  # whose heads together are as wide as the model
+TANH = ("gemma2", "gemma3_text")  # whose MLPs have the tanh form of GELU; the others have SiLU
 GROWING = ("dynamic", "longrope")  # rotations that change with the length of the text
 
 
@@ -46,29 +51,48 @@ def misfits(
     family = find(teacher.model_type)
     if family.model_type not in MODULES:
         return [f"the teacher's family is {teacher.model_type}; {', '.join(MODULES)} work"]
-    lines = []
+    lines = [*_of_teacher(teacher, MODULES[family.model_type])]
     if not mixers:
         lines.append("student.attention_layers names every layer; at least one RWKV layer works")
     if any(mixer.linear_attention for mixer in mixers.values()):
         lines.append("student.linear_attention is true; false works")
-    if grows := next((kind for kind in _rotations(teacher) if kind in GROWING), None):
+    rotate = any(mixer.rope for mixer in mixers.values()) or (kept and student.attention_rope)
+    if rotate and (grows := next((kind for kind in _rotations(teacher) if kind in GROWING), None)):
         lines.append(f"the teacher's rotation is of type {grows}, which changes with the length of a text")
     return lines + list(_of_attention(teacher, student, family, kept))
+
+
+def _of_teacher(teacher: PretrainedConfig, module: str) -> Iterator[str]:
+    works = "gelu_pytorch_tanh" if module in TANH else "silu"
+    used = getattr(teacher, "hidden_activation", None) or teacher.hidden_act
+    if used not in ((works, "swish") if works == "silu" else (works,)):
+        yield f"the teacher's MLPs have {used}; {works} works"
+    caps = [teacher.attn_logit_softcapping, teacher.final_logit_softcapping] if module in TANH else []
+    if module == "gemma2" and None in caps:
+        yield "the teacher lacks a soft cap (attn_logit_softcapping, final_logit_softcapping); with both it works"
+    if module == "gemma3_text" and any(caps):
+        yield "the teacher has soft caps (attn_logit_softcapping, final_logit_softcapping); without them it works"
+    if module == "gemma3_text" and period(teacher) is None:
+        yield "the teacher's layers with full attention do not recur after a number of layers"
 
 
 def _of_attention(
     teacher: PretrainedConfig, student: StudentConfig, family: Family, kept: Sequence[int]
 ) -> Iterator[str]:
-    for field in ("attention_window", "attention_log_base") if kept else ():
-        if value := getattr(student, field):
-            yield f"student.{field} is {value:g}; layers that keep attention are computed without it"
     module, longest = MODULES[family.model_type], teacher.max_position_embeddings
-    slides = [i for i in kept if (family.window(teacher, i) or longest) < longest]
-    if slides and module not in SLIDE:
+    if any(is_cut(teacher, i, student.attention_window) for i in kept):
+        yield f"student.attention_window is {student.attention_window}; layers that keep attention are not cut"
+    if kept and student.attention_log_base:
+        yield f"student.attention_log_base is {student.attention_log_base:g}; scores do not grow"
+    if (slides := [i for i in kept if (family.window(teacher, i) or longest) < longest]) and module not in SLIDE:
         tokens = family.window(teacher, slides[0])
         yield f"layer {slides[0]} keeps attention that slides over {tokens} tokens, which mlx-lm's {module} does not"
-    if kept and module == "gemma3_text" and period(teacher) is None:
-        yield "the teacher's layers with full attention do not recur after a number of layers"
+    if kept and module in NO_BIASES and getattr(teacher, "attention_bias", False):
+        yield f"layers that keep attention have biases (attention_bias), which mlx-lm's {module} has not"
+    if kept and module in HEADS_AS_WIDE:
+        fields = family.attention_fields(teacher, kept[0])
+        if (width := fields["num_heads"] * fields["head_size"]) != teacher.hidden_size:
+            yield f"layers that keep attention have heads of {width} together; mlx-lm's {module} has hidden_size"
 
 
 def _rotations(teacher: PretrainedConfig) -> list[str]:
@@ -81,6 +105,8 @@ def _rotations(teacher: PretrainedConfig) -> list[str]:
 def period(teacher: PretrainedConfig) -> int | None:
     """Return after how many layers one with full attention comes, None if it is not that regular."""
     kinds = list(teacher.layer_types)
-    every = kinds.index("full_attention") + 1 if "full_attention" in kinds else len(kinds) + 1
+    if "full_attention" not in kinds:
+        return None
+    every = kinds.index("full_attention") + 1
     regular = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(len(kinds))]
     return every if kinds == regular else None
