@@ -117,7 +117,7 @@ def test_models_run_dry_from_a_bare_tree(tmp_path):
 def test_kernels_run_dry_in_the_interpreter(tmp_path):
     found = dry_session(tmp_path, KERNELS)
     checks = [line for line in found if "distances" in line]
-    assert len(checks) == 11 and all(line["ok"] for line in checks)
+    assert len(checks) == 14 and all(line["ok"] for line in checks)
     (timed,) = (line for line in found if "launches" in line)
     assert set(timed["launches"]) == {
         *("forward prepare", "forward scan_forward"),

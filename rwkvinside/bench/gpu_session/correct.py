@@ -19,6 +19,7 @@ from ...kernels.gpu.decode import plan_step
 from ...kernels.gpu.launch import Launch, capability
 from ...modeling.wkv7 import wkv7, wkv7_reference
 from .compiling import Compiler
+from .mixer_steps import PRESETS, mixer_steps
 from .timing import captured, synchronize
 from .wkv_cases import Capability, Case
 
@@ -63,6 +64,9 @@ def run(stage: Stage) -> None:
     stage.attempt("packed", partial(packed, special, device))
     stage.attempt("masked, NaN behind the mask", partial(masked, special, device))
     stage.attempt("decoding, token by token", partial(decoding, special, device))
+    for preset in PRESETS:
+        steps = partial(mixer_steps, preset, device, special.size, tokens=2 if stage.dry else 12)
+        stage.attempt(f"one token of a mixer, {preset}", steps)
     ahead("timed shapes", [part for case in large for part in (case, narrow(case))])
     for case in large:
         needs = 5 + compiler.seconds([*launches(case, found), *launches(narrow(case), found)])
