@@ -54,6 +54,7 @@ class LlmSettings:
     text: Sampling = Sampling(temperature=0.7, max_tokens=256, rows=16)  # a top_p would sort the vocabulary per token
     val_share: float = 0.1
     overrides: tuple[str, ...] = (
+        "student.attention_layers={every: 3}",  # more than halves the distance of so short a training
         "run=[calibrate,distill]",  # before it begins, align runs the teacher on 16K tokens: too long for minutes
         "stages.calibrate.tokens=4k",
         "stages.calibrate.data.seq_len=512",  # conversations are short
@@ -120,6 +121,7 @@ class LlmDemo:
         train, val = ([*self.data], []) if self.data else self._write_text()
         config = self._config(train, val)
         mixers = f"a window of {config.student.window} tokens and the first {config.student.sinks}"
+        mixers += ", where it is not kept" if config.student.attention_layers != () else ""
         with self.steps.step(
             " -> ".join(config.run), f"{config.teacher.path}: attention becomes RWKV-7 with {mixers}."
         ):
