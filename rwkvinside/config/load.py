@@ -21,7 +21,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from ..errors import UserError
 from ..hybrid.layouts import MEASURED, LayerChoice
-from ..stages.base import Stage
+from ..stages.base import STEPS_RATE, Stage
 from ..stages.registry import OBJECTIVES, RUN, STAGES, find_stage_class, stage_class
 from ..stages.settings import StageConfig
 from ..support.files import read_text
@@ -294,13 +294,17 @@ def _complete(config: Config, teacher: TeacherInfo, configured: Mapping) -> Conf
     """
     stages = {}
     for name, stage in config.stages.items():
+        share = 1.0
         if "tokens" not in _mapping(_mapping(configured.get(name)).get("batch")):
             stage = stage.model_copy(update={"batch": stage.batch.filled(tokens=stage.batch.tokens)})
-        stages[name] = _complete_optimizer(name, stage, teacher.hidden_size)
+            full = stage_class(name, stage.objective).full_step_tokens(teacher.hidden_size, stage.data.seq_len)
+            share = stage.batch.tokens / full
+        stages[name] = _complete_optimizer(name, stage, teacher.hidden_size, share)
     return config.model_copy(update={"stages": stages})
 
 
-def _complete_optimizer(name: str, stage: StageConfig, width: int) -> StageConfig:
+def _complete_optimizer(name: str, stage: StageConfig, width: int, share: float) -> StageConfig:
+    """Return a stage with rates and warm-up filled in, whose default step is this share of a long stage's."""
     if stage.optim is None:
         return stage
     kind = stage_class(name, stage.objective)
@@ -308,6 +312,8 @@ def _complete_optimizer(name: str, stage: StageConfig, width: int) -> StageConfi
     configured = {key: getattr(stage.optim, key) for key in rates}
     if configured["lr"] is not None:  # the other two keep their proportion to it
         rates = {key: rate * configured["lr"] / rates["lr"] for key, rate in rates.items()}
+    elif kind.shrinks_steps:
+        rates |= {key: rates[key] * share**STEPS_RATE for key in ("lr", "lr_final")}
     values = {key: float(f"{rate:.4g}") for key, rate in rates.items() if configured[key] is None}
     if stage.optim.warmup_steps is None:
         values["warmup_steps"] = kind.warmup_steps(stage.length.steps)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .settings import StageConfig
 
 SMALL = 1024  # narrower teachers are for laptops: short rows, small steps, budgets in minutes
+STEPS_RATE = 1 / 3  # a default step of an eighth takes half the rate of the mixers (docs/benchmarks.md)
 ENOUGH_STEPS = 400  # fewer, and smaller steps leave a student closer to its teacher (docs/benchmarks.md)
 
 WHOLE_STAGE = {"shape": "cosine", "start": 0.0, "end": 1.0}
@@ -140,11 +141,15 @@ class Stage(ABC):
             tokens: of the stage.
             seq_len: tokens of a row; a step has one at least.
         """
-        size = cls.small if width < SMALL else cls.large
-        step = max(size.step_tokens, seq_len)
+        step = cls.full_step_tokens(width, seq_len)
         while cls.shrinks_steps and tokens < ENOUGH_STEPS * step and step >= 2 * seq_len:
             step //= 2
         return step
+
+    @classmethod
+    def full_step_tokens(cls, width: int, seq_len: int) -> int:
+        """Return the default tokens of an optimizer step in a long stage, for which `learning_rates` are meant."""
+        return max((cls.small if width < SMALL else cls.large).step_tokens, seq_len)
 
     @classmethod
     @abstractmethod
@@ -156,6 +161,7 @@ class Stage(ABC):
 
         Returns:
             {"lr": mixers, "lr_rest": everything else, "lr_final": where both end}; {} for a stage without optimizer.
+            Where default steps are smaller than in a long stage, those of mixers are smaller, too: see `STEPS_RATE`.
         """
 
     @classmethod

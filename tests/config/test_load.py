@@ -140,6 +140,19 @@ def test_a_given_rate_takes_the_others_along(teacher):
     assert (optim.lr, optim.lr_rest) == (1e-4, 0)
 
 
+def test_mixers_learn_slower_in_small_steps(teacher):
+    def rates(*overrides):
+        optim = load_config(teacher=teacher, overrides=overrides).stages["distill"].optim
+        return optim.lr, optim.lr_rest, optim.lr_final
+
+    lr, rest, final = rates()
+    short = rates("stages.distill.tokens=300k")  # steps of 512 tokens, not of 4096
+    assert short == pytest.approx((lr / 2, rest, final / 2), rel=1e-3)
+    assert rates("stages.distill.tokens=300k", "stages.distill.batch.tokens=512") == (lr, rest, final)
+    given = rates("stages.distill.tokens=300k", "stages.distill.optim.lr=1e-3")
+    assert given == pytest.approx((1e-3, rest * 1e-3 / lr, final * 1e-3 / lr), rel=1e-3)
+
+
 def test_rates_fall_with_width():
     for objective in ("align", "distill", "sft"):
         rates = [find_stage_class(objective, None).learning_rates(width)["lr"] for width in (64, 1024, 4096, 8192)]
