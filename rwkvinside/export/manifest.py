@@ -68,7 +68,7 @@ def read_with_run(folder: Path, against: str | Path) -> tuple[dict, TrainedRun]:
         raise UserError(
             f"{folder} was exported from run {conversion['run']}, {run.path} is run {run.id}", "name its own run"
         )
-    if conversion["stage"] == run.stage:
+    if conversion.get("stage") == run.stage:
         run = at_stage(run.directory, run.stage, conversion["checkpoint"])
     return conversion, run
 

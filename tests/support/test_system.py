@@ -44,6 +44,7 @@ def test_every_module_can_be_imported_on_windows():
     )
     kernels = Path(rwkvinside.__path__[0]).parent / "kernels" / "wkv7" / "native"
     names += [f"rwkvinside.kernels.native.{file.stem}" for file in kernels.glob("[a-z]*.py")]
+    names.remove("rwkvinside.modeling.mlx.hybrid_mlx")  # for mlx-lm, which Windows has not; nothing here imports it
     assert len(names) > 200
     others = "datasets, matplotlib.pyplot, peft, psutil, rich.live, torch, transformers, triton"
     code = f"import {others}\n{WITHOUT}\nimport importlib, json\n" + (
