@@ -96,6 +96,8 @@ ONLY_PARSED = {
     "rwkvinside vectors demo": "trains for minutes; tests/vectors runs it",
     "rwkvinside vectors grid": "trains for minutes; tests/vectors runs it",
 }
+if importlib.util.find_spec("mlx") is None:
+    ONLY_PARSED["convert_checkpoint.py export RUN --to mlx"] = "MLX is not installed, or not for this machine"
 PRESET = r"(Qwen|Llama|SmolLM)[\w.-]+"
 
 

@@ -314,6 +314,7 @@ def _complete_optimizer(name: str, stage: StageConfig, width: int, share: float)
         rates = {key: rate * configured["lr"] / rates["lr"] for key, rate in rates.items()}
     elif kind.shrinks_steps:
         rates |= {key: rates[key] * share**STEPS_RATE for key in ("lr", "lr_final")}
+        rates["lr_rest"] = min(rates["lr_rest"], rates["lr"])
     values = {key: float(f"{rate:.4g}") for key, rate in rates.items() if configured[key] is None}
     if stage.optim.warmup_steps is None:
         values["warmup_steps"] = kind.warmup_steps(stage.length.steps)

@@ -76,7 +76,7 @@ def _verifier(path: Path) -> str:
         config = (path / "config.json").read_text(encoding="utf-8")
         if f'"{RWKV_INFER}"' in config:
             return of_files[".pth"]
-        if f'"{MLX_FILE}"' in config:
+        if '"mlx_module"' in config:
             return "mlx.write:verify_mlx"
     return of_files.get(path.suffix, "verify:verify")
 

@@ -149,6 +149,8 @@ def test_mixers_learn_slower_in_small_steps(teacher):
     short = rates("stages.distill.tokens=300k")  # steps of 512 tokens, not of 4096
     assert short == pytest.approx((lr / 2, rest, final / 2), rel=1e-3)
     assert rates("stages.distill.tokens=300k", "stages.distill.batch.tokens=512") == (lr, rest, final)
+    align = load_config(teacher=teacher, overrides=["stages.align.tokens=300k"]).stages["align"].optim
+    assert align.lr_rest == align.lr  # nothing learns faster than the mixers
     given = rates("stages.distill.tokens=300k", "stages.distill.optim.lr=1e-3")
     assert given == pytest.approx((1e-3, rest * 1e-3 / lr, final * 1e-3 / lr), rel=1e-3)
 

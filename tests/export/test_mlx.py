@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from finished_run import save_run
 from hybrid_cases import teacher
-from tiny import byte_tokenizer
+from tiny import byte_tokenizer, save_texts
 
 from rwkvinside.errors import UserError, VerificationError
 from rwkvinside.export.limits import reasons_against
@@ -304,23 +305,39 @@ def test_damage_and_strange_directories_are_noticed(run, exported, tmp_path):
         verify(exported[0], tmp_path / "other")
 
 
-@pytest.mark.parametrize("name, change", [("hybrid_mlx.py", "# another\n"), ("config.json", "evil.py")])
-def test_code_of_others_is_not_run(run, exported, tmp_path, name, change):
+@pytest.mark.parametrize(
+    "name, old, new",
+    [("hybrid_mlx.py", "import", "raise SystemExit\nimport"), ("config.json", "hybrid_mlx.py", "evil.py")],
+)
+def test_code_of_others_is_not_run(run, exported, tmp_path, name, old, new):
     """A directory whose record was made anew, with other code or a configuration that names it."""
-    shutil.copytree(exported[0], tmp_path / "s")
-    (tmp_path / "s" / "evil.py").write_text("raise SystemExit('it ran')")
-    text = (tmp_path / "s" / name).read_text()
-    text = (
-        text.replace('"model_file": "hybrid_mlx.py"', f'"model_file": "{change}"')
-        if "evil" in change
-        else change + text
-    )
-    (tmp_path / "s" / name).write_text(text)
-    record = unsealed((tmp_path / "s" / "conversion.json").read_text())
-    record["files"] = digests(tmp_path / "s")
-    (tmp_path / "s" / "conversion.json").write_text(sealed_text(record, indent=2))
-    with pytest.raises((VerificationError, UserError), match=f"{name} is not what this version writes|was exported by"):
-        verify(tmp_path / "s", run)
+    folder = tmp_path / "s"
+    shutil.copytree(exported[0], folder)
+    (folder / "evil.py").write_text("raise SystemExit('it ran')")
+    text = (folder / name).read_text()
+    assert old in text
+    (folder / name).write_text(text.replace(old, new, 1))
+    _sealed_anew(folder)
+    with pytest.raises(VerificationError, match=f"{name} is not what this version writes"):
+        verify(folder, run)
+    (folder / "hybrid_mlx.py").unlink()
+    _sealed_anew(folder)
+    with pytest.raises(VerificationError, match="hybrid_mlx.py is not what this version writes"):
+        verify(folder, run)
+
+
+def _sealed_anew(folder):
+    record = unsealed((folder / "conversion.json").read_text())
+    (folder / "conversion.json").write_text(sealed_text(record | {"files": digests(folder)}, indent=2))
+
+
+def test_validation_documents_are_compared(tmp_path):
+    run = finished(tmp_path, student=WINDOW)
+    save_texts(tmp_path / "val.jsonl", 5)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump(config | {"data": {"val": [str(tmp_path / "val.jsonl")]}}))
+    result = export(run, tmp_path / "s", "mlx")["verification"]
+    assert result["validation_rows"] == 2 and 2 * 41 + 41 < result["tokens"] <= 2 * 41 + 41 + 2 * 64
 
 
 @pytest.mark.parametrize("family, tied, said", [("glm4", True, "one matrix"), ("gemma2", False, "two matrices")])

@@ -1,12 +1,12 @@
-"""What the config.json of an export for mlx-lm says, and how its mixers rotate."""
+"""What the config.json of an export for mlx-lm says, and how its layers rotate."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from ...families.registry import find
@@ -17,7 +17,7 @@ from ..registry import MLX_FILE
 from .limits import MODULES, SLIDE, period
 
 STILL = 1e30  # tokens for a radian of dimensions that do not turn; infinity is nothing for a GPU's fast arithmetic
-OF_TRANSFORMERS = ("architectures", "transformers_version", "auto_map", "_name_or_path")
+OF_TRANSFORMERS = ("architectures", "transformers_version", "auto_map", "_name_or_path", "rope_parameters")
 ARCHITECTURE = "cxa079"  # a preset that rotates where the teacher does
 OF_HYBRIDS = ("rwkv_layers", "mixer", "mixer_layers", "attention_rope", "rwkv_architecture", "teacher_model")
 
@@ -42,21 +42,14 @@ def configuration(teacher: PretrainedConfig, hybrid: PretrainedConfig, trained: 
         slides = [i not in hybrid.rwkv_layers and family.window(teacher, i) is not None for i in range(count)]
         fields["layer_types"] = ["sliding_attention" if slide else "full_attention" for slide in slides]
     dtype = name_of(hybrid.dtype)
-    fields |= dict(_rotation(teacher)) | {"dtype": dtype, "torch_dtype": dtype}
-    fields |= {name: getattr(hybrid, name) for name in ("tie_word_embeddings", *OF_HYBRIDS)}
-    return fields | rotations(trained) | {"mlx_module": module, "model_file": MLX_FILE}
-
-
-def _rotation(teacher: PretrainedConfig) -> Iterator[tuple[str, Any]]:
-    """Yield the fields of a rotation as configurations had them before transformers 5."""
+    fields |= {"dtype": dtype, "torch_dtype": dtype}
+    # what mlx-lm makes rotations from, which the model file replaces by the trained model's: no kind may be unknown to it
     given = getattr(teacher, "rope_parameters", None) or {}
     whole = given.get("full_attention", given)
-    kind = whole.get("rope_type", "default")
-    yield "rope_theta", whole.get("rope_theta", 10000.0)
-    yield "partial_rotary_factor", whole.get("partial_rotary_factor", 1.0)
-    yield "rope_scaling", None if kind == "default" else whole | {"type": kind}
-    if "sliding_attention" in given:
-        yield "rope_local_base_freq", given["sliding_attention"]["rope_theta"]
+    fields |= {"rope_theta": whole.get("rope_theta", 10000.0), "rope_scaling": None}
+    fields["partial_rotary_factor"] = whole.get("partial_rotary_factor", 1.0)
+    fields |= {name: getattr(hybrid, name) for name in ("tie_word_embeddings", *OF_HYBRIDS)}
+    return fields | rotations(trained) | {"mlx_module": module, "model_file": MLX_FILE}
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -75,7 +68,7 @@ def rotations(model: HybridModel) -> dict[str, list]:
     given: dict[int, tuple[Tensor, Tensor]] = {}
     config, family, mixers = model.lm.config, model.family, model.mixers
 
-    def keep(layer: int, args: tuple, kwargs: dict) -> None:
+    def keep(layer: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
         given[layer] = kwargs["position_embeddings"]
 
     def rotates(layer: int) -> bool:
@@ -83,11 +76,10 @@ def rotations(model: HybridModel) -> dict[str, list]:
             return mixers[layer].mixer_config.rope
         return model.spec.attention_rope and family.mixer_config(config, layer, ARCHITECTURE).rope
 
-    turning = [i for i in range(config.num_hidden_layers) if rotates(i)]
-    modules = {i: mixers.get(i) or model.attention(i) for i in turning}
     hooks = [
-        module.register_forward_pre_hook(lambda _, args, kwargs, i=i: keep(i, args, kwargs), with_kwargs=True)
-        for i, module in modules.items()
+        (mixers.get(i) or model.attention(i)).register_forward_pre_hook(partial(keep, i), with_kwargs=True)
+        for i in range(config.num_hidden_layers)
+        if rotates(i)
     ]
     student_logits(model, fixed_batch(config.vocab_size))
     for hook in hooks:

@@ -125,7 +125,7 @@ def verify_mlx(folder: str | Path, against: str | Path) -> dict:
         (MLX_FILE, _model_file().read_text(encoding="utf-8")),
         ("config.json", _config_text(run, trained, model)),  # which names the code that is loaded below
     ):
-        if (folder / name).read_text(encoding="utf-8") != wanted:
+        if not (folder / name).is_file() or (folder / name).read_bytes() != wanted.encode():
             raise VerificationError(
                 f"{folder}: {name} is not what this version writes", "use the version of rwkvinside that exported it"
             )

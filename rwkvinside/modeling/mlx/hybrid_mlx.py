@@ -3,7 +3,8 @@
 mlx-lm builds the model of the family and its caches; in the layers that `rwkv_layers` names, a `TimeMixer` stands where
 the family's attention was. A mixer keeps its state in a cache of constant size that mlx-lm knows (`ArraysCache`), so
 that chat, server, batches and prompt caches work as they do for its own recurrent models. Equations and names of
-parameters are those of the model for transformers. This file travels with exported models: mlx and mlx-lm only.
+parameters are those of the model for transformers. This file travels with exported models, alone, since mlx-lm loads
+one file: mlx and mlx-lm only.
 """
 
 from __future__ import annotations
