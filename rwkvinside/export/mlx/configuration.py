@@ -43,7 +43,7 @@ def configuration(teacher: PretrainedConfig, hybrid: PretrainedConfig, trained: 
         fields["layer_types"] = ["sliding_attention" if slide else "full_attention" for slide in slides]
     dtype = name_of(hybrid.dtype)
     fields |= {"dtype": dtype, "torch_dtype": dtype}
-    # what mlx-lm makes rotations from, which the model file replaces by the trained model's: no kind may be unknown to it
+    # what mlx-lm makes rotations from; the model file replaces them, so no kind has to be known to it
     given = getattr(teacher, "rope_parameters", None) or {}
     whole = given.get("full_attention", given)
     fields |= {"rope_theta": whole.get("rope_theta", 10000.0), "rope_scaling": None}
