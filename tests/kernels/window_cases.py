@@ -42,10 +42,10 @@ def leaves_of(given, beyond, double=False):
     return given, far
 
 
-def near(found, wanted, bound):
-    """Relative to all of it, or to a tenth an element: a window of one token has no gradient of queries."""
+def near(found, wanted, bound, least=0.1):
+    """Relative to all of it, or to the least an element: a window of one token has no gradient of queries."""
     wanted = wanted.double()
-    return (found.double() - wanted).norm() <= bound * max(wanted.norm(), 0.1 * wanted.numel() ** 0.5)
+    return (found.double() - wanted).norm() <= bound * max(wanted.norm(), least * wanted.numel() ** 0.5)
 
 
 def compare(given, beyond, form, *, bound, **options):
@@ -56,7 +56,9 @@ def compare(given, beyond, form, *, bound, **options):
     wanted = dense_window_attention(*exact, form._replace(beyond=exact_far), **options)
     assert found.values.dtype == own[2].dtype
     assert near(found.values, wanted.values, bound)
-    weight = torch.randn_like(wanted.values), torch.randn_like(wanted.values[..., :1])
+    random = torch.Generator().manual_seed(5)  # of the CPU: the same everywhere
+    shapes = wanted.values.shape, (*wanted.values.shape[:3], 1)
+    weight = [torch.randn(shape, generator=random).to(DEVICE) for shape in shapes]
     results = [(found.values.double() * weight[0]).sum(), (wanted.values * weight[0]).sum()]
     if beyond is not None:
         assert found.beyond.shape == wanted.beyond.shape and near(found.beyond, wanted.beyond, bound)
@@ -65,7 +67,9 @@ def compare(given, beyond, form, *, bound, **options):
     leaves = [*own, *(far or ())], [*exact, *(exact_far or ())]
     pairs = zip(*(torch.autograd.grad(r, x) for r, x in zip(results, leaves, strict=True)), strict=True)
     for name, (x, y) in zip(("q", "k", "v", "key", "bias", "growth"), pairs, strict=False):
-        assert near(x, y, bound), (name, (x - y).norm() / y.norm())
+        # a parameter's gradient is a sum over tokens of either sign, which cancel; their errors do not
+        close = near(x, y, bound) if name in ("q", "k", "v") else near(x, y, 2 * bound, least=1)
+        assert close, (name, (x - y).norm() / y.norm())
 
 
 def bounds_of(*cuts):
