@@ -22,6 +22,7 @@ from ..hybrid.settings import LayerSpec
 from ..planning.flops import training_flops
 from ..planning.stage_memory import original_bytes
 from ..runs.directory import RunDirectory
+from ..stages.cuda_graphs import uses_graphs
 from ..stages.param_groups import rate_groups
 from ..stages.phases import Phase
 from ..stages.plan import StagePlan
@@ -175,8 +176,9 @@ def make_engine(
     groups = {name: group.parameters for name, group in rate_groups(student, plan, phase).items()}
     common = student, groups, plan.optim, world, plan.run.precision
     if not world.launched:
-        return LocalEngine(*common, CudaRecorder(world.device) if plan.settings.cuda_graphs else None)
-    if plan.settings.cuda_graphs:
+        asked = plan.settings.cuda_graphs is True
+        return LocalEngine(*common, CudaRecorder(world.device, asked) if uses_graphs(student, plan) else None)
+    if plan.settings.cuda_graphs is True:
         raise UserError(f"stages.{plan.name}.cuda_graphs cannot be true: DeepSpeed trains", "leave it out")
     return DeepSpeedEngine(*common, plan.run.zero, plan.shape)
 

@@ -16,6 +16,7 @@ from ..hybrid.quantized_linear import QuantizedLinear
 from ..hybrid.row_states import row_bytes
 from ..losses.chunked import BLOCK_ELEMENTS, chunk_tokens
 from ..stages.base import Backward
+from ..stages.cuda_graphs import uses_graphs
 from ..stages.plan import StagePlan
 from ..stages.rows import JUDGED_BATCH
 from ..stages.teacher import teacher_formats
@@ -58,7 +59,7 @@ def stage_memory(
         offload_parameters=zero.offload_parameters,
         shard_teacher=plan.settings.teacher_model.shard and launched,
         moment_bytes=moment_bytes(plan.optim.kind) if plan.stage.trains else 0,
-        graphs=plan.settings.cuda_graphs,
+        graphs=not launched and uses_graphs(model, plan),
     )
     with_attention = kind is TeacherKind.SELF or plan.stage.needs_attention
     in_file = str(model.lm.config.dtype).removeprefix("torch.") == str(run.frozen_dtype).removeprefix("torch.")

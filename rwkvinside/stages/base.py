@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 from ..errors import UserError
 from ..support.settings import problem
 from ..teacher.kinds import TeacherKind
-from .cuda_graphs import check_cuda_graphs
+from .cuda_graphs import uses_graphs
 
 if TYPE_CHECKING:
     from torch import nn
@@ -224,8 +224,7 @@ class Stage(ABC):
         """
         student.set_trainable(train)
         self.check(student, plan)
-        if plan.settings.cuda_graphs:
-            check_cuda_graphs(student, plan)
+        uses_graphs(student, plan)  # refuses those that were asked for and cannot be
         return self.teacher_kind(student, plan)
 
     def check(self, student: HybridModel, plan: StagePlan) -> None:

@@ -17,19 +17,23 @@ if TYPE_CHECKING:
 LARGEST_HEAD = 256  # of flash attention, which reads where documents end on the GPU
 
 
-def check_cuda_graphs(student: HybridModel, plan: StagePlan) -> None:
-    """Refuse graphs where something that a micro-batch does cannot be recorded, or is not known to be.
+def uses_graphs(student: HybridModel, plan: StagePlan) -> bool:
+    """Return whether the micro-batches of a stage run as graphs, of one process without DeepSpeed.
+
+    They do by default wherever all that a micro-batch does is known to be recordable.
 
     Args:
         student: whose shapes suffice, with all that the stage trains marked as trainable.
         plan: of the stage.
 
     Raises:
-        UserError: says what.
+        UserError: they were asked for, and something cannot be recorded; says what.
     """
-    why = next(_obstacles(student, plan), None)
-    if why is not None:
+    asked = plan.settings.cuda_graphs
+    why = next(_obstacles(student, plan), None) if asked else None
+    if why is not None and asked is True:
         raise UserError(f"stages.{plan.name}.cuda_graphs cannot be true: {why}", "leave it out")
+    return bool(asked) and why is None
 
 
 def _obstacles(student: HybridModel, plan: StagePlan) -> Iterator[str]:

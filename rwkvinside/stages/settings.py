@@ -53,8 +53,10 @@ class StageConfig(Section):
         description="Compute activations again in the backward: true: of layers, in align of mixers; recurrence: what "
         "lies between the projections of mixers.",
     )
-    cuda_graphs: bool = Field(
-        False, description="Launch forward and backward as one CUDA graph; align and distill on one GPU in bf16."
+    cuda_graphs: Literal["auto", False, True] = Field(
+        "auto",
+        description="Launch forward and backward as one CUDA graph; align and distill on one GPU in bf16. "
+        "auto: where nothing prevents it.",
     )
     evaluate_every_tokens: Count | None = Field(None, description="Evaluate this often; null: at the end of the stage.")
     early_stop: EarlyStopConfig | None = Field(

@@ -10,6 +10,7 @@ from collections.abc import Collection
 from ..hybrid.freezing import GROUPS, TEACHER
 from ..hybrid.model import HybridModel
 from ..support.text import rounded_count, short_count
+from .cuda_graphs import uses_graphs
 from .param_groups import joining, rate_groups
 from .phases import Phase
 from .plan import StagePlan
@@ -33,7 +34,7 @@ def training_lines(student: HybridModel, plan: StagePlan, loss: list[str]) -> li
     kind = "" if optim.kind == "adamw" else f"{optim.kind}; "
     return [
         f"steps     {length.steps} of {length.rows_per_step} rows ({length.tokens_per_step} tokens), "
-        f"{plan.shape.micro_rows} rows at a time on each rank{', as CUDA graphs' * plan.settings.cuda_graphs}",
+        f"{plan.shape.micro_rows} rows at a time on each rank{', as CUDA graphs' * uses_graphs(student, plan)}",
         f"rates     {kind}{peaks}; warm-up {plan.rates.warmup_steps} steps, {decay}, clip {optim.clip:g}",
         *_early_stop_lines(plan),
         *loss,

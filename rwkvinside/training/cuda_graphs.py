@@ -8,6 +8,7 @@ their `fixed` form, gradients add up in memory that stays, and the divisor of th
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +22,9 @@ from ..errors import UserError
 from .protocols import AnyBatch, Step
 
 WARM_RUNS = 2  # of a shape before it is recorded, so that every kernel is compiled and every library has its memory
-MOST = 4  # graphs at a time
+MOST = 8  # graphs at a time; they share their memory
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,13 @@ Work = Callable[[], Sums]
 
 
 class Recorder(Protocol):
-    """Makes graphs."""
+    """Makes graphs.
+
+    Attributes:
+        required: what cannot be recorded is an error; otherwise it runs without a graph.
+    """
+
+    required: bool
 
     def warm(self, work: Work) -> Sums:
         """Run something where and how it will be recorded."""
@@ -62,9 +71,11 @@ class CudaRecorder:
 
     Args:
         device: of the graphs.
+        required: see `Recorder`.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, required: bool = True):
+        self.required = required
         self._stream = torch.cuda.Stream(device)  # one for all: libraries make their handles and memory for each
         self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
 
@@ -91,7 +102,7 @@ class CudaRecorder:
         except RuntimeError as error:
             why = str(_first(error)).partition("\n")[0]
             raise UserError(
-                f"a micro-batch cannot be recorded as a CUDA graph: {why}", "leave out cuda_graphs of the stage"
+                f"a micro-batch cannot be recorded as a CUDA graph: {why}", "set cuda_graphs of the stage to false"
             ) from error
         self._graphs.add(graph)
         return graph.replay, result
@@ -106,7 +117,8 @@ class MicroBatchGraphs(Generic[AnyBatch]):
     """Runs forward and backward of micro-batches by graphs, one for each `key` of their fixed forms.
 
     The first runs of a shape are ordinary ones. A batch without a fixed form runs as without graphs, whose memory it
-    gets. Parameters and their gradients must stay where they are.
+    gets. Parameters and their gradients must stay where they are. What cannot be recorded ends all graphs, or is an
+    error, see `Recorder`.
 
     Args:
         run: forward and backward of a batch by a step, with the gradient of the loss (0-d); gives its sums.
@@ -117,10 +129,11 @@ class MicroBatchGraphs(Generic[AnyBatch]):
         self._run, self._recorder = run, recorder
         self._step: Step[AnyBatch] | None = None
         self._made: dict[Hashable, _Graph[AnyBatch]] = {}
+        self._refused = False
 
     def __call__(self, batch: AnyBatch, step: Step[AnyBatch], scale: Tensor) -> Sums:
         """Run a micro-batch; arguments and result are those of `run`."""
-        fixed = batch.fixed()
+        fixed = None if self._refused else batch.fixed()
         if step is not self._step or fixed is None:
             self.release()
             self._step = step
@@ -137,7 +150,15 @@ class MicroBatchGraphs(Generic[AnyBatch]):
             graph.runs += 1
             return self._recorder.warm(work)
         if graph.replay is None or graph.result is None:
-            graph.replay, graph.result = self._recorder.record(work)
+            try:
+                graph.replay, graph.result = self._recorder.record(work)
+            except UserError as error:
+                if self._recorder.required:
+                    raise
+                logger.warning("%s; training goes on without graphs", error.cause)
+                self._refused = True
+                self.release()
+                return self._run(batch, step, scale)
         graph.replay()
         return replace(graph.result, row=graph.result.row.clone())
 

@@ -79,6 +79,8 @@ class Recorder:
         graphs: that were made.
     """
 
+    required = True
+
     def __init__(self):
         self.graphs = []
 

@@ -7,7 +7,7 @@ from plans import layer_spec, run_settings, stage_plan
 from rwkvinside.errors import UserError
 from rwkvinside.hybrid.model import HybridModel
 from rwkvinside.hybrid.settings import AdapterConfig, StudentConfig
-from rwkvinside.stages.cuda_graphs import check_cuda_graphs
+from rwkvinside.stages.cuda_graphs import uses_graphs
 
 ON_A_GPU = {"device": "cuda", "precision": "bf16"}
 
@@ -32,8 +32,9 @@ def student():
 
 @pytest.mark.parametrize("objective", ["align", "distill"])
 def test_align_and_distill_on_a_gpu_have_graphs(student, objective):
-    check_cuda_graphs(student, plan(objective))
-    check_cuda_graphs(student, plan(objective, activation_checkpointing="recurrence"))
+    for settings in ({}, {"activation_checkpointing": "recurrence"}, {"cuda_graphs": "auto"}):
+        assert uses_graphs(student, plan(objective, **settings))
+    assert not uses_graphs(student, plan(objective, cuda_graphs=False))
 
 
 @pytest.mark.parametrize(
@@ -52,13 +53,14 @@ def test_align_and_distill_on_a_gpu_have_graphs(student, objective):
 )
 def test_what_cannot_be_recorded_is_refused_in_one_line(student, changes, why):
     with pytest.raises(UserError, match=rf"^stages\.\w+\.cuda_graphs cannot be true: .*{why}"):
-        check_cuda_graphs(student, plan(**changes))
+        uses_graphs(student, plan(**changes))
+    assert not uses_graphs(student, plan(**changes | {"cuda_graphs": "auto"}))
 
 
 def test_adapters_are_refused(student):
     adapted = replace(plan(), layers=layer_spec(adapters=[AdapterConfig()]))
     with pytest.raises(UserError, match="the student has adapters"):
-        check_cuda_graphs(student, adapted)
+        uses_graphs(student, adapted)
 
 
 @pytest.mark.parametrize(
@@ -66,13 +68,13 @@ def test_adapters_are_refused(student):
 )
 def test_models_whose_work_depends_on_the_text_are_refused(family, why):
     with pytest.raises(UserError, match=why):
-        check_cuda_graphs(HybridModel.from_teacher(teacher(family), StudentConfig()), plan())
+        uses_graphs(HybridModel.from_teacher(teacher(family), StudentConfig()), plan())
 
 
 def test_a_rotation_that_depends_on_the_longest_position_is_refused(student, monkeypatch):
     monkeypatch.setattr(student.lm.config, "rope_parameters", {"rope_type": "longrope"})
     with pytest.raises(UserError, match="the rotation of qwen3 asks the GPU"):
-        check_cuda_graphs(student, plan())
+        uses_graphs(student, plan())
 
 
 def test_every_stage_that_is_prepared_is_checked(student):

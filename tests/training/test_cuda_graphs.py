@@ -127,6 +127,30 @@ def test_a_few_shapes_have_graphs_at_a_time_and_padding_has_none():
     assert len(recorder.graphs) == 2
 
 
+def test_what_cannot_be_recorded_runs_without_graphs_where_nobody_asked_for_them(caplog):
+    recorder, asked = Recorder(), []
+
+    def refuse(work):
+        asked.append(work)
+        raise UserError("a micro-batch cannot be recorded as a CUDA graph: no memory")
+
+    recorder.record = refuse
+    step, batches = object(), [batch(seed, 1, False) for seed in range(WARM_RUNS + 3)]
+    graphs = MicroBatchGraphs(sums, recorder)
+    with pytest.raises(UserError, match="no memory"):
+        for given in batches:
+            graphs(given, step, torch.tensor(1.0))
+    asked.clear()
+    recorder.required = False
+    graphs = MicroBatchGraphs(sums, recorder)
+    found = [graphs(given, step, torch.tensor(2.0)).row for given in batches]
+    assert torch.cat(found).tolist() == [2 * given.input_ids.sum() for given in batches]
+    assert len(asked) == 1
+    assert caplog.messages == [
+        "a micro-batch cannot be recorded as a CUDA graph: no memory; training goes on without graphs"
+    ]
+
+
 def test_a_result_outlives_the_next_run():
     graphs, step = MicroBatchGraphs(sums, Recorder()), object()
     found = [graphs(batch(seed, 1, False), step, torch.tensor(1.0)).row for seed in range(WARM_RUNS + 3)]
@@ -200,4 +224,4 @@ def test_what_a_gpu_does_not_record_is_said_in_one_line(monkeypatch):
     with pytest.raises(UserError) as caught:
         CudaRecorder(torch.device("cuda")).record(work)
     assert caught.value.cause.endswith("CUDA graph: CUDA error: operation not permitted when stream is capturing")
-    assert "leave out cuda_graphs" in caught.value.hint
+    assert caught.value.hint == "set cuda_graphs of the stage to false"

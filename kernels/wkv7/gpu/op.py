@@ -194,7 +194,8 @@ def plan_backward(
     Returns:
         Launches in order, and the gradients of r, w, k, v, a, b, all (B, T, H, N), and of the initial state in fp32;
         those of r, w, k, a and b have no elements without `within`. Where heads share an input,
-        its gradient is in fp32 and still to be summed over them, else in the input's dtype.
+        its gradient is still to be summed over them. It is in the input's dtype, but in fp32 until it is summed in the
+        modes that round no gradient.
 
     Raises:
         ValueError: a forward that was planned differently, or without `save`.
@@ -207,7 +208,8 @@ def plan_backward(
     if starts.shape != ends.shape or u.shape != p.shape:
         raise ValueError(f"the forward has kept {tuple(starts.shape)}, this backward reads {tuple(ends.shape)}")
     dstate = plan.empty(plan.sequences, plan.heads, plan.size, plan.size)
-    dtypes = [x.dtype if x.shape == r.shape else torch.float32 for x in (r, w, k, v, a, b)]
+    summed = None if plan.mode.final == "bf16" else torch.float32  # of what is still to be summed: half the bytes
+    dtypes = [x.dtype if x.shape == r.shape else summed or x.dtype for x in (r, w, k, v, a, b)]
     dr, dw, dk, dv, da, db = (
         plan.per_token(dtype) if within or name == "v" else plan.empty(0)
         for name, dtype in zip("rwkvab", dtypes, strict=True)
