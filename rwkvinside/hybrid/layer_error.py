@@ -18,7 +18,7 @@ def squared_error(output: Tensor, target: Tensor, mask: Tensor | None, backend: 
     """Return the sum over real tokens of the squared difference, 0-d, in fp32 (fp64 for fp64 inputs).
 
     Args:
-        output, target: (B, T, D), their dtypes may differ. The target's has no gradient.
+        output, target: (B, T, D), their dtypes may differ. The target gets no gradient.
         mask: (B, T) bool, True for real tokens; None: all are.
         backend: of the mixer. With "auto" the Triton kernels run on a GPU that can, with "triton" in Triton's
             interpreter, too; the others are PyTorch code.
@@ -28,7 +28,7 @@ def squared_error(output: Tensor, target: Tensor, mask: Tensor | None, backend: 
         from ..kernels.gpu.squared_error import squared_error  # needs triton
 
         return squared_error(output, target, mask)
-    return squares(_widened(output) - target, mask)  # of types that differ: no copy of the target
+    return squares(_widened(output) - target.detach(), mask)  # of types that differ: no copy of the target
 
 
 def squares(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -40,7 +40,7 @@ def squared_error(output: Tensor, target: Tensor, mask: Tensor | None = None) ->
         RuntimeError: tensors that are not on a GPU, outside of Triton's interpreter.
     """
     _check(output, target, mask)
-    return _error(output, target, mask, torch.is_grad_enabled() and output.requires_grad)[0]
+    return _error(output, target.detach(), mask, torch.is_grad_enabled() and output.requires_grad)[0]
 
 
 def plan_error(
