@@ -1,6 +1,6 @@
 """What an optimizer step of align and of distill dispatches, by origin. Run by test_mixer.py, or directly:
 
-    TRITON_INTERPRET=1 python tests/kernels/step_counts.py
+    PYTHONPATH=tests/helpers TRITON_INTERPRET=1 python tests/kernels/step_counts.py
 
 The students are as on a GPU under autocast in bf16, but nothing that Triton compiles is launched. What counts is that a
 launch of it would be made, or that PyTorch dispatches an operation, those inside of our ops too; views and empty
