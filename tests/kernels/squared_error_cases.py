@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from hybrid_cases import packed, teacher
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rwkvinside.hybrid import layer_error
 from rwkvinside.hybrid.calibration import teacher_norms
@@ -134,6 +135,28 @@ def test_only_a_difference_is_kept_and_only_for_a_gradient(monkeypatch):
     also = squared_error.squared_error(x.detach(), y.requires_grad_(), mask)
     assert error == same == also and not same.requires_grad and not also.requires_grad
     assert [difference.numel() for _, (_, difference) in made] == [x.numel(), 0, 0]
+
+
+class Operations(TorchDispatchMode):
+    """Notes what is dispatched."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(function)
+        return function(*args, **kwargs or {})
+
+
+def test_a_backward_is_one_operation():
+    """No zeros are made for the gradient of the difference."""
+    x, y, mask = given()
+    error, weight = squared_error.squared_error(x.requires_grad_(), y, mask), torch.ones((), device=DEVICE)
+    with Operations() as operations:
+        torch.autograd.grad(error, x, weight)
+    ours = torch.ops.rwkvinside.squared_error_triton_backward.default
+    assert [f for f in operations.seen if f != torch.ops.aten.detach.default] == [ours]
 
 
 def test_nothing_to_compare():
