@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "modeling": {"kernels"},
     "families": {"modeling"},
     "data": set(),
-    "hybrid": {"modeling", "families", "data"},
+    "hybrid": {"kernels", "modeling", "families", "data"},
     "losses": {"kernels", "data", "hybrid"},
     "teacher": {"data", "modeling", "families", "hybrid", "losses"},
     "training": set(),

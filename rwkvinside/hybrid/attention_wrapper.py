@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ..modeling.first_layer import FirstLayerKV, ForwardContext
 from ..modeling.rwkv_attention import RWKVAttention
 from .document_attention import Window
+from .layer_error import squared_error, squares
 
 
 class AttentionWrapper(nn.Module):
@@ -60,7 +61,7 @@ class AttentionWrapper(nn.Module):
             error = checkpoint(self._error, hidden_states, target, forward_context, kwargs, use_reentrant=False)
         else:
             error = self._error(hidden_states, target, forward_context, kwargs)
-        norm = _squares(target.float(), forward_context.mask) if forward_context.norms else None
+        norm = squares(target, forward_context.mask) if forward_context.norms else None
         forward_context.errors[self.student_attn.layer_idx] = (error, norm)
         return target, weights
 
@@ -74,10 +75,4 @@ class AttentionWrapper(nn.Module):
 
     def _error(self, hidden_states: Tensor, target: Tensor, forward_context: ForwardContext, kwargs: dict) -> Tensor:
         output, _ = self.student_attn(hidden_states, forward_context=forward_context, **kwargs)
-        return _squares(output.float() - target, forward_context.mask)  # of types that differ: no copy of the target
-
-
-def _squares(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the sum of squares over real tokens of x (B, T, D)."""
-    squares = x.square().sum(-1)
-    return (squares if mask is None else squares.masked_fill(~mask, 0)).sum()
+        return squared_error(output, target, forward_context.mask, self.student_attn.mixer_config.backend)

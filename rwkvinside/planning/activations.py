@@ -53,7 +53,9 @@ def kept_bytes(
     count = model.lm.config.num_hidden_layers
     mixers = {i: _mixer_bytes(m, low, stream, fused)[not recurrence] for i, m in model.mixers.items()}
     if align:
-        return [mixers[i] + FP32 * model.lm.config.hidden_size if i in mixers else 0 for i in range(count)]
+        # what the error's gradient needs, which is the difference in the output's type, or in fp32 from PyTorch code
+        error = (low if fused else FP32) * model.lm.config.hidden_size
+        return [mixers[i] + error if i in mixers else 0 for i in range(count)]
     first = _first_trained(model)
     more = fused_windows, fused_layers
     return [_layer(model, i, low, stream, mixers.get(i), *more) if i >= first else 0 for i in range(count)]

@@ -102,6 +102,8 @@ def test_models_run_dry_from_a_bare_tree(tmp_path):
     assert len(graphs) == 4 and all(line["ok"] and line["worst"] == 0 for line in graphs)
     (losses,) = (line for line in found if line["what"].startswith("distillation loss"))
     assert all(value < 1e-5 for name, value in losses.items() if "differ" in name)
+    (error,) = (line for line in found if line["what"].startswith("error of a layer"))
+    assert error["error_differs"] < 1e-5 and error["gradient_differs"] < 1e-2
     profiles = [line for line in found if "kernels_ms" in line]
     assert len(profiles) == 4 and all(0 < len(line["top"]) <= 25 for line in profiles)
     (whole,) = (line for line in found if line["what"] == "conversion end to end")

@@ -10,14 +10,14 @@ import torch
 from kept_activations import SIZES, kept_by_autograd, left_in_memory, student
 
 from rwkvinside.hybrid import document_attention
-from rwkvinside.kernels.gpu import mixer, op, window
+from rwkvinside.kernels.gpu import mixer, op, squared_error, window
 from rwkvinside.planning.activations import kept_bytes
 
 
 @pytest.fixture(autouse=True)
 def no_launches(monkeypatch):
     """What is kept does not depend on values, and the interpreter would take minutes to compute them."""
-    for module in (op, mixer, window):
+    for module in (op, mixer, squared_error, window):
         monkeypatch.setattr(module, "run", lambda launches, device: None)
 
 

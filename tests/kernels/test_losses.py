@@ -1,4 +1,4 @@
-"""The Triton kernel of the losses: in the interpreter, on a GPU, and where it does not run."""
+"""The Triton kernels of the losses: in the interpreter, on a GPU, and where it does not run."""
 
 import pytest
 import torch
@@ -13,13 +13,13 @@ from rwkvinside.losses.next_token import NextTokenLoss
 
 @pytest.mark.integration
 def test_losses_in_the_interpreter():
-    run_cases("loss_cases.py", interpret=True)
+    run_cases("loss_cases.py", "squared_error_cases.py", interpret=True)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_losses_on_a_gpu():
-    run_cases("loss_cases.py", interpret=False)
+    run_cases("loss_cases.py", "squared_error_cases.py", interpret=False)
 
 
 def test_a_machine_without_triton_trains_on_its_cpu(monkeypatch):

@@ -45,6 +45,7 @@ from rwkvinside.kernels.gpu.mixer import Mixed, plan_inputs, plan_inputs_backwar
 from rwkvinside.kernels.gpu.mixer_step import LARGEST_NORMED, plan_mixer_step
 from rwkvinside.kernels.gpu.op import NARROW, plan_backward, plan_forward
 from rwkvinside.kernels.gpu.shift_step import plan_shift_step
+from rwkvinside.kernels.gpu.squared_error import plan_error, plan_error_backward
 from rwkvinside.kernels.gpu.table import PRECISIONS, Tuning
 from rwkvinside.kernels.gpu.window import plan_attend, plan_attend_backward
 from rwkvinside.kernels.gpu.window_step import plan_window_step
@@ -134,6 +135,9 @@ def shipped(architecture: int) -> Iterator[tuple[str, Launch]]:
         yield from _named(f"sm_{architecture}/64/window_{variant}", plan_windows(64, **WINDOW_VARIANTS[variant]))
     for variant in LOSS_VARIANTS:
         yield from _named(f"sm_{architecture}/loss_{variant}", plan_loss(variant))
+    for width in (1024, 4096):
+        yield from _named(f"sm_{architecture}/error_{width}", plan_layer_error(width))
+    yield from _named(f"sm_{architecture}/error_fp32", plan_layer_error(1024, torch.float32))
 
 
 def _named(prefix: str, launches: list[Launch]) -> Iterator[tuple[str, Launch]]:
@@ -337,6 +341,14 @@ def plan_loss(variant: str) -> list[Launch]:
     labels = torch.empty(331, dtype=torch.int64, device="meta")
     teacher = None if variant == "labels" else logits
     return plan_compare(logits, labels, teacher, **LOSS_VARIANTS[variant])[0]
+
+
+def plan_layer_error(width: int, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
+    """Plan the error of a layer's output to its target, forward and backward, with masked tokens."""
+    output, mask = _tokens(1, width, dtype)[:, :, 0], torch.empty(1, 4096, dtype=torch.bool, device="meta")
+    forward, (_, difference) = plan_error(output, output, mask, keep=True)
+    dvalue = torch.empty((), device="meta")
+    return forward + plan_error_backward(difference, dvalue)[0]
 
 
 def survey(only: str = "") -> dict[str, Usage]:

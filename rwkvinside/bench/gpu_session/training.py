@@ -30,9 +30,9 @@ from ...teacher.signals import OnlineTeacher, SelfTeacher, TeacherModel
 from ...training.local_engine import LocalEngine
 from ...training.process_group import Distributed
 from ...training.protocols import Step, StepResult
-from .distillation import compare_losses
 from .end_to_end import compare
 from .fused_layers import compare_layers
+from .losses import compare_errors, compare_losses
 from .models import LARGE, SMALL, TINY, WINDOW, random_batch, random_teacher, stage_plan
 from .profiling import kernels_of
 from .timing import synchronize
@@ -101,6 +101,8 @@ def run(stage: Stage) -> None:
         case = None  # its models, before those of the next one
     tuning = FineTuning(plan(small, "distill", 8, long, micro_rows=4))
     stage.attempt(f"fine-tuning {tuning.name}", tuning.speed, needs=8)
+    errors = partial(compare_errors, rows * short, small.hidden, stage.device)
+    stage.attempt(f"error of a layer {rows * short} x {small.hidden}", errors, needs=2)
     losses = partial(compare_losses, long, small.vocab, small.hidden, stage.device)
     stage.attempt(f"distillation loss {long} x {small.vocab}", losses, needs=6)
     stage.attempt("conversion end to end", partial(compare, stage.device), needs=15)

@@ -1,4 +1,4 @@
-"""The distillation loss of a micro-batch in bf16: logits compared by PyTorch code and by the Triton kernel."""
+"""Losses of a micro-batch in bf16 by PyTorch code and by the Triton kernels: of distill, and of a layer in align."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from ...data.batch import Targets
+from ...hybrid.layer_error import squared_error
 from ...hybrid.lm_head import LMHeadLoss
 from ...kernels.gpu.launch import run
 from ...kernels.gpu.losses import plan_compare
+from ...kernels.gpu.squared_error import plan_error, plan_error_backward
 from ...losses.chunked import chunk_tokens
 from ...losses.distillation import DistillationLoss
 from ...losses.fused import Backend
 from ...losses.settings import DistillLossConfig
 from ...teacher.signals import HeadSignal
+from .profiling import kernels_of
 from .timing import launch_milliseconds, milliseconds
 
 BACKENDS: tuple[Backend, ...] = ("torch", "triton")
@@ -52,6 +55,39 @@ def _launch(rows: int, vocab: int, device: str) -> dict[str, float]:
     ms = launch_milliseconds(partial(run, launches, torch.device(device)), device)
     # both are read twice, and the gradient is written
     return {"launch_ms": ms, "launch_bytes_per_s": 1e3 * 5 * logits.nbytes / ms}
+
+
+def compare_errors(tokens: int, width: int, device: str) -> dict:
+    """Return what the squared error of a layer costs by both, forward and backward, and how far they are apart.
+
+    Differences are relative as in `compare_losses`. "forward_ms" and "backward_ms" are one launch of each kernel,
+    "forward_bytes_per_s" and "backward_bytes_per_s" what it reads and writes.
+
+    Args:
+        tokens: of a micro-batch.
+        width: of the layer's output.
+        device: "cuda" or "cpu".
+    """
+    torch.manual_seed(0)
+    output, target = (torch.randn(1, tokens, width, device=device).bfloat16() for _ in range(2))
+
+    def result(backend: str) -> tuple[Tensor, Tensor]:
+        x = output.detach().requires_grad_()
+        error = squared_error(x, target, None, "chunked" if backend == "torch" else backend)
+        return error.detach(), torch.autograd.grad(error, x)[0]
+
+    (error, grad), (fused_error, fused_grad) = map(result, BACKENDS)
+    numbers = {"error_differs": _apart(error, fused_error), "gradient_differs": _apart(grad, fused_grad)}
+    for backend in BACKENDS:
+        numbers[f"{backend}_ms"] = milliseconds(partial(result, backend), device)
+        found = kernels_of(partial(result, backend), device)
+        numbers |= {f"{backend}_kernels_ms": found["kernels_ms"], f"{backend}_launches": found["launches"]}
+    forward, (_, difference) = plan_error(output, target, None, keep=True)
+    backward, _ = plan_error_backward(difference, error)
+    for name, launches, moved in (("forward", forward, 3), ("backward", backward, 2)):
+        ms = launch_milliseconds(partial(run, launches, torch.device(device)), device)
+        numbers |= {f"{name}_ms": ms, f"{name}_bytes_per_s": 1e3 * moved * output.nbytes / ms}
+    return numbers
 
 
 class Case:
