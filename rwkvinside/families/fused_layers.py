@@ -145,7 +145,8 @@ def is_half_split(function: Callable, columns: int) -> bool:
         given = function(q, k, cos, sin)
     except (AttributeError, TypeError, RuntimeError):  # called in another way, or turns all columns
         return False
-    return all(torch.equal(found, _rotated(x, cos, sin)) for found, x in zip(given, (q, k), strict=True))
+    pairs = zip(given, (q, k), strict=True)
+    return all(found.dtype == x.dtype and torch.equal(found, _rotated(x, cos, sin)) for found, x in pairs)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
