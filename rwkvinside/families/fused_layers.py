@@ -121,7 +121,7 @@ def with_fused_rotation(kind: type) -> type | None:
     Only the forward that calls the rotation is another: the same code, in a copy of its module's names. Where a class
     inherits that forward, as attention that a hybrid keeps does, its own methods stay before it.
     """
-    owner = next((cls for cls in kind.__mro__ if _calls_rotation(vars(cls).get("forward"))), None)
+    owner = _rotating(kind)
     if owner is None or issubclass(kind, FusedRotation):
         return None
     forward = vars(owner)["forward"]
@@ -156,8 +156,18 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((turned * cos[:, None] + other * sin[:, None], rest), -1)
 
 
-def _calls_rotation(forward: Any) -> bool:
-    return isinstance(forward, FunctionType) and ROTATION in forward.__code__.co_names
+def _rotating(kind: type) -> type | None:
+    """Return the class whose forward calls the rotation, where the forwards before it lead there."""
+    for cls in kind.__mro__:
+        forward = vars(cls).get("forward")
+        if forward is None:
+            continue
+        names = forward.__code__.co_names if isinstance(forward, FunctionType) else ()
+        if ROTATION in names:
+            return cls
+        if "super" not in names:  # such as a decorator around a forward, which is not looked into
+            return None
+    return None
 
 
 def _fused_rotation(original: Callable) -> Callable:

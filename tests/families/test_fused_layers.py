@@ -118,7 +118,13 @@ def test_what_is_around_a_forward_stays(kind, calls):
     assert isinstance(attention, kind) and isinstance(attention, FusedRotation)
 
 
-def test_attention_without_a_rotation_of_that_name_is_left_alone():
+def test_attention_whose_rotation_is_not_found_is_left_alone():
+    class Wrapped(attention_of("llama")):
+        @functools.wraps(attention_of("llama").forward)
+        def forward(self, *args, **kwargs):
+            return type(self).forward.__wrapped__(self, *args, **kwargs)
+
+    assert with_fused_rotation(Wrapped) is None, "nothing behind a decorator is replaced"
     assert with_fused_rotation(nn.MultiheadAttention) is None and with_fused_rotation(nn.Linear) is None
 
 
