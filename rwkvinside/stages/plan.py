@@ -47,7 +47,7 @@ class RunSettings:
         zero: how DeepSpeed shards where a launcher starts the run.
         endless_tokens: tokens that are read of a source without an end (see `data.sources`).
         choice: how the run decides which layers keep attention; None: that is given.
-        fused_layers: norms and gated MLPs run on Liger's kernels.
+        fused_layers: norms, gated MLPs and rotations run as one kernel each.
     """
 
     teacher: TeacherConfig

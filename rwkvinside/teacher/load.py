@@ -46,7 +46,7 @@ def load_teacher(path: str, revision: str | None, dtype: torch.dtype, *, fused: 
         path: local directory or hub id.
         revision: branch, tag or commit of the hub repository.
         dtype: to load the weights in.
-        fused: norms and MLPs run on Liger's kernels, see `fuse_layers`.
+        fused: norms, MLPs and rotations run as one kernel each, see `fuse_layers`.
 
     Raises:
         UserError: weights that are missing, damaged, incomplete or not all used.

@@ -44,6 +44,7 @@ from rwkvinside.kernels.gpu.low_rank import plan_low_rank
 from rwkvinside.kernels.gpu.mixer import Mixed, plan_inputs, plan_inputs_backward, plan_output, plan_output_backward
 from rwkvinside.kernels.gpu.mixer_step import LARGEST_NORMED, plan_mixer_step
 from rwkvinside.kernels.gpu.op import NARROW, plan_backward, plan_forward
+from rwkvinside.kernels.gpu.rotation import plan_rotate
 from rwkvinside.kernels.gpu.shift_step import plan_shift_step
 from rwkvinside.kernels.gpu.squared_error import plan_error, plan_error_backward
 from rwkvinside.kernels.gpu.table import PRECISIONS, Tuning
@@ -123,6 +124,7 @@ def shipped(architecture: int) -> Iterator[tuple[str, Launch]]:
         yield from _named(prefix, plan_window(size))
         yield from _named(f"{prefix}/window", [*plan_windows(size), *plan_mixed(size)])
         yield from _named(f"{prefix}/mixer", plan_mixer(size))
+        yield from _named(prefix, plan_rotation(size))
     # These arguments change the code but hardly its resources: one mode and head size represent all.
     yield from _named(f"sm_{architecture}/64/packed", plan_packed(64, "balanced", capability))
     yield from _named(f"sm_{architecture}/64/first", plan_first_mixing(64, capability))
@@ -133,6 +135,8 @@ def shipped(architecture: int) -> Iterator[tuple[str, Launch]]:
         yield from _named(f"sm_{architecture}/64/mixer_{variant}", plan_mixer(64, variant))
     for variant in WINDOW_VARIANTS:
         yield from _named(f"sm_{architecture}/64/window_{variant}", plan_windows(64, **WINDOW_VARIANTS[variant]))
+    for variant in ROTATION_VARIANTS:
+        yield from _named(f"sm_{architecture}/64/rotation_{variant}", plan_rotation(64, **ROTATION_VARIANTS[variant]))
     for variant in LOSS_VARIANTS:
         yield from _named(f"sm_{architecture}/loss_{variant}", plan_loss(variant))
     for width in (1024, 4096):
@@ -261,6 +265,24 @@ def plan_windows(
     given = q, k, k, start, None, far, 64, sinks, softcap
     forward, (values, weight, lse) = plan_attend(*given)
     return forward + plan_attend_backward(*given, values, lse, q, weight if scored else None)[0]
+
+
+# How rotations may differ from that of whole heads in bf16, forward
+ROTATION_VARIANTS: dict[str, dict[str, Any]] = {
+    "backward": {"transposed": True},
+    "part": {"columns": 48},
+    "fp16": {"dtype": torch.float16},
+    "fp32": {"dtype": torch.float32},
+}
+
+
+def plan_rotation(
+    size: int, *, columns: int | None = None, transposed: bool = False, dtype: torch.dtype = torch.bfloat16
+) -> list[Launch]:
+    """Plan the rotation of queries and keys, with two heads for each of keys; columns: that turn, None: all."""
+    q, k = (_tokens(heads, size, dtype).transpose(1, 2) for heads in (32, 16))
+    angle = _tokens(1, columns or size, dtype)[:, :, 0]
+    return plan_rotate(q, k, angle, angle, transposed)[0]
 
 
 def plan_maps() -> list[Launch]:

@@ -21,6 +21,7 @@ class Launch:
         args: run-time arguments by name (tensors, numbers, None).
         constants: `tl.constexpr` arguments by name.
         tuning: settings to compile it with.
+        contract: whether products and sums may become one operation that rounds once.
     """
 
     kernel: Any
@@ -28,11 +29,13 @@ class Launch:
     args: dict[str, Any]
     constants: dict[str, Any]
     tuning: Tuning
+    contract: bool = True
 
     @property
     def options(self) -> dict[str, int]:
         """Return what Triton compiles the kernel with."""
         options = {"num_warps": self.tuning.num_warps, "num_stages": self.tuning.num_stages}
+        options |= {} if self.contract else {"enable_fp_fusion": False}
         return options | ({"maxnreg": self.tuning.max_registers} if self.tuning.max_registers else {})
 
     def run(self) -> None:

@@ -11,6 +11,7 @@ MOST = 25
 KINDS = (  # kind, words in a kernel's name; the first that fits
     ("recurrence", ("prepare", "scan_forward", "scan_backward", "gradient", "advance", "wkv")),
     ("loss", ("compare_rows", "squared_error")),
+    ("rotation", ("rotate_heads",)),
     ("windows", ("window_", "add_far_parts")),
     ("attention", ("flash", "fmha", "attention", "sdpa")),
     ("products", ("gemm", "cutlass", "cublas", "nvjet", "matmul", "::mm", "addmm", "splitk")),

@@ -31,7 +31,7 @@ from ...training.local_engine import LocalEngine
 from ...training.process_group import Distributed
 from ...training.protocols import Step, StepResult
 from .end_to_end import compare
-from .fused_layers import compare_layers
+from .fused_layers import compare_layers, compare_rotation
 from .losses import compare_errors, compare_losses
 from .models import LARGE, SMALL, TINY, WINDOW, random_batch, random_teacher, stage_plan
 from .profiling import kernels_of
@@ -83,6 +83,7 @@ def run(stage: Stage) -> None:
         what = f"graphs: losses of {objective} {Case(compared).name}"
         stage.attempt(what, partial(compare_graphs, compared), needs=10)
     stage.attempt("norms and MLPs fused", partial(compare_layers, rows * short, stage.device), needs=4)
+    stage.attempt("rotations fused", partial(compare_rotation, rows * short, stage.device), needs=2)
     names, profiled = set(), set()
     for objective, shape, *size, options in cases:
         packed, graphs = options.pop("document", None), options.pop("graphs", False)
