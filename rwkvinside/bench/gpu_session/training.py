@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -33,7 +33,7 @@ from ...training.protocols import Step, StepResult
 from .end_to_end import compare
 from .fused_layers import compare_layers, compare_rotation
 from .losses import compare_errors, compare_losses
-from .models import LARGE, SMALL, TINY, WINDOW, random_batch, random_teacher, stage_plan
+from .models import LARGE, SMALL, TINY, WINDOW, Shape, random_batch, random_teacher, stage_plan
 from .profiling import kernels_of
 from .timing import synchronize
 
@@ -52,40 +52,75 @@ GRAPHS_APART = 1e-2  # of losses in bf16: flash attention adds its gradients up 
 GIB = 2**30
 
 
-def run(stage: Stage) -> None:
-    """Measure, what is least known first."""
-    small, large = (TINY, TINY) if stage.dry else (SMALL, LARGE)
-    (rows, short), long, document = ((4, 16), 32, 12) if stage.dry else ((32, 512), 4096, 700)
-    plan = partial(stage_plan, device=stage.device)
+class Sizes(NamedTuple):
+    """Of what is measured.
 
-    full, some = {"micro_rows": rows}, {"micro_rows": 4}  # 16384 tokens at a time; with fewer a GPU waits for Python
-    cases = (  # objective, shape, rows and tokens of a step, more of the plan
-        ("align", small, rows, short, full | {"graphs": True}),
+    Attributes:
+        small, large: shapes of teachers.
+        rows, short: of a step of align, and of a micro-batch: 16384 tokens, as with fewer a GPU waits for Python.
+        long: tokens of a row of distill.
+        document: tokens of a document where rows are packed.
+    """
+
+    small: Shape
+    large: Shape
+    rows: int
+    short: int
+    long: int
+    document: int
+
+
+SIZES, DRY_SIZES = Sizes(SMALL, LARGE, 32, 512, 4096, 700), Sizes(TINY, TINY, 4, 16, 32, 12)
+
+
+def timed(sizes: Sizes) -> list[tuple[str, Shape, int, int, dict]]:
+    """Return objective, shape, rows and tokens of a step, and more of the plan of what is timed, in that order."""
+    small, large, rows, short, long, document = sizes
+    full, some = {"micro_rows": rows}, {"micro_rows": 4}
+    graphs, window, packed = {"graphs": True}, {"window": WINDOW}, {"document": document}
+    return [
+        ("align", small, rows, short, full | graphs),
+        ("distill", small, 8, long, some | graphs),
+        ("align", large, rows, short, full | graphs),
+        ("distill", large, 4, long, some | graphs | {"checkpointing": "recurrence"}),
         ("align", small, rows, short, full),
-        ("distill", small, 8, long, some | {"graphs": True}),
         ("distill", small, 8, long, some),
-        ("align", small, rows, short, full | {"fused": False}),
-        ("distill", small, 8, long, some | {"fused": False}),
-        ("distill", small, 8, long, some | {"window": WINDOW}),
-        ("align", large, rows, short, full),
+        ("align", small, rows, short, full | graphs | window),
+        ("distill", small, 8, long, some | graphs | window),
+        ("align", small, rows, short, {**graphs}),
+        ("distill", small, 4, long, {**graphs}),
+        ("distill", small, 8, long, some | graphs | packed),
         ("distill", large, 4, long, some | {"checkpointing": True}),
-        ("distill", small, 8, long, some | {"checkpointing": "recurrence"}),
-        ("align", small, rows, short, full | {"window": WINDOW}),
-        ("distill", small, 8, long, some | {"document": document, "graphs": True}),
-        ("distill", small, 8, long, some | {"document": document}),
-        ("distill", small, 8, long, {"micro_rows": 8, "checkpointing": True}),
+        ("distill", small, 8, long, some | graphs | {"checkpointing": "recurrence"}),
+        ("align", small, rows, short, full | graphs | {"fused": False}),
+        ("distill", small, 8, long, some | graphs | {"fused": False}),
         ("align", small, rows, short, {}),
         ("distill", small, 4, long, {}),
-    )
+        ("distill", small, 8, long, some | packed),
+        ("distill", small, 8, long, {"micro_rows": 8, "checkpointing": True}),
+    ]
+
+
+def run(stage: Stage) -> None:
+    """Measure, what is least known first."""
+    sizes = DRY_SIZES if stage.dry else SIZES
+    small, _, rows, short, long, _ = sizes
+    plan = partial(stage_plan, device=stage.device)
     few = replace(small, layers=min(small.layers, 4))
-    for objective, options in GRAPHED:
+
+    def compare_with_graphs(objective: str, options: dict) -> None:
         compared = plan(few, objective, rows, short, micro_rows=max(1, rows // 4), **options)
         what = f"graphs: losses of {objective} {Case(compared).name}"
         stage.attempt(what, partial(compare_graphs, compared), needs=10)
+
+    first, *others = GRAPHED
+    compare_with_graphs(*first)
     stage.attempt("norms and MLPs fused", partial(compare_layers, rows * short, stage.device), needs=4)
     stage.attempt("rotations fused", partial(compare_rotation, rows * short, stage.device), needs=2)
+    errors = partial(compare_errors, rows * short, small.hidden, stage.device)
+    stage.attempt(f"error of a layer {rows * short} x {small.hidden}", errors, needs=2)
     names, profiled = set(), set()
-    for objective, shape, *size, options in cases:
+    for objective, shape, *size, options in timed(sizes):
         packed, graphs = options.pop("document", None), options.pop("graphs", False)
         case = Case(with_graphs(plan(shape, objective, *size, **options), graphs), packed)
         graphed = case.plan.settings.cuda_graphs
@@ -102,11 +137,11 @@ def run(stage: Stage) -> None:
         case = None  # its models, before those of the next one
     tuning = FineTuning(plan(small, "distill", 8, long, micro_rows=4))
     stage.attempt(f"fine-tuning {tuning.name}", tuning.speed, needs=8)
-    errors = partial(compare_errors, rows * short, small.hidden, stage.device)
-    stage.attempt(f"error of a layer {rows * short} x {small.hidden}", errors, needs=2)
     losses = partial(compare_losses, long, small.vocab, small.hidden, stage.device)
     stage.attempt(f"distillation loss {long} x {small.vocab}", losses, needs=6)
     stage.attempt("conversion end to end", partial(compare, stage.device), needs=15)
+    for objective, options in others:
+        compare_with_graphs(objective, options)
 
 
 @dataclass
@@ -151,7 +186,7 @@ class Case:
         more = f", recomputed {recomputed}" if recomputed else ""
         more += ", window" if self.plan.run.student.window else ""
         more += ", fused" if self.plan.run.fused_layers else ""
-        more += ", graphed" if self.plan.settings.cuda_graphs else ""
+        more += ", graphed" if self.plan.settings.cuda_graphs is True else ""
         return step_name(self.plan) + more + (", packed" if self.document else "")
 
     @cached_property
