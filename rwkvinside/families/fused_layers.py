@@ -1,7 +1,7 @@
 """Norms, gated MLPs and rotations of a model with one kernel for each, on a GPU.
 
 The code of transformers takes about eight small kernels for an RMS norm, two for an activation and its product, and
-eleven for the rotation of queries and keys, and keeps what some of them give for the backward pass. Those of Liger
+ten for the rotation of queries and keys, and keeps what some of them give for the backward pass. Those of Liger
 Kernel (arXiv 2410.10989), and ours for the rotation, round where those do: the numbers are those of the model.
 """
 

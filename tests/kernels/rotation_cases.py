@@ -30,6 +30,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # relative L2 from float64: three roundings to half of the last bit
 ROUNDING = {torch.float32: 3 * 2**-24, torch.float16: 3 * 2**-11, torch.bfloat16: 3 * 2**-8}
 
+CLOSE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # of whole models, whose sums have another order
+
 
 def inputs(B, T, H, G, N, R=None, dtype=torch.bfloat16, rows=None):
     """Queries and keys as projections leave them, cos and sin whose halves differ, gradients of both results."""
@@ -238,9 +240,9 @@ def test_models_compute_the_same(family, dtype, calls):
     own = family == "glm4"  # turns pairs that lie side by side
     assert sum(fuse_layers(model).values()) == (0 if own else 3)
     found = logits_and_gradients(model)
-    assert torch.equal(found[0], wanted[0])
-    for x, y in zip(found[1:], wanted[1:], strict=True):  # the layout of a gradient decides in which order it is summed
-        assert x is y is None or (x - y).norm() <= 100 * ROUNDING[dtype] * y.norm()
+    assert torch.equal(found[0], wanted[0]) or not INTERPRETED  # a GPU adds up experts in any order
+    for x, y in zip(found, wanted, strict=True):  # the layout of a gradient decides in which order it is summed
+        assert x is y is None or (x - y).norm() <= CLOSE[dtype] * y.norm()
     kept = sum(QUIRKS.get(family, {}).get("no_rope_layers", (1, 1, 1)))
     own = own or family == "olmo2" and dtype == torch.bfloat16  # cos and sin stay in fp32
     assert len(calls) == (0 if own else kept)

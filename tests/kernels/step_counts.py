@@ -19,10 +19,11 @@ from hybrid_cases import teacher
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from rwkvinside.families import fused_layers
 from rwkvinside.hybrid import document_attention
 from rwkvinside.hybrid.model import HybridModel
 from rwkvinside.hybrid.settings import StudentConfig
-from rwkvinside.kernels.gpu import mixer, op, squared_error, window
+from rwkvinside.kernels.gpu import mixer, op, rotation, squared_error, window
 from rwkvinside.kernels.gpu.launch import Launch
 from rwkvinside.losses import chunked, fused
 from rwkvinside.modeling import wkv7
@@ -41,6 +42,7 @@ OURS = {
         "mixer_inputs_triton_backward": mixer._inputs_backward,
         "mixer_output_triton": mixer._output,
         "mixer_output_triton_backward": mixer._output_backward,
+        "rotate_triton": rotation._rotate,
         "squared_error_triton": squared_error._error,
         "squared_error_triton_backward": squared_error._error_backward,
         "wkv7_triton": op._forward,
@@ -166,6 +168,26 @@ def test_operations_of_a_step(objective, layer, rest):
     found = per_layer(objective)
     assert found[0].total() <= layer
     assert found[1].total() <= rest
+
+
+@pytest.mark.parametrize("objective", ["align", "distill"])
+def test_the_teachers_rotation_is_one_operation(objective, monkeypatch):
+    """In the types that a step computes in; norms and MLPs stay PyTorch code."""
+    make = teacher
+
+    def fused(**options):
+        model = make(**options)
+        fused_layers.fuse_layers(model)
+        return model
+
+    plain, rest = per_layer(objective)
+    monkeypatch.setattr(f"{__name__}.teacher", fused)
+    for name, result in (("_on_gpu", True), ("norm_form", None), ("is_gated", False)):
+        monkeypatch.setattr(fused_layers, name, lambda x, result=result: result)
+    layer, same = per_layer(objective)
+    less, more = Counter(name for _, name in (plain - layer).elements()), layer - plain
+    assert less == {"mul": 4, "neg": 2, "cat": 2, "add": 2}
+    assert [name for _, name in more.elements()] == ["rotate_heads"] and same == rest
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -1,7 +1,7 @@
 """The rotary embedding of queries and keys in one Triton launch, and its gradient in one: `rotate` as a PyTorch op.
 
 The first R columns of a head turn in pairs (j, j + R / 2), the others are copied. In PyTorch, as transformers writes
-it, that is eleven launches. A program owns a token: it loads cos and sin once for all heads of queries and keys. With
+it, that is ten launches. A program owns a token: it loads cos and sin once for all heads of queries and keys. With
 x the first and y the second half of what turns:
 
     x' = x cos_1 - y sin_1          y' = y cos_2 + x sin_2
