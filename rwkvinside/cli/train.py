@@ -122,7 +122,8 @@ def _train(args: argparse.Namespace, config: Config, again: Sequence[str]) -> in
             resume=args.resume,
             resume_from=args.resume_from,
             allow_changes=args.allow_changes,
-            launched=launched,
+            # alone, a process needs DeepSpeed for little, and has CUDA graphs without it
+            launched=launched and (ranks > 1 or config.deepspeed.helps_one_process),
         )
     if os.environ.get("RANK", "0") == "0":
         from ..report.facts import run_facts

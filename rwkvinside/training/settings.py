@@ -111,3 +111,8 @@ class DeepSpeedConfig(Section):
         False, description="In bf16: DeepSpeed's own bf16 weights with fp32 masters; false: fp32 weights, autocast."
     )
     config: dict[str, Any] | None = Field(None, description="DeepSpeed's own settings (--deepspeed FILE), over ours.")
+
+    @property
+    def helps_one_process(self) -> bool:
+        """Whether a process that is alone would compute or keep something otherwise without DeepSpeed."""
+        return self.offload_optimizer or self.offload_parameters or self.bf16_weights or self.config is not None

@@ -143,6 +143,30 @@ TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "l
 
 
 @pytest.mark.parametrize(
+    "size, overrides, under_deepspeed",
+    [
+        (2, [], True),
+        (1, [], False),
+        (1, ["deepspeed.zero_stage=3"], False),
+        (1, ["deepspeed.offload_optimizer=true"], True),
+        (1, ["deepspeed.bf16_weights=true", "precision=bf16"], True),
+    ],
+)
+def test_a_launchers_only_process_trains_without_deepspeed_unless_that_does_more(
+    teacher, tmp_path, monkeypatch, size, overrides, under_deepspeed
+):
+    seen = []
+    for name, value in (TORCHRUN | {"WORLD_SIZE": str(size)}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("rwkvinside.conversion.run.train", lambda config, **given: seen.append(given["launched"]))
+    monkeypatch.setattr("rwkvinside.report.facts.run_facts", lambda directory: None)
+    monkeypatch.setattr("rwkvinside.report.screen.end_screen", lambda facts: "")
+    command = ["train", "--teacher", str(teacher), "--data", "x", "--out", str(tmp_path / "run")]
+    assert cli.main([*command, *overrides]) == 0
+    assert seen == [under_deepspeed]
+
+
+@pytest.mark.parametrize(
     "environment, said",
     [
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two', which no launcher sets"),

@@ -133,7 +133,8 @@ def test_only_a_difference_is_kept_and_only_for_a_gradient(monkeypatch):
     with torch.no_grad():
         same = squared_error.squared_error(x, y, mask)
     also = squared_error.squared_error(x.detach(), y.requires_grad_(), mask)
-    assert error == same == also and not same.requires_grad and not also.requires_grad
+    assert not same.requires_grad and not also.requires_grad and same == also
+    assert abs(error - same) <= 1e-6 * same  # by another variant of the kernel, which ptxas may contract otherwise
     assert [difference.numel() for _, (_, difference) in made] == [x.numel(), 0, 0]
 
 
