@@ -62,6 +62,16 @@ def test_the_best_setting_of_a_peer_and_configurations_of_several_lines():
     assert "| grad | 1,2,3,4 | 2 (1 failed) | 2: L=16; 3: L=32 |" in text
 
 
+def test_launches_that_only_some_cases_have_get_a_column():
+    row = {"ms": 1.0, "floor_ms": 0.5}
+    alone = {"stage": "kernels", "what": "time 1,2,3,4 balanced", "launches": {"backward gradient": row}}
+    shared = {**alone, "what": "time 5,6,7,8 balanced G=1", "launches": {"backward sum_heads": row}}
+    assert "sum of heads" not in tables([{**alone, "launched_ms": 1.0}])
+    text = tables([{**line, "launched_ms": 1.0} for line in (alone, shared)])
+    assert "| gradient | sum of heads | all |" in text
+    assert "| 1 (0.5) | - | 1 |" in text and "| - | 1 (0.5) | 1 |" in text
+
+
 def test_training_and_generation_have_tables_once_measured():
     speed = {"tokens_per_s": 12345.6, "mfu": 0.25, "peak_gib": 9.0, "predicted_gib": 8.5}
     cost = {"prefill_tokens_per_s": 1e5, "ms_per_token": 2.0, "cache_bytes": 3 * 2**20}

@@ -54,6 +54,19 @@ def test_a_gradient_that_only_v_or_the_state_needs_takes_no_work_within_the_chun
     assert [x.numel() > 0 for x in grads] == [name in ("v", "state") for name in (*inputs, "state")]
 
 
+def test_inputs_that_heads_share_get_a_sum_each():
+    inputs = arguments()
+    inputs |= {name: inputs[name][:, :, :2] for name in "va"}
+    _, (y, _, starts, u) = op.plan_forward(**inputs, **OPTIONS)
+    rest = {"mask": None, "cu_seqlens": None, "starts": starts, "u": u, "dy": y, "dfinal": None}
+    for within, last in ((True, ["gradient", "sum_heads", "sum_heads"]), (False, ["sum_heads"])):
+        backward, grads = op.plan_backward(**inputs, **rest, within=within, **OPTIONS)
+        assert names(backward) == ["prepare", "scan_backward", *last]
+        for name, grad in zip(inputs, grads, strict=False):
+            wanted = inputs[name].shape if within or name == "v" else (0,)
+            assert grad.shape == wanted and grad.dtype == inputs[name].dtype
+
+
 def test_plans_in_segments():
     launches, _ = op.plan_forward(**arguments(), **OPTIONS, segments=3)
     assert names(launches) == ["prepare", "scan_forward", "advance", "advance", "scan_forward"]

@@ -174,9 +174,10 @@ def test_masked_steps_are_the_identity():
         assert not x[~mask].any()
 
 
-def test_packed_sequences():
+@pytest.mark.parametrize("groups", [None, 1])
+def test_packed_sequences(groups):
     bounds = [0, 0, 1, 18, 18, 50, 50]
-    args = inputs(T=55, sequences=6)
+    args = inputs(T=55, sequences=6, groups=groups)
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
     dy, dfinal = cotangents(args[0], args[3], args[6])
     inner = [x[:, :50] for x in args[:6]]
@@ -235,6 +236,49 @@ def test_heads_that_share_inputs(shared):
     found = results(wkv7, args, dy, dfinal)
     assert [x.shape for x in found[2:]] == [x.shape for x in args]
     assert_close(found, expected(args, dy, dfinal), CLOSE)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "high", "balanced"])
+def test_heads_that_share_inputs_in_bf16(precision):
+    args = inputs(T=20, H=4, groups=1, dtype=torch.bfloat16)
+    dy, dfinal = cotangents(args[0], args[3], args[6])
+    found = results(lambda *x: wkv7(*x, precision=precision), args, dy, dfinal)
+    assert [(x.shape, x.dtype) for x in found[2:]] == [(x.shape, x.dtype) for x in args]
+    assert_close(found, expected(args, dy, dfinal), **MODES["balanced"][0])
+
+
+@pytest.mark.parametrize("N", [8, 24, 64, 128, 256])
+@pytest.mark.parametrize("R", [1, 2, 3, 8])
+@pytest.mark.parametrize("precision, dtype", [("fp32", "float32"), ("high", "bfloat16"), ("balanced", "bfloat16")])
+def test_sums_over_heads_are_in_fp32_and_rounded_once(precision, dtype, R, N):
+    dtype, kept = getattr(torch, dtype), torch.bfloat16 if precision == "balanced" else torch.float32
+    r, *others, _ = inputs(B=2, T=50, H=3 * R, groups=3, N=N, dtype=dtype)
+    plan = op._Plan((r, *others), None, None, precision, capability(r.device), None, None)
+    buffers, grads, sums = plan.gradients("v")
+    (grad,) = buffers.values()
+    if R == 1:
+        assert not sums and grad is grads[3]
+        return
+    assert grad.dtype == kept and grads[3].dtype == dtype and grads[3].shape == (2, 50, 3, N)
+    (launch,) = sums
+    assert launch.args["sums_"] is grads[3]
+    grad.copy_(torch.randn(grad.shape))
+    out = launch.args["sums_"] = torch.full((grads[3].numel() + 4096,), float("nan"), dtype=dtype, device=DEVICE)
+    launch.run()
+    found, beyond = out.split([grads[3].numel(), 4096])
+    heads = grad.view(2, 50, 3, R, N)
+    wanted, most = heads.float().sum(3).flatten(), heads.double().abs().sum(3).flatten()
+    assert beyond.isnan().all()
+    if R == 2:
+        assert torch.equal(found, wanted.to(dtype))
+    rounded = 2**-8 * wanted.abs() if dtype == torch.bfloat16 else 0.0
+    assert ((found.double() - wanted).abs() <= 1e-6 * most + rounded).all()
+
+
+def test_a_batch_of_no_rows():
+    args = inputs(B=0, T=20, groups=1)
+    found = results(wkv7, args, *cotangents(args[0], args[3], args[6]))
+    assert [x.shape for x in found[2:]] == [x.shape for x in args]
 
 
 def test_strided_inputs():
@@ -356,9 +400,9 @@ def test_gradients_of_one_output_only():
         assert_close([*wanted[:2], *found], wanted, CLOSE)
 
 
-@pytest.mark.parametrize("place", [1, 3, 6])
-def test_gradients_of_some_inputs_only(place):
-    args = inputs(T=20)
+@pytest.mark.parametrize("place, groups", [(1, None), (3, None), (6, None), (2, 1), (3, 1)])
+def test_gradients_of_some_inputs_only(place, groups):
+    args = inputs(T=20, groups=groups)
     dy, dfinal = cotangents(args[0], args[3], args[6])
     args[place].requires_grad_()
     y, final = wkv7(*args)
@@ -397,6 +441,16 @@ def test_the_op_keeps_its_contract_with_pytorch():
     args = [x.requires_grad_() for x in inputs(T=17, H=1)]
     mask = torch.ones(1, 17, dtype=torch.bool, device=DEVICE)
     torch.library.opcheck(torch.ops.rwkvinside.wkv7_triton, (*args, mask, None, "fp32", True))
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_the_backward_op_keeps_its_contract_with_pytorch(within):
+    args = inputs(T=17, groups=1, dtype=torch.bfloat16)
+    dy, dfinal = cotangents(args[0], args[3], args[6])
+    for precision in ("fp32", "balanced"):
+        _, _, starts, u = torch.ops.rwkvinside.wkv7_triton(*args, None, None, precision, True)
+        given = (*args[:6], None, None, starts, u, dy, dfinal, precision, within)
+        torch.library.opcheck(torch.ops.rwkvinside.wkv7_triton_backward, given)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=on_a_gpu)])

@@ -116,6 +116,7 @@ def shipped(architecture: int) -> Iterator[tuple[str, Launch]]:
         prefix = f"sm_{architecture}/{size}"
         for mode in PRECISIONS:
             yield from _named(f"{prefix}/{mode}", plan_training(size, mode, capability))
+            yield from _named(f"{prefix}/{mode}", plan_shared(size, mode, capability))
         yield from _named(prefix, plan_decoding(size, capability))
         for tokens in (1, 4096):
             yield from _named(f"{prefix}/carried/{tokens}", plan_carried(size, tokens))
@@ -170,6 +171,14 @@ def plan_training(size: int, mode: str, capability: tuple[int, int]) -> list[Lau
         backward, _ = plan_backward(*inputs, None, None, starts, rows, x, None, **how)
         launches += forward[1:] + backward  # the backward begins with a `prepare` that stores more than the forward's
     return launches
+
+
+def plan_shared(size: int, mode: str, capability: tuple[int, int]) -> list[Launch]:
+    """Plan what a backward has more where two heads share a head of v: other launches hardly change."""
+    x, shared = (_tokens(heads, size, torch.float32 if mode == "fp32" else torch.bfloat16) for heads in (32, 16))
+    inputs, how = (x, x.float(), x, shared, x, x), {"precision": mode, "capability": capability}
+    _, (y, _, starts, rows) = plan_forward(*inputs, **how)
+    return plan_backward(*inputs, None, None, starts, rows, y, None, **how)[0][-1:]
 
 
 def plan_packed(size: int, mode: str, capability: tuple[int, int]) -> list[Launch]:

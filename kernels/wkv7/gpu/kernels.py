@@ -1,4 +1,4 @@
-"""The Triton kernels of WKV-7 training: `prepare`, `scan_forward`, `scan_backward`, `gradient`, `advance`.
+"""The Triton kernels of WKV-7 training: `prepare`, `scan_forward`, `scan_backward`, `gradient`, `sum_heads`, `advance`.
 
 They only compute; `op.py` decides which of them run, in which order and on which buffers. docs/wkv7.md has the
 derivation. For one chunk of L tokens and one head, with S the state before the chunk, C the decay of the whole chunk,
@@ -37,7 +37,7 @@ import triton.language as tl
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Plain numbers that change from call to call: no specialized variant of a kernel for each
-RUNTIME = ["T", "mask_b"]
+RUNTIME = ["T", "mask_b", "groups"]
 
 
 @triton.jit
@@ -638,6 +638,25 @@ def gradient(
         dw += _signed_sums(tl.where(i[:, None] <= i[None, :], 1.0, 0.0), crossing)
     dw += carried[None, :] * (e * g)[None, :] - own
     _store(dw_ + out, tl.where(m, dw, 0.0), mask=inside)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def sum_heads(grads_, sums_, groups, R: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum gradients (groups, R, D) of R heads that share an input, in fp32; `sums_` is (groups, D), both contiguous.
+
+    Grid: blocks of BLOCK // D groups, side by side, so that hardly a thread is idle where D is no power of two. D is a
+    multiple of 8: the 16 bytes that a thread loads or stores at a time are of one head.
+    """
+    GROUPS: tl.constexpr = BLOCK // D
+    first = tl.program_id(0).to(tl.int64) * GROUPS
+    i = tl.arange(0, BLOCK)
+    group = i // D
+    inside = (group < GROUPS) & (group < groups - first)
+    grads_ += first * (R * D) + group * (R * D) + i % D
+    total = tl.zeros((BLOCK,), tl.float32)
+    for head in tl.static_range(R):
+        total += tl.load(grads_ + head * D, mask=inside, other=0.0).to(tl.float32)
+    _store(sums_ + first * D + i, total, mask=inside)
 
 
 @triton.jit

@@ -4,7 +4,7 @@
 GPU; the custom ops run them. The algebra is in `kernels.py`, tile sizes are in `table.py`.
 
     forward     prepare, scan_forward
-    backward    prepare (again: cheaper than keeping its tiles), scan_backward, gradient
+    backward    prepare (again: cheaper than keeping its tiles), scan_backward, gradient, sum_heads where heads share
 
 A scan that would leave most of a GPU idle is cut into segments: the affine map of every segment first, all at the same
 time, then the states between the segments, then all segments from their true states.
@@ -192,10 +192,8 @@ def plan_backward(
         within: whether any of r, w, k, a and b needs its gradient, which is half of the work.
 
     Returns:
-        Launches in order, and the gradients of r, w, k, v, a, b, all (B, T, H, N), and of the initial state in fp32;
-        those of r, w, k, a and b have no elements without `within`. Where heads share an input,
-        its gradient is still to be summed over them. It is in the input's dtype, but in fp32 until it is summed in the
-        modes that round no gradient.
+        Launches in order, and the gradients of r, w, k, v, a, b in their shapes and dtypes and of the initial state in
+        fp32; those of r, w, k, a and b have no elements without `within`.
 
     Raises:
         ValueError: a forward that was planned differently, or without `save`.
@@ -208,21 +206,16 @@ def plan_backward(
     if starts.shape != ends.shape or u.shape != p.shape:
         raise ValueError(f"the forward has kept {tuple(starts.shape)}, this backward reads {tuple(ends.shape)}")
     dstate = plan.empty(plan.sequences, plan.heads, plan.size, plan.size)
-    summed = None if plan.mode.final == "bf16" else torch.float32  # of what is still to be summed: half the bytes
-    dtypes = [x.dtype if x.shape == r.shape else summed or x.dtype for x in (r, w, k, v, a, b)]
-    dr, dw, dk, dv, da, db = (
-        plan.per_token(dtype) if within or name == "v" else plan.empty(0)
-        for name, dtype in zip("rwkvab", dtypes, strict=True)
-    )
+    of_heads, grads, sums = plan.gradients("rwkvab" if within else "v")
     scan = plan.scan(
         kernels.scan_backward,
         {**dy, **{name: tiles[name] for name in ("Q_", "W_", "Kp_", "Bg_", "Z_", "C_", "X_", "RX_")}},
-        {"ends_": ends, "P_": p, "dv_": dv},
+        {"ends_": ends, "P_": p, "dv_": of_heads.pop("dv_")},
         ("dfinal_", dfinal, "dinitial_", dstate),
         range(segments)[::-1],
     )
     if not within:
-        return [plan.prepare(tiles), *scan], (dr, dw, dk, dv, da, db, dstate)
+        return [plan.prepare(tiles), *scan, *sums], (*grads, dstate)
     columns = min(plan.config.grad_block_k, plan.padded)
     rows = min(plan.config.grad_block_v, plan.padded)
     gradient = plan.launch(
@@ -236,16 +229,12 @@ def plan_backward(
             "U_": u,
             "ends_": ends,
             "P_": p,
-            "dr_": dr,
-            "dw_": dw,
-            "dk_": dk,
-            "da_": da,
-            "db_": db,
+            **of_heads,
         },
         {"BK": columns, "BV": rows, "UNROLL": plan.unroll(rows), "STATE": plan.mode.state, "FINAL": plan.mode.final},
         plan.config.grad,
     )
-    return [plan.prepare(tiles), *scan, gradient], (dr, dw, dk, dv, da, db, dstate)
+    return [plan.prepare(tiles), *scan, gradient, *sums], (*grads, dstate)
 
 
 def _strided(name: str, x: Tensor) -> dict[str, Any]:
@@ -302,6 +291,34 @@ class _Plan:
         """Return a buffer (B, T, H, N); zeros if tokens may belong to no sequence."""
         shape = (self.batch, self.time, self.heads, self.size)
         return (torch.empty if self.cu_seqlens is None else torch.zeros)(shape, dtype=dtype, device=self.device)
+
+    def gradients(self, wanted: str) -> tuple[dict[str, Tensor], list[Tensor], list[Launch]]:
+        """Return buffers (B, T, H, N) for the gradients of the wanted inputs, and what becomes of them.
+
+        Returns:
+            The buffers as the kernels take them; the gradients of all inputs, which are those buffers except where
+            heads share an input, without elements where they are not wanted; the launches that sum over such heads.
+        """
+        buffers, grads, sums = {}, [], []
+        for name, x in self.tokens.items():
+            shared = x.shape[2] != self.heads
+            if name not in wanted:
+                grads.append(self.empty(0, dtype=x.dtype))
+                continue
+            # In the modes that round gradients what is still to be summed is rounded too: half the bytes
+            dtype = torch.float32 if shared and self.mode.final != "bf16" else x.dtype
+            buffers[f"d{name}_"] = grad = self.per_token(dtype)
+            if shared:
+                grad = self.empty(*x.shape, dtype=x.dtype)
+                sums.append(self._sum_heads(buffers[f"d{name}_"], grad))
+            grads.append(grad)
+        return buffers, grads, sums
+
+    def _sum_heads(self, grads: Tensor, sums: Tensor) -> Launch:
+        groups, block = sums.shape[:3].numel(), 2048
+        constants = {"R": self.heads // sums.shape[2], "D": self.size, "BLOCK": block}
+        args = {"grads_": grads, "sums_": sums, "groups": groups}
+        return Launch(kernels.sum_heads, (triton.cdiv(groups, block // self.size),), args, constants, Tuning(4, 1))
 
     def tiles(self, *squares: str) -> dict[str, Tensor | None]:
         """Return buffers for `prepare`: Q, W, Kp, Bg and C, and the named of Z, T, X, RX."""
@@ -514,19 +531,10 @@ def _backward(
     precision: str,
     within: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = (r, w, k, v, a, b)
-    launches, (*grads, dstate) = plan_backward(
-        *inputs, mask, cu_seqlens, starts, u, dy, dfinal, within=within, **_split(r, cu_seqlens, precision)
-    )
+    options = {"within": within, **_split(r, cu_seqlens, precision)}
+    launches, grads = plan_backward(r, w, k, v, a, b, mask, cu_seqlens, starts, u, dy, dfinal, **options)
     run(launches, r.device)
-    return *(_sum_over_heads(grad, x) for grad, x in zip(grads, inputs, strict=True)), dstate
-
-
-def _sum_over_heads(grad: Tensor, x: Tensor) -> Tensor:
-    """Sum (B, T, H, N) over the heads that share a head of x."""
-    if grad.shape == x.shape or not grad.numel():
-        return grad
-    return grad.unflatten(2, (x.shape[2], -1)).sum(3).to(x.dtype)
+    return grads
 
 
 @_backward.register_fake

@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 MOST = 25
 KINDS = (  # kind, words in a kernel's name; the first that fits
-    ("recurrence", ("prepare", "scan_forward", "scan_backward", "gradient", "advance", "wkv")),
+    ("recurrence", ("prepare", "scan_forward", "scan_backward", "gradient", "sum_heads", "advance", "wkv")),
     ("loss", ("compare_rows", "squared_error")),
     ("rotation", ("rotate_heads",)),
     ("windows", ("window_", "add_far_parts")),

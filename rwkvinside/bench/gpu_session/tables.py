@@ -115,26 +115,28 @@ LAUNCHES = {  # column: launches of which it has the sum
     "prepare again": ["backward prepare"],
     "scan back": ["backward scan_backward", "backward scan_backward affine", "backward advance"],
     "gradient": ["backward gradient"],
+    "sum of heads": ["backward sum_heads"],
 }
 
 
 def _times(lines: Sequence[Line]) -> str:
+    timed = [line for line in lines if "launches" in line]
+    known = {name for line in timed for name in line["launches"]}
+    columns = {column: names for column, names in LAUNCHES.items() if not known.isdisjoint(names)}
     rows = []
-    for line in lines:
-        if "launches" not in line:
-            continue
+    for line in timed:
         cells = []
-        for names in LAUNCHES.values():
+        for names in columns.values():
             some = [line["launches"][name] for name in names if name in line["launches"]]
             ms, floor = (sum(part[key] for part in some) for key in ("ms", "floor_ms"))
-            cells.append(f"{_number(ms)} ({_number(floor)})")
+            cells.append(f"{_number(ms)} ({_number(floor)})" if some else "-")
         rows.append((_case(line["what"].removeprefix("time ")), *cells, _number(line["launched_ms"])))
     text = (
         "Milliseconds of each launch, and in brackets of a copy of the bytes that it reads and writes "
         "(B,T,H,N, balanced unless another mode is named; G: heads of k, v, a, b; L: tokens of a chunk; "
         "scans with segments are three launches):"
     )
-    return _table(text, ("", *LAUNCHES, "all"), rows)
+    return _table(text, ("", *columns, "all"), rows)
 
 
 def _passes(kernels: Sequence[Line], peers: Sequence[Line]) -> str:
