@@ -96,7 +96,7 @@ def dry_session(tmp_path, stages):
 def test_models_run_dry_from_a_bare_tree(tmp_path):
     found = dry_session(tmp_path, MODELS)
     speeds = [line for line in found if "mfu" in line]
-    assert len(speeds) == 10 and all(line["finite"] and line["tokens_per_s"] > 0 for line in speeds)
+    assert len(speeds) == 11 and all(line["finite"] and line["tokens_per_s"] > 0 for line in speeds)
     assert all(line["predicted_gib"] > 0 for line in speeds if not line["what"].startswith("fine-tuning"))
     graphs = [line for line in found if line["what"].startswith("graphs: ")]
     assert len(graphs) == 4 and all(line["ok"] and line["worst"] == 0 for line in graphs)
