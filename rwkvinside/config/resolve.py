@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from ..data.sources import endless_tokens
 from ..errors import UserError
-from ..families.fused_layers import LIBRARY, installed
+from ..families.fused_layers import LIBRARY, Fused, available
 from ..hybrid.layouts import LayerChoice, uniform_layers
 from ..hybrid.settings import LayerSpec
 from ..stages.phases import phases_of
@@ -75,7 +75,7 @@ def resolve(
         zero=config.deepspeed,
         endless_tokens=endless_tokens(config.data, longest),
         choice=choice,
-        fused_layers=_fused_layers(config.fused_layers, device),
+        fused=_fused(config.fused_layers, device),
     )
     plans = tuple(_stage_plan(name, config.stages[name], config, settings) for name in order)
     for plan in plans:
@@ -163,12 +163,12 @@ def trial_plans(config: Config, run: RunSettings, choice: LayerChoice) -> tuple[
     return tuple(rounds)
 
 
-def _fused_layers(setting: str | bool, device: str) -> bool:
+def _fused(setting: str | bool, device: str) -> Fused:
     if setting is True:
         if device != "cuda":
             raise UserError(f"fused_layers on {device}: its kernels run on cuda only", "leave fused_layers as it is")
         import_extra(LIBRARY, "fused_layers")
-    return device == "cuda" and installed() if setting == "auto" else bool(setting)
+    return available() if device == "cuda" and setting else Fused()
 
 
 def _with_choice(

@@ -38,7 +38,7 @@ class Config(Section):
         "auto", description="Arithmetic; bf16 keeps fp32 masters; auto: bf16 on cuda, fp32 on CPU."
     )
     fused_layers: Literal["auto", True, False] = Field(
-        "auto", description="Norms, gated MLPs, rotations as single kernels; auto: on cuda with liger-kernel installed."
+        "auto", description="Norms, gated MLPs (by liger-kernel), rotations as single kernels; auto: on cuda, if there."
     )
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="When to save, and how much is kept.")
     deepspeed: DeepSpeedConfig = Field(DeepSpeedConfig(), description="Used when started by a launcher.")

@@ -63,7 +63,7 @@ def make_student(
     """
     run = plan.run
     torch.manual_seed(run.seed)
-    lm = load_base(run.teacher, run.teacher_dtype, fused=run.fused_layers)
+    lm = load_base(run.teacher, run.teacher_dtype, fused=run.fused)
     student = assemble(lm, run.student, plan.layers, before, frozen, device, text, earlier)
     return student.float() if run.precision == "fp32" else student
 

@@ -274,9 +274,10 @@ def _check_backend(backend: str, device: str, shapes: HybridModel) -> None:
 
 
 def kernels_of(settings: RunSettings, shapes: HybridModel) -> str:
-    """Return who runs the recurrence in training, for Triton in which precision mode (docs/wkv7.md), and the norms."""
-    layers = "; norms and MLPs: Liger Kernel" if settings.fused_layers else ""
-    return _recurrence_of(settings, shapes) + layers
+    """Return who runs the recurrence in training, for Triton in which precision mode (docs/wkv7.md), and layers."""
+    rotations = "; rotations: triton" if settings.fused.rotations else ""
+    layers = "; norms and MLPs: Liger Kernel" if settings.fused.layers else ""
+    return _recurrence_of(settings, shapes) + rotations + layers
 
 
 def _recurrence_of(settings: RunSettings, shapes: HybridModel) -> str:

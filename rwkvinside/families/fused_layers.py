@@ -51,15 +51,28 @@ class Kernels(NamedTuple):
     gate: Callable[[Tensor, Tensor], Tensor]
 
 
+class Fused(NamedTuple):
+    """What of a model runs as one kernel.
+
+    Attributes:
+        layers: norms and gated MLPs, by Liger.
+        rotations: of queries and keys.
+    """
+
+    layers: bool = False
+    rotations: bool = False
+
+
 PLAIN, SHIFTED = NormForm(0, 0.0), NormForm(1, 1.0)
+NOTHING, ALL = Fused(), Fused(layers=True, rotations=True)
 
 
-def installed() -> bool:
-    """Return whether the library is there."""
-    return find_spec(LIBRARY) is not None
+def available() -> Fused:
+    """Return what there are kernels for in this installation."""
+    return Fused(layers=find_spec(LIBRARY) is not None, rotations=find_spec("triton") is not None)
 
 
-def fuse_layers(model: nn.Module) -> dict[str, int]:
+def fuse_layers(model: nn.Module, fused: Fused = ALL) -> dict[str, int]:
     """Let norms, gated MLPs and rotations of a model run as one kernel where their tensors are on a GPU, in place.
 
     Elsewhere, where a norm's weight has another type than its input, and where cos and sin have another than queries
@@ -67,6 +80,7 @@ def fuse_layers(model: nn.Module) -> dict[str, int]:
 
     Args:
         model: any; modules whose computation is not one of those known stay as they are.
+        fused: which of them.
 
     Returns:
         How many modules of each class are replaced.
@@ -74,11 +88,10 @@ def fuse_layers(model: nn.Module) -> dict[str, int]:
     found: dict[str, int] = {}
     for module in model.modules():
         kind: Any = type(module)
-        forward = _fused_norm if norm_form(kind) else _fused_mlp if is_gated(module) else None
-        if forward is not None:
-            module.forward = MethodType(forward, module)
-        elif (fused := with_fused_rotation(kind)) is not None:
-            module.__class__ = fused
+        if fused.layers and (norm_form(kind) or is_gated(module)):
+            module.forward = MethodType(_fused_norm if norm_form(kind) else _fused_mlp, module)
+        elif fused.rotations and (rotating := with_fused_rotation(kind)) is not None:
+            module.__class__ = rotating
         else:
             continue
         found[kind.__name__] = found.get(kind.__name__, 0) + 1

@@ -170,7 +170,7 @@ def _work(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, teacher
         stream=stream,
         fused=fused,
         fused_windows=plan.run.device == "cuda",  # whatever computes the mixers
-        fused_layers=plan.run.fused_layers,
+        fused_layers=plan.run.fused.layers,
         recurrence=recomputed != "recurrence",
     )
     transient = transient_bytes(model, align=align, low=low)

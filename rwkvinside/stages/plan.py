@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..data.settings import DataConfig
+from ..families.fused_layers import NOTHING, Fused
 from ..losses.settings import DistillLossConfig
 from ..teacher.kinds import TeacherKind
 from ..teacher.settings import TeacherConfig
@@ -47,7 +48,7 @@ class RunSettings:
         zero: how DeepSpeed shards where a launcher starts the run.
         endless_tokens: tokens that are read of a source without an end (see `data.sources`).
         choice: how the run decides which layers keep attention; None: that is given.
-        fused_layers: norms, gated MLPs and rotations run as one kernel each.
+        fused: what of norms, gated MLPs and rotations runs as one kernel.
     """
 
     teacher: TeacherConfig
@@ -62,7 +63,7 @@ class RunSettings:
     zero: DeepSpeedConfig
     endless_tokens: int
     choice: LayerChoice | None = None
-    fused_layers: bool = False
+    fused: Fused = NOTHING
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ def online_teacher(plan: StagePlan, world: Distributed) -> OnlineTeacher:
     loaded in. One process shards nothing.
     """
     second, teacher = plan.settings.teacher_model, plan.signal_teacher
-    lm = load_teacher(teacher.path, teacher.revision, plan.run.teacher_dtype, fused=plan.run.fused_layers)
+    lm = load_teacher(teacher.path, teacher.revision, plan.run.teacher_dtype, fused=plan.run.fused)
     family = find(lm.config.model_type)
     if second.quantize:
         flatten_experts(lm, expert_weights(lm))

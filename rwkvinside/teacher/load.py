@@ -22,7 +22,7 @@ from transformers import (
 from transformers.core_model_loading import revert_weight_conversion
 
 from ..errors import UserError
-from ..families.fused_layers import fuse_layers
+from ..families.fused_layers import NOTHING, Fused, fuse_layers
 from ..families.registry import find
 from ..support.weight_index import check_shards
 from .fresh import fresh_model
@@ -39,14 +39,14 @@ DAMAGED = (*BROKEN, EOFError, SafetensorError, UnpicklingError, struct.error)
 POINTER = b"version https://git-lfs"
 
 
-def load_teacher(path: str, revision: str | None, dtype: torch.dtype, *, fused: bool = False) -> PreTrainedModel:
+def load_teacher(path: str, revision: str | None, dtype: torch.dtype, *, fused: Fused = NOTHING) -> PreTrainedModel:
     """Return a teacher with its weights, on the CPU, in evaluation mode.
 
     Args:
         path: local directory or hub id.
         revision: branch, tag or commit of the hub repository.
         dtype: to load the weights in.
-        fused: norms, MLPs and rotations run as one kernel each, see `fuse_layers`.
+        fused: what runs as one kernel, see `fuse_layers`.
 
     Raises:
         UserError: weights that are missing, damaged, incomplete or not all used.
@@ -63,12 +63,11 @@ def load_teacher(path: str, revision: str | None, dtype: torch.dtype, *, fused: 
         ) from error
     if problems := {kind: sorted(map(str, names)) for kind, names in info.items() if names}:
         raise UserError(f"the weights of teacher {path} do not fit its configuration: {problems}")
-    if fused:
-        fuse_layers(model)
+    fuse_layers(model, fused)
     return model.eval()
 
 
-def load_base(teacher: TeacherConfig, dtype: torch.dtype, *, fused: bool = False) -> PreTrainedModel:
+def load_base(teacher: TeacherConfig, dtype: torch.dtype, *, fused: Fused = NOTHING) -> PreTrainedModel:
     """Return the model that a student is made from, on the CPU, in evaluation mode: a teacher, or a fresh one.
 
     Args:
@@ -82,8 +81,7 @@ def load_base(teacher: TeacherConfig, dtype: torch.dtype, *, fused: bool = False
     if not teacher.fresh:
         return load_teacher(teacher.path, teacher.revision, dtype, fused=fused)
     model = fresh_model(teacher_config(teacher), dtype)
-    if fused:
-        fuse_layers(model)
+    fuse_layers(model, fused)
     return model
 
 

@@ -16,6 +16,7 @@ from rwkvinside.config.resolve import resolve, with_steps
 from rwkvinside.config.show import describe, to_yaml
 from rwkvinside.config.teacher_lookup import teacher_path, teachers
 from rwkvinside.errors import UserError
+from rwkvinside.families.fused_layers import ALL, Fused
 from rwkvinside.hybrid.settings import StudentConfig
 from rwkvinside.stages.registry import OBJECTIVES, STAGES, find_stage_class
 from rwkvinside.support.settings import parse_count
@@ -544,19 +545,19 @@ def test_presets_hold_only_what_differs():
 
 
 @pytest.mark.parametrize(
-    "device, setting, installed, fused",
+    "device, setting, library, fused",
     [
-        *(("cuda", "auto", True, True), ("cuda", "auto", False, False), ("cpu", "auto", True, False)),
-        *(("cuda", "false", True, False), ("cpu", "false", False, False), ("cuda", "true", True, True)),
+        *(("cuda", "auto", True, ALL), ("cuda", "auto", False, Fused(rotations=True)), ("cpu", "auto", True, Fused())),
+        *(("cuda", "false", True, Fused()), ("cpu", "false", False, Fused()), ("cuda", "true", True, ALL)),
     ],
 )
-def test_fused_layers_are_for_a_gpu_with_the_library(teacher, monkeypatch, device, setting, installed, fused):
-    monkeypatch.setattr(resolving, "installed", lambda: installed)
+def test_fused_layers_are_for_a_gpu_and_some_for_the_library(teacher, monkeypatch, device, setting, library, fused):
+    monkeypatch.setattr(resolving, "available", lambda: Fused(library, True))
     monkeypatch.setattr(resolving, "import_extra", lambda *words: None)
     config = load_config(
         teacher=str(teacher), data=["x"], out="run", overrides=[f"device={device}", f"fused_layers={setting}"]
     )
-    assert resolve(config).settings.fused_layers is fused
+    assert resolve(config).settings.fused == fused
 
 
 def test_fused_layers_that_cannot_be_are_refused(teacher, monkeypatch):

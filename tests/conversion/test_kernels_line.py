@@ -6,6 +6,7 @@ from plans import run_settings
 
 from rwkvinside import kernels
 from rwkvinside.conversion.run import kernels_of
+from rwkvinside.families.fused_layers import ALL
 from rwkvinside.hybrid.model import HybridModel
 from rwkvinside.hybrid.settings import StudentConfig
 
@@ -35,7 +36,7 @@ def test_the_slow_path_says_why(monkeypatch):
 
 
 def test_fused_layers_are_said():
-    settings = run_settings(device="cuda", fused_layers=True)
+    settings = run_settings(device="cuda", fused=ALL)
     assert kernels_of(settings, HybridModel.from_teacher(teacher(), StudentConfig())).endswith(
-        "; norms and MLPs: Liger Kernel"
+        "; rotations: triton; norms and MLPs: Liger Kernel"
     )

@@ -17,7 +17,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
     apply_rotary_pos_emb,
 )
 
-from ...families.fused_layers import ROTATION, fuse_layers, installed, with_fused_rotation
+from ...families.fused_layers import ROTATION, available, fuse_layers, with_fused_rotation
 from .correct import distance
 from .timing import milliseconds
 
@@ -36,7 +36,7 @@ def compare_layers(tokens: int, device: str) -> dict:
     Raises:
         RuntimeError: the library is not there.
     """
-    if device == "cuda" and not installed():
+    if device == "cuda" and not available().layers:
         raise RuntimeError("liger-kernel is not installed")
     config = PreTrainedConfig(hidden_size=WIDTH, intermediate_size=INNER, hidden_act="silu")
     numbers: dict[str, float] = {}

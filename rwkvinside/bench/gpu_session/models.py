@@ -110,8 +110,7 @@ def random_teacher(run: RunSettings) -> PreTrainedModel:
     """Return a teacher with random weights in its type, in evaluation mode."""
     with torch.device(run.device):
         lm = AutoModelForCausalLM.from_config(teacher_config(run.teacher), dtype=run.teacher_dtype).eval()
-    if run.fused_layers:
-        fuse_layers(lm)
+    fuse_layers(lm, run.fused)
     return lm
 
 

@@ -185,7 +185,7 @@ class Case:
         recomputed = self.plan.stage.recomputed(self.plan.settings)
         more = f", recomputed {recomputed}" if recomputed else ""
         more += ", window" if self.plan.run.student.window else ""
-        more += ", fused" if self.plan.run.fused_layers else ""
+        more += ", fused" if self.plan.run.fused.layers else ""
         more += ", graphed" if self.plan.settings.cuda_graphs is True else ""
         return step_name(self.plan) + more + (", packed" if self.document else "")
 
