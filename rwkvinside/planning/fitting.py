@@ -53,9 +53,9 @@ def resolve_fitted(
 
 
 def fitted(plan: RunPlan, memory: int) -> RunPlan:
-    """Return the same plan with larger micro-batches where they fit.
+    """Return the same plan with larger micro-batches where they fit, and without CUDA graphs where these do not.
 
-    A stage with `batch.micro_rows` keeps it.
+    A stage with `batch.micro_rows` keeps it, and one with `cuda_graphs: true` its graphs.
 
     Args:
         plan: from `resolve`.
@@ -63,20 +63,26 @@ def fitted(plan: RunPlan, memory: int) -> RunPlan:
     """
     stages = []
     for stage, model, kind in prepared_stages(plan, meta_student(plan.settings)):
-        if stage.stage.trains and stage.settings.batch.micro_rows is None:
-            stage = _enlarged(stage, model, kind, int(USABLE * memory))
-        stages.append(stage)
+        stages.append(_fitted(stage, model, kind, int(USABLE * memory)) if stage.stage.trains else stage)
     return replace(plan, stages=tuple(stages))
 
 
-def _enlarged(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, memory: int) -> StagePlan:
+def _fitted(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, memory: int) -> StagePlan:
     """Return a stage with micro-batches doubled as long as they fit."""
     teacher = meta_online_teacher(plan) if kind is TeacherKind.ONLINE else None
+
+    def fits(one: StagePlan) -> bool:
+        return stage_memory(one, model, kind, teacher).peak <= memory
+
+    if plan.settings.cuda_graphs == "auto" and not fits(plan):  # graphs keep the memory of a micro-batch
+        plan = replace(plan, settings=plan.settings.model_copy(update={"cuda_graphs": False}))
+    if plan.settings.batch.micro_rows is not None:
+        return plan
     share = -(-plan.shape.rows // plan.shape.ranks)
     most = min(share, rows_within(LARGEST, plan.length.seq_len))
     while plan.shape.micro_rows < most:
         larger = replace(plan, shape=replace(plan.shape, micro_rows=min(2 * plan.shape.micro_rows, most)))
-        if stage_memory(larger, model, kind, teacher).peak > memory:
+        if not fits(larger):
             break
         plan = larger
     return plan

@@ -11,6 +11,7 @@ from rwkvinside.planning import fitting
 from rwkvinside.planning.fitting import fitted, resolve_fitted
 from rwkvinside.planning.plan import meta_student
 from rwkvinside.planning.stage_memory import stage_memory
+from rwkvinside.stages.teacher import meta_online_teacher
 from rwkvinside.teacher.kinds import TeacherKind
 
 GPU = ["device=cuda", "precision=bf16"]
@@ -26,8 +27,8 @@ def config(tmp_path):
 def peak(run, stage):
     model = meta_student(run.settings)
     kind = stage.stage.prepare(model, stage, stage.phases[-1].train)
-    assert kind is not TeacherKind.ONLINE
-    return stage_memory(stage, model, kind, None).peak
+    teacher = meta_online_teacher(stage) if kind is TeacherKind.ONLINE else None
+    return stage_memory(stage, model, kind, teacher).peak
 
 
 def micro_rows(plan):
@@ -51,6 +52,22 @@ def test_memory_for_half_a_step_is_used_and_no_more(config):
         needed = peak(plan, stage) / fitting.USABLE
         assert micro_rows(fitted(plan, int(needed) + 2))["align"] == rows
         assert micro_rows(fitted(plan, int(needed) - 2))["align"] == max(rows // 2, 8)  # 4096 tokens at least
+
+
+@pytest.mark.parametrize("stage", ["align", "distill"])
+def test_graphs_are_left_out_where_only_what_runs_without_them_fits(config, stage):
+    """Also with micro-batches of a given size; those that were asked for stay."""
+    plan = resolve(config)
+    one = plan.stage(stage)
+    without = dataclasses.replace(one, settings=one.settings.model_copy(update={"cuda_graphs": False}))
+    least, needed = (peak(plan, each) / fitting.USABLE for each in (without, one))
+    assert least < needed, "graphs cost nothing"
+    assert fitted(plan, int(needed) + 2).stage(stage).settings.cuda_graphs == "auto"
+    tight = fitted(plan, int(least) + 2).stage(stage)
+    assert tight.settings.cuda_graphs is False and tight.shape == one.shape
+    asked = config.stages[stage].model_copy(update={"cuda_graphs": True})
+    asked = config.model_copy(update={"stages": config.stages | {stage: asked}})
+    assert fitted(resolve(asked), int(least) + 2).stage(stage).settings.cuda_graphs is True
 
 
 def test_a_micro_batch_has_at_most_32768_tokens(tmp_path):
