@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "teacher": {"data", "modeling", "families", "hybrid", "losses"},
     "training": set(),
     "layer_choice": {"data", "hybrid", "losses", "teacher"},
-    "stages": {"data", "families", "hybrid", "losses", "teacher", "training"},
+    "stages": {"kernels", "data", "families", "hybrid", "losses", "teacher", "training"},
     "config": {"data", "families", "hybrid", "teacher", "training", "stages"},
     "runs": {"hybrid", "teacher", "training", "stages", "config"},
     "planning": {

@@ -96,18 +96,21 @@ def _continue(command: Sequence[str] | None) -> str:
 
 def _train(args: argparse.Namespace, config: Config, again: Sequence[str]) -> int:
     stage = getattr(args, "stage", None)
-    launched, ranks = _launched()
+    started, ranks = _launched()
     hosts: dict[str, int] = {}
-    if args.hostfile and not launched:
+    if args.hostfile and not started:
         from ..training.launch import check_hosts, launch, read_hostfile
 
         hosts = read_hostfile(args.hostfile)
         ranks = sum(hosts.values())
+    # alone, a process needs DeepSpeed for little, and has CUDA graphs without it
+    launched = bool(started or hosts) and (ranks > 1 or config.deepspeed.helps_one_process)
     if args.dry_run:
         from ..planning.fitting import resolve_fitted
         from ..planning.plan import plan_text
 
-        plan = resolve_fitted(config, [stage] if stage else None, args.ranks or ranks, gpu=args.gpu)
+        chosen = [stage] if stage else None
+        plan = resolve_fitted(config, chosen, args.ranks or ranks, launched=launched, gpu=args.gpu)
         print(plan_text(plan, config, args.gpu), end="")
         return 0
     if hosts:
@@ -122,8 +125,7 @@ def _train(args: argparse.Namespace, config: Config, again: Sequence[str]) -> in
             resume=args.resume,
             resume_from=args.resume_from,
             allow_changes=args.allow_changes,
-            # alone, a process needs DeepSpeed for little, and has CUDA graphs without it
-            launched=launched and (ranks > 1 or config.deepspeed.helps_one_process),
+            launched=launched,
         )
     if os.environ.get("RANK", "0") == "0":
         from ..report.facts import run_facts

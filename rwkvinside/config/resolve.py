@@ -34,6 +34,7 @@ def resolve(
     ranks: int = 1,
     kept: Sequence[int] | None = None,
     done: Collection[str] = (),
+    launched: bool = False,
 ) -> RunPlan:
     """Return the plan of a run.
 
@@ -46,6 +47,7 @@ def resolve(
         ranks: processes that share the work.
         kept: layers that the run has chosen; None: none yet.
         done: stages that have ended, whose steps may have fewer rows than there are ranks now.
+        launched: one rank trains under DeepSpeed, too.
 
     Raises:
         UserError: a stage of that name is not configured, or has steps of fewer rows than ranks.
@@ -57,26 +59,9 @@ def resolve(
     selected = tuple(config.run if stages is None else stages)
     running = [name for name in selected if name not in done]
     config = with_steps(config, running, ranks)
-    device = resolve_device(config.device)
-    precision = resolve_precision(config.precision, device)
-    loaded_dtype = teacher_dtype(config.teacher.dtype, device, precision)
     longest = max(config.stages[name].length.tokens_read for name in order)
-    choice, given = config.student.layer_choice, config.student
-    settings = RunSettings(
-        teacher=config.teacher,
-        student=given if choice is None else given.model_copy(update={"attention_layers": tuple(kept or ())}),
-        data=config.data,
-        seed=config.seed,
-        device=device,
-        precision=precision,
-        teacher_dtype=loaded_dtype,
-        frozen_dtype=frozen_dtype(loaded_dtype, precision),
-        ranks=ranks,
-        zero=config.deepspeed,
-        endless_tokens=endless_tokens(config.data, longest),
-        choice=choice,
-        fused=_fused(config.fused_layers, device),
-    )
+    settings = _run_settings(config, longest, ranks, launched, tuple(kept or ()))
+    choice = settings.choice
     plans = tuple(_stage_plan(name, config.stages[name], config, settings) for name in order)
     for plan in plans:
         if plan.name in running:
@@ -86,6 +71,30 @@ def resolve(
         plans = tuple(replace(plan, trials=trials) if plan.stage.chooses_layers else plan for plan in plans)
         plans = _with_choice(plans, choice, kept)
     return RunPlan(settings, plans, selected)
+
+
+def _run_settings(config: Config, longest: int, ranks: int, launched: bool, kept: tuple[int, ...]) -> RunSettings:
+    """Return what all stages share, of which the longest reads so many tokens; else see `resolve`."""
+    device = resolve_device(config.device)
+    precision = resolve_precision(config.precision, device)
+    loaded_dtype = teacher_dtype(config.teacher.dtype, device, precision)
+    choice, given = config.student.layer_choice, config.student
+    return RunSettings(
+        teacher=config.teacher,
+        student=given if choice is None else given.model_copy(update={"attention_layers": kept}),
+        data=config.data,
+        seed=config.seed,
+        device=device,
+        precision=precision,
+        teacher_dtype=loaded_dtype,
+        frozen_dtype=frozen_dtype(loaded_dtype, precision),
+        ranks=ranks,
+        deepspeed=launched or ranks > 1,
+        zero=config.deepspeed,
+        endless_tokens=endless_tokens(config.data, longest),
+        choice=choice,
+        fused=_fused(config.fused_layers, device),
+    )
 
 
 def with_steps(config: Config, stages: Collection[str], ranks: int, begun: Mapping[str, int] | None = None) -> Config:
@@ -152,7 +161,8 @@ def trial_plans(config: Config, run: RunSettings, choice: LayerChoice) -> tuple[
             f"a choice with `distill` trains as stages.{TRIAL} says, whose objective is {distill.objective}",
             f"leave stages.{TRIAL} its own objective, and name other stages differently",
         )
-    run = replace(run, ranks=1, endless_tokens=max(run.endless_tokens, endless_tokens(config.data, choice.distill)))
+    endless = max(run.endless_tokens, endless_tokens(config.data, choice.distill))
+    run = replace(run, ranks=1, deepspeed=False, endless_tokens=endless)
     for tokens in choice.rounds:
         steps = replace(distill.length, total_tokens=tokens).steps
         warmup = min(distill.optim.warmup_steps, stage.warmup_steps(steps))

@@ -41,7 +41,9 @@ class Config(Section):
         "auto", description="Norms, gated MLPs (by liger-kernel), rotations as single kernels; auto: on cuda, if there."
     )
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="When to save, and how much is kept.")
-    deepspeed: DeepSpeedConfig = Field(DeepSpeedConfig(), description="Used when started by a launcher.")
+    deepspeed: DeepSpeedConfig = Field(
+        DeepSpeedConfig(), description="Several processes, or one that offloads, started by a launcher."
+    )
     loggers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
         [], description="Where metrics go in addition to metrics.jsonl; each is an optional extra."
     )

@@ -178,8 +178,6 @@ def make_engine(
     if not world.launched:
         asked = plan.settings.cuda_graphs is True
         return LocalEngine(*common, CudaRecorder(world.device, asked) if uses_graphs(student, plan) else None)
-    if plan.settings.cuda_graphs is True:
-        raise UserError(f"stages.{plan.name}.cuda_graphs cannot be true: DeepSpeed trains", "leave it out")
     return DeepSpeedEngine(*common, plan.run.zero, plan.shape)
 
 

@@ -119,7 +119,8 @@ class Run:
         """Return the run that goes on with the layers that it has chosen."""
         kept = self.directory.records.chosen_layers()
         done = self.directory.finished()
-        plan = resolve_fitted(self.config, self.plan.selected, ranks=self.world.size, kept=kept, done=done)
+        world = {"ranks": self.world.size, "launched": self.world.launched}
+        plan = resolve_fitted(self.config, self.plan.selected, kept=kept, done=done, **world)
         return replace(self, plan=plan, plan_text=plan_text(plan, self.config), shapes=meta_student(plan.settings))
 
     def result(self, stage: str) -> Path | None:
@@ -207,7 +208,7 @@ def _train(
     selected = None if stage is None else [stage]
     directory.claim(stage=stage, resume=resume)
     kept = directory.records.chosen_layers() if config.student.layer_choice else None
-    plan = resolve(config, selected, kept=kept)
+    plan = resolve(config, selected, kept=kept, launched=launched)
     check_files(config.teacher)
     _check_device(plan.settings.device)
     quiet_libraries()
@@ -225,7 +226,7 @@ def _train(
         config = with_steps(config, running, world.size, directory.step_tokens(config))
         loggers = Loggers(config.loggers if world.is_main else (), directory.path, config.model_dump(mode="json"))
         stack.callback(loggers.close)
-        plan = resolve_fitted(config, selected, ranks=world.size, kept=kept, done=done)
+        plan = resolve_fitted(config, selected, world.size, kept, done, launched=world.launched)
         text, tokenizer = plan_text(plan, config), open_tokenizer(config.teacher)
         digests = FileDigests(directory.path / DIGESTS)
         asked = {"stage": stage, "resume": resume, "allow_changes": allow_changes}
@@ -274,10 +275,9 @@ def _check_backend(backend: str, device: str, shapes: HybridModel) -> None:
 
 
 def kernels_of(settings: RunSettings, shapes: HybridModel) -> str:
-    """Return who runs the recurrence in training, for Triton in which precision mode (docs/wkv7.md), and layers."""
-    rotations = "; rotations: triton" if settings.fused.rotations else ""
+    """Return who runs the recurrence in training, for Triton in which precision mode (docs/wkv7.md), and the norms."""
     layers = "; norms and MLPs: Liger Kernel" if settings.fused.layers else ""
-    return _recurrence_of(settings, shapes) + rotations + layers
+    return _recurrence_of(settings, shapes) + layers
 
 
 def _recurrence_of(settings: RunSettings, shapes: HybridModel) -> str:

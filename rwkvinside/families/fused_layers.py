@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..kernels import why_unavailable
+
 LIBRARY = "liger_kernel"
 GATED = "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"  # what is replaced
 ROTATION = "apply_rotary_pos_emb"  # what the attention of transformers calls, by its module's own function
@@ -68,8 +70,8 @@ NOTHING, ALL = Fused(), Fused(layers=True, rotations=True)
 
 
 def available() -> Fused:
-    """Return what there are kernels for in this installation."""
-    return Fused(layers=find_spec(LIBRARY) is not None, rotations=find_spec("triton") is not None)
+    """Return what there are kernels for on this machine."""
+    return Fused(layers=find_spec(LIBRARY) is not None, rotations=why_unavailable("triton") is None)
 
 
 def fuse_layers(model: nn.Module, fused: Fused = ALL) -> dict[str, int]:
@@ -155,11 +157,10 @@ def is_half_split(function: Callable, columns: int) -> bool:
     shapes = (2, 4, 5, COLUMNS), (2, 2, 5, COLUMNS), (2, 5, columns), (2, 5, columns)
     q, k, cos, sin = (torch.randn(shape, generator=random).bfloat16() for shape in shapes)
     try:
-        given = function(q, k, cos, sin)
-    except (AttributeError, TypeError, RuntimeError):  # called in another way, or turns all columns
+        pairs = zip(function(q, k, cos, sin), (q, k), strict=True)
+        return all(found.dtype == x.dtype and torch.equal(found, _rotated(x, cos, sin)) for found, x in pairs)
+    except (AttributeError, TypeError, ValueError, RuntimeError):  # called in another way, or turns all columns
         return False
-    pairs = zip(given, (q, k), strict=True)
-    return all(found.dtype == x.dtype and torch.equal(found, _rotated(x, cos, sin)) for found, x in pairs)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -32,12 +32,13 @@ def resolve_fitted(
     kept: Sequence[int] | None = None,
     done: Collection[str] = (),
     *,
+    launched: bool = False,
     gpu: str | None = None,
 ) -> RunPlan:
     """Return what a configuration resolves to on this machine, or on a GPU that is not here.
 
     Args:
-        config, stages, ranks, kept, done: see `resolve`.
+        config, stages, ranks, kept, done, launched: see `resolve`.
         gpu: name of a GPU that is not here, such as H100; the device is cuda then.
 
     Raises:
@@ -47,7 +48,7 @@ def resolve_fitted(
         if config.device == "cpu":
             raise UserError(f"the plan is for a GPU, {gpu}, but the device is cpu", "leave out one of them")
         config = config.model_copy(update={"device": "cuda"})
-    plan = resolve(config, stages, ranks, kept, done)
+    plan = resolve(config, stages, ranks, kept, done, launched)
     memory = device_memory(plan.settings.device, gpu)
     return plan if plan.settings.device == "cpu" or memory is None else fitted(plan, memory)
 
@@ -68,7 +69,7 @@ def fitted(plan: RunPlan, memory: int) -> RunPlan:
 
 
 def _fitted(plan: StagePlan, model: HybridModel, kind: TeacherKind | None, memory: int) -> StagePlan:
-    """Return a stage with micro-batches doubled as long as they fit."""
+    """Return a stage with micro-batches doubled as long as they fit, without graphs where its smallest do not."""
     teacher = meta_online_teacher(plan) if kind is TeacherKind.ONLINE else None
 
     def fits(one: StagePlan) -> bool:

@@ -61,7 +61,7 @@ def plan_text(plan: RunPlan, config: Config, gpu: str | None = None) -> str:
         if stage.name not in plan.selected:
             continue
         lines += ["", *_stage_lines(stage, of_stage, kind, config.checkpoint.keep, gpu)]
-        if plan.settings.ranks > 1 and stage.stage.trains:
+        if plan.settings.deepspeed and stage.stage.trains:
             settings = deepspeed_config(plan.settings.zero, stage.optim, plan.settings.precision, stage.shape)
             if settings not in shown:
                 shown.append(settings)
@@ -142,7 +142,7 @@ def _run_lines(plan: RunPlan, config: Config, model: HybridModel, gpu: str | Non
     run, c = plan.settings, model.lm.config
     layer_map = "".join("R" if i in model.rwkv_layers else "A" for i in range(c.num_hidden_layers))
     kept = [i for i, kind in enumerate(layer_map) if kind == "A"]
-    engine = f"DeepSpeed, ZeRO {settle(run.zero).zero_stage}" if run.ranks > 1 else "one process"
+    engine = f"DeepSpeed, ZeRO {settle(run.zero).zero_stage}" if run.deepspeed else "one process"
     return [
         *_model_lines(run, config, model),
         f"layers    {layer_map}   ({len(model.rwkv_layers)} R = RWKV, {len(kept)} A = attention"

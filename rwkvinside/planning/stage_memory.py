@@ -48,7 +48,7 @@ def stage_memory(
         return replace(memory, offloaded=memory.offloaded + start, gathered=0)
     run = plan.run
     cpu, bf16, zero = run.device == "cpu", run.precision == "bf16", settle(run.zero)
-    launched = run.ranks > 1 and plan.stage.trains  # otherwise one process works with the whole model
+    launched = run.deepspeed and plan.stage.trains  # otherwise one process works with the whole model
     engine = EngineSpec(
         launched=launched,
         zero=max(zero.zero_stage, 1) if bf16 and zero.bf16_weights else zero.zero_stage,
@@ -59,7 +59,7 @@ def stage_memory(
         offload_parameters=zero.offload_parameters,
         shard_teacher=plan.settings.teacher_model.shard and launched,
         moment_bytes=moment_bytes(plan.optim.kind) if plan.stage.trains else 0,
-        graphs=not launched and uses_graphs(model, plan),
+        graphs=uses_graphs(model, plan),
     )
     with_attention = kind is TeacherKind.SELF or plan.stage.needs_attention
     in_file = str(model.lm.config.dtype).removeprefix("torch.") == str(run.frozen_dtype).removeprefix("torch.")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
+from ..kernels import why_unavailable, why_unsupported
 from ..teacher.kinds import TeacherKind
 
 if TYPE_CHECKING:
@@ -44,8 +45,10 @@ def _obstacles(student: HybridModel, plan: StagePlan) -> Iterator[str]:
         yield f"the device is {run.device}"
     if run.precision != "bf16":
         yield f"precision is {run.precision}, and only bf16 has kernels that read where documents end on the GPU"
-    if run.ranks > 1:
-        yield f"{run.ranks} processes train, by DeepSpeed"
+    if run.deepspeed:
+        yield f"DeepSpeed trains in {run.ranks} {'process' if run.ranks == 1 else 'processes'}"
+    if run.device == "cuda":
+        yield from _of_kernels(student)
     if run.student.backend not in ("auto", "triton"):
         yield f"student.backend {run.student.backend} asks the GPU where documents end"
     if plan.layers.adapters:
@@ -66,6 +69,17 @@ def _obstacles(student: HybridModel, plan: StagePlan) -> Iterator[str]:
     bias = getattr(student.family.head(student.lm), "bias", None)
     if bias is not None and bias.requires_grad:
         yield "the head's bias trains"
+
+
+def _of_kernels(student: HybridModel) -> Iterator[str]:
+    """Yield why the kernels that read on the GPU what PyTorch code asks it for will not run."""
+    import torch
+
+    if torch.cuda.is_available() and (why := why_unavailable("triton")):  # else it is a plan for another machine
+        yield why
+    for size in {mixer.head_size for mixer in student.mixer_configs.values()}:
+        if why := why_unsupported("triton", "cuda", torch.float32, size):
+            yield why
 
 
 def _in_model(config: PretrainedConfig) -> Iterator[str]:

@@ -45,7 +45,8 @@ class RunSettings:
         teacher_dtype: type in which the teacher is loaded.
         frozen_dtype: type of frozen weights that are not quantized, once a model is complete.
         ranks: processes that share the work.
-        zero: how DeepSpeed shards where a launcher starts the run.
+        deepspeed: DeepSpeed trains.
+        zero: how it then shards.
         endless_tokens: tokens that are read of a source without an end (see `data.sources`).
         choice: how the run decides which layers keep attention; None: that is given.
         fused: what of norms, gated MLPs and rotations runs as one kernel.
@@ -60,6 +61,7 @@ class RunSettings:
     teacher_dtype: torch.dtype
     frozen_dtype: torch.dtype
     ranks: int
+    deepspeed: bool
     zero: DeepSpeedConfig
     endless_tokens: int
     choice: LayerChoice | None = None

@@ -96,10 +96,12 @@ class CudaRecorder:
         gc.collect()  # what waits for it would hold memory, and be freed in the middle of the graph
         graph = torch.cuda.CUDAGraph()
         pool = next((other.pool() for other in self._graphs), None)  # PyTorch takes no pool without a living graph
+        current = torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph, pool=pool, stream=self._stream):
                 result = work()
         except RuntimeError as error:
+            torch.cuda.set_stream(current)  # a recording that fails at its end leaves its own
             why = str(_first(error)).partition("\n")[0]
             raise UserError(
                 f"a micro-batch cannot be recorded as a CUDA graph: {why}", "set cuda_graphs of the stage to false"
@@ -149,18 +151,27 @@ class MicroBatchGraphs(Generic[AnyBatch]):
         if graph.runs < WARM_RUNS:
             graph.runs += 1
             return self._recorder.warm(work)
+        if graph.replay is None:
+            self._record(graph, work)
         if graph.replay is None or graph.result is None:
-            try:
-                graph.replay, graph.result = self._recorder.record(work)
-            except UserError as error:
-                if self._recorder.required:
-                    raise
-                logger.warning("%s; training goes on without graphs", error.cause)
-                self._refused = True
-                self.release()
-                return self._run(batch, step, scale)
+            return self._run(batch, step, scale)
         graph.replay()
         return replace(graph.result, row=graph.result.row.clone())
+
+    def _record(self, graph: _Graph[AnyBatch], work: Work) -> None:
+        """Record a graph; where it cannot be and need not be, say why, and end all graphs."""
+        try:
+            graph.replay, graph.result = self._recorder.record(work)
+            return
+        except UserError as error:
+            if self._recorder.required:
+                raise
+            why = error.cause  # and nothing else of it: its traceback holds what the failed run has made
+        logger.warning("%s; training goes on without graphs", why)
+        self._refused = True
+        self.release()
+        gc.collect()
+        torch.cuda.empty_cache()  # without a GPU nothing
 
     def release(self) -> None:
         """Give the memory of all graphs back."""

@@ -38,5 +38,5 @@ def test_the_slow_path_says_why(monkeypatch):
 def test_fused_layers_are_said():
     settings = run_settings(device="cuda", fused=ALL)
     assert kernels_of(settings, HybridModel.from_teacher(teacher(), StudentConfig())).endswith(
-        "; rotations: triton; norms and MLPs: Liger Kernel"
+        "; norms and MLPs: Liger Kernel"
     )

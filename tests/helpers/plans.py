@@ -29,6 +29,7 @@ def run_settings(**changes):
         "teacher_dtype": torch.float32,
         "frozen_dtype": torch.float32,
         "ranks": 1,
+        "deepspeed": changes.get("ranks", 1) > 1,
         "zero": DeepSpeedConfig(),
         "endless_tokens": 1000,
     }

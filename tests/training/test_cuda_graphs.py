@@ -5,6 +5,7 @@ what the loss is divided by, later steps would be those of the recorded batch. I
 """
 
 import contextlib
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -151,6 +152,32 @@ def test_what_cannot_be_recorded_runs_without_graphs_where_nobody_asked_for_them
     ]
 
 
+def test_what_a_failed_recording_has_made_is_gone_before_the_run_without_it():
+    """Its memory may be what was missing, and the error's traceback would hold it."""
+    recorder, alive = Recorder(), []
+
+    class Activations:
+        pass
+
+    def refuse(work):
+        made = Activations()
+        alive.append(weakref.ref(made))
+        try:
+            raise RuntimeError("out of memory")
+        except RuntimeError as error:
+            raise UserError("a micro-batch cannot be recorded as a CUDA graph: no memory") from error
+
+    def run(batch, step, scale):
+        assert all(made() is None for made in alive)
+        return sums(batch, step, scale)
+
+    recorder.record, recorder.required = refuse, False
+    graphs, step = MicroBatchGraphs(run, recorder), object()
+    for seed in range(WARM_RUNS + 2):
+        graphs(batch(seed, 1, False), step, torch.tensor(1.0))
+    assert len(alive) == 1
+
+
 def test_a_result_outlives_the_next_run():
     graphs, step = MicroBatchGraphs(sums, Recorder()), object()
     found = [graphs(batch(seed, 1, False), step, torch.tensor(1.0)).row for seed in range(WARM_RUNS + 3)]
@@ -194,6 +221,7 @@ def test_graphs_share_the_memory_of_those_that_live(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: "stream")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "current")
     recorder = CudaRecorder(torch.device("cuda"))
     one, other = (recorder.record(lambda: "result") for _ in range(2))
     assert asked == [None, one[0].__self__.pool()] and other[1] == "result"
@@ -221,7 +249,11 @@ def test_what_a_gpu_does_not_record_is_said_in_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: "stream")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "current")
+    streams = []
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
     with pytest.raises(UserError) as caught:
         CudaRecorder(torch.device("cuda")).record(work)
+    assert streams == ["current"]
     assert caught.value.cause.endswith("CUDA graph: CUDA error: operation not permitted when stream is capturing")
     assert caught.value.hint == "set cuda_graphs of the stage to false"

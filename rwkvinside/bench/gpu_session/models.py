@@ -79,7 +79,7 @@ def stage_plan(
         micro_rows: rows of a forward; None: about 4096 tokens.
         attention_layers: that are kept.
         window: tokens that every mixer attends to, and to the first of a document; 0: none.
-        fused: norms, MLPs and rotations run as one kernel each where Liger is installed.
+        fused: rotations run as one kernel, and norms and MLPs where Liger is installed.
         checkpointing: `activation_checkpointing` of the stage.
     """
     stage = f"stages.{objective}"
