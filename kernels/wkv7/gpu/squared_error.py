@@ -19,7 +19,7 @@ from rwkvinside.kernels.gpu.launch import Launch, run
 from rwkvinside.kernels.gpu.table import Tuning
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Elements of a program at a time, and columns of them at most: 32 bytes of bf16 a thread and tensor; others were not tried
+# Elements of a program at a time, and columns of them at most: 32 bytes of bf16 a thread and tensor (none else tried)
 TILE, COLUMNS = 4096, 1024
 TUNING = Tuning(num_warps=8, num_stages=1)
 # No specialized variant for each number of tokens, nor for where in memory a mask or one layer's gradient begins
